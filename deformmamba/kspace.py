@@ -89,49 +89,58 @@ def zero_fill(lr: torch.Tensor, scale: int) -> torch.Tensor:
 
 
 def _backproject(residual: torch.Tensor, scale: int) -> torch.Tensor:
-    """The smallest real HR image whose `lowpass` is the real `residual` (..., h, w).
+    """A real HR image whose `lowpass` is `residual` (..., h, w), for every residual that some real HR image explains.
 
-    For an even size the lowest frequency -n/2 stands for +n/2 as well, so it is written at both, at full amplitude;
-    `zero_fill` halves it, which interpolates well but comes back at half after `degrade`.
+    A real image has conjugate frequencies k and -k. For an even size the crop keeps -n/2 without +n/2, so the conjugate
+    is written there, at full amplitude; `zero_fill` halves it instead, which interpolates well but comes back at half
+    after `degrade`. The residual may be complex, but only at those unpaired frequencies: see `data_consistency`.
     """
     h, w = residual.shape[-2:]
     spectrum = fft2c(residual)
-    full = pad_spectrum(spectrum, (scale * h, scale * w))
-    top, left = _start(scale * h, h), _start(scale * w, w)
-    if h % 2 == 0:
-        full[..., top + h, :] = full[..., top, :]
+    if h % 2 == 0:  # row -h/2 mirrored to row +h/2: conj(row), columns reversed about frequency 0
+        spectrum = torch.cat([spectrum, _reversed_conjugate(spectrum[..., :1, :])], dim=-2)
     if w % 2 == 0:
-        full[..., left + w] = full[..., left]
-    return ifft2c(full).real
+        spectrum = torch.cat([spectrum, _reversed_conjugate(spectrum[..., :1].mT).mT], dim=-1)
+    return ifft2c(pad_spectrum(spectrum, (scale * h, scale * w))).real
+
+
+def _reversed_conjugate(row: torch.Tensor) -> torch.Tensor:
+    """conj(row) at the negative of each frequency along the last, centred axis: what a real image has at -k."""
+    flipped = row.flip(-1).conj()
+    return flipped.roll(1, -1) if row.shape[-1] % 2 == 0 else flipped
 
 
 def data_consistency(sr: torch.Tensor, lr: torch.Tensor, scale: int, *, magnitude: bool = True) -> torch.Tensor:
     """`sr` (..., H, W) corrected so that degrading it gives `lr` (..., H / scale, W / scale) back.
 
-    What the scanner measured is reproduced and only what it did not measure is left to the estimate.
+    What the scanner measured is reproduced, to rounding; only what it did not measure is left to the estimate.
 
     `magnitude=False` (signed LR, `degrade(..., output="real")`): an orthogonal projection onto the images that explain
     `lr`; the truth is one of them, so the error never grows. `magnitude=True`: the LR has lost its sign where the
-    low-passed image rings below zero, so the measured magnitude takes the phase of the estimate's own low-passed image,
-    LR * exp(i * angle(lowpass(sr))), before the projection. For a real image that phase is a sign, but for the
-    unpaired frequency -n/2 of an even size, which `lowpass` keeps as a small imaginary part.
+    low-passed image rings below zero, so it takes the sign of the estimate's own low-passed image first. Replacing
+    without that sign hurts good estimates.
 
-    Source: ours (not in the paper); naive replacement of the magnitude hurts good estimates.
+    For an even size the low-passed image has a small imaginary part b, all of it at the unpaired frequency -n/2, which
+    belongs to the magnitude: the real part then becomes sign * sqrt(lr^2 - b^2). An estimate whose b exceeds the
+    measured magnitude somewhere cannot be right there: its b is dropped.
+
+    Source: ours, not in the paper.
 
     Raises:
         ValueError: `lr` does not have the size of `sr` divided by `scale`.
     """
-    wanted = tuple(n // scale for n in sr.shape[-2:])
-    if tuple(lr.shape[-2:]) != wanted or any(n % scale for n in sr.shape[-2:]):
+    if tuple(lr.shape[-2:]) != tuple(n // scale for n in sr.shape[-2:]) or any(n % scale for n in sr.shape[-2:]):
         raise ValueError(
-            f"data_consistency: lr is {tuple(lr.shape[-2:])} and sr {tuple(sr.shape[-2:])}, but sr / {scale} is {wanted}"
+            f"data_consistency: at scale {scale} an sr of {tuple(sr.shape[-2:])} needs an lr {scale} times smaller, "
+            f"not {tuple(lr.shape[-2:])}"
         )
-    if scale == 1:
-        return lr.expand_as(sr).clone()
     low = lowpass(sr, scale)
-    if magnitude:
-        # torch.sgn is z / |z|, and 0 at 0, where any phase would do
-        measured = lr * torch.where(low.abs() == 0, torch.ones_like(low), torch.sgn(low))
-    else:
-        measured = torch.complex(lr, torch.zeros_like(lr))
-    return sr + _complex_backproject(measured - low, scale)
+    if not magnitude:
+        return sr + _backproject(lr - low.real, scale)
+    real, imag = low.real, low.imag
+    rounding = 8 * torch.finfo(lr.dtype).eps * lr.abs().amax((-2, -1), keepdim=True)
+    explained = (imag.abs() <= lr.abs() + rounding).all(-1, keepdim=True).all(-2, keepdim=True)
+    imag = torch.where(explained, imag, torch.zeros_like(imag))
+    sign = torch.where(real < 0, -torch.ones_like(real), torch.ones_like(real))
+    target = torch.complex(sign * (lr**2 - imag**2).clamp(min=0).sqrt(), imag)
+    return sr + _backproject(target - low, scale)
