@@ -1,0 +1,36 @@
+"""The models, by name; a checkpoint's header names one of them."""
+
+import os
+
+from deformmamba.models.base import SRModel
+from deformmamba.models.interpolation import Bicubic, BSpline, ZeroFill
+from deformmamba.weights import WeightsError, load_checkpoint
+
+MODELS: dict[str, type[SRModel]] = {
+    "Bicubic": Bicubic,
+    "BSpline": BSpline,
+    "ZeroFill": ZeroFill,
+}
+
+
+def from_pretrained(
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> SRModel:
+    """The model of a checkpoint, whichever class it is, in eval mode on the CPU.
+
+    `name`: a manifest name, a path, or `org/repo[@commit]`, see `deformmamba.weights.load_checkpoint`.
+
+    Raises:
+        WeightsError: no such weights, or a checkpoint that is not exactly what it says.
+    """
+    checkpoint = load_checkpoint(name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    if checkpoint.class_name not in MODELS:
+        raise WeightsError(
+            f"{checkpoint.source} holds a {checkpoint.class_name}, which this version does not know "
+            f"({', '.join(MODELS)}); upgrade deformmamba"
+        )
+    return MODELS[checkpoint.class_name].from_checkpoint(checkpoint)

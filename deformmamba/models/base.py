@@ -1,0 +1,261 @@
+"""What every super-resolution model here has in common: one config, strict loading, one input check."""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from threading import get_ident
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deformmamba.kspace import Grid
+from deformmamba.weights import Checkpoint, WeightsError, check_config, load_checkpoint, write_checkpoint
+
+Model = TypeVar("Model", bound="SRModel")
+
+# |x| beyond this is not "about [0, 1]": an image in scanner units, most likely
+FAR_OUTSIDE = 8.0
+
+
+class SRModel(nn.Module):
+    """An LR image (b, c, h, w) of about [0, 1] in, an image of `scale` times its height and width out.
+
+    A subclass takes keyword-only, JSON-able arguments and hands all of them to this constructor in its first line;
+    `config` then holds exactly those and `type(model)(**model.config)` builds the same model with fresh weights.
+    Buffers that are not stored (`persistent=False`) are allowed, but make loading build the model twice.
+
+    Args:
+        scale: the factor of height and width, an integer.
+        intensity: the rule by which an image is brought to about [0, 1] before it comes here, by name
+            (`deformmamba.volume.intensity_scale`); "p99.9" divides by that percentile of the LR volume.
+
+    Attributes:
+        grid: which grid the output lies on, see `deformmamba.kspace.Grid`.
+        minimum_size: the smallest h and w of an input.
+        multiple: `forward` pads h and w to a multiple of this and crops back, so that any size works.
+        channels: the c that `forward` takes; None for any.
+        provenance: where loaded weights come from (training data, split, degradation, scores); empty otherwise.
+        source: the path, manifest name or org/repo@commit that the weights were loaded from; None otherwise.
+    """
+
+    grid: Grid = "origin"
+    minimum_size: int = 1
+    multiple: int = 1
+    channels: int | None = None
+
+    def __init__(self, *, scale: int, intensity: str = "p99.9", **config: Any) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if not isinstance(scale, int) or isinstance(scale, bool) or not 1 <= scale <= 16:
+            raise ValueError(f"{name}: scale must be an integer from 1 to 16, not {scale!r}")
+        if not isinstance(intensity, str):
+            raise TypeError(f'{name}: intensity must be the name of a rule such as "p99.9", not {intensity!r}')
+        try:
+            # through JSON, so that a tuple is a list before it is saved as well as after
+            plain = json.loads(json.dumps({"scale": scale, "intensity": intensity, **config}, allow_nan=False))
+            check_config(plain)
+        except (TypeError, ValueError, WeightsError) as error:
+            raise ValueError(f"{name}: arguments must be plain values that JSON can hold: {error}") from error
+        self.config: dict[str, Any] = plain
+        self.scale = scale
+        self.intensity = intensity
+        self.provenance: dict[str, Any] = {}
+        self.source: str | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        name: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> Model:
+        """The model of a checkpoint, in eval mode on the CPU; arguments as `deformmamba.weights.load_checkpoint`.
+
+        Raises:
+            WeightsError: no such weights, an unusable file, or a checkpoint of another class than this one.
+        """
+        checkpoint = load_checkpoint(name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+        return cls.from_checkpoint(checkpoint)
+
+    @classmethod
+    def from_checkpoint(cls: type[Model], checkpoint: Checkpoint) -> Model:
+        """The model of a checkpoint that was read already, in eval mode.
+
+        The model is built on the meta device first, where a tensor costs nothing, and every name, shape and dtype is
+        compared with the file; only then do the file's tensors become its weights. A config that asks for more than
+        the file holds is refused before anything is allocated.
+
+        Raises:
+            WeightsError: the checkpoint is of a class that is neither this one nor derived from it, its config does
+                not build, or its tensors are not exactly the model's.
+        """
+        found = {family.__name__: family for family in _family(cls)}.get(checkpoint.class_name)
+        if found is None:
+            raise WeightsError(
+                f"{checkpoint.source} holds a {checkpoint.class_name}, not a {cls.__name__}; load it with "
+                f"{checkpoint.class_name}.from_pretrained or deformmamba.from_pretrained"
+            )
+        try:
+            with torch.device("meta"), _at_most(2 * len(checkpoint.tensors) + 64):
+                model = found(**checkpoint.config)
+        except Exception as error:  # whatever a constructor does with arguments that nobody meant
+            reason = " ".join(str(error).split())[:300]
+            raise WeightsError(
+                f"{checkpoint.source}: its config does not build a {checkpoint.class_name}: {reason}"
+            ) from error
+        problem = _difference(model, checkpoint.tensors)
+        if problem:
+            raise WeightsError(f"{checkpoint.source}: its tensors are not those of its config: {problem}")
+        if any(t.is_meta for t in _unstored(model)):
+            model = found(**checkpoint.config)
+        model.load_state_dict(checkpoint.tensors, strict=True, assign=True)
+        model.provenance = checkpoint.provenance
+        model.source = checkpoint.source
+        return model.eval()
+
+    def save_pretrained(self, path: str | os.PathLike[str], provenance: Mapping[str, Any] | None = None) -> str:
+        """Writes the model and returns the file's sha256.
+
+        Args:
+            path: ends in .safetensors: that one file. Otherwise a folder, which gets `model.safetensors` and
+                `config.json` as the Hub expects them.
+            provenance: JSON-able facts about the weights; the ones that the model was loaded with if not given.
+
+        Raises:
+            WeightsError: the path cannot be written, or the model is not as its config builds it (half precision,
+                added or removed layers, NaN), so that it could not be loaded again.
+        """
+        tensors = {name: tensor.detach() for name, tensor in self.state_dict().items()}
+        with torch.device("meta"):
+            fresh = type(self)(**self.config)
+        problem = _difference(fresh, tensors)
+        if problem is None:
+            broken = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+            problem = f"{broken[0]!r} holds NaN or infinity" if broken else None
+        if problem:
+            raise WeightsError(f"{type(self).__name__} cannot be saved as its config describes it: {problem}")
+        return write_checkpoint(
+            path,
+            class_name=type(self).__name__,
+            config=self.config,
+            tensors=tensors,
+            provenance=self.provenance if provenance is None else provenance,
+        )
+
+    def num_parameters(self) -> int:
+        """How many numbers training may change or has set: the elements of all parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What a user should know before giving it an image; `spacings_mm` is what the weights were trained on."""
+        return {
+            "class": type(self).__name__,
+            "scale": self.scale,
+            "channels": self.channels,
+            "grid": self.grid,
+            "minimum_size": self.minimum_size,
+            "multiple": self.multiple,
+            "intensity": self.intensity,
+            "parameters": self.num_parameters(),
+            "spacings_mm": self.provenance.get("spacings_mm"),
+            "source": self.source,
+        }
+
+    def check_lr(self, lr: torch.Tensor) -> None:
+        """Checks the input of `forward`, and in eval mode warns where it is far from [0, 1].
+
+        Raises:
+            TypeError: not a floating-point tensor.
+            ValueError: not (b, c, h, w), another channel count, or smaller than `minimum_size`.
+        """
+        name = type(self).__name__
+        if not isinstance(lr, torch.Tensor) or not lr.is_floating_point():
+            given = lr.dtype if isinstance(lr, torch.Tensor) else type(lr).__name__
+            raise TypeError(f"{name}: the image must be a floating-point tensor, not {given}; see volume.normalise")
+        if lr.ndim != 4:
+            raise ValueError(f"{name}: the image must be (batch, channel, height, width), not {tuple(lr.shape)}")
+        if self.channels is not None and lr.shape[1] != self.channels:
+            raise ValueError(f"{name}: the image has {lr.shape[1]} channels, the model takes {self.channels}")
+        if min(lr.shape[-2:]) < self.minimum_size:
+            raise ValueError(
+                f"{name}: the image is {lr.shape[-2]}x{lr.shape[-1]}, the smallest is "
+                f"{self.minimum_size}x{self.minimum_size}; pad it and crop the result"
+            )
+        if self.training or torch.compiler.is_compiling() or torch.jit.is_tracing() or lr.is_meta or not lr.numel():
+            return
+        peak = float(lr.detach().abs().amax())
+        if not peak <= FAR_OUTSIDE:
+            warnings.warn(
+                f"{name}: the image reaches {peak:.4g}, but models expect about [0, 1]; divide it by "
+                f"volume.intensity_scale(lr, {self.intensity!r}) and multiply the result",
+                stacklevel=4,  # whoever called the model: check_lr, forward, nn.Module's two call frames lie between
+            )
+
+
+def pad_to_multiple(lr: torch.Tensor, multiple: int, minimum: int = 1) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Pads (b, c, h, w) at the bottom and right until h and w are multiples of `multiple`, and at least `minimum`.
+
+    The edge is replicated, so index 0 stays where it is and any amount of padding works. Returns the padded image and
+    (h, w), from which the caller crops: `sr[..., : scale * h, : scale * w]`.
+    """
+    h, w = lr.shape[-2:]
+    bottom, right = (math.ceil(max(n, minimum) / multiple) * multiple - n for n in (h, w))
+    return (F.pad(lr, (0, right, 0, bottom), mode="replicate") if bottom or right else lr), (h, w)
+
+
+def _family(cls: type[Model]) -> Iterator[type[Model]]:
+    yield cls
+    for child in cls.__subclasses__():
+        yield from _family(child)
+
+
+def _difference(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """The first way in which `tensors` are not the stored tensors of `model`, or None."""
+    wanted = model.state_dict()
+    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or extra:
+        parts = [
+            f"{len(names)} {word} ({', '.join(ascii(n)[:80] for n in names[:3])}{', ...' if len(names) > 3 else ''})"
+            for names, word in ((missing, "missing"), (extra, "too many"))
+            if names
+        ]
+        return " and ".join(parts)
+    for name, tensor in wanted.items():
+        given = tensors[name]
+        if given.shape != tensor.shape:
+            return f"{name!r} is {tuple(given.shape)}, should be {tuple(tensor.shape)}"
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        if given.dtype != dtype:
+            return f"{name!r} is {given.dtype}, checkpoints hold {dtype}: call model.float() before saving"
+    return None
+
+
+def _unstored(model: nn.Module) -> Iterator[torch.Tensor]:
+    stored = model.state_dict()
+    return (buffer for name, buffer in model.named_buffers() if name not in stored)
+
+
+@contextmanager
+def _at_most(n_parameters: int) -> Iterator[None]:
+    """Stops a constructor of this thread once it has registered more parameters than the file has tensors for."""
+    count, thread = 0, get_ident()
+
+    def counted(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal count
+        count += get_ident() == thread
+        if count > n_parameters:
+            raise ValueError(f"it asks for more than {n_parameters} parameters, far more than the file holds")
+
+    handle = nn.modules.module.register_module_parameter_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,99 @@
+"""Interpolation as models: what every network has to beat, on the right grid.
+
+No parameters; the same interface as a network, so that evaluation, tiling and the command line need no second path.
+All are linear and, on the origin-aligned grid, pass exactly through the LR samples: sr[..., ::scale, ::scale] == lr.
+"""
+
+from typing import get_args
+
+import torch
+
+from deformmamba.kspace import Grid, zero_fill
+from deformmamba.models.base import SRModel
+
+
+class ZeroFill(SRModel):
+    """Zero-filled k-space (sinc) interpolation of the whole slice, see `deformmamba.kspace.zero_fill`."""
+
+    def __init__(self, *, scale: int, intensity: str = "p99.9") -> None:
+        super().__init__(scale=scale, intensity=intensity)
+
+    def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
+        """(b, c, h, w) to (b, c, scale * h, scale * w). `base`, the zero-filled whole slice at the place of a tile, is
+        the answer itself where it is given: k-space is global, and a tile's own would wrap around at its edges."""
+        self.check_lr(lr)
+        return zero_fill(lr, self.scale) if base is None else base
+
+
+class _Separable(SRModel):
+    """Interpolation by one matrix a side: sr = rows @ lr @ columns^T."""
+
+    def __init__(self, *, scale: int, grid: Grid, intensity: str) -> None:
+        super().__init__(scale=scale, grid=grid, intensity=intensity)
+        if grid not in get_args(Grid):
+            raise ValueError(f"{type(self).__name__}: grid must be one of {', '.join(get_args(Grid))}, not {grid!r}")
+        self.grid = grid
+
+    def matrix(self, n: int) -> torch.Tensor:
+        """(scale * n, n), float64: what each output sample takes of each of n input samples."""
+        raise NotImplementedError
+
+    def positions(self, n: int) -> torch.Tensor:
+        """Where the scale * n output samples lie, in units of the input's samples, float64."""
+        i = torch.arange(self.scale * n, dtype=torch.float64)
+        return i / self.scale if self.grid == "origin" else (i + 0.5) / self.scale - 0.5
+
+    def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
+        """(b, c, h, w) to (b, c, scale * h, scale * w); `base` is not used."""
+        self.check_lr(lr)
+        rows, columns = (self.matrix(n).to(lr) for n in lr.shape[-2:])
+        return rows @ lr @ columns.T
+
+
+class Bicubic(_Separable):
+    """Cubic convolution with a = -0.5; edges replicate.
+
+    That a is the only one that reproduces quadratics and converges with the third order; F.interpolate's -0.75 does
+    not. `grid="origin"` fits images whose k-space was cropped; F.interpolate offers "half-pixel" only.
+
+    Source: Keys, IEEE TASSP 29 (1981), eq. 15.
+    """
+
+    def __init__(self, *, scale: int, grid: Grid = "origin", intensity: str = "p99.9") -> None:
+        super().__init__(scale=scale, grid=grid, intensity=intensity)
+
+    def matrix(self, n: int) -> torch.Tensor:
+        x = self.positions(n)
+        taps = x.floor()[:, None] + torch.arange(-1, 3, dtype=torch.float64)
+        d = (x[:, None] - taps).abs()
+        weights = torch.where(d < 1, (1.5 * d - 2.5) * d**2 + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2)
+        matrix = torch.zeros(len(x), n, dtype=torch.float64)
+        return matrix.scatter_add_(1, taps.long().clamp(0, n - 1), weights)
+
+
+class BSpline(_Separable):
+    """Cubic b-spline interpolation: the spline through the samples, twice continuously differentiable; edges mirror
+    about the outermost samples.
+
+    The coefficients come from an exact solve, not a recursive filter: the same numbers without a boundary series.
+
+    Source: Unser, IEEE Signal Processing Magazine 16(6) (1999); equals `scipy.ndimage` of order 3 with mode="mirror".
+    """
+
+    def __init__(self, *, scale: int, grid: Grid = "origin", intensity: str = "p99.9") -> None:
+        super().__init__(scale=scale, grid=grid, intensity=intensity)
+
+    def matrix(self, n: int) -> torch.Tensor:
+        at_samples = self._basis(torch.arange(n, dtype=torch.float64), n)
+        return torch.linalg.solve(at_samples, self._basis(self.positions(n), n), left=False)
+
+    @staticmethod
+    def _basis(x: torch.Tensor, n: int) -> torch.Tensor:
+        """(len(x), n): the n mirrored cubic b-splines at the positions x."""
+        taps = x.floor()[:, None] + torch.arange(-1, 3, dtype=torch.float64)
+        d = (x[:, None] - taps).abs()
+        weights = torch.where(d < 1, (d / 2 - 1) * d**2 + 2 / 3, (2 - d).clamp(min=0) ** 3 / 6)
+        period = max(2 * (n - 1), 1)
+        index = taps.long().remainder(period)
+        index = torch.minimum(index, period - index).clamp(max=n - 1)
+        return torch.zeros(len(x), n, dtype=torch.float64).scatter_add_(1, index, weights)
