@@ -1,0 +1,390 @@
+"""The blocks of figure 1, in its order: each is an `nn.Module` from (b, c, h, w) to (b, c, h, w) that works alone.
+
+(B) `DeformMambaBlock` = (B-1) `ModulatedDeformBlock` + (B-2) `VisionMambaBlock` around (B-3) `SS2D`; (C)
+`MultiViewContext`; and the patch embedding, merging and expanding of the U-shaped shell (VM-UNet's).
+
+Memory format. Every block computes channels last: given a tensor in `torch.channels_last` format (what these blocks
+return) nothing is copied; any other format is accepted, at the price of one copy.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from deformmamba.deform import modulated_deform_conv2d
+from deformmamba.scan import selective_scan_2d
+
+DIRECTIONS = (1, 2, 4)
+
+
+def check_map(block: nn.Module, x: torch.Tensor, channels: int) -> None:
+    """Refuse what is not a floating point (b, channels, h, w) map, in one line that names the block."""
+    if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.shape[1] != channels or not x.is_floating_point():
+        given = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"{type(block).__name__}: given {given}; wanted floating point (b, {channels}, h, w)")
+
+
+def _last(x: torch.Tensor) -> torch.Tensor:
+    """(b, c, h, w) as contiguous (b, h, w, c): a view where the memory format is channels_last."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _first(x: torch.Tensor) -> torch.Tensor:
+    """(b, h, w, c) as (b, c, h, w), a view in channels_last format."""
+    return x.permute(0, 3, 1, 2)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drop the whole branch of a sample with probability `p`, else scale by 1/(1-p)."""
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"DropPath: p is {p}; it must be in [0, 1)")
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return x
+        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.p
+        return x * (keep / (1 - self.p)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class ChannelAttention(nn.Module):
+    """Weights for the channels from their means: pool, 1x1, ReLU, 1x1, sigmoid. (b, c, h, w) to (b, c, h, w).
+
+    Source: section 2.2 names channel attention only; the form is RCAN's (Zhang et al. 2018), squeezed 16 times but to
+    no fewer than 4 channels.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16) -> None:
+        super().__init__()
+        self.channels = channels
+        squeezed = max(channels // reduction, 4)
+        self.squeeze = nn.Linear(channels, squeezed)
+        self.excite = nn.Linear(squeezed, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_map(self, x, self.channels)
+        weight = self.excite(F.relu(self.squeeze(x.mean((-2, -1))))).sigmoid()
+        return x * weight[:, :, None, None]
+
+
+class ModulatedDeformBlock(nn.Module):
+    """Figure 1 (B-1): a convolution that learns, from the image, where to sample and how much each sample counts.
+
+    Y(p) = sum over k of w_k * X(p + p_k + dp_k) * dm_k, the offsets dp (2 a tap, in pixels, ordered dy, dx) and
+    modulations dm in (0, 1) from one convolution of X. That convolution starts at zero: no offset, every dm = 0.5.
+
+    Args:
+        channels: channels in.
+        out_channels: channels out; as many as in by default.
+        kernel_size, stride, dilation: of the sampling, "same" padding; (h, w) becomes (ceil(h / stride), ...).
+        deform_groups: groups of channels with offsets of their own; divides `channels`.
+        bias: whether the weighted sum has one.
+        norm: `nn.LayerNorm`-like over the channels of the output, "layer" or None (the paper's).
+        activation: a module for the output, or None (the paper's).
+
+    Source: equation 5; DCNv2 (Zhu et al. 2019). Departure: the printed sizes of dp and dm, 2C and C channels, cannot be
+    built; they are 2K and K for K taps. Positions outside the map count as zero.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int | None = None,
+        *,
+        kernel_size: int = 3,
+        stride: int = 1,
+        dilation: int = 1,
+        deform_groups: int = 1,
+        bias: bool = True,
+        norm: str | None = None,
+        activation: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if channels % deform_groups or kernel_size % 2 == 0 or min(kernel_size, stride, dilation, deform_groups) < 1:
+            raise ValueError(
+                f"ModulatedDeformBlock: channels={channels}, deform_groups={deform_groups}, kernel_size={kernel_size}, "
+                f"stride={stride}, dilation={dilation}; deform_groups must divide channels, kernel_size be odd"
+            )
+        if norm not in (None, "layer"):
+            raise ValueError(f'ModulatedDeformBlock: norm is {norm!r}; it must be "layer" or None')
+        out_channels = out_channels or channels
+        self.channels = channels
+        self.stride, self.dilation, self.padding = stride, dilation, dilation * (kernel_size // 2)
+        self.taps = deform_groups * kernel_size**2
+        self.weight = nn.Parameter(torch.empty(out_channels, channels, kernel_size, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.offset_mask = nn.Conv2d(
+            channels, 3 * self.taps, kernel_size, stride=stride, padding=self.padding, dilation=dilation
+        )
+        self.norm = nn.LayerNorm(out_channels) if norm else None
+        self.activation = activation
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.offset_mask.weight)
+        nn.init.zeros_(self.offset_mask.bias)  # type: ignore[arg-type]
+
+    def offsets_and_mask(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """dp (b, 2 * groups * taps, h', w') in pixels and dm (b, groups * taps, h', w') that `forward` uses for `x`."""
+        offset, mask = self.offset_mask(x).split([2 * self.taps, self.taps], dim=1)
+        return offset, mask.sigmoid()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_map(self, x, self.channels)
+        offset, mask = self.offsets_and_mask(x)
+        y = modulated_deform_conv2d(
+            x, offset, mask, self.weight, self.bias, stride=self.stride, padding=self.padding, dilation=self.dilation
+        )
+        if self.norm is not None:
+            y = _first(self.norm(_last(y)))
+        return y if self.activation is None else self.activation(y)
+
+
+class SS2D(nn.Module):
+    """Figure 1 (B-3): scan expanding, S6 in each direction, scan merging. (b, channels, h, w) to (b, channels, h, w).
+
+    Every pixel sees every other along rows and columns, forwards and backwards, at a cost linear in their number. No
+    gate, norm or expansion: those belong to `VisionMambaBlock`.
+
+    Args:
+        channels: D, channels in and out.
+        d_state: N, size of the hidden state of each channel.
+        dt_rank: rank of the projection that gives the time steps; ceil(channels / 16) by default.
+        directions: 4 (rows, columns, both reversed), 2 (rows, rows reversed) or 1 (rows).
+        dt_min, dt_max: range of the initial time steps, log-uniform.
+        discretization: "euler" (what released Mamba kernels do) or "zoh" (equation 2 as printed).
+        backend: a scan backend by name; None lets the tensor's device choose.
+
+    Parameters have VMamba's shapes: x_proj (K, R + 2N, D), dt_proj (K, D, R), dt_bias (K, D), A_log (K * D, N), D (K * D)
+    for K directions; A = -exp(A_log) starts at -(1..N), D at 1. Computed in float32 (float64 for a float64 input) with
+    autocast off: time steps in half precision are the known cause of NaN in Mamba networks. Returns the input's dtype.
+
+    Source: section 2.1, equations 1 to 3, and section 2.2; the four directions are summed (VMamba's cross merge).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        d_state: int = 16,
+        dt_rank: int | None = None,
+        directions: int = 4,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        discretization: str = "euler",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if directions not in DIRECTIONS:
+            raise ValueError(f"SS2D: directions is {directions}; it must be one of {DIRECTIONS}")
+        self.channels, self.d_state, self.directions = channels, d_state, directions
+        self.dt_rank = dt_rank or math.ceil(channels / 16)
+        self.discretization, self.backend = discretization, backend
+        k, n, r = directions, d_state, self.dt_rank
+        self.x_proj = nn.Parameter(torch.empty(k, r + 2 * n, channels))
+        self.dt_proj = nn.Parameter(torch.empty(k, channels, r))
+        bound = 1 / math.sqrt(channels)
+        nn.init.uniform_(self.x_proj, -bound, bound)
+        nn.init.uniform_(self.dt_proj, -(r**-0.5), r**-0.5)
+        dt = torch.exp(torch.rand(k, channels) * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(min=1e-4)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.A_log = nn.Parameter(torch.arange(1, n + 1).float().log().repeat(k * channels, 1))
+        self.D = nn.Parameter(torch.ones(k * channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_map(self, x, self.channels)
+        k, n, r = self.directions, self.d_state, self.dt_rank
+        with torch.autocast(x.device.type, enabled=False):
+            u = _last(x.to(torch.promote_types(x.dtype, torch.float32)))
+            projected = F.linear(u, self.x_proj.flatten(0, 1).to(u.dtype)).unflatten(-1, (k, r + 2 * n))
+            dt, B, C = projected.split([r, n, n], dim=-1)
+            delta = torch.einsum("bhwkr,kcr->kbhwc", dt, self.dt_proj.to(u.dtype))
+            y = selective_scan_2d(
+                u,
+                delta,
+                -self.A_log.to(u.dtype).exp(),
+                B,
+                C,
+                self.D.to(u.dtype),
+                self.dt_bias.flatten().to(u.dtype),
+                delta_softplus=True,
+                discretization=self.discretization,
+                backend=self.backend,
+            )
+        return _first(y.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.channels}, d_state={self.d_state}, dt_rank={self.dt_rank}, directions={self.directions}, "
+            f"discretization={self.discretization}"
+        )
+
+
+class VisionMambaBlock(nn.Module):
+    """Figure 1 (B-2): global context by SS2D, gated, with channel attention and a residual. Keeps (b, channels, h, w).
+
+    LayerNorm -> (Linear, SiLU) * (Linear, depthwise 3x3, SiLU, SS2D, LayerNorm) -> Linear -> channel attention -> + x.
+
+    Args:
+        channels: channels in and out.
+        d_state, dt_rank, directions, discretization, backend: as in `SS2D`.
+        expand: inner channels = round(expand * channels).
+        channel_attention: whether the channel attention is there.
+        drop_path: probability of stochastic depth.
+
+    Source: section 2.2 and figure 1 (B-2); sizes not printed are Mamba's (expand 2, depthwise 3x3 as in VMamba).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        d_state: int = 16,
+        expand: float = 2.0,
+        dt_rank: int | None = None,
+        directions: int = 4,
+        discretization: str = "euler",
+        channel_attention: bool = True,
+        drop_path: float = 0.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        inner = round(expand * channels)
+        self.channels = channels
+        self.norm = nn.LayerNorm(channels)
+        self.gate = nn.Linear(channels, inner)
+        self.inner = nn.Linear(channels, inner)
+        self.depthwise = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        self.ss2d = SS2D(
+            inner,
+            d_state=d_state,
+            dt_rank=dt_rank,
+            directions=directions,
+            discretization=discretization,
+            backend=backend,
+        )
+        self.inner_norm = nn.LayerNorm(inner)
+        self.out = nn.Linear(inner, channels)
+        self.attention = ChannelAttention(channels) if channel_attention else nn.Identity()
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_map(self, x, self.channels)
+        z = self.norm(_last(x))
+        context = self.ss2d(F.silu(self.depthwise(_first(self.inner(z)))))
+        mixed = self.out(self.inner_norm(_last(context)) * F.silu(self.gate(z)))
+        return x + self.drop_path(self.attention(_first(mixed)))
+
+
+class DeformMambaBlock(nn.Module):
+    """Figure 1 (B): the modulated deform block and the vision Mamba block side by side, summed. Keeps (b, c, h, w).
+
+    `deform=False` is the paper's ablation "w/o Deform": the vision Mamba block alone. Other arguments: `VisionMambaBlock`.
+
+    Source: section 2.2, "we add output features of two branches".
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        deform: bool = True,
+        d_state: int = 16,
+        expand: float = 2.0,
+        directions: int = 4,
+        discretization: str = "euler",
+        channel_attention: bool = True,
+        drop_path: float = 0.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.deform = ModulatedDeformBlock(channels) if deform else None
+        self.mamba = VisionMambaBlock(
+            channels,
+            d_state=d_state,
+            expand=expand,
+            directions=directions,
+            discretization=discretization,
+            channel_attention=channel_attention,
+            drop_path=drop_path,
+            backend=backend,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.mamba(x)
+        return y if self.deform is None else y + self.deform(x)
+
+
+class MultiViewContext(nn.Module):
+    """Figure 1 (C): parallel atrous 3x3 convolutions, concatenated, fused by a 1x1, added to the input.
+
+    Args:
+        channels: channels in and out.
+        rates: one dilation rate a branch. A rate near the size of the map sees only padding: choose rates that fit.
+        branch_channels: channels of a branch; channels / len(rates) by default, so that all branches together cost no
+            more than one plain 3x3 convolution ("without increasing the number of parameters").
+
+    Source: section 2.2 after DeepLab. The rates are not printed; DeepLab's 6, 12, 18 do not fit an 8x8 bottleneck. The
+    SiLU before the fusion is ours: without it all branches together would be one linear filter.
+    """
+
+    def __init__(self, channels: int, *, rates: Sequence[int] = (1, 2, 3, 4), branch_channels: int | None = None) -> None:
+        super().__init__()
+        if not rates or min(rates) < 1:
+            raise ValueError(f"MultiViewContext: rates is {tuple(rates)}; it must hold at least one rate of 1 or more")
+        width = branch_channels or max(channels // len(rates), 1)
+        self.channels = channels
+        self.branches = nn.ModuleList(nn.Conv2d(channels, width, 3, padding=rate, dilation=rate) for rate in rates)
+        self.fuse = nn.Conv2d(width * len(rates), channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_map(self, x, self.channels)
+        return x + self.fuse(F.silu(torch.cat([branch(x) for branch in self.branches], dim=1)))
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to vectors: convolution with kernel = stride = patch, LayerNorm. h and w / patch."""
+
+    def __init__(self, in_channels: int, channels: int, patch: int) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(in_channels, channels, patch, stride=patch)
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _first(self.norm(_last(self.project(x))))
+
+
+class PatchMerge(nn.Module):
+    """Half the size: four neighbours concatenated, LayerNorm, Linear without bias. h and w must be even."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * channels)
+        self.reduce = nn.Linear(4 * channels, out_channels, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _first(self.reduce(self.norm(rearrange(x, "b c (h i) (w j) -> b h w (i j c)", i=2, j=2))))
+
+
+class PatchExpand(nn.Module):
+    """`factor` times the size: Linear without bias, channels rearranged to space, LayerNorm."""
+
+    def __init__(self, channels: int, out_channels: int, factor: int = 2) -> None:
+        super().__init__()
+        self.factor = factor
+        self.expand = nn.Linear(channels, factor**2 * out_channels, bias=False)
+        self.norm = nn.LayerNorm(out_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        grown = rearrange(
+            self.expand(_last(x)), "b h w (i j c) -> b (h i) (w j) c", i=self.factor, j=self.factor
+        )
+        return _first(self.norm(grown))

@@ -1,0 +1,195 @@
+"""Deform-Mamba (figure 1 A): learned upsampling, then a U-shaped network of Deform-Mamba blocks on the HR grid."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from deformmamba.kspace import zero_fill
+from deformmamba.layers import DeformMambaBlock, MultiViewContext, PatchEmbed, PatchExpand, PatchMerge, VisionMambaBlock
+from deformmamba.models.base import SRModel, pad_to_multiple
+
+# Constructor arguments that differ from the defaults (which are the paper's), by preset.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "paper-literal": {"dims": [96, 128, 384, 768]},
+    "small": {"dims": [64, 96, 160], "depths": [2, 2, 2], "stem_channels": 16, "skip": "zero-fill"},
+    "tiny": {
+        "dims": [40, 64, 96],
+        "depths": [1, 1, 1],
+        "stem_channels": 16,
+        "d_state": 8,
+        "expand": 1.5,
+        "skip": "zero-fill",
+    },
+}
+SKIPS = (None, "zero-fill")
+
+
+class DeformMambaSR(SRModel):
+    """The Deform-Mamba network: (b, in_channels, h, w) to (b, in_channels, scale * h, scale * w).
+
+    Convolution and pixel shuffle to the HR grid; patch embedding; an encoder of Deform-Mamba blocks and patch merging;
+    the multi-view context module; a decoder of pure vision Mamba blocks and patch expanding, with added skips; a final
+    expansion and a 3x3 convolution. Sizes that do not fit are padded inside (edges replicated) and cropped back.
+
+    Args:
+        scale: upsampling factor.
+        in_channels: image channels, 1 for magnitude MR.
+        dims: channels of each level. The paper prints 96, 128, 384, 768; a doubling merge gives 192 for the second,
+            which is the default (preset "paper"; as printed: "paper-literal").
+        depths: blocks of each level, in the encoder and again in the decoder.
+        patch: patch size on the HR grid. Not stated in the paper; VM-UNet's 4 is the default.
+        stem_channels: channels after the pixel shuffle; `in_channels` by default, the plainest reading.
+        d_state, expand, directions, discretization, channel_attention, drop_path: as in `VisionMambaBlock`; drop_path
+            grows linearly from 0 to this value over the blocks.
+        deform: False is the paper's ablation "w/o Deform".
+        context: False is the paper's ablation "w/o MVC".
+        context_rates: dilation rates of the multi-view context; not printed.
+        skip: None is the paper's network. "zero-fill" adds the zero-filled input to the output, so that the network
+            learns only what zero-filling lacks; its last convolution then starts at zero.
+        checkpointing: recompute each block's activations in the backward pass instead of keeping them.
+        intensity: see `SRModel`.
+
+    The third ablation, "w/o CELoss", is the training loss's: `SRLoss(beta=0)`.
+
+    Source: section 2.2, figure 1; the shell (patch layers, added skips, initialisation) is VM-UNet's (Ruan & Xiang 2024).
+    """
+
+    def __init__(
+        self,
+        *,
+        scale: int = 4,
+        in_channels: int = 1,
+        dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (4, 4, 4, 4),
+        patch: int = 4,
+        stem_channels: int | None = None,
+        d_state: int = 16,
+        expand: float = 2.0,
+        directions: int = 4,
+        discretization: str = "euler",
+        channel_attention: bool = True,
+        drop_path: float = 0.0,
+        deform: bool = True,
+        context: bool = True,
+        context_rates: Sequence[int] = (1, 2, 3, 4),
+        skip: str | None = None,
+        checkpointing: bool = False,
+        intensity: str = "p99.9",
+    ) -> None:
+        super().__init__(
+            scale=scale,
+            in_channels=in_channels,
+            dims=list(dims),
+            depths=list(depths),
+            patch=patch,
+            stem_channels=stem_channels,
+            d_state=d_state,
+            expand=expand,
+            directions=directions,
+            discretization=discretization,
+            channel_attention=channel_attention,
+            drop_path=drop_path,
+            deform=deform,
+            context=context,
+            context_rates=list(context_rates),
+            skip=skip,
+            checkpointing=checkpointing,
+            intensity=intensity,
+        )
+        if len(dims) != len(depths) or not dims or min(dims) < patch or min(depths) < 1 or patch < 1:
+            raise ValueError(
+                f"DeformMambaSR: dims={list(dims)}, depths={list(depths)}, patch={patch}; dims and depths need one "
+                "positive entry a level each, and dims at least the patch size"
+            )
+        if skip not in SKIPS:
+            raise ValueError(f"DeformMambaSR: skip is {skip!r}; it must be one of {SKIPS}")
+        self.channels = in_channels
+        self.skip = skip
+        self.checkpointing = checkpointing
+        hr_multiple = patch * 2 ** (len(dims) - 1)
+        self.multiple = hr_multiple // math.gcd(hr_multiple, scale)
+
+        stem = stem_channels or in_channels
+        self.upsample = nn.Conv2d(in_channels, scale**2 * stem, 3, padding=1)
+        self.embed = PatchEmbed(stem, dims[0], patch)
+        mamba = {
+            "d_state": d_state,
+            "expand": expand,
+            "directions": directions,
+            "discretization": discretization,
+            "channel_attention": channel_attention,
+        }
+        drops = iter(torch.linspace(0, drop_path, 2 * sum(depths), device="cpu").tolist())
+        self.encoder = nn.ModuleList(
+            nn.ModuleList(DeformMambaBlock(dim, deform=deform, drop_path=next(drops), **mamba) for _ in range(depth))
+            for dim, depth in zip(dims, depths, strict=True)
+        )
+        self.merges = nn.ModuleList(PatchMerge(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
+        self.context = MultiViewContext(dims[-1], rates=context_rates) if context else nn.Identity()
+        self.decoder = nn.ModuleList(
+            nn.ModuleList(VisionMambaBlock(dim, drop_path=next(drops), **mamba) for _ in range(depth))
+            for dim, depth in zip(dims[::-1], depths[::-1], strict=True)
+        )
+        self.expands = nn.ModuleList(PatchExpand(b, a) for a, b in zip(dims[-2::-1], dims[:0:-1], strict=True))
+        self.final = PatchExpand(dims[0], dims[0] // patch, patch)
+        self.project = nn.Conv2d(dims[0] // patch, in_channels, 3, padding=1)
+        self.apply(_initialise)
+        if skip is not None:
+            nn.init.zeros_(self.project.weight)
+            nn.init.zeros_(self.project.bias)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "DeformMambaSR":
+        """A new network with random weights: `PRESETS[name]` (paper, paper-literal, small, tiny), then `overrides`."""
+        if name not in PRESETS:
+            raise ValueError(f"DeformMambaSR: no preset {name!r}; presets: {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
+        """The SR image of `lr` (b, in_channels, h, w), values about [0, 1], on the origin-aligned grid.
+
+        `base` (b, in_channels, scale * h, scale * w): with `skip="zero-fill"`, the image that the network adds to.
+        Zero-filling is global, so a caller who cuts patches or tiles passes the matching cut of the zero-filled WHOLE
+        slice; None takes `lr` for the whole slice. Ignored without a skip.
+        """
+        self.check_lr(lr)
+        padded, (h, w) = pad_to_multiple(lr, self.multiple)
+        x = self.embed(F.pixel_shuffle(self.upsample(padded.contiguous(memory_format=torch.channels_last)), self.scale))
+        skips = []
+        for level, blocks in enumerate(self.encoder):
+            if level:
+                x = self.merges[level - 1](x)
+            x = self._run(blocks, x)
+            skips.append(x)
+        skips.pop()
+        x = self.context(x)
+        for level, blocks in enumerate(self.decoder):
+            if level:
+                x = self.expands[level - 1](x) + skips.pop()
+            x = self._run(blocks, x)
+        sr = self.project(self.final(x))[..., : self.scale * h, : self.scale * w]
+        if self.skip is None:
+            return sr.contiguous()
+        if base is None:
+            base = zero_fill(lr.to(torch.promote_types(lr.dtype, torch.float32)), self.scale)
+        elif base.shape != sr.shape:
+            raise ValueError(f"DeformMambaSR: base is {tuple(base.shape)}; wanted {tuple(sr.shape)}")
+        return (base + sr).to(lr.dtype).contiguous()
+
+    def _run(self, blocks: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        for block in blocks:  # type: ignore[attr-defined]
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+        return x
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
