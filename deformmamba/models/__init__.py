@@ -3,10 +3,12 @@
 import os
 
 from deformmamba.models.base import SRModel
+from deformmamba.models.deform_mamba import DeformMambaSR
 from deformmamba.models.interpolation import Bicubic, BSpline, ZeroFill
 from deformmamba.weights import WeightsError, load_checkpoint
 
 MODELS: dict[str, type[SRModel]] = {
+    "DeformMambaSR": DeformMambaSR,
     "Bicubic": Bicubic,
     "BSpline": BSpline,
     "ZeroFill": ZeroFill,
