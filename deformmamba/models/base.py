@@ -191,12 +191,14 @@ class SRModel(nn.Module):
             )
         if self.training or torch.compiler.is_compiling() or torch.jit.is_tracing() or lr.is_meta or not lr.numel():
             return
+        if lr.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
         peak = float(lr.detach().abs().amax())
         if not peak <= FAR_OUTSIDE:
             warnings.warn(
                 f"{name}: the image reaches {peak:.4g}, but models expect about [0, 1]; divide it by "
                 f"volume.intensity_scale(lr, {self.intensity!r}) and multiply the result",
-                stacklevel=4,  # whoever called the model: check_lr, forward, nn.Module's two call frames lie between
+                stacklevel=5,  # whoever called the model: forward and two frames of nn.Module lie between
             )
 
 

@@ -1,0 +1,422 @@
+"""Checkpoint files: safetensors that say which model they fit, read with suspicion and written whole.
+
+A checkpoint is a safetensors file whose header metadata holds four strings: `format` ("deformmamba-1"), `class` (a name
+in `deformmamba.models.MODELS`), `config` (JSON, the constructor's arguments) and `provenance` (JSON, where the numbers
+come from). A folder, as on the Hub, holds that file as `model.safetensors` and, for people, class and config once more
+as `config.json`; if the two disagree the folder is refused.
+
+Nothing in a checkpoint is ever run, and nothing is believed: a hash is compared before anything is parsed, the header
+is bounded and must account for every byte of the file, and what is wrong ends in a `WeightsError` of one line. There is
+no pickle path. This module knows no model, and imports torch only to make or write tensors.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import secrets
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = "deformmamba-1"
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+# Bounds, in bytes where nothing else is said; the `paper` preset has a header of about 0.1 MB.
+MAX_FILE = 4 << 30
+MAX_HEADER = 4 << 20
+MAX_CONFIG = 1 << 14
+MAX_PROVENANCE = 1 << 18
+MAX_DEPTH = 8  # levels of lists and objects
+MAX_ITEMS = 1 << 12  # characters of a text, items of a list or object
+MAX_CONFIG_ITEMS = 1 << 6
+MAX_CONFIG_INT = 1 << 16
+
+# safetensors' names: torch's name, bytes
+_DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".tar", ".npz", ".npy", ".joblib", ".zip")
+CONVERT = (
+    "only safetensors is read, because loading a pickle can run code; if you trust the file, build the model, fill it "
+    "with model.load_state_dict(torch.load(FILE, weights_only=True)) and call model.save_pretrained(FOLDER)"
+)
+
+
+class WeightsError(Exception):
+    """Weights that cannot be found, trusted, read or written; the message is one line with what to do next."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\\n".join(message.splitlines()))  # a path or a name may hold line breaks
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds, checked but not yet a model."""
+
+    class_name: str
+    config: dict[str, Any]
+    tensors: "dict[str, torch.Tensor]"
+    provenance: dict[str, Any]
+    sha256: str
+    source: str  # the path, manifest name or org/repo@commit it came from
+
+
+def read_checkpoint(path: str | os.PathLike[str], *, digest: str | None = None) -> Checkpoint:
+    """Reads one checkpoint: a .safetensors file, or a folder that holds `model.safetensors`.
+
+    `digest`: what the file must hash to, as hexadecimal SHA-256, or as the SHA-1 by which git names a blob; compared
+    before anything in the file is parsed.
+
+    Raises:
+        WeightsError: no such file, a pickle, a wrong hash, or anything malformed or out of bounds in the file.
+    """
+    path = Path(path)
+    with _disk("read", path):
+        folder = path if path.is_dir() else None
+        file = path if folder is None else _weights_in(folder)
+        checkpoint = _parse(_read_bytes(file, digest), str(file))
+        if folder is not None and (folder / CONFIG_FILE).exists():
+            _compare_config(checkpoint, folder / CONFIG_FILE)
+    return checkpoint
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    class_name: str,
+    config: Mapping[str, Any],
+    tensors: "Mapping[str, torch.Tensor]",
+    provenance: Mapping[str, Any] | None = None,
+) -> str:
+    """Writes one checkpoint and returns its sha256; equal contents give equal bytes.
+
+    A `path` that ends in .safetensors is the file; any other is a folder, made if it is missing, that gets
+    `model.safetensors` and `config.json`. Each file appears complete or not at all: it is written under another name
+    in the same folder and renamed.
+
+    Raises:
+        WeightsError: the path cannot be written, or the contents would not be read back (see `check_config`).
+    """
+    path = Path(path)
+    data = _serialise(class_name, config, tensors, provenance or {})
+    if path.suffix.lower() == ".safetensors":
+        if path.is_dir():
+            raise WeightsError(
+                f"{path} is a folder; give a file name, or a folder name that does not end in .safetensors"
+            )
+        _write_bytes(path, data)
+    else:
+        if path.suffix.lower() in PICKLE_SUFFIXES:
+            raise WeightsError(f"{path}: checkpoints are safetensors; name a folder or a file ending in .safetensors")
+        with _disk("make the folder", path, "; choose another one"):
+            path.mkdir(parents=True, exist_ok=True)
+        _write_bytes(path / WEIGHTS_FILE, data)
+        beside = {"format": FORMAT, "class": class_name, "config": dict(config)}
+        _write_bytes(path / CONFIG_FILE, (json.dumps(beside, indent=2) + "\n").encode())
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_config(config: Any, what: str = "config") -> None:
+    """Checks that `config` is plain data of a sane size, so that a model may be built from it.
+
+    A dict of argument names; values None, bool, int within +-65536, finite float, str, and lists and dicts of at most
+    64 of these; at most 16 KiB of JSON.
+
+    Raises:
+        WeightsError: naming the first entry that is not.
+    """
+    if not isinstance(config, dict):
+        raise WeightsError(f"{what} must be a JSON object of constructor arguments, not {type(config).__name__}")
+    for key in config:
+        if not (isinstance(key, str) and key.isidentifier() and len(key) <= 64):
+            raise WeightsError(f"{what} has a key that is not an argument name: {shown(key)}")
+    _check_plain(config, what, items=MAX_CONFIG_ITEMS, largest=MAX_CONFIG_INT)
+    if len(json.dumps(config)) > MAX_CONFIG:
+        raise WeightsError(f"{what} takes more than {MAX_CONFIG} bytes of JSON, far more than any model's arguments")
+
+
+def _check_plain(value: Any, where: str, items: int = MAX_ITEMS, largest: int = 1 << 63, depth: int = 0) -> None:
+    """Refuses what is not plain JSON data within the bounds; `where` is how a message calls `value`."""
+    if depth > MAX_DEPTH:
+        raise WeightsError(f"{where} is nested more than {MAX_DEPTH} levels deep")
+    if isinstance(value, (list, dict)):
+        if len(value) > items:
+            raise WeightsError(f"{where} has {len(value)} items; at most {items} are allowed")
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(value, dict) and not isinstance(key, str):
+                raise WeightsError(f"{where} has the key {shown(key)}; JSON keys are texts")
+            _check_plain(item, f"{where}[{shown(key)}]", items, largest, depth + 1)
+    elif isinstance(value, str):
+        if len(value) > MAX_ITEMS:
+            raise WeightsError(f"{where} is a text of {len(value)} characters; at most {MAX_ITEMS} are allowed")
+    elif isinstance(value, (int, float)):
+        if not abs(value) <= (largest if isinstance(value, int) else sys.float_info.max):
+            raise WeightsError(f"{where} is {shown(value)}; integers lie within +-{largest}, and numbers are finite")
+    elif value is not None:
+        raise WeightsError(f"{where} is a {type(value).__name__}; only JSON values can be stored")
+
+
+def _serialise(
+    class_name: str, config: Mapping[str, Any], tensors: "Mapping[str, torch.Tensor]", provenance: Mapping[str, Any]
+) -> bytes:
+    # safetensors' own writer orders the metadata by a random hash, so the same model would get a new sha256 each time
+    import torch
+
+    names = {getattr(torch, name): code for code, (name, _) in _DTYPES.items()}
+    arrays = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in names or tensor.layout != torch.strided or tensor.is_meta:
+            raise WeightsError(f"tensor {name!r} ({tensor.dtype}, {tensor.layout}, {tensor.device}) cannot be stored")
+        arrays[name] = tensor.detach().cpu().contiguous()
+    check_config(dict(config))
+    _check_plain(dict(provenance), "provenance")
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "format": FORMAT,
+            "class": class_name,
+            "config": json.dumps(dict(config)),
+            "provenance": json.dumps(dict(provenance)),
+        }
+    }
+    # wide types first: every tensor then starts at a multiple of its own item size
+    order = sorted(arrays, key=lambda name: (-arrays[name].element_size(), name))
+    end = 0
+    for name in order:
+        start, end = end, end + arrays[name].numel() * arrays[name].element_size()
+        array = arrays[name]
+        header[name] = {"dtype": names[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER or len(header["__metadata__"]["provenance"]) > MAX_PROVENANCE:
+        raise WeightsError(f"header of {len(text)} bytes is over the limit of {MAX_HEADER}; shorten the provenance")
+    body = (
+        arrays[name].reshape(-1).view(torch.uint8).numpy().tobytes() if arrays[name].numel() else b"" for name in order
+    )
+    return b"".join([len(text).to_bytes(8, "little"), text, *body])
+
+
+def _read_bytes(path: Path, digest: str | None) -> bytes:
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise WeightsError(f"{path} is a {path.suffix} file; {CONVERT}")
+    if not path.exists():
+        raise WeightsError(f"there is no file {path}; give a checkpoint's path, a name or org/repo")
+    if not path.is_file():
+        raise WeightsError(f"{path} is not a regular file")
+    if path.stat().st_size > MAX_FILE:
+        raise WeightsError(f"{path} has {path.stat().st_size} bytes; more than {MAX_FILE} are not read")
+    data = path.read_bytes()
+    if digest is not None:
+        is_git = len(digest) == 40
+        found = hashlib.sha1(b"blob %d\0" % len(data) + data) if is_git else hashlib.sha256(data)
+        if found.hexdigest() != digest:
+            raise WeightsError(
+                f"{path} has {'git blob SHA-1' if is_git else 'sha256'} {found.hexdigest()}, but {digest} was "
+                f"expected: the file is damaged or is another one; delete it and fetch it again"
+            )
+    return data
+
+
+def _parse(data: bytes, source: str) -> Checkpoint:
+    try:
+        header = _header(data)
+        metadata = header.pop("__metadata__", None)
+        class_name, config, provenance = _described(metadata)
+        _check_layout(header, len(data) - 8 - int.from_bytes(data[:8], "little"))
+        tensors = _tensors(data)
+    except WeightsError as error:
+        raise WeightsError(f"{source} is not a usable checkpoint: {error}") from error.__cause__
+    return Checkpoint(class_name, config, tensors, provenance, hashlib.sha256(data).hexdigest(), source)
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    """The JSON header of a safetensors file, as a dict, before any of it is believed."""
+    if data[:4] == b"PK\x03\x04" or (data[:1] == b"\x80" and data[1:2] <= b"\x05" and data[8:9] != b"{"):
+        raise WeightsError(f"it is a pickle or zip archive whatever its name says; {CONVERT}")
+    if len(data) < 8:
+        raise WeightsError(f"it has only {len(data)} bytes")
+    length = int.from_bytes(data[:8], "little")
+    if length > MAX_HEADER:
+        raise WeightsError(f"its header claims {length} bytes; at most {MAX_HEADER} are allowed (is it safetensors?)")
+    if length > len(data) - 8:
+        raise WeightsError(
+            f"it ends inside its header ({length} bytes announced, {len(data) - 8} there); fetch it again"
+        )
+    header = _load_json(data[8 : 8 + length], "header")
+    if not isinstance(header, dict):
+        raise WeightsError("its header is not a JSON object")
+    return header
+
+
+def _described(metadata: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Class, config and provenance of the header's metadata."""
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise WeightsError("its header has no metadata of texts; a state dict alone does not say which model it fits")
+    if metadata.get("format") != FORMAT:
+        raise WeightsError(
+            f"its format is {shown(metadata.get('format'))}, this version reads {FORMAT!r}; it may belong to another "
+            f"program or to a newer deformmamba"
+        )
+    missing = {"class", "config", "provenance"} - set(metadata)
+    if missing:
+        raise WeightsError(f"its header lacks {', '.join(sorted(missing))}")
+    class_name = metadata["class"]
+    if not (class_name.isidentifier() and len(class_name) <= 64):
+        raise WeightsError(f"its class is {shown(class_name)}, which is not a class name")
+    for key, limit in (("config", MAX_CONFIG), ("provenance", MAX_PROVENANCE)):
+        if len(metadata[key]) > limit:
+            raise WeightsError(f"its {key} takes {len(metadata[key])} bytes; at most {limit} are allowed")
+    config = _load_json(metadata["config"].encode("utf-8", "surrogatepass"), "config")
+    check_config(config)
+    provenance = _load_json(metadata["provenance"].encode("utf-8", "surrogatepass"), "provenance")
+    if not isinstance(provenance, dict):
+        raise WeightsError("its provenance is not a JSON object")
+    _check_plain(provenance, "provenance")
+    return class_name, config, provenance
+
+
+def _check_layout(header: dict[str, Any], n_bytes: int) -> None:
+    """Checks that the tensors fill the `n_bytes` after the header exactly: no gap, no overlap, nothing left over."""
+    spans = []
+    for name, entry in header.items():
+        if not (isinstance(entry, dict) and set(entry) == {"dtype", "shape", "data_offsets"}):
+            raise WeightsError(f"tensor {shown(name)} is not described by dtype, shape and data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not (isinstance(dtype, str) and dtype in _DTYPES):
+            raise WeightsError(f"tensor {shown(name)} has dtype {shown(dtype)}; allowed are {', '.join(_DTYPES)}")
+        if not (_naturals(shape) and len(shape) <= 8):
+            raise WeightsError(f"tensor {shown(name)} has shape {shown(shape)}, which is not a shape")
+        if not (_naturals(offsets) and len(offsets) == 2):
+            raise WeightsError(f"tensor {shown(name)} has data_offsets {shown(offsets)}, which are no two offsets")
+        if math.prod(shape) * _DTYPES[dtype][1] != offsets[1] - offsets[0]:
+            raise WeightsError(f"tensor {shown(name)}: {dtype} {shown(shape)} does not fill bytes {shown(offsets)}")
+        spans.append((offsets[0], offsets[1], name))
+    end = 0
+    for start, stop, name in sorted(spans):
+        if start != end:
+            raise WeightsError(f"tensor {shown(name)} starts at byte {start} of the data, not at {end}")
+        end = stop
+    if end != n_bytes:
+        raise WeightsError(f"its header describes {end} bytes of tensors, but {n_bytes} are there; fetch it again")
+
+
+def _tensors(data: bytes) -> "dict[str, torch.Tensor]":
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    try:
+        tensors = safetensors.torch.load(data)
+    except (SafetensorError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise WeightsError(f"safetensors refuses it: {one_line(error)}") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise WeightsError(
+                f"tensor {shown(name)} holds NaN or infinity; the file is damaged or its training failed"
+            )
+    return tensors
+
+
+def _load_json(text: bytes, what: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(pairs) != len({key for key, _ in pairs}):
+            raise ValueError("a key stands twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> float:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"its {what} is not valid JSON: {one_line(error)}") from error
+
+
+def _compare_config(checkpoint: Checkpoint, path: Path) -> None:
+    """Checks that a config.json says what the header of the weights beside it says."""
+    if path.stat().st_size > 2 * MAX_CONFIG:
+        raise WeightsError(f"{path} has {path.stat().st_size} bytes, far more than any model's arguments take")
+    try:
+        beside = _load_json(path.read_bytes(), "content")
+        _check_plain(beside, "content")
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error.__cause__
+    said = {"format": FORMAT, "class": checkpoint.class_name, "config": checkpoint.config}
+    given = beside if isinstance(beside, dict) else {}
+    for key, value in said.items():
+        # as text, because 1 == True == 1.0 in Python
+        if json.dumps(given.get(key), sort_keys=True) != json.dumps(value, sort_keys=True):
+            raise WeightsError(
+                f"{path} and the header of {WEIGHTS_FILE} beside it disagree on {key}: {shown(given.get(key))} and "
+                f"{shown(value)}; the folder was changed after it was saved, fetch or save it again"
+            )
+
+
+def _weights_in(folder: Path) -> Path:
+    """The checkpoint file of a folder."""
+    path = folder / WEIGHTS_FILE
+    if path.exists():
+        return path
+    pickles = [p.name for p in sorted(folder.iterdir())[:1000] if p.suffix.lower() in PICKLE_SUFFIXES]
+    if pickles:
+        raise WeightsError(f"{folder} holds {shown(pickles[0])} but no {WEIGHTS_FILE}; {CONVERT}")
+    raise WeightsError(
+        f"{folder} holds no {WEIGHTS_FILE}; give a folder written by save_pretrained, or the file itself"
+    )
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    with _disk("write", path, "; choose a place that can be written"):
+        try:
+            with open(partial, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+
+
+@contextlib.contextmanager
+def _disk(verb: str, path: Path, cure: str = "") -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise WeightsError(f"cannot {verb} {path}: {reason}{cure}") from error
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def shown(value: Any) -> str:
+    """`value` as a message may show it: escaped, one line, at most 80 characters, whatever a file put into it."""
+    try:
+        text = ascii(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a deep nesting
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def one_line(error: BaseException) -> str:
+    """The message of a foreign error, in one line of ASCII of at most 300 characters."""
+    text = " ".join(str(error).split()).encode("ascii", "backslashreplace").decode()
+    return text if len(text) <= 300 else text[:297] + "..."
