@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
-from deformmamba.kspace import data_consistency
+from deformmamba.kspace import data_consistency, degrade
 from deformmamba.volume import Volume, VolumeError, intensity_scale, normalise, restore, slice_axis
 
 if TYPE_CHECKING:
@@ -65,6 +65,29 @@ def upscale(
     sharp = _upscaled(model, volume, axis if array.ndim == 3 else 2, batch_size, consistency, device, progress)
     sharp = sharp if array.ndim == 3 else sharp[:, :, 0]
     return torch.from_numpy(sharp).to(scan.device) if isinstance(scan, torch.Tensor) else sharp
+
+
+def coarsen(volume: Volume, scale: int, *, axis: int | None = None) -> Volume:
+    """The other way: what a scanner measuring 1 / `scale` of the k-space per in-plane axis would have given, float32.
+
+    Magnitude, slice by slice (`kspace.degrade`); rows and columns beyond a multiple of `scale` are left out at the end,
+    so that voxel 0 stays where it is.
+
+    Raises:
+        VolumeError: voxels that are complex, NaN or infinite, no such axis, or slices smaller than `scale`.
+    """
+    axis = _axis(volume, axis)
+    _check_voxels(volume.array)
+    slices = np.moveaxis(volume.array, axis, 0)
+    h, w = (n // scale for n in slices.shape[1:])
+    if min(h, w) < 1:
+        raise VolumeError(f"slices across axis {axis} are {slices.shape[1]}x{slices.shape[2]}, too small for 1/{scale}")
+    out = np.empty([n if a == axis else n // scale for a, n in enumerate(volume.array.shape)], np.float32, order="F")
+    coarse = np.moveaxis(out, axis, 0)
+    for k, image in enumerate(slices):
+        hr = torch.from_numpy(np.ascontiguousarray(image[: h * scale, : w * scale], np.float32))
+        coarse[k] = degrade(hr, scale).numpy()
+    return volume.resampled(out, 1 / scale, _in_plane(axis), "origin")
 
 
 def _axis(volume: Volume, axis: int | None) -> int:
@@ -143,10 +166,7 @@ def _batch(model: "SRModel", size: tuple[int, ...], device: torch.device, *, fir
 
 def _check(model: "SRModel", volume: Volume, axis: int) -> None:
     array, in_plane = volume.array, _in_plane(axis)
-    if array.dtype.kind not in "biuf":
-        raise VolumeError(f"the scan holds {array.dtype}, not real numbers; of complex ones take the magnitude first")
-    if not np.isfinite(array).all():
-        raise VolumeError("the scan holds NaN or infinite voxels; replace them first")
+    _check_voxels(array)
     size = [array.shape[a] for a in in_plane]
     if min(size) < model.minimum_size:
         raise VolumeError(
@@ -162,3 +182,10 @@ def _check(model: "SRModel", volume: Volume, axis: int) -> None:
                 f"to {trained.max():.3g} mm: the result may be worse than reported",
                 stacklevel=4,
             )
+
+
+def _check_voxels(array: np.ndarray) -> None:
+    if array.dtype.kind not in "biuf":
+        raise VolumeError(f"the scan holds {array.dtype}, not real numbers; of complex ones take the magnitude first")
+    if not np.isfinite(array).all():
+        raise VolumeError("the scan holds NaN or infinite voxels; replace them first")

@@ -401,23 +401,29 @@ def write_volume(path: PathLike, volume: Volume, *, dtype: str | None = None) ->
         VolumeError: the path cannot be written, the format is not one of these, or values do not fit the `dtype`.
     """
     path = Path(path)
-    check_output(path)
+    check_output(path, dtype=dtype)
     is_mgh = _suffix(path) in MGH_SUFFIXES
-    array = _as_dtype(volume.array, dtype or "float32", _MGH_DTYPES if is_mgh else DTYPES)
+    array = _as_dtype(volume.array, dtype or "float32")
     image = _mgh_image(array, volume) if is_mgh else _nifti_image(array, volume)
     with replacing(path) as temporary, _silenced():
         image.to_filename(temporary)
 
 
-def check_output(path: PathLike, suffixes: Sequence[str] = NIFTI_SUFFIXES + MGH_SUFFIXES) -> None:
-    """Say now, not after an hour of work, that `path` could not be written.
+def check_output(
+    path: PathLike, suffixes: Sequence[str] = NIFTI_SUFFIXES + MGH_SUFFIXES, *, dtype: str | None = None
+) -> None:
+    """Say now, not after an hour of work, that `path` could not be written (as `dtype`).
 
     Raises:
-        VolumeError: the suffix is not among `suffixes`, the folder is missing or closed, or `path` is a folder.
+        VolumeError: the suffix is not among `suffixes`, the format holds no such voxels, the folder is missing or
+            closed, or `path` is a folder.
     """
     path = Path(path)
     if _suffix(path) not in suffixes:
         raise VolumeError(f"{path}: can only be written as {', '.join(suffixes)}; choose such a name")
+    allowed = _MGH_DTYPES if _suffix(path) in MGH_SUFFIXES else DTYPES
+    if dtype not in (None, *allowed):
+        raise VolumeError(f"{path}: voxels can be written as {', '.join(allowed)}, not as {dtype}")
     if os.path.isdir(path):
         raise VolumeError(f"{path}: is a folder; give the name of a file")
     folder = os.path.dirname(os.path.realpath(path))
@@ -445,9 +451,7 @@ def replacing(path: PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _as_dtype(array: np.ndarray, dtype: str, allowed: Sequence[str]) -> np.ndarray:
-    if dtype not in allowed:
-        raise VolumeError(f"voxels can be written as {', '.join(allowed)}, not as {dtype}")
+def _as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
     if np.dtype(dtype).kind == "f":
         return array.astype(dtype, copy=False)
     limits = np.iinfo(dtype)
