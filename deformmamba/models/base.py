@@ -174,7 +174,7 @@ class SRModel(nn.Module):
 
         Raises:
             TypeError: not a floating-point tensor.
-            ValueError: not (b, c, h, w), another channel count, or smaller than `minimum_size`.
+            ValueError: not (b, c, h, w), empty, another channel count, or smaller than `minimum_size`.
         """
         name = type(self).__name__
         if not isinstance(lr, torch.Tensor) or not lr.is_floating_point():
@@ -182,6 +182,8 @@ class SRModel(nn.Module):
             raise TypeError(f"{name}: the image must be a floating-point tensor, not {given}; see volume.normalise")
         if lr.ndim != 4:
             raise ValueError(f"{name}: the image must be (batch, channel, height, width), not {tuple(lr.shape)}")
+        if not lr.numel():
+            raise ValueError(f"{name}: the image is empty, {tuple(lr.shape)}")
         if self.channels is not None and lr.shape[1] != self.channels:
             raise ValueError(f"{name}: the image has {lr.shape[1]} channels, the model takes {self.channels}")
         if min(lr.shape[-2:]) < self.minimum_size:
@@ -189,7 +191,7 @@ class SRModel(nn.Module):
                 f"{name}: the image is {lr.shape[-2]}x{lr.shape[-1]}, the smallest is "
                 f"{self.minimum_size}x{self.minimum_size}; pad it and crop the result"
             )
-        if self.training or torch.compiler.is_compiling() or torch.jit.is_tracing() or lr.is_meta or not lr.numel():
+        if self.training or torch.compiler.is_compiling() or torch.jit.is_tracing() or lr.is_meta:
             return
         if lr.is_cuda and torch.cuda.is_current_stream_capturing():
             return
