@@ -1,0 +1,798 @@
+"""Checkpoint files and names: what is written is read, and everything else is refused in one line."""
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import re
+import resource
+import subprocess
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import deformmamba
+from deformmamba import checkpoint as files
+from deformmamba import weights
+from deformmamba.models import MODELS, DeformMambaSR, ZeroFill, from_pretrained
+from deformmamba.weights import (
+    WeightsError,
+    card,
+    check_config,
+    list_weights,
+    load_checkpoint,
+    manifest,
+    read_checkpoint,
+    verify,
+    weights_entry,
+    write_checkpoint,
+)
+
+# how many mutated files the loader is given; 100000 in the long run
+N_MUTANTS = int(os.environ.get("DEFORMMAMBA_FUZZ", "2000"))
+TINY: dict[str, Any] = {"scale": 2, "dims": [8, 12], "depths": [1, 1], "patch": 2, "stem_channels": 4, "d_state": 2}
+
+
+@pytest.fixture(scope="module")
+def model() -> DeformMambaSR:
+    torch.manual_seed(0)
+    return DeformMambaSR(**TINY).eval()
+
+
+@pytest.fixture
+def saved(model: DeformMambaSR, tmp_path: Path) -> Path:
+    model.save_pretrained(tmp_path / "tiny", provenance={"trained_on": ["noise"]})
+    return tmp_path / "tiny"
+
+
+def refused(load: Callable[[], Any], message: str) -> str:
+    """Asserts that `load` raises a WeightsError of one line that matches `message`."""
+    with pytest.raises(WeightsError, match=message) as caught:
+        load()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def split(data: bytes) -> tuple[dict[str, Any], bytes]:
+    n = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + n]), data[8 + n :]
+
+
+def join(header: Any, body: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode("utf-8", "surrogatepass")
+    return len(text).to_bytes(8, "little") + text + body
+
+
+# --------------------------------------------------------------------------------------------------- the file's format
+
+
+def test_any_safetensors_reader_reads_it_and_it_says_what_it_is(saved: Path, model: DeformMambaSR) -> None:
+    with safe_open(saved / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(model.state_dict())
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in model.state_dict().items())
+        metadata = file.metadata()
+    assert metadata["format"] == "deformmamba-1"
+    assert metadata["class"] == "DeformMambaSR"
+    assert json.loads(metadata["config"]) == model.config
+    assert json.loads(metadata["provenance"]) == {"trained_on": ["noise"]}
+    beside = json.loads((saved / "config.json").read_text())
+    assert beside == {"format": "deformmamba-1", "class": "DeformMambaSR", "config": model.config}
+    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int16, torch.uint8, torch.bool],
+)
+def test_tensors_of_every_kind_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    values = torch.arange(24).reshape(2, 3, 4).to(dtype)
+    tensors = {"a": values, "scalar": values[0, 0, 1], "none": values[:0], "strided": values.transpose(0, 2)[::2]}
+    tensors["byte"] = torch.ones(3, dtype=torch.int8)  # so that wide items would be misaligned in order of names
+    digest = write_checkpoint(tmp_path / "x.safetensors", class_name="X", config={"n": 1}, tensors=tensors)
+    again = read_checkpoint(tmp_path / "x.safetensors")
+    assert again.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert again.tensors[name].dtype == tensor.dtype
+        assert torch.equal(again.tensors[name], tensor)
+    data = (tmp_path / "x.safetensors").read_bytes()
+    assert digest == again.sha256 == hashlib.sha256(data).hexdigest()
+    assert (again.class_name, again.config, again.provenance) == ("X", {"n": 1}, {})
+    header, body = split(data)
+    header.pop("__metadata__")
+    sizes = {"F64": 8, "I64": 8, "F32": 4, "F16": 2, "BF16": 2, "I16": 2}
+    for entry in header.values():
+        assert (len(data) - len(body) + entry["data_offsets"][0]) % sizes.get(entry["dtype"], 1) == 0
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [{}, {"note": "naïve „quotes“\n\0 \ud800"}, {"deep": {"a": [[1.5, None, True], {"b": -(2**40)}]}}],
+)
+def test_provenance_comes_back(provenance: dict[str, Any], tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "x.safetensors", class_name="X", config={}, tensors={}, provenance=provenance)
+    assert read_checkpoint(tmp_path / "x.safetensors").provenance == provenance
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"n": 10**9}, r"config\['n'\] is 1000000000; integers lie within"),
+        ({"n": -(10**5000)}, "integers lie within"),
+        ({"n": [1, [2, {"a": 70000}]]}, r"config\['n'\]\[1\]\[1\]\['a'\] is 70000"),
+        ({"x": float("nan")}, "numbers are finite"),
+        ({"x": float("-inf")}, "numbers are finite"),
+        ({"n": list(range(65))}, "has 65 items"),
+        ({f"k{i}": 0 for i in range(65)}, "has 65 items"),
+        ({"x": [[[[[[[[[[]]]]]]]]]]}, "nested more than"),
+        ({"x": "a" * 5000}, "a text of 5000 characters"),
+        ({f"k{i}": "a" * 4000 for i in range(5)}, "bytes of JSON"),
+        ({"a b": 1}, "not an argument name"),
+        ({"a" * 65: 1}, "not an argument name"),
+        ({1: 1}, "not an argument name"),
+        ({"x": {1: 2}}, "JSON keys are texts"),
+        ({"x": (1, 2)}, "is a tuple"),
+        ({"x": torch.float32}, "is a dtype"),
+        ([1], "not list"),
+        (None, "not NoneType"),
+    ],
+)
+def test_configs_out_of_bounds(config: Any, message: str) -> None:
+    refused(lambda: check_config(config), message)
+
+
+def test_what_cannot_be_stored_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+
+    def write(**changes: Any) -> None:
+        write_checkpoint(path, **{"class_name": "X", "config": {}, "tensors": {}, **changes})
+
+    refused(lambda: write(tensors={"a": torch.zeros(2, device="meta")}), "'a'.*cannot be stored")
+    refused(lambda: write(tensors={"a": torch.zeros(2, dtype=torch.complex64)}), "'a'.*cannot be stored")
+    refused(lambda: write(tensors={"a": torch.zeros(2).to_sparse()}), "'a'.*cannot be stored")
+    refused(lambda: write(config={"x": {1, 2}}), "is a set")
+    refused(lambda: write(provenance={"when": object()}), "is a object")
+    refused(lambda: write(provenance={"log": ["a" * 4000] * 100}), "shorten the provenance")
+    assert not path.exists()
+
+
+# -------------------------------------------------------------------------------------------------------- bad contents
+
+
+def _with_header(change: Callable[[dict[str, Any]], Any]) -> Callable[[bytes], bytes]:
+    def mutate(data: bytes) -> bytes:
+        header, body = split(data)
+        changed = change(header)
+        return join(header if changed is None else changed, body)
+
+    return mutate
+
+
+def _metadata(**changes: Any) -> Callable[[bytes], bytes]:
+    return _with_header(lambda header: header["__metadata__"].update(changes))
+
+
+def _without(key: str) -> Callable[[bytes], bytes]:
+    return _with_header(lambda h: {**h, "__metadata__": {k: v for k, v in h["__metadata__"].items() if k != key}})
+
+
+def _first(**changes: Any) -> Callable[[bytes], bytes]:
+    """Changes what the header says of the tensor that comes first."""
+    return _with_header(lambda header: next(e for k, e in header.items() if k != "__metadata__").update(changes))
+
+
+@pytest.mark.parametrize(
+    ("mutate", "message"),
+    [
+        (lambda data: b"", "it has only 0 bytes"),
+        (lambda data: data[:7], "it has only 7 bytes"),
+        (lambda data: data[:100], "ends inside its header"),
+        (lambda data: data[:-1], "bytes of tensors, but .* are there"),
+        (lambda data: data + b"\0", "bytes of tensors, but .* are there"),
+        (lambda data: (2**63 + 5).to_bytes(8, "little") + data[8:], "header claims 9223372036854775813 bytes"),
+        (lambda data: b"<html>not found</html>" * 9, "header claims"),
+        (lambda data: pickle.dumps({"a": 1}, protocol=4), "pickle or zip archive whatever its name says.*save_pretr"),
+        (lambda data: join(b"[]", b""), "header is not a JSON object"),
+        (lambda data: join(b"{", b""), "header is not valid JSON"),
+        (lambda data: join(b"\xff\xfe{\0}\0", b""), "header is not valid JSON"),
+        (lambda data: join(b'{"a": NaN}', b""), "NaN is not JSON"),
+        (lambda data: join(b'{"a": {}, "a": {}}', b""), "a key stands twice"),
+        (lambda data: join(b"[" * 200_000 + b"]" * 200_000, b""), "header is not valid JSON"),
+        (lambda data: join(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b""), "header is not valid JSON"),
+        (lambda data: join(b'{"a": 1' + b"0" * 5000 + b"}", b""), "not valid JSON|no metadata"),
+        (lambda data: join({}, b""), "no metadata of texts"),
+        (_with_header(lambda h: {"__metadata__": None}), "no metadata of texts"),
+        (_with_header(lambda h: {"__metadata__": {"format": 1}}), "no metadata of texts"),
+        (_with_header(lambda h: {"__metadata__": {"format": "pt"}}), "its format is 'pt', this version reads 'deformm"),
+        (_without("format"), "its format is None"),
+        (_without("config"), "its header lacks config"),
+        (_metadata(format="deformmamba-2"), "newer deformmamba"),
+        (_metadata(**{"class": "os.system"}), "not a class name"),
+        (_metadata(**{"class": "A" * 100}), "not a class name"),
+        (_metadata(**{"class": "\ud800\n"}), "not a class name"),
+        (_metadata(**{"class": "Nothing"}), "holds a Nothing, which this version does not know"),
+        (_metadata(config="{"), "its config is not valid JSON"),
+        (_metadata(config='{"scale": 2, "scale": 4}'), "its config is not valid JSON: a key stands twice"),
+        (_metadata(config="[]"), "config must be a JSON object"),
+        (_metadata(config="[" * 10_000), "its config is not valid JSON"),
+        (_metadata(config='{"scale": 1e999}'), "numbers are finite"),
+        (_metadata(config='{"scale": "' + "4" * 20_000 + '"}'), "its config takes 20013 bytes"),
+        (_metadata(config='{"dims": [99999999999]}'), "integers lie within"),
+        (_metadata(config='{"\\ud800": 1}'), "not an argument name"),
+        (_metadata(config="{}"), "asks for more than .* parameters, far more than the file holds"),
+        (_metadata(config=json.dumps({**TINY, "dims": [8, 16]})), r"should be \(.*16.*\)"),
+        (_metadata(provenance="7"), "provenance is not a JSON object"),
+        (_metadata(provenance='{"a": Infinity}'), "its provenance is not valid JSON"),
+        (_with_header(lambda h: {**h, "x": 3}), "tensor 'x' is not described by"),
+        (_with_header(lambda h: {**h, "\n" * 300: 3}), "is not described by"),
+        (_first(dtype="F8_E4M3"), "has dtype 'F8_E4M3'; allowed are F64"),
+        (_first(dtype=["F32"]), "has dtype"),
+        (_first(dtype="I32"), "not those of its config"),
+        (_first(shape="3"), "which is not a shape"),
+        (_first(shape=[-1]), "which is not a shape"),
+        (_first(shape=[True]), "which is not a shape"),
+        (_first(shape=[1.0]), "which is not a shape"),
+        (_first(shape=[1] * 9), "which is not a shape"),
+        (_first(shape=[2**62, 2**62]), "does not fill"),
+        (_first(shape=[0, 2**70], data_offsets=[0, 0]), "starts at byte|safetensors refuses it"),
+        (_first(data_offsets=[0]), "no two offsets"),
+        (_first(data_offsets=[4, 0]), "does not fill"),
+        (_first(data_offsets=[-4, 0]), "no two offsets"),
+        (_first(extra=1), "is not described by"),
+        (
+            _with_header(lambda h: {k: v for k, v in h.items() if k != "project.bias"}),
+            "starts at byte|bytes of tensors",
+        ),
+        (lambda data: data[:-4] + b"\x00\x00\xc0\x7f", "holds NaN or infinity"),
+    ],
+)
+def test_malformed_files(mutate: Callable[[bytes], bytes], message: str, saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(mutate((saved / "model.safetensors").read_bytes()))
+    assert str(path) in refused(lambda: from_pretrained(path), message)
+
+
+def test_state_dicts_without_a_header_are_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "plain.safetensors")
+    refused(lambda: from_pretrained(tmp_path / "plain.safetensors"), "does not say which model it fits")
+
+
+class Trap:
+    """Unpickling this makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.pth", "x.ckpt", "x.bin", "x.pkl", "X.PT", "x.safetensors", "x"])
+@pytest.mark.parametrize("protocol", [None, 0, 2, 5])
+def test_pickles_are_refused_by_name_and_by_content_and_never_run(
+    name: str, protocol: int | None, tmp_path: Path
+) -> None:
+    path, sprung = tmp_path / name, tmp_path / "sprung"
+    if protocol is None:
+        torch.save({"a": Trap(sprung)}, path)
+    else:
+        path.write_bytes(pickle.dumps(Trap(sprung), protocol=protocol))
+    by_hand = name.lower() in ("x", "x.safetensors") and protocol in (
+        0,
+        5,
+    )  # no signature, or a frame that is no header
+    refused(lambda: from_pretrained(path), "only safetensors is read" if not by_hand else "only safetensors|header")
+    assert not sprung.exists()
+
+
+def test_a_folder_with_a_pickle_says_how_to_convert_it(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
+    refused(lambda: from_pretrained(tmp_path), r"holds 'pytorch_model.bin' but no model.safetensors.*weights_only=True")
+
+
+# --------------------------------------------------------------------------------------------------- folders and paths
+
+
+def test_a_folder_whose_config_disagrees_is_refused(saved: Path) -> None:
+    path = saved / "config.json"
+    good = json.loads(path.read_text())
+
+    def change(**changes: Any) -> None:
+        path.write_text(json.dumps({**good, **changes}))
+
+    change(config={**good["config"], "scale": 4})
+    refused(lambda: from_pretrained(saved), "disagree on config")
+    change(config={**good["config"], "deform": 1})
+    refused(lambda: from_pretrained(saved), "disagree on config")  # 1 == True in Python, not in a file
+    change(**{"class": "Bicubic"})
+    refused(lambda: from_pretrained(saved), "disagree on class: 'Bicubic' and 'DeformMambaSR'")
+    change(format="deformmamba-0")
+    refused(lambda: from_pretrained(saved), "disagree on format")
+    for text, message in [
+        ("[]", "disagree on format: None"),
+        ("{", "not valid JSON"),
+        ("[" * 5000 + "]" * 5000, "not valid JSON|nested"),
+        (" " * 50_000, "50000 bytes"),
+    ]:
+        path.write_text(text)
+        refused(lambda: from_pretrained(saved), message)
+    path.unlink()
+    assert isinstance(from_pretrained(saved), DeformMambaSR), "the header alone is enough"
+
+
+def test_paths_that_hold_no_checkpoint(tmp_path: Path) -> None:
+    refused(lambda: from_pretrained(tmp_path), "holds no model.safetensors")
+    refused(lambda: from_pretrained(tmp_path / "nothing"), "there is no file or folder")
+    refused(lambda: from_pretrained(str(tmp_path / "nothing")), "there is no file or folder")
+    refused(lambda: from_pretrained("nothing.safetensors"), "there is no file or folder 'nothing.safetensors'")
+    refused(lambda: from_pretrained("folder/nothing.safetensors"), "there is no file or folder")
+    refused(lambda: from_pretrained(Path("ixi-4x")), "there is no file or folder 'ixi-4x'")
+    refused(lambda: from_pretrained("a/b/c"), "there is no file or folder")
+    refused(lambda: from_pretrained("a\0b"), "unknown weights")
+    refused(lambda: from_pretrained("a\n/b\n/"), "there is no file or folder")
+    refused(lambda: from_pretrained("x" * 100_000), "unknown weights")
+    refused(lambda: from_pretrained(""), "unknown weights ''")
+    refused(lambda: read_checkpoint("a\0b"), "there is no file|cannot read")
+    refused(lambda: read_checkpoint(tmp_path / "no\nfile"), r"no\\nfile")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        refused(lambda: from_pretrained(tmp_path / "pipe"), "not a regular file")
+
+
+def test_a_tilde_is_the_home(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(saved.parent))
+    assert load_checkpoint("~/tiny").class_name == "DeformMambaSR"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_files(saved: Path) -> None:
+    (saved / "model.safetensors").chmod(0)
+    refused(lambda: from_pretrained(saved), "cannot read .*[Pp]ermission denied")
+
+
+def test_paths_that_cannot_be_written(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ZeroFill(scale=2)
+    file = saved / "model.safetensors"
+    refused(lambda: model.save_pretrained(file / "folder"), "cannot make the folder .*choose another one")
+    refused(lambda: model.save_pretrained(file / "x.safetensors"), "cannot write")
+    refused(lambda: model.save_pretrained(tmp_path / "no" / "x.safetensors"), "cannot write .*No such file")
+    refused(lambda: model.save_pretrained(tmp_path / "x.pt"), "checkpoints are safetensors")
+    refused(lambda: model.save_pretrained(tmp_path / "a\0b"), "cannot make the folder")
+    (tmp_path / "folder.safetensors").mkdir()
+    refused(lambda: model.save_pretrained(tmp_path / "folder.safetensors"), "is a folder")
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = sorted(saved.rglob("*"))
+    kept = file.read_bytes()
+    for broken in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, broken, full)
+            refused(lambda: model.save_pretrained(saved), "cannot write .*No space left on device")
+    assert sorted(saved.rglob("*")) == before, "nothing is left behind"
+    assert file.read_bytes() == kept, "and what was there is untouched"
+
+
+def test_a_save_that_is_killed_leaves_the_old_checkpoint(saved: Path) -> None:
+    kept = (saved / "model.safetensors").read_bytes()
+    script = (
+        "import os, sys\n"
+        "from deformmamba.models import ZeroFill\n"
+        "os.fsync = lambda fd: os.kill(os.getpid(), 9)\n"
+        f"ZeroFill(scale=2).save_pretrained({str(saved)!r})\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
+    assert killed.returncode == -9, killed.stderr
+    assert len(list(saved.iterdir())) == 3, "a partial file, under a name that nothing loads"
+    assert (saved / "model.safetensors").read_bytes() == kept
+    assert isinstance(from_pretrained(saved), DeformMambaSR)
+
+
+# --------------------------------------------------------------------------------------------------------------- names
+
+
+@pytest.fixture
+def published(saved: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A manifest with one packaged checkpoint, one on the Hub and one planned; tests change it in place."""
+    data = (saved / "model.safetensors").read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    (saved / "checkpoints").mkdir()
+    (saved / "checkpoints" / "ixi-4x.safetensors").write_bytes(data)
+    entry = {
+        "file": "ixi-4x.safetensors",
+        "sha256": digest,
+        "size": len(data),
+        "class": "DeformMambaSR",
+        "license": "cc-by-4.0",
+        "summary": "T2 brain, 4x: a network of noise.",
+        "trained_on": ["noise", "more noise"],
+        "spacings_mm": [0.9],
+        "repo": None,
+        "scores": [{"data": "noise", "psnr": 28.0}, {"data": "more", "ssim": 0.9}],
+    }
+    known = {
+        "format": 1,
+        "weights": {
+            "ixi-4x": entry,
+            "ixi-2x": {**entry, "file": "elsewhere.safetensors", "repo": "org/ixi-2x", "revision": "c0ffee"},
+        },
+        "planned": {"fastmri-4x": {"recipe": "recipes/fastmri-4x.toml", "why": "the data need a signed agreement"}},
+    }
+    monkeypatch.setattr(weights, "manifest", lambda: known)
+    monkeypatch.setattr(weights, "files", lambda package: saved)
+    return known
+
+
+def test_names_resolve_to_the_packaged_file(published: dict[str, Any], saved: Path) -> None:
+    model = deformmamba.DeformMambaSR.from_pretrained("ixi-4x")
+    assert model.source == "ixi-4x"
+    assert verify("ixi-4x") == published["weights"]["ixi-4x"]["sha256"]
+    assert [entry["name"] for entry in list_weights()] == ["ixi-4x", "ixi-2x"]
+    refused(lambda: load_checkpoint("ixi-4x", revision="abc"), "the manifest pins")
+    (saved / "checkpoints" / "ixi-4x.safetensors").unlink()
+    refused(lambda: load_checkpoint("ixi-4x"), "missing from this installation")
+
+
+def test_a_wrong_hash_is_found_before_the_file_is_parsed(
+    published: dict[str, Any], saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved / "checkpoints" / "ixi-4x.safetensors"
+    path.write_bytes(path.read_bytes() + b"\0")
+    monkeypatch.setattr(files, "_parse", lambda *args: pytest.fail("parsed before its hash was compared"))
+    message = refused(lambda: load_checkpoint("ixi-4x"), "damaged")
+    assert published["weights"]["ixi-4x"]["sha256"] in message
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in message
+
+
+def test_unknown_names_suggest_the_nearest(published: dict[str, Any]) -> None:
+    refused(lambda: load_checkpoint("ixi4x"), "unknown weights 'ixi4x', did you mean 'ixi-4x'.*ixi-4x, ixi-2x")
+    refused(lambda: load_checkpoint("fastmri4x"), "did you mean 'fastmri-4x'")
+    assert "did you mean" not in refused(lambda: load_checkpoint("qqq"), "published are: ixi-4x, ixi-2x")
+    refused(lambda: weights_entry("ixi-3x"), "did you mean")
+
+
+def test_planned_names_name_the_recipe(published: dict[str, Any]) -> None:
+    refused(lambda: load_checkpoint("fastmri-4x"), "no weights 'fastmri-4x' exist yet.*recipes/fastmri-4x.toml")
+
+
+def test_a_local_path_comes_first(
+    published: dict[str, Any], saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ZeroFill(scale=2).save_pretrained("ixi-4x")
+    assert load_checkpoint("ixi-4x").class_name == "ZeroFill"
+    ZeroFill(scale=2).save_pretrained("org/name")
+    assert load_checkpoint("org/name").class_name == "ZeroFill"
+    refused(lambda: load_checkpoint("org/name", revision="main"), "is a local path")
+
+
+def test_the_card_is_markdown_with_the_facts(published: dict[str, Any]) -> None:
+    text = card(list_weights()[0])
+    front, body = text.removeprefix("---\n").split("\n---\n")
+    assert 'license: "cc-by-4.0"' in front.splitlines()
+    assert "# ixi-4x" in body
+    assert "- **trained on**: noise; more noise" in body
+    assert "| noise | 28.0 |  |" in body
+    assert 'from_pretrained("ixi-4x")' in body
+    assert "| data | psnr | ssim |" in body
+    assert "\n\n\n" not in text
+    assert "Scores" not in card({"name": "x"})
+
+
+def test_the_real_manifest_is_whole() -> None:
+    known = manifest()
+    assert known["format"] == 1
+    assert known.keys() == {"format", "weights", "planned"}
+    for entry in list_weights():
+        checkpoint = load_checkpoint(entry["name"])
+        assert verify(entry["name"]) == checkpoint.sha256 == entry["sha256"]
+        assert checkpoint.class_name == entry["class"] in MODELS
+        assert checkpoint.config["scale"] == entry["scale"]
+        model = from_pretrained(entry["name"])
+        assert model.grid == entry["grid"]
+        assert model.num_parameters() == entry["parameters"]
+        assert bool(entry["repo"]) == bool(entry["revision"])
+        assert entry["license"]
+        assert entry["trained_on"]
+        assert re.fullmatch(r"[a-z0-9]+-\d+x(-[a-z0-9]+)?", entry["name"])
+    for name, plan in known["planned"].items():
+        assert name not in known["weights"]
+        assert plan.keys() >= {"recipe", "why"}
+
+
+def test_listing_needs_no_torch() -> None:
+    script = (
+        "import sys\n"
+        "from deformmamba.weights import list_weights, manifest, card\n"
+        "[card(entry) for entry in list_weights()], manifest()\n"
+        "assert not {'torch', 'numpy', 'huggingface_hub'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- the Hub
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub:
+    """Stands in for huggingface_hub's download: a cache as that library lays it out, and errors on demand."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+        self.error: Exception | None = None
+        self.asked: list[tuple[str, str, str | None]] = []
+
+    def put(self, repo: str, file: str, data: bytes, blob: str | None = None) -> None:
+        root = self.cache / f"models--{repo.replace('/', '--')}"
+        blob = blob or hashlib.sha256(data).hexdigest()
+        for folder in ("blobs", f"snapshots/{COMMIT}"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        (root / "blobs" / blob).write_bytes(data)
+        link = root / "snapshots" / COMMIT / file
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"../../blobs/{blob}")
+
+    def download(self, repo: str, file: str, *, revision: str | None, cache_dir: Any, local_files_only: bool) -> str:
+        from huggingface_hub.errors import EntryNotFoundError
+
+        self.asked.append((repo, file, revision))
+        if self.error:
+            raise self.error
+        path = self.cache / f"models--{repo.replace('/', '--')}" / "snapshots" / COMMIT / file
+        if not path.exists():
+            raise EntryNotFoundError(f"404 Client Error\n\nEntry Not Found for url: {repo}/{file}.")
+        return str(path)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    import huggingface_hub
+
+    hub = Hub(tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.download)
+    return hub
+
+
+def git_blob(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def test_a_repository_is_loaded_and_its_commit_recorded(hub: Hub, saved: Path) -> None:
+    for file in ("model.safetensors", "config.json"):
+        hub.put("org/name", file, (saved / file).read_bytes())
+    for name, revision in [("org/name", None), ("org/name@v1.0", None), ("org/name", "main"), ("org/name@a/b", "a/b")]:
+        assert from_pretrained(name, revision=revision).source == f"org/name@{COMMIT}"
+    assert [asked[2] for asked in hub.asked] == [None, COMMIT, "v1.0", COMMIT, "main", COMMIT, "a/b", COMMIT]
+    refused(lambda: load_checkpoint("org/name@v1", revision="v2"), "names one revision and revision='v2' another")
+
+
+def test_what_the_hub_sends_is_compared_with_the_hubs_own_hash(hub: Hub, saved: Path) -> None:
+    data = (saved / "model.safetensors").read_bytes()
+    hub.put("org/small", "model.safetensors", data, blob=git_blob(data))
+    assert load_checkpoint("org/small").class_name == "DeformMambaSR"
+    for blob in (git_blob(data + b"x"), hashlib.sha256(data + b"x").hexdigest()):
+        hub.put("org/name", "model.safetensors", data, blob=blob)
+        assert blob in refused(lambda: load_checkpoint("org/name"), "damaged")
+
+
+def test_a_repository_whose_config_disagrees_is_refused(hub: Hub, saved: Path) -> None:
+    hub.put("org/name", "model.safetensors", (saved / "model.safetensors").read_bytes())
+    hub.put("org/name", "config.json", b'{"class": "Bicubic"}')
+    refused(lambda: load_checkpoint("org/name"), "disagree on")
+
+
+def test_manifest_entries_on_the_hub_are_pinned(hub: Hub, published: dict[str, Any], saved: Path) -> None:
+    data = (saved / "model.safetensors").read_bytes()
+    hub.put("org/ixi-2x", "model.safetensors", data)
+    assert from_pretrained("ixi-2x").source == "ixi-2x"
+    assert hub.asked[0] == ("org/ixi-2x", "model.safetensors", "c0ffee")
+    other = data[:-1] + b"\1"
+    hub.put("org/ixi-2x", "model.safetensors", other)  # the Hub vouches for it, the manifest does not
+    message = refused(lambda: load_checkpoint("ixi-2x"), "damaged or is another one")
+    assert hashlib.sha256(other).hexdigest() in message
+    assert hashlib.sha256(data).hexdigest() in message
+
+
+def _hub_errors() -> Iterator[tuple[Exception, str]]:
+    import httpx2
+    from huggingface_hub import errors
+
+    request = httpx2.Request("GET", "https://localhost/")
+
+    def http(cls: Any, status: int) -> Exception:
+        return cls(f"{status} Client Error\n\nRequest ID: 1", response=httpx2.Response(status, request=request))
+
+    yield http(errors.RepositoryNotFoundError, 404), "no repository org/name that you may read.*HF_TOKEN"
+    yield http(errors.GatedRepoError, 403), "is gated.*HF_TOKEN"
+    yield http(errors.RevisionNotFoundError, 404), "has no revision None"
+    yield errors.EntryNotFoundError("404"), r"has no model.safetensors; only safetensors is read"
+    yield errors.LocalEntryNotFoundError("offline\nand more"), "not in the local cache.*HF_HUB_OFFLINE"
+    yield http(errors.HfHubHTTPError, 429), r"fetching org/name failed \(HfHubHTTPError: 429.*try again"
+    yield errors.OfflineModeIsEnabled("offline"), "fetching org/name failed"
+    yield httpx2.ReadTimeout("slow"), r"failed \(ReadTimeout: slow\)"
+    yield PermissionError(13, "Permission denied", "/cache"), "failed .PermissionError.*Permission denied"
+    yield OSError(28, "No space left on device"), "No space left on device"
+    yield RuntimeError("Data processing error: \ud800 CAS service error"), "failed .RuntimeError"
+
+
+@pytest.mark.parametrize(("error", "message"), list(_hub_errors()), ids=lambda value: type(value).__name__)
+def test_whatever_the_hub_client_raises_is_one_line(error: Exception, message: str, hub: Hub) -> None:
+    hub.error = error
+    text = refused(lambda: load_checkpoint("org/name"), message)
+    text.encode()
+
+
+def test_offline_with_an_empty_cache(tmp_path: Path) -> None:
+    """The real client, which reads HF_HUB_OFFLINE when it is imported: a process of its own."""
+    script = (
+        "from deformmamba.weights import load_checkpoint, WeightsError\n"
+        "for name in ('org/name', 'org/name@v1', 'org/bad..name'):\n"
+        "    try: load_checkpoint(name)\n"
+        "    except WeightsError as error: print(error)\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert all("is not in the local cache" in line for line in lines[:2])
+    assert "not a repository name" in lines[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------- fuzz
+
+
+class Mutator:
+    """Seeded damage to a checkpoint: bytes, the header's length, the header's JSON, and the JSON inside it."""
+
+    ODD: tuple[Any, ...] = (
+        *(None, True, False, 0, 1, -1, 2, 3, 7, 63, 64, 65, 2**16, 2**16 + 1, 2**31, 2**63, 10**30, 0.5, -1e308, 1e-9),
+        *("", "a", "\n\0\ud800", "A" * 5000, "euler", "zoh", "zero-fill", "F64", "I32", [], [0], [[]], [8, 12], {}),
+        *({"a": 1}, {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}),
+    )
+
+    def __init__(self, data: bytes, seed: int) -> None:
+        self.data = data
+        self.random = random.Random(seed)
+        self.n_header = int.from_bytes(data[:8], "little")
+
+    def __call__(self) -> bytes:
+        r = self.random
+        kinds = [self.flip, self.splice, self.cut, self.length, self.header, self.header, self.config, self.config]
+        return r.choice(kinds)()
+
+    def place(self) -> int:
+        """A byte's index: in the length, the header or the data, equally often."""
+        r = self.random
+        low, high = r.choice([(0, 8), (8, 8 + self.n_header), (8 + self.n_header, len(self.data))])
+        return r.randrange(low, high)
+
+    def flip(self) -> bytes:
+        data = bytearray(self.data)
+        for _ in range(self.random.choice([1, 1, 2, 8, 64])):
+            data[self.place()] ^= 1 << self.random.randrange(8)
+        return bytes(data)
+
+    def splice(self) -> bytes:
+        a, b, n = self.place(), self.place(), self.random.choice([0, 1, 4, 8, 100])
+        return self.data[:a] + self.data[b : b + n] + self.data[a + self.random.choice([0, n, 1]) :]
+
+    def cut(self) -> bytes:
+        data = self.data[: self.place()]
+        return data + self.random.randbytes(self.random.choice([0, 0, 1, 9, 1000]))
+
+    def length(self) -> bytes:
+        n = self.random.choice([0, 1, 2, self.n_header - 1, self.n_header + 1, 2**22, 2**32, 2**64 - 1])
+        return n.to_bytes(8, "little") + self.data[8:]
+
+    def header(self) -> bytes:
+        header, body = split(self.data)
+        for _ in range(self.random.choice([1, 1, 2, 5])):
+            header = self.change(header)
+        return join(header, body)
+
+    def config(self) -> bytes:
+        """Damage inside the metadata's JSON, with header and tensors whole: what reaches a model's constructor."""
+        header, body = split(self.data)
+        key = self.random.choice(["config", "config", "config", "provenance"])
+        value = json.loads(header["__metadata__"][key])
+        for _ in range(self.random.choice([1, 1, 2, 5])):
+            value = self.change(value)
+        text = json.dumps(value)
+        if self.random.random() < 0.1:
+            text = text.replace(self.random.choice(list(text)), self.random.choice(["", "[", "NaN", "9" * 400]), 1)
+        header["__metadata__"][key] = text
+        return join(header, body)
+
+    def change(self, value: Any) -> Any:
+        """`value` with one part, at any depth, replaced, removed, doubled or renamed."""
+        r = self.random
+        if isinstance(value, dict) and value and r.random() < 0.95:
+            key = r.choice(list(value))
+            if key != "__metadata__" and "__metadata__" in value and r.random() < 0.3:
+                key = "__metadata__"
+            action = r.random()
+            if action < 0.6:
+                return {**value, key: self.change(value[key])}
+            if action < 0.7:
+                return {k: v for k, v in value.items() if k != key}
+            if action < 0.8:
+                return {(k + "x" if k == key else k): v for k, v in value.items()}
+            if action < 0.9:
+                return {**value, "new": value[key]}
+            other = r.choice(list(value))
+            return {**value, key: value[other], other: value[key]}
+        if isinstance(value, list) and value and r.random() < 0.8:
+            i = r.randrange(len(value))
+            action = r.random()
+            if action < 0.6:
+                return [*value[:i], self.change(value[i]), *value[i + 1 :]]
+            return value[:i] + value[i + 1 :] if action < 0.8 else value[:i] + value[i:] * r.choice([2, 2, 40])
+        if isinstance(value, int) and not isinstance(value, bool) and r.random() < 0.6:
+            return value + r.choice([-4, -1, 1, 4, 8, value])
+        return r.choice(self.ODD)
+
+
+def _place(error: WeightsError) -> str:
+    """Where a file was refused: module.function:line of our own code, as deep as the chain of exceptions goes."""
+    place = ""
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = traceback.extract_tb(cause.__traceback__)
+        ours = [frame for frame in frames if f"deformmamba{os.sep}" in frame.filename]
+        place = f"{Path(ours[-1].filename).stem}.{ours[-1].name}:{ours[-1].lineno}" if ours else place
+        cause = cause.__context__
+    return place
+
+
+def test_fuzz(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = (saved / "model.safetensors").read_bytes()
+    path = tmp_path / "mutant.safetensors"
+    path.write_bytes(data)
+    assert isinstance(from_pretrained(path), DeformMambaSR), "the unmutated file loads"
+
+    mutate = Mutator(data, seed=int(os.environ.get("DEFORMMAMBA_FUZZ_SEED", "0")))
+    refusals: Counter[str] = Counter()
+    messages: set[str] = set()
+    loaded = 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for i in range(N_MUTANTS):
+        mutant = mutate()
+        path.write_bytes(mutant)
+        try:
+            model = from_pretrained(path)
+        except WeightsError as error:
+            refusals[_place(error)] += 1
+            messages.add(str(error))
+        except BaseException:
+            (tmp_path / "crasher.safetensors").write_bytes(mutant)
+            with capsys.disabled():
+                print(f"\nmutant {i} crashed the loader: {tmp_path / 'crasher.safetensors'}")
+            raise
+        else:
+            loaded += 1
+            assert isinstance(model, DeformMambaSR)
+            assert not model.training
+            assert all(p.isfinite().all() for p in model.parameters())
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert not any("\n" in message or len(message) > 1000 for message in messages)
+    assert all(message.isascii() for message in messages)
+    with capsys.disabled():
+        print(f"\n{N_MUTANTS} mutants: {loaded} loaded, the rest refused at {len(refusals)} places; +{grown} KiB")
+        if N_MUTANTS > 10_000:
+            for where, n in refusals.most_common():
+                print(f"{n:8d}  {where}")
+    assert len(refusals) >= 25, "the mutants must reach deep into the loader"
+    assert loaded > 0, "flips in the tensors' mantissas and in the provenance are not damage that can be seen"
+    assert grown < 500_000
