@@ -56,7 +56,11 @@ def upscale(
     if isinstance(scan, Volume):
         array = _upscaled(model, scan, axis, batch_size, consistency, device, progress)
         return scan.resampled(array, model.scale, _in_plane(_axis(scan, axis)), model.grid)
-    array = scan.detach().cpu().numpy() if isinstance(scan, torch.Tensor) else np.asarray(scan)
+    if isinstance(scan, torch.Tensor):
+        plain = scan.detach().cpu()
+        array = (plain.float() if plain.is_floating_point() else plain).numpy()  # numpy has no bfloat16
+    else:
+        array = np.asarray(scan)
     if array.ndim not in (2, 3):
         raise VolumeError(f"a scan is (h, w) or 3-D, not {array.shape}; a batch of images goes to the model itself")
     if array.ndim == 2 and axis is not None:
@@ -185,7 +189,7 @@ def _check(model: "SRModel", volume: Volume, axis: int) -> None:
 
 
 def _check_voxels(array: np.ndarray) -> None:
-    if array.dtype.kind not in "biuf":
+    if array.dtype.kind not in "iuf":
         raise VolumeError(f"the scan holds {array.dtype}, not real numbers; of complex ones take the magnitude first")
     if not np.isfinite(array).all():
         raise VolumeError("the scan holds NaN or infinite voxels; replace them first")

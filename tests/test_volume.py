@@ -641,3 +641,25 @@ def test_a_written_file_has_ordinary_permissions(tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     write_volume(tmp_path / "a.nii", Volume(voxels(), np.eye(4)))
     assert (tmp_path / "a.nii").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_random_damage_never_ends_in_a_traceback(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    dicom_series(tmp_path / "series", right_handed(0), n=1)
+    intact = {
+        "a.nii": save(tmp_path / "a.nii", voxels(), oblique(0)).read_bytes(),
+        "series/IM0000": (tmp_path / "series" / "IM0000").read_bytes(),
+    }
+    refused = []
+    for name, data in intact.items():
+        for _ in range(150):
+            damaged = bytearray(data)
+            for place in rng.integers(0, 800 if "/" in name else 352, rng.integers(1, 6)):
+                damaged[place] = rng.integers(0, 256)
+            (tmp_path / name).write_bytes(damaged[: rng.integers(1, len(data))] if rng.random() < 0.2 else damaged)
+            try:
+                assert np.isfinite(read_volume(tmp_path / name).array).all()
+            except VolumeError as error:
+                refused.append(str(error))
+    assert len(refused) > 100
+    assert not [message for message in refused if "\n" in message or "SECRET" in message]
