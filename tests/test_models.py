@@ -215,7 +215,7 @@ def test_loading_does_not_depend_on_the_default_dtype(tmp_path: Path) -> None:
 def _tampered(path: Path, change: Any) -> Path:
     """A file whose header is right for its bytes, but whose class, config or tensors were changed by `change`."""
     model = Toy()
-    parts = {"class_name": "Toy", "config": dict(model.config), "tensors": dict(model.state_dict())}
+    parts: dict[str, Any] = {"class_name": "Toy", "config": dict(model.config), "tensors": dict(model.state_dict())}
     change(parts)
     write_checkpoint(path, **parts)
     return path
