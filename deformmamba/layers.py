@@ -306,6 +306,7 @@ class DeformMambaBlock(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        self.channels = channels
         self.deform = ModulatedDeformBlock(channels) if deform else None
         self.mamba = VisionMambaBlock(
             channels,
@@ -319,6 +320,7 @@ class DeformMambaBlock(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_map(self, x, self.channels)
         y = self.mamba(x)
         return y if self.deform is None else y + self.deform(x)
 

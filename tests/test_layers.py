@@ -1,0 +1,267 @@
+"""The blocks of figure 1: shapes, definitions, initial values, every option, and errors that name the block."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from deformmamba.layers import (
+    SS2D,
+    ChannelAttention,
+    DeformMambaBlock,
+    DropPath,
+    ModulatedDeformBlock,
+    MultiViewContext,
+    PatchEmbed,
+    PatchExpand,
+    PatchMerge,
+    VisionMambaBlock,
+)
+from deformmamba.scan import selective_scan
+
+BLOCKS = {
+    "SS2D": lambda: SS2D(8),
+    "VisionMambaBlock": lambda: VisionMambaBlock(8),
+    "ModulatedDeformBlock": lambda: ModulatedDeformBlock(8),
+    "DeformMambaBlock": lambda: DeformMambaBlock(8),
+    "MultiViewContext": lambda: MultiViewContext(8),
+    "ChannelAttention": lambda: ChannelAttention(8),
+}
+
+
+def feature_map(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("size", [(8, 8), (5, 9), (1, 1), (1, 13)])
+def test_shape_and_memory_format_do_not_matter(name, size):
+    block = BLOCKS[name]().eval()
+    x = feature_map(2, 8, *size)
+    y = block(x)
+    assert y.shape == x.shape
+    assert y.dtype == x.dtype
+    torch.testing.assert_close(block(x.contiguous(memory_format=torch.channels_last)), y)
+    wide = feature_map(2, 16, *size)
+    torch.testing.assert_close(block(wide[:, ::2]), block(wide[:, ::2].contiguous()))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_one_sample_does_not_see_another(name):
+    block = BLOCKS[name]().eval()
+    x = feature_map(3, 8, 6, 7)
+    torch.testing.assert_close(block(x)[1:2], block(x[1:2]))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_every_parameter_gets_a_gradient(name):
+    block = BLOCKS[name]()
+    block(feature_map(2, 8, 6, 7) + torch.arange(8.0)[:, None, None]).square().sum().backward()
+    for parameter_name, parameter in block.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+        assert parameter.grad.abs().sum() > 0, parameter_name
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_double_precision_stays_double(name):
+    block = BLOCKS[name]().double()
+    assert block(feature_map(1, 8, 4, 5, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_about_the_same_numbers(name, dtype):
+    block = BLOCKS[name]()
+    x = feature_map(1, 8, 6, 5)
+    with torch.autocast("cpu", dtype=dtype):
+        y = block(x)
+    torch.testing.assert_close(y.float(), block(x), rtol=0.05, atol=0.05)
+    y.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in block.parameters())
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize(
+    "x", [torch.zeros(1, 7, 4, 4), torch.zeros(8, 4, 4), torch.zeros(1, 8, 4, 4).long(), [1.0]], ids=lambda x: str(type(x))
+)
+def test_a_wrong_map_is_refused_by_name(name, x):
+    with pytest.raises(ValueError, match=rf"^{name}: given .*; wanted floating point \(b, 8, h, w\)$"):
+        BLOCKS[name]()(x)
+
+
+# SS2D
+
+
+def plain_ss2d(block, x):
+    """The definition: unfold the map in each direction, scan, fold back, sum."""
+    b, d, h, w = x.shape
+    rows, columns = x.flatten(2), x.mT.flatten(2)
+    sequences = torch.stack([rows, columns, rows.flip(-1), columns.flip(-1)][:4], 1)
+    if block.directions < 4:
+        sequences = sequences[:, [0, 2][: block.directions]]
+    projected = torch.einsum("bkdl,kcd->bkcl", sequences, block.x_proj)
+    dt, B, C = projected.split([block.dt_rank, block.d_state, block.d_state], dim=2)
+    delta = torch.einsum("bkrl,kdr->bkdl", dt, block.dt_proj)
+    y = selective_scan(
+        sequences.flatten(1, 2),
+        delta.flatten(1, 2),
+        -block.A_log.exp(),
+        B,
+        C,
+        block.D,
+        delta_bias=block.dt_bias.flatten(),
+        delta_softplus=True,
+        discretization=block.discretization,
+        backend="reference",
+    ).unflatten(1, (block.directions, d))
+    if block.directions < 4:
+        back = [y[:, 0], y[:, 1].flip(-1)] if block.directions == 2 else [y[:, 0]]
+        return sum(back).unflatten(-1, (h, w))
+    rows = y[:, 0] + y[:, 2].flip(-1)
+    columns = y[:, 1] + y[:, 3].flip(-1)
+    return rows.unflatten(-1, (h, w)) + columns.unflatten(-1, (w, h)).mT
+
+
+@pytest.mark.parametrize("directions", [1, 2, 4])
+@pytest.mark.parametrize("discretization", ["euler", "zoh"])
+def test_ss2d_is_its_definition_in_value_and_gradient(directions, discretization):
+    block = SS2D(6, d_state=4, directions=directions, discretization=discretization).double()
+    with torch.no_grad():  # four directions that differ, so that swapping two of them shows
+        for parameter in block.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x = feature_map(2, 6, 3, 5, dtype=torch.float64).requires_grad_()
+    weight = feature_map(2, 6, 3, 5, dtype=torch.float64, seed=1)
+    got, wanted = block(x), plain_ss2d(block, x)
+    torch.testing.assert_close(got, wanted)
+    inputs = [x, *block.parameters()]
+    for a, b in zip(
+        torch.autograd.grad((got * weight).sum(), inputs), torch.autograd.grad((wanted * weight).sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_ss2d_starts_as_mamba_does():
+    block = SS2D(64)
+    step = F.softplus(block.dt_bias)
+    assert step.min() >= 1e-3 * 0.999
+    assert step.max() <= 0.1 * 1.001
+    assert step.log().std() > 0.9  # log-uniform over two decades: 4.6 / sqrt(12) = 1.33
+    torch.testing.assert_close(-block.A_log.exp()[0], -torch.arange(1.0, 17))
+    assert block.D.eq(1).all()
+    shapes = {name: tuple(p.shape) for name, p in block.named_parameters()}
+    assert shapes == {
+        "x_proj": (4, 4 + 32, 64), "dt_proj": (4, 64, 4), "dt_bias": (4, 64), "A_log": (256, 16), "D": (256,)
+    }  # fmt: skip
+
+
+def test_a_pixel_of_ss2d_sees_the_whole_map():
+    block = SS2D(4)
+    x = feature_map(1, 4, 6, 7).requires_grad_()
+    block(x)[0, :, 2, 3].sum().backward()
+    assert (x.grad[0].abs().sum(0) > 0).all()
+
+
+# the deform branch
+
+
+def test_the_deform_block_starts_as_half_a_convolution():
+    block = ModulatedDeformBlock(4, 6, stride=2, dilation=2)
+    x = feature_map(1, 4, 9, 8)
+    wanted = F.conv2d(x, block.weight / 2, block.bias, stride=2, padding=2, dilation=2)
+    torch.testing.assert_close(block(x), wanted)
+
+
+def test_offsets_move_the_samples_dy_before_dx():
+    block = ModulatedDeformBlock(1, bias=False)
+    with torch.no_grad():
+        block.offset_mask.bias[0:18:2] = 1  # dy of every tap
+        block.offset_mask.bias[18:] = 100  # all masks 1
+        block.weight.zero_()[0, 0, 1, 1] = 1
+    x = feature_map(1, 1, 5, 5)
+    torch.testing.assert_close(block(x)[0, 0, :4], x[0, 0, 1:])
+
+
+@pytest.mark.parametrize(
+    "options", [{"kernel_size": 5}, {"deform_groups": 2}, {"bias": False}, {"norm": "layer"}, {"activation": torch.nn.ReLU()}]
+)
+def test_options_of_the_deform_block(options):
+    y = ModulatedDeformBlock(4, 8, **options)(feature_map(1, 4, 6, 7))
+    assert y.shape == (1, 8, 6, 7)
+    if "activation" in options:
+        assert (y >= 0).all()
+    if "norm" in options:
+        torch.testing.assert_close(y.mean(1), torch.zeros(1, 6, 7), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"kernel_size": 4}, {"deform_groups": 3}, {"stride": 0}, {"norm": "batch"}])
+def test_impossible_deform_blocks_are_refused(options):
+    with pytest.raises(ValueError, match="ModulatedDeformBlock: "):
+        ModulatedDeformBlock(4, **options)
+
+
+# the others
+
+
+def test_the_mamba_block_is_gated_and_residual():
+    block = VisionMambaBlock(8)
+    x = feature_map(1, 8, 4, 4)
+    with torch.no_grad():
+        block.gate.weight.zero_()
+        block.gate.bias.zero_()  # a closed gate: only the bias of the last linear layer is left, which is zero too
+    torch.testing.assert_close(block(x), x + block.attention(block.out.bias[:, None, None].expand(1, 8, 4, 4)))
+
+
+@pytest.mark.parametrize("options", [{"channel_attention": False}, {"directions": 1}, {"expand": 1.5}, {"d_state": 3}])
+def test_options_of_the_mamba_block(options):
+    default, changed = VisionMambaBlock(8), VisionMambaBlock(8, **options)
+    assert sum(p.numel() for p in changed.parameters()) < sum(p.numel() for p in default.parameters())
+    assert changed(feature_map(1, 8, 4, 5)).shape == (1, 8, 4, 5)
+
+
+def test_the_branches_of_a_deform_mamba_block_are_summed():
+    block = DeformMambaBlock(8)
+    x = feature_map(1, 8, 6, 6)
+    torch.testing.assert_close(block(x), block.mamba(x) + block.deform(x))
+    plain = DeformMambaBlock(8, deform=False)
+    assert not any("deform" in name for name, _ in plain.named_parameters())
+
+
+def test_all_context_branches_cost_at_most_one_convolution():
+    context = MultiViewContext(64)
+    assert sum(b.weight.numel() for b in context.branches) <= 64 * 64 * 9
+    assert [b.dilation[0] for b in context.branches] == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="MultiViewContext: rates"):
+        MultiViewContext(8, rates=())
+
+
+def test_drop_path_keeps_the_mean_and_only_drops_in_training():
+    drop = DropPath(0.25)
+    x = torch.ones(4000, 1, 1, 1)
+    torch.testing.assert_close(drop(x).unique(), torch.tensor([0, 4 / 3]))
+    assert drop(x).mean().item() == pytest.approx(1, abs=0.05)
+    assert drop.eval()(x) is x
+    with pytest.raises(ValueError, match="DropPath"):
+        DropPath(1.0)
+
+
+def test_patches_are_rearranged_and_back():
+    x = feature_map(1, 3, 8, 12)
+    assert PatchEmbed(3, 10, 4)(x).shape == (1, 10, 2, 3)
+    assert PatchMerge(3, 5)(x).shape == (1, 5, 4, 6)
+    assert PatchExpand(3, 2, 4)(x).shape == (1, 2, 32, 48)
+    expand = PatchExpand(1, 1, 2)
+    expand.norm = torch.nn.Identity()
+    with torch.no_grad():
+        expand.expand.weight.copy_(torch.tensor([[1.0], [2], [3], [4]]))
+    torch.testing.assert_close(expand(torch.ones(1, 1, 1, 1))[0, 0], torch.tensor([[1.0, 2], [3, 4]]))
+
+
+def test_dt_rank_is_a_sixteenth_rounded_up():
+    assert SS2D(40).dt_rank == math.ceil(40 / 16) == 3

@@ -1,0 +1,56 @@
+"""CELoss and its sum with L1: their definition, what they ignore, and their gradients."""
+
+import pytest
+import torch
+from scipy.ndimage import convolve
+
+from deformmamba.losses import EDGE_KERNELS, LOSSES, ContrastiveEdgeLoss, SRLoss
+
+
+def pair(*shape, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.rand(shape, dtype=dtype, generator=generator) for _ in range(2))
+
+
+def test_equal_to_the_definition_with_an_independent_convolution():
+    sr, hr = pair(2, 3, 9, 11)
+    wanted = 0.0
+    for kernel in EDGE_KERNELS:
+        edges = [convolve((sr - hr)[i, c].numpy(), kernel, mode="nearest") for i in range(2) for c in range(3)]
+        wanted += sum((e**2).mean() for e in edges) / len(edges)
+    assert ContrastiveEdgeLoss()(sr, hr).item() == pytest.approx(wanted)
+    assert SRLoss()(sr, hr).item() == pytest.approx((sr - hr).abs().mean().item() + 0.1 * wanted)
+
+
+def test_the_kernels_see_no_constant_and_add_up_to_zero():
+    kernels = torch.tensor(EDGE_KERNELS)
+    assert kernels.sum((-2, -1)).eq(0).all()
+    assert kernels.sum(0).eq(0).all()
+    sr, _ = pair(1, 1, 8, 8)
+    assert ContrastiveEdgeLoss()(sr + 3, sr).item() == pytest.approx(0, abs=1e-20)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_is_zero_for_equal_images_and_differentiable(name):
+    loss = LOSSES[name]()
+    sr, hr = pair(1, 2, 5, 6)
+    assert loss(hr, hr).item() == 0
+    assert torch.autograd.gradcheck(lambda x: loss(x, hr), sr.requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_neither_overflows_nor_loses_the_difference(dtype):
+    sr, hr = pair(1, 1, 16, 16)
+    wanted = ContrastiveEdgeLoss()(sr, hr)
+    torch.testing.assert_close(ContrastiveEdgeLoss()(sr.to(dtype), hr.to(dtype)).double(), wanted, rtol=0.05, atol=0)
+    assert torch.isfinite(ContrastiveEdgeLoss()((200 * sr).to(dtype), hr.to(dtype)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(ContrastiveEdgeLoss()(sr, hr), wanted)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_shapes_that_differ_are_refused(name):
+    with pytest.raises(ValueError, match=r"\(1, 1, 8, 8\).*\(1, 1, 8, 9\).*of one shape"):
+        LOSSES[name]()(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 9))
+    with pytest.raises(ValueError, match="floating point"):
+        LOSSES[name]()(torch.zeros(1, 1, 8, 8).long(), torch.zeros(1, 1, 8, 8).long())
