@@ -270,7 +270,7 @@ def _busiest(image: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float, f
     down, across = np.gradient(np.asarray(image, dtype=np.float64))
     strength = np.hypot(down, across)
     # a bright rim of skin and fat would win otherwise
-    strength = np.minimum(strength, np.percentile(strength, 95))
+    strength = np.minimum(strength, np.percentile(strength[strength > 0], 95)) if strength.any() else strength + 1
     window = max(1, round(size * scale))
     total = np.pad(strength.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     sums = total[window:, window:] - total[:-window, window:] - total[window:, :-window] + total[:-window, :-window]
