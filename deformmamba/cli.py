@@ -38,11 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.run(args)
         except KeyboardInterrupt:
             return _stop("interrupted; no half-written file is left", 130)
-        except MemoryError:
-            return _stop("out of memory; try --batch-size 1 or a machine with more of it")
         except OSError as error:
             return _stop(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         except Exception as error:
+            if _out_of_memory(error):
+                return _stop("out of memory; try --batch-size 1, --device cpu or a machine with more of it")
             if not isinstance(error, _user_errors()):
                 raise
             return _stop(str(error))
@@ -56,6 +56,12 @@ def _user_errors() -> tuple[type[Exception], ...]:
         if module in sys.modules:  # what was not imported was not raised
             errors.append(getattr(sys.modules[module], name))
     return tuple(errors)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # torch has a class of its own for a GPU, and a plain RuntimeError for the CPU
+    cuda = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+    return isinstance(error, (MemoryError, cuda)) or "DefaultCPUAllocator" in str(error)
 
 
 def _printable(text: str) -> str:

@@ -1,0 +1,443 @@
+"""The command line: what works prints where it is; what cannot work ends in one line, code 2 and no file."""
+
+import gzip
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from pydicom.data import get_testdata_file
+
+import deformmamba
+from deformmamba.cli import main
+from deformmamba.models import ZeroFill
+from deformmamba.volume import read_volume
+
+COMMANDS = ["upscale", "degrade", "evaluate", "train", "weights", "backends", "demo"]
+KEPT = b"the output of yesterday"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "plain.safetensors"
+    ZeroFill(scale=4).save_pretrained(path, provenance={"spacings_mm": [0.5, 4.0]})
+    return str(path)
+
+
+def scan(path: Path, shape: tuple[int, ...] = (16, 12, 3), array: np.ndarray | None = None) -> str:
+    if array is None:
+        array = np.random.default_rng(0).integers(1, 900, shape).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(array, np.diag([-1.0, 1, 4, 1])), path)
+    return str(path)
+
+
+# ---------------------------------------------------------------------------------------------------------- what works
+
+
+def test_upscale(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = scan(tmp_path / "in é.nii.gz")
+    output, figure = tmp_path / "out 中.nii.gz", tmp_path / "look ü.png"
+    assert main(["upscale", source, "-o", str(output), "--model", weights, "--figure", str(figure)]) == 0
+    said, errors = capsys.readouterr()
+    assert errors == ""
+    assert said.splitlines()[0].startswith(f"{output}: 64 x 48 x 3 voxels of 0.25 x 0.25 x 4 mm, from 16 x 12 x 3")
+    assert str(figure) in said
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    sharp, lr = nibabel.load(output), nibabel.load(source)
+    assert sharp.get_data_dtype() == np.float32
+    np.testing.assert_allclose(sharp.affine, lr.affine @ np.diag([0.25, 0.25, 1, 1]))
+    np.testing.assert_allclose(sharp.get_fdata()[::4, ::4], lr.get_fdata(), atol=1)
+
+
+def test_upscale_with_everything_chosen(tmp_path: Path, weights: str) -> None:
+    source = scan(tmp_path / "in.nii", (12, 16, 10, 3))
+    output = tmp_path / "out.nii"
+    output.write_bytes(KEPT)
+    arguments = ["--volume", "1", "--axis", "0", "--dtype", "int16", "--batch-size", "1", "--device", "cpu"]
+    assert main(["upscale", source, "-o", str(output), "--model", weights, "--consistency", *arguments]) == 0
+    image = nibabel.load(output)
+    assert image.shape == (12, 64, 40)
+    assert image.get_data_dtype() == np.int16
+    lr = nibabel.load(source).get_fdata()[..., 1]
+    consistent, plain = (deformmamba.upscale(ZeroFill(scale=4), lr, axis=0, consistency=c) for c in (True, False))
+    assert np.abs(consistent - plain).max() > 10
+    np.testing.assert_allclose(image.get_fdata(), consistent, atol=0.51)
+
+
+def test_upscale_of_dicom(tmp_path: Path, weights: str) -> None:
+    source = get_testdata_file("MR_small.dcm", download=False)
+    assert main(["upscale", str(source), "-o", str(tmp_path / "out.nii.gz"), "--model", weights]) == 0
+    assert nibabel.load(tmp_path / "out.nii.gz").shape == (256, 256, 1)
+
+
+def test_degrade_then_upscale_gives_the_scan_back(tmp_path: Path, weights: str) -> None:
+    smooth = np.cos(np.arange(32) / 32 * 2 * np.pi)[:, None, None] * np.ones((32, 24, 3)) * 100 + 300
+    source = scan(tmp_path / "in.nii", array=smooth.astype(np.float32))
+    assert main(["degrade", source, "-o", str(tmp_path / "lr.nii"), "--scale", "4"]) == 0
+    assert nibabel.load(tmp_path / "lr.nii").shape == (8, 6, 3)
+    assert nibabel.load(tmp_path / "lr.nii").header.get_zooms() == (4, 4, 4)
+    # spacing 4 x 4 x 4: only the user knows now which axis the slices were on
+    assert main(["upscale", str(tmp_path / "lr.nii"), "-o", str(tmp_path / "sr.nii"), "--model", weights]) == 0
+    again = nibabel.load(tmp_path / "sr.nii")
+    np.testing.assert_allclose(again.get_fdata(), smooth, atol=0.01)
+    np.testing.assert_allclose(again.affine, nibabel.load(source).affine)
+
+
+def test_a_warning_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ZeroFill(scale=2).save_pretrained(tmp_path / "far.safetensors", provenance={"spacings_mm": [9.0]})
+    source = scan(tmp_path / "in.nii")
+    output = str(tmp_path / "out.nii")
+    assert main(["upscale", source, "-o", output, "--model", str(tmp_path / "far.safetensors")]) == 0
+    errors = capsys.readouterr().err
+    assert errors.startswith("deformmamba: warning: the pixels are 1 x 1 mm, the weights were trained on 9 to 9 mm")
+    assert errors.count("\n") == 1
+
+
+def test_evaluate(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for k in (1, 2):
+        scan(tmp_path / f"sub-{k}_T2w.nii", array=np.random.default_rng(k).uniform(1, 9, (32, 33, 2)))
+    report = tmp_path / "scores é.json"
+    assert main(["evaluate", weights, "--data", str(tmp_path), "--json", str(report)]) == 0
+    said, errors = capsys.readouterr()
+    assert errors == ""
+    assert said.startswith("2 volumes of 2 subjects at 4x, protocol volume")
+    result = json.loads(report.read_text("utf-8"))
+    assert set(result["models"]) == {"bicubic", "zero-filled k-space", weights}
+    ours, plain = result["models"][weights], result["models"]["zero-filled k-space"]
+    assert ours["source"] == weights
+    assert [row["subject"] for row in ours["volumes"]] == ["sub-1", "sub-2"]
+    assert ours["mean"] == plain["mean"]  # these weights are zero-filling
+    assert result["models"]["bicubic"]["mean"]["psnr"] != plain["mean"]["psnr"]
+    assert f"{ours['mean']['psnr']:.2f}" in said
+
+
+def test_evaluate_baselines_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = scan(tmp_path / "a.nii", (32, 32, 2))
+    assert main(["evaluate", "--data", source, "--scale", "2", "--protocol", "slice"]) == 0
+    assert "at 2x, protocol slice" in capsys.readouterr().out
+
+
+def test_train_hands_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[Any] = []
+
+    def train_recipe(*args: Any, **overrides: Any) -> Path:
+        calls.append((args, overrides))
+        return tmp_path / "best.safetensors"
+
+    monkeypatch.setattr("deformmamba.training.train_recipe", train_recipe)
+    assert main(["train", "ixi-4x", "--data", "scans", "--out", "runs", "--steps", "3"]) == 0
+    assert calls == [(("ixi-4x", "scans", "runs"), {"steps": 3, "seed": None})]
+    assert str(tmp_path / "best.safetensors") in capsys.readouterr().out
+
+
+def test_weights(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["weights", "list", "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert entries == deformmamba.list_weights()
+    assert main(["weights", "list"]) == 0
+    assert all(entry["name"] in capsys.readouterr().out for entry in entries[:1])
+    assert main(["weights", "verify"]) == 0
+    assert capsys.readouterr().out.count(": ok, sha256 ") == len(entries)
+    entry = {"name": "made-2x", "scale": 2, "parameters": 1500000, "summary": "for this test", "license": "cc0-1.0"}
+    monkeypatch.setattr("deformmamba.weights.manifest", lambda: {"weights": {"made-2x": entry}, "planned": {}})
+    assert main(["weights", "list"]) == 0
+    assert re.fullmatch(r"made-2x +2x +1\.50 M parameters  for this test\n", capsys.readouterr().out)
+    assert main(["weights", "show", "made-2x"]) == 0
+    assert "# made-2x\n" in capsys.readouterr().out
+    assert main(["weights", "show", "made-2x", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == entry
+
+
+def test_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["backends"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert "reference" in names
+    assert main(["backends", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == names
+    assert set(rows[0]) == {"name", "usable", "why", "cure"}
+
+
+def test_demo(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "look here" / "é"
+    assert main(["demo", "-o", str(folder), "--model", weights, "--device", "cpu"]) == 0
+    said, errors = capsys.readouterr()
+    assert errors == "" or errors.startswith("deformmamba: warning")
+    names = ["MR_small_plain.nii.gz", "MR_small_plain.png", "example4d_plain.nii.gz", "example4d_plain.png"]
+    assert sorted(p.name for p in folder.iterdir()) == names
+    assert all(str(folder / name) in said for name in names)
+    assert read_volume(folder / names[0]).array.shape == (256, 256, 1)
+    assert read_volume(folder / names[2]).array.shape == (512, 384, 24)
+
+
+# ---------------------------------------------------------------------------------------------------------- help
+
+
+def test_help_is_short_and_gives_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in COMMANDS)
+    for command in [[name] for name in COMMANDS] + [["weights", kind] for kind in ("list", "show", "verify")]:
+        assert main([*command, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert f"example: deformmamba {' '.join(command)}" in text.replace("\n", " ")
+        assert text.count("\n") < 45
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"deformmamba {deformmamba.__version__}\n"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from deformmamba.cli import main; main(['--help']); main(['nonsense'])\n"
+        "heavy = {'torch', 'numpy', 'nibabel', 'pydicom', 'matplotlib', 'numba'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------- what cannot
+
+
+def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
+    """Name to (arguments of `upscale` but for -o and --model, what the line must say)."""
+    good = scan(folder / "good.nii.gz")
+    data = (folder / "good.nii.gz").read_bytes()
+    (folder / "text.nii.gz").write_text("no voxels\n")
+    (folder / "cut.nii.gz").write_bytes(data[:-30])
+    (folder / "cut.nii").write_bytes(gzip.decompress(data)[:-30])
+    (folder / "a\nb.nii").write_bytes(b"x")
+    (folder / "notes.txt").write_text("no scan")
+    nan = np.ones((16, 12, 3), np.float32)
+    nan[1, 1, 1] = np.nan
+    made = {
+        "complex": scan(folder / "complex.nii", array=np.ones((16, 12, 3), np.complex64)),
+        "nan": scan(folder / "nan.nii", array=nan),
+        "inf": scan(folder / "inf.nii", array=nan * np.inf),
+        "zero": scan(folder / "zero.nii", array=np.zeros((16, 12, 3), np.int16)),
+        "pixel": scan(folder / "pixel.nii", array=np.ones((1, 1, 1), np.int16)),
+        "four": scan(folder / "four.nii", (16, 12, 3, 2)),
+    }
+    return {
+        "missing file": ([str(folder / "no.nii.gz")], "no such file"),
+        "empty folder": ([str(folder / "empty")], "no DICOM image"),
+        "text as NIfTI": ([str(folder / "text.nii.gz")], "not a NIfTI file"),
+        "truncated gzip": ([str(folder / "cut.nii.gz")], "damaged"),
+        "truncated": ([str(folder / "cut.nii")], "truncated"),
+        "another format": ([str(folder / "notes.txt")], "not a scan that can be read"),
+        "newline in the name": ([str(folder / "a\nb.nii")], r"a\nb.nii"),
+        "complex": ([made["complex"]], "complex"),
+        "NaN": ([made["nan"]], "NaN"),
+        "infinite": ([made["inf"]], "infinite"),
+        "all zero": ([made["zero"]], "zero"),
+        "4-D": ([made["four"]], "--volume K"),
+        "no such volume": ([made["four"], "--volume", "2"], "no volume 2"),
+        "one volume": ([good, "--volume", "1"], "no volume 1"),
+        "too small": ([made["pixel"], "--model", str(folder / "small.safetensors")], "smallest"),
+        "axis": ([good, "--axis", "3"], "axis"),
+        "axis too thin": ([good, "--axis", "0", "--model", str(folder / "small.safetensors")], "smallest"),
+        "dtype": ([good, "--dtype", "float16"], "not as float16"),
+        "overflow": ([good, "--dtype", "uint8"], "do not fit uint8"),
+        "device": ([good, "--device", "abacus"], "no such device"),
+        "batch size": ([good, "--batch-size", "0"], "1 or more"),
+        "figure": ([good, "--figure", str(folder / "a.bmp")], ".png"),
+        "figure folder": ([good, "--figure", str(folder / "nowhere" / "a.png")], "no folder"),
+        "unknown option": ([good, "--sharpness", "11"], "--sharpness"),
+        "unknown weights": ([good, "--model", "ixi-4y"], "unknown weights"),
+        "missing weights": ([good, "--model", str(folder / "no.safetensors")], "no file"),
+        "corrupted weights": ([good, "--model", str(folder / "bad.safetensors")], "not a usable checkpoint"),
+        "pickled weights": ([good, "--model", str(folder / "weights.pth")], "pickle"),
+    }
+
+
+def stopped(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    """The one line that a refused command leaves."""
+    capsys.readouterr()
+    assert main(arguments) == code
+    said, errors = capsys.readouterr()
+    assert said == ""
+    assert errors.startswith("deformmamba: ")
+    assert errors.endswith("\n")
+    assert errors.count("\n") == 1
+    assert "Traceback" not in errors
+    return errors
+
+
+def test_bad_input_gets_one_line_and_leaves_no_file(
+    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ZeroFill, "minimum_size", 8)
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for path in (folder, out, folder / "empty"):
+        path.mkdir()
+    content = Path(weights).read_bytes()
+    (folder / "small.safetensors").write_bytes(content)
+    (folder / "bad.safetensors").write_bytes(content[:-8] + b"\xff" * 8)
+    (folder / "weights.pth").write_bytes(b"\x80\x02")
+    cases = bad_inputs(folder)
+    assert len(cases) == 28
+    kept = out / "kept.nii.gz"
+    kept.write_bytes(KEPT)
+    for name, (arguments, said) in cases.items():
+        for output in (kept, out / "new.nii.gz"):
+            line = stopped(["upscale", "--model", weights, *arguments, "-o", str(output)], capsys)
+            assert said in line, name
+            assert [p.name for p in out.iterdir()] == ["kept.nii.gz"], name
+            assert kept.read_bytes() == KEPT, name
+
+
+def test_bad_outputs(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = scan(tmp_path / "in.nii.gz")
+    before = Path(source).read_bytes()
+    (tmp_path / "series").mkdir()
+    (tmp_path / "same.nii.gz").symlink_to(source)
+    (tmp_path / "file").write_bytes(KEPT)
+    for output, said in (
+        ("out.png", ".nii.gz"),
+        ("out", ".nii.gz"),
+        ("out.dcm", "DICOM cannot be written"),
+        ("series", "DICOM cannot be written"),
+        ("no/out.nii", "no folder"),
+        ("file/out.nii", "no folder"),
+        ("in.nii.gz", "is the input itself"),
+        ("same.nii.gz", "is the input itself"),
+        ("x" * 300 + ".nii", "File name too long"),
+    ):
+        for command in (["upscale", "--model", weights], ["degrade", "--scale", "2"]):
+            assert said in stopped([*command, source, "-o", str(tmp_path / output)], capsys), output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "in.nii.gz", "same.nii.gz", "series"]
+    assert Path(source).read_bytes() == before
+
+
+def test_a_closed_folder(
+    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = scan(tmp_path / "in.nii.gz")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    line = stopped(["upscale", source, "-o", str(tmp_path / "a.nii"), "--model", weights], capsys)
+    assert f"the folder {tmp_path} cannot be written to" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "COMMAND"),
+        (["sharpen"], "sharpen"),
+        (["upscale"], "INPUT"),
+        (["upscale", "a.nii"], "-o"),
+        (["degrade", "IN", "-o", "OUT"], "--scale"),
+        (["degrade", "IN", "-o", "OUT", "--scale", "0"], "1 or more"),
+        (["degrade", "IN", "-o", "OUT", "--scale", "two"], "--scale"),
+        (["degrade", "IN", "-o", "OUT", "--scale", "99"], "too small"),
+        (["evaluate", "--data", "IN"], "one scale at a time"),
+        (["evaluate", "WEIGHTS", "--data", "IN", "--scale", "2"], "[2, 4]"),
+        (["evaluate", "WEIGHTS", "--data", "no.nii"], "no.nii: no such file"),
+        (["evaluate", "WEIGHTS", "--data", "EMPTY"], "no volume there"),
+        (["evaluate", "WEIGHTS", "--data", "IN", "--json", "no/such/a.json"], "no folder"),
+        (["evaluate", "WEIGHTS", "--data", "IN", "--json", "a.txt"], ".json"),
+        (["evaluate", "nothing-4x", "--data", "IN"], "unknown weights"),
+        (["train", "no-recipe", "--data", "EMPTY", "--out", "EMPTY"], "no recipe"),
+        (["train", "ixi-4x", "--data", "EMPTY", "--out", "EMPTY"], "no volume there"),
+        (["weights"], "list"),
+        (["weights", "show", "nothing-4x"], "unknown weights"),
+        (["weights", "verify", "nothing-4x"], "unknown weights"),
+        (["demo", "-o", "IN"], "cannot be made"),
+        (["demo", "-o", "DIR", "--model", "nothing-4x"], "unknown weights"),
+    ],
+)
+def test_other_commands_end_in_one_line_too(
+    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    source = scan(tmp_path / "in.nii")
+    (tmp_path / "empty").mkdir()
+    names = {"IN": source, "OUT": str(tmp_path / "out.nii"), "WEIGHTS": weights, "EMPTY": str(tmp_path / "empty")}
+    names["DIR"] = str(tmp_path / "empty" / "demo")
+    assert said in stopped([names.get(argument, argument) for argument in arguments], capsys)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "in.nii"]
+
+
+def test_a_bug_keeps_its_traceback(tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*_: Any) -> None:
+        raise KeyError("bug")
+
+    monkeypatch.setattr(ZeroFill, "forward", bug)
+    with pytest.raises(KeyError):
+        main(["upscale", scan(tmp_path / "in.nii"), "-o", str(tmp_path / "out.nii"), "--model", weights])
+    assert not (tmp_path / "out.nii").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (MemoryError(), 2, "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), 2, "out of memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate"), 2, "out of memory"),
+        (OSError(28, "No space left on device", "/a/b"), 2, "/a/b: No space left on device"),
+    ],
+)
+def test_interrupted(
+    tmp_path: Path,
+    weights: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    said: str,
+) -> None:
+    source, output = scan(tmp_path / "in.nii"), tmp_path / "out.nii"
+    output.write_bytes(KEPT)
+
+    def stop(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(ZeroFill, "forward", stop)
+    assert said in stopped(["upscale", source, "-o", str(output), "--model", weights], capsys, code)
+    assert output.read_bytes() == KEPT
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.nii", "out.nii"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_for_real(tmp_path: Path, weights: str) -> None:
+    """Interrupted while it writes: 130, one line, the old file whole and nothing beside it."""
+    source = scan(tmp_path / "in.nii", (256, 256, 40))
+    output = tmp_path / "out.nii.gz"
+    output.write_bytes(KEPT)
+    command = [sys.executable, "-m", "deformmamba", "upscale", source, "-o", str(output), "--model", weights]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for _ in range(1200):
+            if any(p.name.startswith(".") for p in tmp_path.iterdir()):
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("it never began to write")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "deformmamba: interrupted; no half-written file is left\n"
+    assert output.read_bytes() == KEPT
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.nii", "out.nii.gz"]
+
+
+def test_no_patient_in_any_line(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import pydicom
+
+    intact = pydicom.dcmread(str(get_testdata_file("MR_small.dcm", download=False)))
+    intact.PatientName, intact.PatientID = "SECRET^NAME", "SECRET-ID"
+    path, output = tmp_path / "a.dcm", tmp_path / "out.nii.gz"
+    intact.save_as(path)
+    assert main(["upscale", str(path), "-o", str(output), "--model", weights]) == 0
+    assert "SECRET" not in "".join(capsys.readouterr())
+    assert b"SECRET" not in gzip.decompress(output.read_bytes())
+    path.write_bytes(path.read_bytes()[:2000])
+    assert "SECRET" not in stopped(["upscale", str(path), "-o", str(output), "--model", weights], capsys)
