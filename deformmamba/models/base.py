@@ -27,7 +27,8 @@ class SRModel(nn.Module):
 
     A subclass takes keyword-only, JSON-able arguments and hands all of them to this constructor in its first line;
     `config` then holds exactly those and `type(model)(**model.config)` builds the same model with fresh weights.
-    Buffers that are not stored (`persistent=False`) are allowed, but make loading build the model twice.
+    It must work on the meta device, where tensors have shapes but no values. Buffers that are not stored
+    (`persistent=False`) are allowed, but make loading build the model twice.
 
     Args:
         scale: the factor of height and width, an integer.
