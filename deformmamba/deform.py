@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
-from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +142,6 @@ def _shape(name: str, given: Tensor, wanted: str) -> ValueError:
     return ValueError(f"modulated_deform_conv2d: {name} has shape {tuple(given.shape)}; wanted {wanted}")
 
 
-@torch.compiler.assume_constant_result
 @cache
 def _missing(module: str) -> str | None:
     """Why `module` cannot be imported, or None."""
@@ -155,6 +153,7 @@ def _missing(module: str) -> str | None:
     return None
 
 
+@torch.compiler.assume_constant_result  # a compiler shall not look into the imports
 def _unusable(name: str, device: str) -> str | None:
     """Why implementation `name` cannot take a tensor on `device`, or None."""
     if name == "cpu":
@@ -205,34 +204,39 @@ def gather(
     height, width = h + 2 * ring, w + 2 * ring
     rows = F.pad(x, (0, 0, ring, ring, ring, ring)).reshape(-1, c // n_deform)
 
-    offset = offset.reshape(b, h_out, w_out, n_deform, kh, kw, 2)
-    if mask is not None:
-        mask = mask.reshape(b, h_out, w_out, n_deform, kh, kw, 1)
-    weight = weight.reshape(groups, c_out // groups, kh, kw, c_in)
-    image = torch.arange(b, device=x.device).view(-1, 1, 1, 1) * height
-    y_out = torch.arange(h_out, device=x.device).view(-1, 1, 1) * stride_y - pad_y
-    x_out = torch.arange(w_out, device=x.device).view(-1, 1) * stride_x - pad_x
-    group = torch.arange(n_deform, device=x.device)
+    # Positions and indices (b, h_out, w_out, G, K)
+    offset = offset.reshape(b, h_out, w_out, n_deform, kh * kw, 2)
+    y_tap = (torch.arange(kh, device=x.device) * step_y).repeat_interleave(kw)
+    x_tap = (torch.arange(kw, device=x.device) * step_x).repeat(kh)
+    y_out = torch.arange(h_out, device=x.device).view(-1, 1, 1, 1) * stride_y - pad_y
+    x_out = torch.arange(w_out, device=x.device).view(-1, 1, 1) * stride_x - pad_x
+    y_at = (y_out + y_tap + offset[..., 0]).clamp(-ring, h)
+    x_at = (x_out + x_tap + offset[..., 1]).clamp(-ring, w)
+    top, left = y_at.detach().floor(), x_at.detach().floor()
+    dy, dx = (y_at - top)[..., None], (x_at - left)[..., None]
+    # NaN has come this far, and makes the sample NaN through dy or dx; as an index it is an outer zero
+    row, column = top.nan_to_num(-ring).long() + ring, left.nan_to_num(-ring).long() + ring
+    image = torch.arange(b, device=x.device).view(-1, 1, 1, 1, 1)
+    group = torch.arange(n_deform, device=x.device).view(-1, 1)
+    index = ((image * height + row) * width + column) * n_deform + group
 
-    out = x.new_zeros(b, h_out, w_out, c_out)
-    for ky, kx in product(range(kh), range(kw)):
-        y_at = (y_out + ky * step_y + offset[..., ky, kx, 0]).clamp(-ring, h)
-        x_at = (x_out + kx * step_x + offset[..., ky, kx, 1]).clamp(-ring, w)
-        top, left = y_at.detach().floor(), x_at.detach().floor()
-        dy, dx = (y_at - top)[..., None], (x_at - left)[..., None]
-        # NaN has come this far, and makes the sample NaN through dy or dx; as an index it is an outer zero
-        row, column = top.nan_to_num(-ring).long() + ring, left.nan_to_num(-ring).long() + ring
-        index = ((image + row) * width + column) * n_deform + group
+    weight = weight.reshape(groups, c_out // groups, kh * kw, c_in)
+    if mask is not None:
+        mask = mask.reshape(b, h_out, w_out, n_deform, kh * kw, 1)
+    out = x.new_zeros(b, h_out, w_out, c_out) if bias is None else bias
+    for k in range(kh * kw):
+        at = index[..., k].flatten()
         p00, p01, p10, p11 = (
-            rows.index_select(0, (index + step * n_deform).flatten()).view(*index.shape, -1)
+            rows.index_select(0, at + step * n_deform).view(b, h_out, w_out, n_deform, c // n_deform)
             for step in (0, 1, width, width + 1)
         )
-        sample = torch.lerp(torch.lerp(p00, p01, dx), torch.lerp(p10, p11, dx), dy)
+        upper, lower = torch.lerp(p00, p01, dx[..., k, :]), torch.lerp(p10, p11, dx[..., k, :])
+        sample = torch.lerp(upper, lower, dy[..., k, :])
         if mask is not None:
-            sample = sample * mask[..., ky, kx, :]
+            sample = sample * mask[..., k, :]
         sample = sample.reshape(b, h_out, w_out, groups, c_in)
-        out = out + torch.einsum("bhwgi,goi->bhwgo", sample, weight[:, :, ky, kx]).reshape(out.shape)
-    return out if bias is None else out + bias
+        out = out + torch.einsum("bhwgi,goi->bhwgo", sample, weight[:, :, k]).flatten(-2)
+    return out
 
 
 def _cpu(

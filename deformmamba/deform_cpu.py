@@ -29,14 +29,26 @@ _CHUNK_PIXELS = 512  # or at least this many, so that reading a large weight aga
 _TASK_ELEMENTS = 1 << 18  # column elements below which handing work to another thread costs more than it saves
 _TASK_CHANNELS = 16  # channels below which locating a sample costs more than summing it
 
-# Plain threads run these kernels: numba's parallel loops abort when two Python threads enter them (workqueue layer).
-# Fast math without nnan and ninf: a NaN that goes in must come out.
-_kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath={"nsz", "arcp", "contract", "afn", "reassoc"})
+
+def _kernel(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compiled when first called, without Python's lock, and kept on disk for the next process where that is possible.
+
+    Plain threads run the kernels: numba's own parallel loops abort when two Python threads enter them (workqueue).
+    Fast math without nnan and ninf: a NaN that goes in must come out.
+    """
+    options |= {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "arcp", "contract", "afn", "reassoc"}}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # neither the package's folder nor the user's can be written
+        return njit(**options)(function)
 
 
-@_kernel
+_inline = partial(_kernel, forceinline=True)
+
+
+@_inline
 def _locate(y, x, h, w):  # type: ignore[no-untyped-def]
-    """Where to sample: (inside, (four pixels), (parts: top, bottom, left, right), (which of those exist)).
+    """Where to sample: (inside, (four pixels), (parts: top, bottom, left, right), (which of those four exist)).
 
     A pixel outside the image is replaced by its neighbour inside and has part 0. A sample outside (-1, h) x (-1, w) is
     not inside, and zero; a position that is NaN makes parts that are NaN.
@@ -48,27 +60,70 @@ def _locate(y, x, h, w):  # type: ignore[no-untyped-def]
     dy, dx = y - row, x - column
     top, bottom = 1.0 if row >= 0 else 0.0, 1.0 if row + 1 < h else 0.0
     left, right = 1.0 if column >= 0 else 0.0, 1.0 if column + 1 < w else 0.0
-    up, down = max(row, 0) * w, min(row + 1, h - 1) * w
-    here, next_ = max(column, 0), min(column + 1, w - 1)
+    upper, lower = max(row, 0) * w, min(row + 1, h - 1) * w
+    before, after = max(column, 0), min(column + 1, w - 1)
     return (
         True,
-        (up + here, up + next_, down + here, down + next_),
+        (upper + before, upper + after, lower + before, lower + after),
         (top * (1.0 - dy), bottom * dy, left * (1.0 - dx), right * dx),
         (top, bottom, left, right),
     )
 
 
-# The loops over channels index flat arrays by unsigned integers: signed ones may count from the end, and then numba
-# does not vectorise. What enters them passes through `part`, to have the array's precision and not float64.
+# Loops over n channels, of flat arrays. The unsigned indices matter: a signed one may count from the end in Python, and
+# numba then does not vectorise.
+
+
+@_inline
+def _fill(out, o, value, n):  # type: ignore[no-untyped-def]
+    """out[o:] = value"""
+    o = uintp(o)
+    for i in range(uintp(n)):
+        out[o + i] = value
+
+
+@_inline
+def _blend(out, o, x, a, part, n):  # type: ignore[no-untyped-def]
+    """out[o:] = sum of part * x[a:] over the four pixels a"""
+    a0, a1, a2, a3 = uintp(a[0]), uintp(a[1]), uintp(a[2]), uintp(a[3])
+    w0, w1, w2, w3 = part
+    o = uintp(o)
+    for i in range(uintp(n)):
+        out[o + i] = w0 * x[a0 + i] + w1 * x[a1 + i] + w2 * x[a2 + i] + w3 * x[a3 + i]
+
+
+@_inline
+def _add(out, o, x, a, part, n):  # type: ignore[no-untyped-def]
+    """out[o:] += part * x[a:]"""
+    o, a = uintp(o), uintp(a)
+    for i in range(uintp(n)):
+        out[o + i] += part * x[a + i]
+
+
+@_inline
+def _exchange(grad, o, x, a, part, n):  # type: ignore[no-untyped-def]
+    """grad[o:] . x[a:] for each of the four pixels a; then `_blend`, in the place of the gradient."""
+    a0, a1, a2, a3 = uintp(a[0]), uintp(a[1]), uintp(a[2]), uintp(a[3])
+    w0, w1, w2, w3 = part
+    s0 = s1 = s2 = s3 = x.dtype.type(0)
+    o = uintp(o)
+    for i in range(uintp(n)):
+        s0 += grad[o + i] * x[a0 + i]
+        s1 += grad[o + i] * x[a1 + i]
+        s2 += grad[o + i] * x[a2 + i]
+        s3 += grad[o + i] * x[a3 + i]
+        grad[o + i] = w0 * x[a0 + i] + w1 * x[a1 + i] + w2 * x[a2 + i] + w3 * x[a3 + i]
+    return s0, s1, s2, s3
 
 
 @_kernel
 def _sample(x, offset, mask, geometry, columns, first, start, stop):  # type: ignore[no-untyped-def]
     """Write rows [start, stop) of `columns` (groups, n, taps, c_in), whose row 0 is output pixel `first`."""
     h, w, h_out, w_out, kh, kw, stride_y, stride_x, pad_y, pad_x, step_y, step_x = geometry
-    n_deform, n_taps, n_rows, c_in, c = offset.shape[1], kh * kw, columns.shape[1], columns.shape[3], x.shape[1]
-    flat, out = x.reshape(-1), columns.reshape(-1)
-    part = np.empty(4, x.dtype)
+    n_rows, n_taps, c_in = columns.shape[1:]
+    c, n_deform = x.shape[1], offset.shape[1]
+    share = c // n_deform
+    pixels, out, real = x.reshape(-1), columns.reshape(-1), x.dtype.type
     for r in range(start, stop):
         p = first + r
         image = p // (h_out * w_out) * (h * w)
@@ -77,33 +132,33 @@ def _sample(x, offset, mask, geometry, columns, first, start, stop):  # type: ig
             for ky in range(kh):
                 for kx in range(kw):
                     k = ky * kw + kx
-                    y = float(y_out + ky * step_y) + offset[p, d, k, 0]
-                    x_ = float(x_out + kx * step_x) + offset[p, d, k, 1]
-                    inside, (p0, p1, p2, p3), (top, bottom, left, right), _ = _locate(y, x_, h, w)
-                    m = mask[p, d, k] if mask.size else 1.0
-                    part[0], part[1], part[2], part[3] = (
-                        m * top * left,
-                        m * top * right,
-                        m * bottom * left,
-                        m * bottom * right,
+                    dy, dx, m = offset[p, d, k, 0], offset[p, d, k, 1], mask[p, d, k] if mask.size else 1.0
+                    inside, at, (top, bottom, left, right), _ = _locate(
+                        float(y_out + ky * step_y) + dy, float(x_out + kx * step_x) + dx, h, w
                     )
-                    w0, w1, w2, w3 = part[0], part[1], part[2], part[3]
-                    low, end, g = d * (c // n_deform), (d + 1) * (c // n_deform), 0
-                    while low < end:
+                    part = (
+                        real(m * top * left),
+                        real(m * top * right),
+                        real(m * bottom * left),
+                        real(m * bottom * right),
+                    )
+                    # one run of channels for each group of the convolution that this deformable group meets
+                    low, g = d * share, 0
+                    while low < (d + 1) * share:
                         while (g + 1) * c_in <= low:
                             g += 1
-                        n = min(end, (g + 1) * c_in) - low
-                        o = uintp(((g * n_rows + r) * n_taps + k) * c_in + low - g * c_in)
-                        a0, a1 = uintp((image + p0) * c + low), uintp((image + p1) * c + low)
-                        a2, a3 = uintp((image + p2) * c + low), uintp((image + p3) * c + low)
+                        n = min((d + 1) * share, (g + 1) * c_in) - low
+                        o = ((g * n_rows + r) * n_taps + k) * c_in + low - g * c_in
+                        a = (
+                            (image + at[0]) * c + low,
+                            (image + at[1]) * c + low,
+                            (image + at[2]) * c + low,
+                            (image + at[3]) * c + low,
+                        )
                         if inside:
-                            for i in range(uintp(n)):
-                                out[o + i] = (
-                                    w0 * flat[a0 + i] + w1 * flat[a1 + i] + w2 * flat[a2 + i] + w3 * flat[a3 + i]
-                                )
+                            _blend(out, o, pixels, a, part, n)
                         else:
-                            for i in range(uintp(n)):
-                                out[o + i] = w0
+                            _fill(out, o, part[0], n)
                         low += n
 
 
@@ -116,72 +171,58 @@ def _scatter(  # type: ignore[no-untyped-def]
     Adds to grad_x and writes entry start // block of grad_offset and grad_mask; leaves alone those that are empty.
     """
     h, w, h_out, w_out, kh, kw, stride_y, stride_x, pad_y, pad_x, step_y, step_x = geometry
-    n_deform, n_taps, n_rows, c_in, c = offset.shape[1], kh * kw, columns.shape[1], columns.shape[3], x.shape[1]
-    flat, flat_grad, out = x.reshape(-1), grad_x.reshape(-1), columns.reshape(-1)
-    part = np.empty(4, x.dtype)
+    n_rows, n_taps, c_in = columns.shape[1:]
+    c, n_deform = x.shape[1], offset.shape[1]
+    share = c // n_deform
+    pixels, out, into, real = x.reshape(-1), columns.reshape(-1), grad_x.reshape(-1), x.dtype.type
     for r in range(n_rows):
         p = first + r
         image = p // (h_out * w_out) * (h * w)
         y_out, x_out = p // w_out % h_out * stride_y - pad_y, p % w_out * stride_x - pad_x
-        for d in range(start // (c // n_deform), (stop - 1) // (c // n_deform) + 1):
+        for d in range(start // share, (stop - 1) // share + 1):
             for ky in range(kh):
                 for kx in range(kw):
                     k = ky * kw + kx
-                    y = float(y_out + ky * step_y) + offset[p, d, k, 0]
-                    x_ = float(x_out + kx * step_x) + offset[p, d, k, 1]
-                    inside, (p0, p1, p2, p3), (top, bottom, left, right), exist = _locate(y, x_, h, w)
-                    m = mask[p, d, k] if mask.size else 1.0
-                    part[0], part[1], part[2], part[3] = (
-                        m * top * left,
-                        m * top * right,
-                        m * bottom * left,
-                        m * bottom * right,
+                    dy, dx, m = offset[p, d, k, 0], offset[p, d, k, 1], mask[p, d, k] if mask.size else 1.0
+                    inside, at, (top, bottom, left, right), (has_top, has_bottom, has_left, has_right) = _locate(
+                        float(y_out + ky * step_y) + dy, float(x_out + kx * step_x) + dx, h, w
                     )
-                    w0, w1, w2, w3 = part[0], part[1], part[2], part[3]
-                    part[:] = 0.0
-                    s0, s1, s2, s3 = part[0], part[1], part[2], part[3]
-                    low, end, g = max(d * (c // n_deform), start), min((d + 1) * (c // n_deform), stop), 0
+                    part = (
+                        real(m * top * left),
+                        real(m * top * right),
+                        real(m * bottom * left),
+                        real(m * bottom * right),
+                    )
+                    s0 = s1 = s2 = s3 = real(0)
+                    low, end, g = max(d * share, start), min((d + 1) * share, stop), 0
                     while low < end:
                         while (g + 1) * c_in <= low:
                             g += 1
                         n = min(end, (g + 1) * c_in) - low
-                        o = uintp(((g * n_rows + r) * n_taps + k) * c_in + low - g * c_in)
-                        a0, a1 = uintp((image + p0) * c + low), uintp((image + p1) * c + low)
-                        a2, a3 = uintp((image + p2) * c + low), uintp((image + p3) * c + low)
+                        o = ((g * n_rows + r) * n_taps + k) * c_in + low - g * c_in
+                        a = (
+                            (image + at[0]) * c + low,
+                            (image + at[1]) * c + low,
+                            (image + at[2]) * c + low,
+                            (image + at[3]) * c + low,
+                        )
                         if inside:
                             if grad_x.size:
-                                for i in range(uintp(n)):
-                                    flat_grad[a0 + i] += w0 * out[o + i]
-                                for i in range(uintp(n)):
-                                    flat_grad[a1 + i] += w1 * out[o + i]
-                                for i in range(uintp(n)):
-                                    flat_grad[a2 + i] += w2 * out[o + i]
-                                for i in range(uintp(n)):
-                                    flat_grad[a3 + i] += w3 * out[o + i]
-                            for i in range(uintp(n)):
-                                s0 += out[o + i] * flat[a0 + i]
-                                s1 += out[o + i] * flat[a1 + i]
-                                s2 += out[o + i] * flat[a2 + i]
-                                s3 += out[o + i] * flat[a3 + i]
-                                out[o + i] = (
-                                    w0 * flat[a0 + i] + w1 * flat[a1 + i] + w2 * flat[a2 + i] + w3 * flat[a3 + i]
-                                )
+                                for i in range(4):
+                                    _add(into, a[i], out, o, part[i], n)
+                            t0, t1, t2, t3 = _exchange(out, o, pixels, a, part, n)
+                            s0, s1, s2, s3 = s0 + t0, s1 + t1, s2 + t2, s3 + t3
                         else:
-                            for i in range(uintp(n)):
-                                out[o + i] = w0
+                            _fill(out, o, part[0], n)
                         low += n
                     if grad_mask.size:
-                        grad_mask[start // block, p, d, k] = top * (left * s0 + right * s1) + bottom * (
-                            left * s2 + right * s3
-                        )
+                        upper, lower = left * s0 + right * s1, left * s2 + right * s3
+                        grad_mask[start // block, p, d, k] = top * upper + bottom * lower
                     if grad_offset.size:
-                        has_top, has_bottom, has_left, has_right = exist
-                        grad_offset[start // block, p, d, k, 0] = m * (
-                            has_bottom * (left * s2 + right * s3) - has_top * (left * s0 + right * s1)
-                        )
-                        grad_offset[start // block, p, d, k, 1] = m * (
-                            has_right * (top * s1 + bottom * s3) - has_left * (top * s0 + bottom * s2)
-                        )
+                        upper, lower = left * s0 + right * s1, left * s2 + right * s3
+                        before, after = top * s0 + bottom * s2, top * s1 + bottom * s3
+                        grad_offset[start // block, p, d, k, 0] = m * (has_bottom * lower - has_top * upper)
+                        grad_offset[start // block, p, d, k, 1] = m * (has_right * after - has_left * before)
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -192,7 +233,8 @@ def _forget_pool() -> None:
     _pool = None
 
 
-os.register_at_fork(after_in_child=_forget_pool)  # a forked process has the object, but none of its threads
+if hasattr(os, "register_at_fork"):  # a forked process has the object, but none of its threads
+    os.register_at_fork(after_in_child=_forget_pool)
 
 
 def _on_threads(work: Callable[[int, int], None], stops: Sequence[int]) -> None:
@@ -219,9 +261,10 @@ class _Call:
     def __init__(self, x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, geometry: Sequence[int]) -> None:
         (b, h, w, c), (_, h_out, w_out, _), (c_out, kh, kw, c_in) = x.shape, offset.shape, weight.shape
         pixels, self.taps, self.groups = b * h_out * w_out, kh * kw, c // c_in
+        n_deform = offset.shape[-1] // (2 * self.taps)
         self.x = x.contiguous().view(b * h * w, c)
-        self.offset = offset.contiguous().view(pixels, -1, self.taps, 2)
-        self.mask = x.new_empty(0, 0, 0) if mask is None else mask.contiguous().view(pixels, -1, self.taps)
+        self.offset = offset.contiguous().view(pixels, n_deform, self.taps, 2)
+        self.mask = x.new_empty(0, 0, 0) if mask is None else mask.contiguous().view(pixels, n_deform, self.taps)
         self.weight = weight.contiguous().view(self.groups, c_out // self.groups, self.taps * c_in)
         self.arrays = (self.x.numpy(), self.offset.numpy(), self.mask.numpy(), (h, w, h_out, w_out, kh, kw, *geometry))
 
