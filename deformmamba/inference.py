@@ -52,6 +52,7 @@ def upscale(
     Raises:
         VolumeError: voxels that are complex, NaN or infinite, not 2-D or 3-D, no such axis, or slices smaller than the
             model takes.
+        ValueError: consistency asked of a model on the half-pixel grid.
     """
     if isinstance(scan, Volume):
         array = _upscaled(model, scan, axis, batch_size, consistency, device, progress)
@@ -121,6 +122,8 @@ def _upscaled(
     _check(model, volume, axis)
     if consistency is None:
         consistency = bool(getattr(model, "consistency", False))
+    if consistency and model.grid != "origin":
+        raise ValueError(f'consistency is defined for the "origin" grid; {type(model).__name__} has {model.grid!r}')
     if device is not None:
         model.to(device)
     device = next((p.device for p in model.parameters()), torch.device(device or "cpu"))
@@ -131,7 +134,7 @@ def _upscaled(
     shape = [n if a == axis else n * model.scale for a, n in enumerate(volume.array.shape)]
     # the order in which NIfTI is written: slices along the last axis are then contiguous
     out = np.empty(shape, np.float32, order="F")
-    sharp = np.moveaxis(out, axis, 0)
+    sharp = torch.from_numpy(np.moveaxis(out, axis, 0))
 
     was_training = model.training
     model.eval()
@@ -146,7 +149,7 @@ def _upscaled(
                 if consistency:
                     sr = data_consistency(sr, lr, model.scale, magnitude=not signed)
                 sr = restore(sr[:, 0], intensity)
-                sharp[start : start + n] = (sr if signed else sr.clamp(min=0)).cpu().numpy()
+                sharp[start : start + n] = sr if signed else sr.clamp_(min=0)
                 start += len(lr)
                 bar.update(len(lr))
     finally:

@@ -148,6 +148,8 @@ def test_consistency_is_as_the_model_recommends(wobble: Wobble) -> None:
     wobble.consistency = True
     np.testing.assert_array_equal(upscale(wobble, volume).array, on)
     np.testing.assert_array_equal(upscale(wobble, volume, consistency=False).array, off)
+    with pytest.raises(ValueError, match="origin"):
+        upscale(Bicubic(scale=2, grid="half-pixel"), volume, consistency=True)
 
 
 def test_the_model_runs_in_eval_mode_and_comes_back_as_it_was(wobble: Wobble) -> None:
