@@ -111,14 +111,22 @@ def upscaled_affine(affine: npt.ArrayLike, scale: float, axes: Sequence[int], gr
 
 
 def slice_axis(volume: Volume) -> int:
-    """The axis along which slices are stacked.
+    """The axis along which slices are stacked, where the pixels of a slice are taken to be square.
 
-    The only axis of length 1 if there is just one; else the axis of the largest spacing, to within 1 %, the later one
-    of equals: the last axis of an isotropic volume.
+    The only axis of length 1 if there is just one; else the one axis whose spacing differs, by more than 1 %, from that
+    of the two others (it may be the smaller: a scan of coarse pixels in thin slices); else the axis of the largest
+    spacing, the later one of equals: the last axis of an isotropic volume.
     """
     if volume.array.shape.count(1) == 1:
         return volume.array.shape.index(1)
     spacing = np.array(volume.spacing)
+
+    def equal(a: float, b: float) -> bool:
+        return bool(abs(a - b) <= 0.01 * max(a, b))
+
+    square = [axis for axis in range(3) if equal(*np.delete(spacing, axis))]
+    if len(square) == 1:
+        return square[0]
     return int(np.flatnonzero(spacing >= 0.99 * spacing.max())[-1])
 
 

@@ -85,7 +85,6 @@ def test_degrade_then_upscale_gives_the_scan_back(tmp_path: Path, weights: str) 
     assert main(["degrade", source, "-o", str(tmp_path / "lr.nii"), "--scale", "4"]) == 0
     assert nibabel.load(tmp_path / "lr.nii").shape == (8, 6, 3)
     assert nibabel.load(tmp_path / "lr.nii").header.get_zooms() == (4, 4, 4)
-    # spacing 4 x 4 x 4: only the user knows now which axis the slices were on
     assert main(["upscale", str(tmp_path / "lr.nii"), "-o", str(tmp_path / "sr.nii"), "--model", weights]) == 0
     again = nibabel.load(tmp_path / "sr.nii")
     np.testing.assert_allclose(again.get_fdata(), smooth, atol=0.01)
