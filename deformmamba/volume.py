@@ -271,8 +271,8 @@ def _read_nibabel(path: Path, volume: int | None) -> Volume:
                 raise VolumeError(f"{path}: the voxel spacing in the header is zero or missing")
         dtype = np.dtype(header.get_data_dtype())
         if dtype.kind not in "iuf":
-            kind = "complex numbers: take the magnitude" if dtype.kind == "c" else "colours: take one channel"
-            raise VolumeError(f"{path}: voxels are {kind} first")
+            cure = "complex numbers: take the magnitude" if dtype.kind == "c" else "colours: take one channel"
+            raise VolumeError(f"{path}: voxels are {cure} first")
         if image.dataobj.offset + int(np.prod(image.shape, dtype=object)) * dtype.itemsize > n_bytes:
             raise VolumeError(f"{path}: truncated: shorter than its header says")
         extra = [n for n in image.shape[3:] if n != 1]
