@@ -1,33 +1,70 @@
-"""The selective scan: h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] u[t], y[t] = C[t] . h[t]."""
+"""The selective scan of Mamba (S6): one operation, several implementations, all with gradients.
+
+    h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] u[t]        y[t] = C[t] . h[t] + D u[t]        dt = softplus(delta + bias)
+
+`selective_scan` runs it along sequences, `selective_scan_2d` over feature maps in up to four directions without a
+permuted copy. The tensor's device chooses the implementation; `scan_backend` or an argument names another one, which is
+obeyed or refused with the reason. `backend_report` says what can run here, and why the rest cannot.
+
+The state is float32 whatever goes in (float64 for float64), so a half-precision network or autocast does not overflow.
+"""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from deformmamba.scan import cpu, reference
+from deformmamba.scan import operator
 
-BACKENDS: tuple[str, ...] = ("cpu", "reference")
-_MODULES = {"cpu": cpu, "reference": reference}
-_chosen: ContextVar[str | None] = ContextVar("scan_backend", default=None)
+# Where `auto` looks first: a backend is a module of this folder, see `operator` for what it must offer.
+BACKENDS: tuple[str, ...] = ("mamba_ssm", "cpu", "eager", "reference")
+
+Discretization = Literal["euler", "zoh"]
+
+_chosen: ContextVar[str] = ContextVar("deformmamba_scan_backend", default="auto")
 
 
 class ScanBackendError(RuntimeError):
-    """A backend asked for by name cannot run this call."""
+    """A scan backend that was asked for by name does not exist or cannot run this call; says why, and the cure."""
+
+
+class BackendStatus(NamedTuple):
+    """One row of `backend_report`: `why` and `cure` are empty where the backend is usable."""
+
+    name: str
+    usable: bool
+    why: str
+    cure: str
 
 
 @contextmanager
 def scan_backend(name: str) -> Iterator[None]:
-    """Every scan inside the block uses the backend `name`, or raises ScanBackendError."""
-    if name not in BACKENDS:
-        raise ScanBackendError(f"unknown scan backend {name!r}; known: {', '.join(BACKENDS)}")
+    """Every scan in the block runs on backend `name`, one of `BACKENDS`, or raises; "auto" lets the tensor choose.
+
+    Holds for the current thread (or task) only. A `backend=` argument wins over it. The backward pass of a scan runs on
+    the backend of its forward pass, wherever it is called.
+
+    Raises:
+        ScanBackendError: no such backend.
+    """
+    _known(name)
     token = _chosen.set(name)
     try:
         yield
     finally:
         _chosen.reset(token)
+
+
+def backend_report() -> list[BackendStatus]:
+    """One row for every backend, in the order in which "auto" tries them: can it run here, if not why, and the cure."""
+    rows = []
+    for name in BACKENDS:
+        why, _, cure = (operator.module(name).unusable() or "").partition("; ")
+        rows.append(BackendStatus(name, not why, why, cure))
+    return rows
 
 
 def selective_scan(
@@ -43,32 +80,64 @@ def selective_scan(
     return_last_state: bool = False,
     *,
     initial_state: torch.Tensor | None = None,
-    discretization: str = "euler",
+    discretization: Discretization = "euler",
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Selective scan along the last axis: u, delta, z (b, d, l); A (d, n); B, C (b, g, n, l) or (b, n, l); D (d,)."""
-    dtype = u.dtype
-    if dtype != torch.float64:
-        u, delta, A, B, C = (t.float() for t in (u, delta, A, B, C))
-    if B.ndim == 3:
-        B = B[:, None]
-    if C.ndim == 3:
-        C = C[:, None]
-    dt = delta if delta_bias is None else delta + delta_bias[:, None].to(delta.dtype)
-    if delta_softplus:
-        dt = F.softplus(dt)
-    name = backend or _chosen.get()
-    plain = return_last_state or initial_state is not None or discretization != "euler" or u.dtype != torch.float32
-    if name == "reference" or (name is None and plain):
-        y, last = reference.scan(u, dt, A, B, C, initial_state, discretization)
-    else:
-        y, last = cpu.scan(u, dt, A, B, C), None
-    if D is not None:
-        y = y + u * D[:, None].to(u.dtype)
-    y = y.to(dtype)
+    """Selective scan along the last axis; arguments in the order of mamba-ssm's `selective_scan_fn`.
+
+    Args:
+        u: (b, d, l) input.
+        delta: (b, d, l) step sizes, before bias and softplus.
+        A: (d, n) rates; negative in a Mamba network, but any sign is computed.
+        B, C: (b, g, n, l), or (b, n, l) for one group; channel i belongs to group i // (d / g).
+        D: (d,) factor of the direct path u -> y.
+        z: (b, d, l) gate: y is multiplied by silu(z).
+        delta_bias: (d,) added to delta.
+        delta_softplus: dt = softplus(delta + delta_bias), else without softplus.
+        return_last_state: also return the state after the last step, to go on from.
+        initial_state: (b, d, n) state before the first step, zero by default.
+        discretization: "euler": dt B u enters the state, as in released Mamba kernels; "zoh": exact zero-order hold,
+            (exp(dt A) - 1) / A B u, equation 2 of the paper.
+        backend: one of `BACKENDS`; None follows `scan_backend`.
+
+    Returns:
+        y (b, d, l) in u's dtype, or (y, last state (b, d, n) in float32, float64 for float64).
+
+    float16, bfloat16 and float32 may be mixed, as autocast does; float64 stands alone. NaN and infinity are data.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device that does not fit, naming the argument and the rule.
+        ScanBackendError: the named backend cannot run this call.
+    """
+    B, C = (x[:, None] if isinstance(x, torch.Tensor) and x.ndim == 3 else x for x in (B, C))
+    _check_shapes(
+        ("u", u, "b d l"), ("delta", delta, "b d l"), ("A", A, "d n"), ("B", B, "b g n l"), ("C", C, "b g n l"),
+        ("D", D, "d"), ("z", z, "b d l"), ("delta_bias", delta_bias, "d"), ("initial_state", initial_state, "b d n"),
+    )  # fmt: skip
+    b, d, length = u.shape
+    g, n = B.shape[1:3]
+    if g == 0 or d % g:
+        raise ValueError(f"B has {g} groups (shape {tuple(B.shape)}), which must divide the {d} channels of u")
+    r = d // g
+    y, last = _run(
+        u.reshape(b, g, r, length).transpose(2, 3),
+        delta.reshape(1, b, g, r, length).transpose(3, 4),
+        A.reshape(1, g, r, n),
+        B[None].transpose(3, 4),
+        C[None].transpose(3, 4),
+        None if D is None else D.reshape(1, g, r),
+        None if delta_bias is None else delta_bias.reshape(1, g, r),
+        None if initial_state is None else initial_state.reshape(1, b, g, r, n),
+        (1, length),
+        delta_softplus,
+        discretization,
+        backend,
+    )
+    y = y.transpose(2, 3).reshape(b, d, length)
     if z is not None:
-        y = y * F.silu(z)
-    return (y, last) if return_last_state and last is not None else y
+        y = y * F.silu(z.to(y.dtype))
+    y = y.to(u.dtype)
+    return (y, last.reshape(b, d, n)) if return_last_state else y
 
 
 def selective_scan_2d(
@@ -81,41 +150,131 @@ def selective_scan_2d(
     delta_bias: torch.Tensor | None = None,
     *,
     delta_softplus: bool = True,
-    discretization: str = "euler",
+    discretization: Discretization = "euler",
     backend: str | None = None,
 ) -> torch.Tensor:
-    """SS2D: u (b, h, w, d); delta (k, b, h, w, d); A (k*d, n); B, C (b, h, w, k, n); D, delta_bias (k*d,); y like u."""
+    """The core of SS2D: scan a map in k directions and sum the results, channels last, each direction with its weights.
+
+    The direction order is rows, columns, rows from the end, columns from the end (row-major and column-major walks, and
+    the same backwards) for k = 4; rows and rows from the end for k = 2; rows for k = 1. The fused backends read the map
+    along each walk and write no permuted copy.
+
+    Args:
+        u: (b, h, w, d) map. A (b, d, h, w) tensor in channels-last memory format permutes to this without a copy.
+        delta: (k, b, h, w, d) step sizes of every direction, before bias and softplus, indexed by pixel.
+        A: (k * d, n) rates. D, delta_bias: (k * d,) or None.
+        B, C: (b, h, w, k, n), indexed by pixel.
+        delta_softplus, discretization, backend: as in `selective_scan`.
+
+    Returns:
+        y (b, h, w, d) in u's dtype.
+
+    Raises:
+        ValueError, TypeError, ScanBackendError: as in `selective_scan`.
+    """
+    _check_shapes(
+        ("u", u, "b h w d"), ("delta", delta, "k b h w d"), ("A", A, "k*d n"), ("B", B, "b h w k n"),
+        ("C", C, "b h w k n"), ("D", D, "k*d"), ("delta_bias", delta_bias, "k*d"),
+    )  # fmt: skip
     b, h, w, d = u.shape
-    k, n = delta.shape[0], A.shape[1]
-
-    def walk(x: torch.Tensor, direction: int) -> torch.Tensor:  # (b, h, w, c) -> (b, c, l)
-        x = x.transpose(1, 2) if direction % 2 else x
-        x = x.reshape(b, h * w, -1)
-        return (x.flip(1) if direction > 1 else x).transpose(1, 2)
-
-    total = torch.zeros_like(u)
-    for i, direction in enumerate({1: (0,), 2: (0, 2), 4: (0, 1, 2, 3)}[k]):
-        part = slice(i * d, (i + 1) * d)
-        y = selective_scan(
-            walk(u, direction),
-            walk(delta[i], direction),
-            A[part],
-            walk(B[:, :, :, i], direction).reshape(b, 1, n, h * w),
-            walk(C[:, :, :, i], direction).reshape(b, 1, n, h * w),
-            None if D is None else D[part],
-            None,
-            None if delta_bias is None else delta_bias[part],
-            delta_softplus,
-            discretization=discretization,
-            backend=backend,
-        )
-        assert isinstance(y, torch.Tensor)
-        y = y.transpose(1, 2)
-        y = y.flip(1) if direction > 1 else y
-        total = total + (y.reshape(b, w, h, d).transpose(1, 2) if direction % 2 else y.reshape(b, h, w, d))
-    return total
+    k, n = B.shape[3:]
+    if k not in (1, 2, 4):
+        raise ValueError(f"delta has {k} directions (shape {tuple(delta.shape)}); 1, 2 or 4 are defined")
+    y, _ = _run(
+        u.reshape(b, 1, h * w, d),
+        delta.reshape(k, b, 1, h * w, d),
+        A.reshape(k, 1, d, n),
+        B.permute(3, 0, 1, 2, 4).reshape(k, b, 1, h * w, n),
+        C.permute(3, 0, 1, 2, 4).reshape(k, b, 1, h * w, n),
+        None if D is None else D.reshape(k, 1, d),
+        None if delta_bias is None else delta_bias.reshape(k, 1, d),
+        None,
+        (h, w),
+        delta_softplus,
+        discretization,
+        backend,
+    )
+    return y.reshape(b, h, w, d).to(u.dtype)
 
 
-def backend_report() -> list[tuple[str, bool, str, str]]:
-    """One row for every backend: (name, usable, why, cure)."""
-    return [(name, True, "runs here", "") for name in BACKENDS]
+def _check_shapes(*arguments: tuple[str, torch.Tensor | None, str]) -> None:
+    """Every given tensor has the named axes, equal where a name returns, and u's device and kind of dtype."""
+    sizes: dict[str, int] = {}
+    first = arguments[0][1]
+    for name, tensor, pattern in arguments:
+        if tensor is None and name not in ("u", "delta", "A", "B", "C"):
+            continue
+        if not isinstance(tensor, torch.Tensor) or not isinstance(first, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor ({pattern.replace(' ', ', ')}), got {type(tensor).__name__}")
+        axes = pattern.split()
+        shape = tuple(tensor.shape)
+        rule = f"{name} must have shape ({', '.join(axes)}), got {shape}"
+        if len(shape) != len(axes):
+            raise ValueError(f"{rule}: {len(shape)} axes instead of {len(axes)}")
+        for axis, size in zip(axes, shape, strict=True):
+            expected = sizes["k"] * sizes["d"] if axis == "k*d" else sizes.setdefault(axis, size)
+            if size != expected:
+                raise ValueError(f"{rule}: {axis} is {expected} in the arguments before it")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}; convert it, for example with .float()")
+        if (tensor.dtype == torch.float64) != (first.dtype == torch.float64):
+            raise TypeError(f"{name} is {tensor.dtype} but u is {first.dtype}; float64 mixes with nothing else")
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device} but u is on {first.device}; move them to one device")
+
+
+def _known(name: str) -> None:
+    if name != "auto" and name not in BACKENDS:
+        raise ScanBackendError(f"there is no scan backend {name!r}; there are {', '.join(BACKENDS)}, and auto")
+
+
+def _choose(name: str, u: torch.Tensor, zoh: bool, state: bool) -> str:
+    """The backend to run on: `name` itself, or for "auto" the first that can."""
+    _known(name)
+    for candidate in BACKENDS if name == "auto" else (name,):
+        module = operator.module(candidate)
+        reason = module.unusable(u)
+        if reason is None and hasattr(module, "refuses"):
+            reason = module.refuses(zoh, state)
+        if reason is None:
+            return candidate
+        if name != "auto":
+            raise ScanBackendError(f"scan backend {name!r} cannot run this: {reason}")
+    raise AssertionError("the reference runs everything")
+
+
+def _run(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    state: torch.Tensor | None,
+    size: tuple[int, int],
+    softplus: bool,
+    discretization: str,
+    backend: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, last state) of the operation described in `operator`, in its dtype, on the chosen backend."""
+    if discretization not in ("euler", "zoh"):
+        raise ValueError(f"discretization must be 'euler' or 'zoh', got {discretization!r}")
+    zoh = discretization == "zoh"
+    name = _choose(_chosen.get() if backend is None else backend, u, zoh, state is not None)
+    module = operator.module(name)
+    full = torch.float64 if u.dtype == torch.float64 else torch.float32
+    half = u.dtype if getattr(module, "HALF", False) else full
+    u, delta, B, C = (x.to(half) for x in (u, delta, B, C))
+    A = A.to(full).contiguous()
+    D, bias, state = (None if x is None else x.to(full).contiguous() for x in (D, bias, state))
+    kind = u.device.type
+    # operations inside a backend keep the dtype they were given
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        if hasattr(module, "scan"):
+            y, last = module.scan(u, delta, A, B, C, D, bias, state, *size, softplus, zoh)
+        else:
+            given = [x for x in (u, delta, A, B, C, D, bias, state) if x is not None]
+            keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+            y, last, _ = operator.scan(name, u, delta, A, B, C, D, bias, state, *size, softplus, zoh, keep)
+    return y, last

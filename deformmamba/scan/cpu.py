@@ -1,100 +1,281 @@
-"""numba kernels: what a CPU runs."""
+"""What a CPU runs: numba kernels, a thread pool of ours, compiled code on disk.
 
-from functools import lru_cache
+Lanes are channels (`cpu_kernels`), so that nothing is summed across lanes and a channels-last map is read as it lies in
+memory, in all four directions, without a permuted copy. A job is one image, one group and a range of channels; it walks
+the directions one after the other and alone adds to its channels of y. The backward pass starts every chunk from the
+state that the forward pass kept, so it computes each state once more and never the whole history.
+
+Numba's own thread layers are not used: one of them aborts the process when two Python threads call at once, and they do
+not survive a fork. The kernels release the GIL instead, and jobs run on a pool that each process makes for itself.
+"""
+
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
-
-@lru_cache(None)
-def _kernels(n: int) -> tuple[Any, Any]:
-    from numba import njit, prange
-
-    flags = {"reassoc", "contract", "nsz", "arcp", "afn"}
-
-    @njit(parallel=True, fastmath=flags, error_model="numpy")
-    def forward(u, dt, A, B, C, y):  # type: ignore[no-untyped-def]
-        b, d, l = u.shape
-        r = d // B.shape[1]
-        for bd in prange(b * d):
-            i = bd // d
-            j = bd % d
-            k = j // r
-            x = np.zeros(n, np.float32)
-            for t in range(l):
-                dtt = dt[i, j, t]
-                dut = dtt * u[i, j, t]
-                s = np.float32(0)
-                for m in range(n):
-                    xm = np.exp(dtt * A[j, m]) * x[m] + dut * B[i, k, t, m]
-                    x[m] = xm
-                    s += xm * C[i, k, t, m]
-                y[i, j, t] = s
-
-    @njit(parallel=True, fastmath=flags, error_model="numpy")
-    def backward(u, dt, A, B, C, dy, du, ddt, dA, dB, dC):  # type: ignore[no-untyped-def]
-        b, d, l = u.shape
-        g = B.shape[1]
-        r = d // g
-        for bg in prange(b * g):
-            i = bg // g
-            k = bg % g
-            xs = np.zeros((l + 1, n), np.float32)
-            decay = np.empty((l, n), np.float32)
-            for j in range(k * r, (k + 1) * r):
-                for t in range(l):
-                    dux = dt[i, j, t] * u[i, j, t]
-                    for m in range(n):
-                        a = np.exp(dt[i, j, t] * A[j, m])
-                        decay[t, m] = a
-                        xs[t + 1, m] = a * xs[t, m] + dux * B[i, k, t, m]
-                gr = np.zeros(n, np.float32)
-                dAj = np.zeros(n, np.float32)
-                for t in range(l - 1, -1, -1):
-                    dyt = dy[i, j, t]
-                    dtt = dt[i, j, t]
-                    ut = u[i, j, t]
-                    s1 = np.float32(0)
-                    s2 = np.float32(0)
-                    for m in range(n):
-                        gm = gr[m] + C[i, k, t, m] * dyt
-                        dC[i, k, t, m] += dyt * xs[t + 1, m]
-                        dB[i, k, t, m] += gm * dtt * ut
-                        s1 += gm * B[i, k, t, m]
-                        ga = gm * decay[t, m]
-                        s2 += ga * xs[t, m] * A[j, m]
-                        dAj[m] += ga * xs[t, m] * dtt
-                        gr[m] = ga
-                    du[i, j, t] = s1 * dtt
-                    ddt[i, j, t] = s1 * ut + s2
-                for m in range(n):
-                    dA[i, j, m] = dAj[m]
-
-    return forward, backward
+LANES = 16  # channels that a kernel works on at once
+CHUNK = (
+    64  # steps between kept states: these take 1/4 of the memory of u at 16 states; a chunk's states fit the L2 cache
+)
 
 
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> Any:
-        u, dt, A = (t.contiguous() for t in (u, dt, A))
-        B, C = (t.transpose(-1, -2).contiguous() for t in (B, C))
-        ctx.save_for_backward(u, dt, A, B, C)
-        y = torch.empty_like(u)
-        _kernels(A.shape[1])[0](*(t.detach().numpy() for t in (u, dt, A, B, C, y)))
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        u, dt, A, B, C = ctx.saved_tensors
-        du, ddt, dB, dC = torch.empty_like(u), torch.empty_like(u), torch.zeros_like(B), torch.zeros_like(C)
-        dA = A.new_empty(u.shape[0], *A.shape)
-        tensors = (u, dt, A, B, C, grads[0].contiguous(), du, ddt, dA, dB, dC)
-        _kernels(A.shape[1])[1](*(t.detach().numpy() for t in tensors))
-        return du, ddt, dA.sum(0), dB.transpose(-1, -2), dC.transpose(-1, -2)
+def unusable(tensor: torch.Tensor | None = None) -> str | None:
+    """Why the kernels cannot run on `tensor` (None: on anything here), and the cure, separated by a semicolon."""
+    if tensor is not None and tensor.device.type != "cpu":
+        return f"it runs on CPU tensors only, the tensor is on {tensor.device}; move it to the CPU"
+    try:
+        import numba  # noqa: F401
+    except Exception as error:  # a numpy that numba does not know yet raises ImportError, a broken llvmlite OSError
+        return f"numba cannot be imported ({error}); pip install --upgrade numba"
+    return None
 
 
-def scan(u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
-    """u, dt (b, d, l); A (d, n); B, C (b, g, n, l), float32 -> y (b, d, l)."""
-    y: torch.Tensor = _Scan.apply(u, dt, A, B, C)
-    return y
+def forward(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    state: torch.Tensor | None,
+    height: int,
+    width: int,
+    softplus: bool,
+    zoh: bool,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, last state, kept states): see `operator`."""
+    images, groups, length, channels = u.shape
+    directions, n = A.shape[0], A.shape[-1]
+    y = torch.empty_like(u)
+    last = A.new_empty(directions, images, groups, channels, n)
+    chunks = -(-length // CHUNK) if keep else 0
+    kept = A.new_empty(directions, images, groups, chunks, n, channels)
+    state = torch.zeros_like(last) if state is None else state
+    kernel = _kernel("forward", u.dtype, zoh)
+    us, deltas, As, Bs, Cs, Ds, biases, states, ys, lasts, kepts = _arrays(
+        _readable(u, directions), _readable(delta, directions), A, B, C, *_sides(A, D, bias), state, y, last, kept
+    )
+
+    def job(image: int, group: int, first: int, end: int) -> None:
+        here = (slice(None), image, group)
+        weights = (slice(None), group)
+        inputs = us[image, group], deltas[here], As[weights], Bs[here], Cs[here], Ds[weights], biases[weights]
+        tiles = -(-(end - first) // LANES)
+        scratch = (
+            _scratch(u, 3, CHUNK),
+            _scratch(u, 3, tiles, n),
+            _scratch(u, 2, tiles, 1),
+            _scratch(u, 2, CHUNK, last=n),
+        )
+        outputs = ys[image, group], lasts[here], kepts[here]
+        kernel((*inputs, states[here]), outputs, scratch, (height, width), softplus, (first, end), zoh or None)
+
+    _share([partial(job, *where) for _, *where in _jobs(images, groups, channels)])
+    return y, last, kept
+
+
+def backward(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    kept: torch.Tensor,
+    dy: torch.Tensor,
+    dlast: torch.Tensor,
+    height: int,
+    width: int,
+    softplus: bool,
+    zoh: bool,
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of u, delta, A, B, C, D, bias (empty where there is none) and the initial state."""
+    images, groups, _, channels = u.shape
+    directions, n = A.shape[0], A.shape[-1]
+    jobs = _jobs(images, groups, channels)
+    parts = 1 + max((part for part, *_ in jobs), default=0)
+    du, ddelta, dstate = torch.empty_like(u), torch.empty_like(delta), torch.empty_like(dlast)
+    dB, dC = (torch.empty_like(x) if parts == 1 else x.new_empty(parts, *x.shape) for x in (B, C))
+    dA = A.new_empty(images, *A.shape)
+    sides = _sides(A, D, bias)
+    dsides = tuple(x.new_empty(images, *x.shape) for x in sides)
+    kernel = _kernel("backward", u.dtype, zoh)
+    us, deltas, As, Bs, Cs, Ds, biases = _arrays(
+        _readable(u, directions), _readable(delta, directions), A, B, C, *sides
+    )
+    kepts, dys, dlasts = _arrays(kept, _readable(dy, directions), dlast)
+    dus, ddeltas, dAs, dBs, dCs, dDs, dbiases, dstates = _arrays(du, ddelta, dA, dB, dC, *dsides, dstate)
+
+    def job(part: int, image: int, group: int, first: int, end: int) -> None:
+        here = (slice(None), image, group)
+        mine = here if parts == 1 else (part, *here)
+        weights = (slice(None), group)
+        dweights = (image, *weights)
+        inputs = us[image, group], deltas[here], As[weights], Bs[here], Cs[here], Ds[weights], biases[weights]
+        given = kepts[here], dys[image, group], dlasts[here]
+        outputs = dus[image, group], ddeltas[here], dAs[dweights], dBs[mine], dCs[mine]
+        doutputs = dDs[dweights], dbiases[dweights], dstates[here]
+        tiles = -(-(end - first) // LANES)
+        scratch = (
+            _scratch(u, 6, CHUNK),
+            _scratch(u, 4, tiles, n),
+            _scratch(u, 4, tiles, 1),
+            _scratch(u, 4, CHUNK, last=n),
+        )
+        trace = _scratch(u, 2, CHUNK + 1, n), _scratch(u, 2, n)
+        kernel(
+            (*inputs, *given), (*outputs, *doutputs), (*scratch, *trace),
+            (height, width), softplus, (first, end), zoh or None,
+        )  # fmt: skip
+
+    _share([partial(job, *where) for where in jobs])
+    if parts > 1:
+        dB, dC = (torch.sum(x, 0, out=torch.empty_like(like)) for x, like in ((dB, B), (dC, C)))
+    dD, dbias = (x.sum(0).squeeze(-1) for x in dsides)
+    return du, ddelta, dA.sum(0), dB, dC, dD, dbias, dstate
+
+
+def _sides(A: torch.Tensor, *vectors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """D and bias (k, g, r) as the kernels take them: (k, g, r, 1), and (k, g, 0, 1) for None."""
+    return tuple(A.new_empty(*A.shape[:2], 0, 1) if x is None else x[..., None] for x in vectors)
+
+
+def _readable(rows: torch.Tensor, directions: int) -> torch.Tensor:
+    """(.., l, r) so that kernels read it quickly: consecutive channels, or steps where only one direction runs."""
+    return rows if rows.stride(-1) == 1 or (directions == 1 and rows.stride(-2) == 1) else rows.contiguous()
+
+
+def _arrays(*tensors: torch.Tensor) -> list[Any]:
+    return [t.detach().numpy() for t in tensors]
+
+
+def _scratch(like: torch.Tensor, *shape: int, last: int = LANES) -> Any:
+    """Zeros (*shape, last) in the dtype of `like`; PyTorch aligns them to cache lines, numpy would not."""
+    return torch.zeros(*shape, last, dtype=like.dtype).numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------- threads
+
+
+def _jobs(images: int, groups: int, channels: int) -> list[tuple[int, int, int, int, int]]:
+    """(part, image, group, first channel, end): channels are split where there are fewer images than threads."""
+    tiles = -(-channels // LANES)
+    units = images * groups
+    if not units * tiles:
+        return []
+    per_part = -(-tiles // min(tiles, -(-torch.get_num_threads() // units)))
+    return [
+        (part, image, group, start * LANES, min(channels, (start + per_part) * LANES))
+        for image in range(images)
+        for group in range(groups)
+        for part, start in enumerate(range(0, tiles, per_part))
+    ]
+
+
+def _share(jobs: list[Callable[[], None]]) -> None:
+    """Run all jobs, on torch.get_num_threads() threads: the caller's and helpers, who come when they are free.
+
+    The caller never waits for a helper that has not begun, so any number of callers can share one pool."""
+    waiting = deque(jobs)
+
+    def work() -> None:
+        while True:
+            try:
+                job = waiting.popleft()
+            except IndexError:
+                return
+            job()
+
+    helpers = [_helpers().submit(work) for _ in range(min(torch.get_num_threads(), len(jobs)) - 1)]
+    try:
+        work()
+    finally:
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
+
+
+_lock = threading.Lock()
+_pool: ThreadPoolExecutor | None = None
+
+
+def _helpers() -> ThreadPoolExecutor:
+    global _pool
+    with _lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(os.cpu_count(), "deformmamba-scan")
+        return _pool
+
+
+def _forget_threads() -> None:
+    """In a forked child: the pool's threads stayed with the parent, and so may have whoever held a lock."""
+    global _pool, _lock, _compiling
+    _pool, _lock, _compiling = None, threading.Lock(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
+
+
+# ----------------------------------------------------------------------------------------------------------- compiling
+
+_kernels: dict[tuple[str, torch.dtype, bool], Any] = {}
+_compiling = threading.Lock()
+
+_DIMENSIONS = {  # of the arrays in `inputs`, `outputs` and `scratch`
+    "forward": ((2, 3, 3, 3, 3, 3, 3, 3), (2, 3, 4), (3, 4, 4, 3)),
+    "backward": ((2, 3, 3, 3, 3, 3, 3, 4, 2, 3), (2, 3, 3, 3, 3, 3, 3, 3), (3, 4, 4, 3, 4, 3)),
+}
+
+
+def _kernel(name: str, dtype: torch.dtype, zoh: bool) -> Any:
+    """The compiled kernel, from this process, from disk, or made now."""
+    key = (name, dtype, zoh)
+    if key not in _kernels:
+        with _compiling:
+            if key not in _kernels:
+                _kernels[key] = _compile(*key)
+    return _kernels[key]
+
+
+def _compile(name: str, dtype: torch.dtype, zoh: bool) -> Any:
+    from numba import njit, types
+
+    from deformmamba.scan import cpu_kernels
+
+    real: Any = {torch.float32: types.float32, torch.float64: types.float64}[dtype]
+    inputs, outputs, scratch = (
+        types.Tuple([types.Array(real, n, layout) for n in dimensions])
+        for dimensions, layout in zip(_DIMENSIONS[name], ("A", "A", "C"), strict=True)  # scratch alone is contiguous
+    )
+    pair = types.UniTuple(types.int64, 2)
+    exact = types.boolean if zoh else types.none
+    signature = types.void(inputs, outputs, scratch, pair, types.boolean, pair, exact)
+
+    def compiled(cache: bool) -> Any:
+        kernel = njit(nogil=True, error_model="numpy", cache=cache)(getattr(cpu_kernels, name))
+        kernel.compile(signature)
+        kernel.disable_compile()
+        return kernel
+
+    what = f"{name} pass, {str(dtype).removeprefix('torch.')}{', zoh' if zoh else ''}"
+    notice = threading.Timer(1, lambda: print(f"deformmamba: compiling the CPU scan ({what}), once", file=sys.stderr))
+    notice.daemon = True
+    notice.start()
+    try:
+        try:
+            return compiled(cache=True)
+        except (RuntimeError, OSError, EOFError):  # nowhere to write, a full disk, a damaged cache file
+            return compiled(cache=False)
+    finally:
+        notice.cancel()

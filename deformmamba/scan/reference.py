@@ -1,29 +1,75 @@
-"""The definition, as a loop over time."""
+"""The selective scan as it is defined: a loop over steps, in the dtype it is given, written to be read.
+
+    h[t] = exp(dt[t] A) h[t-1] + phi[t] B[t] u[t]        y[t] = C[t] . h[t] + D u[t]
+
+with dt = softplus(delta + bias) and phi = dt (the Euler step of released Mamba kernels) or (exp(dt A) - 1) / A (exact
+zero-order hold, equation 2 of the paper). Every other backend is tested against this one.
+"""
 
 import torch
+import torch.nn.functional as F
+
+
+def unusable(tensor: torch.Tensor | None = None) -> str | None:
+    """Always None: the definition runs wherever PyTorch runs."""
+    return None
+
+
+def orders(directions: int, height: int, width: int, device: torch.device | None = None) -> list[torch.Tensor]:
+    """For each direction, the row-major pixel (0 to height * width - 1) that each step visits.
+
+    One direction: rows. Two: rows, rows from the end. Four: rows, columns, rows from the end, columns from the end."""
+    rows = torch.arange(height * width, device=device)
+    columns = rows.reshape(height, width).t().reshape(-1)
+    walks = [rows, columns, rows.flip(0), columns.flip(0)]
+    return {1: walks[:1], 2: walks[::2], 4: walks}[directions]
+
+
+def step_sizes(delta: torch.Tensor, bias: torch.Tensor | None, softplus: bool) -> torch.Tensor:
+    """dt (k, b, g, l, r)."""
+    dt = delta if bias is None else delta + bias[:, None, :, None]
+    return F.softplus(dt) if softplus else dt
+
+
+def discretize(dt: torch.Tensor, A: torch.Tensor, zoh: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(exp(dt A), phi), dt and A broadcast. Near dt A = 0 phi is a series: the quotient's slope would cancel."""
+    x = dt * A
+    if not zoh:
+        return torch.exp(x), dt
+    small = x.abs() < 0.2
+    near = torch.where(small, x, 0)
+    series = torch.ones_like(x)
+    for k in range(13, 1, -1):
+        series = 1 + series * near / k
+    return torch.exp(x), torch.where(small, dt * series, torch.expm1(x) / torch.where(small, 1, A))
 
 
 def scan(
     u: torch.Tensor,
-    dt: torch.Tensor,
+    delta: torch.Tensor,
     A: torch.Tensor,
     B: torch.Tensor,
     C: torch.Tensor,
+    D: torch.Tensor | None,
+    bias: torch.Tensor | None,
     state: torch.Tensor | None,
-    discretization: str,
+    height: int,
+    width: int,
+    softplus: bool,
+    zoh: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """u, dt (b, d, l); A (d, n); B, C (b, g, n, l); state (b, d, n) -> y (b, d, l), last state."""
-    repeat = u.shape[1] // B.shape[1]
-    B, C = B.repeat_interleave(repeat, 1), C.repeat_interleave(repeat, 1)
-    h = u.new_zeros(*u.shape[:2], A.shape[1]) if state is None else state.to(u.dtype)
-    ys = []
-    for t in range(u.shape[2]):
-        x = dt[:, :, t, None] * A
-        if discretization == "euler":
-            step = dt[:, :, t, None].expand_as(x)
-        else:
-            safe = torch.where(x == 0, 1, x)
-            step = dt[:, :, t, None] * torch.where(x == 0, 1 + x / 2, torch.expm1(safe) / safe)
-        h = torch.exp(x) * h + step * B[..., t] * u[:, :, t, None]
-        ys.append((C[..., t] * h).sum(-1))
-    return torch.stack(ys, -1), h
+    """(y, last state); shapes as in `operator`, differentiable by autograd."""
+    dt = step_sizes(delta, bias, softplus)
+    total = torch.zeros_like(u)
+    lasts = []
+    for k, order in enumerate(orders(len(delta), height, width)):
+        h = u.new_zeros(*u.shape[:2], u.shape[3], A.shape[-1]) if state is None else state[k]
+        steps = []
+        for p in order.tolist():
+            a, phi = discretize(dt[k, :, :, p, :, None], A[k], zoh)
+            h = a * h + phi * u[:, :, p, :, None] * B[k, :, :, p, None]
+            steps.append((C[k, :, :, p, None] * h).sum(-1))
+        y = torch.stack(steps, 2)[:, :, torch.argsort(order)] if steps else torch.zeros_like(u)
+        total = total + (y if D is None else y + D[k][:, None] * u)
+        lasts.append(h)
+    return total, torch.stack(lasts)

@@ -1,0 +1,703 @@
+"""numba kernels of the CPU backend, and the vector type that they are written in.
+
+Numba vectorises loops when it feels like it; here the lanes are part of the program. `Vector` is LANES consecutive
+channels held in registers; LLVM lowers it to what the machine has (one AVX-512 register, two AVX2, four SSE or NEON).
+A kernel then reads like the scalar algorithm: no sum crosses lanes except in dB and dC, and rows of a channels-last map
+are loaded as they lie in memory.
+
+Everything a kernel calls stands in this file, because numba's disk cache looks for changes in this file alone.
+Fast-math is `contract` only: nothing may assume that NaN and infinity do not occur.
+"""
+
+import math
+import operator
+from typing import Any
+
+import numba.extending
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import models, overload, register_model
+
+from deformmamba.scan.cpu import LANES
+
+Array = Any  # what numba compiles has numpy arrays and `Vector`s, which the annotations cannot tell apart
+
+LOG2E = math.log2(math.e)
+LN2 = math.log(2)
+
+# as mypy sees them: a compiled function is not called with the arguments of its definition
+intrinsic: Any = numba.extending.intrinsic
+inline: Any = njit(forceinline=True, error_model="numpy")
+
+
+# ---------------------------------------------------------------------------------------------------- the vector type
+
+
+class Vector(types.Type):
+    """LANES numbers of one floating type, one for each of LANES channels."""
+
+    def __init__(self, element: types.Float) -> None:
+        self.element = element
+        super().__init__(name=f"vector({element} x {LANES})")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, kind: Vector) -> None:
+        super().__init__(manager, kind, ir.VectorType(manager.lookup(kind.element).get_value_type(), LANES))
+
+
+def _mask(indices: list[int]) -> ir.Constant:
+    return ir.Constant(ir.VectorType(ir.IntType(32), len(indices)), indices)
+
+
+def _splat(builder: Any, scalar: Any, lanes: int = LANES) -> Any:
+    vector = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
+    first = builder.insert_element(vector, scalar, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(first, vector, _mask([0] * lanes))
+
+
+def _address(context: Any, builder: Any, array_type: Any, array: Any, indices: Any) -> Any:
+    proxy = context.make_array(array_type)(context, builder, array)
+    return cgutils.get_item_pointer(context, builder, array_type, proxy, cgutils.unpack_tuple(builder, indices))
+
+
+def _size(array_type: Any) -> int:
+    return int(array_type.dtype.bitwidth) // 8
+
+
+@intrinsic
+def load(typing: Any, array: Any, index: Any) -> Any:
+    """LANES consecutive numbers of `array` from `index` on, whatever the array's other axes."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = _address(context, builder, array, *args)
+        kind = context.get_value_type(signature.return_type)
+        return builder.load(builder.bitcast(address, kind.as_pointer()), align=_size(array))
+
+    return Vector(array.dtype)(array, index), code
+
+
+@intrinsic
+def store(typing: Any, array: Any, index: Any, vector: Any) -> Any:
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = _address(context, builder, array, *args[:2])
+        builder.store(args[2], builder.bitcast(address, args[2].type.as_pointer()), align=_size(array))
+        return context.get_dummy_value()
+
+    return types.void(array, index, vector), code
+
+
+@intrinsic
+def like(typing: Any, vector: Any, scalar: Any) -> Any:
+    """`scalar` in every lane, in the floating type of `vector`."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _splat(builder, context.cast(builder, args[1], scalar, vector.element))
+
+    return vector(vector, scalar), code
+
+
+def _arithmetic(python: Any, instruction: str) -> None:
+    @intrinsic
+    def vectors(typing: Any, a: Any, b: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return getattr(builder, instruction)(*args, flags=("contract",))
+
+        return a(a, b), code
+
+    @overload(python)  # numba compares annotations too, and a lambda has none
+    def overloaded(a, b):  # type: ignore[no-untyped-def]
+        if isinstance(a, Vector) and isinstance(b, Vector):
+            return lambda a, b: vectors(a, b)
+        if isinstance(a, Vector) and isinstance(b, types.Number):
+            return lambda a, b: vectors(a, like(a, b))
+        if isinstance(b, Vector) and isinstance(a, types.Number):
+            return lambda a, b: vectors(like(b, a), b)
+        return None
+
+
+_arithmetic(operator.add, "fadd")
+_arithmetic(operator.sub, "fsub")
+_arithmetic(operator.mul, "fmul")
+_arithmetic(operator.truediv, "fdiv")
+
+
+@intrinsic
+def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, in one rounding where the machine can: `h = fma(decay, h, new)` keeps `new` off the chain of h."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = args[0].type
+        name = f"llvm.fmuladd.v{LANES}f{a.element.bitwidth}"
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
+        return builder.call(function, args)
+
+    return a(a, b, c), code
+
+
+@intrinsic(prefer_literal=True)
+def choose(typing: Any, x: Any, relation: Any, bound: Any, yes: Any, no: Any) -> Any:
+    """Lane by lane: yes if x <relation> bound else no; NaN compares false. `relation` is "<" or ">"."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_ordered(relation.literal_value, args[0], args[2]), args[3], args[4])
+
+    return yes(x, relation, bound, yes, no), code
+
+
+@intrinsic
+def sum4(typing: Any, array: Any, row: Any, out: Any, index: Any) -> Any:
+    """Add to four numbers of `out` the sums over lanes of four rows of `array` (n, LANES), as one tree of shuffles."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        rows, first, sums, where = args
+        kind = context.get_value_type(Vector(array.dtype))
+        pointer = builder.bitcast(_address(context, builder, array, rows, first), kind.as_pointer())
+        parts = [
+            builder.load(builder.gep(pointer, [ir.Constant(ir.IntType(64), i)]), align=_size(array)) for i in range(4)
+        ]
+        # halves of two vectors become one vector of the same width; then its four blocks fold onto themselves
+        width = LANES
+        while len(parts) > 1:
+            half = width // 2
+            blocks = LANES // width
+            low = [b * width + i for b in range(2 * blocks) for i in range(half)]
+            high = [i + half for i in low]
+            parts = [
+                builder.fadd(builder.shuffle_vector(a, b, _mask(low)), builder.shuffle_vector(a, b, _mask(high)))
+                for a, b in zip(parts[::2], parts[1::2], strict=True)
+            ]
+            width = half
+        total = parts[0]
+        while width > 1:
+            half = width // 2
+            lanes = total.type.count
+            low = [b * width + i for b in range(lanes // width) for i in range(half)]
+            high = [i + half for i in low]
+            total = builder.fadd(
+                builder.shuffle_vector(total, total, _mask(low)), builder.shuffle_vector(total, total, _mask(high))
+            )
+            width = half
+        target = _address(context, builder, out, sums, where)
+        target = builder.bitcast(target, total.type.as_pointer())
+        builder.store(builder.fadd(builder.load(target, align=_size(out)), total), target, align=_size(out))
+        return context.get_dummy_value()
+
+    return types.void(array, row, out, index), code
+
+
+@intrinsic
+def transpose(typing: Any, source: Any, at: Any, target: Any, to: Any) -> Any:
+    """target[to + j, i] = source[at + i, j] for i, j < LANES; rows of both are consecutive in memory along j."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = context.get_value_type(Vector(source.dtype))
+
+        def row(array_type: Any, array: Any, index: Any, i: int) -> Any:
+            first = builder.add(builder.extract_value(index, 0), ir.Constant(ir.IntType(64), i))
+            address = _address(context, builder, array_type, array, builder.insert_value(index, first, 0))
+            return builder.bitcast(address, kind.as_pointer())
+
+        vectors = [builder.load(row(source, args[0], args[1], i), align=_size(source)) for i in range(LANES)]
+        step = LANES // 2
+        while step:  # swap off-diagonal blocks of 8, 4, 2, 1
+            first = [i if not i & step else LANES + i - step for i in range(LANES)]
+            second = [i + step if not i & step else LANES + i for i in range(LANES)]
+            for i in range(LANES):
+                if not i & step:
+                    a, b = vectors[i], vectors[i + step]
+                    vectors[i] = builder.shuffle_vector(a, b, _mask(first))
+                    vectors[i + step] = builder.shuffle_vector(a, b, _mask(second))
+            step //= 2
+        for i, vector in enumerate(vectors):
+            builder.store(vector, row(target, args[2], args[3], i), align=_size(target))
+        return context.get_dummy_value()
+
+    return types.void(source, at, target, to), code
+
+
+# --------------------------------------------------------------------------------------------------------- mathematics
+
+
+def _polynomial(tables: dict[types.Float, list[float]]) -> Any:
+    """An inlined function x -> tables[type of x][0] + tables[..][1] * x + ... by Horner's rule."""
+
+    @intrinsic
+    def polynomial(typing: Any, x: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = args[0].type
+            powers = [_splat(builder, ir.Constant(kind.element, float(c))) for c in tables[x.element]]
+            total = powers.pop()
+            while powers:
+                total = builder.fmul(total, args[0], flags=("contract",))
+                total = builder.fadd(total, powers.pop(), flags=("contract",))
+            return total
+
+        return x(x), code
+
+    return polynomial
+
+
+# (2^f - 1) / f on [-1/2, 1/2]: minimax for 1 + f q(f) in float32 (9e-8, found by linear programming), Taylor in float64
+_exp2_tail = _polynomial(
+    {
+        types.float32: [
+            0.6931469775994729,
+            0.24022242085671935,
+            0.05550733742449169,
+            0.009671512629518219,
+            0.0013264727506103748,
+        ],
+        types.float64: [LN2 ** (k + 1) / math.factorial(k + 1) for k in range(13)],
+    }
+)
+# the derivative of (e^x - 1) / x, for |x| <= ln(2) / 2
+_hold_slope = _polynomial(
+    {
+        kind: [(k + 1) / math.factorial(k + 2) for k in range(terms)]
+        for kind, terms in ((types.float32, 8), (types.float64, 14))
+    }
+)
+# atanh(sqrt(s)) / sqrt(s), for s <= 1/9
+_atanh_series = _polynomial(
+    {kind: [1 / (2 * k + 1) for k in range(terms)] for kind, terms in ((types.float32, 8), (types.float64, 17))}
+)
+
+
+def _has_scalef(context: Any) -> bool:
+    return "+avx512dq" in context.codegen().magic_tuple()[2]
+
+
+def _avx512(builder: Any, name: str, element: Any, operands: list[Any]) -> Any:
+    """The AVX-512 instruction `name`, with an immediate 0 where it takes one, register by register."""
+    bits = 32 if isinstance(element, ir.FloatType) else 64
+    lanes = 512 // bits
+    part = ir.VectorType(element, lanes)
+    i32 = ir.IntType(32)
+    immediate = [ir.Constant(i32, 0)] if len(operands) == 1 else []
+    everywhere = ir.Constant(ir.IntType(lanes), -1)
+    kinds = [part] * len(operands) + [i32] * len(immediate) + [part, everywhere.type, i32]
+    full = f"llvm.x86.avx512.mask.{name}.{'ps' if bits == 32 else 'pd'}.512"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(part, kinds), full)
+    parts = []
+    for start in range(0, LANES, lanes):
+        mask = _mask(list(range(start, start + lanes)))
+        registers = [builder.shuffle_vector(x, x, mask) for x in operands]
+        default_rounding = ir.Constant(i32, 4)
+        undefined = ir.Constant(part, ir.Undefined)
+        parts.append(builder.call(function, [*registers, *immediate, undefined, everywhere, default_rounding]))
+    return parts[0] if len(parts) == 1 else builder.shuffle_vector(parts[0], parts[1], _mask(list(range(LANES))))
+
+
+def _magic(element: types.Float) -> tuple[int, int, float]:
+    """Mantissa bits, exponent bias, and the number that rounds what is added to it to an integer in its lowest bits."""
+    mantissa, bias = (23, 127) if element == types.float32 else (52, 1023)
+    return mantissa, bias, 1.5 * 2.0**mantissa
+
+
+@intrinsic
+def _split(typing: Any, x: Any) -> Any:
+    """(fraction in [-1/2, 1/2], the integer that remains, as `_scale` wants it)."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        element = args[0].type.element
+        if _has_scalef(context):
+            fraction = _avx512(builder, "reduce", element, [args[0]])
+            whole = builder.fsub(args[0], fraction)
+        else:
+            _, bias, magic = _magic(x.element)
+            low, high, shift = (_splat(builder, ir.Constant(element, float(c))) for c in (-bias, bias + 1, magic))
+            value = builder.select(builder.fcmp_ordered("<", args[0], low), low, args[0])
+            value = builder.select(builder.fcmp_ordered(">", value, high), high, value)
+            whole = builder.fadd(value, shift)
+            fraction = builder.fsub(value, builder.fsub(whole, shift))
+        return context.make_tuple(builder, signature.return_type, [fraction, whole])
+
+    return types.UniTuple(x, 2)(x), code
+
+
+@intrinsic
+def _scale(typing: Any, power: Any, whole: Any) -> Any:
+    """power * 2^whole, for `power` = 2^fraction and `whole` from `_split`: 0 and infinity where it ends."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = args[0].type
+        if _has_scalef(context):
+            return _avx512(builder, "scalef", kind.element, list(args))
+        mantissa, _, _ = _magic(power.element)
+        integers = ir.VectorType(ir.IntType(power.element.bitwidth), LANES)
+        exponent = builder.shl(builder.bitcast(args[1], integers), ir.Constant(integers, [mantissa] * LANES))
+        return builder.bitcast(builder.add(builder.bitcast(args[0], integers), exponent), kind)
+
+    return power(power, whole), code
+
+
+@inline
+def exp2(x: Array) -> Array:
+    """2^x to 2 ulp in float32 and 1e-15 in float64: 1 at 0, infinity, 0 and NaN where they belong."""
+    fraction, whole = _split(x)
+    return _scale(fma(fraction, _exp2_tail(fraction), like(x, 1.0)), whole)
+
+
+@inline
+def softplus(x: Array) -> Array:
+    """(log(1 + e^x), its derivative), accurate relative to the result on both sides."""
+    zero = like(x, 0.0)
+    e = exp2(choose(x, "<", zero, x, zero - x) * LOG2E)
+    s = e / (e + 2.0)
+    value = choose(x, ">", zero, x, zero) + 2.0 * s * _atanh_series(s * s)
+    return value, choose(x, "<", zero, e, like(x, 1.0)) / (e + 1.0)
+
+
+@inline
+def hold(delta: Array, decay: Array, inverse: Array) -> Array:
+    """Zero-order hold of x = delta A, given `decay` = A log2(e) and `inverse` = 1 / A.
+
+    (e^x, (e^x - 1) / A, the derivative of that by A), by series where |x| is small and a difference would cancel."""
+    x = delta * decay
+    fraction, whole = _split(x)
+    tail = _exp2_tail(fraction)
+    a = _scale(fma(fraction, tail, like(x, 1.0)), whole)
+    half = like(x, 0.5)
+    phi = (a - 1.0) * inverse
+    slope = (delta * a - phi) * inverse
+    small_phi = delta * LOG2E * tail
+    small_slope = delta * delta * _hold_slope(fraction * LN2)
+    size = choose(x, "<", like(x, 0.0), like(x, 0.0) - x, x)
+    return a, choose(size, "<", half, small_phi, phi), choose(size, "<", half, small_slope, slope)
+
+
+# ------------------------------------------------------------------------------------------- between maps and registers
+
+
+@inline
+def walk(order: Array, direction: int, start: int, count: int, height: int, width: int) -> None:
+    """order[i] = the row-major pixel that step `start + i` of a direction visits.
+
+    0: rows, 1: columns, 2: rows from the end, 3: columns from the end."""
+    for i in range(count):
+        step = start + i
+        if direction >= 2:
+            step = height * width - 1 - step
+        order[i] = (step % height) * width + step // height if direction % 2 else step
+
+
+@inline
+def gather(tile: Array, source: Array, order: Array, count: int, straight: bool, first: int, lanes: int) -> None:
+    """tile[i, j] = source[order[i], first + j] for j < lanes, else 0; `source` (l, r) is consecutive along r or l.
+
+    `straight` says that `order` counts up by one, so that steps can be read as rows."""
+    done = 0
+    if source.strides[1] == source.itemsize:
+        if lanes == LANES:
+            for i in range(count):
+                store(tile, (i, 0), load(source, (order[i], first)))
+            return
+    elif lanes == LANES and straight and source.strides[0] == source.itemsize:
+        steps = source.T
+        while done + LANES <= count:
+            transpose(steps, (first, order[done]), tile, (done, 0))
+            done += LANES
+    for i in range(done, count):
+        for j in range(LANES):
+            tile[i, j] = source[order[i], first + j] if j < lanes else 0.0
+
+
+@inline
+def scatter(
+    target: Array, tile: Array, order: Array, count: int, straight: bool, first: int, lanes: int, add: bool
+) -> None:
+    """target[order[i], first + j] = tile[i, j], or += where `add`: the inverse of `gather`."""
+    done = 0
+    if target.strides[1] == target.itemsize:
+        if lanes == LANES:
+            for i in range(count):
+                at = (order[i], first)
+                store(target, at, load(target, at) + load(tile, (i, 0)) if add else load(tile, (i, 0)))
+            return
+    elif lanes == LANES and straight and not add and target.strides[0] == target.itemsize:
+        steps = target.T
+        while done + LANES <= count:
+            transpose(tile, (done, 0), steps, (first, order[done]))
+            done += LANES
+    for i in range(done, count):
+        for j in range(lanes):
+            value = tile[i, j]
+            target[order[i], first + j] = target[order[i], first + j] + value if add else value
+
+
+@inline
+def columns(tile: Array, source: Array, first: int, lanes: int, factor: Array) -> None:
+    """tile[s, j] = factor * source[first + j, s], for a source (r, n)."""
+    for j in range(lanes):
+        for s in range(source.shape[1]):
+            value = source[first + j, s] * factor
+            # any NaN becomes the default one: exponents are added to its bits where there is no `scalef`
+            tile[s, j] = value if value == value else np.nan
+
+
+@inline
+def gather_rows(rows: Array, source: Array, order: Array, count: int) -> None:
+    """rows[i, s] = source[order[i], s], for a source (l, n)."""
+    if source.strides[0] == source.itemsize:
+        for s in range(source.shape[1]):
+            for i in range(count):
+                rows[i, s] = source[order[i], s]
+    else:
+        for i in range(count):
+            for s in range(source.shape[1]):
+                rows[i, s] = source[order[i], s]
+
+
+# ------------------------------------------------------------------------------------------------- one chunk, one tile
+# A tile is LANES channels. us, deltas, ys (chunk, LANES); decay = A log2(e), inverse = 1 / A, h (n, LANES);
+# skip = D (1, LANES); Bs, Cs (chunk, n). `exact` is None or True: numba compiles the one that is asked for.
+
+kernel: Any = njit(error_model="numpy")
+
+
+@kernel
+def advance(
+    us: Array, deltas: Array, decay: Array, inverse: Array, Bs: Array, Cs: Array, skip: Array, h: Array, ys: Array,
+    count: int, exact: Any,
+) -> None:  # fmt: skip
+    """The scan itself: `count` steps from the state h, which they leave behind."""
+    for t in range(count):
+        u, delta = load(us, (t, 0)), load(deltas, (t, 0))
+        y = load(skip, (0, 0)) * u if skip.shape[0] else like(u, 0.0)
+        for s in range(decay.shape[0]):
+            if exact is None:
+                a, phi = exp2(delta * load(decay, (s, 0))), delta
+            else:
+                a, phi, _ = hold(delta, load(decay, (s, 0)), load(inverse, (s, 0)))
+            state = fma(a, load(h, (s, 0)), phi * u * Bs[t, s])
+            store(h, (s, 0), state)
+            y = fma(state, like(state, Cs[t, s]), y)
+        store(ys, (t, 0), y)
+
+
+@kernel
+def retrace(
+    us: Array, deltas: Array, decay: Array, inverse: Array, Bs: Array, hs: Array, factors: Array, count: int, exact: Any
+) -> None:  # fmt: skip
+    """The same steps from hs[0], keeping all states hs (count + 1, n, LANES) and the factors between them."""
+    for t in range(count):
+        u, delta = load(us, (t, 0)), load(deltas, (t, 0))
+        for s in range(decay.shape[0]):
+            if exact is None:
+                a, phi = exp2(delta * load(decay, (s, 0))), delta
+            else:
+                a, phi, _ = hold(delta, load(decay, (s, 0)), load(inverse, (s, 0)))
+            store(factors, (t, s, 0), a)
+            store(hs, (t + 1, s, 0), fma(a, load(hs, (t, s, 0)), phi * u * Bs[t, s]))
+
+
+@kernel
+def reverse(
+    us: Array, deltas: Array, decay: Array, inverse: Array, Bs: Array, Cs: Array, skip: Array,
+    hs: Array, factors: Array, gs: Array, g: Array, dA: Array, dus: Array, ddeltas: Array, dBs: Array, dCs: Array, products: Array,
+    count: int, exact: Any,
+) -> None:  # fmt: skip
+    """The adjoint of `advance`, from the last step to the first.
+
+    gs = gradients of ys. g (n, LANES): gradient of the state after the chunk, then of the one before it. dA, dBs and
+    dCs are added to; `products` (2, n, LANES) hold what dBs and dCs sum over channels."""
+    n = decay.shape[0]
+    for t in range(count - 1, -1, -1):
+        u, delta, dy = load(us, (t, 0)), load(deltas, (t, 0)), load(gs, (t, 0))
+        into_input = like(u, 0.0)  # gradient of phi u in the Euler step, of u in a hold
+        into_exponent = like(u, 0.0)  # gradient of delta through the exponent, without its factor ln(2)
+        into_phi = like(u, 0.0)
+        for s in range(n):
+            a, rate = load(factors, (t, s, 0)), load(decay, (s, 0))
+            dh = fma(dy, like(dy, Cs[t, s]), load(g, (s, 0)))
+            carried = dh * a
+            store(g, (s, 0), carried)
+            change = carried * load(hs, (t, s, 0))
+            into_exponent = fma(change, rate, into_exponent)
+            into_A = fma(change, delta, load(dA, (s, 0)))
+            if exact is None:
+                into_input = fma(dh, like(dh, Bs[t, s]), into_input)
+                store(products, (0, s, 0), dh * (delta * u))
+            else:
+                _, phi, slope = hold(delta, rate, load(inverse, (s, 0)))
+                entering = dh * Bs[t, s]
+                into_input = fma(entering, phi, into_input)
+                into_phi = fma(entering * u, a, into_phi)
+                into_A = fma(entering * u, slope, into_A)
+                store(products, (0, s, 0), dh * (phi * u))
+            store(dA, (s, 0), into_A)
+            store(products, (1, s, 0), dy * load(hs, (t + 1, s, 0)))
+        direct = load(skip, (0, 0)) * dy if skip.shape[0] else like(u, 0.0)
+        if exact is None:
+            store(dus, (t, 0), fma(into_input, delta, direct))
+            store(ddeltas, (t, 0), fma(into_input, u, into_exponent * LN2))
+        else:
+            store(dus, (t, 0), into_input + direct)
+            store(ddeltas, (t, 0), into_phi + into_exponent * LN2)
+        for s in range(0, n - 3, 4):
+            sum4(products, (0, s, 0), dBs, (t, s))
+            sum4(products, (1, s, 0), dCs, (t, s))
+        for s in range(n // 4 * 4, n):
+            for j in range(LANES):
+                dBs[t, s] += products[0, s, j]
+                dCs[t, s] += products[1, s, j]
+
+
+# -------------------------------------------------------------------------------------------------------- the two scans
+# Both work on the channels `first` to `end` of one image and one group, one direction after the other, chunk by chunk:
+#   u, y, dy (l, r); delta (k, l, r); A (k, r, n); B, C (k, l, n); D, bias (k, r, 1), or (k, 0, 1) for none;
+#   state, last, dlast (k, r, n); kept (k, chunks, n, r): the state before every chunk, or (k, 0, n, r) to keep none.
+# Scratch memory comes from the caller, who can align it: a vector that straddles two cache lines costs two accesses.
+#   rows (.., chunk, LANES), states (.., tiles, n, LANES), sides (.., tiles, 1, LANES), rates (.., chunk, n).
+# `positive`: delta goes through softplus. `exact`: None for the Euler step, True for zero-order hold.
+
+
+@inline
+def prepare(
+    A: Array, D: Array, bias: Array, first: int, end: int,
+    decays: Array, inverses: Array, skips: Array, biases: Array, exact: Any,
+) -> None:  # fmt: skip
+    """What every chunk needs of A, D and bias, tile by tile."""
+    for tile in range(decays.shape[0]):
+        c = first + tile * LANES
+        lanes = min(LANES, end - c)
+        columns(decays[tile], A, c, lanes, LOG2E)
+        if exact is not None:
+            for j in range(lanes):
+                for s in range(A.shape[1]):
+                    inverses[tile, s, j] = 1.0 / A[c + j, s]
+        if D.shape[0]:
+            columns(skips[tile], D, c, lanes, 1.0)
+        if bias.shape[0]:
+            columns(biases[tile], bias, c, lanes, 1.0)
+
+
+def forward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, channels: Any, exact: Any) -> None:
+    """y = the sum of the scans over directions, last = their last states."""
+    u, delta, A, B, C, D, bias, state = inputs
+    y, last, kept = outputs
+    rows, states, sides, rates = scratch
+    height, width = size
+    first, end = channels
+    us, deltas, ys = rows[0], rows[1], rows[2]
+    chunk = us.shape[0]
+    decays, inverses, hs = states[0], states[1], states[2]
+    skips, biases = sides[0], sides[1]
+    Bs, Cs = rates[0], rates[1]
+    order = np.empty(chunk, np.int64)
+    directions, length, n = B.shape
+    for k in range(directions):
+        direction = 2 * k if directions == 2 else k
+        straight = direction == 0
+        prepare(A[k], D[k], bias[k], first, end, decays, inverses, skips, biases, exact)
+        for tile in range(hs.shape[0]):
+            columns(hs[tile], state[k], first + tile * LANES, min(LANES, end - first - tile * LANES), 1.0)
+        for start in range(0, length, chunk):
+            count = min(chunk, length - start)
+            walk(order, direction, start, count, height, width)
+            gather_rows(Bs, B[k], order, count)
+            gather_rows(Cs, C[k], order, count)
+            for tile in range(hs.shape[0]):
+                c = first + tile * LANES
+                lanes = min(LANES, end - c)
+                if kept.shape[1]:
+                    for s in range(n):
+                        for j in range(lanes):
+                            kept[k, start // chunk, s, c + j] = hs[tile, s, j]
+                gather(us, u, order, count, straight, c, lanes)
+                gather(deltas, delta[k], order, count, straight, c, lanes)
+                for t in range(count):  # apart from `advance`, whose steps would each wait for it
+                    dt = load(deltas, (t, 0)) + load(biases[tile], (0, 0))
+                    store(deltas, (t, 0), softplus(dt)[0] if positive else dt)
+                skip = skips[tile, : min(1, D.shape[1])]
+                advance(us, deltas, decays[tile], inverses[tile], Bs, Cs, skip, hs[tile], ys, count, exact)
+                scatter(y, ys, order, count, straight, c, lanes, k > 0)
+        for tile in range(hs.shape[0]):
+            c = first + tile * LANES
+            for j in range(min(LANES, end - c)):
+                for s in range(n):
+                    last[k, c + j, s] = hs[tile, s, j]
+
+
+def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, channels: Any, exact: Any) -> None:
+    """The gradients of all inputs from dy (l, r) and dlast (k, r, n); dB and dC hold the sums over these channels."""
+    u, delta, A, B, C, D, bias, kept, dy, dlast = inputs
+    du, ddelta, dA, dB, dC, dD, dbias, dstate = outputs
+    rows, states, sides, rates, trace, products = scratch
+    height, width = size
+    first, end = channels
+    us, deltas, slopes, gs, dus, ddeltas = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
+    chunk = us.shape[0]
+    decays, inverses, carried, dAs = states[0], states[1], states[2], states[3]
+    skips, biases, dDs, dbiases = sides[0], sides[1], sides[2], sides[3]
+    Bs, Cs, dBs, dCs = rates[0], rates[1], rates[2], rates[3]
+    hs, factors = trace[0], trace[1]
+    order = np.empty(chunk, np.int64)
+    directions, length, n = B.shape
+    for k in range(directions):
+        direction = 2 * k if directions == 2 else k
+        straight = direction == 0
+        prepare(A[k], D[k], bias[k], first, end, decays, inverses, skips, biases, exact)
+        dAs[:] = 0
+        dDs[:] = 0
+        dbiases[:] = 0
+        for tile in range(carried.shape[0]):
+            columns(carried[tile], dlast[k], first + tile * LANES, min(LANES, end - first - tile * LANES), 1.0)
+        for start in range((length - 1) // chunk * chunk, -1, -chunk):
+            count = min(chunk, length - start)
+            walk(order, direction, start, count, height, width)
+            gather_rows(Bs, B[k], order, count)
+            gather_rows(Cs, C[k], order, count)
+            dBs[:] = 0
+            dCs[:] = 0
+            for tile in range(carried.shape[0]):
+                c = first + tile * LANES
+                lanes = min(LANES, end - c)
+                for s in range(n):
+                    for j in range(LANES):  # lanes beyond the last channel count in the sums over lanes: zeros
+                        hs[0, s, j] = kept[k, start // chunk, s, c + j] if j < lanes else 0.0
+                gather(us, u, order, count, straight, c, lanes)
+                gather(deltas, delta[k], order, count, straight, c, lanes)
+                gather(gs, dy, order, count, straight, c, lanes)
+                for t in range(count):
+                    dt = load(deltas, (t, 0)) + load(biases[tile], (0, 0))
+                    slope = like(dt, 1.0)
+                    if positive:
+                        dt, slope = softplus(dt)
+                    store(deltas, (t, 0), dt)
+                    store(slopes, (t, 0), slope)
+                skip = skips[tile, : min(1, D.shape[1])]
+                decay, inverse = decays[tile], inverses[tile]
+                retrace(us, deltas, decay, inverse, Bs, hs, factors, count, exact)
+                reverse(
+                    us, deltas, decay, inverse, Bs, Cs, skip, hs, factors,
+                    gs, carried[tile], dAs[tile], dus, ddeltas, dBs, dCs, products, count, exact,
+                )  # fmt: skip
+                into_D, into_bias = load(dDs[tile], (0, 0)), load(dbiases[tile], (0, 0))
+                for t in range(count):
+                    into_delta = load(ddeltas, (t, 0)) * load(slopes, (t, 0))
+                    store(ddeltas, (t, 0), into_delta)
+                    into_bias = into_bias + into_delta
+                    into_D = fma(load(gs, (t, 0)), load(us, (t, 0)), into_D)
+                store(dDs[tile], (0, 0), into_D)
+                store(dbiases[tile], (0, 0), into_bias)
+                scatter(du, dus, order, count, straight, c, lanes, k > 0)
+                scatter(ddelta[k], ddeltas, order, count, straight, c, lanes, False)
+            for s in range(n):
+                for t in range(count):
+                    dB[k, order[t], s] = dBs[t, s]
+                    dC[k, order[t], s] = dCs[t, s]
+        for tile in range(carried.shape[0]):
+            c = first + tile * LANES
+            for j in range(min(LANES, end - c)):
+                for s in range(n):
+                    dA[k, c + j, s] = dAs[tile, s, j]
+                    dstate[k, c + j, s] = carried[tile, s, j]
+                if D.shape[1]:
+                    dD[k, c + j, 0] = dDs[tile, 0, j]
+                if bias.shape[1]:
+                    dbias[k, c + j, 0] = dbiases[tile, 0, j]

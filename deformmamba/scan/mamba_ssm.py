@@ -1,0 +1,79 @@
+"""Adapter to mamba-ssm's CUDA kernel, for those who have built it: no fused 2-D form, so directions are copies."""
+
+import torch
+
+from deformmamba.scan.reference import orders
+
+HALF = True  # takes float16 and bfloat16 as they are
+
+_CURE = "pip install --no-build-isolation mamba-ssm, with nvcc of the CUDA version that PyTorch was built with"
+
+
+def unusable(tensor: torch.Tensor | None = None) -> str | None:
+    """Why the kernel cannot run on `tensor` (None: on anything here), and the cure, separated by a semicolon."""
+    try:
+        # the extension itself: the package imports without it. ImportError: not there; OSError: built for another torch
+        import selective_scan_cuda  # noqa: F401
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # noqa: F401
+    except (ImportError, OSError) as error:
+        return f"mamba-ssm's extension cannot be imported ({' '.join(str(error).split())}); {_CURE}"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device; use backend 'cpu'"
+    if tensor is not None and tensor.device.type != "cuda":
+        return f"it runs on CUDA only, the tensor is on {tensor.device}; move it to the GPU"
+    if tensor is not None and tensor.dtype == torch.float64:
+        return "it has no float64; use float32 or another backend"
+    return None
+
+
+def refuses(zoh: bool, state: bool) -> str | None:
+    """What of our operation the kernel does not know."""
+    if zoh:
+        return "mamba-ssm's kernel knows the Euler step only; use discretization='euler' or another backend"
+    if state:
+        return "mamba-ssm's kernel starts from zero; leave out initial_state or use another backend"
+    return None
+
+
+def scan(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    state: torch.Tensor | None,
+    height: int,
+    width: int,
+    softplus: bool,
+    zoh: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, last state); shapes as in `operator`, differentiable by mamba-ssm's own backward."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    walks = orders(len(delta), height, width, u.device)
+    k, b, g, length, r = delta.shape
+    n = A.shape[-1]
+
+    def flat(x: torch.Tensor) -> torch.Tensor:  # (k, b, g, l, c) -> (b, k g c, l), the groups of one direction together
+        return x.permute(1, 0, 2, 4, 3).reshape(b, -1, length).contiguous()
+
+    def walked(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x[i][:, :, walk] for i, walk in enumerate(walks)])
+
+    y, last = selective_scan_fn(
+        flat(torch.stack([u[:, :, walk] for walk in walks])),
+        flat(walked(delta)),
+        A.reshape(-1, n),
+        flat(walked(B)).reshape(b, k * g, n, length),
+        flat(walked(C)).reshape(b, k * g, n, length),
+        None if D is None else D.reshape(-1),
+        None,
+        None if bias is None else bias.reshape(-1),
+        softplus,
+        True,
+    )
+    y = y.reshape(b, k, g, r, length).permute(1, 0, 2, 4, 3)
+    total = torch.stack([y[i][:, :, torch.argsort(walk)] for i, walk in enumerate(walks)]).sum(0)
+    return total, last.reshape(b, k, g, r, n).transpose(0, 1)

@@ -1,0 +1,139 @@
+"""The one operation that backends implement, and the PyTorch operator around those that have kernels.
+
+Both public functions are views of it. With k directions over images of height x width = l pixels, b images, g groups
+of r channels and n states:
+
+    u, y     (b, g, l, r)       pixels row by row; y sums over directions
+    delta    (k, b, g, l, r)
+    A        (k, g, r, n)
+    B, C     (k, b, g, l, n)
+    D, bias  (k, g, r) or None  added: D u to y, bias to delta, before softplus
+    state    (k, b, g, r, n)    initial state, or None for zeros; the last state has the same shape
+
+Strides are arbitrary. Directions: 1 (rows), 2 (rows, rows from the end) or 4 (rows, columns, both from the end; see
+`reference.orders`). A sequence is an image of one row. All tensors have one dtype, float32 or float64; a backend with
+`HALF = True` also gets u, delta, B and C in float16 or bfloat16 with the rest in float32, and returns y like u.
+
+A backend is a module with
+
+    unusable(tensor=None) -> str | None     why it cannot run on this tensor (None: on anything here), then a semicolon
+                                            and the cure; None if it can
+    refuses(zoh, state) -> str | None       optional: the same about a discretization or an initial state
+
+and either `scan(u, delta, A, B, C, D, bias, state, height, width, softplus, zoh) -> (y, last)`, which autograd can
+differentiate, or kernels, which this module makes an operator of:
+
+    CHUNK                                   steps between kept states
+    forward(u, ..., zoh, keep) -> (y, last, kept)
+                                            y like `torch.empty_like(u)`; kept (k, b, g, ceil(l / CHUNK), n, r): the
+                                            state before every chunk in walking order, no chunks if not `keep`
+    backward(u, delta, A, B, C, D, bias, kept, dy, dlast, height, width, softplus, zoh)
+                                            the gradients of u, delta, A, B, C, D, bias, state, each like
+                                            `torch.empty_like` of its tensor; dD and dbias empty where there is none
+"""
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+
+def module(backend: str) -> ModuleType:
+    """The module of a backend, imported when it is first needed."""
+    return import_module(f"deformmamba.scan.{backend}")
+
+
+# `Optional`, because the schema is read from the annotations and older PyTorch does not know `Tensor | None`
+@torch.library.custom_op("deformmamba::scan", mutates_args=())
+def scan(
+    backend: str,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],  # noqa: UP045
+    bias: Optional[Tensor],  # noqa: UP045
+    state: Optional[Tensor],  # noqa: UP045
+    height: int,
+    width: int,
+    softplus: bool,
+    zoh: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, last, kept) by the kernels of `backend`."""
+    run = module(backend).forward
+    y, last, kept = run(u, delta, A, B, C, D, bias, state, height, width, softplus, zoh, keep)
+    return y, last, kept
+
+
+@scan.register_fake
+def _(
+    backend: str, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, bias: Any, state: Any,
+    height: int, width: int, softplus: bool, zoh: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    k, b, g, length, r = delta.shape
+    n = A.shape[-1]
+    chunk = module(backend).CHUNK
+    chunks = (length + chunk - 1) // chunk if keep else 0
+    return torch.empty_like(u), A.new_empty(k, b, g, r, n), A.new_empty(k, b, g, chunks, n, r)
+
+
+@torch.library.custom_op("deformmamba::scan_backward", mutates_args=())
+def scan_backward(
+    backend: str,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Optional[Tensor],  # noqa: UP045
+    bias: Optional[Tensor],  # noqa: UP045
+    kept: Tensor,
+    dy: Tensor,
+    dlast: Tensor,
+    height: int,
+    width: int,
+    softplus: bool,
+    zoh: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of u, delta, A, B, C, D, bias and state."""
+    run = module(backend).backward
+    grads = run(u, delta, A, B, C, D, bias, kept, dy, dlast, height, width, softplus, zoh)
+    du, ddelta, dA, dB, dC, dD, dbias, dstate = grads
+    return du, ddelta, dA, dB, dC, dD, dbias, dstate
+
+
+@scan_backward.register_fake
+def _(
+    backend: str, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, bias: Any, kept: Tensor,
+    dy: Tensor, dlast: Tensor, height: int, width: int, softplus: bool, zoh: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    sides = (A.new_empty(*A.shape[:2], 0) if x is None else torch.empty_like(x) for x in (D, bias))
+    return *(torch.empty_like(x) for x in (u, delta, A, B, C)), *sides, torch.empty_like(dlast)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    backend, u, delta, A, B, C, D, bias, state, *ctx.rest, keep = inputs
+    _, last, kept = output
+    ctx.backend, ctx.keep, ctx.has_state = backend, keep, state is not None
+    ctx.save_for_backward(u, delta, A, B, C, D, bias, kept)
+    ctx.last_shape = last.shape
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, dlast: Tensor | None, dkept: Tensor | None) -> tuple[Any, ...]:
+    u, delta, A, B, C, D, bias, kept = ctx.saved_tensors
+    if not ctx.keep:
+        raise RuntimeError("deformmamba::scan was called with keep=False and cannot be differentiated; pass keep=True")
+    dy = torch.zeros_like(u) if dy is None else dy
+    dlast = A.new_zeros(ctx.last_shape) if dlast is None else dlast
+    grads = scan_backward(ctx.backend, u, delta, A, B, C, D, bias, kept, dy, dlast, *ctx.rest)
+    du, ddelta, dA, dB, dC, dD, dbias, dstate = grads
+    given = (None if D is None else dD, None if bias is None else dbias, dstate if ctx.has_state else None)
+    return (None, du, ddelta, dA, dB, dC, *given, None, None, None, None, None)
+
+
+torch.library.register_autograd("deformmamba::scan", _differentiate, setup_context=_save)
