@@ -76,14 +76,14 @@ def modulated_deform_conv2d(
         None if bias is None else bias.to(dtype),
         (*stride, *padding, *dilation),
     )
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             out = run(*args)
         out = out if dtype == torch.float64 else out.to(torch.get_autocast_dtype(x.device.type))
     else:
         out = run(*args).to(x.dtype)
     out = out.permute(0, 3, 1, 2)
-    return out if x.is_contiguous(memory_format=torch.channels_last) else out.contiguous()
+    return out if x.shape[1] > 1 and x.stride(1) == 1 else out.contiguous()
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -153,7 +153,6 @@ def _missing(module: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # a compiler shall not look into the imports
 def _unusable(name: str, device: str) -> str | None:
     """Why implementation `name` cannot take a tensor on `device`, or None."""
     if name == "cpu":
@@ -163,6 +162,10 @@ def _unusable(name: str, device: str) -> str | None:
             return f"it takes CPU and CUDA tensors and x is on {device}"
         return _missing("torchvision.ops")
     return None
+
+
+# torch.compiler.assume_constant_result, which would import torch._dynamo here: a compiler shall not trace the imports
+_unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _choose(name: str | None, device: str) -> str:
@@ -255,12 +258,12 @@ def _torchvision(
     if x.device.type == "cpu":
         # its CPU kernel reads out of bounds at NaN
         lost = offset.isnan().unflatten(-1, (-1, 2)).any(-1)
-        offset = offset.nan_to_num(0.0, math.inf, -math.inf)
+        offset = offset.nan_to_num(math.inf, math.inf, -math.inf)
         mask = (x.new_ones(()) if mask is None else mask).where(~lost, math.nan)
     x, offset, weight = (t.permute(0, 3, 1, 2) for t in (x, offset, weight))
     mask = None if mask is None else mask.permute(0, 3, 1, 2)
     stride, padding, dilation = geometry[0:2], geometry[2:4], geometry[4:6]
-    return deform_conv2d(x, offset, weight, bias, stride, padding, dilation, mask).permute(0, 2, 3, 1)
+    return deform_conv2d(x, offset, weight, bias, stride, padding, dilation, mask).permute(0, 2, 3, 1).contiguous()
 
 
 _RUN = {"cpu": _cpu, "torchvision": _torchvision, "gather": gather}

@@ -50,10 +50,10 @@ _inline = partial(_kernel, forceinline=True)
 def _locate(y, x, h, w):  # type: ignore[no-untyped-def]
     """Where to sample: (inside, (four pixels), (parts: top, bottom, left, right), (which of those four exist)).
 
-    A pixel outside the image is replaced by its neighbour inside and has part 0. A sample outside (-1, h) x (-1, w) is
-    not inside, and zero; a position that is NaN makes parts that are NaN.
+    A pixel outside the image is replaced by its neighbour inside and has part 0. A sample outside [-1, h) x [-1, w) is
+    not inside, and zero; a position that is NaN makes parts that are NaN. (At -1 the value is 0, but not the gradient.)
     """
-    if not (y > -1.0 and y < h and x > -1.0 and x < w):
+    if not (y >= -1.0 and y < h and x >= -1.0 and x < w):
         part = 0.0 if y == y and x == x else np.nan
         return False, (0, 0, 0, 0), (part, part, part, part), (part, part, part, part)
     row, column = math.floor(y), math.floor(x)
@@ -304,7 +304,7 @@ def deform_conv2d(
         array = call.as_array(columns)
         _on_threads(partial(_sample, *call.arrays, array, first), _stops(n, call.threads))
         call.by_group(out[first : first + n]).baddbmm_(columns, call.weight.transpose(1, 2))
-    return out.view(*offset.shape[:3], -1)
+    return out.view(*offset.shape[:3], len(weight))
 
 
 @deform_conv2d.register_fake
@@ -391,23 +391,25 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
     """`gather` has the same gradient, and PyTorch can differentiate that one."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        tensors = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
-        grad, *inputs = tensors
+        # views: `grad` may be a function of the others, and is an independent variable here
+        variables: list[Any] = [
+            t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in ctx.saved_tensors
+        ]
+        grad, *inputs = variables
         x, offset, mask, weight = inputs
         out = gather(x, offset, mask, weight, None, ctx.geometry)
-        first = torch.autograd.grad(
-            out, [t for t, want in zip(inputs, ctx.wanted, strict=True) if want], grad, create_graph=True
+        sources = [t for t, want in zip(inputs, ctx.wanted, strict=True) if want]
+        first = torch.autograd.grad(out, sources, grad, create_graph=True)
+        second = torch.autograd.grad(
+            first,
+            [t for t in variables if t is not None],
+            [g for g, want in zip(grads, ctx.wanted, strict=True) if want],
+            create_graph=again,
+            allow_unused=True,
         )
-        second = iter(
-            torch.autograd.grad(
-                first,
-                [t for t in tensors if t is not None],
-                [g for g, want in zip(grads, ctx.wanted, strict=True) if want],
-                create_graph=again,
-                allow_unused=True,
-            )
-        )
-    return *(None if t is None else next(second) for t in tensors), None, None
+    found = iter(second)
+    return *(None if t is None else next(found) for t in variables), None, None
 
 
 deform_conv2d.register_autograd(_differentiate, setup_context=_save)
