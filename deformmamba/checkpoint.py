@@ -228,7 +228,7 @@ def _read_bytes(path: Path, digest: str | None) -> bytes:
         if found.hexdigest() != digest:
             raise WeightsError(
                 f"{path} has {'git blob SHA-1' if is_git else 'sha256'} {found.hexdigest()}, but {digest} was "
-                f"expected: the file is damaged or is another one; delete {path.resolve()} and fetch or install it again"
+                f"expected: the file is damaged or is another one; delete {path.resolve()} and fetch it again"
             )
     return data
 
