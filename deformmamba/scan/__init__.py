@@ -19,12 +19,12 @@ import torch.nn.functional as F
 
 from deformmamba.scan import operator
 
-# Where `auto` looks first: a backend is a module of this folder, see `operator` for what it must offer.
-BACKENDS: tuple[str, ...] = ("mamba_ssm", "cpu", "eager", "reference")
+BACKENDS: tuple[str, ...] = tuple(operator.MODULES)  # in the order in which "auto" tries them
 
 Discretization = Literal["euler", "zoh"]
 
 _chosen: ContextVar[str] = ContextVar("deformmamba_scan_backend", default="auto")
+_chosen_last = "auto"  # the same for torch.compile, which can watch a global but not a context variable
 
 
 class ScanBackendError(RuntimeError):
@@ -44,25 +44,29 @@ class BackendStatus(NamedTuple):
 def scan_backend(name: str) -> Iterator[None]:
     """Every scan in the block runs on backend `name`, one of `BACKENDS`, or raises; "auto" lets the tensor choose.
 
-    Holds for the current thread (or task) only. A `backend=` argument wins over it. The backward pass of a scan runs on
-    the backend of its forward pass, wherever it is called.
+    Holds for the current thread (or task) only; a function compiled by torch.compile follows the block that was entered
+    last, in any thread. A `backend=` argument wins over it. The backward pass of a scan runs on the backend of its
+    forward pass, wherever it is called.
 
     Raises:
         ScanBackendError: no such backend.
     """
+    global _chosen_last
     _known(name)
-    token = _chosen.set(name)
+    token, before = _chosen.set(name), _chosen_last
+    _chosen_last = name
     try:
         yield
     finally:
         _chosen.reset(token)
+        _chosen_last = before
 
 
 def backend_report() -> list[BackendStatus]:
     """One row for every backend, in the order in which "auto" tries them: can it run here, if not why, and the cure."""
     rows = []
-    for name in BACKENDS:
-        why, _, cure = (operator.module(name).unusable() or "").partition("; ")
+    for name, module in operator.MODULES.items():
+        why, _, cure = (module.unusable() or "").partition("; ")
         rows.append(BackendStatus(name, not why, why, cure))
     return rows
 
@@ -228,14 +232,16 @@ def _known(name: str) -> None:
         raise ScanBackendError(f"there is no scan backend {name!r}; there are {', '.join(BACKENDS)}, and auto")
 
 
-def _choose(name: str, u: torch.Tensor, zoh: bool, state: bool) -> str:
+@torch.compiler.assume_constant_result  # it asks machine and installation, which torch.compile cannot follow
+def _choose(name: str, device: str, dtype: torch.dtype, n: int, zoh: bool, state: bool) -> str:
     """The backend to run on: `name` itself, or for "auto" the first that can."""
     _known(name)
+    probe = torch.empty(0, device=device, dtype=dtype)
     for candidate in BACKENDS if name == "auto" else (name,):
-        module = operator.module(candidate)
-        reason = module.unusable(u)
+        module = operator.MODULES[candidate]
+        reason = module.unusable(probe)
         if reason is None and hasattr(module, "refuses"):
-            reason = module.refuses(zoh, state)
+            reason = module.refuses(n, zoh, state)
         if reason is None:
             return candidate
         if name != "auto":
@@ -261,8 +267,10 @@ def _run(
     if discretization not in ("euler", "zoh"):
         raise ValueError(f"discretization must be 'euler' or 'zoh', got {discretization!r}")
     zoh = discretization == "zoh"
-    name = _choose(_chosen.get() if backend is None else backend, u, zoh, state is not None)
-    module = operator.module(name)
+    if backend is None:
+        backend = _chosen_last if torch.compiler.is_dynamo_compiling() else _chosen.get()
+    name = _choose(backend, str(u.device), u.dtype, A.shape[-1], zoh, state is not None)
+    module = operator.MODULES[name]
     full = torch.float64 if u.dtype == torch.float64 else torch.float32
     half = u.dtype if getattr(module, "HALF", False) else full
     u, delta, B, C = (x.to(half) for x in (u, delta, B, C))

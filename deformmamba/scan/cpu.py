@@ -254,8 +254,9 @@ def _compile(name: str, dtype: torch.dtype, zoh: bool) -> Any:
     from deformmamba.scan import cpu_kernels
 
     real: Any = {torch.float32: types.float32, torch.float64: types.float64}[dtype]
+    array: Any = types.Array
     inputs, outputs, scratch = (
-        types.Tuple([types.Array(real, n, layout) for n in dimensions])
+        types.Tuple([array(real, n, layout) for n in dimensions])
         for dimensions, layout in zip(_DIMENSIONS[name], ("A", "A", "C"), strict=True)  # scratch alone is contiguous
     )
     pair = types.UniTuple(types.int64, 2)

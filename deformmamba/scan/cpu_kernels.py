@@ -498,7 +498,8 @@ def retrace(
 @kernel
 def reverse(
     us: Array, deltas: Array, decay: Array, inverse: Array, Bs: Array, Cs: Array, skip: Array,
-    hs: Array, factors: Array, gs: Array, g: Array, dA: Array, dus: Array, ddeltas: Array, dBs: Array, dCs: Array, products: Array,
+    hs: Array, factors: Array, gs: Array, g: Array,
+    dA: Array, dus: Array, ddeltas: Array, dBs: Array, dCs: Array, products: Array,
     count: int, exact: Any,
 ) -> None:  # fmt: skip
     """The adjoint of `advance`, from the last step to the first.

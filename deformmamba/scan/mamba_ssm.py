@@ -11,6 +11,10 @@ _CURE = "pip install --no-build-isolation mamba-ssm, with nvcc of the CUDA versi
 
 def unusable(tensor: torch.Tensor | None = None) -> str | None:
     """Why the kernel cannot run on `tensor` (None: on anything here), and the cure, separated by a semicolon."""
+    if tensor is not None and tensor.device.type != "cuda":
+        return f"it runs on CUDA only, the tensor is on {tensor.device}; move it to the GPU"
+    if tensor is not None and tensor.dtype == torch.float64:
+        return "it has no float64; use float32 or another backend"
     try:
         # the extension itself: the package imports without it. ImportError: not there; OSError: built for another torch
         import selective_scan_cuda  # noqa: F401
@@ -19,15 +23,13 @@ def unusable(tensor: torch.Tensor | None = None) -> str | None:
         return f"mamba-ssm's extension cannot be imported ({' '.join(str(error).split())}); {_CURE}"
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device; use backend 'cpu'"
-    if tensor is not None and tensor.device.type != "cuda":
-        return f"it runs on CUDA only, the tensor is on {tensor.device}; move it to the GPU"
-    if tensor is not None and tensor.dtype == torch.float64:
-        return "it has no float64; use float32 or another backend"
     return None
 
 
-def refuses(zoh: bool, state: bool) -> str | None:
+def refuses(n: int, zoh: bool, state: bool) -> str | None:
     """What of our operation the kernel does not know."""
+    if n > 256:
+        return f"mamba-ssm's kernel has at most 256 states, A has {n}; use another backend"
     if zoh:
         return "mamba-ssm's kernel knows the Euler step only; use discretization='euler' or another backend"
     if state:

@@ -16,9 +16,10 @@ Strides are arbitrary. Directions: 1 (rows), 2 (rows, rows from the end) or 4 (r
 
 A backend is a module with
 
-    unusable(tensor=None) -> str | None     why it cannot run on this tensor (None: on anything here), then a semicolon
-                                            and the cure; None if it can
-    refuses(zoh, state) -> str | None       optional: the same about a discretization or an initial state
+    unusable(tensor=None) -> str | None     why it cannot run on tensors of this one's device and dtype (None: on any
+                                            here), then a semicolon and the cure; None if it can
+    refuses(n, zoh, state) -> str | None    optional: the same about the number of states, the discretization, and
+                                            whether there is an initial state
 
 and either `scan(u, delta, A, B, C, D, bias, state, height, width, softplus, zoh) -> (y, last)`, which autograd can
 differentiate, or kernels, which this module makes an operator of:
@@ -32,17 +33,16 @@ differentiate, or kernels, which this module makes an operator of:
                                             `torch.empty_like` of its tensor; dD and dbias empty where there is none
 """
 
-from importlib import import_module
 from types import ModuleType
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
+from deformmamba.scan import cpu, eager, mamba_ssm, reference
 
-def module(backend: str) -> ModuleType:
-    """The module of a backend, imported when it is first needed."""
-    return import_module(f"deformmamba.scan.{backend}")
+# where `auto` looks first; a module imports what it stands for (numba, ...) when it is called, not before
+MODULES: dict[str, ModuleType] = {"mamba_ssm": mamba_ssm, "cpu": cpu, "eager": eager, "reference": reference}
 
 
 # `Optional`, because the schema is read from the annotations and older PyTorch does not know `Tensor | None`
@@ -64,7 +64,7 @@ def scan(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, last, kept) by the kernels of `backend`."""
-    run = module(backend).forward
+    run = MODULES[backend].forward
     y, last, kept = run(u, delta, A, B, C, D, bias, state, height, width, softplus, zoh, keep)
     return y, last, kept
 
@@ -76,7 +76,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     k, b, g, length, r = delta.shape
     n = A.shape[-1]
-    chunk = module(backend).CHUNK
+    chunk = MODULES[backend].CHUNK
     chunks = (length + chunk - 1) // chunk if keep else 0
     return torch.empty_like(u), A.new_empty(k, b, g, r, n), A.new_empty(k, b, g, chunks, n, r)
 
@@ -100,7 +100,7 @@ def scan_backward(
     zoh: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of u, delta, A, B, C, D, bias and state."""
-    run = module(backend).backward
+    run = MODULES[backend].backward
     grads = run(u, delta, A, B, C, D, bias, kept, dy, dlast, height, width, softplus, zoh)
     du, ddelta, dA, dB, dC, dD, dbias, dstate = grads
     return du, ddelta, dA, dB, dC, dD, dbias, dstate
