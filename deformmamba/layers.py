@@ -289,7 +289,8 @@ class DeformMambaBlock(nn.Module):
 
     `deform=False` is the paper's ablation "w/o Deform": the vision Mamba block alone. Other arguments: `VisionMambaBlock`.
 
-    Source: section 2.2, "we add output features of two branches".
+    Source: section 2.2, "we add output features of two branches". The SiLU of the deform branch is ours: without it the
+    branch is linear, and what zero-filling lacks cannot be predicted linearly (training stood still for 200 steps).
     """
 
     def __init__(
@@ -307,7 +308,7 @@ class DeformMambaBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = channels
-        self.deform = ModulatedDeformBlock(channels) if deform else None
+        self.deform = ModulatedDeformBlock(channels, activation=nn.SiLU()) if deform else None
         self.mamba = VisionMambaBlock(
             channels,
             d_state=d_state,
@@ -377,13 +378,13 @@ class PatchMerge(nn.Module):
 
 
 class PatchExpand(nn.Module):
-    """`factor` times the size: Linear without bias, channels rearranged to space, LayerNorm."""
+    """`factor` times the size: Linear without bias, channels rearranged to space, LayerNorm (unless `norm=False`)."""
 
-    def __init__(self, channels: int, out_channels: int, factor: int = 2) -> None:
+    def __init__(self, channels: int, out_channels: int, factor: int = 2, *, norm: bool = True) -> None:
         super().__init__()
         self.factor = factor
         self.expand = nn.Linear(channels, factor**2 * out_channels, bias=False)
-        self.norm = nn.LayerNorm(out_channels)
+        self.norm = nn.LayerNorm(out_channels) if norm else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         grown = rearrange(

@@ -84,7 +84,7 @@ def fit(
         schedule: "cosine" falls to zero at the last step; "constant" stays.
         clip: largest norm of the gradient; 0 for no limit.
         ema: decay of the exponential moving average of the weights, which is what is validated and saved; 0 for none.
-        precision: accelerate's mixed precision: "no", "bf16", "fp16".
+        precision: accelerate's mixed precision: "no", "bf16", "fp16"; accelerate allows one a process.
         validate: scores a model, higher "psnr" is better; called every `every` steps.
         workers: processes that load data; 0 loads in this one.
         seed: of the order of samples and of dropped paths.

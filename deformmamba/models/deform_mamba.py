@@ -57,7 +57,9 @@ class DeformMambaSR(SRModel):
 
     The third ablation, "w/o CELoss", is the training loss's: `SRLoss(beta=0)`.
 
-    Source: section 2.2, figure 1; the shell (patch layers, added skips, initialisation) is VM-UNet's (Ruan & Xiang 2024).
+    Source: section 2.2, figure 1; the shell (patch layers, added skips) is VM-UNet's (Ruan & Xiang 2024). Two departures
+    from it: the final expansion has no LayerNorm, which would take the local amplitude out of the residual, and linear
+    layers start as PyTorch's do, not at a deviation of 0.02, where every gate is shut and the network linear.
     """
 
     def __init__(
@@ -137,9 +139,8 @@ class DeformMambaSR(SRModel):
             for dim, depth in zip(dims[::-1], depths[::-1], strict=True)
         )
         self.expands = nn.ModuleList(PatchExpand(b, a) for a, b in zip(dims[-2::-1], dims[:0:-1], strict=True))
-        self.final = PatchExpand(dims[0], dims[0] // patch, patch)
+        self.final = PatchExpand(dims[0], dims[0] // patch, patch, norm=False)
         self.project = nn.Conv2d(dims[0] // patch, in_channels, 3, padding=1)
-        self.apply(_initialise)
         if skip is not None:
             nn.init.zeros_(self.project.weight)
             nn.init.zeros_(self.project.bias)  # type: ignore[arg-type]
@@ -187,9 +188,3 @@ class DeformMambaSR(SRModel):
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
         return x
 
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
