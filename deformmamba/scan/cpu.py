@@ -132,9 +132,9 @@ def backward(
             _scratch(u, 4, tiles, 1),
             _scratch(u, 4, CHUNK, last=n),
         )
-        trace = _scratch(u, 2, CHUNK + 1, n), _scratch(u, 2, n)
+        trace = _scratch(u, 2, CHUNK + 1, n)
         kernel(
-            (*inputs, *given), (*outputs, *doutputs), (*scratch, *trace),
+            (*inputs, *given), (*outputs, *doutputs), (*scratch, trace),
             (height, width), softplus, (first, end), zoh or None,
         )  # fmt: skip
 
@@ -234,7 +234,7 @@ _compiling = threading.Lock()
 
 _DIMENSIONS = {  # of the arrays in `inputs`, `outputs` and `scratch`
     "forward": ((2, 3, 3, 3, 3, 3, 3, 3), (2, 3, 4), (3, 4, 4, 3)),
-    "backward": ((2, 3, 3, 3, 3, 3, 3, 4, 2, 3), (2, 3, 3, 3, 3, 3, 3, 3), (3, 4, 4, 3, 4, 3)),
+    "backward": ((2, 3, 3, 3, 3, 3, 3, 4, 2, 3), (2, 3, 3, 3, 3, 3, 3, 3), (3, 4, 4, 3, 4)),
 }
 
 

@@ -149,44 +149,45 @@ def choose(typing: Any, x: Any, relation: Any, bound: Any, yes: Any, no: Any) ->
 
 
 @intrinsic
-def sum4(typing: Any, array: Any, row: Any, out: Any, index: Any) -> Any:
-    """Add to four numbers of `out` the sums over lanes of four rows of `array` (n, LANES), as one tree of shuffles."""
+def sum4(typing: Any, a: Any, b: Any, c: Any, d: Any, out: Any, index: Any) -> Any:
+    """Add the sums over lanes of a, b, c, d to four consecutive numbers of `out`, as one tree of shuffles."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        rows, first, sums, where = args
-        kind = context.get_value_type(Vector(array.dtype))
-        pointer = builder.bitcast(_address(context, builder, array, rows, first), kind.as_pointer())
-        parts = [
-            builder.load(builder.gep(pointer, [ir.Constant(ir.IntType(64), i)]), align=_size(array)) for i in range(4)
-        ]
-        # halves of two vectors become one vector of the same width; then its four blocks fold onto themselves
-        width = LANES
-        while len(parts) > 1:
+        def fold(x: Any, y: Any, width: int) -> Any:
+            """Blocks of `width` lanes of x, then of y, each folded onto its first half."""
             half = width // 2
-            blocks = LANES // width
-            low = [b * width + i for b in range(2 * blocks) for i in range(half)]
-            high = [i + half for i in low]
-            parts = [
-                builder.fadd(builder.shuffle_vector(a, b, _mask(low)), builder.shuffle_vector(a, b, _mask(high)))
-                for a, b in zip(parts[::2], parts[1::2], strict=True)
-            ]
-            width = half
-        total = parts[0]
+            lanes = x.type.count + (0 if y is x else y.type.count)
+            low = [block + i for block in range(0, lanes, width) for i in range(half)]
+            masks = _mask(low), _mask([i + half for i in low])
+            return builder.fadd(*(builder.shuffle_vector(x, y, mask) for mask in masks))
+
+        *vectors, sums, where = args
+        total = fold(fold(*vectors[:2], LANES), fold(*vectors[2:], LANES), LANES // 2)
+        width = LANES // 4
         while width > 1:
-            half = width // 2
-            lanes = total.type.count
-            low = [b * width + i for b in range(lanes // width) for i in range(half)]
-            high = [i + half for i in low]
-            total = builder.fadd(
-                builder.shuffle_vector(total, total, _mask(low)), builder.shuffle_vector(total, total, _mask(high))
-            )
-            width = half
-        target = _address(context, builder, out, sums, where)
-        target = builder.bitcast(target, total.type.as_pointer())
-        builder.store(builder.fadd(builder.load(target, align=_size(out)), total), target, align=_size(out))
+            total = fold(total, total, width)
+            width //= 2
+        target = builder.bitcast(_address(context, builder, out, sums, where), total.type.as_pointer())
+        total = builder.fadd(builder.load(target, align=_size(out)), total)
+        builder.store(total, target, align=_size(out))
         return context.get_dummy_value()
 
-    return types.void(array, row, out, index), code
+    return types.void(a, b, c, d, out, index), code
+
+
+@intrinsic
+def lane_sum(typing: Any, x: Any) -> Any:
+    """The sum over lanes."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        vector = args[0]
+        while vector.type.count > 1:
+            half = vector.type.count // 2
+            low, high = (_mask(list(range(start, start + half))) for start in (0, half))
+            vector = builder.fadd(*(builder.shuffle_vector(vector, vector, mask) for mask in (low, high)))
+        return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
+
+    return x.element(x), code
 
 
 @intrinsic
@@ -495,57 +496,75 @@ def retrace(
             store(hs, (t + 1, s, 0), fma(a, load(hs, (t, s, 0)), phi * u * Bs[t, s]))
 
 
+@inline
+def reverse_state(
+    s: int, decay: Array, inverse: Array, B: Array, C: Array, before: Array, after: Array, factors: Array,
+    u: Array, delta: Array, dy: Array, into_u: Array, into_delta: Array, into_exponent: Array,
+    g: Array, dA: Array, exact: Any,
+) -> Array:  # fmt: skip
+    """One state of one step of `reverse`: into_u, into_delta, into_exponent after it, and what B[s] and C[s] get."""
+    a, rate = load(factors, (s, 0)), load(decay, (s, 0))
+    dh = fma(dy, like(dy, C[s]), load(g, (s, 0)))
+    carried = dh * a
+    store(g, (s, 0), carried)
+    change = carried * load(before, (s, 0))
+    into_exponent = fma(change, rate, into_exponent)
+    into_A = fma(change, delta, load(dA, (s, 0)))
+    if exact is None:
+        into_u = fma(dh, like(dh, B[s]), into_u)
+        into_B = dh * (delta * u)
+    else:
+        _, phi, slope = hold(delta, rate, load(inverse, (s, 0)))
+        entering = dh * B[s]
+        into_u = fma(entering, phi, into_u)
+        into_delta = fma(entering * u, a, into_delta)
+        into_A = fma(entering * u, slope, into_A)
+        into_B = dh * (phi * u)
+    store(dA, (s, 0), into_A)
+    return into_u, into_delta, into_exponent, into_B, dy * load(after, (s, 0))
+
+
 @kernel
 def reverse(
     us: Array, deltas: Array, decay: Array, inverse: Array, Bs: Array, Cs: Array, skip: Array,
     hs: Array, factors: Array, gs: Array, g: Array,
-    dA: Array, dus: Array, ddeltas: Array, dBs: Array, dCs: Array, products: Array,
-    count: int, exact: Any,
+    dA: Array, dus: Array, ddeltas: Array, dBs: Array, dCs: Array, count: int, exact: Any,
 ) -> None:  # fmt: skip
     """The adjoint of `advance`, from the last step to the first.
 
     gs = gradients of ys. g (n, LANES): gradient of the state after the chunk, then of the one before it. dA, dBs and
-    dCs are added to; `products` (2, n, LANES) hold what dBs and dCs sum over channels."""
+    dCs are added to."""
     n = decay.shape[0]
     for t in range(count - 1, -1, -1):
         u, delta, dy = load(us, (t, 0)), load(deltas, (t, 0)), load(gs, (t, 0))
-        into_input = like(u, 0.0)  # gradient of phi u in the Euler step, of u in a hold
-        into_exponent = like(u, 0.0)  # gradient of delta through the exponent, without its factor ln(2)
-        into_phi = like(u, 0.0)
-        for s in range(n):
-            a, rate = load(factors, (t, s, 0)), load(decay, (s, 0))
-            dh = fma(dy, like(dy, Cs[t, s]), load(g, (s, 0)))
-            carried = dh * a
-            store(g, (s, 0), carried)
-            change = carried * load(hs, (t, s, 0))
-            into_exponent = fma(change, rate, into_exponent)
-            into_A = fma(change, delta, load(dA, (s, 0)))
-            if exact is None:
-                into_input = fma(dh, like(dh, Bs[t, s]), into_input)
-                store(products, (0, s, 0), dh * (delta * u))
-            else:
-                _, phi, slope = hold(delta, rate, load(inverse, (s, 0)))
-                entering = dh * Bs[t, s]
-                into_input = fma(entering, phi, into_input)
-                into_phi = fma(entering * u, a, into_phi)
-                into_A = fma(entering * u, slope, into_A)
-                store(products, (0, s, 0), dh * (phi * u))
-            store(dA, (s, 0), into_A)
-            store(products, (1, s, 0), dy * load(hs, (t + 1, s, 0)))
+        rates, states = (decay, inverse, Bs[t], Cs[t]), (hs[t], hs[t + 1], factors[t], u, delta, dy)
+        into_u = into_delta = into_exponent = like(u, 0.0)  # in the Euler step into_u lacks its factor delta
+        for s in range(0, n - 3, 4):
+            into_u, into_delta, into_exponent, b0, c0 = reverse_state(
+                s, *rates, *states, into_u, into_delta, into_exponent, g, dA, exact
+            )
+            into_u, into_delta, into_exponent, b1, c1 = reverse_state(
+                s + 1, *rates, *states, into_u, into_delta, into_exponent, g, dA, exact
+            )
+            into_u, into_delta, into_exponent, b2, c2 = reverse_state(
+                s + 2, *rates, *states, into_u, into_delta, into_exponent, g, dA, exact
+            )
+            into_u, into_delta, into_exponent, b3, c3 = reverse_state(
+                s + 3, *rates, *states, into_u, into_delta, into_exponent, g, dA, exact
+            )
+            sum4(b0, b1, b2, b3, dBs, (t, s))
+            sum4(c0, c1, c2, c3, dCs, (t, s))
+        for s in range(n // 4 * 4, n):
+            into_u, into_delta, into_exponent, b0, c0 = reverse_state(
+                s, *rates, *states, into_u, into_delta, into_exponent, g, dA, exact
+            )
+            dBs[t, s] += lane_sum(b0)
+            dCs[t, s] += lane_sum(c0)
         direct = load(skip, (0, 0)) * dy if skip.shape[0] else like(u, 0.0)
         if exact is None:
-            store(dus, (t, 0), fma(into_input, delta, direct))
-            store(ddeltas, (t, 0), fma(into_input, u, into_exponent * LN2))
-        else:
-            store(dus, (t, 0), into_input + direct)
-            store(ddeltas, (t, 0), into_phi + into_exponent * LN2)
-        for s in range(0, n - 3, 4):
-            sum4(products, (0, s, 0), dBs, (t, s))
-            sum4(products, (1, s, 0), dCs, (t, s))
-        for s in range(n // 4 * 4, n):
-            for j in range(LANES):
-                dBs[t, s] += products[0, s, j]
-                dCs[t, s] += products[1, s, j]
+            into_u, into_delta = into_u * delta, into_u * u
+        store(dus, (t, 0), into_u + direct)
+        store(ddeltas, (t, 0), into_delta + into_exponent * LN2)
 
 
 # -------------------------------------------------------------------------------------------------------- the two scans
@@ -628,7 +647,7 @@ def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool,
     """The gradients of all inputs from dy (l, r) and dlast (k, r, n); dB and dC hold the sums over these channels."""
     u, delta, A, B, C, D, bias, kept, dy, dlast = inputs
     du, ddelta, dA, dB, dC, dD, dbias, dstate = outputs
-    rows, states, sides, rates, trace, products = scratch
+    rows, states, sides, rates, trace = scratch
     height, width = size
     first, end = channels
     us, deltas, slopes, gs, dus, ddeltas = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
@@ -676,7 +695,7 @@ def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool,
                 retrace(us, deltas, decay, inverse, Bs, hs, factors, count, exact)
                 reverse(
                     us, deltas, decay, inverse, Bs, Cs, skip, hs, factors,
-                    gs, carried[tile], dAs[tile], dus, ddeltas, dBs, dCs, products, count, exact,
+                    gs, carried[tile], dAs[tile], dus, ddeltas, dBs, dCs, count, exact,
                 )  # fmt: skip
                 into_D, into_bias = load(dDs[tile], (0, 0)), load(dbiases[tile], (0, 0))
                 for t in range(count):
