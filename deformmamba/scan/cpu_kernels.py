@@ -161,8 +161,8 @@ def sum4(typing: Any, a: Any, b: Any, c: Any, d: Any, out: Any, index: Any) -> A
             masks = _mask(low), _mask([i + half for i in low])
             return builder.fadd(*(builder.shuffle_vector(x, y, mask) for mask in masks))
 
-        *vectors, sums, where = args
-        total = fold(fold(*vectors[:2], LANES), fold(*vectors[2:], LANES), LANES // 2)
+        first, second, third, fourth, sums, where = args
+        total = fold(fold(first, second, LANES), fold(third, fourth, LANES), LANES // 2)
         width = LANES // 4
         while width > 1:
             total = fold(total, total, width)
