@@ -86,7 +86,11 @@ def main() -> None:
     for name, model in {args.model: ours, **peers()}.items():
         channels, repeats = (1, 9) if model is ours else (3, 5 if name != "HAT" else 2)
         count = sum(p.numel() for p in model.parameters()) / 1e6
-        rows[name] = (count, slice_seconds(model, channels, repeats), step_seconds(model, channels, max(2, repeats // 2)))
+        rows[name] = (
+            count,
+            slice_seconds(model, channels, repeats),
+            step_seconds(model, channels, max(2, repeats // 2)),
+        )
     own = rows[args.model]
     print("\n| network | parameters (M) | 64x64 to 256x256 (s) | ratio | forward + backward, same slice (s) | ratio |")
     print("|---|---|---|---|---|---|")

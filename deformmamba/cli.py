@@ -51,8 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _user_errors() -> tuple[type[Exception], ...]:
     """What this package raises about its user's arguments and files; anything else is a bug and keeps its traceback."""
-    errors: list[type[Exception]] = [ValueError]  # VolumeError is one
-    for module, name in (("deformmamba.weights", "WeightsError"), ("deformmamba.scan", "ScanBackendError")):
+    errors: list[type[Exception]] = [ValueError, FloatingPointError]  # VolumeError is a ValueError
+    for module, name in (
+        ("deformmamba.weights", "WeightsError"),
+        ("deformmamba.scan", "ScanBackendError"),
+        ("deformmamba.extras", "MissingExtra"),
+    ):
         if module in sys.modules:  # what was not imported was not raised
             errors.append(getattr(sys.modules[module], name))
     return tuple(errors)

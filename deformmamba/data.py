@@ -59,7 +59,9 @@ def find_scans(root: str | os.PathLike[str], *, val: float = 0.1, test: float = 
         splits[scan.subject].add(scan.split)
     for subject, found in splits.items():
         if len(found) > 1:
-            raise VolumeError(f"{root / INDEX}: subject {subject} is in {' and '.join(sorted(found))}; wanted one split")
+            raise VolumeError(
+                f"{root / INDEX}: subject {subject} is in {' and '.join(sorted(found))}; wanted one split"
+            )
     return sorted(scans, key=lambda scan: scan.path)
 
 
@@ -166,7 +168,9 @@ class PatchDataset(Dataset[Sample]):
         for scan in chosen:
             hr = torch.from_numpy(load_slices(scan.path, scale))
             if min(hr.shape[-2:]) < patch * scale:
-                raise VolumeError(f"{scan.path}: slices {tuple(hr.shape[1:])} are smaller than a patch, {patch * scale}")
+                raise VolumeError(
+                    f"{scan.path}: slices {tuple(hr.shape[1:])} are smaller than a patch, {patch * scale}"
+                )
             hr = hr / intensity_scale(degrade(hr, scale).numpy(), intensity)
             groups[scan.group].extend(hr[hr.mean((-2, -1)) > 0.02])  # a nearly empty slice teaches nothing
         self.groups = list(groups.values())

@@ -74,7 +74,9 @@ def ssim(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
     if min(a.shape[-2:]) < WINDOW:
         raise ValueError(f"ssim: slices are {tuple(a.shape[-2:])}, smaller than the {WINDOW}x{WINDOW} window")
     # slice by slice: a volume of 1,000 slices in float64 with its moments would take gigabytes
-    return float(torch.cat([_mean_ssim(a[i : i + 8], b[i : i + 8], peak[i : i + 8]) for i in range(0, len(a), 8)]).mean())
+    return float(
+        torch.cat([_mean_ssim(a[i : i + 8], b[i : i + 8], peak[i : i + 8]) for i in range(0, len(a), 8)]).mean()
+    )
 
 
 def nmse(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:

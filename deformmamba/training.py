@@ -1,4 +1,4 @@
-"""A thin training helper: `fit` trains any model on any data set, `evaluate` scores it, recipes make runs repeatable."""
+"""A thin training helper: `fit` trains any model on any data set, `evaluate` scores it, recipes repeat a run."""
 
 import csv
 import inspect
@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from deformmamba.data import PatchDataset, Scan, find_scans, load_slices, subjects
+from deformmamba.extras import require
 from deformmamba.inference import upscale
 from deformmamba.kspace import degrade
 from deformmamba.losses import LOSSES, SRLoss
@@ -93,12 +94,10 @@ def fit(
 
     Raises:
         ValueError: `out` holds another run, or an argument is unknown.
+        MissingExtra: accelerate is not installed.
         FloatingPointError: the loss is not finite; names the step. The last saved state is left as it was.
     """
-    try:
-        from accelerate import Accelerator
-    except ImportError:
-        raise ImportError("fit needs accelerate; install it with: pip install 'deformmamba[train]'") from None
+    accelerate = require("accelerate", extra="train", what="fit")
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
     from tqdm import tqdm
 
@@ -106,12 +105,19 @@ def fit(
         raise ValueError(f'fit: schedule is {schedule!r}; it must be "cosine" or "constant"')
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    run = {"class": type(model).__name__, "config": model.config, "steps": steps, "batch": batch, "lr": lr, "seed": seed}
+    run = {
+        "class": type(model).__name__,
+        "config": model.config,
+        "steps": steps,
+        "batch": batch,
+        "lr": lr,
+        "seed": seed,
+    }
     state = torch.load(out / "state.pt", weights_only=True) if (out / "state.pt").exists() else None
     if state is not None and state["run"] != json.dumps(run, sort_keys=True):
         raise ValueError(f"fit: {out} holds another run; choose another folder, or delete it: {state['run']}")
 
-    accelerator = Accelerator(mixed_precision=precision)
+    accelerator = accelerate.Accelerator(mixed_precision=precision)
     loss = (loss or SRLoss()).to(accelerator.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, warmup, steps, schedule))
@@ -129,7 +135,7 @@ def fit(
     network, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     if average is not None:
         average.to(accelerator.device)
-    chosen = model if average is None else average.module
+    chosen = model if average is None else cast(SRModel, average.module)
 
     def save(step: int) -> None:
         _replace(
@@ -159,7 +165,9 @@ def fit(
                 sr = network(image, *base)
             value = loss(sr.float(), target)
             if not torch.isfinite(value):
-                raise FloatingPointError(f"fit: the loss is {value.item()} at step {step}; lower lr, or raise precision")
+                raise FloatingPointError(
+                    f"fit: the loss is {value.item()} at step {step}; lower lr, or raise precision"
+                )
             accelerator.backward(value)
             if clip:
                 accelerator.clip_grad_norm_(network.parameters(), clip)
@@ -313,7 +321,7 @@ def train_recipe(
 ) -> Path:
     """Trains by a recipe on the "train" split of the folder `data` and validates on its "val" split; see `load_recipe`.
 
-    `overrides` replace [fit] keys that are not None, such as `steps` or `seed`. Returns the path of the best checkpoint.
+    `overrides` replace [fit] keys that are not None, such as `steps` or `seed`. Returns the best checkpoint.
     """
     plan = load_recipe(recipe)
     plan["fit"].update({key: value for key, value in overrides.items() if value is not None})
@@ -329,7 +337,9 @@ def train_recipe(
     train = [scan for scan in scans if scan.split == "train"]
     val = [scan for scan in scans if scan.split == "val" and (wanted is None or scan.group in wanted)]
     if not train or not val:
-        raise ValueError(f"train: {data} has {len(train)} volumes to train on and {len(val)} to validate on; both needed")
+        raise ValueError(
+            f"train: {data} has {len(train)} volumes to train on and {len(val)} to validate on; both needed"
+        )
     fitting = dict(plan["fit"])
     kind, beta = fitting.pop("loss", "sr"), fitting.pop("beta", 0.1)
     if kind not in LOSSES:

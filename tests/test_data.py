@@ -52,7 +52,10 @@ def test_an_index_decides_where_there_is_one(folder):
     [
         ("sub-00\tsub-00/ses-1/anat/T2w.nii.gz\tlater", "split 'later' of sub-00"),
         ("sub-00\tgone.nii.gz\ttrain", "missing file gone.nii.gz"),
-        ("sub-00\tsub-00/ses-1/anat/T2w.nii.gz\ttrain\nsub-00\tsub-00/ses-2/anat/T2w.nii.gz\ttest", "in test and train"),
+        (
+            "sub-00\tsub-00/ses-1/anat/T2w.nii.gz\ttrain\nsub-00\tsub-00/ses-2/anat/T2w.nii.gz\ttest",
+            "in test and train",
+        ),
     ],
 )
 def test_a_wrong_index_is_refused(folder, row, message):

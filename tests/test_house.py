@@ -18,6 +18,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 # free. The command line and the public names may import all.
 DIRECTIONS: dict[str, set[str]] = {
     "scan": set(),
+    "extras": set(),
     "kspace": set(),
     "losses": set(),
     "metrics": set(),
@@ -31,9 +32,9 @@ DIRECTIONS: dict[str, set[str]] = {
     "models": {"layers", "weights", "kspace"},
     "data": {"kspace", "volume"},
     "inference": {"models", "tiling", "volume", "kspace"},
-    "export": {"models", "kspace", "scan"},
+    "export": {"models", "kspace", "scan", "extras"},
     "figures": {"metrics", "volume"},
-    "training": {"losses", "metrics", "models", "data", "inference", "kspace"},
+    "training": {"losses", "metrics", "models", "data", "inference", "kspace", "extras"},
 }
 FREE = {"__init__", "__main__", "cli"}
 

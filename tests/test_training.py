@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import sys
 from pathlib import Path
 
 import nibabel
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from deformmamba.extras import MissingExtra
 from deformmamba.kspace import degrade, zero_fill
 from deformmamba.losses import LOSSES
 from deformmamba.metrics import psnr
@@ -52,7 +54,9 @@ class Stop(Exception):
 
 
 def test_it_learns_and_writes_what_it_says(tmp_path):
-    best = run(tmp_path, steps=40, lr=1e-2, ema=0, every=20, validate=lambda model: {"psnr": -1.0}, provenance={"who": "us"})
+    best = run(
+        tmp_path, steps=40, lr=1e-2, ema=0, every=20, validate=lambda model: {"psnr": -1.0}, provenance={"who": "us"}
+    )
     rows = list(csv.DictReader((tmp_path / "log.csv").read_text().splitlines()))
     assert [int(row["step"]) for row in rows] == [20, 40]
     assert float(rows[1]["loss"]) < float(rows[0]["loss"])
@@ -208,3 +212,9 @@ def test_packaged_recipes_are_sound():
         plan = load_recipe(path.name.removesuffix(".toml"))
         assert plan["model"].get("name", "DeformMambaSR") in MODELS
         assert plan["fit"].get("loss", "sr") in LOSSES
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(MissingExtra, match=r"fit needs accelerate .*pip install 'deformmamba\[train\]'"):
+        run(tmp_path)

@@ -1,5 +1,6 @@
 """Deform-Mamba (figure 1 A): learned upsampling, then a U-shaped network of Deform-Mamba blocks on the HR grid."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -57,9 +58,9 @@ class DeformMambaSR(SRModel):
 
     The third ablation, "w/o CELoss", is the training loss's: `SRLoss(beta=0)`.
 
-    Source: section 2.2, figure 1; the shell (patch layers, added skips) is VM-UNet's (Ruan & Xiang 2024). Two departures
-    from it: the final expansion has no LayerNorm, which would take the local amplitude out of the residual, and linear
-    layers start as PyTorch's do, not at a deviation of 0.02, where every gate is shut and the network linear.
+    Source: section 2.2, figure 1; the shell (patch layers, added skips) is VM-UNet's (Ruan & Xiang 2024). Two
+    departures from it: the final expansion has no LayerNorm, which would take the local amplitude out of the residual,
+    and linear layers start as PyTorch's do, not at a deviation of 0.02, where every gate is shut and the network linear.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class DeformMambaSR(SRModel):
         stem = stem_channels or in_channels
         self.upsample = nn.Conv2d(in_channels, scale**2 * stem, 3, padding=1)
         self.embed = PatchEmbed(stem, dims[0], patch)
-        mamba = {
+        mamba: dict[str, Any] = {
             "d_state": d_state,
             "expand": expand,
             "directions": directions,
@@ -132,7 +133,7 @@ class DeformMambaSR(SRModel):
             nn.ModuleList(DeformMambaBlock(dim, deform=deform, drop_path=next(drops), **mamba) for _ in range(depth))
             for dim, depth in zip(dims, depths, strict=True)
         )
-        self.merges = nn.ModuleList(PatchMerge(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
+        self.merges = nn.ModuleList(PatchMerge(a, b) for a, b in itertools.pairwise(dims))
         self.context = MultiViewContext(dims[-1], rates=context_rates) if context else nn.Identity()
         self.decoder = nn.ModuleList(
             nn.ModuleList(VisionMambaBlock(dim, drop_path=next(drops), **mamba) for _ in range(depth))
@@ -187,4 +188,3 @@ class DeformMambaSR(SRModel):
         for block in blocks:  # type: ignore[attr-defined]
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
         return x
-

@@ -1,0 +1,18 @@
+"""Optional packages: imported where they are used, and asked for by the name of the extra that brings them."""
+
+from importlib import import_module
+from types import ModuleType
+
+
+class MissingExtra(ImportError):
+    """A feature needs a package of an extra that is not installed; the message is one line with the command."""
+
+
+def require(module: str, *, extra: str, what: str) -> ModuleType:
+    """The module `module`, or `MissingExtra`: `what` needs it; pip install 'deformmamba[`extra`]' brings it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MissingExtra(
+            f"{what} needs {module.partition('.')[0]} ({error}); install it with: pip install 'deformmamba[{extra}]'"
+        ) from None
