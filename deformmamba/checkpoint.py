@@ -277,7 +277,7 @@ def _described(metadata: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
     if missing:
         raise WeightsError(f"its header lacks {', '.join(sorted(missing))}")
     class_name = metadata["class"]
-    if not (class_name.isidentifier() and len(class_name) <= 64):
+    if not (class_name.isidentifier() and class_name.isascii() and len(class_name) <= 64):
         raise WeightsError(f"its class is {shown(class_name)}, which is not a class name")
     for key, limit in (("config", MAX_CONFIG), ("provenance", MAX_PROVENANCE)):
         if len(metadata[key]) > limit:

@@ -29,7 +29,7 @@ DIRECTIONS: dict[str, set[str]] = {
     "deform": {"scan", "deform_cpu"},
     "deform_cpu": {"deform"},
     "layers": {"scan", "deform"},
-    "models": {"layers", "weights", "kspace"},
+    "models": {"layers", "checkpoint", "weights", "kspace"},
     "data": {"kspace", "volume"},
     "inference": {"models", "tiling", "volume", "kspace"},
     "export": {"models", "kspace", "scan", "extras"},

@@ -1,7 +1,6 @@
 """What every super-resolution model here has in common: one config, strict loading, one input check."""
 
 import json
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deformmamba.checkpoint import Checkpoint, WeightsError, check_config, one_line, write_checkpoint
 from deformmamba.kspace import Grid
-from deformmamba.weights import Checkpoint, WeightsError, check_config, load_checkpoint, write_checkpoint
+from deformmamba.weights import load_checkpoint
 
 Model = TypeVar("Model", bound="SRModel")
 
@@ -107,9 +107,8 @@ class SRModel(nn.Module):
             with torch.device("meta"), _at_most(2 * len(checkpoint.tensors) + 64):
                 model = found(**checkpoint.config)
         except Exception as error:  # whatever a constructor does with arguments that nobody meant
-            reason = " ".join(str(error).split())[:300]
             raise WeightsError(
-                f"{checkpoint.source}: its config does not build a {checkpoint.class_name}: {reason}"
+                f"{checkpoint.source}: its config does not build a {checkpoint.class_name}: {one_line(error)}"
             ) from error
         problem = _difference(model, checkpoint.tensors)
         if problem:
@@ -153,6 +152,11 @@ class SRModel(nn.Module):
     def num_parameters(self) -> int:
         """How many numbers training may change or has set: the elements of all parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def consistency(self) -> bool:
+        """Whether data consistency was found better for these weights on validation data; what `upscale` does then."""
+        return bool(self.provenance.get("consistency", False))
 
     @property
     def info(self) -> dict[str, Any]:
@@ -209,11 +213,22 @@ def pad_to_multiple(lr: torch.Tensor, multiple: int, minimum: int = 1) -> tuple[
     """Pads (b, c, h, w) at the bottom and right until h and w are multiples of `multiple`, and at least `minimum`.
 
     The edge is replicated, so index 0 stays where it is and any amount of padding works. Returns the padded image and
-    (h, w), from which the caller crops: `sr[..., : scale * h, : scale * w]`.
+    (h, w), from which the caller crops: `crop(sr, scale * h, scale * w)`.
     """
     h, w = lr.shape[-2:]
-    bottom, right = (math.ceil(max(n, minimum) / multiple) * multiple - n for n in (h, w))
-    return (F.pad(lr, (0, right, 0, bottom), mode="replicate") if bottom or right else lr), (h, w)
+    bottom, right = ((max(n, minimum) + multiple - 1) // multiple * multiple - n for n in (h, w))
+    # a compiled or exported program holds the padding, which may be none, so that it serves every size
+    if torch.compiler.is_compiling() or bottom or right:
+        lr = F.pad(lr, (0, right, 0, bottom), mode="replicate")
+    return lr, (h, w)
+
+
+def crop(image: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    """The first h rows and w columns of (b, c, h' >= h, w' >= w)."""
+    if torch.compiler.is_compiling():  # a slice would make an exported program depend on whether it cuts anything off
+        rows, columns = (torch.arange(n, device=image.device) for n in (h, w))
+        return image.index_select(-2, rows).index_select(-1, columns)
+    return image[..., :h, :w]
 
 
 def _family(cls: type[Model]) -> Iterator[type[Model]]:
