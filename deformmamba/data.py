@@ -97,17 +97,26 @@ def _from_tree(root: Path, val: float, test: float, seed: int) -> list[Scan]:
     return [Scan(path, subject(path), split(subject(path)), "") for path in paths]
 
 
-def load_slices(path: str | os.PathLike[str], multiple: int = 1) -> np.ndarray:
-    """The slices of a volume as float32 (slices, H, W) in scanner units, H and W cropped at their ends to `multiple`.
+class Slices(NamedTuple):
+    """(slices, H, W) in scanner units, float32, and the (height, width) of a pixel in mm."""
 
-    Slices lie across the axis that `deformmamba.volume.slice_axis` finds.
+    array: np.ndarray
+    spacing: tuple[float, float]
+
+
+def load_slices(path: str | os.PathLike[str], multiple: int = 1) -> Slices:
+    """The slices of a volume, across the axis that `deformmamba.volume.slice_axis` finds.
+
+    H and W are cropped at their ends to `multiple`.
     """
     volume = read_volume(path)
-    slices = np.moveaxis(volume.array, slice_axis(volume), 0)
+    axis = slice_axis(volume)
+    slices = np.moveaxis(volume.array, axis, 0)
     h, w = (n - n % multiple for n in slices.shape[1:])
     if not h or not w:
         raise VolumeError(f"{path}: slices of {slices.shape[1]}x{slices.shape[2]}, smaller than {multiple}x{multiple}")
-    return np.ascontiguousarray(slices[:, :h, :w], dtype=np.float32)
+    height, width = (size for a, size in enumerate(volume.spacing) if a != axis)
+    return Slices(np.ascontiguousarray(slices[:, :h, :w], dtype=np.float32), (height, width))
 
 
 class Sample(NamedTuple):
@@ -158,6 +167,7 @@ class PatchDataset(Dataset[Sample]):
         self.scale, self.patch, self.length, self.seed = scale, patch, length, seed
         self.flips, self.contrast, self.coarsest, self.gain = flips, contrast, coarsest, gain
         groups: dict[str, list[torch.Tensor]] = defaultdict(list)
+        spacings: list[float] = []
         chosen = [scan for scan in scans if weights is None or scan.group in weights]
         if not chosen:
             raise VolumeError(f"PatchDataset: no scan to train on; groups wanted: {', '.join(weights or ['any'])}")
@@ -166,7 +176,9 @@ class PatchDataset(Dataset[Sample]):
 
             chosen = tqdm(chosen, desc="reading", unit="volume", disable=None)
         for scan in chosen:
-            hr = torch.from_numpy(load_slices(scan.path, scale))
+            loaded = load_slices(scan.path, scale)
+            hr = torch.from_numpy(loaded.array)
+            spacings.extend(loaded.spacing)
             if min(hr.shape[-2:]) < patch * scale:
                 raise VolumeError(
                     f"{scan.path}: slices {tuple(hr.shape[1:])} are smaller than a patch, {patch * scale}"
@@ -174,6 +186,8 @@ class PatchDataset(Dataset[Sample]):
             hr = hr / intensity_scale(degrade(hr, scale).numpy(), intensity)
             groups[scan.group].extend(hr[hr.mean((-2, -1)) > 0.02])  # a nearly empty slice teaches nothing
         self.groups = list(groups.values())
+        # LR pixel sizes in mm, smallest and largest, that samples have
+        self.spacings = (scale * min(spacings), scale * max(spacings) * coarsest)
         shares = [weights[name] if weights else len(slices) for name, slices in groups.items()]
         self.shares = np.cumsum(shares) / np.sum(shares)
 

@@ -121,7 +121,7 @@ def _upscaled(
     axis = _axis(volume, axis)
     _check(model, volume, axis)
     if consistency is None:
-        consistency = bool(getattr(model, "consistency", False))
+        consistency = model.consistency
     if consistency and model.grid != "origin":
         raise ValueError(f'consistency is defined for the "origin" grid; {type(model).__name__} has {model.grid!r}')
     if device is not None:

@@ -244,7 +244,7 @@ def evaluate(
     rows = []
     for volume in volumes:
         scan = volume if isinstance(volume, Scan) else Scan(Path(volume), Path(volume).name.split(".")[0], "", "")
-        hr = torch.from_numpy(load_slices(scan.path, model.scale))
+        hr = torch.from_numpy(load_slices(scan.path, model.scale).array)
         sr = upscale(model, degrade(hr, model.scale), axis=0, consistency=consistency, progress=progress)
         scores = {name: metric(sr, hr, protocol=protocol) for name, metric in METRICS.items()}
         rows.append({"file": scan.path.name, "subject": scan.subject, "group": scan.group, "slices": len(hr), **scores})
@@ -354,6 +354,7 @@ def train_recipe(
         "train": {"subjects": subjects(train), "volumes": len(train)},
         "val": {"subjects": subjects(val), "volumes": len(val)},
         "degradation": "k-space crop, magnitude",
+        "spacings_mm": [round(spacing, 2) for spacing in dataset.spacings],
     }
     return fit(
         model,

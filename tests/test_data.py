@@ -74,7 +74,8 @@ def test_a_folder_without_volumes_is_refused(tmp_path):
 
 
 def test_slices_are_cropped_at_their_ends_to_a_multiple(tmp_path, phantom):
-    slices = load_slices(write(tmp_path / "a.nii", phantom[:47, :38]), 4)
+    slices, spacing = load_slices(write(tmp_path / "a.nii", phantom[:47, :38], spacing=(1, 1.5, 3)), 4)
+    assert spacing == (1, 1.5)
     assert slices.shape == (6, 44, 36)
     np.testing.assert_array_equal(slices, np.moveaxis(phantom[:44, :36], 2, 0))
 
@@ -92,6 +93,7 @@ def test_samples_depend_on_seed_and_index_alone(dataset):
     assert not torch.equal(dataset[0].hr, dataset[1].hr)
     with pytest.raises(IndexError):
         dataset[40]
+    assert dataset.spacings == (2, 3)
 
 
 def test_lr_hr_and_base_lie_on_one_origin_aligned_grid(dataset):

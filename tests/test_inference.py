@@ -145,7 +145,7 @@ def test_consistency_is_as_the_model_recommends(wobble: Wobble) -> None:
     off, on = (upscale(wobble, volume, consistency=c).array for c in (False, True))
     assert np.abs(off - on).max() > 1
     np.testing.assert_array_equal(upscale(wobble, volume).array, off)
-    wobble.consistency = True
+    wobble.provenance = {"consistency": True}
     np.testing.assert_array_equal(upscale(wobble, volume).array, on)
     np.testing.assert_array_equal(upscale(wobble, volume, consistency=False).array, off)
     with pytest.raises(ValueError, match="origin"):

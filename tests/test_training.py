@@ -172,6 +172,7 @@ def test_a_recipe_trains_from_a_folder(folder, tmp_path):
     assert facts["train"]["subjects"] == ["sub-0", "sub-1"]
     assert facts["val"]["subjects"] == ["sub-2"]
     assert facts["recipe"]["fit"]["steps"] == 3
+    assert facts["spacings_mm"] == [2, 2]
     assert 0 < facts["validation"]["ssim"] < 1
 
 
