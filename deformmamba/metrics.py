@@ -52,8 +52,12 @@ def psnr(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
     return float(10 * ratio.log10().mean())
 
 
-def _mean_ssim(a: torch.Tensor, b: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
+def _ssim(a: torch.Tensor, b: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
     """SSIM of each slice, (slices,)."""
+    if min(a.shape[-2:]) < WINDOW:
+        raise ValueError(f"ssim: slices are {tuple(a.shape[-2:])}, smaller than the {WINDOW}x{WINDOW} window")
+    if len(a) > 8:  # a few slices at a time: a volume of 1,000 in float64 with its moments would take gigabytes
+        return torch.cat([_ssim(*part) for part in zip(a.split(8), b.split(8), peak.split(8), strict=True)])
 
     def window_mean(x: torch.Tensor) -> torch.Tensor:
         return F.avg_pool2d(x[:, None], WINDOW, stride=1)[:, 0]
@@ -70,13 +74,7 @@ def _mean_ssim(a: torch.Tensor, b: torch.Tensor, peak: torch.Tensor) -> torch.Te
 
 def ssim(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
     """Structural similarity, 1 for equal volumes. Slices must be at least 7x7."""
-    a, b, peak = _pair(sr, hr, protocol)
-    if min(a.shape[-2:]) < WINDOW:
-        raise ValueError(f"ssim: slices are {tuple(a.shape[-2:])}, smaller than the {WINDOW}x{WINDOW} window")
-    # slice by slice: a volume of 1,000 slices in float64 with its moments would take gigabytes
-    return float(
-        torch.cat([_mean_ssim(a[i : i + 8], b[i : i + 8], peak[i : i + 8]) for i in range(0, len(a), 8)]).mean()
-    )
+    return float(_ssim(*_pair(sr, hr, protocol)).mean())
 
 
 def nmse(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
@@ -84,6 +82,16 @@ def nmse(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
     a, b, _ = _pair(sr, hr, protocol)
     dims = (-3, -2, -1) if protocol == "volume" else (-2, -1)
     return float(((a - b).square().sum(dims) / b.square().sum(dims)).mean())
+
+
+def by_slice(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> dict[str, list[float]]:
+    """PSNR and SSIM of every slice with the data range of the protocol: what a spread over slices is the spread of.
+
+    Under "volume" the PSNR of the volume is not the mean of these: it pools the squared errors.
+    """
+    a, b, peak = _pair(sr, hr, protocol)
+    mse = (a - b).square().mean((-2, -1))
+    return {"psnr": (10 * (peak.square() / mse).log10()).tolist(), "ssim": _ssim(a, b, peak).tolist()}
 
 
 METRICS = {"psnr": psnr, "ssim": ssim, "nmse": nmse}

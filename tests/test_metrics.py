@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from deformmamba.metrics import METRICS, PROTOCOLS, nmse, psnr, ssim
+from deformmamba.metrics import METRICS, PROTOCOLS, by_slice, nmse, psnr, ssim
 
 oracle = pytest.importorskip("skimage.metrics")
 
@@ -42,6 +42,14 @@ def test_tensors_arrays_and_single_slices_agree(metric, protocol):
     value = metric(sr, hr, protocol=protocol)
     assert metric(torch.from_numpy(sr), torch.from_numpy(hr), protocol=protocol) == value
     assert metric(sr[0], hr[0], protocol=protocol) == value
+
+
+def test_scores_by_slice_are_those_of_each_slice():
+    sr, hr = volumes((11, 9, 12), 1.0, np.float32)
+    alone = [(psnr(a, b), ssim(a, b)) for a, b in zip(sr, hr, strict=True)]
+    scores = by_slice(sr, hr, protocol="slice")
+    np.testing.assert_allclose(list(zip(scores["psnr"], scores["ssim"], strict=True)), alone)
+    assert np.mean(by_slice(sr, hr)["ssim"]) == pytest.approx(ssim(sr, hr))
 
 
 def test_equal_volumes_are_perfect():
