@@ -42,7 +42,7 @@ def modulated_deform_conv2d(
         bias: (c_out,), or None for zeros.
         stride, padding, dilation: as in `conv2d`, one number or (y, x).
         implementation: one of IMPLEMENTATIONS, obeyed or refused with the reason; None chooses by the tensor:
-            "cpu" for a CPU tensor (numba and BLAS; a few MiB of memory beyond inputs and outputs, whatever the size),
+            "cpu" for a CPU tensor (numba and BLAS; a few MiB for each of torch's threads, whatever the size),
             "torchvision" for a CUDA tensor where torchvision imports, else
             "gather" (plain PyTorch: any device, forward-mode and higher derivatives, vmap). Exported programs hold
             this one, whatever the device, so that they run without this package.

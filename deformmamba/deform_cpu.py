@@ -3,18 +3,19 @@
 Importing this module imports numba, so `deformmamba.deform` imports it where it is used. Shapes are as there for its
 channels-last part.
 
-Output pixels are worked through in chunks. A kernel samples one chunk into `columns` (groups, pixels, K taps, c_in),
-and a product with the weight follows. The backward pass keeps nothing from the forward pass: it puts the gradient of
-the columns into that one buffer, scatters it to the gradients of x, offset and mask, and leaves the sampled columns in
-its place, for the gradient of the weight.
+Threads share the output pixels, and each works through its own in chunks: a kernel samples a chunk into `columns`
+(groups, n, taps, c_in), and a product with the weight follows. In the backward pass they share the channels instead, so
+that no two add to one place of the gradient of x. It keeps nothing from the forward pass: the gradient of a chunk's
+columns goes into the one buffer, is scattered to the gradients of x, offset and mask, and gives way to the sampled
+columns, for the gradient of the weight.
 """
 
 import math
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,10 @@ from torch import Tensor
 
 from deformmamba.deform import gather
 
-_CHUNK_BYTES = 4 << 20  # of columns: they stay in the cache between the kernel and the product
+_CHUNK_BYTES = 2 << 20  # of columns: they stay in a core's cache between the kernel and the product
 _CHUNK_PIXELS = 512  # or at least this many, so that reading a large weight again pays
-_TASK_ELEMENTS = 1 << 18  # column elements below which handing work to another thread costs more than it saves
-_TASK_CHANNELS = 16  # channels below which locating a sample costs more than summing it
+_TASK_ELEMENTS = 1 << 17  # column elements below which handing work to another thread costs more than it saves
+_TASK_CHANNELS = 8  # channels below which locating a sample costs more than summing it
 
 
 def _kernel(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -117,14 +118,14 @@ def _exchange(grad, o, x, a, part, n):  # type: ignore[no-untyped-def]
 
 
 @_kernel
-def _sample(x, offset, mask, geometry, columns, first, start, stop):  # type: ignore[no-untyped-def]
-    """Write rows [start, stop) of `columns` (groups, n, taps, c_in), whose row 0 is output pixel `first`."""
+def _sample(x, offset, mask, geometry, columns, first):  # type: ignore[no-untyped-def]
+    """Write `columns` (groups, n, taps, c_in) of n output pixels from `first` on."""
     h, w, h_out, w_out, kh, kw, stride_y, stride_x, pad_y, pad_x, step_y, step_x = geometry
-    n_rows, n_taps, c_in = columns.shape[1:]
+    n, taps, c_in = columns.shape[1:]
     c, n_deform = x.shape[1], offset.shape[1]
     share = c // n_deform
     pixels, out, real = x.reshape(-1), columns.reshape(-1), x.dtype.type
-    for r in range(start, stop):
+    for r in range(n):
         p = first + r
         image = p // (h_out * w_out) * (h * w)
         y_out, x_out = p // w_out % h_out * stride_y - pad_y, p % w_out * stride_x - pad_x
@@ -143,12 +144,12 @@ def _sample(x, offset, mask, geometry, columns, first, start, stop):  # type: ig
                         real(m * bottom * right),
                     )
                     # one run of channels for each group of the convolution that this deformable group meets
-                    low, g = d * share, 0
-                    while low < (d + 1) * share:
+                    low, end, g = d * share, (d + 1) * share, 0
+                    while low < end:
                         while (g + 1) * c_in <= low:
                             g += 1
-                        n = min((d + 1) * share, (g + 1) * c_in) - low
-                        o = ((g * n_rows + r) * n_taps + k) * c_in + low - g * c_in
+                        run = min(end, (g + 1) * c_in) - low
+                        o = ((g * n + r) * taps + k) * c_in + low - g * c_in
                         a = (
                             (image + at[0]) * c + low,
                             (image + at[1]) * c + low,
@@ -156,26 +157,26 @@ def _sample(x, offset, mask, geometry, columns, first, start, stop):  # type: ig
                             (image + at[3]) * c + low,
                         )
                         if inside:
-                            _blend(out, o, pixels, a, part, n)
+                            _blend(out, o, pixels, a, part, run)
                         else:
-                            _fill(out, o, part[0], n)
-                        low += n
+                            _fill(out, o, part[0], run)
+                        low += run
 
 
 @_kernel
 def _scatter(  # type: ignore[no-untyped-def]
-    x, offset, mask, geometry, columns, first, grad_x, grad_offset, grad_mask, block, start, stop
+    x, offset, mask, geometry, columns, first, grad_x, grad_offset, grad_mask, start
 ):
-    """Channels [start, stop) of a chunk whose `columns` hold their own gradient: put their values in its place.
+    """For the channels from `start` on that `columns` holds: put its values in the place of its gradient.
 
-    Adds to grad_x and writes entry start // block of grad_offset and grad_mask; leaves alone those that are empty.
+    Adds to grad_x, and writes what these channels give to grad_offset and grad_mask; leaves alone those that are empty.
     """
     h, w, h_out, w_out, kh, kw, stride_y, stride_x, pad_y, pad_x, step_y, step_x = geometry
-    n_rows, n_taps, c_in = columns.shape[1:]
+    n, taps, c_in = columns.shape[1:]
     c, n_deform = x.shape[1], offset.shape[1]
-    share = c // n_deform
+    share, stop = c // n_deform, start + columns.shape[0] * c_in
     pixels, out, into, real = x.reshape(-1), columns.reshape(-1), grad_x.reshape(-1), x.dtype.type
-    for r in range(n_rows):
+    for r in range(n):
         p = first + r
         image = p // (h_out * w_out) * (h * w)
         y_out, x_out = p // w_out % h_out * stride_y - pad_y, p % w_out * stride_x - pad_x
@@ -196,10 +197,10 @@ def _scatter(  # type: ignore[no-untyped-def]
                     s0 = s1 = s2 = s3 = real(0)
                     low, end, g = max(d * share, start), min((d + 1) * share, stop), 0
                     while low < end:
-                        while (g + 1) * c_in <= low:
+                        while start + (g + 1) * c_in <= low:
                             g += 1
-                        n = min(end, (g + 1) * c_in) - low
-                        o = ((g * n_rows + r) * n_taps + k) * c_in + low - g * c_in
+                        run = min(end, start + (g + 1) * c_in) - low
+                        o = ((g * n + r) * taps + k) * c_in + low - start - g * c_in
                         a = (
                             (image + at[0]) * c + low,
                             (image + at[1]) * c + low,
@@ -209,77 +210,97 @@ def _scatter(  # type: ignore[no-untyped-def]
                         if inside:
                             if grad_x.size:
                                 for i in range(4):
-                                    _add(into, a[i], out, o, part[i], n)
-                            t0, t1, t2, t3 = _exchange(out, o, pixels, a, part, n)
+                                    _add(into, a[i], out, o, part[i], run)
+                            t0, t1, t2, t3 = _exchange(out, o, pixels, a, part, run)
                             s0, s1, s2, s3 = s0 + t0, s1 + t1, s2 + t2, s3 + t3
                         else:
-                            _fill(out, o, part[0], n)
-                        low += n
+                            _fill(out, o, part[0], run)
+                        low += run
                     if grad_mask.size:
                         upper, lower = left * s0 + right * s1, left * s2 + right * s3
-                        grad_mask[start // block, p, d, k] = top * upper + bottom * lower
+                        grad_mask[p, d, k] = top * upper + bottom * lower
                     if grad_offset.size:
                         upper, lower = left * s0 + right * s1, left * s2 + right * s3
                         before, after = top * s0 + bottom * s2, top * s1 + bottom * s3
-                        grad_offset[start // block, p, d, k, 0] = m * (has_bottom * lower - has_top * upper)
-                        grad_offset[start // block, p, d, k, 1] = m * (has_right * after - has_left * before)
+                        grad_offset[p, d, k, 0] = m * (has_bottom * lower - has_top * upper)
+                        grad_offset[p, d, k, 1] = m * (has_right * after - has_left * before)
 
 
-_pool: ThreadPoolExecutor | None = None
+_lock = threading.Lock()
+_pool: tuple[int, ThreadPoolExecutor] | None = None
 
 
 def _forget_pool() -> None:
-    global _pool
-    _pool = None
+    global _lock, _pool
+    _lock, _pool = threading.Lock(), None
 
 
-if hasattr(os, "register_at_fork"):  # a forked process has the object, but none of its threads
+if hasattr(os, "register_at_fork"):  # a forked process has the objects, but none of the threads
     os.register_at_fork(after_in_child=_forget_pool)
 
 
-def _on_threads(work: Callable[[int, int], None], stops: Sequence[int]) -> None:
-    """work(0, stops[0]), work(stops[0], stops[1]), ... at the same time, the first on the calling thread."""
+def _workers(n: int) -> ThreadPoolExecutor:
+    """At least n threads, in each of which torch uses no further ones."""
     global _pool
-    others = []
-    if len(stops) > 1:
-        _pool = _pool or ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="deformmamba-deform")
-        others = [_pool.submit(work, start, stop) for start, stop in pairwise(stops)]
-    work(0, stops[0])
-    for other in others:
-        other.result()
+    with _lock:
+        if _pool is None or _pool[0] < n:
+            before, started = torch.get_num_threads(), threading.Barrier(n + 1)
+
+            def begin() -> None:
+                torch.get_num_threads()  # or torch would set this thread's number when it first needs it
+                torch.set_num_threads(1)
+                started.wait()
+
+            pool = ThreadPoolExecutor(n, "deformmamba-deform", initializer=begin)
+            for _ in range(n):
+                pool.submit(int)
+            started.wait()
+            torch.set_num_threads(
+                before
+            )  # each thread has its own number, but a new one starts with the last that was set
+            _pool = n, pool
+        return _pool[1]
 
 
-def _stops(n: int, n_tasks: int, multiple: int = 1) -> list[int]:
-    """Ends of `n_tasks` (at least one) nearly equal parts of range(n), all but the last at multiples of `multiple`."""
-    size = -(-n // (max(n_tasks, 1) * multiple)) * multiple
-    return [*range(size, n, size), n]
+def _share(work: Callable[[int, int], None], parts: list[tuple[int, int]]) -> None:
+    """work(start, stop) for each of the parts, at the same time."""
+    if len(parts) == 1:
+        work(*parts[0])
+        return
+    # torch's modes belong to a thread; this one allows what any of the caller's allows
+    pool, work = _workers(len(parts)), torch.inference_mode()(work)
+    for done in [pool.submit(work, *part) for part in parts]:
+        done.result()
+
+
+def _parts(n: int, n_parts: int, multiple: int = 1) -> list[tuple[int, int]]:
+    """range(n) in at most `n_parts` (and at least one) nearly equal parts that begin at multiples of `multiple`."""
+    size = max(-(-n // (max(n_parts, 1) * multiple)) * multiple, 1)
+    return [(start, min(start + size, n)) for start in range(0, n, size)] or [(0, 0)]
 
 
 class _Call:
-    """One call's tensors as kernels and products want them: contiguous, with pixels in one axis, in chunks."""
+    """One call's tensors as kernels and products want them: contiguous, with all pixels in one axis."""
 
     def __init__(self, x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, geometry: Sequence[int]) -> None:
         (b, h, w, c), (_, h_out, w_out, _), (c_out, kh, kw, c_in) = x.shape, offset.shape, weight.shape
-        pixels, self.taps, self.groups = b * h_out * w_out, kh * kw, c // c_in
+        self.pixels, self.taps, self.groups = b * h_out * w_out, kh * kw, c // c_in
         n_deform = offset.shape[-1] // (2 * self.taps)
         self.x = x.contiguous().view(b * h * w, c)
-        self.offset = offset.contiguous().view(pixels, n_deform, self.taps, 2)
-        self.mask = x.new_empty(0, 0, 0) if mask is None else mask.contiguous().view(pixels, n_deform, self.taps)
-        self.weight = weight.contiguous().view(self.groups, c_out // self.groups, self.taps * c_in)
+        self.offset = offset.contiguous().view(self.pixels, n_deform, self.taps, 2)
+        self.mask = x.new_empty(0, 0, 0) if mask is None else mask.contiguous().view(self.pixels, n_deform, self.taps)
+        self.weight = weight.contiguous().view(self.groups, c_out // self.groups, self.taps, c_in)
         self.arrays = (self.x.numpy(), self.offset.numpy(), self.mask.numpy(), (h, w, h_out, w_out, kh, kw, *geometry))
+        self.threads = min(torch.get_num_threads(), self.pixels * self.taps * c // _TASK_ELEMENTS)
 
-        chunk = min(pixels, max(_CHUNK_PIXELS, _CHUNK_BYTES // (self.taps * c * x.element_size())))
-        self.buffer = x.new_empty(chunk * self.taps * c)
-        self.chunks = [(first, min(chunk, pixels - first)) for first in range(0, pixels, max(chunk, 1))]
-        self.threads = min(torch.get_num_threads(), chunk * self.taps * c // _TASK_ELEMENTS)
-
-    def columns(self, n: int) -> Tensor:
-        """The buffer for a chunk of n pixels: (groups, n, taps * c_in)."""
-        size = self.weight.shape[-1]
-        return self.buffer[: self.groups * n * size].view(self.groups, n, size)
-
-    def as_array(self, columns: Tensor) -> np.ndarray:
-        return columns.view(*columns.shape[:2], self.taps, -1).numpy()
+    def chunks(self, start: int, stop: int, groups: int, c_in: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Pixels [start, stop) in pieces: the first of each, the one after its last, its columns, in one buffer."""
+        width = groups * self.taps * c_in
+        step = min(max(_CHUNK_PIXELS, _CHUNK_BYTES // (width * self.x.element_size())), stop - start)
+        buffer = self.x.new_empty(step * width)
+        for first in range(start, stop, max(step, 1)):
+            n = min(step, stop - first)
+            yield first, first + n, buffer[: n * width].view(groups, n, self.taps, c_in)
 
     def by_group(self, pixels: Tensor) -> Tensor:
         """(n, c_out) as (groups, n, c_out / groups), not copied."""
@@ -296,14 +317,17 @@ def deform_conv2d(
 ) -> Tensor:
     """`gather`, fused: the same arguments and the same result."""
     call = _Call(x, offset, mask, weight, geometry)
-    out = x.new_zeros(len(call.offset), len(weight))
+    out = x.new_zeros(call.pixels, len(weight))
     if bias is not None:
         out += bias
-    for first, n in call.chunks:
-        columns = call.columns(n)
-        array = call.as_array(columns)
-        _on_threads(partial(_sample, *call.arrays, array, first), _stops(n, call.threads))
-        call.by_group(out[first : first + n]).baddbmm_(columns, call.weight.transpose(1, 2))
+    matrix = call.weight.flatten(2).transpose(1, 2)
+
+    def work(start: int, stop: int) -> None:
+        for first, last, columns in call.chunks(start, stop, call.groups, weight.shape[-1]):
+            _sample(*call.arrays, columns.numpy(), first)
+            call.by_group(out[first:last]).baddbmm_(columns.flatten(2), matrix)
+
+    _share(work, _parts(call.pixels, call.threads))
     return out.view(*offset.shape[:3], len(weight))
 
 
@@ -327,23 +351,33 @@ def deform_conv2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, offset, mask and weight in their shapes; empty where not wanted."""
     call = _Call(x, offset, mask, weight, geometry)
-    grad = grad.contiguous().view(len(call.offset), len(weight))
-    # Each thread owns a block of channels, so that no two add to one place. What the blocks give to an offset adds up.
-    c = x.shape[-1]
-    stops = _stops(c, min(call.threads, c // _TASK_CHANNELS), multiple=8)
-    blocks = len(stops)
+    grad = grad.contiguous().view(call.pixels, len(weight))
+    c, c_in = x.shape[-1], weight.shape[-1]
+    parts = _parts(c, min(call.threads, c // _TASK_CHANNELS), multiple=4 if call.groups == 1 else c_in)
+    # what each part gives to the offsets, to be added up
+    grad_offset = x.new_zeros(len(parts), *call.offset.shape) if wanted[1] else x.new_empty(len(parts), 0, 0, 0, 0)
+    grad_mask = x.new_zeros(len(parts), *call.mask.shape) if wanted[2] else x.new_empty(len(parts), 0, 0, 0)
     grad_x = torch.zeros_like(call.x) if wanted[0] else x.new_empty(0, 0)
-    grad_offset = x.new_zeros(blocks, *call.offset.shape) if wanted[1] else x.new_empty(blocks, 0, 0, 0, 0)
-    grad_mask = x.new_zeros(blocks, *call.mask.shape) if wanted[2] else x.new_empty(blocks, 0, 0, 0)
-    grad_weight = torch.zeros_like(call.weight) if wanted[3] else x.new_empty(0)
-    into = grad_x.numpy(), grad_offset.numpy(), grad_mask.numpy()
-    for first, n in call.chunks:
-        columns, by_group = call.columns(n), call.by_group(grad[first : first + n])
-        torch.bmm(by_group, call.weight, out=columns)
-        array = call.as_array(columns)
-        _on_threads(partial(_scatter, *call.arrays, array, first, *into, stops[0]), stops)
+    grad_weight = torch.empty_like(call.weight) if wanted[3] else x.new_empty(0)
+
+    def work(start: int, stop: int) -> None:
+        """Channels [start, stop): a part of one group of the convolution, or some whole groups."""
+        groups, low = slice(start // c_in, -(-stop // c_in)), start % c_in
+        here = groups, slice(None), slice(None), slice(low, low + min(stop - start, c_in))
+        part = parts.index((start, stop))
+        into = grad_x.numpy(), grad_offset[part].numpy(), grad_mask[part].numpy()
+        matrix = call.weight[here].flatten(2)
+        grad_matrix = torch.zeros_like(matrix)
+        for first, last, columns in call.chunks(0, call.pixels, len(matrix), here[-1].stop - low):
+            rows = call.by_group(grad[first:last])[groups]
+            torch.bmm(rows, matrix, out=columns.flatten(2))
+            _scatter(*call.arrays, columns.numpy(), first, *into, start)
+            if wanted[3]:
+                grad_matrix.baddbmm_(rows.transpose(1, 2), columns.flatten(2))
         if wanted[3]:
-            grad_weight.baddbmm_(by_group.transpose(1, 2), columns)
+            grad_weight[here] = grad_matrix.unflatten(2, (call.taps, -1))
+
+    _share(work, parts)
     return (
         grad_x.view(x.shape if wanted[0] else 0),
         grad_offset.sum(0).view(offset.shape if wanted[1] else 0),
@@ -374,12 +408,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, offset, mask, weight, _ = ctx.saved_tensors
     *wanted, wants_bias, _ = ctx.needs_input_grad
-    grads = deform_conv2d_backward(grad, x, offset, mask, weight, ctx.geometry, wanted)
-    return (
-        *(g if want else None for g, want in zip(grads, wanted, strict=True)),
-        grad.sum((0, 1, 2)) if wants_bias else None,
-        None,
-    )
+    grads: list[Tensor | None] = [None] * 4
+    if any(wanted):
+        found = deform_conv2d_backward(grad, x, offset, mask, weight, ctx.geometry, wanted)
+        grads = [g if want else None for g, want in zip(found, wanted, strict=True)]
+    return *grads, grad.sum((0, 1, 2)) if wants_bias else None, None
 
 
 def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
