@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deformmamba.kspace import zero_fill
 from deformmamba.layers import DeformMambaBlock, MultiViewContext, PatchEmbed, PatchExpand, PatchMerge, VisionMambaBlock
-from deformmamba.models.base import SRModel, pad_to_multiple
+from deformmamba.models.base import SRModel, crop, pad_to_multiple
 
 # Constructor arguments that differ from the defaults (which are the paper's), by preset.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -175,7 +175,7 @@ class DeformMambaSR(SRModel):
             if level:
                 x = self.expands[level - 1](x) + skips.pop()
             x = self._run(blocks, x)
-        sr = self.project(self.final(x))[..., : self.scale * h, : self.scale * w]
+        sr = crop(self.project(self.final(x)), self.scale * h, self.scale * w)
         if self.skip is None:
             return sr.contiguous()
         if base is None:
