@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-LANES = 16  # channels that a kernel works on at once
 CHUNK = (
     64  # steps between kept states: these take 1/4 of the memory of u at 16 states; a chunk's states fit the L2 cache
 )
@@ -69,7 +68,7 @@ def forward(
         here = (slice(None), image, group)
         weights = (slice(None), group)
         inputs = us[image, group], deltas[here], As[weights], Bs[here], Cs[here], Ds[weights], biases[weights]
-        tiles = -(-(end - first) // LANES)
+        tiles = -(-(end - first) // _lanes())
         scratch = (
             _scratch(u, 3, CHUNK),
             _scratch(u, 3, tiles, n),
@@ -125,7 +124,7 @@ def backward(
         given = kepts[here], dys[image, group], dlasts[here]
         outputs = dus[image, group], ddeltas[here], dAs[dweights], dBs[mine], dCs[mine]
         doutputs = dDs[dweights], dbiases[dweights], dstates[here]
-        tiles = -(-(end - first) // LANES)
+        tiles = -(-(end - first) // _lanes())
         scratch = (
             _scratch(u, 6, CHUNK),
             _scratch(u, 4, tiles, n),
@@ -159,9 +158,15 @@ def _arrays(*tensors: torch.Tensor) -> list[Any]:
     return [t.detach().numpy() for t in tensors]
 
 
-def _scratch(like: torch.Tensor, *shape: int, last: int = LANES) -> Any:
-    """Zeros (*shape, last) in the dtype of `like`; PyTorch aligns them to cache lines, numpy would not."""
-    return torch.zeros(*shape, last, dtype=like.dtype).numpy()
+def _lanes() -> int:
+    from deformmamba.scan.cpu_kernels import LANES
+
+    return LANES
+
+
+def _scratch(like: torch.Tensor, *shape: int, last: int | None = None) -> Any:
+    """Zeros (*shape, last or one vector); PyTorch aligns them to cache lines, numpy would not."""
+    return like.detach().new_zeros(*shape, last or _lanes()).numpy()
 
 
 # ------------------------------------------------------------------------------------------------------------- threads
@@ -169,13 +174,14 @@ def _scratch(like: torch.Tensor, *shape: int, last: int = LANES) -> Any:
 
 def _jobs(images: int, groups: int, channels: int) -> list[tuple[int, int, int, int, int]]:
     """(part, image, group, first channel, end): channels are split where there are fewer images than threads."""
-    tiles = -(-channels // LANES)
+    lanes = _lanes()
+    tiles = -(-channels // lanes)
     units = images * groups
     if not units * tiles:
         return []
     per_part = -(-tiles // min(tiles, -(-torch.get_num_threads() // units)))
     return [
-        (part, image, group, start * LANES, min(channels, (start + per_part) * LANES))
+        (part, image, group, start * lanes, min(channels, (start + per_part) * lanes))
         for image in range(images)
         for group in range(groups)
         for part, start in enumerate(range(0, tiles, per_part))

@@ -20,10 +20,9 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import models, overload, register_model
 
-from deformmamba.scan.cpu import LANES
-
 Array = Any  # what numba compiles has numpy arrays and `Vector`s, which the annotations cannot tell apart
 
+LANES = 16
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 

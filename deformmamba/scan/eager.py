@@ -50,7 +50,7 @@ def scan(
         y, h = checkpoint(_chunk, *pieces, use_reentrant=False) if remember else _chunk(*pieces)
         ys.append(y)
     if not ys:
-        return torch.zeros_like(u), h
+        return u, h
     scanned = torch.cat(ys, 3)
     total = torch.stack([scanned[k][:, :, torch.argsort(walk)] for k, walk in enumerate(walks)]).sum(0)
     return (total if D is None else total + D.sum(0)[:, None] * u), h

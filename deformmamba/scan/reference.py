@@ -69,7 +69,7 @@ def scan(
             a, phi = discretize(dt[k, :, :, p, :, None], A[k], zoh)
             h = a * h + phi * u[:, :, p, :, None] * B[k, :, :, p, None]
             steps.append((C[k, :, :, p, None] * h).sum(-1))
-        y = torch.stack(steps, 2)[:, :, torch.argsort(order)] if steps else torch.zeros_like(u)
+        y = torch.stack(steps, 2)[:, :, torch.argsort(order)] if steps else u
         total = total + (y if D is None else y + D[k][:, None] * u)
         lasts.append(h)
     return total, torch.stack(lasts)
