@@ -1,4 +1,4 @@
-"""Models as files that run without this package: ONNX, and PyTorch's own pt2. Each file proves itself before it is kept.
+"""Models as files that run without this package, ONNX or PyTorch's own pt2: each proves itself before it is kept.
 
 The selective scan becomes a loop over steps (an ONNX Scan; `torch.ops.higher_order.scan` in pt2), so that one file
 serves every height and width. What a file needs to be used right stands in it: see `Export.facts`.
@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import deformmamba
+from deformmamba import __version__
 from deformmamba.kspace import zero_fill
 from deformmamba.models import SRModel
 from deformmamba.scan import scan_backend
@@ -116,9 +115,11 @@ def _facts(model: SRModel, size: tuple[int, int] | None, smallest: int) -> dict[
     scaled = f"(b, c, {model.scale} * h, {model.scale} * w)"
     inputs = {"lr": f"float32 (b, c, h, w) of about [0, 1]: divide by the intensity {model.intensity} of the LR volume"}
     if _takes_base(model):
-        inputs["base"] = f"float32 {scaled}: lr of the whole slice, zero-filled in k-space to {model.scale} times its size"
+        inputs["base"] = (
+            f"float32 {scaled}: lr of the whole slice, zero-filled in k-space to {model.scale} times its size"
+        )
     return {
-        "producer": f"deformmamba {deformmamba.__version__}, torch {torch.__version__}",
+        "producer": f"deformmamba {__version__}, torch {torch.__version__}",
         "class": type(model).__name__,
         "config": json.dumps(model.config),
         "scale": str(model.scale),
@@ -141,7 +142,9 @@ def _inputs(model: SRModel, h: int, w: int, batch: int) -> dict[str, Tensor]:
 
     path = Path(nibabel.__file__).parent / "tests" / "data" / "example4d.nii.gz"
     if not path.is_file():
-        raise ExportError("the scan that nibabel brings along, to compare on, is not installed; reinstall nibabel with pip")
+        raise ExportError(
+            "the scan that nibabel brings along, to compare on, is not installed; reinstall nibabel with pip"
+        )
     volume = np.asarray(nibabel.load(path).dataobj[..., 0], np.float32)  # type: ignore[attr-defined]
     middle = volume.shape[2] // 2
     channels = model.channels or 1
@@ -221,21 +224,18 @@ def _transposed(x: Tensor, height: int, width: int) -> Tensor:
     return x.unflatten(2, (height, width)).transpose(2, 3).flatten(2, 3)
 
 
-def _write_pt2(
-    program: torch.export.ExportedProgram, path: Path, names: list[str], facts: dict[str, str]
-) -> None:
+def _write_pt2(program: torch.export.ExportedProgram, path: Path, names: list[str], facts: dict[str, str]) -> None:
     torch.export.save(program, path, extra_files={FACTS: json.dumps(facts)})
 
 
-def _write_onnx(
-    program: torch.export.ExportedProgram, path: Path, names: list[str], facts: dict[str, str]
-) -> None:
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, names: list[str], facts: dict[str, str]) -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not _imports(name)]
     if missing:
         raise ExportError(f"ONNX needs {', '.join(missing)}; install it with: pip install 'deformmamba[export]'")
     try:
+        # ONNX Runtime optimizes when it loads; onnxscript's optimizer takes minutes and gains nothing on top
         exported = torch.onnx.export(
-            program, dynamo=True, verbose=False, input_names=names, output_names=["sr"], external_data=False
+            program, dynamo=True, verbose=False, optimize=False, input_names=names, output_names=["sr"]
         )
         assert exported is not None
         exported.model.metadata_props.update(facts)
@@ -258,9 +258,7 @@ def _failed(model: SRModel | None, error: Exception) -> str:
     return f"torch {torch.__version__} cannot export {what}: {type(error).__name__}: {reason}"
 
 
-def _differences(
-    model: SRModel, path: Path, format: str, images: list[dict[str, Tensor]]
-) -> Iterator[float]:
+def _differences(model: SRModel, path: Path, format: str, images: list[dict[str, Tensor]]) -> Iterator[float]:
     """The largest difference between file and model for each of the images; infinite where the file gives NaN."""
     run = _onnx_runner(path) if format == "onnx" else _pt2_runner(path)
     for inputs in images:
