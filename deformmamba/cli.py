@@ -263,6 +263,16 @@ def _backends(args: argparse.Namespace) -> None:
         _say(f"{name:12} {'yes' if usable else 'no':4} {why}{f'; {cure}' if cure else ''}")
 
 
+def _export(args: argparse.Namespace) -> None:
+    from deformmamba.export import export
+
+    model = _model(args.model)
+    done = export(model, args.output, format=args.format, size=args.size and tuple(args.size))
+    compared = " and ".join(f"{h}x{w}" for h, w in done.sizes)
+    _say(f"{args.output}: {_short(args.model)} as {args.format}, input size {done.facts['size']}")
+    _say(f"  largest difference from the model on {compared} pixels of a real scan: {done.difference:.3g}")
+
+
 def _demo(args: argparse.Namespace) -> None:
     import nibabel
     from pydicom.data import get_testdata_file
@@ -456,6 +466,25 @@ def _parser() -> argparse.ArgumentParser:
 
     backends = command("backends", _backends, "which scan kernels run here, and why not", "backends --json")
     backends.add_argument("--json", action="store_true", help="for programs")
+
+    export = command(
+        "export",
+        _export,
+        "write a model as a file for other programs, once the file has given what the model gives",
+        "export --format onnx --model ixi-4x -o ixi-4x.onnx",
+    )
+    export.add_argument("--format", choices=("onnx", "pt2"), required=True, help="ONNX, or torch.export's own")
+    export.add_argument(
+        "--model", default=DEFAULT_MODEL, help=f"a name, a path or org/repo (default: {DEFAULT_MODEL})"
+    )
+    export.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="replaced if it exists; takes lr and, for a model with a global skip, base: the zero-filled whole slice",
+    )
+    export.add_argument("--size", type=_positive, nargs=2, metavar=("H", "W"), help="fixed (default: any size)")
 
     demo = command("demo", _demo, "upscale two scans that came with the installation", "demo -o look-here")
     demo.add_argument("-o", "--output", default="deformmamba-demo", metavar="DIR", help="default: deformmamba-demo")

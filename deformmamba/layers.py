@@ -8,7 +8,7 @@ return) nothing is copied; any other format is accepted, at the price of one cop
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +16,32 @@ from einops import rearrange
 from torch import nn
 
 from deformmamba.deform import modulated_deform_conv2d
-from deformmamba.scan import selective_scan_2d
+from deformmamba.scan import Discretization, selective_scan_2d
 
 DIRECTIONS = (1, 2, 4)
 
 
-def check_map(block: nn.Module, x: torch.Tensor, channels: int) -> None:
-    """Refuse what is not a floating point (b, channels, h, w) map, in one line that names the block."""
-    if not isinstance(x, torch.Tensor) or x.ndim != 4 or x.shape[1] != channels or not x.is_floating_point():
+def check_map(block: nn.Module, x: torch.Tensor, channels: int, *, multiple: int = 1) -> None:
+    """Refuse what is not a floating point (b, channels, h, w) map, in one line that names the block.
+
+    h and w must be multiples of `multiple`, and not 0.
+    """
+    if (
+        not isinstance(x, torch.Tensor)
+        or x.ndim != 4
+        or x.shape[1] != channels
+        or not x.is_floating_point()
+        or any(n < multiple or n % multiple for n in x.shape[2:])
+    ):
         given = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise ValueError(f"{type(block).__name__}: given {given}; wanted floating point (b, {channels}, h, w)")
+        sizes = f"h and w multiples of {multiple}" if multiple > 1 else "h and w at least 1"
+        raise ValueError(f"{type(block).__name__}: given {given}; wanted floating point (b, {channels}, h, w), {sizes}")
+
+
+def _check_positive(block: str, **arguments: float | None) -> None:
+    for name, value in arguments.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{block}: {name} is {value}; it must be greater than 0")
 
 
 def _last(x: torch.Tensor) -> torch.Tensor:
@@ -36,6 +52,13 @@ def _last(x: torch.Tensor) -> torch.Tensor:
 def _first(x: torch.Tensor) -> torch.Tensor:
     """(b, h, w, c) as (b, c, h, w), a view in channels_last format."""
     return x.permute(0, 3, 1, 2)
+
+
+class _ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (b, c, h, w)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _first(super().forward(_last(x)))
 
 
 class DropPath(nn.Module):
@@ -66,6 +89,7 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
+        _check_positive("ChannelAttention", channels=channels, reduction=reduction)
         self.channels = channels
         squeezed = max(channels // reduction, 4)
         self.squeeze = nn.Linear(channels, squeezed)
@@ -87,10 +111,12 @@ class ModulatedDeformBlock(nn.Module):
         channels: channels in.
         out_channels: channels out; as many as in by default.
         kernel_size, stride, dilation: of the sampling, "same" padding; (h, w) becomes (ceil(h / stride), ...).
+        groups: of the weighted sum, as in `nn.Conv2d`; divides both channel counts.
         deform_groups: groups of channels with offsets of their own; divides `channels`.
         bias: whether the weighted sum has one.
-        norm: `nn.LayerNorm`-like over the channels of the output, "layer" or None (the paper's).
-        activation: a module for the output, or None (the paper's).
+        norm: of the output: "layer" (over channels), anything that makes a module of a channel count
+            (`nn.BatchNorm2d`), or None (the paper's).
+        activation: a module for the output after `norm`, or None (the paper's).
 
     Source: equation 5; DCNv2 (Zhu et al. 2019). Departure: the printed sizes of dp and dm, 2C and C channels, cannot be
     built; they are 2K and K for K taps. Positions outside the map count as zero.
@@ -104,29 +130,43 @@ class ModulatedDeformBlock(nn.Module):
         kernel_size: int = 3,
         stride: int = 1,
         dilation: int = 1,
+        groups: int = 1,
         deform_groups: int = 1,
         bias: bool = True,
-        norm: str | None = None,
+        norm: str | Callable[[int], nn.Module] | None = None,
         activation: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if channels % deform_groups or kernel_size % 2 == 0 or min(kernel_size, stride, dilation, deform_groups) < 1:
+        out_channels = channels if out_channels is None else out_channels
+        _check_positive(
+            "ModulatedDeformBlock",
+            channels=channels,
+            out_channels=out_channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            dilation=dilation,
+            groups=groups,
+            deform_groups=deform_groups,
+        )
+        if channels % deform_groups or channels % groups or out_channels % groups or kernel_size % 2 == 0:
             raise ValueError(
-                f"ModulatedDeformBlock: channels={channels}, deform_groups={deform_groups}, kernel_size={kernel_size}, "
-                f"stride={stride}, dilation={dilation}; deform_groups must divide channels, kernel_size be odd"
+                f"ModulatedDeformBlock: channels={channels}, out_channels={out_channels}, groups={groups}, "
+                f"deform_groups={deform_groups}, kernel_size={kernel_size}; groups must divide both channel counts, "
+                "deform_groups divide channels, kernel_size be odd"
             )
-        if norm not in (None, "layer"):
-            raise ValueError(f'ModulatedDeformBlock: norm is {norm!r}; it must be "layer" or None')
-        out_channels = out_channels or channels
+        if not (norm is None or norm == "layer" or callable(norm)):
+            raise ValueError(f'ModulatedDeformBlock: norm is {norm!r}; it must be "layer", a callable or None')
+        if not (activation is None or isinstance(activation, nn.Module)):
+            raise TypeError(f"ModulatedDeformBlock: activation is {activation!r}; it must be a module or None")
         self.channels = channels
         self.stride, self.dilation, self.padding = stride, dilation, dilation * (kernel_size // 2)
         self.taps = deform_groups * kernel_size**2
-        self.weight = nn.Parameter(torch.empty(out_channels, channels, kernel_size, kernel_size))
+        self.weight = nn.Parameter(torch.empty(out_channels, channels // groups, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.offset_mask = nn.Conv2d(
             channels, 3 * self.taps, kernel_size, stride=stride, padding=self.padding, dilation=dilation
         )
-        self.norm = nn.LayerNorm(out_channels) if norm else None
+        self.norm = _ChannelNorm(out_channels) if norm == "layer" else norm(out_channels) if callable(norm) else None
         self.activation = activation
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         nn.init.zeros_(self.offset_mask.weight)
@@ -144,7 +184,7 @@ class ModulatedDeformBlock(nn.Module):
             x, offset, mask, self.weight, self.bias, stride=self.stride, padding=self.padding, dilation=self.dilation
         )
         if self.norm is not None:
-            y = _first(self.norm(_last(y)))
+            y = self.norm(y)
         return y if self.activation is None else self.activation(y)
 
 
@@ -163,9 +203,10 @@ class SS2D(nn.Module):
         discretization: "euler" (what released Mamba kernels do) or "zoh" (equation 2 as printed).
         backend: a scan backend by name; None lets the tensor's device choose.
 
-    Parameters have VMamba's shapes: x_proj (K, R + 2N, D), dt_proj (K, D, R), dt_bias (K, D), A_log (K * D, N), D (K * D)
-    for K directions; A = -exp(A_log) starts at -(1..N), D at 1. Computed in float32 (float64 for a float64 input) with
-    autocast off: time steps in half precision are the known cause of NaN in Mamba networks. Returns the input's dtype.
+    Parameters have VMamba's shapes: x_proj (K, R + 2N, D), dt_proj (K, D, R), dt_bias (K, D), A_log (K * D, N) and
+    D (K * D) for K directions; A = -exp(A_log) starts at -(1..N), D at 1. Computed in float32 (float64 for a float64
+    input) with autocast off: time steps in half precision are the known cause of NaN in Mamba networks. Returns the
+    input's dtype.
 
     Source: section 2.1, equations 1 to 3, and section 2.2; the four directions are summed (VMamba's cross merge).
     """
@@ -179,15 +220,21 @@ class SS2D(nn.Module):
         directions: int = 4,
         dt_min: float = 0.001,
         dt_max: float = 0.1,
-        discretization: str = "euler",
+        discretization: Discretization = "euler",
         backend: str | None = None,
     ) -> None:
         super().__init__()
         if directions not in DIRECTIONS:
             raise ValueError(f"SS2D: directions is {directions}; it must be one of {DIRECTIONS}")
+        _check_positive("SS2D", channels=channels, d_state=d_state, dt_rank=dt_rank, dt_min=dt_min)
+        if dt_max < dt_min:
+            raise ValueError(f"SS2D: dt_min is {dt_min} and dt_max {dt_max}; dt_max must be at least dt_min")
+        if discretization not in ("euler", "zoh"):
+            raise ValueError(f'SS2D: discretization is {discretization!r}; it must be "euler" or "zoh"')
         self.channels, self.d_state, self.directions = channels, d_state, directions
         self.dt_rank = dt_rank or math.ceil(channels / 16)
-        self.discretization, self.backend = discretization, backend
+        self.discretization: Discretization = discretization
+        self.backend = backend
         k, n, r = directions, d_state, self.dt_rank
         self.x_proj = nn.Parameter(torch.empty(k, r + 2 * n, channels))
         self.dt_proj = nn.Parameter(torch.empty(k, channels, r))
@@ -237,6 +284,7 @@ class VisionMambaBlock(nn.Module):
         channels: channels in and out.
         d_state, dt_rank, directions, discretization, backend: as in `SS2D`.
         expand: inner channels = round(expand * channels).
+        kernel_size: of the depthwise convolution before the scan; odd.
         channel_attention: whether the channel attention is there.
         drop_path: probability of stochastic depth.
 
@@ -249,20 +297,24 @@ class VisionMambaBlock(nn.Module):
         *,
         d_state: int = 16,
         expand: float = 2.0,
+        kernel_size: int = 3,
         dt_rank: int | None = None,
         directions: int = 4,
-        discretization: str = "euler",
+        discretization: Discretization = "euler",
         channel_attention: bool = True,
         drop_path: float = 0.0,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         inner = round(expand * channels)
+        _check_positive("VisionMambaBlock", channels=channels, expand=expand, inner_channels=inner)
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"VisionMambaBlock: kernel_size is {kernel_size}; it must be odd")
         self.channels = channels
         self.norm = nn.LayerNorm(channels)
         self.gate = nn.Linear(channels, inner)
         self.inner = nn.Linear(channels, inner)
-        self.depthwise = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
+        self.depthwise = nn.Conv2d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner)
         self.ss2d = SS2D(
             inner,
             d_state=d_state,
@@ -287,7 +339,8 @@ class VisionMambaBlock(nn.Module):
 class DeformMambaBlock(nn.Module):
     """Figure 1 (B): the modulated deform block and the vision Mamba block side by side, summed. Keeps (b, c, h, w).
 
-    `deform=False` is the paper's ablation "w/o Deform": the vision Mamba block alone. Other arguments: `VisionMambaBlock`.
+    `deform=False` is the paper's ablation "w/o Deform": the vision Mamba block alone. `deform_groups` as in
+    `ModulatedDeformBlock`, the other arguments as in `VisionMambaBlock`.
 
     Source: section 2.2, "we add output features of two branches". The SiLU of the deform branch is ours: without it the
     branch is linear, and what zero-filling lacks cannot be predicted linearly (training stood still for 200 steps).
@@ -298,21 +351,26 @@ class DeformMambaBlock(nn.Module):
         channels: int,
         *,
         deform: bool = True,
+        deform_groups: int = 1,
         d_state: int = 16,
         expand: float = 2.0,
+        dt_rank: int | None = None,
         directions: int = 4,
-        discretization: str = "euler",
+        discretization: Discretization = "euler",
         channel_attention: bool = True,
         drop_path: float = 0.0,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         self.channels = channels
-        self.deform = ModulatedDeformBlock(channels, activation=nn.SiLU()) if deform else None
+        self.deform = (
+            ModulatedDeformBlock(channels, deform_groups=deform_groups, activation=nn.SiLU()) if deform else None
+        )
         self.mamba = VisionMambaBlock(
             channels,
             d_state=d_state,
             expand=expand,
+            dt_rank=dt_rank,
             directions=directions,
             discretization=discretization,
             channel_attention=channel_attention,
@@ -334,34 +392,47 @@ class MultiViewContext(nn.Module):
         rates: one dilation rate a branch. A rate near the size of the map sees only padding: choose rates that fit.
         branch_channels: channels of a branch; channels / len(rates) by default, so that all branches together cost no
             more than one plain 3x3 convolution ("without increasing the number of parameters").
+        activation: a module before the fusion; None: SiLU. `nn.Identity()` is the paper's, which prints none.
 
     Source: section 2.2 after DeepLab. The rates are not printed; DeepLab's 6, 12, 18 do not fit an 8x8 bottleneck. The
     SiLU before the fusion is ours: without it all branches together would be one linear filter.
     """
 
-    def __init__(self, channels: int, *, rates: Sequence[int] = (1, 2, 3, 4), branch_channels: int | None = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        rates: Sequence[int] = (1, 2, 3, 4),
+        branch_channels: int | None = None,
+        activation: nn.Module | None = None,
+    ) -> None:
         super().__init__()
+        _check_positive("MultiViewContext", channels=channels, branch_channels=branch_channels)
         if not rates or min(rates) < 1:
             raise ValueError(f"MultiViewContext: rates is {tuple(rates)}; it must hold at least one rate of 1 or more")
         width = branch_channels or max(channels // len(rates), 1)
         self.channels = channels
         self.branches = nn.ModuleList(nn.Conv2d(channels, width, 3, padding=rate, dilation=rate) for rate in rates)
+        self.activation = nn.SiLU() if activation is None else activation
         self.fuse = nn.Conv2d(width * len(rates), channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_map(self, x, self.channels)
-        return x + self.fuse(F.silu(torch.cat([branch(x) for branch in self.branches], dim=1)))
+        return x + self.fuse(self.activation(torch.cat([branch(x) for branch in self.branches], dim=1)))
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to vectors: convolution with kernel = stride = patch, LayerNorm. h and w / patch."""
+    """Non-overlapping patches to vectors: convolution with kernel = stride = patch, LayerNorm. h and w / patch,
+    which must divide them."""
 
     def __init__(self, in_channels: int, channels: int, patch: int) -> None:
         super().__init__()
+        self.in_channels, self.patch = in_channels, patch
         self.project = nn.Conv2d(in_channels, channels, patch, stride=patch)
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_map(self, x, self.in_channels, multiple=self.patch)
         return _first(self.norm(_last(self.project(x))))
 
 
@@ -370,10 +441,12 @@ class PatchMerge(nn.Module):
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
+        self.channels = channels
         self.norm = nn.LayerNorm(4 * channels)
         self.reduce = nn.Linear(4 * channels, out_channels, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_map(self, x, self.channels, multiple=2)
         return _first(self.reduce(self.norm(rearrange(x, "b c (h i) (w j) -> b h w (i j c)", i=2, j=2))))
 
 
@@ -382,12 +455,11 @@ class PatchExpand(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, factor: int = 2, *, norm: bool = True) -> None:
         super().__init__()
-        self.factor = factor
+        self.channels, self.factor = channels, factor
         self.expand = nn.Linear(channels, factor**2 * out_channels, bias=False)
         self.norm = nn.LayerNorm(out_channels) if norm else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        grown = rearrange(
-            self.expand(_last(x)), "b h w (i j c) -> b (h i) (w j) c", i=self.factor, j=self.factor
-        )
+        check_map(self, x, self.channels)
+        grown = rearrange(self.expand(_last(x)), "b h w (i j c) -> b (h i) (w j) c", i=self.factor, j=self.factor)
         return _first(self.norm(grown))

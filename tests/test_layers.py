@@ -1,6 +1,7 @@
 """The blocks of figure 1: shapes, definitions, initial values, every option, and errors that name the block."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -89,11 +90,51 @@ def test_autocast_gives_about_the_same_numbers(name, dtype):
 
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize(
-    "x", [torch.zeros(1, 7, 4, 4), torch.zeros(8, 4, 4), torch.zeros(1, 8, 4, 4).long(), [1.0]], ids=lambda x: str(type(x))
+    "x",
+    [
+        torch.zeros(1, 7, 4, 4),
+        torch.zeros(8, 4, 4),
+        torch.zeros(1, 8, 4, 4).long(),
+        torch.zeros(1, 8, 4, 4, dtype=torch.complex64),
+        torch.zeros(1, 8, 0, 4),
+        torch.zeros(1, 8, 4, 0),
+    ],
+    ids=lambda x: f"{x.dtype} {tuple(x.shape)}",
 )
-def test_a_wrong_map_is_refused_by_name(name, x):
-    with pytest.raises(ValueError, match=rf"^{name}: given .*; wanted floating point \(b, 8, h, w\)$"):
+def test_a_wrong_map_is_refused_by_name_with_the_shape_given_and_wanted(name, x):
+    wanted = (
+        rf"^{name}: given {x.dtype} {re.escape(str(tuple(x.shape)))}; wanted floating point \(b, 8, h, w\), h and w at"
+    )
+    with pytest.raises(ValueError, match=wanted):
         BLOCKS[name]()(x)
+    with pytest.raises(ValueError, match=f"^{name}: given list; wanted"):
+        BLOCKS[name]()([1.0])
+
+
+@pytest.mark.parametrize(
+    ("block", "x", "wanted"),
+    [
+        (
+            PatchEmbed(3, 8, 4),
+            torch.zeros(1, 3, 8, 6),
+            "PatchEmbed: .*wanted floating point .b, 3, h, w., h and w multiples of 4",
+        ),
+        (PatchEmbed(3, 8, 4), torch.zeros(1, 3, 0, 4), "PatchEmbed: .*multiples of 4"),
+        (
+            PatchMerge(3, 6),
+            torch.zeros(1, 3, 8, 7),
+            "PatchMerge: .*wanted floating point .b, 3, h, w., h and w multiples of 2",
+        ),
+        (
+            PatchExpand(3, 6),
+            torch.zeros(1, 4, 8, 7),
+            "PatchExpand: .*wanted floating point .b, 3, h, w., h and w at least 1",
+        ),
+    ],
+)
+def test_patches_that_do_not_fit_are_refused(block, x, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        block(x)
 
 
 # SS2D
@@ -101,7 +142,7 @@ def test_a_wrong_map_is_refused_by_name(name, x):
 
 def plain_ss2d(block, x):
     """The definition: unfold the map in each direction, scan, fold back, sum."""
-    b, d, h, w = x.shape
+    _, d, h, w = x.shape
     rows, columns = x.flatten(2), x.mT.flatten(2)
     sequences = torch.stack([rows, columns, rows.flip(-1), columns.flip(-1)][:4], 1)
     if block.directions < 4:
@@ -142,7 +183,9 @@ def test_ss2d_is_its_definition_in_value_and_gradient(directions, discretization
     torch.testing.assert_close(got, wanted)
     inputs = [x, *block.parameters()]
     for a, b in zip(
-        torch.autograd.grad((got * weight).sum(), inputs), torch.autograd.grad((wanted * weight).sum(), inputs), strict=True
+        torch.autograd.grad((got * weight).sum(), inputs),
+        torch.autograd.grad((wanted * weight).sum(), inputs),
+        strict=True,
     ):
         torch.testing.assert_close(a, b)
 
@@ -189,21 +232,80 @@ def test_offsets_move_the_samples_dy_before_dx():
 
 
 @pytest.mark.parametrize(
-    "options", [{"kernel_size": 5}, {"deform_groups": 2}, {"bias": False}, {"norm": "layer"}, {"activation": torch.nn.ReLU()}]
+    "options",
+    [
+        {"kernel_size": 1},
+        {"kernel_size": 5},
+        {"groups": 4},
+        {"deform_groups": 2},
+        {"bias": False},
+        {"norm": "layer"},
+        {"norm": torch.nn.BatchNorm2d},
+        {"activation": torch.nn.ReLU()},
+        {"stride": 3, "dilation": 2},
+    ],
+    ids=str,
 )
 def test_options_of_the_deform_block(options):
-    y = ModulatedDeformBlock(4, 8, **options)(feature_map(1, 4, 6, 7))
-    assert y.shape == (1, 8, 6, 7)
+    block = ModulatedDeformBlock(4, 8, **options)
+    y = block(feature_map(1, 4, 6, 7))
+    stride = options.get("stride", 1)
+    assert y.shape == (1, 8, math.ceil(6 / stride), math.ceil(7 / stride))
+    kernel, groups = options.get("kernel_size", 3), options.get("deform_groups", 1)
+    assert block.weight.shape == (8, 4 // options.get("groups", 1), kernel, kernel)
+    assert block.offset_mask.weight.shape[0] == 3 * groups * kernel**2
+    assert (block.bias is None) == (options.get("bias") is False)
     if "activation" in options:
         assert (y >= 0).all()
     if "norm" in options:
-        torch.testing.assert_close(y.mean(1), torch.zeros(1, 6, 7), atol=1e-5, rtol=0)
+        axes = 1 if options["norm"] == "layer" else (0, 2, 3)
+        torch.testing.assert_close(y.mean(axes), torch.zeros_like(y.mean(axes)), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{"kernel_size": 4}, {"deform_groups": 3}, {"stride": 0}, {"norm": "batch"}])
+def test_deformable_groups_have_offsets_of_their_own():
+    block = ModulatedDeformBlock(2, groups=2, deform_groups=2, bias=False)
+    with torch.no_grad():
+        block.offset_mask.bias[1:18:2] = 1  # dx of every tap, first group
+        block.offset_mask.bias[36:] = 100  # all masks 1
+        block.weight.zero_()[:, 0, 1, 1] = 1
+    x = feature_map(1, 2, 5, 5)
+    y = block(x)
+    torch.testing.assert_close(y[0, 0, :, :4], x[0, 0, :, 1:])
+    torch.testing.assert_close(y[0, 1], x[0, 1])
+
+
+@pytest.mark.parametrize("options", [
+        {"kernel_size": 4}, {"deform_groups": 3}, {"groups": 3}, {"stride": 0}, {"dilation": 0}, {"out_channels": 0},
+        {"norm": "batch"}, {"activation": torch.nn.ReLU},
+    ], ids=str)  # fmt: skip
 def test_impossible_deform_blocks_are_refused(options):
-    with pytest.raises(ValueError, match="ModulatedDeformBlock: "):
+    with pytest.raises((ValueError, TypeError), match=f"^ModulatedDeformBlock: .*{next(iter(options))}"):
         ModulatedDeformBlock(4, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SS2D(0), "SS2D: channels is 0"),
+        (lambda: SS2D(8, d_state=0), "SS2D: d_state is 0"),
+        (lambda: SS2D(8, dt_rank=0), "SS2D: dt_rank is 0"),
+        (lambda: SS2D(8, directions=3), r"SS2D: directions is 3; it must be one of \(1, 2, 4\)"),
+        (lambda: SS2D(8, dt_min=0.2), "SS2D: dt_min is 0.2 and dt_max 0.1"),
+        (lambda: SS2D(8, discretization="bilinear"), "SS2D: discretization is 'bilinear'"),
+        (lambda: VisionMambaBlock(0), "VisionMambaBlock: channels is 0"),
+        (lambda: VisionMambaBlock(8, expand=0), "VisionMambaBlock: expand is 0"),
+        (lambda: VisionMambaBlock(8, expand=0.01), "VisionMambaBlock: inner_channels is 0"),
+        (lambda: VisionMambaBlock(8, kernel_size=2), "VisionMambaBlock: kernel_size is 2; it must be odd"),
+        (lambda: VisionMambaBlock(8, drop_path=1), "DropPath: p is 1"),
+        (lambda: DeformMambaBlock(8, deform_groups=3), "ModulatedDeformBlock: .*deform_groups=3"),
+        (lambda: MultiViewContext(8, rates=()), "MultiViewContext: rates"),
+        (lambda: MultiViewContext(8, branch_channels=0), "MultiViewContext: branch_channels is 0"),
+        (lambda: ChannelAttention(8, reduction=0), "ChannelAttention: reduction is 0"),
+    ],
+)
+def test_impossible_blocks_are_refused(make, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make()
 
 
 # the others
@@ -218,11 +320,33 @@ def test_the_mamba_block_is_gated_and_residual():
     torch.testing.assert_close(block(x), x + block.attention(block.out.bias[:, None, None].expand(1, 8, 4, 4)))
 
 
-@pytest.mark.parametrize("options", [{"channel_attention": False}, {"directions": 1}, {"expand": 1.5}, {"d_state": 3}])
+@pytest.mark.parametrize("options", [
+        {"channel_attention": False}, {"directions": 1}, {"directions": 2}, {"expand": 1.5}, {"d_state": 3},
+        {"kernel_size": 1}, {"dt_rank": 1},
+    ], ids=str)  # fmt: skip
 def test_options_of_the_mamba_block(options):
-    default, changed = VisionMambaBlock(8), VisionMambaBlock(8, **options)
+    default, changed = VisionMambaBlock(16), VisionMambaBlock(16, **options)
     assert sum(p.numel() for p in changed.parameters()) < sum(p.numel() for p in default.parameters())
-    assert changed(feature_map(1, 8, 4, 5)).shape == (1, 8, 4, 5)
+    assert changed(feature_map(1, 16, 4, 5)).shape == (1, 16, 4, 5)
+
+
+def test_drop_path_drops_a_branch_not_the_input():
+    block = VisionMambaBlock(8, drop_path=0.9)
+    x = feature_map(20, 8, 2, 2)
+    kept = [torch.equal(a, b) for a, b in zip(block(x), x, strict=True)]
+    assert 10 < sum(kept) < 20
+
+
+@pytest.mark.parametrize("options", [{"deform_groups": 2}, {"dt_rank": 2}, {"drop_path": 0.5}], ids=str)
+def test_options_of_a_deform_mamba_block_reach_their_branch(options):
+    block = DeformMambaBlock(8, **options)
+    reached = {
+        "deform_groups": block.deform.taps // 9,
+        "dt_rank": block.mamba.ss2d.dt_rank,
+        "drop_path": block.mamba.drop_path.p,
+    }
+    for name, value in options.items():
+        assert reached[name] == value
 
 
 def test_the_branches_of_a_deform_mamba_block_are_summed():
@@ -237,8 +361,10 @@ def test_all_context_branches_cost_at_most_one_convolution():
     context = MultiViewContext(64)
     assert sum(b.weight.numel() for b in context.branches) <= 64 * 64 * 9
     assert [b.dilation[0] for b in context.branches] == [1, 2, 3, 4]
-    with pytest.raises(ValueError, match="MultiViewContext: rates"):
-        MultiViewContext(8, rates=())
+    wide = MultiViewContext(8, rates=(1, 6), branch_channels=8, activation=torch.nn.Identity())
+    assert [(b.weight.shape[0], b.dilation) for b in wide.branches] == [(8, (1, 1)), (8, (6, 6))]
+    x, y = feature_map(2, 8, 5, 6)  # without an activation it is affine, so it commutes with means
+    torch.testing.assert_close(wide((x + y)[None] / 2), (wide(x[None]) + wide(y[None])) / 2)
 
 
 def test_drop_path_keeps_the_mean_and_only_drops_in_training():
