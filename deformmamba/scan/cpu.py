@@ -9,6 +9,7 @@ Numba's own thread layers are not used: one of them aborts the process when two 
 not survive a fork. The kernels release the GIL instead, and jobs run on a pool that each process makes for itself.
 """
 
+import math
 import os
 import sys
 import threading
@@ -18,11 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
-CHUNK = (
-    64  # steps between kept states: these take 1/4 of the memory of u at 16 states; a chunk's states fit the L2 cache
-)
+# Steps between kept states. They take 1/4 of the memory of u at 16 states; a chunk's states fit the L2 cache.
+CHUNK = 64
+
+_DTYPES: dict[torch.dtype, Any] = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 
 
 def unusable(tensor: torch.Tensor | None = None) -> str | None:
@@ -165,8 +168,12 @@ def _lanes() -> int:
 
 
 def _scratch(like: torch.Tensor, *shape: int, last: int | None = None) -> Any:
-    """Zeros (*shape, last or one vector); PyTorch aligns them to cache lines, numpy would not."""
-    return like.detach().new_zeros(*shape, last or _lanes()).numpy()
+    """Zeros (*shape, last or one vector) that start on a cache line."""
+    shape = (*shape, last or _lanes())
+    size = math.prod(shape) * like.element_size()
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(_DTYPES[like.dtype]).reshape(shape)
 
 
 # ------------------------------------------------------------------------------------------------------------- threads
@@ -255,11 +262,12 @@ def _kernel(name: str, dtype: torch.dtype, zoh: bool) -> Any:
 
 
 def _compile(name: str, dtype: torch.dtype, zoh: bool) -> Any:
-    from numba import njit, types
+    from numba import from_dtype, njit, types
+    from numba.core import event
 
     from deformmamba.scan import cpu_kernels
 
-    real: Any = {torch.float32: types.float32, torch.float64: types.float64}[dtype]
+    real = from_dtype(_DTYPES[dtype])
     array: Any = types.Array
     inputs, outputs, scratch = (
         types.Tuple([array(real, n, layout) for n in dimensions])
@@ -275,14 +283,25 @@ def _compile(name: str, dtype: torch.dtype, zoh: bool) -> Any:
         kernel.disable_compile()
         return kernel
 
-    what = f"{name} pass, {str(dtype).removeprefix('torch.')}{', zoh' if zoh else ''}"
+    what = f"{name} pass, {_DTYPES[dtype]}{', zoh' if zoh else ''}"
     notice = threading.Timer(1, lambda: print(f"deformmamba: compiling the CPU scan ({what}), once", file=sys.stderr))
     notice.daemon = True
-    notice.start()
+
+    class Announce(event.Listener):
+        """Hears when numba compiles; it does not when the code comes from disk."""
+
+        def on_start(self, _: Any) -> None:
+            if notice.ident is None:
+                notice.start()
+
+        def on_end(self, _: Any) -> None:
+            pass
+
     try:
-        try:
-            return compiled(cache=True)
-        except (RuntimeError, OSError, EOFError):  # nowhere to write, a full disk, a damaged cache file
-            return compiled(cache=False)
+        with event.install_listener("numba:compile", Announce()):
+            try:
+                return compiled(cache=True)
+            except Exception:  # of the cache: nowhere to write, a full disk, a damaged file; any other comes again here
+                return compiled(cache=False)
     finally:
         notice.cancel()

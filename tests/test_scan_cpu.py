@@ -1,0 +1,178 @@
+"""The CPU backend as a citizen of a process: threads, forks, compiled code on disk."""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import deformmamba
+from deformmamba.scan import cpu, selective_scan_2d
+
+
+def given(seed: int = 0, d: int = 50) -> list[torch.Tensor]:
+    """Arguments of `selective_scan_2d` for two images of 9 x 8 and four directions.
+
+    Small enough for PyTorch's own operations to stay on one thread: its OpenMP hangs in a forked process."""
+    make = torch.Generator().manual_seed(seed)
+    shapes = ((2, 9, 8, d), (4, 2, 9, 8, d), (4 * d, 3), (2, 9, 8, 4, 3), (2, 9, 8, 4, 3))
+    u, delta, A, B, C = (torch.randn(shape, generator=make) for shape in shapes)
+    return [u, delta, -A.abs(), B, C]
+
+
+def gradients(arguments: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The result, and the gradients of all arguments."""
+    leaves = [x.clone().requires_grad_() for x in arguments]
+    y = selective_scan_2d(*leaves)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+
+# ------------------------------------------------------------------------------------------------------------- threads
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_any_number_of_threads_agrees(images: int) -> None:
+    arguments = given()
+    arguments = [arguments[0][:images], arguments[1][:, :images], arguments[2], *(x[:images] for x in arguments[3:])]
+    results = []
+    for threads in (1, 2, 4, 7):
+        torch.set_num_threads(threads)
+        results.append(gradients(arguments))
+    for result in results[1:]:
+        *exact, dB, dC = result
+        assert all(x.equal(y) for x, y in zip(exact, results[0], strict=False))
+        # sums over channels, in another order
+        torch.testing.assert_close([dB, dC], results[0][-2:], rtol=1e-5, atol=1e-3)
+
+
+def test_one_image_occupies_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[int] = []
+    share = cpu._share
+    monkeypatch.setattr(cpu, "_share", lambda work: jobs.append(len(work)) or share(work))
+    torch.set_num_threads(4)
+    selective_scan_2d(*(x[:, :1] if x.ndim == 5 and x.shape[0] == 4 else x[:1] if x.ndim > 2 else x for x in given()))
+    assert jobs == [4]
+
+
+def test_python_threads_may_call_at_once() -> None:
+    """A web server or DataParallel does; numba's own thread layer would abort the process."""
+    torch.set_num_threads(2)
+    expected = [gradients(given(seed)) for seed in range(4)]
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda i: gradients(given(i % 4)), range(48)))
+    for i, result in enumerate(results):
+        assert all(x.equal(y) for x, y in zip(result, expected[i % 4], strict=True))
+
+
+def test_an_error_in_a_job_reaches_the_caller() -> None:
+    torch.set_num_threads(2)
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cpu._share([lambda: None, fail, lambda: None])
+
+
+class Scanned(Dataset[torch.Tensor]):
+    """Items that are themselves results of a scan, threads and gradients included."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        torch.set_num_threads(2)
+        return gradients(given(index))[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_of_a_data_loader(start: str) -> None:
+    """Started while this process has helper threads of its own."""
+    torch.set_num_threads(2)
+    expected = [Scanned()[i] for i in range(4)]
+    assert cpu._pool is not None
+    loader: Any = DataLoader(Scanned(), batch_size=None, num_workers=2, multiprocessing_context=start, timeout=120)
+    torch.testing.assert_close(list(loader), expected)
+
+
+# ----------------------------------------------------------------------------------------------------- compiled code
+
+SCAN = """
+import sys, torch
+from deformmamba.scan import selective_scan, reference
+assert "numba" not in sys.modules
+one = torch.ones(1, 3, 5)
+y = selective_scan(one, one, -one[0, :, :2], one[:, None, :2], one[:, None, :2])
+z = selective_scan(one, one, -one[0, :, :2], one[:, None, :2], one[:, None, :2], backend="reference")
+torch.testing.assert_close(y, z)
+"""
+
+
+def scan_in_a_process(**environment: str) -> str:
+    """What a scan in a fresh process says on stderr."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
+    environment = {**clean, "PYTHONPATH": str(Path(deformmamba.__file__).parents[1]), **environment}
+    done = subprocess.run([sys.executable, "-c", SCAN], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.slow
+def test_compiled_once_and_said_so(tmp_path: Path) -> None:
+    said = scan_in_a_process(NUMBA_CACHE_DIR=str(tmp_path))
+    assert said in ("", "deformmamba: compiling the CPU scan (forward pass, float32), once\n")  # "": in under a second
+    index, code = (list(tmp_path.rglob(f"*forward*.{kind}")) for kind in ("nbi", "nbc"))
+    assert len(index) == len(code) == 1
+    written = code[0].stat().st_mtime_ns
+    assert scan_in_a_process(NUMBA_CACHE_DIR=str(tmp_path)) == ""
+    assert code[0].stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
+def test_damaged_cache_files_are_replaced(tmp_path: Path) -> None:
+    scan_in_a_process(NUMBA_CACHE_DIR=str(tmp_path))
+    for file in (*tmp_path.rglob("*.nbi"), *tmp_path.rglob("*.nbc")):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    scan_in_a_process(NUMBA_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.slow
+def test_nowhere_to_cache(tmp_path: Path) -> None:
+    """A read-only installation and no home: every place that numba tries is a file, not a folder."""
+    package = tmp_path / "deformmamba"
+    skip = shutil.ignore_patterns("__pycache__", "checkpoints")
+    shutil.copytree(Path(deformmamba.__file__).parent, package, ignore=skip)
+    (package / "scan" / "__pycache__").write_text("not a folder")
+    nowhere = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null/cache", "IPYTHONDIR": "/dev/null/ipython"}
+    scan_in_a_process(
+        PYTHONPATH=str(tmp_path), PYTHONDONTWRITEBYTECODE="1", TORCHINDUCTOR_CACHE_DIR=str(tmp_path), **nowhere
+    )
+    assert not list(tmp_path.rglob("*.nbi"))
+
+
+@pytest.mark.slow
+def test_compiling_is_announced_after_a_second(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    class Impatient:
+        def __init__(self, seconds: float, announce: Any) -> None:
+            assert seconds == 1
+            self.announce, self.cancel, self.ident = announce, lambda: None, None
+
+        def start(self) -> None:
+            self.ident = 1
+            self.announce()
+
+    monkeypatch.setattr(cpu.threading, "Timer", Impatient)
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
+    cpu._compile("forward", torch.float32, False)
+    assert capsys.readouterr().err == "deformmamba: compiling the CPU scan (forward pass, float32), once\n"
+    cpu._compile("forward", torch.float32, False)
+    assert capsys.readouterr().err == ""
