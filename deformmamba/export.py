@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deformmamba import __version__
 from deformmamba.kspace import zero_fill
@@ -165,13 +165,30 @@ def _program(model: SRModel, inputs: dict[str, Tensor], smallest: int | None) ->
         dims = {name: dims.get(name) for name in inputs} | ({} if "base" in inputs else {"base": None})
     arguments = {"lr": inputs["lr"], "base": inputs.get("base")}
     try:
-        with scan_backend("cpu"):  # one operator, whatever the length, which is replaced below
-            program = torch.export.export(
-                model, (), arguments, dynamic_shapes=dims, prefer_deferred_runtime_asserts_over_guards=True
-            )
-        return program.run_decompositions({torch.ops.deformmamba.scan.default: _scan_by_steps})
+        return portable_program(model, kwargs=arguments, dynamic_shapes=dims)
     except Exception as error:  # whatever a tracer raises on operations that it cannot hold
         raise ExportError(_failed(model, error)) from error
+
+
+def portable_program(
+    module: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> torch.export.ExportedProgram:
+    """`torch.export.export` of a module that holds any of our blocks, as a program that runs without this package.
+
+    `torch.export.export` itself works on the blocks too, and keeps `deformmamba::scan` as it is: fast, but it runs
+    only where this package is. Here each scan is a loop over steps, which `torch.onnx.export(program, dynamo=True)`
+    turns into an ONNX Scan. Arguments as in `torch.export.export`; tensors on the CPU; gradients are not exported.
+    A free size is a `torch.export.Dim` with min=2 (a model: `multiple + 1`): PyTorch treats size 1 as special.
+    """
+    with torch.no_grad(), scan_backend("cpu"):  # one operator, whatever the length
+        program = torch.export.export(
+            module, args, kwargs, dynamic_shapes=dynamic_shapes, prefer_deferred_runtime_asserts_over_guards=True
+        )
+        return program.run_decompositions({torch.ops.deformmamba.scan.default: _scan_by_steps})
 
 
 def _scan_by_steps(

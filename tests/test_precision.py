@@ -1,0 +1,226 @@
+"""docs/blocks.md says what works with which block. Every cell of its table is tried; a cell without a test fails."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from deformmamba.export import portable_program
+from deformmamba.layers import SS2D, DeformMambaBlock, ModulatedDeformBlock, MultiViewContext, VisionMambaBlock
+from deformmamba.losses import ContrastiveEdgeLoss, SRLoss
+from deformmamba.models import DeformMambaSR
+from deformmamba.scan import scan_backend
+
+TABLE = Path(__file__).parents[1] / "docs" / "blocks.md"
+
+SMALL: dict[str, Any] = {
+    "scale": 2, "dims": [4], "depths": [1], "patch": 2, "stem_channels": 2, "d_state": 2, "context_rates": [1, 2],
+}  # fmt: skip
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "SS2D": lambda: SS2D(4, d_state=2),
+    "VisionMambaBlock": lambda: VisionMambaBlock(4, d_state=2),
+    "ModulatedDeformBlock": lambda: ModulatedDeformBlock(4),
+    "DeformMambaBlock": lambda: DeformMambaBlock(4, d_state=2),
+    "MultiViewContext": lambda: MultiViewContext(4),
+    "ContrastiveEdgeLoss": ContrastiveEdgeLoss,
+    "DeformMambaSR": lambda: DeformMambaSR(**SMALL),
+}
+
+
+def make(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The block with every parameter random: offsets are no integers, and nothing starts at zero."""
+    torch.manual_seed(0)
+    block = BLOCKS[name]().to(dtype)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return block
+
+
+def inputs(
+    name: str, h: int = 6, w: int = 5, dtype: torch.dtype = torch.float32, b: int = 2
+) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(h * w)
+    channels = 1 if name == "DeformMambaSR" else 4
+    n = 2 if name == "ContrastiveEdgeLoss" else 1
+    return tuple(torch.rand(b, channels, h, w, dtype=torch.float64, generator=generator).to(dtype) for _ in range(n))
+
+
+def value_and_gradients(block: Callable[..., Any], xs: tuple[torch.Tensor, ...], parameters: Any) -> list[torch.Tensor]:
+    xs = tuple(x.clone().requires_grad_() for x in xs)
+    y = block(*xs)
+    return [y, *torch.autograd.grad(y.float().square().mean(), [*xs, *parameters])]
+
+
+def fp32(name: str) -> None:
+    y = make(name)(*inputs(name))
+    assert y.dtype == torch.float32
+    assert y.isfinite().all()
+
+
+def fp64(name: str) -> None:
+    single, double = make(name), make(name).double()
+    y = double(*inputs(name, dtype=torch.float64))
+    assert y.dtype == torch.float64
+    double.load_state_dict(single.state_dict())
+    torch.testing.assert_close(
+        double(*inputs(name, dtype=torch.float64)).float(), single(*inputs(name)), rtol=1e-4, atol=1e-5
+    )
+
+
+def autocast(dtype: torch.dtype) -> Callable[[str], None]:
+    def check(name: str) -> None:
+        block = make(name)
+        xs = inputs(name)
+        with torch.autocast("cpu", dtype=dtype):
+            y = block(*xs)
+        torch.testing.assert_close(y.float(), block(*xs), rtol=0.05, atol=0.05)
+        spot = torch.zeros_like(xs[0])
+        spot[..., 3, 2] = 1
+        for scale in (0.0, 1e-6, 1e3):
+            for image in (xs[0], xs[0] - 0.5, spot):
+                with torch.autocast("cpu", dtype=dtype):
+                    results = value_and_gradients(block, (scale * image, *xs[1:]), list(block.parameters()))
+                assert all(r.isfinite().all() for r in results[:1]), f"input of {scale}"
+                assert not any(r.isnan().any() for r in results), f"gradient at an input of {scale}"
+
+    return check
+
+
+def compiled(name: str, backend: str = "aot_eager") -> None:
+    torch.compiler.reset()
+    block = make(name)
+    other = torch.compile(block, backend=backend, fullgraph=True)
+    for size in ((6, 5), (7, 9)):
+        xs = inputs(name, *size)
+        wanted, got = (value_and_gradients(f, xs, list(block.parameters())) for f in (block, other))
+        for a, b in zip(got, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def free_sizes(name: str) -> Any:
+    h, w = (torch.export.Dim(n, min=4, max=512) for n in "hw")
+    return tuple({2: h, 3: w} for _ in inputs(name))
+
+
+def exported(name: str) -> None:
+    block = make(name).eval()
+    program = torch.export.export(
+        block, inputs(name), dynamic_shapes=free_sizes(name), prefer_deferred_runtime_asserts_over_guards=True
+    ).module()
+    for size in ((6, 5), (11, 8)):
+        xs = inputs(name, *size)
+        torch.testing.assert_close(program(*xs), block(*xs), rtol=1e-4, atol=1e-5)
+
+
+def onnx(name: str) -> None:
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    block = make(name).eval()
+    program = portable_program(block, inputs(name), dynamic_shapes=free_sizes(name))
+    file = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
+    assert file is not None
+    session = onnxruntime.InferenceSession(file.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for size in ((6, 5), (11, 8)):
+        xs = inputs(name, *size)
+        names = [i.name for i in session.get_inputs()]
+        (y,) = session.run(None, {n: x.numpy() for n, x in zip(names, xs, strict=True)})
+        torch.testing.assert_close(torch.as_tensor(y), block(*xs).detach(), rtol=1e-4, atol=1e-5)
+
+
+def double_backward(name: str, backend: str = "auto") -> None:
+    """A Hessian times a vector, against the difference of two gradients."""
+    block = make(name, torch.float64)
+    x, *rest = inputs(name, 4, 5, torch.float64, b=1)
+    v = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def gradient(x: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
+        x = x if x.requires_grad else x.clone().requires_grad_()
+        return torch.autograd.grad(block(x, *rest).square().sum(), x, create_graph=create_graph)[0]
+
+    with scan_backend(backend):
+        x = x.clone().requires_grad_()
+        (product,) = torch.autograd.grad((gradient(x, create_graph=True) * v).sum(), x)
+        step = 1e-6
+        difference = (gradient(x.detach() + step * v) - gradient(x.detach() - step * v)) / (2 * step)
+    torch.testing.assert_close(product, difference, rtol=1e-5, atol=1e-6)
+
+
+def double_backward_eager(name: str) -> None:
+    double_backward(name, "eager")
+    with pytest.raises(RuntimeError):
+        double_backward(name, "cpu")
+
+
+# (column, cell): what tries it, and whether it is slow
+CHECKS: dict[tuple[str, str], tuple[Callable[[str], None], bool]] = {
+    ("fp32", "yes"): (fp32, False),
+    ("bf16 autocast", "yes"): (autocast(torch.bfloat16), False),
+    ("fp16 autocast", "yes"): (autocast(torch.float16), False),
+    ("fp64", "yes"): (fp64, False),
+    ("compile", "yes"): (compiled, True),
+    ("export", "yes"): (exported, True),
+    ("ONNX", "yes"): (onnx, True),
+    ("double backward", "yes"): (double_backward, False),
+    ("double backward", "eager scan"): (double_backward_eager, False),
+}
+
+
+def table() -> dict[tuple[str, str], str]:
+    """{(block, column): cell} of docs/blocks.md."""
+    lines = [line for line in TABLE.read_text("utf-8").splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    (_, *columns), _, *body = rows
+    return {(row[0], column): cell for row in body for column, cell in zip(columns, row[1:], strict=True)}
+
+
+def test_the_table_has_every_block_and_every_column() -> None:
+    columns = {column for column, _ in CHECKS}
+    assert set(table()) == {(block, column) for block in BLOCKS for column in columns}
+
+
+@pytest.mark.parametrize(
+    ("block", "column", "cell"),
+    [
+        pytest.param(block, column, cell, marks=[pytest.mark.slow] if CHECKS.get((column, cell), (0, False))[1] else [])
+        for (block, column), cell in table().items()
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # torch's exporters and compilers warn about their own insides
+def test_the_table_is_true(block: str, column: str, cell: str) -> None:
+    assert (column, cell) in CHECKS, f"docs/blocks.md says {cell!r} of {block}, {column}; no test tries that"
+    CHECKS[column, cell][0](block)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_inductor_gives_the_same_network() -> None:
+    compiled("DeformMambaSR", "inductor")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_training_at_the_papers_learning_rate_stays_finite(dtype: torch.dtype | None) -> None:
+    torch.manual_seed(0)
+    model = DeformMambaSR(**SMALL | {"dims": [8, 12], "depths": [1, 1], "skip": "zero-fill"}).train()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4)
+    loss_of = SRLoss()
+    hr = torch.rand(4, 1, 16, 16).round()
+    lr = hr[..., ::2, ::2].contiguous()
+    losses = []
+    for _ in range(200):
+        with torch.autocast("cpu", dtype=dtype) if dtype else nullcontext():
+            loss = loss_of(model(lr), hr)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert torch.tensor(losses).isfinite().all()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert losses[-1] < losses[0]
