@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# In the order in which they are tried when none is named.
 IMPLEMENTATIONS = ("cpu", "torchvision", "gather")
 
 
@@ -83,7 +82,7 @@ def modulated_deform_conv2d(
     else:
         out = run(*args).to(x.dtype)
     out = out.permute(0, 3, 1, 2)
-    return out if x.shape[1] > 1 and x.stride(1) == 1 else out.contiguous()
+    return out.contiguous() if x.is_contiguous() or x.stride(1) != 1 else out
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

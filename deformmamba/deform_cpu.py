@@ -216,11 +216,10 @@ def _scatter(  # type: ignore[no-untyped-def]
                         else:
                             _fill(out, o, part[0], run)
                         low += run
+                    upper, lower = left * s0 + right * s1, left * s2 + right * s3
                     if grad_mask.size:
-                        upper, lower = left * s0 + right * s1, left * s2 + right * s3
                         grad_mask[p, d, k] = top * upper + bottom * lower
                     if grad_offset.size:
-                        upper, lower = left * s0 + right * s1, left * s2 + right * s3
                         before, after = top * s0 + bottom * s2, top * s1 + bottom * s3
                         grad_offset[p, d, k, 0] = m * (has_bottom * lower - has_top * upper)
                         grad_offset[p, d, k, 1] = m * (has_right * after - has_left * before)
@@ -244,7 +243,7 @@ def _workers(n: int) -> ThreadPoolExecutor:
     global _pool
     with _lock:
         if _pool is None or _pool[0] < n:
-            before, started = torch.get_num_threads(), threading.Barrier(n + 1)
+            before, started = torch.get_num_threads(), threading.Barrier(n + 1, timeout=60)
 
             def begin() -> None:
                 torch.get_num_threads()  # or torch would set this thread's number when it first needs it
@@ -255,9 +254,8 @@ def _workers(n: int) -> ThreadPoolExecutor:
             for _ in range(n):
                 pool.submit(int)
             started.wait()
-            torch.set_num_threads(
-                before
-            )  # each thread has its own number, but a new one starts with the last that was set
+            # each thread has its own number, but a new one starts with the last that was set
+            torch.set_num_threads(before)
             _pool = n, pool
         return _pool[1]
 
@@ -367,14 +365,14 @@ def deform_conv2d_backward(
         part = parts.index((start, stop))
         into = grad_x.numpy(), grad_offset[part].numpy(), grad_mask[part].numpy()
         matrix = call.weight[here].flatten(2)
-        grad_matrix = torch.zeros_like(matrix)
+        grad_matrix = torch.zeros_like(matrix) if wanted[3] else None
         for first, last, columns in call.chunks(0, call.pixels, len(matrix), here[-1].stop - low):
             rows = call.by_group(grad[first:last])[groups]
             torch.bmm(rows, matrix, out=columns.flatten(2))
             _scatter(*call.arrays, columns.numpy(), first, *into, start)
-            if wanted[3]:
+            if grad_matrix is not None:
                 grad_matrix.baddbmm_(rows.transpose(1, 2), columns.flatten(2))
-        if wanted[3]:
+        if grad_matrix is not None:
             grad_weight[here] = grad_matrix.unflatten(2, (call.taps, -1))
 
     _share(work, parts)

@@ -10,6 +10,7 @@ import textwrap
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -666,6 +667,18 @@ def test_the_tensors_device_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
             ValueError, match=f'implementation "{name}" cannot be used: .*{reason}; "gather" always can'
         ):
             deform._choose(name, device)
+
+
+@pytest.mark.parametrize(
+    ("module", "question"), [(torch.compiler, "is_exporting"), (torch.jit, "is_tracing")], ids=["export", "trace"]
+)
+def test_what_leaves_the_process_holds_plain_pytorch(
+    module: ModuleType, question: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert deform._choose(None, "cpu") == "cpu"
+    monkeypatch.setattr(module, question, lambda: True, raising=False)
+    assert {deform._choose(None, device) for device in ("cpu", "cuda")} == {"gather"}
+    assert deform._choose("cpu", "cpu") == "cpu"
 
 
 @pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError])
