@@ -232,7 +232,6 @@ def _known(name: str) -> None:
         raise ScanBackendError(f"there is no scan backend {name!r}; there are {', '.join(BACKENDS)}, and auto")
 
 
-@torch.compiler.assume_constant_result  # it asks machine and installation, which torch.compile cannot follow
 def _choose(name: str, device: str, dtype: torch.dtype, n: int, zoh: bool, state: bool) -> str:
     """The backend to run on: `name` itself, or for "auto" the first that can."""
     _known(name)
@@ -247,6 +246,11 @@ def _choose(name: str, device: str, dtype: torch.dtype, n: int, zoh: bool, state
         if name != "auto":
             raise ScanBackendError(f"scan backend {name!r} cannot run this: {reason}")
     raise AssertionError("the reference runs everything")
+
+
+# It asks machine and installation, which torch.compile cannot follow. What torch.compiler.assume_constant_result sets,
+# set here, because that function imports the whole compiler: seconds, for those who never compile.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _run(
