@@ -199,7 +199,7 @@ class _Walk:
         lanes = 32 if values < 16 or self.channels % 64 in range(1, 33) else 64
         steps = 32 * values // lanes
         if _interpreted():
-            steps, lanes = 4, 4
+            steps, lanes = 8, 16
         tiles = -(-self.length // steps)
         programs = self.images * self.groups * -(-self.channels // lanes)
         wanted = per_processor * _multiprocessors(self.u.device)
