@@ -228,7 +228,9 @@ def test_an_empty_batch_gives_an_empty_result(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "gather"])
-@pytest.mark.parametrize("case", [CASES[1]._replace(batch=1, size=(3, 4)), CASES[8]._replace(size=(4, 3))])
+@pytest.mark.parametrize(
+    "case", [CASES[1]._replace(batch=1, size=(3, 2)), CASES[7]._replace(size=(3, 3), stride=(2, 2))]
+)
 def test_gradients_are_those_of_differences(case: Case, implementation: str) -> None:
     leaves = wanting(case.tensors())
     assert torch.autograd.gradcheck(
@@ -239,7 +241,7 @@ def test_gradients_are_those_of_differences(case: Case, implementation: str) -> 
 @pytest.mark.parametrize("implementation", ["cpu", "gather"])
 @pytest.mark.parametrize("mask", [True, False])
 def test_second_derivatives_are_those_of_differences(mask: bool, implementation: str) -> None:
-    case = Case(kernel=(2, 2), size=(3, 2), channels=2, c_out=2, n_deform=2, batch=1, mask=mask)
+    case = Case((2, 2), padding=(0, 1), size=(3, 2), channels=2, c_out=1, n_deform=2, batch=1, mask=mask)
     leaves = wanting(case.tensors(spread=0.7))
     assert torch.autograd.gradgradcheck(
         lambda *t: modulated_deform_conv2d(*t, **case.geometry, implementation=implementation), leaves
@@ -298,7 +300,7 @@ def test_any_subset_of_the_tensors_can_want_gradients(mask: bool, implementation
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own checker
 def test_operators_keep_torchs_contract() -> None:
     """Schema, fake tensors, autograd registration, and the same under compilation with static and free shapes."""
-    for case in (CASES[0], CASES[1], CASES[8]):
+    for case in (CASES[1], CASES[8]):
         x, offset, mask, weight, bias = (
             t if t is None or t.dim() == 1 else t.permute(0, 2, 3, 1).contiguous().requires_grad_()
             for t in case.tensors(torch.float32)
@@ -608,7 +610,7 @@ def test_compiles_into_one_graph(backend: str) -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("strict", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_an_export_has_free_sizes_and_needs_nothing_of_ours(strict: bool) -> None:
     free = {0: torch.export.Dim("b"), 2: torch.export.Dim("h", min=3), 3: torch.export.Dim("w", min=3)}
     block = Block()
