@@ -39,10 +39,16 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from deformmamba.scan import cpu, eager, mamba_ssm, reference
+from deformmamba.scan import cpu, eager, mamba_ssm, reference, triton
 
-# where `auto` looks first; a module imports what it stands for (numba, ...) when it is called, not before
-MODULES: dict[str, ModuleType] = {"mamba_ssm": mamba_ssm, "cpu": cpu, "eager": eager, "reference": reference}
+# in the order in which `auto` tries them; what a module stands for (numba, ...) is imported when it is called
+MODULES: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "triton": triton,
+    "mamba_ssm": mamba_ssm,
+    "eager": eager,
+    "reference": reference,
+}
 
 
 # `Optional`, because the schema is read from the annotations and older PyTorch does not know `Tensor | None`
