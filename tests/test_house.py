@@ -82,7 +82,9 @@ def test_imports_go_in_the_directions_of_the_table(path: Path) -> None:
     for name, line in imports(path):
         root, *rest = name.split(".")
         if root == "deformmamba":
-            assert rest[0] in DIRECTIONS[module] | {module, "__version__"}, f"{path}:{line}: {module} may not import {rest[0]}"
+            assert rest[0] in DIRECTIONS[module] | {module, "__version__"}, (
+                f"{path}:{line}: {module} may not import {rest[0]}"
+            )
 
 
 def test_the_table_has_no_circle() -> None:
