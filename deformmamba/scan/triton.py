@@ -72,7 +72,7 @@ def forward(
     if not delta.numel():
         return y, _swapped(edge), kept
     walk = _Walk(u, delta, A, B, C, D, bias, height, width, softplus, zoh)
-    cut = walk.cut(per_processor=12)
+    cut = walk.cut(back=False)
     room = walk.room(y)
     carry = walk.carries(cut, edge, BACK=False)
     every = CHUNK // cut.steps if keep else 0
@@ -107,7 +107,7 @@ def backward(
     if not delta.numel():
         return du, ddelta, dA.zero_(), dB.zero_(), dC.zero_(), dD, dbias, dstate.copy_(dlast)
     walk = _Walk(u, delta, A, B, C, D, bias, height, width, softplus, zoh)
-    cut = walk.cut(per_processor=8, values=8 if zoh else 16)
+    cut = walk.cut(back=True)
     chunks = _Cut(cut.steps, cut.lanes, CHUNK // cut.steps, kept.shape[3])
     du_room, ddelta_room, dy = walk.room(du), walk.room(ddelta), walk.ordered(dy)
     dB_parts, dC_parts = (A.new_empty(-(-channels // cut.lanes), *B.shape) for _ in range(2))
@@ -194,15 +194,15 @@ class _Walk:
     def fill(self, out: Tensor, room: Tensor) -> Tensor:
         return out if room.data_ptr() == out.data_ptr() else out.copy_(self.turned(room))
 
-    def cut(self, per_processor: int, values: int = 16) -> _Cut:
-        """Tiles of so many values per lane; stretches so that every multiprocessor has about that many programs."""
-        lanes = 32 if values < 16 or self.channels % 64 in range(1, 33) else 64
-        steps = 32 * values // lanes
+    def cut(self, *, back: bool) -> _Cut:
+        """Tiles that fit into registers, and stretches so many that every multiprocessor has several programs."""
+        narrow = self.channels % 64 in range(1, 33) or (back and self.constants["ZOH"])
+        lanes, steps = (32, 8 if back else 16) if narrow else (64, 8)
         if _interpreted():
-            steps, lanes = 8, 16
+            lanes, steps = 16, 8
         tiles = -(-self.length // steps)
         programs = self.images * self.groups * -(-self.channels // lanes)
-        wanted = per_processor * _multiprocessors(self.u.device)
+        wanted = (8 if back else 12) * _multiprocessors(self.u.device)
         if 2 * programs > wanted:
             return _Cut(steps, lanes, tiles, 1)
         # a power of two, so that stretches of the usual maps are all full
