@@ -43,14 +43,13 @@ def scan(
     h = u.new_zeros(*us.shape[:3], u.shape[3], A.shape[-1]) if state is None else state
     # a chunk's states are needed once more in the backward pass: computing them again is cheaper than keeping them
     remember = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    ys = []
-    for start in range(0, u.shape[2], CHUNK):
-        steps = slice(start, start + CHUNK)
-        pieces: Any = (us[:, :, :, steps], dt[:, :, :, steps], A, B[:, :, :, steps], C[:, :, :, steps], h, zoh)
-        y, h = checkpoint(_chunk, *pieces, use_reentrant=False) if remember else _chunk(*pieces)
-        ys.append(y)
-    if not ys:
+    if not u.shape[2]:
         return u, h
+    ys = []
+    for pieces in zip(*(x.split(CHUNK, 3) for x in (us, dt, B, C)), strict=True):
+        given: Any = (*pieces, A, h, zoh)
+        y, h = checkpoint(_chunk, *given, use_reentrant=False) if remember else _chunk(*given)
+        ys.append(y)
     scanned = torch.cat(ys, 3)
     total = torch.stack([scanned[k][:, :, torch.argsort(walk)] for k, walk in enumerate(walks)]).sum(0)
     return (total if D is None else total + D.sum(0)[:, None] * u), h
@@ -59,9 +58,9 @@ def scan(
 def _chunk(
     u: torch.Tensor,
     dt: torch.Tensor,
-    A: torch.Tensor,
     B: torch.Tensor,
     C: torch.Tensor,
+    A: torch.Tensor,
     h: torch.Tensor,
     zoh: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:

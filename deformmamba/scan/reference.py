@@ -62,13 +62,14 @@ def scan(
     dt = step_sizes(delta, bias, softplus)
     total = torch.zeros_like(u)
     lasts = []
-    for k, order in enumerate(orders(len(delta), height, width)):
+    for k, order in enumerate(orders(len(delta), height, width, u.device)):
         h = u.new_zeros(*u.shape[:2], u.shape[3], A.shape[-1]) if state is None else state[k]
         steps = []
-        for p in order.tolist():
-            a, phi = discretize(dt[k, :, :, p, :, None], A[k], zoh)
-            h = a * h + phi * u[:, :, p, :, None] * B[k, :, :, p, None]
-            steps.append((C[k, :, :, p, None] * h).sum(-1))
+        walked = (x[:, :, order].unbind(2) for x in (u, dt[k], B[k], C[k]))
+        for u_t, dt_t, B_t, C_t in zip(*walked, strict=True):
+            a, phi = discretize(dt_t[..., None], A[k], zoh)
+            h = a * h + phi * u_t[..., None] * B_t[:, :, None]
+            steps.append((C_t[:, :, None] * h).sum(-1))
         y = torch.stack(steps, 2)[:, :, torch.argsort(order)] if steps else u
         total = total + (y if D is None else y + D[k][:, None] * u)
         lasts.append(h)
