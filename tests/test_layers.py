@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from deformmamba.layers import (
     SS2D,
@@ -19,6 +20,7 @@ from deformmamba.layers import (
     PatchMerge,
     VisionMambaBlock,
 )
+from deformmamba.models import DeformMambaSR
 from deformmamba.scan import selective_scan
 
 BLOCKS = {
@@ -391,3 +393,49 @@ def test_patches_are_rearranged_and_back():
 
 def test_dt_rank_is_a_sixteenth_rounded_up():
     assert SS2D(40).dt_rank == math.ceil(40 / 16) == 3
+
+
+def flops(block, x):
+    """{operator: operations} of a forward and backward pass, after one to load the kernels."""
+    block(x)
+    with FlopCounterMode(display=False) as counter:
+        block(x).square().sum().backward()
+    return {str(op).rpartition(".")[2]: n for op, n in counter.get_flop_counts()["Global"].items()}
+
+
+def test_torchs_flop_counter_counts_the_scan_and_the_deformable_convolution():
+    x = feature_map(2, 8, 6, 5)
+    counted = flops(SS2D(8, d_state=4, directions=2), x)
+    assert counted["scan"] == 9 * 2 * 6 * 5 * 2 * 8 * 4
+    assert counted["scan_backward"] == 2 * counted["scan"]
+    block = ModulatedDeformBlock(8, 12, stride=2, groups=2)
+    counted = flops(block, x.requires_grad_())
+    plain = torch.nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=2)
+    with FlopCounterMode(display=False) as counter:
+        plain(x)
+    assert counted["deform_conv2d"] == counter.get_total_flops()
+    assert counted["deform_conv2d_backward"] == 2 * counted["deform_conv2d"]
+
+
+def kept_for_backward(model, x):
+    """Bytes of the tensors that the backward pass keeps, each storage once, parameters left out."""
+    storages = {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = model(x)
+    assert y.requires_grad
+    return sum(storages.values())
+
+
+def test_checkpointing_keeps_a_fraction_of_the_activations():
+    options = {"scale": 2, "dims": [8, 16], "depths": [2, 2], "patch": 2, "stem_channels": 4, "d_state": 4}
+    x = torch.rand(1, 1, 16, 16)
+    plain, saving = (kept_for_backward(DeformMambaSR(**options, checkpointing=on).train(), x) for on in (False, True))
+    assert saving < plain / 3

@@ -40,6 +40,8 @@ class SRModel(nn.Module):
         minimum_size: the smallest h and w of an input.
         multiple: `forward` pads h and w to a multiple of this and crops back, so that any size works.
         channels: the c that `forward` takes; None for any.
+        precisions: the dtypes that `forward` may run in; "autocast" ones under `torch.autocast`, with float32 weights.
+        tiles: how to cut a slice that does not fit into memory, in a sentence.
         provenance: where loaded weights come from (training data, split, degradation, scores); empty otherwise.
         source: the path, manifest name or org/repo@commit that the weights were loaded from; None otherwise.
     """
@@ -48,6 +50,8 @@ class SRModel(nn.Module):
     minimum_size: int = 1
     multiple: int = 1
     channels: int | None = None
+    precisions: tuple[str, ...] = ("float32", "float64", "bfloat16 autocast", "float16 autocast")
+    tiles: str = "not needed: memory grows with the number of pixels only"
 
     def __init__(self, *, scale: int, intensity: str = "p99.9", **config: Any) -> None:
         super().__init__()
@@ -168,6 +172,8 @@ class SRModel(nn.Module):
             "grid": self.grid,
             "minimum_size": self.minimum_size,
             "multiple": self.multiple,
+            "precisions": list(self.precisions),
+            "tiles": self.tiles,
             "intensity": self.intensity,
             "parameters": self.num_parameters(),
             "spacings_mm": self.provenance.get("spacings_mm"),

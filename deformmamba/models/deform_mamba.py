@@ -60,8 +60,14 @@ class DeformMambaSR(SRModel):
 
     Source: section 2.2, figure 1; the shell (patch layers, added skips) is VM-UNet's (Ruan & Xiang 2024). Two
     departures from it: the final expansion has no LayerNorm, which would take the local amplitude out of the residual,
-    and linear layers start as PyTorch's do, not at a deviation of 0.02, where every gate is shut and the network linear.
+    and linear layers start as PyTorch's do, not at a deviation of 0.02, where every gate is shut and the network is
+    linear.
     """
+
+    tiles = (
+        "prefer whole slices, as every pixel sees the whole image along its row and column; else tiles at least as "
+        "large as those trained on, overlapping by half, each with its cut of the whole slice's `base`"
+    )
 
     def __init__(
         self,
