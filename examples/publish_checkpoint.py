@@ -53,10 +53,10 @@ def score(model: SRModel, scans: list[Scan]) -> list[dict[str, Any]]:
         groups[scan.split, scan.group].append(scan)
     rows = []
     for (split, group), members in sorted(groups.items()):
-        results = {
+        own = evaluate(model, members)
+        results = {"": mean_scores(own)} | {
             name: mean_scores(evaluate(m, members))
             for name, m in (
-                ("", model),
                 ("zero_fill_", ZeroFill(scale=model.scale)),
                 ("bicubic_", Bicubic(scale=model.scale)),
             )
@@ -67,6 +67,7 @@ def score(model: SRModel, scans: list[Scan]) -> list[dict[str, Any]]:
                 "split": split,
                 "group": group,
                 "subjects": len({scan.subject for scan in members}),
+                "slices": sum(row["slices"] for row in own),
                 "protocol": "volume",
                 **{
                     f"{name}{metric}": round(v[metric], 4) for name, v in results.items() for metric in ("psnr", "ssim")

@@ -117,6 +117,9 @@ def test_it_can_overfit_one_slice():
     ("options", "message"),
     [
         ({"dims": [8]}, "one positive entry a level"),
+        ({"depths": [1, 0]}, "at least one block"),
+        ({"dims": [8] * 9, "depths": [1] * 9}, "1 to 8 levels"),
+        ({"depths": [1, 300]}, "256 blocks"),
         ({"skip": "bicubic"}, "skip is 'bicubic'"),
         ({"scale": 0}, "scale must be an integer"),
         ({"dims": [1, 8]}, "at least the patch size"),

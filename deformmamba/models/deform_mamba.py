@@ -60,8 +60,7 @@ class DeformMambaSR(SRModel):
 
     Source: section 2.2, figure 1; the shell (patch layers, added skips) is VM-UNet's (Ruan & Xiang 2024). Two
     departures from it: the final expansion has no LayerNorm, which would take the local amplitude out of the residual,
-    and linear layers start as PyTorch's do, not at a deviation of 0.02, where every gate is shut and the network is
-    linear.
+    and linear layers start as PyTorch's do, not at a deviation of 0.02, where every gate is shut and all is linear.
     """
 
     tiles = (
@@ -111,11 +110,13 @@ class DeformMambaSR(SRModel):
             checkpointing=checkpointing,
             intensity=intensity,
         )
-        if len(dims) != len(depths) or not dims or min(dims) < patch or min(depths) < 1 or patch < 1:
+        if not 1 <= len(dims) == len(depths) <= 8 or min(dims) < patch or patch < 1 or not 1 <= sum(depths) <= 256:
             raise ValueError(
                 f"DeformMambaSR: dims={list(dims)}, depths={list(depths)}, patch={patch}; dims and depths need one "
-                "positive entry a level each, and dims at least the patch size"
+                "positive entry a level each (1 to 8 levels, 256 blocks), and dims at least the patch size"
             )
+        if min(depths) < 1:
+            raise ValueError(f"DeformMambaSR: depths={list(depths)}; each level needs at least one block")
         if skip not in SKIPS:
             raise ValueError(f"DeformMambaSR: skip is {skip!r}; it must be one of {SKIPS}")
         self.channels = in_channels

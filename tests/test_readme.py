@@ -1,0 +1,42 @@
+"""Every Python block of the README runs, in a folder that holds a scan."""
+
+import re
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def blocks(language):
+    text = README.read_text("utf-8") if README.is_file() else ""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def scan(tmp_path, monkeypatch, phantom):
+    image = nibabel.Nifti1Image(phantom[:24, :20, :2], np.diag([3.6, 3.6, 3, 1]))
+    nibabel.save(image, tmp_path / "scan.nii.gz")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n")[0])
+def test_python_blocks_run(code, scan):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_commands_are_those_of_the_command_line():
+    from deformmamba.cli import _parser
+
+    used = set(re.findall(r"^(?:.*&& )?deformmamba ([a-z]+)", "\n".join(blocks("sh")), re.MULTILINE))
+    assert used
+    known = next(action for action in _parser()._actions if action.choices).choices
+    assert used <= set(known)
+
+
+def test_pictures_exist():
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README.read_text("utf-8"))
+    assert pictures
+    assert all((README.parent / path).is_file() for path in pictures)
