@@ -70,7 +70,7 @@ def forward(
     kept = A.new_empty(directions, images, groups, chunks, n, channels)
     edge = A.new_zeros(directions, images, groups, n, channels) if state is None else _swapped(state)
     if not delta.numel():
-        return y, _swapped(edge), kept
+        return y, _swapped(edge).clone(), kept
     walk = _Walk(u, delta, A, B, C, D, bias, height, width, softplus, zoh)
     cut = walk.cut(back=False)
     room = walk.room(y)
