@@ -113,9 +113,10 @@ def free_sizes(name: str) -> Any:
 
 def exported(name: str) -> None:
     block = make(name).eval()
-    program = torch.export.export(
-        block, inputs(name), dynamic_shapes=free_sizes(name), prefer_deferred_runtime_asserts_over_guards=True
-    ).module()
+    with torch.no_grad():
+        program = torch.export.export(
+            block, inputs(name), dynamic_shapes=free_sizes(name), prefer_deferred_runtime_asserts_over_guards=True
+        ).module()
     for size in ((6, 5), (11, 8)):
         xs = inputs(name, *size)
         torch.testing.assert_close(program(*xs), block(*xs), rtol=1e-4, atol=1e-5)
