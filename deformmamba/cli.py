@@ -474,9 +474,7 @@ def _parser() -> argparse.ArgumentParser:
         "export --format onnx --model ixi-4x -o ixi-4x.onnx",
     )
     export.add_argument("--format", choices=("onnx", "pt2"), required=True, help="ONNX, or torch.export's own")
-    export.add_argument(
-        "--model", default=DEFAULT_MODEL, help=f"a name, a path or org/repo (default: {DEFAULT_MODEL})"
-    )
+    export.add_argument("--model", default=DEFAULT_MODEL, help=f"a name, a path or org/repo (default: {DEFAULT_MODEL})")
     export.add_argument(
         "-o",
         "--output",
