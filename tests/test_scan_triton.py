@@ -426,6 +426,23 @@ def test_unusable_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.fullmatch(r"Triton cannot be imported \(.*\); pip install triton .*", str(triton.unusable()))
 
 
+@pytest.mark.parametrize("length", [1, 7, 100, 999, 4096, 65536])
+@pytest.mark.parametrize("images", [1, 8, 3000])
+def test_a_gpu_is_filled_and_nothing_left_out(monkeypatch: pytest.MonkeyPatch, images: int, length: int) -> None:
+    monkeypatch.setattr(triton, "_multiprocessors", lambda device: 132)
+    for channels, back in itertools.product((5, 32, 192), (False, True)):
+        u = torch.empty(images, 1, length, channels, device="meta")
+        A, B = torch.empty(1, 1, channels, 2, device="meta"), torch.empty(1, images, 1, length, 2, device="meta")
+        cut = triton._Walk(u, u[None], A, B, B, None, None, 1, length, True, False).cut(back=back)
+        assert cut.steps * cut.tiles * cut.splits >= length
+        assert cut.steps * cut.tiles * (cut.splits - 1) < length
+        programs = images * -(-channels // cut.lanes)
+        assert (cut.splits == 1) == (programs > 600 or length <= 4 * cut.steps)
+        if programs * length > 2**20:
+            assert programs * cut.splits > 500
+        assert triton.CHUNK % cut.steps == 0
+
+
 def test_too_large_an_image_is_refused() -> None:
     u = torch.empty(1, 1, 2**20, 2**11, device="meta")
     A, B = torch.empty(1, 1, 2**11, 1, device="meta"), torch.empty(1, 1, 1, 2**20, 1, device="meta")

@@ -32,13 +32,9 @@ def unusable(tensor: Tensor | None = None) -> str | None:
         return "PyTorch finds no CUDA device; use backend 'cpu'"
     if tensor is not None and tensor.device.type != "cuda":
         return f"it runs on CUDA tensors only, the tensor is on {tensor.device}; move it to the GPU"
-    if torch.version.hip is None and torch.cuda.get_device_capability(None if tensor is None else tensor.device) < (
-        8,
-        0,
-    ):
-        return (
-            "Triton needs an NVIDIA GPU of compute capability 8.0 or more, which this one is not; use backend 'eager'"
-        )
+    device = None if tensor is None else tensor.device
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "Triton needs an NVIDIA GPU of compute capability 8.0 or more, and this is an older one; use 'eager'"
     return None
 
 
@@ -115,7 +111,7 @@ def backward(
     dA_parts = A.new_zeros(*stretches, n, channels)
     dD_parts, dbias_parts = (A.new_empty(*stretches, channels) for _ in range(2))
     gaps = _strides("g", dB_parts)
-    # the states before every tile: of one direction at a time, as they are several times the size of u
+    # the states before every tile: of one direction at a time, as they take twice the memory of u at 16 states
     begun = A.new_empty(images, groups, kept.shape[3], 2, n, channels)
     states = A.new_empty(images, groups, cut.splits * cut.tiles, n, channels)
     carry = walk.carries(cut, _swapped(dlast), BACK=True, dy=dy)
@@ -206,7 +202,7 @@ class _Walk:
         if 2 * programs > wanted:
             return _Cut(steps, lanes, tiles, 1)
         # a power of two, so that stretches of the usual maps are all full
-        in_one = 1 << max(2, (tiles * programs // wanted).bit_length() - 1)
+        in_one = min(tiles, max(4, 1 << (tiles * programs // wanted).bit_length()))
         return _Cut(steps, lanes, in_one, -(-tiles // in_one))
 
     def carries(self, cut: _Cut, edge: Tensor, *, BACK: bool, dy: Tensor | None = None) -> Tensor:
