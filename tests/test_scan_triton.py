@@ -37,7 +37,7 @@ def arguments(
     make = torch.Generator().manual_seed(0)
     shapes = {"u": (b, g, r, h * w), "delta": (k, b, g, r, h * w), "A": (k, g, r, n), "B": (k, b, g, n, h * w),
               "C": (k, b, g, n, h * w), "D": (k, g, r), "bias": (k, g, r), "state": (k, b, g, r, n)}  # fmt: skip
-    given = {name: torch.randn(shape, generator=make).to(device) for name, shape in shapes.items()}
+    given: dict[str, Any] = {name: torch.randn(shape, generator=make).to(device) for name, shape in shapes.items()}
     given["A"] = -torch.exp(given["A"])
     if not softplus:
         given["delta"] = given["delta"].abs() / 4
@@ -55,7 +55,9 @@ def differences(given: dict[str, Any], seed: int = 1) -> dict[str, float]:
     y, last, kept = triton.forward(**given, keep=True)
     assert y.dtype == given["u"].dtype
     assert y.stride() == torch.empty_like(given["u"]).stride()
-    exact = {k: x.double().requires_grad_() if isinstance(x, torch.Tensor) else x for k, x in given.items()}
+    exact: dict[str, Any] = {
+        k: x.double().requires_grad_() if isinstance(x, torch.Tensor) else x for k, x in given.items()
+    }
     exact_y, exact_last = reference.scan(**exact)
     make = torch.Generator().manual_seed(seed)
     dy, dlast = (torch.randn(x.shape, generator=make).to(x) for x in (y, last))
