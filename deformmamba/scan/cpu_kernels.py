@@ -80,6 +80,21 @@ def load(typing: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic
+def prefetch(typing: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of array[index], which may lie outside the array."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = builder.bitcast(_address(context, builder, array, *args), ir.IntType(8).as_pointer())
+        i32 = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [address.type, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [address, *(ir.Constant(i32, n) for n in (0, 3, 1))])  # to read, to keep, data
+        return context.get_dummy_value()
+
+    return types.void(array, index), code
+
+
+@intrinsic
 def store(typing: Any, array: Any, index: Any, vector: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = _address(context, builder, array, *args[:2])
@@ -430,6 +445,15 @@ def scatter(
 
 
 @inline
+def ahead(array: Array, order: Array, t: int, first: int) -> None:
+    """Ask for step t of a tile that `gather` or `scatter` will want, or, along steps, for its share of the tile."""
+    if array.strides[1] == array.itemsize:
+        prefetch(array, (order[t], first))
+    else:
+        prefetch(array, (order[t - t % LANES], first + t % LANES))
+
+
+@inline
 def columns(tile: Array, source: Array, first: int, lanes: int, factor: Array) -> None:
     """tile[s, j] = factor * source[first + j, s], for a source (r, n)."""
     for j in range(lanes):
@@ -455,6 +479,7 @@ def gather_rows(rows: Array, source: Array, order: Array, count: int) -> None:
 # ------------------------------------------------------------------------------------------------- one chunk, one tile
 # A tile is LANES channels. us, deltas, ys (chunk, LANES); decay = A log2(e), inverse = 1 / A, h (n, LANES);
 # skip = D (1, LANES); Bs, Cs (chunk, n). `exact` is None or True: numba compiles the one that is asked for.
+# `coming`: where the next tile will be, (order, first channel), so that memory works while registers do.
 
 kernel: Any = njit(error_model="numpy")
 
@@ -462,10 +487,13 @@ kernel: Any = njit(error_model="numpy")
 @kernel
 def advance(
     us: Array, deltas: Array, decay: Array, inverse: Array, Bs: Array, Cs: Array, skip: Array, h: Array, ys: Array,
-    count: int, exact: Any,
+    count: int, exact: Any, coming: Any, next_u: Array, next_delta: Array, next_y: Array,
 ) -> None:  # fmt: skip
     """The scan itself: `count` steps from the state h, which they leave behind."""
     for t in range(count):
+        ahead(next_u, coming[0], t, coming[1])
+        ahead(next_delta, coming[0], t, coming[1])
+        ahead(next_y, coming[0], t, coming[1])
         u, delta = load(us, (t, 0)), load(deltas, (t, 0))
         y = load(skip, (0, 0)) * u if skip.shape[0] else like(u, 0.0)
         for s in range(decay.shape[0]):
@@ -481,10 +509,14 @@ def advance(
 
 @kernel
 def retrace(
-    us: Array, deltas: Array, decay: Array, inverse: Array, Bs: Array, hs: Array, factors: Array, count: int, exact: Any
+    us: Array, deltas: Array, decay: Array, inverse: Array, Bs: Array, hs: Array, factors: Array, count: int,
+    exact: Any, coming: Any, next_u: Array, next_delta: Array, next_dy: Array,
 ) -> None:  # fmt: skip
     """The same steps from hs[0], keeping all states hs (count + 1, n, LANES) and the factors between them."""
     for t in range(count):
+        ahead(next_u, coming[0], t, coming[1])
+        ahead(next_delta, coming[0], t, coming[1])
+        ahead(next_dy, coming[0], t, coming[1])
         u, delta = load(us, (t, 0)), load(deltas, (t, 0))
         for s in range(decay.shape[0]):
             if exact is None:
@@ -527,7 +559,8 @@ def reverse_state(
 def reverse(
     us: Array, deltas: Array, decay: Array, inverse: Array, Bs: Array, Cs: Array, skip: Array,
     hs: Array, factors: Array, gs: Array, g: Array,
-    dA: Array, dus: Array, ddeltas: Array, dBs: Array, dCs: Array, count: int, exact: Any,
+    dA: Array, dus: Array, ddeltas: Array, dBs: Array, dCs: Array, count: int,
+    exact: Any, coming: Any, next_du: Array, next_ddelta: Array,
 ) -> None:  # fmt: skip
     """The adjoint of `advance`, from the last step to the first.
 
@@ -535,6 +568,8 @@ def reverse(
     dCs are added to."""
     n = decay.shape[0]
     for t in range(count - 1, -1, -1):
+        ahead(next_du, coming[0], t, coming[1])
+        ahead(next_ddelta, coming[0], t, coming[1])
         u, delta, dy = load(us, (t, 0)), load(deltas, (t, 0)), load(gs, (t, 0))
         rates, states = (decay, inverse, Bs[t], Cs[t]), (hs[t], hs[t + 1], factors[t], u, delta, dy)
         into_u = into_delta = into_exponent = like(u, 0.0)  # in the Euler step into_u lacks its factor delta
@@ -607,7 +642,7 @@ def forward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, 
     decays, inverses, hs = states[0], states[1], states[2]
     skips, biases = sides[0], sides[1]
     Bs, Cs = rates[0], rates[1]
-    order = np.empty(chunk, np.int64)
+    order, next_order = np.empty(chunk, np.int64), np.empty(chunk, np.int64)
     directions, length, n = B.shape
     for k in range(directions):
         direction = 2 * k if directions == 2 else k
@@ -618,6 +653,7 @@ def forward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, 
         for start in range(0, length, chunk):
             count = min(chunk, length - start)
             walk(order, direction, start, count, height, width)
+            walk(next_order, direction, start + chunk, chunk, height, width)
             gather_rows(Bs, B[k], order, count)
             gather_rows(Cs, C[k], order, count)
             for tile in range(hs.shape[0]):
@@ -633,7 +669,11 @@ def forward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, 
                     dt = load(deltas, (t, 0)) + load(biases[tile], (0, 0))
                     store(deltas, (t, 0), softplus(dt)[0] if positive else dt)
                 skip = skips[tile, : min(1, D.shape[1])]
-                advance(us, deltas, decays[tile], inverses[tile], Bs, Cs, skip, hs[tile], ys, count, exact)
+                coming = (order, c + LANES) if tile + 1 < hs.shape[0] else (next_order, first)
+                advance(
+                    us, deltas, decays[tile], inverses[tile], Bs, Cs, skip, hs[tile], ys,
+                    count, exact, coming, u, delta[k], y,
+                )  # fmt: skip
                 scatter(y, ys, order, count, straight, c, lanes, k > 0)
         for tile in range(hs.shape[0]):
             c = first + tile * LANES
@@ -655,7 +695,7 @@ def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool,
     skips, biases, dDs, dbiases = sides[0], sides[1], sides[2], sides[3]
     Bs, Cs, dBs, dCs = rates[0], rates[1], rates[2], rates[3]
     hs, factors = trace[0], trace[1]
-    order = np.empty(chunk, np.int64)
+    order, next_order = np.empty(chunk, np.int64), np.empty(chunk, np.int64)
     directions, length, n = B.shape
     for k in range(directions):
         direction = 2 * k if directions == 2 else k
@@ -669,6 +709,7 @@ def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool,
         for start in range((length - 1) // chunk * chunk, -1, -chunk):
             count = min(chunk, length - start)
             walk(order, direction, start, count, height, width)
+            walk(next_order, direction, start - chunk, chunk, height, width)
             gather_rows(Bs, B[k], order, count)
             gather_rows(Cs, C[k], order, count)
             dBs[:] = 0
@@ -691,10 +732,11 @@ def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool,
                     store(slopes, (t, 0), slope)
                 skip = skips[tile, : min(1, D.shape[1])]
                 decay, inverse = decays[tile], inverses[tile]
-                retrace(us, deltas, decay, inverse, Bs, hs, factors, count, exact)
+                coming = (order, c + LANES) if tile + 1 < carried.shape[0] else (next_order, first)
+                retrace(us, deltas, decay, inverse, Bs, hs, factors, count, exact, coming, u, delta[k], dy)
                 reverse(
                     us, deltas, decay, inverse, Bs, Cs, skip, hs, factors,
-                    gs, carried[tile], dAs[tile], dus, ddeltas, dBs, dCs, count, exact,
+                    gs, carried[tile], dAs[tile], dus, ddeltas, dBs, dCs, count, exact, coming, du, ddelta[k],
                 )  # fmt: skip
                 into_D, into_bias = load(dDs[tile], (0, 0)), load(dbiases[tile], (0, 0))
                 for t in range(count):
