@@ -22,7 +22,7 @@ from deformmamba.cli import main
 from deformmamba.models import ZeroFill
 from deformmamba.volume import read_volume
 
-COMMANDS = ["upscale", "degrade", "evaluate", "train", "weights", "backends", "demo"]
+COMMANDS = ["upscale", "degrade", "evaluate", "train", "weights", "backends", "export", "demo"]
 KEPT = b"the output of yesterday"
 
 

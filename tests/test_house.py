@@ -48,6 +48,8 @@ LAZY = (
     "nibabel",
     "numba",
     "onnx",
+    "onnxruntime",
+    "onnxscript",
     "pydicom",
     "scipy",
     "skimage",
