@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from numba import njit, uintp
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from deformmamba.deform import gather
 
@@ -446,15 +445,3 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
 
 deform_conv2d.register_autograd(_differentiate, setup_context=_save)
 deform_conv2d_backward.register_autograd(_differentiate_backward, setup_context=_save_backward)
-
-
-@register_flop_formula(torch.ops.deformmamba.deform_conv2d)
-def _flops(x: Any, offset: Any, mask: Any, weight: Any, *_: Any, **__: Any) -> int:
-    """Of the plain convolution of its size, as PyTorch counts it and `gather`; arguments are shapes."""
-    return 2 * math.prod(offset[:3]) * math.prod(weight)
-
-
-@register_flop_formula(torch.ops.deformmamba.deform_conv2d_backward)
-def _flops_backward(grad: Any, x: Any, offset: Any, mask: Any, weight: Any, *_: Any, **__: Any) -> int:
-    """Twice the forward pass."""
-    return 2 * _flops(x, offset, mask, weight)

@@ -28,6 +28,7 @@ DIRECTIONS: dict[str, set[str]] = {
     "weights": {"checkpoint"},
     "deform": {"scan", "deform_cpu"},
     "deform_cpu": {"deform"},
+    "flops": {"scan", "deform_cpu"},
     "layers": {"scan", "deform"},
     "models": {"layers", "checkpoint", "weights", "kspace"},
     "data": {"kspace", "volume"},
@@ -91,7 +92,7 @@ def test_imports_go_in_the_directions_of_the_table(path: Path) -> None:
 
 def test_the_table_has_no_circle() -> None:
     order: list[str] = []
-    waiting = {name: others - {"deform_cpu"} for name, others in DIRECTIONS.items()}  # deform and its kernel are one
+    waiting = dict(DIRECTIONS) | {"deform": DIRECTIONS["deform"] - {"deform_cpu"}}  # deform and its kernels are one
     while waiting:
         ready = [name for name, others in waiting.items() if others <= set(order)]
         assert ready, f"a circle among {sorted(waiting)}"

@@ -33,13 +33,11 @@ differentiate, or kernels, which this module makes an operator of:
                                             `torch.empty_like` of its tensor; dD and dbias empty where there is none
 """
 
-import math
 from types import ModuleType
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from deformmamba.scan import cpu, eager, mamba_ssm, reference, triton
 
@@ -145,15 +143,3 @@ def _differentiate(ctx: Any, dy: Tensor | None, dlast: Tensor | None, dkept: Ten
 
 
 torch.library.register_autograd("deformmamba::scan", _differentiate, setup_context=_save)
-
-
-@register_flop_formula(torch.ops.deformmamba.scan)
-def _flops(backend: str, u: Any, delta: Any, A: Any, *_: Any, **__: Any) -> int:
-    """9 for each image, direction, pixel, channel and state, as VMamba counts it; arguments are shapes."""
-    return 9 * math.prod(delta) * int(A[-1])
-
-
-@register_flop_formula(torch.ops.deformmamba.scan_backward)
-def _flops_backward(*shapes: Any, **__: Any) -> int:
-    """Twice the forward pass, as for a product."""
-    return 2 * _flops(*shapes)

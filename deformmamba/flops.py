@@ -1,0 +1,47 @@
+"""Operation counts by torch's own counter, which needs a formula for each operator of ours.
+
+The formulas are registered when this module is imported, and not before: the counter loads more than networks need.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+from deformmamba import deform_cpu, scan  # noqa: F401  the operators must exist before they get a formula
+
+
+@register_flop_formula(torch.ops.deformmamba.scan)
+def _scan(backend: str, u: Any, delta: Any, A: Any, *_: Any, **__: Any) -> int:
+    """9 for each image, direction, pixel, channel and state, as VMamba counts it; arguments are shapes."""
+    return 9 * math.prod(delta) * int(A[-1])
+
+
+@register_flop_formula(torch.ops.deformmamba.scan_backward)
+def _scan_backward(*shapes: Any, **__: Any) -> int:
+    """Twice the forward pass, as for a product."""
+    return 2 * _scan(*shapes)
+
+
+@register_flop_formula(torch.ops.deformmamba.deform_conv2d)
+def _deform(x: Any, offset: Any, mask: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Of the plain convolution of its size, as PyTorch counts it; arguments are shapes, offset (b, h, w, 2K)."""
+    return 2 * math.prod(offset[:3]) * math.prod(weight)
+
+
+@register_flop_formula(torch.ops.deformmamba.deform_conv2d_backward)
+def _deform_backward(grad: Any, x: Any, offset: Any, mask: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Twice the forward pass."""
+    return 2 * _deform(x, offset, mask, weight)
+
+
+def count_flops(module: nn.Module, *inputs: torch.Tensor) -> dict[str, int]:
+    """Floating point operations of `module(*inputs)` by operator name; their sum is the total.
+
+    A multiply-add counts as two. What is linear in the data (norms, activations, FFTs) is not counted, as elsewhere.
+    """
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(*inputs)
+    return {str(op).rpartition(".")[2]: n for op, n in counter.get_flop_counts()["Global"].items()}
