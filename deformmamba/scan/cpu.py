@@ -76,7 +76,7 @@ def forward(
             _scratch(u, 3, CHUNK),
             _scratch(u, 3, tiles, n),
             _scratch(u, 2, tiles, 1),
-            _scratch(u, 2, CHUNK, last=n),
+            _scratch(u, 2, CHUNK, last=-(-n // _lanes()) * _lanes()),
         )
         outputs = ys[image, group], lasts[here], kepts[here]
         kernel((*inputs, states[here]), outputs, scratch, (height, width), softplus, (first, end), zoh or None)
@@ -132,7 +132,7 @@ def backward(
             _scratch(u, 6, CHUNK),
             _scratch(u, 4, tiles, n),
             _scratch(u, 4, tiles, 1),
-            _scratch(u, 4, CHUNK, last=n),
+            _scratch(u, 4, CHUNK, last=-(-n // _lanes()) * _lanes()),
         )
         trace = _scratch(u, 2, CHUNK + 1, n)
         kernel(

@@ -393,11 +393,14 @@ def walk(order: Array, direction: int, start: int, count: int, height: int, widt
     """order[i] = the row-major pixel that step `start + i` of a direction visits.
 
     0: rows, 1: columns, 2: rows from the end, 3: columns from the end."""
+    sign = -1 if direction >= 2 else 1
+    step = height * width - 1 - start if direction >= 2 else start
+    row, column = step % height, step // height
     for i in range(count):
-        step = start + i
-        if direction >= 2:
-            step = height * width - 1 - step
-        order[i] = (step % height) * width + step // height if direction % 2 else step
+        order[i] = row * width + column if direction % 2 else step + sign * i
+        row += sign
+        if row == height or row < 0:
+            row, column = row - sign * height, column + sign
 
 
 @inline
@@ -464,16 +467,19 @@ def columns(tile: Array, source: Array, first: int, lanes: int, factor: Array) -
 
 
 @inline
-def gather_rows(rows: Array, source: Array, order: Array, count: int) -> None:
-    """rows[i, s] = source[order[i], s], for a source (l, n)."""
-    if source.strides[0] == source.itemsize:
-        for s in range(source.shape[1]):
-            for i in range(count):
-                rows[i, s] = source[order[i], s]
-    else:
-        for i in range(count):
-            for s in range(source.shape[1]):
-                rows[i, s] = source[order[i], s]
+def gather_all(rows: Array, source: Array, order: Array, count: int, straight: bool) -> None:
+    """`gather` of all columns, into rows whose number of columns is rounded up to whole vectors."""
+    for first in range(0, source.shape[1], LANES):
+        lanes = min(LANES, source.shape[1] - first)
+        gather(rows[:, first : first + LANES], source, order, count, straight, first, lanes)
+
+
+@inline
+def scatter_all(target: Array, rows: Array, order: Array, count: int, straight: bool) -> None:
+    """The inverse of `gather_all`."""
+    for first in range(0, target.shape[1], LANES):
+        lanes = min(LANES, target.shape[1] - first)
+        scatter(target, rows[:, first : first + LANES], order, count, straight, first, lanes, False)
 
 
 # ------------------------------------------------------------------------------------------------- one chunk, one tile
@@ -606,7 +612,7 @@ def reverse(
 #   u, y, dy (l, r); delta (k, l, r); A (k, r, n); B, C (k, l, n); D, bias (k, r, 1), or (k, 0, 1) for none;
 #   state, last, dlast (k, r, n); kept (k, chunks, n, r): the state before every chunk, or (k, 0, n, r) to keep none.
 # Scratch memory comes from the caller, who can align it: a vector that straddles two cache lines costs two accesses.
-#   rows (.., chunk, LANES), states (.., tiles, n, LANES), sides (.., tiles, 1, LANES), rates (.., chunk, n).
+#   rows (.., chunk, LANES), states (.., tiles, n, LANES), sides (.., tiles, 1, LANES), rates (.., chunk, n or more).
 # `positive`: delta goes through softplus. `exact`: None for the Euler step, True for zero-order hold.
 
 
@@ -654,15 +660,19 @@ def forward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, 
             count = min(chunk, length - start)
             walk(order, direction, start, count, height, width)
             walk(next_order, direction, start + chunk, chunk, height, width)
-            gather_rows(Bs, B[k], order, count)
-            gather_rows(Cs, C[k], order, count)
+            gather_all(Bs, B[k], order, count, straight)
+            gather_all(Cs, C[k], order, count, straight)
             for tile in range(hs.shape[0]):
                 c = first + tile * LANES
                 lanes = min(LANES, end - c)
                 if kept.shape[1]:
+                    at = kept[k, start // chunk]
                     for s in range(n):
-                        for j in range(lanes):
-                            kept[k, start // chunk, s, c + j] = hs[tile, s, j]
+                        if lanes == LANES:
+                            store(at, (s, c), load(hs, (tile, s, 0)))
+                        else:
+                            for j in range(lanes):
+                                at[s, c + j] = hs[tile, s, j]
                 gather(us, u, order, count, straight, c, lanes)
                 gather(deltas, delta[k], order, count, straight, c, lanes)
                 for t in range(count):  # apart from `advance`, whose steps would each wait for it
@@ -710,16 +720,20 @@ def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool,
             count = min(chunk, length - start)
             walk(order, direction, start, count, height, width)
             walk(next_order, direction, start - chunk, chunk, height, width)
-            gather_rows(Bs, B[k], order, count)
-            gather_rows(Cs, C[k], order, count)
+            gather_all(Bs, B[k], order, count, straight)
+            gather_all(Cs, C[k], order, count, straight)
             dBs[:] = 0
             dCs[:] = 0
             for tile in range(carried.shape[0]):
                 c = first + tile * LANES
                 lanes = min(LANES, end - c)
+                at = kept[k, start // chunk]
                 for s in range(n):
-                    for j in range(LANES):  # lanes beyond the last channel count in the sums over lanes: zeros
-                        hs[0, s, j] = kept[k, start // chunk, s, c + j] if j < lanes else 0.0
+                    if lanes == LANES:
+                        store(hs, (0, s, 0), load(at, (s, c)))
+                    else:
+                        for j in range(LANES):  # lanes beyond the last channel count in the sums over lanes: zeros
+                            hs[0, s, j] = at[s, c + j] if j < lanes else 0.0
                 gather(us, u, order, count, straight, c, lanes)
                 gather(deltas, delta[k], order, count, straight, c, lanes)
                 gather(gs, dy, order, count, straight, c, lanes)
@@ -748,10 +762,8 @@ def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool,
                 store(dbiases[tile], (0, 0), into_bias)
                 scatter(du, dus, order, count, straight, c, lanes, k > 0)
                 scatter(ddelta[k], ddeltas, order, count, straight, c, lanes, False)
-            for s in range(n):
-                for t in range(count):
-                    dB[k, order[t], s] = dBs[t, s]
-                    dC[k, order[t], s] = dCs[t, s]
+            scatter_all(dB[k], dBs, order, count, straight)
+            scatter_all(dC[k], dCs, order, count, straight)
         for tile in range(carried.shape[0]):
             c = first + tile * LANES
             for j in range(min(LANES, end - c)):
