@@ -1,0 +1,378 @@
+"""The scan's backends on this CPU beside a loop over steps and mambapy's parallel scan; SS2D beside its composition.
+
+Run: python benchmarks/scan.py [--threads 2] [--repeats 7] [--quick] [--write]
+
+Every result is compared with the definition in float64 before it is timed, and a wrong one is not timed. Contenders of
+a table run in turns and keep their best time, so that a busy machine slows all of them. Extra memory is the growth of
+the process's peak over what it held before. `--write` replaces the section "Scan" of benchmarks/README.md.
+
+The floor. A step of one state of one channel takes nine multiplications or fused multiply-adds in the forward pass:
+delta A, five for the exponential, delta u B, h and y. The backward pass computes h once more (eight) and takes eight
+for the gradients. The floor is their number over the rate of fused multiply-adds measured here; softplus, sums over
+channels and memory are not in it.
+"""
+
+import argparse
+import ctypes
+import datetime
+import gc
+import math
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from step_by_step import step_by_step
+
+import deformmamba
+from deformmamba.layers import SS2D
+from deformmamba.scan import selective_scan
+
+N, GROUPS, CHANNELS = 16, 4, 768
+FORWARD, BACKWARD = 9, 16
+WRONG = 1e-4  # relative to the largest number of a result, in float32
+
+Run = Callable[[], Any]
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def take_turns(contenders: dict[str, Run], repeats: int, seconds: float = 8) -> dict[str, float]:
+    """The best time of each, in seconds; one that has had `seconds` in all is not run again."""
+    best = dict.fromkeys(contenders, math.inf)
+    spent = dict.fromkeys(contenders, 0.0)
+    for _ in range(repeats):
+        for name, run in contenders.items():
+            if spent[name] < seconds:
+                start = time.perf_counter()
+                run()
+                elapsed = time.perf_counter() - start
+                best[name], spent[name] = min(best[name], elapsed), spent[name] + elapsed
+    return best
+
+
+def status(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def extra_memory(run: Run) -> int | None:
+    """Bytes that the process's peak rises by during `run`; None where Linux does not tell."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS")
+        result = run()
+        del result
+        return max(0, status("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def multiply_adds_per_second(threads: int) -> float:
+    """float32 fused multiply-adds a second: those of one thread with the core to itself, times `threads`."""
+    import numba
+    from llvmlite import binding
+
+    from deformmamba.scan.cpu_kernels import LANES, fma, load, store
+
+    @numba.njit(nogil=True)
+    def six(x: Any, rounds: int) -> None:
+        a, b, c, d, e, f = load(x, (0,)), load(x, (1,)), load(x, (2,)), load(x, (3,)), load(x, (4,)), load(x, (5,))
+        p, q = load(x, (16,)), load(x, (17,))
+        for _ in range(rounds):
+            a, b, c, d, e, f = fma(a, p, q), fma(b, p, q), fma(c, p, q), fma(d, p, q), fma(e, p, q), fma(f, p, q)
+        store(x, (0,), a + b + c + d + e + f)
+
+    @numba.njit(nogil=True)
+    def twelve(x: Any, rounds: int) -> None:
+        a, b, c, d, e, f = load(x, (0,)), load(x, (1,)), load(x, (2,)), load(x, (3,)), load(x, (4,)), load(x, (5,))
+        g, h, i, j, k, m = load(x, (6,)), load(x, (7,)), load(x, (8,)), load(x, (9,)), load(x, (10,)), load(x, (11,))
+        p, q = load(x, (16,)), load(x, (17,))
+        for _ in range(rounds):
+            a, b, c, d, e, f = fma(a, p, q), fma(b, p, q), fma(c, p, q), fma(d, p, q), fma(e, p, q), fma(f, p, q)
+            g, h, i, j, k, m = fma(g, p, q), fma(h, p, q), fma(i, p, q), fma(j, p, q), fma(k, p, q), fma(m, p, q)
+        store(x, (0,), a + b + c + d + e + f + g + h + i + j + k + m)
+
+    wide = bool(binding.get_host_cpu_features().get("avx512f"))
+    kernel, chains = (twelve, 12) if wide else (six, 6)
+    rounds = 400_000
+    x = torch.full((64,), 0.5).numpy()
+    kernel(x, 1)
+    return threads * rounds * chains * LANES / take_turns({"": partial(kernel, x, rounds)}, 30)[""]
+
+
+def milliseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1e3:.2f} ms" if seconds < 0.1 else f"{seconds * 1e3:,.0f} ms"
+
+
+def megabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:,.0f} MB"
+
+
+def times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:,.0f}" if ratio > 20 else f"{ratio:.1f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def check(name: str, got: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
+    """Stop unless every tensor is right."""
+    for x, y in zip(got, exact, strict=True):
+        error = ((x.double() - y.double()).abs().max() / y.abs().max()).item()
+        if not error < WRONG:
+            raise SystemExit(f"{name} is wrong by {error:.1e}: it is not timed")
+
+
+# ----------------------------------------------------------------------------------------------------------- contenders
+
+
+def arguments(length: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """u, delta, A, B, C, D, bias as in a Mamba network."""
+    make = torch.Generator().manual_seed(0)
+    sizes = ((1, CHANNELS, length),) * 2 + ((CHANNELS, N),) + ((1, GROUPS, N, length),) * 2 + ((CHANNELS,),) * 2
+    u, delta, A, B, C, D, bias = (torch.randn(size, generator=make) for size in sizes)
+    return [x.to(dtype) for x in (u, delta / 2, -torch.exp(A / 2), B, C, D, bias.sigmoid() - 4)]
+
+
+def ours(backend: str) -> Callable[..., torch.Tensor]:
+    def scan(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, bias: Any) -> torch.Tensor:
+        y = selective_scan(u, delta, A, B, C, D, None, bias, True, backend=backend)
+        assert isinstance(y, torch.Tensor)
+        return y
+
+    return scan
+
+
+def mambapy_scan(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, bias: Any) -> torch.Tensor:
+    """mambapy's parallel scan, with around it what mambapy puts there."""
+    from mambapy.pscan import pscan
+
+    each = CHANNELS // GROUPS
+    dt = F.softplus(delta + bias[:, None]).transpose(1, 2)
+    decay = torch.exp(dt[..., None] * A)
+    B, C = (x.repeat_interleave(each, 1).permute(0, 3, 1, 2) for x in (B, C))
+    states = pscan(decay, dt[..., None] * B * u.transpose(1, 2)[..., None])
+    return ((states * C).sum(-1) + D * u.transpose(1, 2)).transpose(1, 2)
+
+
+def with_gradients(
+    scan: Callable[..., torch.Tensor], given: list[torch.Tensor], dy: torch.Tensor
+) -> list[torch.Tensor]:
+    leaves = [x.detach().requires_grad_() for x in given]
+    y = scan(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+class PlainSS2D(SS2D):
+    """SS2D as it is usually composed: four permuted copies, one scan over all of them, four copies back, a sum."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        d, h, w = x.shape[1:]
+        k, n, r = self.directions, self.d_state, self.dt_rank
+        xs = torch.stack([x.flatten(2), x.transpose(2, 3).flatten(2)], 1)
+        xs = torch.cat([xs, xs.flip(-1)], 1)
+        projected = torch.einsum("bkdl,kcd->bkcl", xs, self.x_proj)
+        dt, B, C = projected.split([r, n, n], 2)
+        delta = torch.einsum("bkrl,kdr->bkdl", dt, self.dt_proj)
+        y = selective_scan(
+            xs.flatten(1, 2), delta.flatten(1, 2), -self.A_log.exp(), B, C, self.D, None, self.dt_bias.flatten(), True
+        )
+        assert isinstance(y, torch.Tensor)
+        y = y.unflatten(1, (k, d))
+        y = y[:, :2] + y[:, 2:].flip(-1)
+        return y[:, 0].unflatten(-1, (h, w)) + y[:, 1].unflatten(-1, (w, h)).transpose(2, 3)
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def sequences(lengths: list[int], repeats: int, floor: float) -> str:
+    """`floor`: seconds for one operation of one state of one step."""
+    rows = []
+    for length in lengths:
+        given = arguments(length)
+        dy = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(1))
+        exact = with_gradients(ours("eager"), arguments(length, torch.float64), dy.double())
+        check("the eager backend in float64", [ours("reference")(*arguments(length, torch.float64))], exact[:1])
+        contenders: dict[str, Callable[..., torch.Tensor]] = {
+            "cpu": ours("cpu"),
+            "eager": ours("eager"),
+            "reference": ours("reference"),
+            "loop over steps": step_by_step,
+            "mambapy": mambapy_scan,
+        }
+        trained = [name for name in contenders if length <= 1024 or name != "reference"]
+        trained.remove("loop over steps")  # minutes: its slices' gradients are as large as the whole
+        for name, scan in contenders.items():
+            with torch.no_grad():
+                check(name, [scan(*given)], exact[:1])
+            if name in trained:
+                check(name, with_gradients(scan, given, dy), exact)
+        del exact
+
+        def inference(scan: Callable[..., torch.Tensor], given: list[torch.Tensor] = given) -> Run:
+            return torch.no_grad()(lambda: scan(*given))
+
+        def training(scan: Callable[..., torch.Tensor], given: Any = given, dy: torch.Tensor = dy) -> Run:
+            return lambda: with_gradients(scan, given, dy)
+
+        forward = take_turns({name: inference(scan) for name, scan in contenders.items()}, repeats)
+        both = take_turns({name: training(contenders[name]) for name in trained}, repeats)
+        operations = CHANNELS * length * N * floor
+        for name, scan in contenders.items():
+            second = both.get(name)
+            rows.append(
+                [
+                    f"{name}, L = {length:,}",
+                    milliseconds(forward[name]),
+                    times(forward["loop over steps"] / forward[name]),
+                    times(forward["mambapy"] / forward[name]),
+                    f"{FORWARD * operations / forward[name]:.1%}",
+                    megabytes(extra_memory(inference(scan))),
+                    milliseconds(second),
+                    times(both["mambapy"] / second if second else None),
+                    f"{(FORWARD + BACKWARD) * operations / second:.1%}" if second else "-",
+                    megabytes(extra_memory(training(scan))) if second else "-",
+                ]
+            )
+    head = ["backend", "forward", "x loop", "x mambapy", "of the floor", "extra memory"]
+    return table([*head, "forward + backward", "x mambapy", "of the floor", "extra memory"], rows)
+
+
+def maps(sizes: list[tuple[int, int, int]], repeats: int) -> str:
+    rows = []
+    for channels, height, width in sizes:
+        torch.manual_seed(0)
+        fused = SS2D(channels)
+        plain = PlainSS2D(channels)
+        plain.load_state_dict(fused.state_dict())
+        modules = {"fused": fused, "plain composition": plain}
+        x = torch.randn(1, channels, height, width)
+        inputs = {"fused": x.contiguous(memory_format=torch.channels_last), "plain composition": x}
+        dy = torch.randn_like(x)
+
+        def results(
+            name: str, modules: Any = modules, inputs: Any = inputs, dy: torch.Tensor = dy
+        ) -> list[torch.Tensor]:
+            leaf = inputs[name].detach().requires_grad_()
+            y = modules[name](leaf)
+            return [y.detach(), *torch.autograd.grad(y, [leaf, *modules[name].parameters()], dy)]
+
+        check("the plain composition", results("plain composition"), results("fused"))
+        runs: dict[str, dict[str, Run]] = {
+            "forward": {name: torch.no_grad()(partial(module, inputs[name])) for name, module in modules.items()},
+            "both": {name: partial(results, name) for name in modules},
+        }
+        best = {kind: take_turns(pair, repeats) for kind, pair in runs.items()}
+        for name in modules:
+            cells = [f"{name}, {channels} channels, {height} x {width}"]
+            for kind, pair in runs.items():
+                ratio = best[kind]["plain composition"] / best[kind][name]
+                cells += [milliseconds(best[kind][name]), f"{ratio:.2f}", megabytes(extra_memory(pair[name]))]
+            rows.append(cells)
+    head = ["SS2D, one image, 4 directions", "forward", "x plain", "extra memory"]
+    return table([*head, "forward + backward", "x plain", "extra memory"], rows)
+
+
+def growth(lengths: list[int], repeats: int) -> str:
+    rows, before = [], None
+    for length in lengths:
+        given = arguments(length)
+        dy = torch.randn_like(given[0])
+        runs: dict[str, Run] = {
+            "forward": torch.no_grad()(lambda given=given: ours("cpu")(*given)),
+            "both": lambda given=given, dy=dy: with_gradients(ours("cpu"), given, dy),
+        }
+        best = take_turns(runs, repeats)
+        doublings = math.log2(length / before[0]) if before else 1
+        cells = [f"{length:,}"]
+        for kind in runs:
+            factor = (best[kind] / before[1][kind]) ** (1 / doublings) if before else None
+            cells += [milliseconds(best[kind]), "-" if factor is None else f"{factor:.2f}"]
+        rows.append(cells)
+        before = (length, best)
+    return table(["L", "forward", "x per doubling", "forward + backward", "x per doubling"], rows)
+
+
+def threads_table(counts: list[int], repeats: int) -> str:
+    given = arguments(4096)
+    dy = torch.randn_like(given[0])
+    before, rows, one = torch.get_num_threads(), [], None
+    for count in counts:
+        torch.set_num_threads(count)
+        runs: dict[str, Run] = {
+            "forward": torch.no_grad()(lambda: ours("cpu")(*given)),
+            "both": lambda: with_gradients(ours("cpu"), given, dy),
+        }
+        best = take_turns(runs, repeats)
+        one = one or best
+        rows.append(
+            [
+                f"{count}",
+                *(cell for kind in runs for cell in (milliseconds(best[kind]), f"{one[kind] / best[kind]:.2f}")),
+            ]
+        )
+    torch.set_num_threads(before)
+    return table(["threads, L = 4,096", "forward", "x one thread", "forward + backward", "x one thread"], rows)
+
+
+def machine(threads: int, rate: float) -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    vectors = next((name for name, flag in (("AVX-512", "avx512dq"), ("AVX2", "avx2")) if flag in flags), "")
+    load = Path("/proc/loadavg").read_text().split()[0] if Path("/proc/loadavg").exists() else "unknown"
+    return (
+        f"{datetime.date.today():%d %B %Y}, {model} {vectors}, {threads} threads, load {load} before the run, "
+        f"torch {torch.__version__}, deformmamba {deformmamba.__version__}. One image or sequence, {CHANNELS} "
+        f"channels, {GROUPS} groups, N = {N}, float32. {rate / 1e9:,.0f} billion fused multiply-adds a second, so that the floor of the "
+        f"forward pass at L = 4,096 is {FORWARD * CHANNELS * 4096 * N / rate * 1e3:.2f} ms."
+    )
+
+
+def write(text: str) -> None:
+    """Replace the section of this benchmark in the README beside it."""
+    readme = Path(__file__).with_name("README.md")
+    old = readme.read_text() if readme.exists() else "# Benchmarks\n"
+    before, _, rest = old.partition("\n## Scan\n")
+    _, _, after = rest.partition("\n## ")
+    readme.write_text(before.rstrip() + "\n\n## Scan\n\n" + text + (f"\n\n## {after.strip()}\n" if after else "\n"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="small sizes: does the benchmark run at all")
+    parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/README.md")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rate = multiply_adds_per_second(args.threads)
+    parts = [
+        "`python benchmarks/scan.py`, " + machine(args.threads, rate),
+        sequences([64] if args.quick else [1024, 4096], args.repeats, 1 / rate),
+        maps([(48, 12, 20)] if args.quick else [(192, 64, 64), (96, 128, 128)], args.repeats),
+        growth([64, 128] if args.quick else [1024, 4096, 16384, 65536], args.repeats),
+        threads_table(sorted({1, args.threads}), args.repeats),
+    ]
+    text = "\n\n".join(parts)
+    print(text)
+    if args.write:
+        write(text)
+
+
+if __name__ == "__main__":
+    main()
