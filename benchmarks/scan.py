@@ -337,9 +337,9 @@ def machine(threads: int, rate: float) -> str:
     load = Path("/proc/loadavg").read_text().split()[0] if Path("/proc/loadavg").exists() else "unknown"
     return (
         f"{datetime.date.today():%d %B %Y}, {model} {vectors}, {threads} threads, load {load} before the run, "
-        f"torch {torch.__version__}, deformmamba {deformmamba.__version__}. One image or sequence, {CHANNELS} "
-        f"channels, {GROUPS} groups, N = {N}, float32. {rate / 1e9:,.0f} billion fused multiply-adds a second, so that the floor of the "
-        f"forward pass at L = 4,096 is {FORWARD * CHANNELS * 4096 * N / rate * 1e3:.2f} ms."
+        f"torch {torch.__version__}, deformmamba {deformmamba.__version__}. One image or sequence, "
+        f"{CHANNELS} channels, {GROUPS} groups, N = {N}, float32. {rate / 1e9:,.0f} billion fused multiply-adds a second, "
+        f"so that the floor of the forward pass at L = 4,096 is {FORWARD * CHANNELS * 4096 * N / rate * 1e3:.2f} ms."
     )
 
 
