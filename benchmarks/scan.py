@@ -339,7 +339,8 @@ def machine(threads: int, rate: float) -> str:
         f"{datetime.date.today():%d %B %Y}, {model} {vectors}, {threads} threads, load {load} before the run, "
         f"torch {torch.__version__}, deformmamba {deformmamba.__version__}. One image or sequence, "
         f"{CHANNELS} channels, {GROUPS} groups, N = {N}, float32. {rate / 1e9:,.0f} billion fused multiply-adds a "
-        f"second, so that the floor of the forward pass at L = 4,096 is {FORWARD * CHANNELS * 4096 * N / rate * 1e3:.2f} ms."
+        f"second, so that the floor of the forward pass at L = 4,096 is "
+        f"{FORWARD * CHANNELS * 4096 * N / rate * 1e3:.2f} ms."
     )
 
 
