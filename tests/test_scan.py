@@ -405,6 +405,26 @@ def test_any_memory_layout(place: Place) -> None:
         torch.testing.assert_close(y, y_line)
 
 
+@pytest.mark.parametrize("discretization", ["euler", "zoh"])
+@pytest.mark.parametrize("shape", [(2, 5, 7, 6, 1, 3, 1), (1, 9, 11, 20, 2, 3, 5), (2, 13, 10, 33, 4, 6, 12)], ids=str)
+def test_step_sizes_of_low_rank(place: Place, shape: tuple[int, ...], discretization: Any) -> None:
+    """delta_weight @ delta, in values and in the gradients of both."""
+    if place.backend == "mamba_ssm" and discretization == "zoh":
+        pytest.skip("Euler only")
+    *sizes, r = shape
+    given = feature_map(*sizes)
+    d, k = sizes[3:5]
+    given = given | {"delta": given["delta"][..., :r], "delta_weight": numbers(A=(1, 1), x=(k * d, r))["x"]}
+
+    def product(delta: torch.Tensor, delta_weight: torch.Tensor, **rest: Any) -> torch.Tensor:
+        full = torch.einsum("kbhwr,kdr->kbhwd", delta, delta_weight.unflatten(0, (k, d)))
+        return selective_scan_2d(delta=full, **rest, discretization=discretization, backend="reference")
+
+    arguments = moved(given, place, place.finest)
+    result = run(selective_scan_2d, arguments, discretization=discretization, backend=place.backend)
+    compare(result, run(product, given), place.finest)
+
+
 @pytest.mark.parametrize("wanted", ["u", "delta", "A", "B", "C", "D", "delta_bias"])
 def test_gradients_of_some(place: Place, wanted: str) -> None:
     """One argument that wants a gradient gets the one it gets among all."""

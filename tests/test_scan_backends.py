@@ -232,6 +232,7 @@ def test_errors_name_the_argument(changes: dict[str, Any], error: type[Exception
         ({"B": torch.zeros(2, 4, 3, 4, 2)}, r"B must have shape .* h is 3"),
         ({"C": torch.zeros(2, 3, 4, 1, 2)}, r"C must have shape .* k is 4"),
         ({"D": torch.zeros(6)}, r"D must have shape \(k\*d\), got \(6,\)"),
+        ({"delta_weight": torch.zeros(24, 5)}, r"delta_weight must have shape \(k\*d, r\), got \(24, 5\): r is 6"),
     ],
 )
 def test_errors_name_the_argument_of_a_map(changes: dict[str, Any], message: str) -> None:

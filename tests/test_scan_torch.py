@@ -28,17 +28,18 @@ class Line(nn.Module):
 
 
 class Map(nn.Module):
-    """An SS2D core whose step sizes and matrices come from its input."""
+    """An SS2D core whose step sizes, of low rank, and matrices come from its input."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.project = nn.Linear(10, 4 * (10 + 2 * 3))
+        self.project = nn.Linear(10, 4 * (2 + 2 * 3))
+        self.mix = nn.Parameter(torch.randn(40, 2))
         self.A = nn.Parameter(-torch.rand(40, 3) - 0.1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.permute(0, 2, 3, 1)
-        delta, B, C = self.project(x).unflatten(-1, (4, 16)).split([10, 3, 3], -1)
-        y: torch.Tensor = selective_scan_2d(x, delta.permute(3, 0, 1, 2, 4), self.A, B, C)
+        delta, B, C = self.project(x).unflatten(-1, (4, 8)).split([2, 3, 3], -1)
+        y: torch.Tensor = selective_scan_2d(x, delta.permute(3, 0, 1, 2, 4), self.A, B, C, delta_weight=self.mix)
         return y.permute(0, 3, 1, 2)
 
 
@@ -160,6 +161,9 @@ def test_the_operator_keeps_pytorchs_rules(zoh: bool) -> None:
     inputs = rand(2, 1, 35, 20), rand(4, 2, 1, 35, 20), rand(4, 1, 20, 3), rand(4, 2, 1, 35, 3, grad=False)
     rest = rand(4, 2, 1, 35, 3), None, rand(4, 1, 20), rand(4, 2, 1, 20, 3)
     torch.library.opcheck(operator.scan, ("cpu", *inputs, *rest, 5, 7, True, zoh, True))
+    low = rand(4, 2, 1, 35, 5), rand(4, 1, 20, 5)
+    given = ("cpu", inputs[0], low[0], *inputs[2:], *rest, 5, 7, True, zoh, True)
+    torch.library.opcheck(operator.scan, given, {"mix": low[1]})
 
 
 def test_gradients_of_gradients_are_refused(line: tuple[torch.Tensor, ...]) -> None:

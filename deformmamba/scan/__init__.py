@@ -154,6 +154,7 @@ def selective_scan_2d(
     delta_bias: torch.Tensor | None = None,
     *,
     delta_softplus: bool = True,
+    delta_weight: torch.Tensor | None = None,
     discretization: Discretization = "euler",
     backend: str | None = None,
 ) -> torch.Tensor:
@@ -168,6 +169,8 @@ def selective_scan_2d(
         delta: (k, b, h, w, d) step sizes of every direction, before bias and softplus, indexed by pixel.
         A: (k * d, n) rates. D, delta_bias: (k * d,) or None.
         B, C: (b, h, w, k, n), indexed by pixel.
+        delta_weight: (k * d, r), Mamba's dt_proj. With it delta is (k, b, h, w, r), and what else were delta is
+            delta_weight @ delta: the CPU mixes it in registers and saves two maps of k * d channels.
         delta_softplus, discretization, backend: as in `selective_scan`.
 
     Returns:
@@ -177,8 +180,9 @@ def selective_scan_2d(
         ValueError, TypeError, ScanBackendError: as in `selective_scan`.
     """
     _check_shapes(
-        ("u", u, "b h w d"), ("delta", delta, "k b h w d"), ("A", A, "k*d n"), ("B", B, "b h w k n"),
-        ("C", C, "b h w k n"), ("D", D, "k*d"), ("delta_bias", delta_bias, "k*d"),
+        ("u", u, "b h w d"), ("delta", delta, "k b h w d" if delta_weight is None else "k b h w r"), ("A", A, "k*d n"),
+        ("B", B, "b h w k n"), ("C", C, "b h w k n"), ("D", D, "k*d"), ("delta_bias", delta_bias, "k*d"),
+        ("delta_weight", delta_weight, "k*d r"),
     )  # fmt: skip
     b, h, w, d = u.shape
     k, n = B.shape[3:]
@@ -186,7 +190,7 @@ def selective_scan_2d(
         raise ValueError(f"delta has {k} directions (shape {tuple(delta.shape)}); 1, 2 or 4 are defined")
     y, _ = _run(
         u.reshape(b, 1, h * w, d),
-        delta.reshape(k, b, 1, h * w, d),
+        delta.reshape(k, b, 1, h * w, -1),
         A.reshape(k, 1, d, n),
         B.permute(3, 0, 1, 2, 4).reshape(k, b, 1, h * w, n),
         C.permute(3, 0, 1, 2, 4).reshape(k, b, 1, h * w, n),
@@ -197,6 +201,7 @@ def selective_scan_2d(
         delta_softplus,
         discretization,
         backend,
+        None if delta_weight is None else delta_weight.reshape(k, 1, d, -1),
     )
     return y.reshape(b, h, w, d).to(u.dtype)
 
@@ -266,6 +271,7 @@ def _run(
     softplus: bool,
     discretization: str,
     backend: str | None,
+    mix: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, last state) of the operation described in `operator`, in its dtype, on the chosen backend."""
     if discretization not in ("euler", "zoh"):
@@ -279,14 +285,17 @@ def _run(
     half = u.dtype if getattr(module, "HALF", False) else full
     u, delta, B, C = (x.to(half) for x in (u, delta, B, C))
     A = A.to(full).contiguous()
-    D, bias, state = (None if x is None else x.to(full).contiguous() for x in (D, bias, state))
+    D, bias, state, mix = (None if x is None else x.to(full).contiguous() for x in (D, bias, state, mix))
     kind = u.device.type
     # operations inside a backend keep the dtype they were given
     with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        if mix is not None and not getattr(module, "LOW_RANK", False):
+            delta, mix = torch.einsum("kbglq,kgrq->kbglr", delta, mix.to(half)), None
         if hasattr(module, "scan"):
             y, last = module.scan(u, delta, A, B, C, D, bias, state, *size, softplus, zoh)
         else:
-            given = [x for x in (u, delta, A, B, C, D, bias, state) if x is not None]
+            given = [x for x in (u, delta, A, B, C, D, bias, state, mix) if x is not None]
             keep = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-            y, last, _ = operator.scan(name, u, delta, A, B, C, D, bias, state, *size, softplus, zoh, keep)
+            low = {} if mix is None else {"mix": mix}
+            y, last, _ = operator.scan(name, u, delta, A, B, C, D, bias, state, *size, softplus, zoh, keep, **low)
     return y, last

@@ -9,7 +9,9 @@ Numba's own thread layers are not used: one of them aborts the process when two 
 not survive a fork. The kernels release the GIL instead, and jobs run on a pool that each process makes for itself.
 """
 
+import ctypes
 import math
+import mmap
 import os
 import sys
 import threading
@@ -24,6 +26,8 @@ import torch
 
 # Steps between kept states. They take 1/4 of the memory of u at 16 states; a chunk's states fit the L2 cache.
 CHUNK = 64
+
+LOW_RANK = True  # step sizes are mixed in registers
 
 _DTYPES: dict[torch.dtype, Any] = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 
@@ -53,33 +57,29 @@ def forward(
     softplus: bool,
     zoh: bool,
     keep: bool,
+    mix: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, last state, kept states): see `operator`."""
     images, groups, length, channels = u.shape
     directions, n = A.shape[0], A.shape[-1]
-    y = torch.empty_like(u)
+    y = _large(torch.empty_like(u))
     last = A.new_empty(directions, images, groups, channels, n)
     chunks = -(-length // CHUNK) if keep else 0
-    kept = A.new_empty(directions, images, groups, chunks, n, channels)
+    kept = _large(A.new_empty(directions, images, groups, chunks, n, channels))
     state = torch.zeros_like(last) if state is None else state
+    D, bias, mix = _weights(A, D, bias, mix)
+    q = mix.shape[-1]
     kernel = _kernel("forward", u.dtype, zoh)
-    us, deltas, As, Bs, Cs, Ds, biases, states, ys, lasts, kepts = _arrays(
-        _readable(u, directions), _readable(delta, directions), A, B, C, *_sides(A, D, bias), state, y, last, kept
-    )
+    us, deltas, states = _arrays(_readable(u, directions), _readable(delta, directions), state)
+    As, Bs, Cs, Ds, biases, mixes, ys, lasts, kepts = _arrays(A, B, C, D, bias, mix, y, last, kept)
 
     def job(image: int, group: int, first: int, end: int) -> None:
-        here = (slice(None), image, group)
-        weights = (slice(None), group)
-        inputs = us[image, group], deltas[here], As[weights], Bs[here], Cs[here], Ds[weights], biases[weights]
-        tiles = -(-(end - first) // _lanes())
-        scratch = (
-            _scratch(u, 3, CHUNK),
-            _scratch(u, 3, tiles, n),
-            _scratch(u, 2, tiles, 1),
-            _scratch(u, 2, CHUNK, last=-(-n // _lanes()) * _lanes()),
-        )
-        outputs = ys[image, group], lasts[here], kepts[here]
-        kernel((*inputs, states[here]), outputs, scratch, (height, width), softplus, (first, end), zoh or None)
+        at, weight, tiles = (slice(None), image, group), (slice(None), group), _vectors(end - first)
+        inputs = us[image, group], deltas[at], As[weight], Bs[at], Cs[at], Ds[weight], biases[weight], mixes[weight]
+        outputs = ys[image, group], lasts[at], kepts[at]
+        shapes = (3, CHUNK, 1), (3, tiles, n, 1), (2, tiles, 1, 1), (2, CHUNK, _vectors(n))
+        scratch = _scratch(u, *shapes, (1, tiles, q, 1), (1, CHUNK, _vectors(q)))
+        kernel((*inputs, states[at]), outputs, scratch, (height, width), softplus, (first, end), zoh or None)
 
     _share([partial(job, *where) for _, *where in _jobs(images, groups, channels)])
     return y, last, kept
@@ -100,56 +100,55 @@ def backward(
     width: int,
     softplus: bool,
     zoh: bool,
+    mix: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """The gradients of u, delta, A, B, C, D, bias (empty where there is none) and the initial state."""
+    """The gradients of u, delta, A, B, C, D, bias (empty where there is none), state, and mix if there is one."""
     images, groups, _, channels = u.shape
     directions, n = A.shape[0], A.shape[-1]
     jobs = _jobs(images, groups, channels)
     parts = 1 + max((part for part, *_ in jobs), default=0)
-    du, ddelta, dstate = torch.empty_like(u), torch.empty_like(delta), torch.empty_like(dlast)
-    dB, dC = (torch.empty_like(x) if parts == 1 else x.new_empty(parts, *x.shape) for x in (B, C))
-    dA = A.new_empty(images, *A.shape)
-    sides = _sides(A, D, bias)
-    dsides = tuple(x.new_empty(images, *x.shape) for x in sides)
+    low = mix is not None
+    D, bias, mix = _weights(A, D, bias, mix)
+    q = mix.shape[-1]
+    du, dstate = _large(torch.empty_like(u)), torch.empty_like(dlast)
+    # what sums over channels has a place for every part of the channels; what sums over images, for every image
+    dB, dC = (B.new_empty(parts, *x.shape) for x in (B, C))
+    ddelta = delta.new_empty(parts, *delta.shape) if low else _large(torch.empty_like(delta))[None]
+    dA, dD, dbias, dmix = (x.new_empty(images, *x.shape) for x in (A, D, bias, mix))
     kernel = _kernel("backward", u.dtype, zoh)
-    us, deltas, As, Bs, Cs, Ds, biases = _arrays(
-        _readable(u, directions), _readable(delta, directions), A, B, C, *sides
-    )
-    kepts, dys, dlasts = _arrays(kept, _readable(dy, directions), dlast)
-    dus, ddeltas, dAs, dBs, dCs, dDs, dbiases, dstates = _arrays(du, ddelta, dA, dB, dC, *dsides, dstate)
+    us, deltas, dys = _arrays(_readable(u, directions), _readable(delta, directions), _readable(dy, directions))
+    As, Bs, Cs, Ds, biases, mixes, kepts, dlasts = _arrays(A, B, C, D, bias, mix, kept, dlast)
+    dus, ddeltas, dBs, dCs, dstates = _arrays(du, ddelta, dB, dC, dstate)
+    dAs, dDs, dbiases, dmixes = _arrays(dA, dD, dbias, dmix)
 
     def job(part: int, image: int, group: int, first: int, end: int) -> None:
-        here = (slice(None), image, group)
-        mine = here if parts == 1 else (part, *here)
-        weights = (slice(None), group)
-        dweights = (image, *weights)
-        inputs = us[image, group], deltas[here], As[weights], Bs[here], Cs[here], Ds[weights], biases[weights]
-        given = kepts[here], dys[image, group], dlasts[here]
-        outputs = dus[image, group], ddeltas[here], dAs[dweights], dBs[mine], dCs[mine]
-        doutputs = dDs[dweights], dbiases[dweights], dstates[here]
-        tiles = -(-(end - first) // _lanes())
-        scratch = (
-            _scratch(u, 6, CHUNK),
-            _scratch(u, 4, tiles, n),
-            _scratch(u, 4, tiles, 1),
-            _scratch(u, 4, CHUNK, last=-(-n // _lanes()) * _lanes()),
-        )
-        trace = _scratch(u, 2, CHUNK + 1, n)
-        kernel(
-            (*inputs, *given), (*outputs, *doutputs), (*scratch, trace),
-            (height, width), softplus, (first, end), zoh or None,
-        )  # fmt: skip
+        at, weight, tiles = (slice(None), image, group), (slice(None), group), _vectors(end - first)
+        mine, dweight, ddelta = (part, *at), (image, *weight), ddeltas[part if low else 0][at]
+        inputs = us[image, group], deltas[at], As[weight], Bs[at], Cs[at], Ds[weight], biases[weight], mixes[weight]
+        given = kepts[at], dys[image, group], dlasts[at]
+        outputs = dus[image, group], ddelta, dAs[dweight], dBs[mine], dCs[mine]
+        rest = dDs[dweight], dbiases[dweight], dmixes[dweight], dstates[at]
+        shapes = (6, CHUNK, 1), (4, tiles, n, 1), (4, tiles, 1, 1), (4, CHUNK, _vectors(n))
+        scratch = _scratch(u, *shapes, (2, tiles, q, 1), (2, CHUNK, _vectors(q)), (2, CHUNK + 1, n, 1))
+        arrays = (*inputs, *given), (*outputs, *rest), scratch
+        kernel(*arrays, (height, width), softplus, (first, end), zoh or None)
 
     _share([partial(job, *where) for where in jobs])
-    if parts > 1:
-        dB, dC = (torch.sum(x, 0, out=torch.empty_like(like)) for x, like in ((dB, B), (dC, C)))
-    dD, dbias = (x.sum(0).squeeze(-1) for x in dsides)
-    return du, ddelta, dA.sum(0), dB, dC, dD, dbias, dstate
+
+    def total(parts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return torch.sum(parts[: len(parts) if jobs else 0], 0, out=torch.empty_like(like))
+
+    ddelta = total(ddelta, delta) if low else ddelta[0]
+    dD, dbias = (x.sum(0).squeeze(-1) for x in (dD, dbias))
+    rest = (dstate, total(dmix, mix)) if low else (dstate,)
+    return du, ddelta, total(dA, A), total(dB, B), total(dC, C), dD, dbias, *rest
 
 
-def _sides(A: torch.Tensor, *vectors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """D and bias (k, g, r) as the kernels take them: (k, g, r, 1), and (k, g, 0, 1) for None."""
-    return tuple(A.new_empty(*A.shape[:2], 0, 1) if x is None else x[..., None] for x in vectors)
+def _weights(A: torch.Tensor, *weights: torch.Tensor | None) -> list[torch.Tensor]:
+    """D and bias (k, g, r) and mix (k, g, r, q) as kernels take them: four axes, and one of them empty for None."""
+    D, bias, mix = (None if x is None else x.reshape(*A.shape[:3], -1) for x in weights)
+    none, unmixed = A.new_empty(*A.shape[:2], 0, 1), A.new_empty(*A.shape[:3], 0)
+    return [none if D is None else D, none if bias is None else bias, unmixed if mix is None else mix]
 
 
 def _readable(rows: torch.Tensor, directions: int) -> torch.Tensor:
@@ -161,19 +160,36 @@ def _arrays(*tensors: torch.Tensor) -> list[Any]:
     return [t.detach().numpy() for t in tensors]
 
 
+def _vectors(lanes: int) -> int:
+    """How many vectors hold so many numbers."""
+    return -(-lanes // _lanes())
+
+
 def _lanes() -> int:
     from deformmamba.scan.cpu_kernels import LANES
 
     return LANES
 
 
-def _scratch(like: torch.Tensor, *shape: int, last: int | None = None) -> Any:
-    """Zeros (*shape, last or one vector) that start on a cache line."""
-    shape = (*shape, last or _lanes())
-    size = math.prod(shape) * like.element_size()
-    memory = np.zeros(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(_DTYPES[like.dtype]).reshape(shape)
+def _scratch(like: torch.Tensor, *shapes: tuple[int, ...]) -> tuple[Any, ...]:
+    """Zeros of each shape, whose last axis counts vectors, in one piece of memory; each starts on a cache line."""
+    sizes = [math.prod(shape) * _lanes() for shape in shapes]
+    memory = np.zeros(sum(sizes) * like.element_size() + 64, np.uint8)
+    numbers = memory[-memory.ctypes.data % 64 :][: sum(sizes) * like.element_size()].view(_DTYPES[like.dtype])
+    pieces = np.split(numbers, np.cumsum(sizes)[:-1])
+    return tuple(x.reshape(*shape[:-1], shape[-1] * _lanes()) for x, shape in zip(pieces, shapes, strict=True))
+
+
+def _large(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, which is new and empty, on large pages if Linux has them and it is large.
+
+    Beyond 32 MB the C library takes memory from the system and gives it back every time. Faulting it in by pages of
+    4 KB then takes as long as the scan."""
+    if tensor.nbytes >= 32 << 20 and sys.platform == "linux":
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = tensor.data_ptr() + tensor.nbytes - start
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+    return tensor
 
 
 # ------------------------------------------------------------------------------------------------------------- threads
@@ -181,8 +197,7 @@ def _scratch(like: torch.Tensor, *shape: int, last: int | None = None) -> Any:
 
 def _jobs(images: int, groups: int, channels: int) -> list[tuple[int, int, int, int, int]]:
     """(part, image, group, first channel, end): channels are split where there are fewer images than threads."""
-    lanes = _lanes()
-    tiles = -(-channels // lanes)
+    lanes, tiles = _lanes(), _vectors(channels)
     units = images * groups
     if not units * tiles:
         return []
@@ -246,8 +261,8 @@ _kernels: dict[tuple[str, torch.dtype, bool], Any] = {}
 _compiling = threading.Lock()
 
 _DIMENSIONS = {  # of the arrays in `inputs`, `outputs` and `scratch`
-    "forward": ((2, 3, 3, 3, 3, 3, 3, 3), (2, 3, 4), (3, 4, 4, 3)),
-    "backward": ((2, 3, 3, 3, 3, 3, 3, 4, 2, 3), (2, 3, 3, 3, 3, 3, 3, 3), (3, 4, 4, 3, 4)),
+    "forward": ((2, 3, 3, 3, 3, 3, 3, 3, 3), (2, 3, 4), (3, 4, 4, 3, 4, 3)),
+    "backward": ((2, 3, 3, 3, 3, 3, 3, 3, 4, 2, 3), (2, 3, 3, 3, 3, 3, 3, 3, 3), (3, 4, 4, 3, 4, 3, 4)),
 }
 
 

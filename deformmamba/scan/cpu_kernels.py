@@ -491,6 +491,26 @@ kernel: Any = njit(error_model="numpy")
 
 
 @kernel
+def step_sizes(deltas: Array, slopes: Array, lows: Array, mix: Array, bias: Array, count: int, positive: bool) -> None:
+    """deltas = dt and slopes = its derivative, from raw deltas, or from `lows` (chunk, q) by `mix` (q, LANES).
+
+    Apart from `advance`, whose steps would each wait for it. Without rows for slopes none are stored."""
+    for t in range(count):
+        dt = load(bias, (0, 0))
+        if mix.shape[0]:
+            for j in range(mix.shape[0]):
+                dt = fma(load(mix, (j, 0)), like(dt, lows[t, j]), dt)
+        else:
+            dt = dt + load(deltas, (t, 0))
+        slope = like(dt, 1.0)
+        if positive:
+            dt, slope = softplus(dt)
+        store(deltas, (t, 0), dt)
+        if slopes.shape[0]:
+            store(slopes, (t, 0), slope)
+
+
+@kernel
 def advance(
     us: Array, deltas: Array, decay: Array, inverse: Array, Bs: Array, Cs: Array, skip: Array, h: Array, ys: Array,
     count: int, exact: Any, coming: Any, next_u: Array, next_delta: Array, next_y: Array,
@@ -607,21 +627,46 @@ def reverse(
         store(ddeltas, (t, 0), into_delta + into_exponent * LN2)
 
 
+@kernel
+def reverse_step_sizes(
+    ddeltas: Array, slopes: Array, lows: Array, mix: Array, dbias: Array, dmix: Array, dlows: Array, count: int
+) -> None:
+    """The adjoint of `step_sizes`: ddeltas = gradients of dt, then of raw deltas; the rest is added to."""
+    q = mix.shape[0]
+    into_bias = load(dbias, (0, 0))
+    for t in range(count):
+        into_delta = load(ddeltas, (t, 0)) * load(slopes, (t, 0))
+        store(ddeltas, (t, 0), into_delta)
+        into_bias = into_bias + into_delta
+        for j in range(q):
+            store(dmix, (j, 0), fma(into_delta, like(into_delta, lows[t, j]), load(dmix, (j, 0))))
+        for j in range(0, q - 3, 4):
+            sum4(
+                into_delta * load(mix, (j, 0)), into_delta * load(mix, (j + 1, 0)),
+                into_delta * load(mix, (j + 2, 0)), into_delta * load(mix, (j + 3, 0)), dlows, (t, j),
+            )  # fmt: skip
+        for j in range(q // 4 * 4, q):
+            dlows[t, j] += lane_sum(into_delta * load(mix, (j, 0)))
+    store(dbias, (0, 0), into_bias)
+
+
 # -------------------------------------------------------------------------------------------------------- the two scans
 # Both work on the channels `first` to `end` of one image and one group, one direction after the other, chunk by chunk:
 #   u, y, dy (l, r); delta (k, l, r); A (k, r, n); B, C (k, l, n); D, bias (k, r, 1), or (k, 0, 1) for none;
+#   mix (k, r, q): if q is not 0, delta is (k, l, q) and the scan's is mix @ delta;
 #   state, last, dlast (k, r, n); kept (k, chunks, n, r): the state before every chunk, or (k, 0, n, r) to keep none.
 # Scratch memory comes from the caller, who can align it: a vector that straddles two cache lines costs two accesses.
-#   rows (.., chunk, LANES), states (.., tiles, n, LANES), sides (.., tiles, 1, LANES), rates (.., chunk, n or more).
+#   rows (.., chunk, LANES), states (.., tiles, n, LANES), sides (.., tiles, 1, LANES), mixes (.., tiles, q, LANES),
+#   rates (.., chunk, n rounded up to vectors), lows (.., chunk, q rounded up to vectors).
 # `positive`: delta goes through softplus. `exact`: None for the Euler step, True for zero-order hold.
 
 
 @inline
 def prepare(
-    A: Array, D: Array, bias: Array, first: int, end: int,
-    decays: Array, inverses: Array, skips: Array, biases: Array, exact: Any,
+    A: Array, D: Array, bias: Array, mix: Array, first: int, end: int,
+    decays: Array, inverses: Array, skips: Array, biases: Array, mixes: Array, exact: Any,
 ) -> None:  # fmt: skip
-    """What every chunk needs of A, D and bias, tile by tile."""
+    """What every chunk needs of A, D, bias and mix, tile by tile."""
     for tile in range(decays.shape[0]):
         c = first + tile * LANES
         lanes = min(LANES, end - c)
@@ -634,13 +679,14 @@ def prepare(
             columns(skips[tile], D, c, lanes, 1.0)
         if bias.shape[0]:
             columns(biases[tile], bias, c, lanes, 1.0)
+        columns(mixes[tile], mix, c, lanes, 1.0)
 
 
 def forward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, channels: Any, exact: Any) -> None:
     """y = the sum of the scans over directions, last = their last states."""
-    u, delta, A, B, C, D, bias, state = inputs
+    u, delta, A, B, C, D, bias, mix, state = inputs
     y, last, kept = outputs
-    rows, states, sides, rates = scratch
+    rows, states, sides, rates, mixes, lows = scratch
     height, width = size
     first, end = channels
     us, deltas, ys = rows[0], rows[1], rows[2]
@@ -650,10 +696,11 @@ def forward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, 
     Bs, Cs = rates[0], rates[1]
     order, next_order = np.empty(chunk, np.int64), np.empty(chunk, np.int64)
     directions, length, n = B.shape
+    low = mix.shape[2] > 0
     for k in range(directions):
         direction = 2 * k if directions == 2 else k
         straight = direction == 0
-        prepare(A[k], D[k], bias[k], first, end, decays, inverses, skips, biases, exact)
+        prepare(A[k], D[k], bias[k], mix[k], first, end, decays, inverses, skips, biases, mixes[0], exact)
         for tile in range(hs.shape[0]):
             columns(hs[tile], state[k], first + tile * LANES, min(LANES, end - first - tile * LANES), 1.0)
         for start in range(0, length, chunk):
@@ -662,6 +709,8 @@ def forward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, 
             walk(next_order, direction, start + chunk, chunk, height, width)
             gather_all(Bs, B[k], order, count, straight)
             gather_all(Cs, C[k], order, count, straight)
+            if low:
+                gather_all(lows[0], delta[k], order, count, straight)
             for tile in range(hs.shape[0]):
                 c = first + tile * LANES
                 lanes = min(LANES, end - c)
@@ -674,15 +723,14 @@ def forward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, 
                             for j in range(lanes):
                                 at[s, c + j] = hs[tile, s, j]
                 gather(us, u, order, count, straight, c, lanes)
-                gather(deltas, delta[k], order, count, straight, c, lanes)
-                for t in range(count):  # apart from `advance`, whose steps would each wait for it
-                    dt = load(deltas, (t, 0)) + load(biases[tile], (0, 0))
-                    store(deltas, (t, 0), softplus(dt)[0] if positive else dt)
+                if not low:
+                    gather(deltas, delta[k], order, count, straight, c, lanes)
+                step_sizes(deltas, ys[:0], lows[0], mixes[0, tile], biases[tile], count, positive)
                 skip = skips[tile, : min(1, D.shape[1])]
                 coming = (order, c + LANES) if tile + 1 < hs.shape[0] else (next_order, first)
                 advance(
                     us, deltas, decays[tile], inverses[tile], Bs, Cs, skip, hs[tile], ys,
-                    count, exact, coming, u, delta[k], y,
+                    count, exact, coming, u, u if low else delta[k], y,
                 )  # fmt: skip
                 scatter(y, ys, order, count, straight, c, lanes, k > 0)
         for tile in range(hs.shape[0]):
@@ -693,10 +741,10 @@ def forward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, 
 
 
 def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, channels: Any, exact: Any) -> None:
-    """The gradients of all inputs from dy (l, r) and dlast (k, r, n); dB and dC hold the sums over these channels."""
-    u, delta, A, B, C, D, bias, kept, dy, dlast = inputs
-    du, ddelta, dA, dB, dC, dD, dbias, dstate = outputs
-    rows, states, sides, rates, trace = scratch
+    """The gradients of all inputs from dy and dlast; dB, dC and a low-rank ddelta are sums over these channels."""
+    u, delta, A, B, C, D, bias, mix, kept, dy, dlast = inputs
+    du, ddelta, dA, dB, dC, dD, dbias, dmix, dstate = outputs
+    rows, states, sides, rates, mixes, lows, trace = scratch
     height, width = size
     first, end = channels
     us, deltas, slopes, gs, dus, ddeltas = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
@@ -707,13 +755,15 @@ def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool,
     hs, factors = trace[0], trace[1]
     order, next_order = np.empty(chunk, np.int64), np.empty(chunk, np.int64)
     directions, length, n = B.shape
+    low = mix.shape[2] > 0
     for k in range(directions):
         direction = 2 * k if directions == 2 else k
         straight = direction == 0
-        prepare(A[k], D[k], bias[k], first, end, decays, inverses, skips, biases, exact)
+        prepare(A[k], D[k], bias[k], mix[k], first, end, decays, inverses, skips, biases, mixes[0], exact)
         dAs[:] = 0
         dDs[:] = 0
         dbiases[:] = 0
+        mixes[1] = 0
         for tile in range(carried.shape[0]):
             columns(carried[tile], dlast[k], first + tile * LANES, min(LANES, end - first - tile * LANES), 1.0)
         for start in range((length - 1) // chunk * chunk, -1, -chunk):
@@ -722,8 +772,11 @@ def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool,
             walk(next_order, direction, start - chunk, chunk, height, width)
             gather_all(Bs, B[k], order, count, straight)
             gather_all(Cs, C[k], order, count, straight)
+            if low:
+                gather_all(lows[0], delta[k], order, count, straight)
             dBs[:] = 0
             dCs[:] = 0
+            lows[1] = 0
             for tile in range(carried.shape[0]):
                 c = first + tile * LANES
                 lanes = min(LANES, end - c)
@@ -735,33 +788,33 @@ def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool,
                         for j in range(LANES):  # lanes beyond the last channel count in the sums over lanes: zeros
                             hs[0, s, j] = at[s, c + j] if j < lanes else 0.0
                 gather(us, u, order, count, straight, c, lanes)
-                gather(deltas, delta[k], order, count, straight, c, lanes)
                 gather(gs, dy, order, count, straight, c, lanes)
-                for t in range(count):
-                    dt = load(deltas, (t, 0)) + load(biases[tile], (0, 0))
-                    slope = like(dt, 1.0)
-                    if positive:
-                        dt, slope = softplus(dt)
-                    store(deltas, (t, 0), dt)
-                    store(slopes, (t, 0), slope)
+                if not low:
+                    gather(deltas, delta[k], order, count, straight, c, lanes)
+                step_sizes(deltas, slopes, lows[0], mixes[0, tile], biases[tile], count, positive)
                 skip = skips[tile, : min(1, D.shape[1])]
                 decay, inverse = decays[tile], inverses[tile]
                 coming = (order, c + LANES) if tile + 1 < carried.shape[0] else (next_order, first)
-                retrace(us, deltas, decay, inverse, Bs, hs, factors, count, exact, coming, u, delta[k], dy)
+                retrace(
+                    us, deltas, decay, inverse, Bs, hs, factors, count, exact, coming, u, u if low else delta[k], dy
+                )
                 reverse(
                     us, deltas, decay, inverse, Bs, Cs, skip, hs, factors,
-                    gs, carried[tile], dAs[tile], dus, ddeltas, dBs, dCs, count, exact, coming, du, ddelta[k],
+                    gs, carried[tile], dAs[tile], dus, ddeltas, dBs, dCs,
+                    count, exact, coming, du, du if low else ddelta[k],
                 )  # fmt: skip
-                into_D, into_bias = load(dDs[tile], (0, 0)), load(dbiases[tile], (0, 0))
+                reverse_step_sizes(
+                    ddeltas, slopes, lows[0], mixes[0, tile], dbiases[tile], mixes[1, tile], lows[1], count
+                )
+                into_D = load(dDs[tile], (0, 0))
                 for t in range(count):
-                    into_delta = load(ddeltas, (t, 0)) * load(slopes, (t, 0))
-                    store(ddeltas, (t, 0), into_delta)
-                    into_bias = into_bias + into_delta
                     into_D = fma(load(gs, (t, 0)), load(us, (t, 0)), into_D)
                 store(dDs[tile], (0, 0), into_D)
-                store(dbiases[tile], (0, 0), into_bias)
                 scatter(du, dus, order, count, straight, c, lanes, k > 0)
-                scatter(ddelta[k], ddeltas, order, count, straight, c, lanes, False)
+                if not low:
+                    scatter(ddelta[k], ddeltas, order, count, straight, c, lanes, False)
+            if low:
+                scatter_all(ddelta[k], lows[1], order, count, straight)
             scatter_all(dB[k], dBs, order, count, straight)
             scatter_all(dC[k], dCs, order, count, straight)
         for tile in range(carried.shape[0]):
@@ -774,3 +827,5 @@ def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool,
                     dD[k, c + j, 0] = dDs[tile, 0, j]
                 if bias.shape[1]:
                     dbias[k, c + j, 0] = dbiases[tile, 0, j]
+                for s in range(mix.shape[2]):
+                    dmix[k, c + j, s] = mixes[1, tile, s, j]
