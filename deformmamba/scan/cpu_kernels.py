@@ -389,14 +389,14 @@ def hold(delta: Array, decay: Array, inverse: Array) -> Array:
 
 
 @inline
-def walk(order: Array, direction: int, start: int, count: int, height: int, width: int) -> None:
-    """order[i] = the row-major pixel that step `start + i` of a direction visits.
+def walk(order: Array, direction: int, start: int, height: int, width: int) -> None:
+    """order[i] = the row-major pixel that step `start + i` of a direction visits, for i of the whole array.
 
     0: rows, 1: columns, 2: rows from the end, 3: columns from the end."""
     sign = -1 if direction >= 2 else 1
     step = height * width - 1 - start if direction >= 2 else start
     row, column = step % height, step // height
-    for i in range(count):
+    for i in range(order.shape[0]):
         order[i] = row * width + column if direction % 2 else step + sign * i
         row += sign
         if row == height or row < 0:
@@ -448,12 +448,13 @@ def scatter(
 
 
 @inline
-def ahead(array: Array, order: Array, t: int, first: int) -> None:
-    """Ask for step t of a tile that `gather` or `scatter` will want, or, along steps, for its share of the tile."""
-    if array.strides[1] == array.itemsize:
-        prefetch(array, (order[t], first))
-    else:
-        prefetch(array, (order[t - t % LANES], first + t % LANES))
+def spread(lines: Array, order: Array, along: bool) -> None:
+    """A line of a tile for each of its steps to ask for: pixel lines[0, t], channel lines[1, t] from the tile's first.
+
+    `along`: memory is consecutive along steps, so that a line holds LANES steps of one channel."""
+    for t in range(order.shape[0]):
+        lines[0, t] = order[t - t % LANES] if along else order[t]
+        lines[1, t] = t % LANES if along else 0
 
 
 @inline
@@ -485,7 +486,7 @@ def scatter_all(target: Array, rows: Array, order: Array, count: int, straight: 
 # ------------------------------------------------------------------------------------------------- one chunk, one tile
 # A tile is LANES channels. us, deltas, ys (chunk, LANES); decay = A log2(e), inverse = 1 / A, h (n, LANES);
 # skip = D (1, LANES); Bs, Cs (chunk, n). `exact` is None or True: numba compiles the one that is asked for.
-# `coming`: where the next tile will be, (order, first channel), so that memory works while registers do.
+# `coming`: (lines as from `spread`, first channel) of the next tile, so that memory works while registers do.
 
 kernel: Any = njit(error_model="numpy")
 
@@ -494,7 +495,7 @@ kernel: Any = njit(error_model="numpy")
 def step_sizes(deltas: Array, slopes: Array, lows: Array, mix: Array, bias: Array, count: int, positive: bool) -> None:
     """deltas = dt and slopes = its derivative, from raw deltas, or from `lows` (chunk, q) by `mix` (q, LANES).
 
-    Apart from `advance`, whose steps would each wait for it. Without rows for slopes none are stored."""
+    Apart from `advance`, whose steps would each wait for it. `slopes` may be None."""
     for t in range(count):
         dt = load(bias, (0, 0))
         if mix.shape[0]:
@@ -506,8 +507,22 @@ def step_sizes(deltas: Array, slopes: Array, lows: Array, mix: Array, bias: Arra
         if positive:
             dt, slope = softplus(dt)
         store(deltas, (t, 0), dt)
-        if slopes.shape[0]:
+        if slopes is not None:
             store(slopes, (t, 0), slope)
+
+
+@inline
+def advance_state(
+    s: int, decay: Array, inverse: Array, B: Array, C: Array, u: Array, delta: Array, h: Array, y: Array, exact: Any
+) -> Array:
+    """One state of one step of `advance`: y with what it adds."""
+    if exact is None:
+        a, phi = exp2(delta * load(decay, (s, 0))), delta
+    else:
+        a, phi, _ = hold(delta, load(decay, (s, 0)), load(inverse, (s, 0)))
+    state = fma(a, load(h, (s, 0)), phi * u * B[s])
+    store(h, (s, 0), state)
+    return fma(state, like(state, C[s]), y)
 
 
 @kernel
@@ -516,21 +531,21 @@ def advance(
     count: int, exact: Any, coming: Any, next_u: Array, next_delta: Array, next_y: Array,
 ) -> None:  # fmt: skip
     """The scan itself: `count` steps from the state h, which they leave behind."""
+    n = decay.shape[0]
     for t in range(count):
-        ahead(next_u, coming[0], t, coming[1])
-        ahead(next_delta, coming[0], t, coming[1])
-        ahead(next_y, coming[0], t, coming[1])
+        line = coming[0][0, t], coming[0][1, t] + coming[1]
+        prefetch(next_u, line)
+        prefetch(next_delta, line)
+        prefetch(next_y, line)
         u, delta = load(us, (t, 0)), load(deltas, (t, 0))
         y = load(skip, (0, 0)) * u if skip.shape[0] else like(u, 0.0)
-        for s in range(decay.shape[0]):
-            if exact is None:
-                a, phi = exp2(delta * load(decay, (s, 0))), delta
-            else:
-                a, phi, _ = hold(delta, load(decay, (s, 0)), load(inverse, (s, 0)))
-            state = fma(a, load(h, (s, 0)), phi * u * Bs[t, s])
-            store(h, (s, 0), state)
-            y = fma(state, like(state, Cs[t, s]), y)
-        store(ys, (t, 0), y)
+        rest = like(u, 0.0)  # half of the sum: two short chains of additions instead of a long one
+        for s in range(0, n - 1, 2):
+            y = advance_state(s, decay, inverse, Bs[t], Cs[t], u, delta, h, y, exact)
+            rest = advance_state(s + 1, decay, inverse, Bs[t], Cs[t], u, delta, h, rest, exact)
+        if n % 2:
+            y = advance_state(n - 1, decay, inverse, Bs[t], Cs[t], u, delta, h, y, exact)
+        store(ys, (t, 0), y + rest)
 
 
 @kernel
@@ -540,9 +555,10 @@ def retrace(
 ) -> None:  # fmt: skip
     """The same steps from hs[0], keeping all states hs (count + 1, n, LANES) and the factors between them."""
     for t in range(count):
-        ahead(next_u, coming[0], t, coming[1])
-        ahead(next_delta, coming[0], t, coming[1])
-        ahead(next_dy, coming[0], t, coming[1])
+        line = coming[0][0, t], coming[0][1, t] + coming[1]
+        prefetch(next_u, line)
+        prefetch(next_delta, line)
+        prefetch(next_dy, line)
         u, delta = load(us, (t, 0)), load(deltas, (t, 0))
         for s in range(decay.shape[0]):
             if exact is None:
@@ -594,8 +610,9 @@ def reverse(
     dCs are added to."""
     n = decay.shape[0]
     for t in range(count - 1, -1, -1):
-        ahead(next_du, coming[0], t, coming[1])
-        ahead(next_ddelta, coming[0], t, coming[1])
+        line = coming[0][0, t], coming[0][1, t] + coming[1]
+        prefetch(next_du, line)
+        prefetch(next_ddelta, line)
         u, delta, dy = load(us, (t, 0)), load(deltas, (t, 0)), load(gs, (t, 0))
         rates, states = (decay, inverse, Bs[t], Cs[t]), (hs[t], hs[t + 1], factors[t], u, delta, dy)
         into_u = into_delta = into_exponent = like(u, 0.0)  # in the Euler step into_u lacks its factor delta
@@ -694,19 +711,22 @@ def forward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, 
     decays, inverses, hs = states[0], states[1], states[2]
     skips, biases = sides[0], sides[1]
     Bs, Cs = rates[0], rates[1]
-    order, next_order = np.empty(chunk, np.int64), np.empty(chunk, np.int64)
+    order, lines, next_lines = np.empty(chunk, np.int64), np.empty((2, chunk), np.int64), np.empty((2, chunk), np.int64)
     directions, length, n = B.shape
     low = mix.shape[2] > 0
     for k in range(directions):
         direction = 2 * k if directions == 2 else k
         straight = direction == 0
+        along = straight and u.strides[1] != u.itemsize
         prepare(A[k], D[k], bias[k], mix[k], first, end, decays, inverses, skips, biases, mixes[0], exact)
         for tile in range(hs.shape[0]):
             columns(hs[tile], state[k], first + tile * LANES, min(LANES, end - first - tile * LANES), 1.0)
         for start in range(0, length, chunk):
             count = min(chunk, length - start)
-            walk(order, direction, start, count, height, width)
-            walk(next_order, direction, start + chunk, chunk, height, width)
+            walk(order, direction, start + chunk, height, width)
+            spread(next_lines, order, along)
+            walk(order, direction, start, height, width)
+            spread(lines, order, along)
             gather_all(Bs, B[k], order, count, straight)
             gather_all(Cs, C[k], order, count, straight)
             if low:
@@ -725,9 +745,9 @@ def forward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, 
                 gather(us, u, order, count, straight, c, lanes)
                 if not low:
                     gather(deltas, delta[k], order, count, straight, c, lanes)
-                step_sizes(deltas, ys[:0], lows[0], mixes[0, tile], biases[tile], count, positive)
+                step_sizes(deltas, None, lows[0], mixes[0, tile], biases[tile], count, positive)
                 skip = skips[tile, : min(1, D.shape[1])]
-                coming = (order, c + LANES) if tile + 1 < hs.shape[0] else (next_order, first)
+                coming = (lines, c + LANES) if tile + 1 < hs.shape[0] else (next_lines, first)
                 advance(
                     us, deltas, decays[tile], inverses[tile], Bs, Cs, skip, hs[tile], ys,
                     count, exact, coming, u, u if low else delta[k], y,
@@ -753,12 +773,13 @@ def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool,
     skips, biases, dDs, dbiases = sides[0], sides[1], sides[2], sides[3]
     Bs, Cs, dBs, dCs = rates[0], rates[1], rates[2], rates[3]
     hs, factors = trace[0], trace[1]
-    order, next_order = np.empty(chunk, np.int64), np.empty(chunk, np.int64)
+    order, lines, next_lines = np.empty(chunk, np.int64), np.empty((2, chunk), np.int64), np.empty((2, chunk), np.int64)
     directions, length, n = B.shape
     low = mix.shape[2] > 0
     for k in range(directions):
         direction = 2 * k if directions == 2 else k
         straight = direction == 0
+        along = straight and u.strides[1] != u.itemsize
         prepare(A[k], D[k], bias[k], mix[k], first, end, decays, inverses, skips, biases, mixes[0], exact)
         dAs[:] = 0
         dDs[:] = 0
@@ -768,8 +789,10 @@ def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool,
             columns(carried[tile], dlast[k], first + tile * LANES, min(LANES, end - first - tile * LANES), 1.0)
         for start in range((length - 1) // chunk * chunk, -1, -chunk):
             count = min(chunk, length - start)
-            walk(order, direction, start, count, height, width)
-            walk(next_order, direction, start - chunk, chunk, height, width)
+            walk(order, direction, start - chunk, height, width)
+            spread(next_lines, order, along)
+            walk(order, direction, start, height, width)
+            spread(lines, order, along)
             gather_all(Bs, B[k], order, count, straight)
             gather_all(Cs, C[k], order, count, straight)
             if low:
@@ -794,7 +817,7 @@ def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool,
                 step_sizes(deltas, slopes, lows[0], mixes[0, tile], biases[tile], count, positive)
                 skip = skips[tile, : min(1, D.shape[1])]
                 decay, inverse = decays[tile], inverses[tile]
-                coming = (order, c + LANES) if tile + 1 < carried.shape[0] else (next_order, first)
+                coming = (lines, c + LANES) if tile + 1 < carried.shape[0] else (next_lines, first)
                 retrace(
                     us, deltas, decay, inverse, Bs, hs, factors, count, exact, coming, u, u if low else delta[k], dy
                 )
