@@ -114,6 +114,31 @@ def like(typing: Any, vector: Any, scalar: Any) -> Any:
     return vector(vector, scalar), code
 
 
+@intrinsic
+def get(typing: Any, tile: Any, row: Any) -> Any:
+    """Row `row` of a contiguous array of vectors (.., LANES): one register plus constants address all of them."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = context.get_value_type(signature.return_type)
+        rows = builder.bitcast(context.make_array(tile)(context, builder, args[0]).data, kind.as_pointer())
+        return builder.load(builder.gep(rows, [args[1]]), align=_size(tile))
+
+    return Vector(tile.dtype)(tile, types.intp), code
+
+
+@intrinsic
+def put(typing: Any, tile: Any, row: Any, vector: Any) -> Any:
+    """The inverse of `get`."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(tile)(context, builder, args[0])
+        rows = builder.bitcast(array.data, args[2].type.as_pointer())
+        builder.store(args[2], builder.gep(rows, [args[1]]), align=_size(tile))
+        return context.get_dummy_value()
+
+    return types.void(tile, types.intp, vector), code
+
+
 def _arithmetic(python: Any, instruction: str) -> None:
     @intrinsic
     def vectors(typing: Any, a: Any, b: Any) -> Any:
@@ -497,18 +522,18 @@ def step_sizes(deltas: Array, slopes: Array, lows: Array, mix: Array, bias: Arra
 
     Apart from `advance`, whose steps would each wait for it. `slopes` may be None."""
     for t in range(count):
-        dt = load(bias, (0, 0))
+        dt = get(bias, 0)
         if mix.shape[0]:
             for j in range(mix.shape[0]):
-                dt = fma(load(mix, (j, 0)), like(dt, lows[t, j]), dt)
+                dt = fma(get(mix, j), like(dt, lows[t, j]), dt)
         else:
-            dt = dt + load(deltas, (t, 0))
+            dt = dt + get(deltas, t)
         slope = like(dt, 1.0)
         if positive:
             dt, slope = softplus(dt)
-        store(deltas, (t, 0), dt)
+        put(deltas, t, dt)
         if slopes is not None:
-            store(slopes, (t, 0), slope)
+            put(slopes, t, slope)
 
 
 @inline
@@ -517,11 +542,11 @@ def advance_state(
 ) -> Array:
     """One state of one step of `advance`: y with what it adds."""
     if exact is None:
-        a, phi = exp2(delta * load(decay, (s, 0))), delta
+        a, phi = exp2(delta * get(decay, s)), delta
     else:
-        a, phi, _ = hold(delta, load(decay, (s, 0)), load(inverse, (s, 0)))
-    state = fma(a, load(h, (s, 0)), phi * u * B[s])
-    store(h, (s, 0), state)
+        a, phi, _ = hold(delta, get(decay, s), get(inverse, s))
+    state = fma(a, get(h, s), phi * u * B[s])
+    put(h, s, state)
     return fma(state, like(state, C[s]), y)
 
 
@@ -537,15 +562,15 @@ def advance(
         prefetch(next_u, line)
         prefetch(next_delta, line)
         prefetch(next_y, line)
-        u, delta = load(us, (t, 0)), load(deltas, (t, 0))
-        y = load(skip, (0, 0)) * u if skip.shape[0] else like(u, 0.0)
+        u, delta = get(us, t), get(deltas, t)
+        y = get(skip, 0) * u if skip.shape[0] else like(u, 0.0)
         rest = like(u, 0.0)  # half of the sum: two short chains of additions instead of a long one
         for s in range(0, n - 1, 2):
             y = advance_state(s, decay, inverse, Bs[t], Cs[t], u, delta, h, y, exact)
             rest = advance_state(s + 1, decay, inverse, Bs[t], Cs[t], u, delta, h, rest, exact)
         if n % 2:
             y = advance_state(n - 1, decay, inverse, Bs[t], Cs[t], u, delta, h, y, exact)
-        store(ys, (t, 0), y + rest)
+        put(ys, t, y + rest)
 
 
 @kernel
@@ -559,14 +584,14 @@ def retrace(
         prefetch(next_u, line)
         prefetch(next_delta, line)
         prefetch(next_dy, line)
-        u, delta = load(us, (t, 0)), load(deltas, (t, 0))
+        u, delta = get(us, t), get(deltas, t)
         for s in range(decay.shape[0]):
             if exact is None:
-                a, phi = exp2(delta * load(decay, (s, 0))), delta
+                a, phi = exp2(delta * get(decay, s)), delta
             else:
-                a, phi, _ = hold(delta, load(decay, (s, 0)), load(inverse, (s, 0)))
-            store(factors, (t, s, 0), a)
-            store(hs, (t + 1, s, 0), fma(a, load(hs, (t, s, 0)), phi * u * Bs[t, s]))
+                a, phi, _ = hold(delta, get(decay, s), get(inverse, s))
+            put(factors[t], s, a)
+            put(hs[t + 1], s, fma(a, get(hs[t], s), phi * u * Bs[t, s]))
 
 
 @inline
@@ -576,25 +601,25 @@ def reverse_state(
     g: Array, dA: Array, exact: Any,
 ) -> Array:  # fmt: skip
     """One state of one step of `reverse`: into_u, into_delta, into_exponent after it, and what B[s] and C[s] get."""
-    a, rate = load(factors, (s, 0)), load(decay, (s, 0))
-    dh = fma(dy, like(dy, C[s]), load(g, (s, 0)))
+    a, rate = get(factors, s), get(decay, s)
+    dh = fma(dy, like(dy, C[s]), get(g, s))
     carried = dh * a
-    store(g, (s, 0), carried)
-    change = carried * load(before, (s, 0))
+    put(g, s, carried)
+    change = carried * get(before, s)
     into_exponent = fma(change, rate, into_exponent)
-    into_A = fma(change, delta, load(dA, (s, 0)))
+    into_A = fma(change, delta, get(dA, s))
     if exact is None:
         into_u = fma(dh, like(dh, B[s]), into_u)
         into_B = dh * (delta * u)
     else:
-        _, phi, slope = hold(delta, rate, load(inverse, (s, 0)))
+        _, phi, slope = hold(delta, rate, get(inverse, s))
         entering = dh * B[s]
         into_u = fma(entering, phi, into_u)
         into_delta = fma(entering * u, a, into_delta)
         into_A = fma(entering * u, slope, into_A)
         into_B = dh * (phi * u)
-    store(dA, (s, 0), into_A)
-    return into_u, into_delta, into_exponent, into_B, dy * load(after, (s, 0))
+    put(dA, s, into_A)
+    return into_u, into_delta, into_exponent, into_B, dy * get(after, s)
 
 
 @kernel
@@ -613,7 +638,7 @@ def reverse(
         line = coming[0][0, t], coming[0][1, t] + coming[1]
         prefetch(next_du, line)
         prefetch(next_ddelta, line)
-        u, delta, dy = load(us, (t, 0)), load(deltas, (t, 0)), load(gs, (t, 0))
+        u, delta, dy = get(us, t), get(deltas, t), get(gs, t)
         rates, states = (decay, inverse, Bs[t], Cs[t]), (hs[t], hs[t + 1], factors[t], u, delta, dy)
         into_u = into_delta = into_exponent = like(u, 0.0)  # in the Euler step into_u lacks its factor delta
         for s in range(0, n - 3, 4):
@@ -637,11 +662,11 @@ def reverse(
             )
             dBs[t, s] += lane_sum(b0)
             dCs[t, s] += lane_sum(c0)
-        direct = load(skip, (0, 0)) * dy if skip.shape[0] else like(u, 0.0)
+        direct = get(skip, 0) * dy if skip.shape[0] else like(u, 0.0)
         if exact is None:
             into_u, into_delta = into_u * delta, into_u * u
-        store(dus, (t, 0), into_u + direct)
-        store(ddeltas, (t, 0), into_delta + into_exponent * LN2)
+        put(dus, t, into_u + direct)
+        put(ddeltas, t, into_delta + into_exponent * LN2)
 
 
 @kernel
@@ -650,21 +675,21 @@ def reverse_step_sizes(
 ) -> None:
     """The adjoint of `step_sizes`: ddeltas = gradients of dt, then of raw deltas; the rest is added to."""
     q = mix.shape[0]
-    into_bias = load(dbias, (0, 0))
+    into_bias = get(dbias, 0)
     for t in range(count):
-        into_delta = load(ddeltas, (t, 0)) * load(slopes, (t, 0))
-        store(ddeltas, (t, 0), into_delta)
+        into_delta = get(ddeltas, t) * get(slopes, t)
+        put(ddeltas, t, into_delta)
         into_bias = into_bias + into_delta
         for j in range(q):
-            store(dmix, (j, 0), fma(into_delta, like(into_delta, lows[t, j]), load(dmix, (j, 0))))
+            put(dmix, j, fma(into_delta, like(into_delta, lows[t, j]), get(dmix, j)))
         for j in range(0, q - 3, 4):
             sum4(
-                into_delta * load(mix, (j, 0)), into_delta * load(mix, (j + 1, 0)),
-                into_delta * load(mix, (j + 2, 0)), into_delta * load(mix, (j + 3, 0)), dlows, (t, j),
+                into_delta * get(mix, j), into_delta * get(mix, j + 1),
+                into_delta * get(mix, j + 2), into_delta * get(mix, j + 3), dlows, (t, j),
             )  # fmt: skip
         for j in range(q // 4 * 4, q):
-            dlows[t, j] += lane_sum(into_delta * load(mix, (j, 0)))
-    store(dbias, (0, 0), into_bias)
+            dlows[t, j] += lane_sum(into_delta * get(mix, j))
+    put(dbias, 0, into_bias)
 
 
 # -------------------------------------------------------------------------------------------------------- the two scans
@@ -738,7 +763,7 @@ def forward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, 
                     at = kept[k, start // chunk]
                     for s in range(n):
                         if lanes == LANES:
-                            store(at, (s, c), load(hs, (tile, s, 0)))
+                            store(at, (s, c), get(hs[tile], s))
                         else:
                             for j in range(lanes):
                                 at[s, c + j] = hs[tile, s, j]
@@ -806,7 +831,7 @@ def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool,
                 at = kept[k, start // chunk]
                 for s in range(n):
                     if lanes == LANES:
-                        store(hs, (0, s, 0), load(at, (s, c)))
+                        put(hs[0], s, load(at, (s, c)))
                     else:
                         for j in range(LANES):  # lanes beyond the last channel count in the sums over lanes: zeros
                             hs[0, s, j] = at[s, c + j] if j < lanes else 0.0
@@ -829,10 +854,10 @@ def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool,
                 reverse_step_sizes(
                     ddeltas, slopes, lows[0], mixes[0, tile], dbiases[tile], mixes[1, tile], lows[1], count
                 )
-                into_D = load(dDs[tile], (0, 0))
+                into_D = get(dDs[tile], 0)
                 for t in range(count):
-                    into_D = fma(load(gs, (t, 0)), load(us, (t, 0)), into_D)
-                store(dDs[tile], (0, 0), into_D)
+                    into_D = fma(get(gs, t), get(us, t), into_D)
+                put(dDs[tile], 0, into_D)
                 scatter(du, dus, order, count, straight, c, lanes, k > 0)
                 if not low:
                     scatter(ddelta[k], ddeltas, order, count, straight, c, lanes, False)
