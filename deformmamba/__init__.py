@@ -43,13 +43,14 @@ _HOME = {
     "WeightsError": "weights",
     "list_weights": "weights",
     "fit": "training",
-    "evaluate": "training",
+    "evaluate": "evaluation",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from deformmamba.deform import modulated_deform_conv2d
+    from deformmamba.evaluation import evaluate
     from deformmamba.inference import upscale
     from deformmamba.kspace import data_consistency, degrade, zero_fill
     from deformmamba.layers import SS2D, DeformMambaBlock, ModulatedDeformBlock, MultiViewContext, VisionMambaBlock
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from deformmamba.metrics import nmse, psnr, ssim
     from deformmamba.models import MODELS, DeformMambaSR, from_pretrained
     from deformmamba.scan import ScanBackendError, scan_backend, selective_scan, selective_scan_2d
-    from deformmamba.training import evaluate, fit
+    from deformmamba.training import fit
     from deformmamba.volume import Volume, VolumeError, read_volume, write_volume
     from deformmamba.weights import WeightsError, list_weights
 

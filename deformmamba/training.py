@@ -1,4 +1,4 @@
-"""A thin training helper: `fit` trains any model on any data set, `evaluate` scores it, recipes repeat a run."""
+"""A thin training helper: `fit` trains any model on any data set, recipes repeat a run."""
 
 import csv
 import inspect
@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -16,12 +16,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from deformmamba.data import PatchDataset, Scan, find_scans, load_slices, subjects
+from deformmamba.data import PatchDataset, find_scans, subjects
+from deformmamba.evaluation import evaluate, mean_scores
 from deformmamba.extras import require
-from deformmamba.inference import upscale
-from deformmamba.kspace import degrade
 from deformmamba.losses import LOSSES, SRLoss
-from deformmamba.metrics import METRICS, Protocol
 from deformmamba.models import MODELS
 from deformmamba.models.base import SRModel
 
@@ -226,38 +224,6 @@ def _log(path: Path, row: Mapping[str, float]) -> None:
         if new:
             writer.writeheader()
         writer.writerow(row)
-
-
-def evaluate(
-    model: SRModel,
-    volumes: Iterable[Scan | str | os.PathLike[str]],
-    *,
-    protocol: Protocol = "volume",
-    consistency: bool | None = None,
-    progress: bool = False,
-) -> list[dict[str, Any]]:
-    """Degrades each HR volume (k-space crop, magnitude), upscales it as `upscale` does, and scores it.
-
-    Slices lie across the axis that `volume.slice_axis` finds and are cropped at their ends to a multiple of the scale.
-    One row a volume: file, subject, group, slices, and the METRICS by `protocol`.
-    """
-    rows = []
-    for volume in volumes:
-        scan = volume if isinstance(volume, Scan) else Scan(Path(volume), Path(volume).name.split(".")[0], "", "")
-        hr = torch.from_numpy(load_slices(scan.path, model.scale).array)
-        sr = upscale(model, degrade(hr, model.scale), axis=0, consistency=consistency, progress=progress)
-        scores = {name: metric(sr, hr, protocol=protocol) for name, metric in METRICS.items()}
-        rows.append({"file": scan.path.name, "subject": scan.subject, "group": scan.group, "slices": len(hr), **scores})
-    return rows
-
-
-def mean_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The mean of each metric: over the volumes of a subject first, then over subjects."""
-    names = sorted({row["subject"] for row in rows})
-    return {
-        metric: float(np.mean([np.mean([r[metric] for r in rows if r["subject"] == name]) for name in names]))
-        for metric in METRICS
-    }
 
 
 def load_recipe(name: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from deformmamba.data import Scan, find_scans, load_slices
+from deformmamba.evaluation import evaluate, mean_scores
 from deformmamba.inference import upscale
 from deformmamba.kspace import degrade
 from deformmamba.metrics import by_slice
 from deformmamba.models import Bicubic, SRModel, ZeroFill, from_pretrained
-from deformmamba.training import evaluate, mean_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG = ROOT / "docs" / "evaluations.csv"

@@ -122,7 +122,7 @@ def test_shuffled_offsets_cost_quality(entry, model, real_data, monkeypatch):
 @pytest.mark.slow
 def test_the_scores_of_the_entry_are_reproduced(entry, model, real_data):
     """On the six IXI slices; the other rows take minutes: examples/publish_checkpoint.py wrote them the same way."""
-    from deformmamba.training import evaluate, mean_scores
+    from deformmamba.evaluation import evaluate, mean_scores
 
     row = next(row for row in entry["scores"] if row["split"] == "external" and row["group"] == "T2 brain")
     scans = [s for s in find_scans(real_data) if s.split == "external" and s.group == "T2 brain"]

@@ -35,7 +35,8 @@ DIRECTIONS: dict[str, set[str]] = {
     "inference": {"models", "tiling", "volume", "kspace"},
     "export": {"models", "kspace", "scan", "extras"},
     "figures": {"metrics", "volume"},
-    "training": {"losses", "metrics", "models", "data", "inference", "kspace", "extras"},
+    "evaluation": {"metrics", "models", "data", "inference", "kspace"},
+    "training": {"losses", "models", "data", "evaluation", "extras"},
 }
 FREE = {"__init__", "__main__", "cli"}
 

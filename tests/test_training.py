@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from deformmamba.evaluation import evaluate, mean_scores
 from deformmamba.extras import MissingExtra
 from deformmamba.kspace import degrade, zero_fill
 from deformmamba.losses import LOSSES
 from deformmamba.metrics import psnr
 from deformmamba.models import MODELS, ZeroFill
 from deformmamba.models.deform_mamba import DeformMambaSR
-from deformmamba.training import evaluate, fit, load_recipe, mean_scores, train_recipe
+from deformmamba.training import fit, load_recipe, train_recipe
 
 accelerate_state = pytest.importorskip("accelerate.state")
 

@@ -1,0 +1,133 @@
+"""What the commands share: words on the terminal, arguments that several take, checks before anything is computed."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from deformmamba.models import SRModel
+    from deformmamba.volume import Volume
+
+DEFAULT_MODEL = "ixi-4x"
+
+
+def printable(text: str) -> str:
+    """One line that any terminal can show: file names may hold newlines, escape codes and broken characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def refuse(message: str, code: int = 2) -> int:
+    print(f"deformmamba: {printable(message)}", file=sys.stderr)
+    return code
+
+
+def say(text: str) -> None:
+    print(printable(text), flush=True)
+
+
+def load_model(name: str) -> "SRModel":
+    from deformmamba.models import from_pretrained
+
+    return from_pretrained(name)
+
+
+def short(model: str) -> str:
+    """What a model is called in a figure or a file name."""
+    return Path(model).name.removesuffix(".safetensors")
+
+
+def device_here(name: str) -> str:
+    """The device to run on: "auto" is CUDA where there is one, else the CPU; a name is obeyed or refused."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        available = "cpu" + (f", cuda (0 to {torch.cuda.device_count() - 1})" if torch.cuda.is_available() else "")
+        raise ValueError(f"--device {name}: no such device here; there are: {available}") from None
+    return name
+
+
+def check_target(output: str, source: str, *, dtype: str | None = None, figure: bool = False) -> None:
+    from deformmamba.volume import VolumeError, check_output
+
+    if figure:
+        from deformmamba.figures import SUFFIXES
+
+        check_output(output, SUFFIXES)
+    elif output.lower().endswith((".dcm", ".ima")) or os.path.isdir(output):
+        raise VolumeError(f"{output}: DICOM cannot be written yet; name a file ending in .nii.gz")
+    else:
+        check_output(output, dtype=dtype)
+    if os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source):
+        raise VolumeError(f"{output}: is the input itself; a scan is not overwritten by what was made of it")
+
+
+def sizes(volume: "Volume") -> str:
+    shape, spacing = (
+        " x ".join(f"{n:.3g}" if isinstance(n, float) else str(n) for n in ns)
+        for ns in (volume.array.shape, volume.spacing)
+    )
+    return f"{shape} voxels of {spacing} mm"
+
+
+def write_text(path: str, text: str) -> None:
+    from deformmamba.volume import replacing
+
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return number
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one line for an error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(refuse(f"{message}; see {self.prog} --help"))
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str, example: str
+) -> argparse.ArgumentParser:
+    """A parser for `deformmamba NAME`, which calls `run`; `text` is its one line of help."""
+    made: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: deformmamba {example}"
+    )
+    made.set_defaults(run=run)
+    return made
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a command that makes one scan of another."""
+    parser.add_argument("input", metavar="INPUT", help=".nii, .nii.gz, .mgz, DICOM file, or folder of one DICOM series")
+    parser.add_argument("-o", "--output", required=True, help=".nii, .nii.gz or .mgz; replaced if it exists")
+    parser.add_argument("--volume", type=int, metavar="K", help="which volume of a 4-D file, from 0")
+    parser.add_argument(
+        "--axis", type=int, choices=(0, 1, 2), help="where slices are stacked (default: as the geometry says)"
+    )
+    parser.add_argument("--dtype", help="float32 (default), float64, int16, uint16, int32 or uint8")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"a name, a path or org/repo (default: {DEFAULT_MODEL})")
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a command that runs a model."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    parser.add_argument(
+        "--consistency",
+        action=argparse.BooleanOptionalAction,
+        help="make degrading the output give the input back (default: as found best for the weights)",
+    )

@@ -1,0 +1,24 @@
+"""backends: which scan kernels run here."""
+
+import argparse
+import json
+from typing import Any
+
+from deformmamba.cli.arguments import add_command, say
+
+
+def add(commands: Any) -> None:
+    parser = add_command(commands, "backends", _backends, "which scan kernels run here, and why not", "backends --json")
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def _backends(args: argparse.Namespace) -> None:
+    from deformmamba.scan import backend_report
+
+    rows = backend_report()
+    if args.json:
+        keys = ("name", "usable", "why", "cure")
+        say(json.dumps([dict(zip(keys, row, strict=True)) for row in rows]))
+        return
+    for name, usable, why, cure in rows:
+        say(f"{name:12} {'yes' if usable else 'no':4} {why}{f'; {cure}' if cure else ''}")

@@ -1,0 +1,49 @@
+"""demo: two scans that came with the installation."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from deformmamba.cli.arguments import add_command, add_model, add_running, load_model, say, short, sizes
+from deformmamba.cli.upscale import draw, run_model
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands, "demo", _demo, "upscale two scans that came with the installation", "demo -o look-here"
+    )
+    parser.add_argument("-o", "--output", default="deformmamba-demo", metavar="DIR", help="default: deformmamba-demo")
+    add_model(parser)
+    add_running(parser)
+    parser.set_defaults(axis=None, batch_size=None)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    import nibabel
+    from pydicom.data import get_testdata_file
+
+    from deformmamba.volume import read_volume, write_volume
+
+    brain = Path(nibabel.__file__).parent / "tests" / "data" / "example4d.nii.gz"
+    samples = [(Path(str(get_testdata_file("MR_small.dcm", download=False))), None), (brain, 0)]
+    if not all(path.is_file() for path, _ in samples):
+        raise ValueError(
+            "the test scans that pydicom and nibabel bring along are not installed; reinstall both with pip"
+        )
+    folder = Path(args.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be made: {error.strerror}; choose another folder with -o") from None
+    model = load_model(args.model)
+    name = short(args.model)
+    for path, index in samples:
+        volume = read_volume(path, volume=index)
+        sharp, seconds, device = run_model(model, volume, args)
+        stem = folder / f"{path.name.split('.')[0]}_{name}"
+        output, figure = stem.with_name(stem.name + ".nii.gz"), stem.with_name(stem.name + ".png")
+        write_volume(output, sharp)
+        draw(figure, volume, sharp, model, args.axis, path.name, name)
+        say(f"{path.name}: {sizes(volume)}")
+        say(f"  {output}: {sizes(sharp)}, {name} on {device} in {seconds:.1f} s")
+        say(f"  {figure}: before and after")
