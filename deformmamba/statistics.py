@@ -1,0 +1,137 @@
+"""How far a score can be trusted: means over subjects, their spread, and differences between two methods.
+
+The unit is the SUBJECT: slices and sessions of one person look alike, so n volumes of three people are three values,
+not n. An interval is given from `FEWEST` subjects on and never below; with fewer there is the spread over slices, and
+it is labelled as that. Nothing here pools subjects before a mean is taken.
+
+A row is what `deformmamba.evaluation.evaluate` gives for one volume: a mapping with "subject", one value for each
+metric, and under "by_slice" a mapping of metrics to lists, if the scores of slices were asked for.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+# below this many values a bootstrap has too few distinct samples to say anything
+FEWEST = 5
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean and how far the values lie from it.
+
+    Attributes:
+        mean: of the values.
+        std: their sample standard deviation (n - 1); None for a single value or where one is infinite.
+        n: how many values.
+        over: what the values are of: "subjects", "slices", "seeds" ...
+        interval: where the mean of such a sample lies with probability `level`, by bootstrap; None if there is no basis
+            for one: fewer than `FEWEST` values, or slices, which are not independent.
+        level: of the interval.
+    """
+
+    mean: float
+    std: float | None
+    n: int
+    over: str = "subjects"
+    interval: tuple[float, float] | None = None
+    level: float = 0.95
+
+    def __str__(self) -> str:
+        """As `show`, with two digits; four where the mean is below 1."""
+        return self.show(2 if abs(self.mean) >= 1 else 4)
+
+    def show(self, digits: int) -> str:
+        """`mean ± std (n subjects)` or, where there is an interval, `mean ± std [low, high] (n subjects)`."""
+        text = f"{self.mean:.{digits}f}"
+        if self.std is not None:
+            text += f" ± {self.std:.{digits}f}"
+        if self.interval is not None:
+            text += f" [{self.interval[0]:.{digits}f}, {self.interval[1]:.{digits}f}]"
+        return f"{text} ({self.n} {self.over if self.n != 1 else self.over.removesuffix('s')})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: every field; `interval` as a list or null."""
+        return {
+            "mean": self.mean,
+            "std": self.std,
+            "n": self.n,
+            "over": self.over,
+            "interval": None if self.interval is None else list(self.interval),
+            "level": self.level,
+        }
+
+
+def spread(
+    values: Sequence[float] | Mapping[str, float], *, over: str = "subjects", level: float = 0.95, seed: int = 0
+) -> Spread:
+    """Mean, standard deviation and, from `FEWEST` values on, a bootstrap interval of the mean.
+
+    `values`: one for each subject (or seed); a mapping counts by its values, in the order of its keys' names, so that
+    the same subjects give the same interval. `over="slices"` never has an interval.
+
+    The interval is the percentile bootstrap: `RESAMPLES` samples of n values drawn with replacement by a generator
+    seeded with `seed`. It is a little too narrow for few values, as every bootstrap is.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
+
+    Raises:
+        ValueError: no value, NaN among them, or a `level` outside (0, 1).
+    """
+    numbers = np.array([values[name] for name in sorted(values)] if isinstance(values, Mapping) else values, float)
+    if not numbers.size or numbers.ndim != 1 or np.isnan(numbers).any():
+        raise ValueError(f"spread: wanted a list of numbers over {over}, at least one and none NaN, not {values!r}")
+    if not 0 < level < 1:
+        raise ValueError(f"spread: level must lie between 0 and 1, such as 0.95, not {level!r}")
+    n = numbers.size
+    if not np.isfinite(numbers).all():  # an infinite PSNR: equal volumes
+        return Spread(float(numbers.sum()), None, n, over, None, level)
+    interval = None
+    if n >= FEWEST and over != "slices":
+        draws = np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))
+        low, high = np.quantile(numbers[draws].mean(1), [(1 - level) / 2, (1 + level) / 2])
+        interval = (float(low), float(high))
+    return Spread(math.fsum(numbers) / n, float(numbers.std(ddof=1)) if n > 1 else None, n, over, interval, level)
+
+
+def subject_means(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]:
+    """The mean of a metric over the volumes of each subject, by the subject's name."""
+    by_subject = defaultdict(list)
+    for row in rows:
+        by_subject[str(row["subject"])].append(float(row[metric]))
+    return {name: math.fsum(values) / len(values) for name, values in sorted(by_subject.items())}
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], metric: str, *, level: float = 0.95, seed: int = 0) -> Spread:
+    """The mean of a metric over subjects, with the spread that the data can bear.
+
+    From `FEWEST` subjects on: over subjects, with an interval. With fewer, and where rows hold `by_slice` values of the
+    metric: the same mean over subjects, with the standard deviation of the SLICES of all of them, and over="slices"
+    says so (slices with an infinite value are left out of it). With neither: over subjects, without an interval.
+    """
+    means = subject_means(rows, metric)
+    result = spread(means, level=level, seed=seed)
+    slices = [value for row in rows for value in row.get("by_slice", {}).get(metric, ()) if math.isfinite(value)]
+    if len(means) >= FEWEST or len(slices) < 2:
+        return result
+    return Spread(result.mean, float(np.std(slices, ddof=1)), len(slices), "slices", None, level)
+
+
+def paired_difference(a: Mapping[str, float], b: Mapping[str, float], *, level: float = 0.95, seed: int = 0) -> Spread:
+    """`spread` of a - b, subject by subject: subjects differ far more from each other than two methods do on one.
+
+    `a` and `b`: values by subject, as `subject_means` gives them, of the same subjects.
+
+    Raises:
+        ValueError: a subject in one of them only.
+    """
+    if set(a) != set(b):
+        odd = sorted(set(a) ^ set(b))
+        raise ValueError(f"paired_difference: both need the same subjects; in one only: {', '.join(odd[:5])}")
+    # equal infinities have no difference: two methods that are both perfect on a subject are equal there
+    return spread({name: 0.0 if a[name] == b[name] else a[name] - b[name] for name in a}, level=level, seed=seed)
