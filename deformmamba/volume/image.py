@@ -1,0 +1,144 @@
+"""A `Volume` in scanner units with its place in the world: affines, slices, intensity."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, final
+
+import numpy as np
+import numpy.typing as npt
+
+
+class VolumeError(ValueError):
+    """A scan that cannot be read, written or upscaled; the message is one line."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """One 3-D image and its place in the world.
+
+    Attributes:
+        array: (i, j, k), float32 when read from a file, in the scanner's own units.
+        affine: 4x4 float64, voxel index to mm (RAS+); invertible.
+        qform: the file's qform in mm where it has one; None: the same as `affine`.
+        codes: NIfTI's (qform_code, sform_code): 0 unknown, 1 scanner, 2 aligned, 3 Talairach, 4 MNI. (0, 0) says that
+            nobody knows how the image lies in the patient: no left or right may be printed on it.
+        header: the nibabel header that came with it, source of units and descriptions when it is written back.
+
+    Raises:
+        VolumeError: the array is not 3-D, or the affine is no invertible 4x4.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    qform: np.ndarray | None = None
+    codes: tuple[int, int] = (1, 1)
+    header: Any = None
+
+    def __post_init__(self) -> None:
+        if self.array.ndim != 3 or 0 in self.array.shape:
+            raise VolumeError(f"a volume is a 3-D array, not one of shape {self.array.shape}")
+        for form in ("affine", "qform"):
+            if (matrix := getattr(self, form)) is not None:
+                object.__setattr__(self, form, _checked_affine(matrix, form))
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel size along each axis in mm."""
+        i, j, k = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(i), float(j), float(k)
+
+    def resampled(self, array: np.ndarray, scale: float, axes: Sequence[int], grid: str) -> "Volume":
+        """The volume whose voxels are `array`, `scale` times finer along `axes`: see `upscaled_affine`."""
+        qform = None if self.qform is None else upscaled_affine(self.qform, scale, axes, grid)
+        return replace(self, array=array, affine=upscaled_affine(self.affine, scale, axes, grid), qform=qform)
+
+
+def _checked_affine(matrix: npt.ArrayLike, name: str) -> np.ndarray:
+    affine = np.asarray(matrix, dtype=np.float64)
+    if affine.shape != (4, 4) or not np.isfinite(affine).all():
+        raise VolumeError(f"the {name} must be a finite 4x4 matrix")
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if (lengths == 0).any():
+        raise VolumeError(f"the voxel spacing is zero along axis {int(np.argmin(lengths))}; the geometry is broken")
+    # the volume of the parallelepiped of unit edges: 1 for orthogonal axes, 0 for axes in one plane
+    if abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-3:
+        raise VolumeError(f"the {name} is singular: its axes lie in one plane")
+    return affine
+
+
+def upscaled_affine(affine: npt.ArrayLike, scale: float, axes: Sequence[int], grid: str) -> np.ndarray:
+    """The affine after `scale`-fold super-resolution along `axes`, so that anatomy stays where it is.
+
+    Voxel j of the fine image lies on voxel j / scale ("origin": fine voxel 0 is coarse voxel 0, so the translation
+    stays) or on voxel (j + 1/2) / scale - 1/2 ("half-pixel": outer edges coincide, so the translation moves by
+    -(1 - 1 / scale) / 2 coarse voxels along each axis) of the coarse image. A `scale` below 1 goes the other way.
+
+    Raises:
+        ValueError: `grid` is neither of the two.
+    """
+    if grid not in ("origin", "half-pixel"):
+        raise ValueError(f'grid must be "origin" or "half-pixel", not {grid!r}')
+    coarse_from_fine = np.eye(4)
+    for axis in axes:
+        coarse_from_fine[axis, axis] = 1 / scale
+        if grid == "half-pixel":
+            coarse_from_fine[axis, 3] = -(1 - 1 / scale) / 2
+    return np.asarray(affine, dtype=np.float64) @ coarse_from_fine
+
+
+def slice_axis(volume: Volume) -> int:
+    """The axis along which slices are stacked, where the pixels of a slice are taken to be square.
+
+    The only axis of length 1 if there is just one; else the one axis whose spacing differs, by more than 1 %, from that
+    of the two others (it may be the smaller: a scan of coarse pixels in thin slices); else the axis of the largest
+    spacing, the later one of equals: the last axis of an isotropic volume.
+    """
+    if volume.array.shape.count(1) == 1:
+        return volume.array.shape.index(1)
+    spacing = np.array(volume.spacing)
+
+    def equal(a: float, b: float) -> bool:
+        return bool(abs(a - b) <= 0.01 * max(a, b))
+
+    square = [axis for axis in range(3) if equal(*np.delete(spacing, axis))]
+    if len(square) == 1:
+        return square[0]
+    return int(np.flatnonzero(spacing >= 0.99 * spacing.max())[-1])
+
+
+def intensity_scale(array: npt.ArrayLike, rule: str = "p99.9") -> float:
+    """What a volume is divided by before a model sees it; always positive.
+
+    "p99.9" (or any other percentile): that percentile of the finite non-zero voxels, a maximum that a few bright
+    vessels do not move. "max": the largest finite voxel. Where that is not positive (a volume of zeros, or one mostly
+    below zero): the largest magnitude, and 1 if there is none.
+
+    Raises:
+        ValueError: an unknown rule.
+    """
+    try:
+        percentile = 100.0 if rule == "max" else float(rule.removeprefix("p")) if rule.startswith("p") else -1.0
+    except ValueError:
+        percentile = -1.0
+    if not 0 < percentile <= 100:
+        raise ValueError(f'intensity rule must be "max" or a percentile such as "p99.9", not {rule!r}')
+    values = np.asarray(array)
+    values = values[np.isfinite(values) & (values != 0)]
+    if values.size == 0:
+        return 1.0
+    scale = float(np.percentile(values, percentile))
+    return scale if scale > 0 else float(np.abs(values).max())
+
+
+Image = TypeVar("Image", bound=Any)
+
+
+def normalise(image: Image, scale: float) -> Image:
+    """Scanner units to about [0, 1] (array or tensor); `scale` from `intensity_scale`. Nothing is clipped."""
+    return image / scale
+
+
+def restore(image: Image, scale: float) -> Image:
+    """The inverse of `normalise`: about [0, 1] to scanner units."""
+    return image * scale
