@@ -1,97 +1,253 @@
-"""PSNR, SSIM and NMSE by named protocol: the choice of protocol alone moves results by 5 dB, so it is never implied.
+"""PSNR, SSIM, NMSE, HFEN and LPIPS by named protocol: the choice alone moves results by 5 dB, so it is never implied.
 
 A volume is (slices, H, W), or (H, W) for one slice, a numpy array or a tensor; results are Python floats, computed in
-float64. In every protocol SSIM is Wang et al. 2004 as fastMRI and scikit-image compute it: a uniform 7x7 window, sample
-covariance, K1 = 0.01, K2 = 0.03, averaged over the pixels whose window lies inside the image.
+float64 (LPIPS in float32). In every protocol SSIM is Wang et al. 2004 as fastMRI and scikit-image compute it: a uniform
+7x7 window, sample covariance, K1 = 0.01, K2 = 0.03, averaged over the pixels whose window lies inside the image.
 
 Protocols:
     volume: one PSNR over the whole volume, data range = its HR maximum; SSIM of each slice with that same range,
         averaged over slices (fastMRI, T2Net, SANet; inferred for the paper, which does not say).
     slice: PSNR and SSIM of each slice with the slice's own HR maximum as data range, averaged over slices. Slices with
         no signal (HR maximum 0) have no such range and are left out.
+    foreground: as volume, but over the pixels of `foreground(hr)` only, all slices pooled (SSIM: the windows centred on
+        them). Air is easy: where two thirds of a picture are empty, `volume` gives 4 dB for nothing.
 """
 
-from typing import Literal, get_args
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-Protocol = Literal["volume", "slice"]
+from deformmamba.extras import MissingExtra, require
+
+Protocol = Literal["volume", "slice", "foreground"]
 PROTOCOLS: tuple[str, ...] = get_args(Protocol)
 Array = np.ndarray | torch.Tensor
 WINDOW = 7
+# of the 99.9th percentile of the HR volume: above the noise of air, below every tissue but cortical bone
+FOREGROUND_LEVEL = 0.1
+# a few slices at a time: a volume of 1,000 in float64 with its moments would take gigabytes
+_AT_ONCE = 8
 
 
-def _pair(sr: Array, hr: Array, protocol: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Both volumes as (slices, H, W) in float64, and the data range of each slice (slices,)."""
-    a, b = (torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x) for x in (sr, hr))
+class _Pair(NamedTuple):
+    """Both volumes as (slices, H, W) in float64, the data range of each slice (slices,), and the pixels that count."""
+
+    sr: torch.Tensor
+    hr: torch.Tensor
+    peak: torch.Tensor
+    mask: torch.Tensor | None
+
+
+def _tensor(x: Array) -> torch.Tensor:
+    return torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x).detach()
+
+
+def _pair(sr: Array, hr: Array, protocol: str) -> _Pair:
+    a, b = _tensor(sr), _tensor(hr)
     if a.shape != b.shape or a.ndim not in (2, 3):
         raise ValueError(
             f"metrics: sr is {tuple(a.shape)} and hr {tuple(b.shape)}; both must be (slices, H, W) or (H, W), the same"
         )
     if protocol not in PROTOCOLS:
         raise ValueError(f"metrics: no protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
-    a, b = (x.detach().double().reshape(-1, *x.shape[-2:]) for x in (a, b))
+    a, b = (x.double().reshape(-1, *x.shape[-2:]) for x in (a, b))
     peak = b.amax((-2, -1))
-    if protocol == "volume":
-        peak = peak.max().expand(len(b))
-    else:
+    if protocol == "slice":
         a, b, peak = a[peak > 0], b[peak > 0], peak[peak > 0]
+    else:
+        peak = peak.max().expand(len(b))
     if not len(b) or (peak <= 0).any():
         raise ValueError("metrics: hr has no positive value, so it has no data range")
-    return a, b, peak
+    return _Pair(a, b, peak, foreground(b) if protocol == "foreground" else None)
+
+
+def foreground(hr: Array) -> torch.Tensor:
+    """The pixels inside the body, bool, of the shape of `hr`: (slices, H, W) or (H, W).
+
+    The rule: a pixel is bright if it exceeds `FOREGROUND_LEVEL` times the 99.9th percentile of the non-zero values of
+    the volume; a pixel belongs to the foreground if bright pixels lie at or beyond it in all four directions of its
+    slice: left and right in its row, above and below in its column. So dark tissue inside the body counts, and air
+    around it does not. It depends on HR alone. Made for heads: where a surface coil leaves half the picture at the
+    level of noise, the edge is ragged.
+    """
+    b = _tensor(hr).double()
+    values = b[b != 0].flatten()
+    if not values.numel():
+        return torch.zeros_like(b, dtype=torch.bool)
+    level = np.percentile(values.cpu().numpy(), 99.9) * FOREGROUND_LEVEL
+    bright = (b > level).to(torch.uint8)
+    inside = torch.ones_like(b, dtype=torch.bool)
+    for dim in (-2, -1):
+        inside &= bright.cummax(dim).values.bool() & bright.flip(dim).cummax(dim).values.flip(dim).bool()
+    return inside
+
+
+def _sums(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each slice: the sum of x (slices, H, W) over the pixels that count, and how many those are."""
+    if mask is None:
+        return x.sum((-2, -1)), torch.full((len(x),), float(x[0].numel()), dtype=x.dtype, device=x.device)
+    return torch.where(mask, x, 0).sum((-2, -1)), mask.sum((-2, -1)).to(x.dtype)
 
 
 def psnr(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
     """Peak signal to noise ratio in dB; infinite for equal volumes."""
-    a, b, peak = _pair(sr, hr, protocol)
-    error = (a - b).square()
-    mse = error.mean() if protocol == "volume" else error.mean((-2, -1))
-    ratio = (peak[0] if protocol == "volume" else peak).square() / mse
-    return float(10 * ratio.log10().mean())
+    a, b, peak, mask = _pair(sr, hr, protocol)
+    error, n = _sums((a - b).square(), mask)
+    if protocol == "slice":
+        return float((10 * (peak.square() * n / error).log10()).mean())
+    return float(10 * (peak[0].square() * n.sum() / error.sum()).log10())
 
 
-def _ssim(a: torch.Tensor, b: torch.Tensor, peak: torch.Tensor) -> torch.Tensor:
-    """SSIM of each slice, (slices,)."""
-    if min(a.shape[-2:]) < WINDOW:
-        raise ValueError(f"ssim: slices are {tuple(a.shape[-2:])}, smaller than the {WINDOW}x{WINDOW} window")
-    if len(a) > 8:  # a few slices at a time: a volume of 1,000 in float64 with its moments would take gigabytes
-        return torch.cat([_ssim(*part) for part in zip(a.split(8), b.split(8), peak.split(8), strict=True)])
+def _similarity(pair: _Pair) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Of a few slices at a time: `_sums` of the map of SSIM."""
+    if min(pair.hr.shape[-2:]) < WINDOW:
+        raise ValueError(f"ssim: slices are {tuple(pair.hr.shape[-2:])}, smaller than the {WINDOW}x{WINDOW} window")
 
     def window_mean(x: torch.Tensor) -> torch.Tensor:
         return F.avg_pool2d(x[:, None], WINDOW, stride=1)[:, 0]
 
-    sample = WINDOW**2 / (WINDOW**2 - 1)
-    mean_a, mean_b = window_mean(a), window_mean(b)
-    var_a = sample * (window_mean(a * a) - mean_a**2)
-    var_b = sample * (window_mean(b * b) - mean_b**2)
-    cov = sample * (window_mean(a * b) - mean_a * mean_b)
-    c1, c2 = ((k * peak[:, None, None]) ** 2 for k in (0.01, 0.03))
-    similarity = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    return similarity.mean((-2, -1))
+    sample, edge = WINDOW**2 / (WINDOW**2 - 1), WINDOW // 2
+    for start in range(0, len(pair.hr), _AT_ONCE):
+        some = slice(start, start + _AT_ONCE)
+        a, b, peak = pair.sr[some], pair.hr[some], pair.peak[some]
+        mean_a, mean_b = window_mean(a), window_mean(b)
+        var_a = sample * (window_mean(a * a) - mean_a**2)
+        var_b = sample * (window_mean(b * b) - mean_b**2)
+        cov = sample * (window_mean(a * b) - mean_a * mean_b)
+        c1, c2 = ((k * peak[:, None, None]) ** 2 for k in (0.01, 0.03))
+        similarity = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+        yield _sums(similarity, None if pair.mask is None else pair.mask[some, edge:-edge, edge:-edge])
 
 
 def ssim(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
     """Structural similarity, 1 for equal volumes. Slices must be at least 7x7."""
-    return float(_ssim(*_pair(sr, hr, protocol)).mean())
+    total, n = map(torch.cat, zip(*_similarity(_pair(sr, hr, protocol)), strict=True))
+    if not n.any():
+        raise ValueError("ssim: no foreground pixel whose 7x7 window lies inside the image")
+    return float(total.sum() / n.sum())  # without a mask every slice has as many pixels: the mean over slices
+
+
+def _energies(x: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None, protocol: str) -> torch.Tensor:
+    """|x|^2 / |reference|^2 of the whole volume, (1,), or of each slice that is not flat, (slices,)."""
+    error, energy = (_sums(image.square(), mask)[0] for image in (x, reference))
+    if protocol != "slice":
+        error, energy = error.sum(0, keepdim=True), energy.sum(0, keepdim=True)
+    return error / energy
 
 
 def nmse(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
-    """Normalised mean squared error |sr - hr|^2 / |hr|^2, of the volume or averaged over slices."""
-    a, b, _ = _pair(sr, hr, protocol)
-    dims = (-3, -2, -1) if protocol == "volume" else (-2, -1)
-    return float(((a - b).square().sum(dims) / b.square().sum(dims)).mean())
+    """Normalised mean squared error |sr - hr|^2 / |hr|^2, of the volume (fastMRI) or averaged over slices."""
+    a, b, _, mask = _pair(sr, hr, protocol)
+    return float(_energies(a - b, b, mask, protocol).mean())
 
 
 def by_slice(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> dict[str, list[float]]:
-    """PSNR and SSIM of every slice with the data range of the protocol: what a spread over slices is the spread of.
+    """PSNR, SSIM and NMSE of each slice with the data range of the protocol: the values of a spread over slices.
 
-    Under "volume" the PSNR of the volume is not the mean of these: it pools the squared errors.
+    Under "volume" and "foreground" the PSNR of the volume is not the mean of these: it pools the squared errors. Slices
+    without a foreground pixel, or without a value other than 0 (NMSE), are left out of the list.
     """
-    a, b, peak = _pair(sr, hr, protocol)
-    mse = (a - b).square().mean((-2, -1))
-    return {"psnr": (10 * (peak.square() / mse).log10()).tolist(), "ssim": _ssim(a, b, peak).tolist()}
+    pair = _pair(sr, hr, protocol)
+    a, b, peak, mask = pair
+    (error, n), (energy, _) = _sums((a - b).square(), mask), _sums(b.square(), mask)
+    total, windows = map(torch.cat, zip(*_similarity(pair), strict=True))
+    return {
+        "psnr": (10 * (peak.square() * n / error).log10())[n > 0].tolist(),
+        "ssim": (total / windows)[windows > 0].tolist(),
+        "nmse": (error / energy)[energy > 0].tolist(),
+    }
 
 
 METRICS = {"psnr": psnr, "ssim": ssim, "nmse": nmse}
+
+
+# ------------------------------------------------------------------------------------------------------ when asked for
+
+
+@cache
+def _laplacian_of_gaussian() -> tuple[torch.Tensor, torch.Tensor]:
+    """Gaussian of standard deviation 1.5 pixels, 15 taps, sum 1; and its second derivative."""
+    x = torch.arange(-7, 8, dtype=torch.float64)
+    gaussian = torch.exp(-(x**2) / (2 * 1.5**2))
+    gaussian /= gaussian.sum()
+    return gaussian, (x**2 / 1.5**4 - 1 / 1.5**2) * gaussian
+
+
+def _edges(x: torch.Tensor) -> torch.Tensor:
+    """The Laplacian of Gaussian of each slice (slices, H, W), edges replicated."""
+    gaussian, second = (kernel.to(x.device) for kernel in _laplacian_of_gaussian())
+    padded = F.pad(x[:, None], (7, 7, 7, 7), mode="replicate")
+
+    def separable(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(F.conv2d(padded, rows[None, None, :, None]), columns[None, None, None, :])[:, 0]
+
+    return separable(second, gaussian) + separable(gaussian, second)
+
+
+def hfen(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
+    """High-frequency error norm |LoG(sr - hr)| / |LoG(hr)|: 0 for equal volumes, about 1 where all edges are missing.
+
+    LoG is a Laplacian of Gaussian of 15x15 pixels and standard deviation 1.5, edges replicated.
+
+    Source: Ravishankar and Bresler, IEEE TMI 30 (2011), section IV, divided by the norm of the reference.
+    """
+    a, b, _, mask = _pair(sr, hr, protocol)
+    return float(_energies(_edges(a - b), _edges(b), mask, protocol).sqrt().mean())
+
+
+def lpips(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
+    """Learned perceptual distance (AlexNet, version 0.1) of each slice, averaged over slices; 0 for equal volumes.
+
+    A slice is divided by the data range of the protocol, clipped to [0, 1], and given to the network in grey. It was
+    trained on photographs: a second opinion, not a measure of anatomy. Whole slices only: no "foreground".
+
+    The extra `lpips` brings the package, and with it the linear layers; AlexNet's own weights come from torchvision.
+    Nothing is downloaded here: they must lie in torch's cache of models already.
+
+    Source: Zhang et al., CVPR 2018.
+
+    Raises:
+        MissingExtra: the package, torchvision or AlexNet's weights are not here; says how to get them.
+        ValueError: slices smaller than 32x32, or the protocol "foreground".
+    """
+    if protocol == "foreground":
+        raise ValueError('lpips: a network sees whole slices; protocol "volume" or "slice", not "foreground"')
+    a, b, peak, _ = _pair(sr, hr, protocol)
+    if min(b.shape[-2:]) < 32:
+        raise ValueError(f"lpips: slices are {tuple(b.shape[-2:])}; AlexNet needs 32x32 or more")
+    network = _lpips_network()
+    images = [(x / peak[:, None, None]).clamp(0, 1).float().cpu()[:, None].expand(-1, 3, -1, -1) for x in (a, b)]
+    with torch.inference_mode():
+        distances = [network(x, y, normalize=True) for x, y in zip(*(i.split(_AT_ONCE) for i in images), strict=True)]
+    return float(torch.cat(distances).double().mean())
+
+
+# AlexNet's file in torch's cache; torchvision.models.AlexNet_Weights.IMAGENET1K_V1 names it
+ALEXNET = "alexnet-owt-7be5be79.pth"
+
+
+@cache
+def _lpips_network() -> Callable[..., torch.Tensor]:
+    import os
+    import warnings
+
+    try:
+        package: Any = require("lpips", extra="lpips", what="LPIPS")
+    except RuntimeError as error:  # a torchvision that does not fit the installed torch
+        raise MissingExtra(f"LPIPS needs a torchvision that works with this torch ({error})") from None
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", ALEXNET)
+    if not os.path.isfile(path):
+        raise MissingExtra(
+            f"LPIPS needs AlexNet's weights at {path}, and nothing is downloaded here; get them once with: "
+            "python -c 'import torchvision; torchvision.models.alexnet(weights=\"IMAGENET1K_V1\")'"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it asks torchvision in a deprecated way
+        return package.LPIPS(net="alex", verbose=False).eval()
+
+
+ON_REQUEST = {"hfen": hfen, "lpips": lpips}

@@ -1,14 +1,19 @@
-"""PSNR, SSIM and NMSE against scikit-image, by protocol, over sizes, ranges and dtypes."""
+"""PSNR, SSIM, NMSE, HFEN against scikit-image, scipy and fastMRI's definition, by protocol, size, range and dtype."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from deformmamba.metrics import METRICS, PROTOCOLS, by_slice, nmse, psnr, ssim
+from deformmamba import metrics
+from deformmamba.extras import MissingExtra
+from deformmamba.metrics import METRICS, ON_REQUEST, PROTOCOLS, by_slice, foreground, hfen, lpips, nmse, psnr, ssim
 
 oracle = pytest.importorskip("skimage.metrics")
+SHAPES = [(1, 7, 7), (3, 16, 23), (17, 32, 8)]
+RANGES = [(1.0, np.float32), (255, np.uint8), (4000, np.int16), (1e-3, np.float64), (2.0, np.float16)]
 
 
 def volumes(shape, peak, dtype, seed=0):
@@ -18,8 +23,8 @@ def volumes(shape, peak, dtype, seed=0):
     return sr.astype(dtype), hr.astype(dtype)
 
 
-@pytest.mark.parametrize("shape", [(1, 7, 7), (3, 16, 23), (17, 32, 8)])
-@pytest.mark.parametrize(("peak", "dtype"), [(1.0, np.float32), (255, np.uint8), (4000, np.int16), (1e-3, np.float64)])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("peak", "dtype"), RANGES)
 def test_equal_to_scikit_image(shape, peak, dtype):
     sr, hr = volumes(shape, peak, dtype)
     a, b = sr.astype(np.float64), hr.astype(np.float64)
@@ -33,9 +38,123 @@ def test_equal_to_scikit_image(shape, peak, dtype):
     assert ssim(sr, hr, protocol="slice") == pytest.approx(mean(oracle.structural_similarity, np.max), rel=1e-9)
     wanted = oracle.normalized_root_mse(b, a, normalization="euclidean") ** 2
     assert nmse(sr, hr) == pytest.approx(wanted, rel=1e-9)
+    assert nmse(sr, hr) == pytest.approx(np.linalg.norm(b - a) ** 2 / np.linalg.norm(b) ** 2, rel=1e-9)  # fastMRI's
 
 
-@pytest.mark.parametrize("metric", METRICS.values())
+def body(shape, peak, dtype):
+    """A bright disc with a dark hole in air that is not quite 0; and an estimate of it."""
+    rng = np.random.default_rng(1)
+    y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape[1:]), indexing="ij")
+    radius = np.hypot(y, x)
+    hr = np.where((radius < 0.7) & (radius > 0.3), 0.5 + 0.5 * rng.random(shape), 0.02 * rng.random(shape)) * peak
+    sr = np.clip(hr + rng.normal(scale=0.05 * peak, size=shape), 0, peak)
+    return sr.astype(dtype), hr.astype(dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 17, 17), (3, 20, 33), (11, 40, 24)])
+@pytest.mark.parametrize(("peak", "dtype"), RANGES)
+def test_the_foreground_is_scored_as_scikit_image_scores_those_pixels(shape, peak, dtype):
+    sr, hr = body(shape, peak, dtype)
+    mask = foreground(hr).numpy()
+    assert 0.1 < mask.mean() < 0.7
+    a, b = sr.astype(np.float64), hr.astype(np.float64)
+    mse = oracle.mean_squared_error(b[mask], a[mask])
+    assert psnr(sr, hr, protocol="foreground") == pytest.approx(10 * np.log10(b.max() ** 2 / mse), rel=1e-9)
+    maps = np.stack(
+        [oracle.structural_similarity(y, x, data_range=b.max(), full=True)[1] for x, y in zip(a, b, strict=True)]
+    )
+    inside = (slice(None), slice(3, -3), slice(3, -3))
+    assert ssim(sr, hr, protocol="foreground") == pytest.approx(maps[inside][mask[inside]].mean(), rel=1e-9)
+    wanted = oracle.normalized_root_mse(b[mask], a[mask], normalization="euclidean") ** 2
+    assert nmse(sr, hr, protocol="foreground") == pytest.approx(wanted, rel=1e-9)
+    assert psnr(sr, hr, protocol="foreground") < psnr(sr, hr)
+
+
+def test_the_foreground_is_the_body_with_its_dark_middle():
+    _, hr = body((2, 41, 41), 300.0, np.float32)
+    y, x = np.meshgrid(np.linspace(-1, 1, 41), np.linspace(-1, 1, 41), indexing="ij")
+    disc = np.hypot(y, x) < 0.7
+    mask = foreground(hr).numpy()
+    assert mask.shape == hr.shape
+    assert (mask == disc).mean() > 0.99
+    np.testing.assert_array_equal(foreground(hr[0]), mask[0])
+    hr[1, 0, 0] = 300  # one bright pixel in a corner encloses nothing but itself and the lines to it
+    assert foreground(hr)[1].sum() <= mask[1].sum() + 1
+    assert not foreground(np.zeros((4, 4))).any()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("shape", [(1, 17, 17), (3, 20, 33), (11, 40, 24)])
+@pytest.mark.parametrize(("peak", "dtype"), RANGES)
+def test_high_frequency_error_is_that_of_scipys_filter(shape, peak, dtype, protocol):
+    ndimage = pytest.importorskip("scipy.ndimage")
+    sr, hr = body(shape, peak, dtype)
+    a, b = sr.astype(np.float64), hr.astype(np.float64)
+
+    def log(volume):
+        return np.stack([ndimage.gaussian_laplace(x, 1.5, mode="nearest", truncate=7 / 1.5) for x in volume])
+
+    error, edges = log(a - b), log(b)
+    if protocol == "slice":
+        wanted = np.mean([np.linalg.norm(e) / np.linalg.norm(x) for e, x in zip(error, edges, strict=True)])
+    else:
+        mask = foreground(hr).numpy() if protocol == "foreground" else np.ones(shape, bool)
+        wanted = np.linalg.norm(error[mask]) / np.linalg.norm(edges[mask])
+    assert hfen(sr, hr, protocol=protocol) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_the_filter_is_the_rotationally_symmetric_one_of_its_paper():
+    """MATLAB's fspecial("log", 15, 1.5), as the paper uses it: the same shape once its own norm is divided out."""
+    gaussian, second = metrics._laplacian_of_gaussian()
+    ours = torch.outer(second, gaussian) + torch.outer(gaussian, second)
+    y, x = np.meshgrid(np.arange(-7, 8), np.arange(-7, 8), indexing="ij")
+    g = np.exp(-(y**2 + x**2) / 4.5)
+    theirs = g * (y**2 + x**2 - 4.5) / (1.5**4 * g.sum())
+    theirs -= theirs.mean()
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_perceptual_distance_refuses_without_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    metrics._lpips_network.cache_clear()
+    _, hr = body((1, 40, 40), 1.0, np.float32)
+    with pytest.raises(MissingExtra, match=r"deformmamba\[lpips\]|AlexNet's weights|torchvision that works"):
+        lpips(hr, hr)
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'deformmamba\[lpips\]'"):
+        lpips(hr, hr)
+    with pytest.raises(ValueError, match="whole slices"):
+        lpips(hr, hr, protocol="foreground")
+    with pytest.raises(ValueError, match="32x32 or more"):
+        lpips(hr[:, :20, :20], hr[:, :20, :20])
+
+
+def test_perceptual_distance_is_that_of_its_package(tmp_path, monkeypatch):
+    try:
+        package = pytest.importorskip("lpips")
+        models = pytest.importorskip("torchvision.models")
+    except RuntimeError as error:  # torchvision built for another torch
+        pytest.skip(str(error))
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(models.alexnet(weights=None).state_dict(), tmp_path / "checkpoints" / metrics.ALEXNET)
+    metrics._lpips_network.cache_clear()
+    try:
+        sr, hr = body((10, 40, 40), 500.0, np.float32)
+        with pytest.warns(UserWarning, match=r"pretrained|weight enum"):
+            network = package.LPIPS(net="alex", verbose=False)
+        x, y = (torch.from_numpy(v / hr.max())[:, None].expand(-1, 3, -1, -1) * 2 - 1 for v in (sr, hr))
+        with torch.no_grad():
+            wanted = network(x, y).mean().item()
+        assert wanted > 0
+        assert lpips(sr, hr) == pytest.approx(wanted, rel=1e-4)
+        assert lpips(hr, hr) == 0
+    finally:
+        metrics._lpips_network.cache_clear()
+
+
+@pytest.mark.parametrize("metric", [*METRICS.values(), hfen])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_tensors_arrays_and_single_slices_agree(metric, protocol):
     sr, hr = volumes((1, 9, 12), 1.0, np.float32)
@@ -46,10 +165,13 @@ def test_tensors_arrays_and_single_slices_agree(metric, protocol):
 
 def test_scores_by_slice_are_those_of_each_slice():
     sr, hr = volumes((11, 9, 12), 1.0, np.float32)
-    alone = [(psnr(a, b), ssim(a, b)) for a, b in zip(sr, hr, strict=True)]
-    scores = by_slice(sr, hr, protocol="slice")
-    np.testing.assert_allclose(list(zip(scores["psnr"], scores["ssim"], strict=True)), alone)
+    for name, values in by_slice(sr, hr, protocol="slice").items():
+        np.testing.assert_allclose(values, [METRICS[name](a, b) for a, b in zip(sr, hr, strict=True)])
+        assert np.mean(values) == pytest.approx(METRICS[name](sr, hr, protocol="slice"))
     assert np.mean(by_slice(sr, hr)["ssim"]) == pytest.approx(ssim(sr, hr))
+    hr[3] = 0  # an empty slice has no NMSE, and no foreground
+    assert [len(v) for v in by_slice(sr, hr).values()] == [11, 11, 10]
+    assert [len(v) for v in by_slice(sr, hr, protocol="foreground").values()] == [10, 10, 10]
 
 
 def test_equal_volumes_are_perfect():
@@ -57,6 +179,7 @@ def test_equal_volumes_are_perfect():
     assert psnr(hr, hr) == math.inf
     assert ssim(hr, hr) == pytest.approx(1)
     assert nmse(hr, hr) == 0
+    assert hfen(hr, hr) == 0
 
 
 def test_the_slice_protocol_leaves_out_slices_without_signal():
@@ -71,10 +194,15 @@ def test_the_slice_protocol_leaves_out_slices_without_signal():
         (np.ones((2, 8, 8)), np.ones((2, 8, 9)), {}, "the same"),
         (np.ones((1, 2, 8, 8)), np.ones((1, 2, 8, 8)), {}, r"\(slices, H, W\)"),
         (np.ones((8, 8)), np.zeros((8, 8)), {}, "no positive value"),
-        (np.ones((8, 8)), np.ones((8, 8)), {"protocol": "best"}, "known: volume, slice"),
+        (np.ones((8, 8)), np.ones((8, 8)), {"protocol": "best"}, "known: volume, slice, foreground"),
         (np.ones((6, 8)), np.ones((6, 8)), {}, "smaller than the 7x7 window"),
     ],
 )
 def test_bad_input_is_refused(sr, hr, options, message):
     with pytest.raises(ValueError, match=message):
         ssim(sr, hr, **options)
+
+
+def test_metrics_on_request_are_no_part_of_the_default_table():
+    assert set(METRICS) == {"psnr", "ssim", "nmse"}
+    assert set(ON_REQUEST) == {"hfen", "lpips"}
