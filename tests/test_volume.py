@@ -26,6 +26,7 @@ from deformmamba.volume import (
     slice_axis,
     upscaled_affine,
     write_volume,
+    writing,
 )
 
 PATIENT = "SECRET^PATIENT"
@@ -292,9 +293,18 @@ def test_a_chosen_type_is_rounded_not_rescaled(tmp_path: Path, dtype: str) -> No
 
 def test_a_type_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "out.nii"
-    for value, dtype in ((40000, "int16"), (-1, "uint16"), (255.6, "uint8"), (np.nan, "int16")):
+    for value, dtype in (
+        (40000, "int16"),
+        (-1, "uint16"),
+        (255.6, "uint8"),
+        (np.nan, "int16"),
+        (np.nan, "float32"),
+        (1e300, "float32"),
+    ):
         with pytest.raises(VolumeError, match="do not fit"):
-            write_volume(path, Volume(np.full((2, 2, 2), value, np.float32), np.eye(4)), dtype=dtype)
+            write_volume(path, Volume(np.full((2, 2, 2), value), np.eye(4)), dtype=dtype)
+    with pytest.raises(VolumeError, match="at most 32767"):
+        write_volume(path, Volume(np.ones((40000, 1, 1)), np.eye(4)))
     with pytest.raises(VolumeError, match="not as float16"):
         write_volume(path, Volume(voxels(), np.eye(4)), dtype="float16")
     with pytest.raises(VolumeError, match="not as float64"):
@@ -587,17 +597,77 @@ def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path = save(tmp_path / "out.nii.gz", voxels())
     before = path.read_bytes()
 
-    def half(self: nibabel.Nifti1Image, name: Path) -> None:
-        Path(name).write_bytes(b"half")
-        raise error
+    volume = read_volume(path)
+    planes = iter(range(volume.array.shape[2]))
 
-    monkeypatch.setattr(nibabel.Nifti1Image, "to_filename", half)
+    def half(array: np.ndarray, dtype: str) -> np.ndarray:
+        if next(planes) == 3:
+            raise error
+        return array
+
+    monkeypatch.setattr("deformmamba.volume.nifti.as_dtype", half)
     with pytest.raises(VolumeError if isinstance(error, OSError) else type(error)) as caught:
-        write_volume(path, read_volume(path))
+        write_volume(path, volume)
     if isinstance(error, OSError):
         assert str(caught.value) == f"{path}: cannot be written: No space left on device"
     assert [p.name for p in tmp_path.iterdir()] == ["out.nii.gz"]
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".mgz"])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_slice_by_slice_is_the_same_file(tmp_path: Path, suffix: str, axis: int) -> None:
+    image = nibabel.Nifti1Image(voxels(), oblique(0), nibabel.Nifti1Header(endianness=">"))
+    image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"kept"))
+    nibabel.save(image, tmp_path / "in.nii")
+    volume = read_volume(tmp_path / "in.nii")
+    (tmp_path / "out").mkdir()
+    whole, sliced = tmp_path / "out" / f"whole{suffix}", tmp_path / "out" / f"sliced{suffix}"
+    write_volume(whole, volume)
+    with writing(sliced, volume, volume.array.shape, axis=axis) as write:
+        for image_slice in np.moveaxis(volume.array, axis, 0):
+            write(image_slice)
+        assert not sliced.exists()
+    assert sliced.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([whole.name, sliced.name])
+    again = nibabel.load(sliced)
+    np.testing.assert_array_equal(np.asarray(again.dataobj), voxels())
+    np.testing.assert_allclose(again.affine, oblique(0), atol=1e-4)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("the model's"), OSError(2, "a file of the model")])
+@pytest.mark.parametrize("axis", [0, 2])
+def test_a_block_that_fails_leaves_what_was_there(tmp_path: Path, error: BaseException, axis: int) -> None:
+    path = save(tmp_path / "out.nii.gz", voxels())
+    before, volume = path.read_bytes(), read_volume(path)
+
+    def fail() -> None:
+        with writing(path, volume, (9, 8, 5), axis=axis) as write:
+            write(volume.array.take(0, axis))
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        fail()
+    assert caught.value is error
+    assert [p.name for p in tmp_path.iterdir()] == ["out.nii.gz"]
+    assert path.read_bytes() == before
+
+
+def test_slices_that_do_not_make_the_volume(tmp_path: Path) -> None:
+    volume = Volume(voxels(), np.eye(4))
+
+    def write_some(n: int, size: tuple[int, int]) -> None:
+        with writing(tmp_path / "a.nii", volume, (9, 8, 5)) as write:
+            for _ in range(n):
+                write(np.zeros(size, np.float32))
+
+    for n, size, said in ((4, (9, 8), "only 4"), (6, (9, 8), "slice 5"), (5, (8, 9), "slice 0 has shape")):
+        with pytest.raises(ValueError, match=said):
+            write_some(n, size)
+    for shape, axis in (((9, 8), 0), ((9, 8, 5), 3), ((9, 0, 5), 1)):
+        with pytest.raises(ValueError, match="three sizes"), writing(tmp_path / "a.nii", volume, shape, axis=axis):
+            pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_device(tmp_path: Path) -> None:

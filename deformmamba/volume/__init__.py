@@ -9,7 +9,8 @@ the text of a parser, which may quote one: patients are in there.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,10 @@ from deformmamba.volume.files import (
     MGH_SUFFIXES,
     NIFTI_SUFFIXES,
     PathLike,
+    check_folder_of,
+    kept,
+    refusals,
+    renamed,
     replacing,
     silenced,
     suffix,
@@ -52,6 +57,7 @@ __all__ = [
     "slice_axis",
     "upscaled_affine",
     "write_volume",
+    "writing",
 ]
 
 
@@ -91,20 +97,103 @@ def _checked_voxels(volume: Volume, path: Path) -> Volume:
     return volume
 
 
-def write_volume(path: PathLike, volume: Volume, *, dtype: str | None = None) -> None:
-    """Write NIfTI (.nii, .nii.gz) or MGH (.mgh, .mgz), whole or not at all; an existing file is replaced.
+def write_volume(path: PathLike, volume: Volume, *, dtype: str | None = None, derivation: str | None = None) -> None:
+    """Write NIfTI (.nii, .nii.gz), MGH (.mgh, .mgz) or DICOM, whole or not at all; an existing file is replaced.
+
+    What is written where, and every rule for headers, types and DICOM, is the same as with `writing`.
+
+    Raises:
+        VolumeError: the path cannot be written, the format is not one of these, or values do not fit the `dtype`.
+    """
+    with writing(path, volume, volume.array.shape, dtype=dtype, derivation=derivation) as write:
+        for k in range(volume.array.shape[2]):
+            write(volume.array[:, :, k])
+
+
+@contextmanager
+def writing(
+    path: PathLike,
+    like: Volume,
+    shape: Sequence[int],
+    *,
+    axis: int = 2,
+    dtype: str | None = None,
+    derivation: str | None = None,
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Write a volume slice by slice, for what does not fit into memory.
+
+    ```python
+    place = scan.resampled(scan.array, 4, (0, 1), "origin")  # where it will lie; its array is not looked at
+    with writing("sharper.nii.gz", place, (4 * h, 4 * w, n), axis=2) as write:
+        for k in range(n):
+            write(sharper_slice(k))  # (4 * h, 4 * w)
+    ```
+
+    The file appears whole when the block ends, replacing what was there; if the block raises, or ctrl-C ends it,
+    nothing appears and what was there stays. What the block itself raises goes out as it is.
+
+    Memory: one slice across the last axis of NIfTI and MGH, which goes straight into the file. Other axes of these
+    go through a temporary file without a name beside `path`, as large as the voxels, which is gone with the process.
 
     Voxels are `dtype`, one of `DTYPES` (default float32); integers are rounded, and nothing is ever rescaled, whatever
     the source's header says. NIfTI keeps the header the volume came with (units, description, extensions), with sform
     and qform both written, each under its own code.
 
+    Args:
+        path: .nii, .nii.gz, .mgh or .mgz.
+        like: a volume with the geometry, codes and header to write; its array is not looked at.
+        shape: (i, j, k) of what is written.
+        axis: where the slices are stacked: slice k is `array.take(k, axis)` of what is to be in the file.
+        dtype: of the voxels.
+        derivation: for DICOM: what made this, for its DerivationDescription.
+
     Raises:
-        VolumeError: the path cannot be written, the format is not one of these, or values do not fit the `dtype`.
+        VolumeError: as `check_output`, or values that do not fit the `dtype`, or the operating system refused.
+        ValueError: slices of another shape, or too many or too few of them.
     """
     path = Path(path)
     check_output(path, dtype=dtype)
-    with replacing(path) as temporary, silenced():
-        nifti.write(temporary, volume, dtype or "float32")
+    shape = tuple(int(n) for n in shape)
+    if len(shape) != 3 or min(shape) < 1 or axis not in (0, 1, 2):
+        raise ValueError(f"a volume has three sizes and the axes 0, 1 and 2; not shape {shape} and axis {axis}")
+    size = tuple(n for a, n in enumerate(shape) if a != axis)
+    done = 0
+    with ExitStack() as stack:
+        with refusals(path), silenced():
+            temporary = stack.enter_context(renamed(path))
+            opened = nifti.planes(temporary, like, shape, dtype or "float32")
+            if axis != 2:
+                opened = _turned(opened, path, shape, axis, dtype or "float32")
+            put = stack.enter_context(opened)
+
+        def write(image: np.ndarray) -> None:
+            nonlocal done
+            if image.shape != size or done == shape[axis]:
+                raise ValueError(f"{shape[axis]} slices of {size} make {shape}; slice {done} has shape {image.shape}")
+            with refusals(path):
+                put(image)
+            done += 1
+
+        yield write
+        if done != shape[axis]:
+            raise ValueError(f"{shape[axis]} slices of {size} make {shape}; only {done} were written")
+        with refusals(path), silenced():
+            stack.close()
+
+
+@contextmanager
+def _turned(
+    planes: AbstractContextManager[Callable[[np.ndarray], None]],
+    path: Path,
+    shape: tuple[int, ...],
+    axis: int,
+    dtype: str,
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Takes slices across `axis`, gives `planes` those across the last axis once all are there."""
+    with kept(path, shape, axis, dtype) as (put, array), planes as put_plane:
+        yield put
+        for k in range(shape[2]):
+            put_plane(array()[:, :, k])
 
 
 def check_output(
@@ -124,8 +213,4 @@ def check_output(
         raise VolumeError(f"{path}: voxels can be written as {', '.join(allowed)}, not as {dtype}")
     if os.path.isdir(path):
         raise VolumeError(f"{path}: is a folder; give the name of a file")
-    folder = os.path.dirname(os.path.realpath(path))
-    if not os.path.isdir(folder):
-        raise VolumeError(f"{path}: there is no folder {folder}; make it first")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise VolumeError(f"{path}: the folder {folder} cannot be written to")
+    check_folder_of(path)

@@ -3,10 +3,13 @@
 import logging
 import os
 import secrets
+import shutil
+import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +21,7 @@ MGH_SUFFIXES = (".mgh", ".mgz")
 # what a voxel may be written as; integers are rounded, never rescaled
 DTYPES = ("float32", "float64", "int16", "uint16", "int32", "uint8")
 MGH_DTYPES = ("float32", "int16", "int32", "uint8")
+DICOM_DTYPES = ("int16", "uint16")
 
 
 @contextmanager
@@ -67,6 +71,9 @@ def volume_index(path: Path, n: int, volume: int | None) -> int:
     return volume
 
 
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
 @contextmanager
 def replacing(path: PathLike) -> Iterator[Path]:
     """A temporary name beside `path` to write to; it becomes `path` if the block succeeds and vanishes if not.
@@ -74,24 +81,110 @@ def replacing(path: PathLike) -> Iterator[Path]:
     Raises:
         VolumeError: the operating system refused.
     """
+    with refusals(path), renamed(path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def refusals(path: PathLike) -> Iterator[None]:
+    """What the operating system refuses, as a VolumeError of one line."""
+    try:
+        yield
+    except OSError as error:
+        raise VolumeError(f"{path}: cannot be written: {error.strerror or type(error).__name__}") from error
+
+
+@contextmanager
+def renamed(path: PathLike) -> Iterator[Path]:
+    """`replacing`, the operating system's own errors left as they are."""
     target = Path(os.path.realpath(path))  # a link is written through, not replaced
     temporary = target.parent / f".{secrets.token_hex(8)}{suffix(target)}"
     try:
         yield temporary
         os.replace(temporary, target)
-    except OSError as error:
-        raise VolumeError(f"{path}: cannot be written: {error.strerror or type(error).__name__}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def renamed_folder(path: PathLike) -> Iterator[Path]:
+    """A temporary folder beside `path`, empty; it takes the place of `path` if the block succeeds and vanishes if not.
+
+    What was at `path` is gone only after the new folder is there.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.parent / f".{secrets.token_hex(8)}"
+    before = temporary.with_name(temporary.name + ".before")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if target.is_dir() and any(target.iterdir()):
+            os.replace(target, before)
+        try:
+            os.replace(temporary, target)
+        except BaseException:
+            if before.exists():
+                os.replace(before, target)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+@contextmanager
+def closed(file: Any) -> Iterator[Any]:
+    """`file`, closed at the end; what closing adds (a full disk says so again) is not heard after another error."""
+    try:
+        yield file
+    except BaseException:
+        with suppress(OSError):
+            file.close()
+        raise
+    file.close()
+
+
+@contextmanager
+def kept(
+    path: PathLike, shape: Sequence[int], axis: int, dtype: str
+) -> Iterator[tuple[Callable[[np.ndarray], None], Callable[[], np.ndarray]]]:
+    """Slices across `axis` kept on disk: a function that takes the next, and one that gives the (i, j, k) array of all.
+
+    They lie in a file without a name beside `path`, which the operating system removes when the process ends, however
+    it ends; the array reads from it.
+    """
+    h, w = (n for a, n in enumerate(shape) if a != axis)
+    with closed(tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path)))) as file:
+
+        def put(image: np.ndarray) -> None:
+            file.write(as_dtype(image, dtype).tobytes(order="F"))
+
+        def array() -> np.ndarray:
+            file.flush()
+            slices = np.memmap(file, dtype, "r", shape=(shape[axis], w, h))
+            return np.moveaxis(slices.transpose(0, 2, 1), 0, axis)
+
+        yield put, array
+
+
+def check_folder_of(path: PathLike) -> None:
+    """The folder that `path` would be made in exists and can be written to."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise VolumeError(f"{path}: there is no folder {folder}; make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise VolumeError(f"{path}: the folder {folder} cannot be written to")
+
+
 def as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
-    if np.dtype(dtype).kind == "f":
-        return array.astype(dtype, copy=False)
-    limits = np.iinfo(dtype)
-    lowest, highest = float(array.min()), float(array.max())
-    if not (limits.min <= np.rint(lowest) and np.rint(highest) <= limits.max):
+    """`array` as `dtype`, integers rounded; what does not fit is refused, not wrapped."""
+    extremes = float(array.min()), float(array.max())
+    if not np.isfinite(extremes).all():
+        raise VolumeError(f"NaN or infinite values do not fit {dtype}; replace them first")
+    is_float = np.dtype(dtype).kind == "f"
+    limits: Any = np.finfo(dtype) if is_float else np.iinfo(dtype)
+    lowest, highest = extremes if is_float else np.rint(extremes).tolist()
+    if lowest < float(limits.min) or highest > float(limits.max):
         raise VolumeError(
             f"values from {lowest:g} to {highest:g} do not fit {dtype} ({limits.min} to {limits.max}); use float32"
         )
-    return np.rint(array).astype(dtype)
+    return (array if is_float else np.rint(array)).astype(dtype, copy=False)

@@ -1,12 +1,14 @@
 """NIfTI and MGH, through nibabel."""
 
 import gzip
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deformmamba.volume.files import MGH_SUFFIXES, as_dtype, parsing, suffix, volume_index
+from deformmamba.volume.files import MGH_SUFFIXES, as_dtype, closed, parsing, suffix, volume_index
 from deformmamba.volume.image import Volume, VolumeError
 
 _MM = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
@@ -62,34 +64,55 @@ def _uncompressed_size(path: Path) -> int:
     return n
 
 
-def write(path: Path, volume: Volume, dtype: str) -> None:
-    array = as_dtype(volume.array, dtype)
-    image = _mgh_image(array, volume) if suffix(path) in MGH_SUFFIXES else _nifti_image(array, volume)
-    image.to_filename(path)
+@contextmanager
+def planes(path: Path, like: Volume, shape: tuple[int, ...], dtype: str) -> Iterator[Callable[[np.ndarray], None]]:
+    """Write the file plane by plane: yields a function that takes the next (i, j) plane of the last axis.
+
+    Geometry and header are those of `like`. Nothing but one plane is held in memory.
+    """
+    from nibabel.openers import ImageOpener
+
+    is_mgh = suffix(path) in MGH_SUFFIXES
+    # the header of an image of this shape, which is never made
+    voxels = np.broadcast_to(np.zeros((), dtype), shape)
+    header = _mgh_header(voxels, like) if is_mgh else _nifti_header(voxels, like)
+    file_dtype = header.get_data_dtype()
+    with closed(ImageOpener(str(path), "wb")) as file:
+        if is_mgh:
+            header.writehdr_to(file)
+        else:
+            header.write_to(file)
+        file.write(bytes(header.get_data_offset() - file.tell()))
+        yield lambda plane: file.write(as_dtype(plane, dtype).astype(file_dtype).tobytes(order="F"))
+        if is_mgh:
+            header.writeftr_to(file)
 
 
-def _nifti_image(array: np.ndarray, volume: Volume) -> Any:
+def _nifti_header(voxels: np.ndarray, volume: Volume) -> Any:
     import nibabel
 
     known = isinstance(volume.header, nibabel.Nifti1Header)
     header = volume.header.copy() if known else nibabel.Nifti1Header()
     if not known:
         header.set_xyzt_units("mm")
-    header.set_data_dtype(array.dtype)
-    header.set_data_offset(0)
+    header.set_data_dtype(voxels.dtype)
     is_nifti2 = isinstance(header, nibabel.Nifti2Header)
-    image = (nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image)(array, None, header)
+    if not is_nifti2 and max(voxels.shape) > np.iinfo(np.int16).max:
+        raise VolumeError(f"NIfTI-1 holds at most {np.iinfo(np.int16).max} voxels along an axis, not {voxels.shape}")
+    image = (nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image)(voxels, None, header)
     from_mm = np.diag([*[1 / _MM.get(header.get_xyzt_units()[0], 1.0)] * 3, 1.0])
     qform = volume.affine if volume.qform is None else volume.qform
     image.set_qform(from_mm @ qform, volume.codes[0], update_affine=False)
     image.set_sform(from_mm @ volume.affine, volume.codes[1])
-    return image
+    image.header.set_slope_inter(1, 0)
+    image.header.set_data_offset(image.header.single_vox_offset + image.header.extensions.get_sizeondisk())
+    return image.header
 
 
-def _mgh_image(array: np.ndarray, volume: Volume) -> Any:
+def _mgh_header(voxels: np.ndarray, volume: Volume) -> Any:
     import nibabel
 
     header = volume.header.copy() if isinstance(volume.header, nibabel.freesurfer.mghformat.MGHHeader) else None
     if header is not None:
-        header.set_data_dtype(array.dtype)
-    return nibabel.freesurfer.mghformat.MGHImage(array, volume.affine, header)
+        header.set_data_dtype(voxels.dtype)
+    return nibabel.freesurfer.mghformat.MGHImage(voxels, volume.affine, header).header
