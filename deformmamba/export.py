@@ -206,12 +206,15 @@ def _scan_by_steps(
     softplus: bool,
     zoh: bool,
     keep: bool,
+    mix: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`deformmamba::scan` as a loop over steps that a graph can hold, all directions at once; shapes as there."""
     from torch._higher_order_ops.scan import scan_op
 
-    k, b, g, _, r = delta.shape
-    n = A.shape[-1]
+    b, g, _, r = u.shape
+    k, n = A.shape[0], A.shape[-1]
+    if mix is not None:
+        delta = torch.einsum("kbglq,kgrq->kbglr", delta, mix)
 
     def walked(xs: list[Tensor]) -> Tensor:
         """(l, k, b, g, ...): what each direction meets at each step."""

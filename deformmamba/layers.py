@@ -253,16 +253,16 @@ class SS2D(nn.Module):
             u = _last(x.to(torch.promote_types(x.dtype, torch.float32)))
             projected = F.linear(u, self.x_proj.flatten(0, 1).to(u.dtype)).unflatten(-1, (k, r + 2 * n))
             dt, B, C = projected.split([r, n, n], dim=-1)
-            delta = torch.einsum("bhwkr,kcr->kbhwc", dt, self.dt_proj.to(u.dtype))
             y = selective_scan_2d(
                 u,
-                delta,
+                dt.permute(3, 0, 1, 2, 4),
                 -self.A_log.to(u.dtype).exp(),
                 B,
                 C,
                 self.D.to(u.dtype),
                 self.dt_bias.flatten().to(u.dtype),
                 delta_softplus=True,
+                delta_weight=self.dt_proj.flatten(0, 1).to(u.dtype),
                 discretization=self.discretization,
                 backend=self.backend,
             )

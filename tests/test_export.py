@@ -33,23 +33,28 @@ def image(h: int, w: int, b: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("directions", "zoh", "bias"), [(1, False, True), (2, True, False), (4, False, False), (4, True, True)]
+    ("directions", "zoh", "bias", "rank"),
+    [(1, False, True, 0), (2, True, False, 3), (4, False, False, 0), (4, True, True, 3)],
 )
-def test_the_scan_by_steps_is_the_scan(directions: int, zoh: bool, bias: bool) -> None:
+def test_the_scan_by_steps_is_the_scan(directions: int, zoh: bool, bias: bool, rank: int) -> None:
     b, h, w, d, n, k = 2, 3, 4, 5, 2, directions
     generator = torch.Generator().manual_seed(0)
-    u, delta, B, C, D, A, dt = (
+    u, delta, mix, B, C, D, A, dt = (
         torch.randn(*shape, generator=generator, dtype=torch.float64)
-        for shape in ((b, h, w, d), (k, b, h, w, d), (b, h, w, k, n), (b, h, w, k, n), (k * d,), (k * d, n), (k * d,))
-    )
+        for shape in (
+            (b, h, w, d), (k, b, h, w, rank or d), (k * d, rank), (b, h, w, k, n), (b, h, w, k, n),
+            (k * d,), (k * d, n), (k * d,),
+        )
+    )  # fmt: skip
     A = -A.exp()
     wanted = selective_scan_2d(
-        u, delta, A, B, C, *((D, dt) if bias else ()), discretization="zoh" if zoh else "euler", backend="reference"
-    )
+        u, delta, A, B, C, *((D, dt) if bias else ()), delta_weight=mix if rank else None,
+        discretization="zoh" if zoh else "euler", backend="reference",
+    )  # fmt: skip
     got, last, kept = deformmamba.export._scan_by_steps(
         "cpu",
         u.reshape(b, 1, h * w, d),
-        delta.reshape(k, b, 1, h * w, d),
+        delta.reshape(k, b, 1, h * w, rank or d),
         A.reshape(k, 1, d, n),
         *(x.permute(3, 0, 1, 2, 4).reshape(k, b, 1, h * w, n) for x in (B, C)),
         D.reshape(k, 1, d) if bias else None,
@@ -60,6 +65,7 @@ def test_the_scan_by_steps_is_the_scan(directions: int, zoh: bool, bias: bool) -
         True,
         zoh,
         False,
+        mix.reshape(k, 1, d, rank) if rank else None,
     )
     torch.testing.assert_close(got.reshape(b, h, w, d), wanted)
     assert last.shape == (k, b, 1, d, n)
@@ -97,7 +103,8 @@ def test_a_pt2_file_takes_sizes_it_was_not_made_at(tmp_path: Path) -> None:
     for h, w, b in [(8, 8, 1), (9, 14, 3)]:
         lr = image(h, w, b)
         base = zero_fill(lr, 2)
-        torch.testing.assert_close(program(lr=lr, base=base), model(lr, base), atol=1e-5, rtol=0)
+        with torch.no_grad():  # with gradients PyTorch imports its compiler, whose own imports warn
+            torch.testing.assert_close(program(lr=lr, base=base), model(lr, base), atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow

@@ -405,8 +405,8 @@ def flops(block, x):
 
 def test_torchs_flop_counter_counts_the_scan_and_the_deformable_convolution():
     x = feature_map(2, 8, 6, 5)
-    counted = flops(SS2D(8, d_state=4, directions=2), x)
-    assert counted["scan"] == 9 * 2 * 6 * 5 * 2 * 8 * 4
+    counted = flops(SS2D(8, d_state=4, dt_rank=3, directions=2), x)
+    assert counted["scan"] == 2 * 6 * 5 * 2 * 8 * (9 * 4 + 2 * 3)
     assert counted["scan_backward"] == 2 * counted["scan"]
     block = ModulatedDeformBlock(8, 12, stride=2, groups=2)
     counted = flops(block, x.requires_grad_())
