@@ -16,6 +16,7 @@ from scipy import ndimage
 from torch import nn
 
 import deformmamba
+from deformmamba.extras import MissingExtra
 from deformmamba.kspace import GRIDS, degrade, zero_fill
 from deformmamba.metrics import psnr
 from deformmamba.models import MODELS, Bicubic, BSpline, DeformMambaSR, SRModel, ZeroFill, from_pretrained
@@ -25,6 +26,12 @@ from deformmamba.weights import WeightsError, write_checkpoint
 # arguments that make a class small enough to test; a class without an entry is tested with {"scale": 2}
 SMALL: dict[str, dict[str, Any]] = {
     "DeformMambaSR": {"scale": 2, "dims": (8, 12), "depths": (1, 1), "patch": 2, "stem_channels": 4, "d_state": 4},
+    "SRCNN": {"scale": 2, "widths": (6, 4)},
+    "VDSR": {"scale": 2, "layers": 4, "width": 6},
+    "FMISR": {"scale": 2, "widths": (6, 4)},
+    "T2Net": {"scale": 2, "width": 6, "blocks": 2},
+    "SwinIR": {"scale": 2, "width": 8, "depths": (2, 2), "heads": (2, 2), "window": 4},
+    "HAT": {"scale": 2, "width": 8, "depths": (2,), "heads": (2,), "window": 4, "squeeze": 2},
 }
 
 
@@ -43,6 +50,10 @@ def image(*size: int) -> torch.Tensor:
 
 @pytest.fixture(params=MODELS)
 def name(request: pytest.FixtureRequest) -> str:
+    try:
+        build(request.param)
+    except MissingExtra as missing:
+        pytest.skip(str(missing))
     return str(request.param)
 
 

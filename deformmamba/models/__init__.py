@@ -4,7 +4,12 @@ import os
 
 from deformmamba.models.base import SRModel
 from deformmamba.models.deform_mamba import DeformMambaSR
+from deformmamba.models.fmisr import FMISR
 from deformmamba.models.interpolation import Bicubic, BSpline, ZeroFill
+from deformmamba.models.srcnn import SRCNN
+from deformmamba.models.t2net import T2Net
+from deformmamba.models.transformers import HAT, SwinIR
+from deformmamba.models.vdsr import VDSR
 from deformmamba.weights import WeightsError, load_checkpoint
 
 MODELS: dict[str, type[SRModel]] = {
@@ -12,6 +17,12 @@ MODELS: dict[str, type[SRModel]] = {
     "Bicubic": Bicubic,
     "BSpline": BSpline,
     "ZeroFill": ZeroFill,
+    "SRCNN": SRCNN,
+    "VDSR": VDSR,
+    "FMISR": FMISR,
+    "T2Net": T2Net,
+    "SwinIR": SwinIR,
+    "HAT": HAT,
 }
 
 

@@ -12,6 +12,13 @@ from deformmamba.kspace import GRIDS, Grid, zero_fill
 from deformmamba.models.base import SRModel
 
 
+def checked_grid(name: str, grid: Grid) -> Grid:
+    """`grid`, or a ValueError that names the model `name`."""
+    if grid not in GRIDS:
+        raise ValueError(f"{name}: grid must be one of {', '.join(GRIDS)}, not {grid!r}")
+    return grid
+
+
 class ZeroFill(SRModel):
     """Zero-filled k-space (sinc) interpolation of the whole slice, see `deformmamba.kspace.zero_fill`."""
 
@@ -30,9 +37,7 @@ class _Separable(SRModel):
 
     def __init__(self, *, scale: int, grid: Grid, intensity: str, **config: Any) -> None:
         super().__init__(scale=scale, grid=grid, intensity=intensity, **config)
-        if grid not in GRIDS:
-            raise ValueError(f"{type(self).__name__}: grid must be one of {', '.join(GRIDS)}, not {grid!r}")
-        self.grid = grid
+        self.grid = checked_grid(type(self).__name__, grid)
 
     def matrix(self, n: int) -> torch.Tensor:
         """(scale * n, n), float64: what each output sample takes of each of n input samples."""
@@ -46,8 +51,13 @@ class _Separable(SRModel):
     def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
         """(b, c, h, w) to (b, c, scale * h, scale * w); `base` is not used."""
         self.check_lr(lr)
+        return self.enlarge(lr)
+
+    def enlarge(self, lr: torch.Tensor) -> torch.Tensor:
+        """`forward` without its checks, for a network that starts from the interpolated image."""
         rows, columns = (self.matrix(n).to(lr) for n in lr.shape[-2:])
-        return rows @ lr @ columns.T
+        with torch.autocast(lr.device.type, enabled=False):  # half precision would be seen in what is only resampled
+            return rows @ lr @ columns.T
 
 
 class Bicubic(_Separable):

@@ -1,0 +1,124 @@
+"""T2Net (Feng et al. 2021), row 4 of table 2: two branches, one of which asks the other for what it knows."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deformmamba.kspace import Grid
+from deformmamba.models.base import SRModel
+from deformmamba.models.interpolation import checked_grid
+
+# entries of a relevance map held at once: slices of any size in 64 MB of it
+RELEVANCE_ENTRIES = 1 << 24
+
+
+class T2Net(SRModel):
+    """Super-resolution helped by the features of a reconstruction branch: (b, c, h, w) to (b, c, scale * h, scale * w).
+
+    Both branches are residual blocks on the LR grid. After each block a task transformer takes, for every pixel of the
+    super-resolution branch, the most similar 3x3 patch of the reconstruction branch (hard attention), fuses it by a 1x1
+    convolution and adds it, weighted by that similarity. Pixel shuffle at the end.
+
+    Args:
+        scale: upsampling factor: a power of two, or 3.
+        in_channels: image channels.
+        width: channels of both branches.
+        blocks: residual blocks of each branch.
+        residual: factor of each block's residual.
+        grid: that of the pairs it is trained on; the convolutions before the pixel shuffle learn it.
+        intensity: see `SRModel`.
+
+    1.55 million parameters at 4x. The paper prints no count.
+
+    Source: Feng, Yan, Fu, Chen & Xu, MICCAI 2021; where its text leaves a detail open (5x5 heads, the scaling of the
+    residuals by 0.1, 8 blocks, the division of overlapping patches by 9), the authors' released code. Left out: the
+    reconstruction branch's own 1x1 output and its loss (0.2 of the total). T2Net's input is undersampled as well as
+    coarse, and that output removes the aliasing; the experiments of table 2 degrade by cropping k-space alone, so its
+    target would be its input. The branch itself learns from the super-resolution loss, through the transformers. Left
+    out too: a last convolution of each branch that the released code creates and never uses.
+    """
+
+    tiles = "patches of the size trained on: every pixel searches the whole image, in time that grows as its square"
+
+    def __init__(
+        self,
+        *,
+        scale: int = 4,
+        in_channels: int = 1,
+        width: int = 64,
+        blocks: int = 8,
+        residual: float = 0.1,
+        grid: Grid = "origin",
+        intensity: str = "p99.9",
+    ) -> None:
+        super().__init__(
+            scale=scale,
+            in_channels=in_channels,
+            width=width,
+            blocks=blocks,
+            residual=residual,
+            grid=grid,
+            intensity=intensity,
+        )
+        if scale & (scale - 1) and scale != 3:
+            raise ValueError(f"T2Net: scale must be a power of two or 3, not {scale}")
+        if width < 1 or not 1 <= blocks <= 128:
+            raise ValueError(
+                f"T2Net: width={width}, blocks={blocks}; at least 1 channel and 1 to 128 blocks are needed"
+            )
+        self.grid = checked_grid("T2Net", grid)
+        self.channels = in_channels
+        self.sharp_head, self.clean_head = (nn.Conv2d(in_channels, width, 5, padding=2) for _ in range(2))
+        self.sharp, self.clean = (nn.ModuleList(_Residual(width, residual) for _ in range(blocks)) for _ in range(2))
+        self.fuse = nn.ModuleList(nn.Conv2d(2 * width, width, 1) for _ in range(blocks))
+        steps = [3] if scale == 3 else [2] * (scale.bit_length() - 1)
+        self.upsample = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(width, n * n * width, 3, padding=1), nn.PixelShuffle(n)) for n in steps),
+            nn.Conv2d(width, in_channels, 3, padding=1),
+        )
+
+    def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
+        """The SR image of `lr` (b, in_channels, h, w), values about [0, 1]; `base` is not used."""
+        self.check_lr(lr)
+        sharp = first = self.sharp_head(lr)
+        clean = self.clean_head(lr)
+        for sharpen, denoise, fuse in zip(self.sharp, self.clean, self.fuse, strict=True):
+            sharp, clean = sharpen(sharp), denoise(clean)
+            relevance, found = task_attention(sharp, clean)
+            sharp = sharp + relevance * fuse(torch.cat([sharp, found], dim=1))
+        return self.upsample(sharp + first)
+
+
+def task_attention(query: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For every 3x3 patch of `query` (b, c, h, w) the most similar one of `source` (b, c, h', w').
+
+    Returns the cosine similarity of the best patch (b, 1, h, w), and the image that the best patches make where they
+    overlap, their sum divided by 9 (b, c, h, w). Borders are zeros.
+
+    Source: T2Net, section 2.3, the transformer of texture transfer (Yang et al., CVPR 2020).
+    """
+    b, _, h, w = query.shape
+    with torch.autocast(query.device.type, enabled=False):  # half precision chooses among similar patches by chance
+        asked, offered = (
+            F.unfold(x.to(torch.promote_types(x.dtype, torch.float32)), 3, padding=1) for x in (query, source)
+        )
+        keys = F.normalize(offered, dim=1).mT
+        parts = F.normalize(asked, dim=1).split(max(1, RELEVANCE_ENTRIES // (b * offered.shape[2])), dim=2)
+        best = [(keys @ part).max(dim=1) for part in parts]
+        relevance = torch.cat([values for values, _ in best], dim=1)
+        index = torch.cat([indices for _, indices in best], dim=1)
+        patches = offered.gather(2, index[:, None].expand(-1, offered.shape[1], -1))
+        found = F.fold(patches, (h, w), 3, padding=1) / 9
+    return relevance.view(b, 1, h, w).to(query.dtype), found.to(query.dtype)
+
+
+class _Residual(nn.Module):
+    """x + factor * conv(ReLU(conv(x)))."""
+
+    def __init__(self, width: int, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+        self.first, self.second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.factor * self.second(torch.relu(self.first(x)))
