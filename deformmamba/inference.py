@@ -1,18 +1,37 @@
 """From a scan to a sharper scan: normalise, slice, run the model, correct, restore units, place in the world."""
 
+import time
 import warnings
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import torch
 
-from deformmamba.kspace import data_consistency, degrade
-from deformmamba.volume import Volume, VolumeError, intensity_scale, normalise, restore, slice_axis
+from deformmamba import __version__
+from deformmamba.kspace import Grid, crop_spectrum, data_consistency, degrade, fft2c, ifft2c, zero_fill
+from deformmamba.tiling import default_overlap, spans, tiled
+from deformmamba.volume import (
+    PathLike,
+    Volume,
+    VolumeError,
+    check_output,
+    intensity_scale,
+    normalise,
+    read_volume,
+    restore,
+    slice_axis,
+    writing,
+)
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
 
-Scan = TypeVar("Scan", Volume, np.ndarray, torch.Tensor)
+# a Volume, an array, a tensor or a nibabel image: what comes in goes out
+Scan = TypeVar("Scan")
 
 # HR pixels in one batch on a CPU: larger batches cost memory and gain no speed there
 CPU_BATCH_PIXELS = 1 << 18
@@ -22,6 +41,19 @@ FREE_MEMORY_SHARE = 0.6
 FAR_SPACING = 1.5
 
 
+class Settings(TypedDict, total=False):
+    """The keyword arguments of `upscale`, for functions that hand them on."""
+
+    axis: int | None
+    batch_size: int | None
+    consistency: bool | None
+    ensemble: bool
+    tile: int | None
+    overlap: int | None
+    device: str | torch.device | None
+    progress: bool
+
+
 def upscale(
     model: "SRModel",
     scan: Scan,
@@ -29,6 +61,9 @@ def upscale(
     axis: int | None = None,
     batch_size: int | None = None,
     consistency: bool | None = None,
+    ensemble: bool = False,
+    tile: int | None = None,
+    overlap: int | None = None,
     device: str | torch.device | None = None,
     progress: bool = False,
 ) -> Scan:
@@ -40,36 +75,305 @@ def upscale(
 
     Args:
         model: any SRModel; run in eval mode.
-        scan: a `Volume`, whose affine follows on the model's grid; or real numbers (h, w) or 3-D as an array or tensor.
+        scan: a `Volume` or a nibabel image (NIfTI or MGH, 3-D), whose affine follows on the model's grid; or real
+            numbers (h, w) or 3-D as an array or tensor.
         axis: where slices are stacked; None: `volume.slice_axis`, which for bare numbers, whose geometry nobody knows,
             is the last axis (or the only one of length 1). (slices, h, w) needs axis=0.
         batch_size: slices at once; None: as memory allows.
         consistency: correct each slice so that degrading it gives the input back (`kspace.data_consistency`; before
             negative values become 0); None: what was found best for the weights (`model.consistency`, else off).
+        ensemble: the mean over the eight reflections and transposes of each slice, see `predict`: eight times the work.
+        tile: run the model on tiles of this side, in LR pixels, blended (`tiling.tiled`), for slices that do not fit
+            into memory; None: on whole slices, as the networks want it.
+        overlap: LR pixels that neighbouring tiles share; None: `tiling.default_overlap`.
         device: where to run; moves the model there. None: where the model is.
         progress: a bar on stderr, if that is a terminal.
 
     Raises:
         VolumeError: voxels that are complex, NaN or infinite, not 2-D or 3-D, no such axis, or slices smaller than the
             model takes.
-        ValueError: consistency asked of a model on the half-pixel grid.
+        ValueError: consistency asked of a model on the half-pixel grid; a tile that the model or the overlap is too
+            large for.
     """
-    if isinstance(scan, Volume):
-        array = _upscaled(model, scan, axis, batch_size, consistency, device, progress)
-        return scan.resampled(array, model.scale, _in_plane(_axis(scan, axis)), model.grid)
-    if isinstance(scan, torch.Tensor):
-        plain = scan.detach().cpu()
-        array = (plain.float() if plain.is_floating_point() else plain).numpy()  # numpy has no bfloat16
-    else:
-        array = np.asarray(scan)
-    if array.ndim not in (2, 3):
-        raise VolumeError(f"a scan is (h, w) or 3-D, not {array.shape}; a batch of images goes to the model itself")
-    if array.ndim == 2 and axis is not None:
-        raise VolumeError("axis chooses among the axes of a 3-D scan; a 2-D one is a slice already")
-    volume = Volume(array if array.ndim == 3 else array[:, :, None], np.eye(4), codes=(0, 0))
-    sharp = _upscaled(model, volume, axis if array.ndim == 3 else 2, batch_size, consistency, device, progress)
-    sharp = sharp if array.ndim == 3 else sharp[:, :, 0]
-    return torch.from_numpy(sharp).to(scan.device) if isinstance(scan, torch.Tensor) else sharp
+    settings = Settings(
+        axis=axis, batch_size=batch_size, consistency=consistency, ensemble=ensemble, tile=tile, overlap=overlap,
+        device=device, progress=progress,
+    )  # fmt: skip
+    volume, like, settings = _opened(scan, settings)
+    job = Upscaling(model, volume, **settings)
+    out = job.empty()
+    sharp = np.moveaxis(out, job.axis, 0)
+
+    def put(k: int, image: np.ndarray, _: np.ndarray | None) -> None:
+        sharp[k] = image
+
+    job.run(put)
+    return like(job, out)
+
+
+def upscale_with_uncertainty(model: "SRModel", scan: Scan, **settings: Unpack[Settings]) -> tuple[Scan, Scan]:
+    """`upscale(model, scan, ensemble=True)`, and beside it where its eight members disagree.
+
+    The second result has the shape, kind and units of the first: the standard deviation of the eight in each voxel. It
+    is no confidence interval: where it is small, the network merely says the same eight times.
+    """
+    volume, like, settings = _opened(scan, settings)
+    settings["ensemble"] = True
+    job = Upscaling(model, volume, **settings)
+    outs = job.empty(), job.empty()
+    sharp, spread = (np.moveaxis(out, job.axis, 0) for out in outs)
+
+    def put(k: int, image: np.ndarray, deviation: np.ndarray | None) -> None:
+        sharp[k], spread[k] = image, deviation
+
+    job.run(put)
+    return like(job, outs[0]), like(job, outs[1])
+
+
+@dataclass(frozen=True)
+class Upscaled:
+    """What `upscale_file` did.
+
+    Attributes:
+        source: the scan as it was read, cropped to its effective matrix if that was asked for.
+        place: the geometry and header of what was written; its array is that of `source`.
+        shape: (i, j, k) of what was written.
+        axis: where slices are stacked.
+        seconds: from the first slice to the whole file.
+        settings: what `upscale` worked with, defaults filled in.
+    """
+
+    source: Volume
+    place: Volume
+    shape: tuple[int, int, int]
+    axis: int
+    seconds: float
+    settings: dict[str, Any]
+
+
+def upscale_file(
+    model: "SRModel",
+    source: PathLike,
+    target: PathLike,
+    *,
+    volume: int | None = None,
+    dtype: str | None = None,
+    uncertainty: PathLike | None = None,
+    effective: bool = False,
+    watch: Callable[[int, np.ndarray, np.ndarray | None], None] | None = None,
+    **settings: Unpack[Settings],
+) -> Upscaled:
+    """Read `source`, upscale it, write `target`: slices go to the file as they are made, so that the output is never in
+    memory; the input is. Nothing appears under `target` before all of it is there.
+
+    Args:
+        model: any SRModel.
+        source, volume: as `read_volume`.
+        target, dtype: as `write_volume`.
+        uncertainty: another file, for what `upscale_with_uncertainty` gives as its second result, float32. Makes an
+            ensemble of it.
+        effective: start from the matrix that k-space says was measured, see `to_effective`.
+        watch: called with (index, slice, deviation or None) for each slice, in order, in scanner units.
+        settings: as `upscale`.
+
+    Raises:
+        VolumeError: what the functions named above raise.
+        ValueError: as `upscale`.
+    """
+    for path, kind in ((target, dtype), *([(uncertainty, None)] if uncertainty else [])):
+        check_output(path, dtype=kind)
+    scan = read_volume(source, volume=volume)
+    if effective:
+        scan = to_effective(scan, axis=settings.get("axis"))
+    if uncertainty:
+        settings["ensemble"] = True
+    job = Upscaling(model, scan, **settings)
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        open_for = partial(writing, like=job.place, shape=job.shape, axis=job.axis, derivation=derivation(model))
+        write = stack.enter_context(open_for(target, dtype=dtype))
+        write_spread = stack.enter_context(open_for(uncertainty)) if uncertainty else None
+
+        def put(k: int, image: np.ndarray, deviation: np.ndarray | None) -> None:
+            write(image)
+            if write_spread and deviation is not None:
+                write_spread(deviation)
+            if watch:
+                watch(k, image, deviation)
+
+        job.run(put)
+    return Upscaled(scan, job.place, job.shape, job.axis, time.perf_counter() - start, job.settings)
+
+
+def derivation(model: "SRModel") -> str:
+    """Who made a file, in one line for its header: this package and the weights."""
+    return f"deformmamba {__version__}, {type(model).__name__} {model.scale}x, {model.source or 'untrained weights'}"
+
+
+class Upscaling:
+    """One volume on its way to a sharper one: checks everything first, then hands out slice after slice.
+
+    The arguments are those of `upscale`.
+
+    Attributes:
+        axis: where slices are stacked.
+        shape: (i, j, k) of the result.
+        place: the result's geometry and header; its array is still the input's.
+        settings: the arguments with defaults filled in.
+    """
+
+    def __init__(self, model: "SRModel", volume: Volume, **settings: Unpack[Settings]) -> None:
+        axis = _axis(volume, settings.get("axis"))
+        consistency, tile, overlap = settings.get("consistency"), settings.get("tile"), settings.get("overlap")
+        if consistency is None:
+            consistency = model.consistency
+        if consistency and model.grid != "origin":
+            raise ValueError(f'consistency is defined for the "origin" grid; {type(model).__name__} has {model.grid!r}')
+        if tile is None and overlap is not None:
+            raise ValueError(f"an overlap of {overlap} needs tiles: give tile=N (--tile N) as well")
+        if tile is not None:
+            if tile < model.minimum_size:
+                raise ValueError(
+                    f"tiles of {tile} are too small: the smallest image that {type(model).__name__} takes is "
+                    f"{model.minimum_size}x{model.minimum_size}"
+                )
+            overlap = default_overlap(tile) if overlap is None else overlap
+            spans(1, tile, overlap, model.multiple)  # refuses an overlap that does not go with the tile
+        _check(model, volume, axis)
+        self.axis = axis
+        i, j, k = (n if a == axis else n * model.scale for a, n in enumerate(volume.array.shape))
+        self.shape = i, j, k
+        self.place = volume.resampled(volume.array, model.scale, _in_plane(axis), model.grid)
+        self.settings: dict[str, Any] = {
+            "axis": axis,
+            "consistency": consistency,
+            "ensemble": settings.get("ensemble", False),
+            "tile": tile,
+            "overlap": overlap,
+        }
+        self._model, self._volume = model, volume
+        self._batch_size, self._progress = settings.get("batch_size"), settings.get("progress", False)
+        if (device := settings.get("device")) is not None:
+            model.to(device)
+        self._device = next((p.device for p in model.parameters()), torch.device(device or "cpu"))
+
+    def empty(self) -> np.ndarray:
+        """Room for the result, in the order in which NIfTI is written: slices of the last axis are contiguous."""
+        return np.empty(self.shape, np.float32, order="F")
+
+    def run(self, put: Callable[[int, np.ndarray, np.ndarray | None], None]) -> None:
+        """Calls put(k, slice (h, w), deviation of the ensemble or None) for each slice, in order, in scanner units."""
+        from tqdm import tqdm
+
+        model = self._model
+        slices = np.moveaxis(self._volume.array, self.axis, 0)
+        intensity = intensity_scale(self._volume.array, model.intensity)
+        signed = bool(self._volume.array.min() < 0)
+        was_training = model.training
+        model.eval()
+        try:
+            with tqdm(total=len(slices), unit="slice", disable=None if self._progress else True) as bar:
+                start = 0
+                while start < len(slices):
+                    n = self._batch_size or self._batch(slices.shape[-2:], first=start == 0)
+                    images = np.ascontiguousarray(slices[start : start + n], np.float32)
+                    sharp, spread = self._sharpened(images, intensity, signed)
+                    for image, deviation in zip(sharp, [None] * n if spread is None else spread, strict=False):
+                        put(start, image, deviation)
+                        start += 1
+                    bar.update(len(sharp))
+        finally:
+            model.train(was_training)
+
+    def _sharpened(self, images: np.ndarray, intensity: float, signed: bool) -> tuple[np.ndarray, np.ndarray | None]:
+        """Some slices (n, h, w), in scanner units, sharper, and their deviation."""
+        model = self._model
+        with torch.inference_mode():
+            lr = normalise(torch.from_numpy(images).to(self._device), intensity)[:, None]
+            keys = ("ensemble", "tile", "overlap")
+            sr, spread = predict(model, lr, **{key: self.settings[key] for key in keys})
+            if self.settings["consistency"]:
+                sr = data_consistency(sr, lr, model.scale, magnitude=not signed)
+            sharp, deviation = (None if x is None else restore(x[:, 0], intensity) for x in (sr, spread))
+            assert sharp is not None
+            sharp = sharp if signed else sharp.clamp_(min=0)
+            return sharp.cpu().numpy(), None if deviation is None else deviation.cpu().numpy()
+
+    def _batch(self, size: tuple[int, ...], *, first: bool) -> int:
+        """How many slices of `size` to run at once."""
+        side = self.settings["tile"]
+        h, w = size if side is None else (min(n, side) for n in size)
+        if self._device.type != "cuda":
+            return max(1, CPU_BATCH_PIXELS // (h * w * self._model.scale**2))
+        if first:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return 1
+        free, _ = torch.cuda.mem_get_info(self._device)
+        held = torch.cuda.memory_allocated(self._device)
+        reusable = torch.cuda.memory_reserved(self._device) - held
+        slice_bytes = max(1, torch.cuda.max_memory_allocated(self._device) - held)
+        return max(1, int(FREE_MEMORY_SHARE * (free + reusable) / slice_bytes))
+
+
+def predict(
+    model: "SRModel",
+    lr: torch.Tensor,
+    *,
+    ensemble: bool = False,
+    tile: int | None = None,
+    overlap: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `model` makes of whole slices (b, c, h, w), about [0, 1]: (b, c, scale * h, scale * w), float32 at least.
+
+    With `ensemble`, the mean over the eight reflections and transposes of the slice, each undone afterwards, and beside
+    it their standard deviation (else None). On the origin-aligned grid an image is reflected about index 0, i to
+    -i mod n: plain reversal would move LR and HR apart by scale - 1 HR pixels.
+
+    With `tile`, each of them is computed tile by tile, every tile with its cut of the whole slice's zero-filled image.
+    """
+
+    def once(image: torch.Tensor) -> torch.Tensor:
+        if tile is None:
+            return model(image).to(torch.promote_types(image.dtype, torch.float32))
+        base = zero_fill(image.to(torch.promote_types(image.dtype, torch.float32)), model.scale)
+        return tiled(
+            lambda cut, base_cut: model(cut, base=base_cut).to(base),
+            image,
+            model.scale,
+            tile=tile,
+            overlap=overlap,
+            multiple=model.multiple,
+            base=base if model.grid == "origin" else None,
+        )
+
+    if not ensemble:
+        return once(lr), None
+    mean = squares = None
+    for k in range(8):
+        sr = _transformed(once(_transformed(lr, k, model.grid)), k, model.grid, back=True)
+        if mean is None or squares is None:
+            mean, squares = sr.clone(), torch.zeros_like(sr)
+        else:  # Welford: no difference of large squares
+            before = sr - mean
+            mean += before / (k + 1)
+            squares += before * (sr - mean)
+    assert mean is not None
+    assert squares is not None
+    return mean, (squares / 8).sqrt()
+
+
+def _transformed(image: torch.Tensor, k: int, grid: Grid, *, back: bool = False) -> torch.Tensor:
+    """The k-th of eight: rows reflected (bit 0), columns reflected (bit 1), then transposed (bit 2)."""
+    if k & 4 and back:
+        image = image.mT
+    for bit, dim in ((1, -2), (2, -1)):
+        if k & bit:
+            image = image.flip(dim)
+            if grid == "origin":
+                image = image.roll(1, dim)
+    if k & 4 and not back:
+        image = image.mT
+    return image
 
 
 def coarsen(volume: Volume, scale: int, *, axis: int | None = None) -> Volume:
@@ -83,16 +387,59 @@ def coarsen(volume: Volume, scale: int, *, axis: int | None = None) -> Volume:
     """
     axis = _axis(volume, axis)
     _check_voxels(volume.array)
-    slices = np.moveaxis(volume.array, axis, 0)
-    h, w = (n // scale for n in slices.shape[1:])
+    h, w = (volume.array.shape[a] // scale for a in _in_plane(axis))
     if min(h, w) < 1:
-        raise VolumeError(f"slices across axis {axis} are {slices.shape[1]}x{slices.shape[2]}, too small for 1/{scale}")
-    out = np.empty([n if a == axis else n // scale for a, n in enumerate(volume.array.shape)], np.float32, order="F")
-    coarse = np.moveaxis(out, axis, 0)
-    for k, image in enumerate(slices):
-        hr = torch.from_numpy(np.ascontiguousarray(image[: h * scale, : w * scale], np.float32))
-        coarse[k] = degrade(hr, scale).numpy()
-    return volume.resampled(out, 1 / scale, _in_plane(axis), "origin")
+        size = "x".join(str(volume.array.shape[a]) for a in _in_plane(axis))
+        raise VolumeError(f"slices across axis {axis} are {size}, too small for 1/{scale}")
+
+    def degraded(hr: torch.Tensor) -> torch.Tensor:
+        return degrade(hr[: h * scale, : w * scale].contiguous(), scale)
+
+    return volume.resampled(_each(volume, axis, (h, w), degraded), 1 / scale, _in_plane(axis), "origin")
+
+
+def to_effective(volume: Volume, *, axis: int | None = None, matrix: tuple[int, int] | None = None) -> Volume:
+    """The scan as it was measured, before the scanner filled its k-space with zeros: cropped to `matrix` (h, w),
+    float32.
+
+    `matrix` None: what `inspection.effective_matrix` finds. Magnitude, slice by slice; voxel 0 stays where it is.
+    Nothing is lost but the interpolation, and the networks get the pixels that they were trained on. A volume whose
+    k-space is full comes back as it is.
+
+    Raises:
+        VolumeError: voxels that are complex, NaN or infinite, no such axis, or a matrix larger than the slices.
+    """
+    from deformmamba.inspection import effective_matrix
+
+    axis = _axis(volume, axis)
+    _check_voxels(volume.array)
+    in_plane = _in_plane(axis)
+    size = volume.array.shape[in_plane[0]], volume.array.shape[in_plane[1]]
+    found = effective_matrix(np.moveaxis(volume.array, axis, 0)) if matrix is None else matrix
+    if found == size:
+        return volume
+    if not all(1 <= m <= n for m, n in zip(found, size, strict=True)):
+        raise VolumeError(f"a matrix of {found[0]}x{found[1]} does not lie in slices of {size[0]}x{size[1]}")
+
+    def cropped(image: torch.Tensor) -> torch.Tensor:
+        low = ifft2c(crop_spectrum(fft2c(image), found))
+        return low.abs() if (image >= 0).all() else low.real
+
+    array = _each(volume, axis, found, cropped)
+    for a, m, n in zip(in_plane, found, size, strict=True):
+        volume = volume.resampled(array, m / n, (a,), "origin")
+    return volume
+
+
+def _each(
+    volume: Volume, axis: int, size: tuple[int, int], change: Callable[[torch.Tensor], torch.Tensor]
+) -> np.ndarray:
+    """Every slice changed to another of `size`, stacked as they were."""
+    out = np.empty([*size[:axis], volume.array.shape[axis], *size[axis:]], np.float32, order="F")
+    made = np.moveaxis(out, axis, 0)
+    for k, image in enumerate(np.moveaxis(volume.array, axis, 0)):
+        made[k] = change(torch.from_numpy(np.ascontiguousarray(image, np.float32))).numpy()
+    return out
 
 
 def _axis(volume: Volume, axis: int | None) -> int:
@@ -103,72 +450,65 @@ def _axis(volume: Volume, axis: int | None) -> int:
     return axis
 
 
-def _in_plane(axis: int) -> tuple[int, ...]:
-    return tuple(a for a in range(3) if a != axis)
+def _in_plane(axis: int) -> tuple[int, int]:
+    first, second = (a for a in range(3) if a != axis)
+    return first, second
 
 
-def _upscaled(
-    model: "SRModel",
-    volume: Volume,
-    axis: int | None,
-    batch_size: int | None,
-    consistency: bool | None,
-    device: str | torch.device | None,
-    progress: bool,
-) -> np.ndarray:
-    from tqdm import tqdm
+def _opened(scan: Any, settings: Settings) -> tuple[Volume, Callable[["Upscaling", np.ndarray], Any], Settings]:
+    """The scan as a volume, what turns the result into a thing of its kind, and settings that fit the volume."""
+    if isinstance(scan, Volume):
+        return scan, lambda job, out: replace(job.place, array=out), settings
+    if hasattr(scan, "dataobj") and hasattr(scan, "header"):
+        return _from_nibabel(scan), lambda job, out: _to_nibabel(replace(job.place, array=out), type(scan)), settings
+    if isinstance(scan, torch.Tensor):
+        plain = scan.detach().cpu()
+        array = (plain.float() if plain.is_floating_point() else plain).numpy()  # numpy has no bfloat16
+    else:
+        array = np.asarray(scan)
+    if array.ndim not in (2, 3):
+        raise VolumeError(f"a scan is (h, w) or 3-D, not {array.shape}; a batch of images goes to the model itself")
+    flat = array.ndim == 2
+    if flat:
+        if settings.get("axis") is not None:
+            raise VolumeError("axis chooses among the axes of a 3-D scan; a 2-D one is a slice already")
+        settings, array = Settings(**{**settings, "axis": 2}), array[:, :, None]
 
-    axis = _axis(volume, axis)
-    _check(model, volume, axis)
-    if consistency is None:
-        consistency = model.consistency
-    if consistency and model.grid != "origin":
-        raise ValueError(f'consistency is defined for the "origin" grid; {type(model).__name__} has {model.grid!r}')
-    if device is not None:
-        model.to(device)
-    device = next((p.device for p in model.parameters()), torch.device(device or "cpu"))
+    def like(_: "Upscaling", out: np.ndarray) -> Any:
+        out = out[:, :, 0] if flat else out
+        return torch.from_numpy(out).to(scan.device) if isinstance(scan, torch.Tensor) else out
 
-    intensity = intensity_scale(volume.array, model.intensity)
-    signed = bool((volume.array < 0).any())
-    slices = np.moveaxis(volume.array, axis, 0)
-    shape = [n if a == axis else n * model.scale for a, n in enumerate(volume.array.shape)]
-    # the order in which NIfTI is written: slices along the last axis are then contiguous
-    out = np.empty(shape, np.float32, order="F")
-    sharp = torch.from_numpy(np.moveaxis(out, axis, 0))
-
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), tqdm(total=len(slices), unit="slice", disable=None if progress else True) as bar:
-            start = 0
-            while start < len(slices):
-                n = batch_size or _batch(model, slices.shape[-2:], device, first=start == 0)
-                lr = torch.from_numpy(np.ascontiguousarray(slices[start : start + n], np.float32)).to(device)
-                lr = normalise(lr, intensity)[:, None]
-                sr = model(lr).float()
-                if consistency:
-                    sr = data_consistency(sr, lr, model.scale, magnitude=not signed)
-                sr = restore(sr[:, 0], intensity)
-                sharp[start : start + n] = sr if signed else sr.clamp_(min=0)
-                start += len(lr)
-                bar.update(len(lr))
-    finally:
-        model.train(was_training)
-    return out
+    return Volume(array, np.eye(4), codes=(0, 0)), like, settings
 
 
-def _batch(model: "SRModel", size: tuple[int, ...], device: torch.device, *, first: bool) -> int:
-    """How many slices of `size` to run at once."""
-    if device.type != "cuda":
-        return max(1, CPU_BATCH_PIXELS // (size[0] * size[1] * model.scale**2))
-    if first:
-        torch.cuda.reset_peak_memory_stats(device)
-        return 1
-    free, _ = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_allocated(device)
-    reusable = torch.cuda.memory_reserved(device) - held
-    slice_bytes = max(1, torch.cuda.max_memory_allocated(device) - held)
-    return max(1, int(FREE_MEMORY_SHARE * (free + reusable) / slice_bytes))
+# nibabel's spatial unit in mm
+_MM = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
+
+
+def _from_nibabel(image: Any) -> Volume:
+    if len(image.shape) != 3:
+        raise VolumeError(f"the image has shape {image.shape}; give one 3-D volume, such as image.slicer[..., 0]")
+    header = image.header
+    array = np.asarray(image.dataobj)
+    array = array.astype(np.float32) if array.dtype.kind in "iuf" else array
+    if not hasattr(header, "get_xyzt_units"):  # MGH
+        return Volume(array, image.affine, header=header)
+    to_mm = np.diag([*[_MM[header.get_xyzt_units()[0]]] * 3, 1.0])
+    codes = (int(header["qform_code"]), int(header["sform_code"]))
+    qform = to_mm @ header.get_qform() if codes[0] else None
+    return Volume(array, to_mm @ image.affine, qform=qform, codes=codes, header=header)
+
+
+def _to_nibabel(volume: Volume, kind: Any) -> Any:
+    header = volume.header.copy()
+    header.set_data_dtype(np.float32)
+    if not hasattr(header, "get_xyzt_units"):
+        return kind(volume.array, volume.affine, header)
+    image = kind(volume.array, None, header)
+    from_mm = np.diag([*[1 / _MM[header.get_xyzt_units()[0]]] * 3, 1.0])
+    image.set_qform(from_mm @ (volume.affine if volume.qform is None else volume.qform), volume.codes[0])
+    image.set_sform(from_mm @ volume.affine, volume.codes[1])
+    return image
 
 
 def _check(model: "SRModel", volume: Volume, axis: int) -> None:
@@ -187,7 +527,7 @@ def _check(model: "SRModel", volume: Volume, axis: int) -> None:
             warnings.warn(
                 f"the pixels are {given[0]:.3g} x {given[1]:.3g} mm, the weights were trained on {trained.min():.3g} "
                 f"to {trained.max():.3g} mm: the result may be worse than reported",
-                stacklevel=4,
+                stacklevel=4,  # whoever called `upscale`
             )
 
 

@@ -35,7 +35,7 @@ DIRECTIONS: dict[str, set[str]] = {
     "degradations": {"kspace"},
     "data": {"kspace", "volume", "degradations"},
     "datasets": {"data", "volume", "kspace", "extras"},
-    "inference": {"models", "tiling", "volume", "kspace"},
+    "inference": {"models", "tiling", "volume", "kspace", "inspection"},
     "export": {"models", "kspace", "scan", "extras"},
     "figures": {"metrics", "volume"},
     "evaluation": {"metrics", "models", "data", "inference", "kspace"},
