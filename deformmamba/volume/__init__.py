@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deformmamba.volume import dicom, nifti
+from deformmamba.volume import dicom, dicom_out, nifti
 from deformmamba.volume.files import (
     DTYPES,
     MGH_DTYPES,
@@ -24,12 +24,13 @@ from deformmamba.volume.files import (
     PathLike,
     check_folder_of,
     kept,
+    parsing,
     refusals,
     renamed,
+    renamed_folder,
     replacing,
     silenced,
     suffix,
-    volume_index,
 )
 from deformmamba.volume.image import (
     Volume,
@@ -61,31 +62,37 @@ __all__ = [
 ]
 
 
-def read_volume(path: PathLike, *, volume: int | None = None) -> Volume:
-    """Read NIfTI (.nii, .nii.gz), MGH (.mgh, .mgz), one DICOM file, or a folder that holds one DICOM series.
+def read_volume(path: PathLike, *, volume: int | None = None, series: int | str | None = None) -> Volume:
+    """Read NIfTI (.nii, .nii.gz), MGH (.mgh, .mgz), one DICOM file, or a folder that holds DICOM.
 
-    `volume` chooses one volume, counted from 0, of a 4-D file, and must be given for one.
+    DICOM images may be classic or enhanced, compressed too where a decoder is installed (the extra `dicom`).
+
+    Args:
+        path: of the file or folder.
+        volume: which of several: of a 4-D file, or of a DICOM series that holds several images of each slice (echoes,
+            b-values, magnitude and phase, time points: in this order); from 0. Must be given for these.
+        series: which DICOM series of a folder that holds several: from 0 in the order of their series numbers, or its
+            SeriesInstanceUID. Must be given for these.
 
     Raises:
         VolumeError: the file is missing, damaged or of another kind; or it holds complex numbers, colours, NaN or
-            infinite voxels, nothing but zeros, or a geometry that is no geometry.
+            infinite voxels, nothing but zeros, or a geometry that is no geometry; or `volume` or `series` must be given
+            or there is no such.
     """
     path = Path(path)
-    if not os.path.exists(path):
-        raise VolumeError(f"{path}: no such file or folder")
-    with silenced():
-        if path.is_dir():
-            read = dicom.read_folder(path)
-        elif not path.is_file():
+    with parsing(path, "cannot be read"):
+        if not os.path.exists(path):
+            raise VolumeError(f"{path}: no such file or folder")
+        if not path.is_dir() and not path.is_file():
             raise VolumeError(f"{path}: neither a file nor a folder")
-        elif suffix(path) in NIFTI_SUFFIXES + MGH_SUFFIXES:
-            return _checked_voxels(nifti.read(path, volume), path)
-        elif dicom.is_dicom(path):
-            read = dicom.read_series([path], path)
-        else:
+    with silenced():
+        if path.is_dir() or (suffix(path) not in NIFTI_SUFFIXES + MGH_SUFFIXES and dicom.is_dicom(path)):
+            return _checked_voxels(dicom.read(path, volume, series), path)
+        if suffix(path) not in NIFTI_SUFFIXES + MGH_SUFFIXES:
             raise VolumeError(f"{path}: not a scan that can be read; give .nii, .nii.gz, .mgh, .mgz or DICOM")
-    volume_index(path, 1, volume)
-    return _checked_voxels(read, path)
+        if series is not None:
+            raise VolumeError(f"{path}: is one file; series chooses among the DICOM series of a folder")
+        return _checked_voxels(nifti.read(path, volume), path)
 
 
 def _checked_voxels(volume: Volume, path: Path) -> Volume:
@@ -132,27 +139,36 @@ def writing(
     The file appears whole when the block ends, replacing what was there; if the block raises, or ctrl-C ends it,
     nothing appears and what was there stays. What the block itself raises goes out as it is.
 
-    Memory: one slice across the last axis of NIfTI and MGH, which goes straight into the file. Other axes of these
-    go through a temporary file without a name beside `path`, as large as the voxels, which is gone with the process.
+    Memory: one slice across the last axis of NIfTI and MGH, which goes straight into the file. Other axes of these,
+    and DICOM, go through a temporary file without a name beside `path`, as large as the voxels (float32 for DICOM),
+    which is gone with the process.
 
-    Voxels are `dtype`, one of `DTYPES` (default float32); integers are rounded, and nothing is ever rescaled, whatever
-    the source's header says. NIfTI keeps the header the volume came with (units, description, extensions), with sform
-    and qform both written, each under its own code.
+    NIfTI and MGH: voxels are `dtype`, one of `DTYPES` (default float32); integers are rounded, and nothing is ever
+    rescaled, whatever the source's header says. NIfTI keeps the header the volume came with (units, description,
+    extensions), with sform and qform both written, each under its own code.
+
+    DICOM is written of what came as DICOM: a new series in a folder, one file a slice for a classic series and one
+    multi-frame file for an enhanced one. `volume.dicom_out` states what is new, kept and gone. Voxels are 16-bit
+    integers with a slope over the range of the whole series, right to half a step of 1/65535 of the largest value
+    (1/32767 with negative ones); `dtype` "uint16" or "int16" rounds to whole numbers instead.
 
     Args:
-        path: .nii, .nii.gz, .mgh or .mgz.
+        path: .nii, .nii.gz, .mgh or .mgz. Where `like` came from DICOM also a folder, a new one, an empty one or one
+            that holds nothing but what this function wrote (any name without a suffix, or with a / at its end), or,
+            for what fits into one DICOM file, a name ending in .dcm or .ima.
         like: a volume with the geometry, codes and header to write; its array is not looked at.
         shape: (i, j, k) of what is written.
         axis: where the slices are stacked: slice k is `array.take(k, axis)` of what is to be in the file.
         dtype: of the voxels.
-        derivation: for DICOM: what made this, for its DerivationDescription.
+        derivation: of DICOM: what made this (model, version, hash), for DerivationDescription; ASCII, 1024 characters.
 
     Raises:
         VolumeError: as `check_output`, or values that do not fit the `dtype`, or the operating system refused.
         ValueError: slices of another shape, or too many or too few of them.
     """
+    check_output(path, source=like, dtype=dtype)
+    as_dicom = _is_dicom_target(path)
     path = Path(path)
-    check_output(path, dtype=dtype)
     shape = tuple(int(n) for n in shape)
     if len(shape) != 3 or min(shape) < 1 or axis not in (0, 1, 2):
         raise ValueError(f"a volume has three sizes and the axes 0, 1 and 2; not shape {shape} and axis {axis}")
@@ -160,10 +176,14 @@ def writing(
     done = 0
     with ExitStack() as stack:
         with refusals(path), silenced():
-            temporary = stack.enter_context(renamed(path))
-            opened = nifti.planes(temporary, like, shape, dtype or "float32")
-            if axis != 2:
-                opened = _turned(opened, path, shape, axis, dtype or "float32")
+            is_folder = as_dicom and suffix(path) not in dicom_out.SUFFIXES
+            temporary = stack.enter_context((renamed_folder if is_folder else renamed)(path))
+            if as_dicom:
+                opened = dicom_out.slices(path, temporary, like, shape, axis, dtype, derivation)
+            else:
+                opened = nifti.planes(temporary, like, shape, dtype or "float32")
+                if axis != 2:
+                    opened = _turned(opened, path, shape, axis, dtype or "float32")
             put = stack.enter_context(opened)
 
         def write(image: np.ndarray) -> None:
@@ -196,18 +216,36 @@ def _turned(
             put_plane(array()[:, :, k])
 
 
+def _is_dicom_target(path: PathLike) -> bool:
+    ending = suffix(Path(path))
+    is_folder = not ending or os.fspath(path).endswith(os.sep) or os.path.isdir(path)
+    return ending not in NIFTI_SUFFIXES + MGH_SUFFIXES and (is_folder or ending in dicom_out.SUFFIXES)
+
+
 def check_output(
-    path: PathLike, suffixes: Sequence[str] = NIFTI_SUFFIXES + MGH_SUFFIXES, *, dtype: str | None = None
+    path: PathLike,
+    suffixes: Sequence[str] = NIFTI_SUFFIXES + MGH_SUFFIXES,
+    *,
+    source: Volume | None = None,
+    dtype: str | None = None,
 ) -> None:
     """Say now, not after an hour of work, that `path` could not be written (as `dtype`).
 
+    A command that writes scans calls this after reading its input, with what it read as the `source`, and before it
+    computes: that the source came from DICOM makes a folder, or a name ending in .dcm, an allowed target.
+
     Raises:
         VolumeError: the suffix is not among `suffixes`, the format holds no such voxels, the folder is missing or
-            closed, or `path` is a folder.
+            closed, or `path` is a folder; or, as a DICOM target, is the source itself or holds anything that was not
+            written by this package.
     """
+    if source is not None and _is_dicom_target(path):
+        dicom_out.check_target(path, source, dtype)
+        return
     path = Path(path)
     if suffix(path) not in suffixes:
-        raise VolumeError(f"{path}: can only be written as {', '.join(suffixes)}; choose such a name")
+        or_dicom = "; or, as DICOM, to a folder" if source and isinstance(source.header, dicom.DicomSeries) else ""
+        raise VolumeError(f"{path}: can only be written as {', '.join(suffixes)}{or_dicom}; choose such a name")
     allowed = MGH_DTYPES if suffix(path) in MGH_SUFFIXES else DTYPES
     if dtype not in (None, *allowed):
         raise VolumeError(f"{path}: voxels can be written as {', '.join(allowed)}, not as {dtype}")

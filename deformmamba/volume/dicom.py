@@ -1,13 +1,71 @@
-"""DICOM series, through pydicom."""
+"""DICOM series are read through pydicom: classic images, one slice a file, and enhanced ones, a file of many frames.
 
-from collections.abc import Sequence
+Every slice is a `Frame`, wherever it came from; frames are sorted by their positions, never by name or number.
+"""
+
+import io
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deformmamba.volume.files import parsing
+from deformmamba.volume.files import parsing, volume_index
 from deformmamba.volume.image import Volume, VolumeError
+
+# slices nearer to each other than this, in mm, lie at the same place
+SAME_PLACE = 0.01
+# no compression of an image that anybody looks at goes beyond; a damaged header that says so is not believed
+MOST_VOXELS_PER_BYTE = 10_000
+LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One slice: `index` is its frame in the file at `path`, lengths are in mm, directions LPS+ as DICOM has them.
+
+    `parameters` tell images apart that lie at the same place: echo time, b-value, kind (magnitude, phase). `order` is
+    how those with the same parameters follow each other: in time, then as numbered.
+    """
+
+    path: Path
+    index: int
+    position: np.ndarray
+    axes: np.ndarray
+    spacing: tuple[float, float]
+    thickness: float
+    slope: float
+    intercept: float
+    parameters: tuple[float, float, str]
+    order: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class DicomSeries:
+    """What a volume's `header` is when it came from DICOM: its slices in order, and their data sets without pixels."""
+
+    frames: tuple[Frame, ...]
+    datasets: dict[Path, Any]
+    affine: np.ndarray
+
+    def __repr__(self) -> str:
+        return f"DicomSeries of {len(self.frames)} slices"  # a data set prints a patient's name
+
+
+class _Bounded(io.BufferedReader):
+    """A file of which never more is asked than it holds: a damaged length would have gigabytes allocated."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or size < 0:
+            return super().read()
+        return super().read(max(0, min(size, self._size - self.tell())))
 
 
 def is_dicom(path: Path) -> bool:
@@ -15,88 +73,231 @@ def is_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def read_folder(folder: Path) -> Volume:
-    with parsing(folder, "cannot be read"):
-        files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".") and is_dicom(p))
-    return read_series(files, folder)
+def read(path: Path, volume: int | None, series: int | str | None) -> Volume:
+    """The volume (column, row, slice) of a file or of one series in a folder."""
+    if path.is_dir():
+        with parsing(path, "cannot be read"):
+            files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".") and is_dicom(p))
+    else:
+        files = [path]
+    datasets = {file: dataset for file in files if "Rows" in (dataset := _dataset(file))}  # a report is no image
+    if not datasets:
+        raise VolumeError(f"{path}: holds no DICOM image; give a NIfTI file, a DICOM file or a folder of one series")
+    with parsing(path, "DICOM geometry that cannot be understood"):
+        datasets = _one_series(path, datasets, series)
+        frames = [frame for file, dataset in datasets.items() for frame in _frames(file, dataset)]
+        frames = _one_volume(path, frames, volume)
+        affine = _affine(path, frames, datasets[frames[0].path])
+        size = _one_size(path, datasets)
+    used = {frame.path: datasets[frame.path] for frame in frames}
+    for file, dataset in used.items():
+        with parsing(file, "a damaged DICOM file"):
+            _check_pixels(file, dataset)
+    with parsing(path, "its pixels cannot be decoded"):
+        array = np.empty((*size, len(frames)), np.float32, order="F")
+    for file, dataset in used.items():
+        with parsing(file, "its pixels cannot be decoded: damaged, or compressed in an unusual way"):
+            places = [k for k, frame in enumerate(frames) if frame.path == file]
+            for k, pixels in zip(places, _pixels(file, dataset, [frames[k].index for k in places]), strict=True):
+                array[:, :, k] = pixels.T * frames[k].slope + frames[k].intercept
+    with parsing(path, "DICOM geometry that cannot be understood"):
+        return Volume(array, affine, header=DicomSeries(tuple(frames), used, affine))
 
 
-def read_series(files: Sequence[Path], source: Path) -> Volume:
-    """The volume (column, row, slice) of one series, sorted by position along the normal of its slices."""
+def _dataset(path: Path) -> Any:
     import pydicom
 
-    datasets = []
-    for path in files:
-        with parsing(path, "a damaged DICOM file"):
-            dataset = pydicom.dcmread(path, stop_before_pixels=True)
-            if "Rows" in dataset:  # a DICOMDIR or a report in the same folder is no image
-                datasets.append((path, dataset))
-    if not datasets:
-        raise VolumeError(f"{source}: holds no DICOM image; give a NIfTI file, a DICOM file or a folder of one series")
-    with parsing(source, "DICOM geometry that cannot be understood"):
-        n_series = len({str(d.get("SeriesInstanceUID")) for _, d in datasets})
-        if n_series > 1:
-            raise VolumeError(f"{source}: holds {n_series} DICOM series mixed; put one series into a folder of its own")
-        for path, dataset in datasets:
-            _check_dicom_image(path, dataset)
-        first = datasets[0][1]
-        for field, what in _SAME.items():
-            if any(not _close(d.get(field), first.get(field)) for _, d in datasets):
-                raise VolumeError(f"{source}: the files of this series differ in {what}; they are no single volume")
-        axes = np.array(first.ImageOrientationPatient, dtype=float).reshape(2, 3)
-        if not np.allclose(axes @ axes.T, np.eye(2), atol=1e-3):
-            raise VolumeError(f"{source}: ImageOrientationPatient holds no two perpendicular unit vectors")
-        along_row, along_column = axes
-        normal = np.cross(along_row, along_column)
-        position = {path: np.array(d.ImagePositionPatient, dtype=float) for path, d in datasets}
-        paths = sorted(position, key=lambda path: float(normal @ position[path]))
-        start = position[paths[0]]
-        if len(paths) == 1:
-            step = normal * abs(float(first.get("SpacingBetweenSlices") or first.get("SliceThickness") or 1.0))
-        else:
-            step = (position[paths[-1]] - start) / (len(paths) - 1)
-            _check_spacing(np.array([position[path] for path in paths]), step, source)
-        # PixelSpacing is (between rows, between columns); DICOM is LPS+, an affine here RAS+
-        between_rows, between_columns = map(float, first.PixelSpacing)
-        affine = np.eye(4)
-        affine[:3] = np.stack([along_row * between_columns, along_column * between_rows, step, start], axis=1)
-        affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
-    array = np.empty((int(first.Columns), int(first.Rows), len(paths)), np.float32, order="F")
-    for k, path in enumerate(paths):
-        with parsing(path, "its pixels cannot be decoded: damaged, or compressed in a way that needs pylibjpeg"):
-            dataset = pydicom.dcmread(path)
-            slope, intercept = float(dataset.get("RescaleSlope") or 1), float(dataset.get("RescaleIntercept") or 0)
-            array[:, :, k] = dataset.pixel_array.T * slope + intercept
-    with parsing(source, "DICOM geometry that cannot be understood"):
-        return Volume(array, affine)
+    with parsing(path, "a damaged DICOM file"), _Bounded(path) as file:
+        dataset = pydicom.dcmread(file, stop_before_pixels=True)
+        dataset.buffer = None  # a file that is closed by then is not to be copied with the data set
+        return dataset
 
 
-_SAME = {
-    "ImageOrientationPatient": "orientation",
-    "PixelSpacing": "pixel spacing",
-    "Rows": "image size",
-    "Columns": "image size",
-}
+def _one_series(source: Path, datasets: dict[Path, Any], series: int | str | None) -> dict[Path, Any]:
+    by_uid: dict[str, dict[Path, Any]] = {}
+    for path, dataset in datasets.items():
+        by_uid.setdefault(str(dataset.get("SeriesInstanceUID")), {})[path] = dataset
+
+    def place(uid: str) -> tuple[float, str]:
+        return number(next(iter(by_uid[uid].values())).get("SeriesNumber")), uid
+
+    uids = sorted(by_uid, key=place)
+    if series is None and len(uids) == 1:
+        return datasets
+    if isinstance(series, str) and series in by_uid:
+        return by_uid[series]
+    if isinstance(series, int) and 0 <= series < len(uids):
+        return by_uid[uids[series]]
+    listed = [
+        f"{k}: {len(by_uid[uid])} files of {first.Columns}x{first.Rows}"
+        for k, uid in enumerate(uids[:10])
+        for first in [next(iter(by_uid[uid].values()))]
+    ]
+    wrong = "" if series is None else f" but no series {series!r}" if isinstance(series, int) else " but not this one"
+    raise VolumeError(
+        f"{source}: holds {len(uids)} DICOM series{wrong}; choose with series=K (by series number: {', '.join(listed)}"
+        f"{', ...' if len(uids) > 10 else ''}) or by its SeriesInstanceUID"
+    )
 
 
-def _check_dicom_image(path: Path, dataset: Any) -> None:
-    if int(dataset.get("NumberOfFrames") or 1) > 1:
-        raise VolumeError(f"{path}: multi-frame DICOM cannot be read; convert it with dcm2niix first")
+def _frames(path: Path, dataset: Any) -> Iterator[Frame]:
     if int(dataset.get("SamplesPerPixel", 1)) != 1:
         raise VolumeError(f"{path}: voxels are colours: take one channel first")
-    for field in ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing"):
-        if not dataset.get(field):
-            raise VolumeError(f"{path}: has no {field}, so its place in the patient is unknown")
+    n_frames = int(dataset.get("NumberOfFrames") or 1)
+    if "PerFrameFunctionalGroupsSequence" in dataset:
+        groups = list(dataset.PerFrameFunctionalGroupsSequence)
+        if len(groups) != n_frames:
+            raise VolumeError(f"{path}: multi-frame DICOM that says what {len(groups)} of {n_frames} frames are")
+        shared = [*dataset.get("SharedFunctionalGroupsSequence", [])][:1]
+        levels = [[group, *shared, dataset] for group in groups]
+    elif n_frames > 1:
+        raise VolumeError(f"{path}: multi-frame DICOM of a kind that does not say where each frame lies; convert it")
+    else:
+        levels = [[dataset]]
+    for index, level in enumerate(levels):
+
+        def get(macro: str, field: str, level: list[Any] = level) -> Any:
+            """A field of a functional group, of the frame or shared; of a classic image, of the data set itself."""
+            for group in level:
+                found = group if group is dataset else next(iter(group.get(macro) or []), None)
+                if found is not None and found.get(field) not in (None, ""):
+                    return found[field].value
+            return None
+
+        geometry = {
+            "ImagePositionPatient": get("PlanePositionSequence", "ImagePositionPatient"),
+            "ImageOrientationPatient": get("PlaneOrientationSequence", "ImageOrientationPatient"),
+            "PixelSpacing": get("PixelMeasuresSequence", "PixelSpacing"),
+        }
+        for field, value in geometry.items():
+            if value is None:
+                raise VolumeError(f"{path}: has no {field}, so its place in the patient is unknown")
+        position, axes, spacing = (np.array(value, dtype=float) for value in geometry.values())
+        between = get("PixelMeasuresSequence", "SpacingBetweenSlices")
+        kind = get("MRImageFrameTypeSequence", "FrameType") or dataset.get("ImageType") or ()
+        echo = get("MREchoSequence", "EffectiveEchoTime")
+        yield Frame(
+            path,
+            index,
+            position.reshape(3),
+            axes.reshape(2, 3),
+            (float(spacing[0]), float(spacing[1])),
+            number(between) or number(get("PixelMeasuresSequence", "SliceThickness")) or 1.0,
+            float(get("PixelValueTransformationSequence", "RescaleSlope") or 1),
+            float(get("PixelValueTransformationSequence", "RescaleIntercept") or 0),
+            (
+                number(dataset.get("EchoTime") if echo is None else echo),
+                number(get("MRDiffusionSequence", "DiffusionBValue")),
+                "\\".join(str(value) for value in kind),
+            ),
+            (
+                number(get("FrameContentSequence", "TemporalPositionIndex")),
+                number(dataset.get("TemporalPositionIdentifier")),
+                number(dataset.get("AcquisitionNumber")),
+                number(dataset.get("TriggerTime")),
+                number(dataset.get("InstanceNumber")),
+                float(index),
+            ),
+        )
 
 
-def _close(a: Any, b: Any) -> bool:
-    return bool(np.allclose(np.array(a, dtype=float), np.array(b, dtype=float), rtol=1e-4, atol=1e-4))
+def number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return 0.0
 
 
-def _check_spacing(positions: np.ndarray, step: np.ndarray, source: Path) -> None:
-    """`positions` (n, 3) must lie `step` apart; a scanner rounds them by far less than 2 % of that."""
-    gaps = np.diff(positions, axis=0) @ step / max(float(step @ step), 1e-12)
-    if (gaps < 0.02).any():
-        raise VolumeError(f"{source}: several slices share one position (echoes or time points?); keep one of each")
-    if np.abs(np.diff(positions, axis=0) - step).max() > 0.02 * np.linalg.norm(step):
-        raise VolumeError(f"{source}: slices are not evenly spaced; is a file of the series missing?")
+def _one_size(source: Path, datasets: dict[Path, Any]) -> tuple[int, int]:
+    sizes = {(int(dataset.Columns), int(dataset.Rows)) for dataset in datasets.values()}
+    if len(sizes) > 1:
+        raise VolumeError(f"{source}: the files of this series differ in image size; they are no single volume")
+    size = sizes.pop()
+    if min(size) < 1:
+        raise VolumeError(f"{source}: its images have no pixels")
+    return size
+
+
+def _one_volume(source: Path, frames: list[Frame], volume: int | None) -> list[Frame]:
+    """The frames of one volume, along the normal of the slices."""
+    first = frames[0]
+    for what, same in (
+        ("orientation", all(np.allclose(f.axes, first.axes, rtol=0, atol=1e-4) for f in frames)),
+        ("pixel spacing", all(np.allclose(f.spacing, first.spacing, rtol=1e-4) for f in frames)),
+    ):
+        if not same:
+            raise VolumeError(f"{source}: the files of this series differ in {what}; they are no single volume")
+    normal = np.cross(*first.axes)
+    along = sorted(frames, key=lambda frame: float(normal @ frame.position))
+    places: list[list[Frame]] = []
+    for frame in along:
+        if places and normal @ (frame.position - places[-1][0].position) < SAME_PLACE:
+            places[-1].append(frame)
+        else:
+            places.append([frame])
+    for place in places:
+        place.sort(key=lambda frame: (frame.parameters, frame.order, str(frame.path)))
+    n = len(places[0])
+    apart = "several slices share one position"
+    if any(len(place) != n for place in places):
+        raise VolumeError(f"{source}: {apart}, not as many at each; is a file missing, or there twice?")
+    if any(len({frame.parameters for frame in kth}) > 1 for kth in zip(*places, strict=True)):
+        raise VolumeError(f"{source}: {apart}, and nothing tells which of them belong together")
+    # a copy of a file under another name: nothing but the name differs
+    if any(a.parameters == b.parameters and a.order == b.order for p in places for a, b in itertools.pairwise(p)):
+        raise VolumeError(f"{source}: {apart} and one number: files are there twice; keep one of each")
+    index = volume_index(source, n, volume)
+    return [place[index] for place in places]
+
+
+def _affine(source: Path, frames: list[Frame], dataset: Any) -> np.ndarray:
+    first, last = frames[0], frames[-1]
+    if not np.allclose(first.axes @ first.axes.T, np.eye(2), atol=1e-3):
+        raise VolumeError(f"{source}: ImageOrientationPatient holds no two perpendicular unit vectors")
+    along_row, along_column = first.axes
+    if len(frames) == 1:
+        step = np.cross(along_row, along_column) * abs(first.thickness)
+    else:
+        step = (last.position - first.position) / (len(frames) - 1)
+        gaps = np.diff([frame.position for frame in frames], axis=0)
+        # a scanner rounds positions by far less than 2 % of a step
+        if not np.abs(gaps - step).max() <= 0.02 * np.linalg.norm(step):
+            raise VolumeError(f"{source}: slices are not evenly spaced; is a file of the series missing?")
+    # PixelSpacing is (between rows, between columns)
+    between_rows, between_columns = first.spacing
+    affine = np.eye(4)
+    affine[:3] = np.stack([along_row * between_columns, along_column * between_rows, step, first.position], axis=1)
+    return LPS_FROM_RAS @ affine
+
+
+def _check_pixels(path: Path, dataset: Any) -> None:
+    """What the header promises can be in the file, and can be decoded; before anything is allocated."""
+    from pydicom.pixels import get_decoder
+
+    syntax = dataset.file_meta.get("TransferSyntaxUID")
+    if syntax is None or not syntax.is_transfer_syntax or syntax.is_private:
+        raise VolumeError(f"{path}: does not say how its pixels are stored (TransferSyntaxUID)")
+    n_bytes = path.stat().st_size
+    bits = int(dataset.get("BitsAllocated", 0))
+    if bits not in (1, 8, 16, 32, 64):
+        raise VolumeError(f"{path}: says that a pixel has {bits} bits; 1, 8, 16, 32 and 64 are allowed")
+    voxels = int(dataset.Rows) * int(dataset.Columns) * int(dataset.get("NumberOfFrames") or 1)
+    if syntax.is_encapsulated or syntax.is_deflated:
+        if voxels > MOST_VOXELS_PER_BYTE * n_bytes:
+            raise VolumeError(f"{path}: truncated: {n_bytes} bytes cannot hold the {voxels} pixels of its header")
+        if syntax.is_encapsulated and not get_decoder(syntax).is_available:
+            raise VolumeError(
+                f"{path}: pixels are compressed ({syntax.name}); install the decoders with: pip install "
+                "'deformmamba[dicom]'"
+            )
+    elif voxels * bits > 8 * n_bytes:
+        raise VolumeError(f"{path}: truncated: {n_bytes} bytes cannot hold the {voxels} pixels of its header")
+
+
+def _pixels(path: Path, dataset: Any, indices: list[int]) -> Iterable[np.ndarray]:
+    """(row, column) stored values of the frames at `indices`."""
+    from pydicom.pixels import apply_modality_lut, iter_pixels
+
+    with _Bounded(path) as file:
+        for pixels in iter_pixels(file, indices=indices, raw=True):
+            yield apply_modality_lut(pixels, dataset) if "ModalityLUTSequence" in dataset else pixels

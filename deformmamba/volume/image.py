@@ -23,7 +23,8 @@ class Volume:
         qform: the file's qform in mm where it has one; None: the same as `affine`.
         codes: NIfTI's (qform_code, sform_code): 0 unknown, 1 scanner, 2 aligned, 3 Talairach, 4 MNI. (0, 0) says that
             nobody knows how the image lies in the patient: no left or right may be printed on it.
-        header: the nibabel header that came with it, source of units and descriptions when it is written back.
+        header: what came with it, source of units, descriptions and tags when it is written back: a nibabel header, or
+            of DICOM a `dicom.DicomSeries`.
 
     Raises:
         VolumeError: the array is not 3-D, or the affine is no invertible 4x4.

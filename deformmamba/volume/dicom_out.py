@@ -1,0 +1,399 @@
+"""DICOM series are written through pydicom: copies of the source's data sets, so that all that is still true stays.
+
+The rules, for classic images and for enhanced ones:
+
+- New: SOP instance and series UIDs, instance numbers (slices in order), content, creation and series date and time,
+  the series number (the source's plus 1000), " SR" after the series description, ImageType DERIVED\\SECONDARY and the
+  source's further values, the description of the derivation, the source image of each slice, this package among the
+  contributing equipment.
+- Computed: Rows, Columns, PixelSpacing, position and orientation; where the slices themselves were resampled,
+  SliceThickness and SpacingBetweenSlices in proportion, and no SliceLocation.
+- Pixels: 16 bits, unsigned unless there are negative values, one rescale slope for the whole series, intercept 0. The
+  slope spans what is there, so that neither values beyond the source's range nor small ones are lost; windows are in
+  units after the slope and stay.
+- Gone: private elements (nobody knows what they say of the old pixels), overlays, icons, padding and smallest and
+  largest values, lookup tables, real world maps, signatures: `STALE`.
+- Kept: the patient, the study, the frame of reference, the acquisition, the manufacturer, everything else. Explicit
+  little endian, not compressed.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deformmamba import __version__
+from deformmamba.volume.dicom import LPS_FROM_RAS, DicomSeries, Frame, is_dicom, number
+from deformmamba.volume.files import DICOM_DTYPES, PathLike, as_dtype, check_folder_of, closed, kept, parsing, suffix
+from deformmamba.volume.image import Volume, VolumeError
+
+SUFFIXES = (".dcm", ".ima")
+# marks the files that this package wrote
+IMPLEMENTATION_UID = "2.25.193584632671490206451184087241860893217"
+LARGEST_ELEMENT = 2**32 - 2  # bytes
+POSITION, IN_STACK = 0x00200032, 0x00209057  # the dimensions of frames that follow the slices
+
+
+def check_target(path: PathLike, source: Volume, dtype: str | None) -> None:
+    """As `check_output`, of a DICOM target: a folder, or a file where one file holds the whole series."""
+    series = source.header
+    if not isinstance(series, DicomSeries):
+        raise VolumeError(f"{path}: DICOM is written of what came as DICOM only; name a file ending in .nii.gz")
+    if dtype not in (None, *DICOM_DTYPES):
+        raise VolumeError(
+            f"{path}: DICOM voxels are 16-bit integers with a slope (no dtype), or {', '.join(DICOM_DTYPES)} without "
+            f"one; not {dtype}"
+        )
+    target = Path(os.path.realpath(path))
+    if any(os.path.realpath(file) == str(target) for file in series.datasets):
+        raise VolumeError(f"{path}: is the input itself; a scan is not overwritten by what was made of it")
+    if suffix(target) in SUFFIXES:
+        if len(series.datasets) > 1 or (source.array.shape[2] > 1 and not _is_enhanced(series)):
+            raise VolumeError(f"{path}: a file cannot hold this series, which has one for each slice; name a folder")
+        if target.is_dir():
+            raise VolumeError(f"{path}: is a folder; give the name of a file, or of a folder without .dcm")
+    elif target.is_dir():
+        if any(os.path.realpath(file.parent) == str(target) for file in series.datasets):
+            raise VolumeError(f"{path}: is the folder of the input; name another one")
+        with parsing(Path(path), "cannot be read"):
+            if not all(_is_ours(file) for file in target.iterdir()):
+                raise VolumeError(f"{path}: holds files that this command did not write; name a new or empty folder")
+    elif target.exists():
+        raise VolumeError(f"{path}: is a file, where a DICOM series would be a folder; choose another name")
+    check_folder_of(path)
+
+
+def _is_ours(path: Path) -> bool:
+    from pydicom.filereader import read_file_meta_info
+
+    if path.is_symlink() or not path.is_file() or not is_dicom(path):
+        return False
+    return bool(read_file_meta_info(path).get("ImplementationClassUID") == IMPLEMENTATION_UID)
+
+
+def _is_enhanced(series: DicomSeries) -> bool:
+    return any("PerFrameFunctionalGroupsSequence" in dataset for dataset in series.datasets.values())
+
+
+@contextmanager
+def slices(
+    path: Path, target: Path, like: Volume, shape: tuple[int, ...], axis: int, dtype: str | None, derivation: str | None
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Takes slices across `axis`, keeps them on disk beside `path`; writes the series to `target` once all are there.
+
+    One slope for all needs their range, which the last of them may widen.
+    """
+    with kept(path, shape, axis, "float32") as (put, array):
+        yield put
+        write(target, like, array(), dtype, derivation)
+
+
+def write(target: Path, like: Volume, array: np.ndarray, dtype: str | None, derivation: str | None) -> None:
+    """A new series at `target`, an empty folder or the name of a file: `array` (column, row, slice) placed as `like`.
+
+    Frames go into copies of the data sets of the slices of the source that lie nearest.
+    """
+    series: DicomSeries = like.header
+    axes = like.affine[:3, :2] / np.linalg.norm(like.affine[:3, :2], axis=0)
+    if abs(axes[:, 0] @ axes[:, 1]) > 1e-3:
+        raise VolumeError("the rows and columns are not perpendicular, which DICOM cannot say; write NIfTI")
+    middle = [(array.shape[0] - 1) / 2, (array.shape[1] - 1) / 2]
+    source_from_out = np.linalg.inv(series.affine) @ like.affine
+    nearest = [
+        int(np.clip(np.rint((source_from_out @ [*middle, k, 1])[2]), 0, len(series.frames) - 1))
+        for k in range(array.shape[2])
+    ]
+    stored, slope = _quantisation(array, dtype)
+    made = _Made(like, series, array, stored, slope, derivation or f"deformmamba {__version__}")
+    if not _is_enhanced(series):
+        names = [target] if suffix(target) in SUFFIXES else [target / f"{k + 1:04d}.dcm" for k in range(len(nearest))]
+        for k, (name, source) in enumerate(zip(names, nearest, strict=True)):
+            made.classic(name, k, series.frames[source])
+        return
+    for n, file in enumerate(series.datasets):
+        of_file = [(k, series.frames[source]) for k, source in enumerate(nearest) if series.frames[source].path == file]
+        name = target if suffix(target) in SUFFIXES else target / f"{n + 1:04d}.dcm"
+        if of_file:
+            made.enhanced(name, of_file)
+
+
+def _quantisation(array: np.ndarray, dtype: str | None) -> tuple[str, float]:
+    """How voxels are stored: as what, and the slope, short enough for a decimal string of 16 characters.
+
+    Zero is stored as zero. Without a `dtype` the 16 bits are used in full, whatever the source's range was.
+    """
+    ranges = [(float(plane.min()), float(plane.max())) for plane in np.moveaxis(array, 2, 0)]
+    lowest, highest = min(low for low, _ in ranges), max(high for _, high in ranges)
+    if dtype is not None:
+        return dtype, 1.0
+    stored = "uint16" if lowest >= 0 else "int16"
+    limits = np.iinfo(stored)
+    span = max(highest / limits.max, lowest / limits.min if lowest < 0 else 0.0)
+    return stored, float(f"{span:.9e}") if span > 0 else 1.0
+
+
+# Of the source, not true of what is made of it: how its stored values lay, signatures, parts of a whole. Pictures drawn
+# over it or beside it would have the old size. All private elements go as well: nobody knows what they say.
+STALE = (
+    "DataSetTrailingPadding",
+    "DigitalSignaturesSequence",
+    "DoubleFloatPixelData",
+    "EncapsulatedDocument",
+    "EncryptedAttributesSequence",
+    "ExtendedOffsetTable",
+    "ExtendedOffsetTableLengths",
+    "FloatPixelData",
+    "FloatPixelPaddingValue",
+    "IconImageSequence",
+    "InConcatenationNumber",
+    "InConcatenationTotalNumber",
+    "ConcatenationFrameOffsetNumber",
+    "ConcatenationUID",
+    "SOPInstanceUIDOfConcatenationSource",
+    "InstanceCreatorUID",
+    "LargestImagePixelValue",
+    "LargestImagePixelValueInPlane",
+    "LargestPixelValueInSeries",
+    "MACParametersSequence",
+    "ModalityLUTSequence",
+    "PixelAspectRatio",
+    "PixelPaddingRangeLimit",
+    "PixelPaddingValue",
+    "PlanarConfiguration",
+    "RealWorldValueMappingSequence",
+    "SmallestImagePixelValue",
+    "SmallestImagePixelValueInPlane",
+    "SmallestPixelValueInSeries",
+    "VOILUTSequence",
+)
+
+
+class _Made:
+    """What all instances of one new series share, and the making of each."""
+
+    def __init__(
+        self, like: Volume, series: DicomSeries, array: np.ndarray, stored: str, slope: float, derivation: str
+    ) -> None:
+        from pydicom.uid import generate_uid
+
+        self.like, self.series, self.array, self.stored, self.slope = like, series, array, stored, slope
+        self.derivation = derivation.encode("ascii", "replace").decode()[:1024]
+        self.series_uid = generate_uid(prefix=None)
+        self.now = datetime.now()
+        lps = LPS_FROM_RAS @ like.affine
+        between_columns, between_rows, between_slices = (float(n) for n in np.linalg.norm(lps[:3, :3], axis=0))
+        self.orientation = [_decimal(n) for n in (*lps[:3, 0] / between_columns, *lps[:3, 1] / between_rows)]
+        self.spacing = [_decimal(between_rows), _decimal(between_columns)]
+        before = float(np.linalg.norm(series.affine[:3, 2]))
+        # thickness is not spacing: a gap or an overlap stays one, in proportion
+        self.thinner = between_slices / before
+        self.slices_moved = array.shape[2] != len(series.frames) or abs(self.thinner - 1) > 1e-4
+        self.positions = [[_decimal(n) for n in (lps @ [0, 0, k, 1])[:3]] for k in range(array.shape[2])]
+
+    def pixels(self, k: int) -> bytes:
+        """Slice k, row by row, as stored."""
+        plane = as_dtype(np.asarray(self.array[:, :, k], np.float64) / self.slope, self.stored)
+        return plane.astype(np.dtype(self.stored).newbyteorder("<")).tobytes(order="F")
+
+    def classic(self, path: Path, k: int, frame: Frame) -> None:
+        made = self._copy(frame.path)
+        made.InstanceNumber = k + 1
+        made.ImagePositionPatient = self.positions[k]
+        made.ImageOrientationPatient = self.orientation
+        self._measures(made)
+        self._transformation(made)
+        if self.slices_moved:
+            _drop(made, ["SliceLocation"])
+        made.DerivationDescription = self.derivation
+        made.SourceImageSequence = [_reference(self.series.datasets[frame.path])]
+        made.add_new("PixelData", "OW", self.pixels(k))
+        self._save(path, made)
+
+    def enhanced(self, path: Path, frames: list[tuple[int, Frame]]) -> None:
+        """One multi-frame file of the slices k, each with the source's frame whose functional groups it has."""
+        from pydicom.dataset import Dataset
+        from pydicom.sr.codedict import codes
+
+        file = frames[0][1].path
+        made = self._copy(file)
+        made.NumberOfFrames = len(frames)
+        shared = next(iter(made.get("SharedFunctionalGroupsSequence") or []), Dataset())
+        made.SharedFunctionalGroupsSequence = [shared]
+        groups = [copy.deepcopy(made.PerFrameFunctionalGroupsSequence[frame.index]) for _, frame in frames]
+        pointers = [item.get("DimensionIndexPointer") for item in made.get("DimensionIndexSequence") or []]
+        _drop(shared, ["DerivationImageSequence", "PlanePositionSequence", "PlaneOrientationSequence"])
+        for nth, ((k, frame), group) in enumerate(zip(frames, groups, strict=True)):
+            _macro(group, "PlanePositionSequence").ImagePositionPatient = self.positions[k]
+            _macro(group, "PlaneOrientationSequence").ImageOrientationPatient = self.orientation
+            content = _macro(group, "FrameContentSequence")
+            if "InStackPositionNumber" in content:
+                content.InStackPositionNumber = nth + 1
+            values = content.get("DimensionIndexValues")
+            if values is not None and len(pointers) > 1 and len(values) == len(pointers):
+                content.DimensionIndexValues = [
+                    nth + 1 if pointer in (POSITION, IN_STACK) else value
+                    for pointer, value in zip(pointers, values, strict=True)
+                ]
+            elif values is not None:
+                content.DimensionIndexValues = nth + 1
+            source = _reference(self.series.datasets[file])
+            source.ReferencedFrameNumber = frame.index + 1
+            source.PurposeOfReferenceCodeSequence = [_code(codes.DCM.SourceImageForImageProcessingOperation)]
+            derived = Dataset()
+            derived.DerivationDescription = self.derivation
+            derived.DerivationCodeSequence = [_code(codes.DCM.SpatialResampling)]
+            derived.SourceImageSequence = [source]
+            group.DerivationImageSequence = [derived]
+        for group in [shared, *groups]:
+            for name in [element.keyword for element in group if element.keyword.endswith("FrameTypeSequence")]:
+                group[name].value[0].FrameType = _image_type(group[name].value[0].get("FrameType"))
+            for macro, fill in (
+                ("PixelMeasuresSequence", self._measures),
+                ("PixelValueTransformationSequence", self._transformation),
+            ):
+                if macro in group or (group is shared and not any(macro in each for each in groups)):
+                    fill(_macro(group, macro))
+        made.PerFrameFunctionalGroupsSequence = groups
+        if len(frames) * self.array[:, :, 0].size * 2 > LARGEST_ELEMENT:
+            raise VolumeError(f"{len(frames)} frames of {self.array.shape[:2]} do not fit into one DICOM file (4 GB)")
+        with closed(path.with_suffix(".pixels").open("xb+")) as pixels:
+            try:
+                for k, _ in frames:
+                    pixels.write(self.pixels(k))
+                pixels.seek(0)
+                made.add_new("PixelData", "OW", pixels)
+                self._save(path, made)
+            finally:
+                path.with_suffix(".pixels").unlink()
+
+    def _copy(self, path: Path) -> Any:
+        """A copy of a data set with all that the new series says of itself, pixels and geometry aside."""
+        from pydicom.dataset import FileMetaDataset
+        from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
+
+        source = self.series.datasets[path]
+        made = copy.deepcopy(source)
+        if source.file_meta.TransferSyntaxUID.is_implicit_VR or not source.file_meta.TransferSyntaxUID.is_little_endian:
+            _decode(made)
+        _drop_private(made)
+        _drop(made, STALE)
+        for tag in [tag for tag in made.keys() if 0x6000 <= tag.group <= 0x60FF or tag.group == 0x7FE0]:  # noqa: SIM118
+            del made[tag]
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID = made.SOPClassUID
+        meta.MediaStorageSOPInstanceUID = made.SOPInstanceUID = generate_uid(prefix=None)
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        meta.ImplementationClassUID = UID(IMPLEMENTATION_UID)
+        meta.ImplementationVersionName = f"DEFORMMAMBA {__version__}"[:16]
+        made.file_meta = meta
+        made.SeriesInstanceUID = self.series_uid
+        made.SeriesNumber = int(number(made.get("SeriesNumber"))) + 1000
+        made.SeriesDescription = f"{str(made.get('SeriesDescription') or '')[:61]} SR".strip()
+        made.ImageType = _image_type(made.get("ImageType"))
+        day, clock = self.now.strftime("%Y%m%d"), self.now.strftime("%H%M%S")
+        for event in ("Content", "InstanceCreation", "Series"):
+            setattr(made, f"{event}Date", day)
+            setattr(made, f"{event}Time", clock)
+        made.ContributingEquipmentSequence = [*(made.get("ContributingEquipmentSequence") or []), self._equipment()]
+        made.Columns, made.Rows = self.array.shape[:2]
+        made.SamplesPerPixel = 1
+        made.BitsAllocated, made.BitsStored, made.HighBit = 16, 16, 15
+        made.PixelRepresentation = int(self.stored == "int16")
+        if made.get("PhotometricInterpretation") != "MONOCHROME1":
+            made.PhotometricInterpretation = "MONOCHROME2"
+        return made
+
+    def _equipment(self) -> Any:
+        from pydicom.dataset import Dataset
+        from pydicom.sr.codedict import codes
+
+        equipment = Dataset()
+        equipment.PurposeOfReferenceCodeSequence = [_code(codes.DCM.ProcessingEquipment)]
+        equipment.Manufacturer = equipment.ManufacturerModelName = "deformmamba"
+        equipment.SoftwareVersions = __version__
+        equipment.ContributionDateTime = self.now.strftime("%Y%m%d%H%M%S")
+        equipment.ContributionDescription = "super-resolution"
+        return equipment
+
+    def _measures(self, group: Any) -> None:
+        group.PixelSpacing = self.spacing
+        for field in ("SliceThickness", "SpacingBetweenSlices"):
+            if self.slices_moved and (before := number(group.get(field))):
+                setattr(group, field, _decimal(before * self.thinner))
+
+    def _transformation(self, group: Any) -> None:
+        group.RescaleIntercept = "0"
+        group.RescaleSlope = f"{self.slope:.10g}"
+        group.RescaleType = group.get("RescaleType") or "US"  # unspecified, as it was before
+
+    def _save(self, path: Path, made: Any) -> None:
+        with path.open("xb") as file:
+            made.save_as(file, enforce_file_format=True)
+
+
+def _decimal(value: float) -> str:
+    from pydicom.valuerep import format_number_as_ds
+
+    return format_number_as_ds(float(value) + 0.0)  # no -0
+
+
+def _image_type(before: Any) -> list[str]:
+    return ["DERIVED", "SECONDARY", *(list(before or [])[2:] or ["OTHER"])]
+
+
+def _macro(group: Any, name: str) -> Any:
+    """The one item of a functional group, made where there is none."""
+    from pydicom.dataset import Dataset
+
+    if not group.get(name):
+        setattr(group, name, [Dataset()])
+    return group[name].value[0]
+
+
+def _reference(dataset: Any) -> Any:
+    from pydicom.dataset import Dataset
+
+    item = Dataset()
+    item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = dataset.SOPClassUID, dataset.SOPInstanceUID
+    return item
+
+
+def _code(code: Any) -> Any:
+    from pydicom.dataset import Dataset
+
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = code.value, code.scheme_designator, code.meaning
+    return item
+
+
+def _drop(dataset: Any, names: Iterable[str]) -> None:
+    for name in names:
+        if name in dataset:
+            del dataset[name]
+
+
+def _drop_private(dataset: Any) -> None:
+    """Private elements go, in sequences too; `keys` and `get_item` leave all other elements undecoded."""
+    for tag in list(dataset.keys()):
+        if tag.is_private:
+            del dataset[tag]
+        elif dataset.get_item(tag).VR == "SQ":
+            for item in dataset[tag].value:
+                _drop(item, ["RealWorldValueMappingSequence"])
+                _drop_private(item)
+
+
+def _decode(dataset: Any) -> None:
+    """Raw elements of another byte order or without a type are decoded, to be encoded anew; what cannot be goes."""
+    for tag in list(dataset.keys()):
+        try:
+            element = dataset[tag]
+            for item in element.value if element.VR == "SQ" else ():
+                _decode(item)
+        except Exception:  # malformed bytes raise anything
+            del dataset[tag]
