@@ -26,6 +26,14 @@ def given(seed: int = 0, d: int = 50) -> list[torch.Tensor]:
     return [u, delta, -A.abs(), B, C]
 
 
+def in_a_process(*command: str, **environment: str) -> str:
+    """What `python command` says on stderr."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(deformmamba.__file__).parents[1]), **environment}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
 def gradients(arguments: list[torch.Tensor]) -> list[torch.Tensor]:
     """The result, and the gradients of all arguments."""
     leaves = [x.clone().requires_grad_() for x in arguments]
@@ -91,15 +99,18 @@ class Scanned(Dataset[torch.Tensor]):
         return gradients(given(index))[1]
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_workers_of_a_data_loader(start: str) -> None:
-    """Started while this process has helper threads of its own."""
+def scan_in_workers(start: str) -> None:
     torch.set_num_threads(2)
     expected = [Scanned()[i] for i in range(4)]
-    assert cpu._pool is not None
+    assert cpu._pool is not None  # so that workers start while this process has helper threads of its own
     loader: Any = DataLoader(Scanned(), batch_size=None, num_workers=2, multiprocessing_context=start, timeout=120)
     torch.testing.assert_close(list(loader), expected)
+
+
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_of_a_data_loader(start: str) -> None:
+    """In a process of its own: what other tests leave running (PyTorch's OpenMP and autograd) survives no fork."""
+    in_a_process(__file__, start)
 
 
 # ----------------------------------------------------------------------------------------------------- compiled code
@@ -117,11 +128,7 @@ torch.testing.assert_close(y, z)
 
 def scan_in_a_process(**environment: str) -> str:
     """What a scan in a fresh process says on stderr."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
-    environment = {**clean, "PYTHONPATH": str(Path(deformmamba.__file__).parents[1]), **environment}
-    done = subprocess.run([sys.executable, "-c", SCAN], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    return in_a_process("-c", SCAN, **{"NUMBA_CACHE_DIR": ""} | environment)
 
 
 @pytest.mark.slow
@@ -176,3 +183,7 @@ def test_compiling_is_announced_after_a_second(
     assert capsys.readouterr().err == "deformmamba: compiling the CPU scan (forward pass, float32), once\n"
     cpu._compile("forward", torch.float32, False)
     assert capsys.readouterr().err == ""
+
+
+if __name__ == "__main__":
+    scan_in_workers(sys.argv[1])
