@@ -39,7 +39,8 @@ DIRECTIONS: dict[str, set[str]] = {
     "export": {"models", "kspace", "scan", "extras"},
     "figures": {"metrics", "volume"},
     "evaluation": {"metrics", "models", "data", "inference", "kspace"},
-    "training": {"losses", "models", "data", "evaluation", "extras"},
+    "curves": {"figures", "inference", "kspace", "models", "volume"},
+    "training": {"losses", "models", "data", "evaluation", "extras", "checkpoint", "weights", "volume", "curves"},
 }
 FREE = {"__init__", "__main__", "cli"}
 

@@ -1,24 +1,58 @@
 """train: by a recipe."""
 
 import argparse
+import os
+from pathlib import Path
 from typing import Any
 
 from deformmamba.cli.arguments import add_command, positive, say
+
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def add(commands: Any) -> None:
     parser = add_command(
         commands, "train", _train, "train a model by a recipe", "train ixi-4x --data scans/ --out runs/mine"
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a name, or the path of a TOML file")
-    parser.add_argument("--data", required=True, metavar="DIR", help="folder of volumes, split by subject")
+    parser.description = (
+        "Train a model by a recipe, on the training subjects of a folder of volumes, and validate it on others. Ctrl-C "
+        "ends the step and saves; the same command goes on from there, to the same weights. DIR of --out gets the "
+        "checkpoints best and last, log.csv, curve.png, sample.png, and run.json, which says what was trained."
+    )
+    parser.epilog = (
+        f"{parser.epilog}. On several GPUs or processes: accelerate launch -m deformmamba train ...; --batch then "
+        "counts the samples of all of them together"
+    )
+    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
+    parser.add_argument("recipe", metavar="RECIPE", help=f"{names}, or the path of a TOML file")
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="folder of volumes; volumes.tsv in it says whose they are and which subjects validate, else a tenth does",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="where checkpoints go; resumes what is there")
-    parser.add_argument("--steps", type=positive, help="instead of the recipe's")
-    parser.add_argument("--seed", type=int, help="instead of the recipe's")
+    parser.add_argument("--init", metavar="WEIGHTS", help="a name or path of weights to start from")
+    instead = parser.add_argument_group("instead of the recipe's")
+    length = instead.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=positive, metavar="N", help="updates of the weights")
+    length.add_argument("--epochs", type=float, metavar="N", help="passes over the training slices")
+    instead.add_argument("--batch", type=positive, metavar="N", help="samples a step")
+    instead.add_argument("--accumulate", type=positive, metavar="N", help="pieces a batch is computed in: less memory")
+    instead.add_argument("--lr", type=float, metavar="RATE", help="largest learning rate")
+    instead.add_argument("--precision", choices=("no", "bf16", "fp16"), help="mixed precision")
+    instead.add_argument("--every", type=positive, metavar="N", help="steps between validations")
+    instead.add_argument("--workers", type=int, metavar="N", help="processes that load data")
+    instead.add_argument("--seed", type=int, metavar="N")
+
+
+OVERRIDES = ("steps", "epochs", "batch", "accumulate", "lr", "precision", "every", "workers", "seed")
 
 
 def _train(args: argparse.Namespace) -> None:
     from deformmamba.training import train_recipe
 
-    best = train_recipe(args.recipe, args.data, args.out, steps=args.steps, seed=args.seed)
-    say(f"{best}: the best checkpoint on the validation split")
+    given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
+    best = train_recipe(args.recipe, args.data, args.out, init=args.init, **given)
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first speaks
+        say(f"{best}: the best checkpoint on the validation split")

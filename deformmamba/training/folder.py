@@ -1,0 +1,161 @@
+"""What a run writes into its folder, each file complete or not at all, and whether a folder holds this run."""
+
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deformmamba.checkpoint import one_line
+from deformmamba.curves import training_curve
+from deformmamba.volume import replacing
+
+STATE, RUN, LOG, CURVE, BEST, LAST = (
+    "state.pt",
+    "run.json",
+    "log.csv",
+    "curve.png",
+    "best.safetensors",
+    "last.safetensors",
+)
+
+
+class RunFolder:
+    """The folder of one run: `run.json` says which, `state.pt` how far it is; a log, a curve, two checkpoints."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._writer: Any = None
+
+    def check(self, run: Mapping[str, Any], *, whole: bool = True) -> None:
+        """Compares the run that the folder holds, if any, with `run`, or (not `whole`) with those facts of it alone.
+
+        Raises:
+            ValueError: it holds another run (names what differs), or checkpoints of which nobody knows the run.
+        """
+        if not (self.path / RUN).is_file():
+            strangers = [name for name in (STATE, BEST, LAST) if (self.path / name).exists()]
+            if strangers:
+                raise ValueError(
+                    f"fit: {self.path} holds {', '.join(strangers)} of a run that it does not describe "
+                    f"(no {RUN}); choose another folder"
+                )
+            return
+        try:
+            known = dict(_flat(json.loads((self.path / RUN).read_text("utf-8"))))
+        except ValueError as error:
+            raise ValueError(f"fit: {self.path / RUN} cannot be read ({one_line(error)}); delete the folder") from None
+        wanted = dict(_flat(_plain(run)))
+        compared = known.keys() | wanted.keys() if whole else wanted.keys()
+        different = sorted(key for key in compared if known.get(key, "not given") != wanted.get(key, "not given"))
+        if different:
+            shown = "; ".join(
+                f"{key} is {_short(known, key)} there and {_short(wanted, key)} here" for key in different[:3]
+            )
+            more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+            raise ValueError(
+                f"fit: {self.path} holds another run: {shown}{more}; choose another folder, or delete that one"
+            )
+
+    def begin(self, run: Mapping[str, Any], *, writes: bool) -> dict[str, Any] | None:
+        """Checks the folder, writes `run.json` if it is new, and returns the state to go on from, if there is one.
+
+        Raises:
+            ValueError: see `check`; or the state cannot be read.
+        """
+        self.check(run)
+        state = None
+        if (self.path / STATE).is_file():
+            try:
+                state = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
+            except Exception as error:  # torch.load's errors are of many kinds
+                raise ValueError(f"fit: {self.path / STATE} cannot be read ({one_line(error)}); delete it") from None
+        if writes:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with replacing(self.path / RUN) as temporary:
+                temporary.write_text(json.dumps(_plain(run), indent=2) + "\n", "utf-8")
+            step = state["step"] if state else 0
+            if (self.path / LOG).is_file():
+                self._write_rows([row for row in self.rows() if int(row["step"]) <= step])
+            if find_spec("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+        return state
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The log: one row a validation."""
+        if not (self.path / LOG).is_file():
+            return []
+        with open(self.path / LOG, newline="") as file:
+            return list(csv.DictReader(file))
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Adds a row to the log, to TensorBoard where that is installed, and draws the curve again."""
+        rows = [*self.rows(), dict(row)]
+        self._write_rows(rows)
+        training_curve(rows, self.path / CURVE)
+        if self._writer is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._writer.add_scalar(name, value, row["step"])
+            self._writer.flush()
+
+    def save_state(self, state: Mapping[str, Any]) -> None:
+        with replacing(self.path / STATE) as temporary:
+            torch.save(dict(state), temporary)
+
+    def save_model(self, model: nn.Module, name: str, facts: Mapping[str, Any]) -> None:
+        """`save_pretrained` where the model has it, else its plain state as safetensors with `facts` in the header."""
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(self.path / name, provenance=facts)  # type: ignore[operator]
+            return
+        from safetensors.torch import save_model
+
+        with replacing(self.path / name) as temporary:
+            save_model(model, str(temporary), metadata={"provenance": json.dumps(_plain(facts))})
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write_rows(self, rows: list[dict[str, Any]]) -> None:
+        with replacing(self.path / LOG) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def described(model: nn.Module) -> dict[str, Any]:
+    """What a model is, for comparison: its class, its config where it has one, and the shapes of its tensors."""
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {
+        "class": type(model).__name__,
+        "config": getattr(model, "config", None),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "shapes": hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:12],
+    }
+
+
+def _plain(facts: Any) -> Any:
+    """As JSON gives it back: tuples are lists, whatever JSON does not know is its text."""
+    return json.loads(json.dumps(facts, default=str))
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def _short(facts: Mapping[str, Any], key: str) -> str:
+    text = json.dumps(facts[key]) if key in facts else "not given"
+    return text if len(text) <= 80 else text[:77] + "..."

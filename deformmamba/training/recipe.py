@@ -1,0 +1,235 @@
+"""Recipes: a run as a TOML file, so that it can be repeated on another folder of volumes."""
+
+import inspect
+import math
+import os
+import tomllib
+import types
+import typing
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deformmamba.checkpoint import one_line
+from deformmamba.curves import sample_picture
+from deformmamba.data import PatchDataset, Scan, find_scans, subjects
+from deformmamba.evaluation import evaluate, mean_scores
+from deformmamba.losses import LOSSES, SRLoss
+from deformmamba.models import MODELS
+from deformmamba.models.base import SRModel
+from deformmamba.training.folder import RunFolder
+from deformmamba.training.loop import fit
+from deformmamba.weights import load_checkpoint
+
+SECTIONS = ("model", "data", "fit")
+SAMPLE = "sample.png"
+# what changes how a run is computed but not what comes out
+INDIFFERENT = ("workers",)
+
+
+def load_recipe(name: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """A recipe: the name of one in the package ("ixi-4x"), or the path of a TOML file.
+
+    Sections: [model] name (of MODELS), preset, init (a checkpoint's name or path whose weights to start from) and the
+    constructor's arguments; [data] arguments of `PatchDataset`, and `validation`, the groups to validate on; [fit]
+    arguments of `fit`, with `loss` by name (of LOSSES) and `beta`; `epochs` counts passes over the training slices, one
+    patch of each.
+
+    Raises:
+        ValueError: no such recipe, an unknown section or key (names the allowed ones), or a value of the wrong type.
+    """
+    packaged = {path.name.removesuffix(".toml"): path for path in files("deformmamba").joinpath("recipes").iterdir()}
+    if str(name) in packaged:
+        text = packaged[str(name)].read_text("utf-8")
+    elif Path(name).is_file():
+        text = Path(name).read_text("utf-8")
+    else:
+        raise ValueError(f"no recipe {str(name)!r}; recipes: {', '.join(sorted(packaged))}, or the path of a TOML file")
+    try:
+        recipe = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"recipe {name}: not TOML: {error}") from None
+    for section in [*recipe, *SECTIONS]:
+        if section not in SECTIONS or not isinstance(recipe.setdefault(section, {}), dict):
+            raise ValueError(f"recipe {name}: no section [{section}]; sections: {', '.join(SECTIONS)}")
+    model = recipe["model"].get("name", "DeformMambaSR")
+    if model not in MODELS:
+        raise ValueError(f"recipe {name}: no model {model!r}; models: {', '.join(MODELS)}")
+    _check_keys(name, "model", recipe["model"], MODELS[model].__init__, extra={"name": str, "preset": str, "init": str})
+    _check_keys(name, "data", recipe["data"], PatchDataset.__init__, extra={"validation": Sequence[str]})
+    _check_keys(name, "fit", recipe["fit"], fit, extra={"loss": str, "beta": float})
+    if recipe["fit"].get("loss", "sr") not in LOSSES:
+        raise ValueError(f"recipe {name}: no loss {recipe['fit']['loss']!r}; losses: {', '.join(LOSSES)}")
+    return recipe
+
+
+_GIVEN_ELSEWHERE = ("self", "model", "dataset", "out", "scans", "length", "seed", "validate", "provenance", "progress")
+
+
+def _check_keys(name: Any, section: str, values: Mapping[str, Any], of: Any, extra: Mapping[str, Any]) -> None:
+    kinds = {
+        key: parameter.annotation
+        for key, parameter in inspect.signature(of).parameters.items()
+        if key not in _GIVEN_ELSEWHERE or (key == "seed" and section == "fit")
+    }
+    kinds.update(extra)
+    for key, value in values.items():
+        if key not in kinds:
+            raise ValueError(f"recipe {name}: no key {key!r} in [{section}]; keys: {', '.join(sorted(kinds))}")
+        if not _is_a(value, kinds[key]):
+            raise ValueError(f"recipe {name}: {key} in [{section}] is {value!r}; wanted {_called(kinds[key])}")
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a TOML value is what an annotation asks for."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_a(value, argument) for argument in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if kind in (int, float, str, bool):
+        return type(value) is kind or (kind is float and type(value) is int)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, dict) and all(_is_a(item, arguments[-1]) for item in value.values())
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return isinstance(value, list) and all(_is_a(item, arguments[0]) for item in value)
+    return kind is not type(None)
+
+
+def _called(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_called(argument) for argument in arguments if argument is not type(None))
+    if origin is typing.Literal:
+        return " or ".join(repr(argument) for argument in arguments)
+    if origin is not None:
+        return f"a {'table' if issubclass(origin, Mapping) else 'list'} of {_called(arguments[-1])}"
+    return getattr(kind, "__name__", str(kind))
+
+
+def train_recipe(
+    recipe: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    init: str | None = None,
+    progress: bool = True,
+    **overrides: Any,
+) -> Path:
+    """Trains by a recipe on the "train" split of the folder `data` and validates on its "val" split; see `load_recipe`.
+
+    Args:
+        recipe: see `load_recipe`.
+        data: see `deformmamba.data.find_scans`.
+        out: see `fit`; a picture of a validation slice, `sample.png`, comes there as well.
+        init: see `load_recipe`; instead of the recipe's.
+        progress: see `fit`.
+        overrides: replace [fit] keys if they are not None, such as `steps` (which replaces `epochs`) or `seed`.
+
+    Returns the best checkpoint.
+
+    Raises:
+        ValueError: a recipe, data, weights to start from, or a folder that do not fit; before anything is computed.
+    """
+    plan = load_recipe(recipe)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    for key, other in (("steps", "epochs"), ("epochs", "steps")):
+        if key in given:
+            plan["fit"].pop(other, None)
+    plan["fit"].update(given)
+    if init is not None:
+        plan["model"]["init"] = init
+    if ("steps" in plan["fit"]) == ("epochs" in plan["fit"]):
+        raise ValueError(f"recipe {recipe}: [fit] needs either steps or epochs")
+    train, val = _split(find_scans(data), plan, data)
+    fitting = dict(plan["fit"])
+    run = {
+        "recipe": {**plan, "fit": {key: value for key, value in fitting.items() if key not in INDIFFERENT}},
+        "train": {"subjects": subjects(train), "volumes": len(train)},
+        "val": {"subjects": subjects(val), "volumes": len(val)},
+        "degradation": "k-space crop, magnitude",
+    }
+    RunFolder(out).check({"provenance": run}, whole=False)
+    seed = fitting.get("seed", 0)
+    torch.manual_seed(seed)
+    model = _model(plan["model"])
+
+    kind, beta = fitting.pop("loss", "sr"), fitting.pop("beta", 0.1)
+    batch, epochs = fitting.get("batch", 8), fitting.pop("epochs", None)
+    settings = {key: value for key, value in plan["data"].items() if key != "validation"}
+    quiet = os.environ.get("RANK", "0") != "0" or not progress
+    dataset = PatchDataset(
+        train,
+        scale=model.scale,
+        length=fitting.get("steps", 1) * batch,
+        intensity=model.intensity,
+        seed=seed,
+        progress=not quiet,
+        **settings,
+    )
+    if epochs is not None:
+        fitting["steps"] = math.ceil(epochs * sum(len(slices) for slices in dataset.groups) / batch)
+        dataset.length = fitting["steps"] * batch
+    picture = Path(out) / SAMPLE
+
+    def validate(candidate: SRModel) -> dict[str, float]:
+        sample_picture(candidate, val[0].path, picture, title=f"{val[0].subject}, validation")
+        return mean_scores(evaluate(candidate, val))
+
+    return fit(
+        model,
+        dataset,
+        out=out,
+        loss=SRLoss(beta=beta) if kind == "sr" else LOSSES[kind](),
+        validate=validate,
+        provenance={**run, "spacings_mm": [round(spacing, 2) for spacing in dataset.spacings]},
+        progress=progress,
+        **fitting,
+    )
+
+
+def _split(scans: Sequence[Scan], plan: dict[str, dict[str, Any]], data: Any) -> tuple[list[Scan], list[Scan]]:
+    """The scans to train and to validate on; a folder that names no groups is taken whole, and `plan` says so then."""
+    settings = plan["data"]
+    if not any(scan.group for scan in scans) and (settings.get("weights") or settings.get("validation")):
+        warnings.warn(
+            f"{data} does not say what its volumes show (no contrast and anatomy in a volumes.tsv): all count alike, "
+            "where the recipe has shares of groups",
+            stacklevel=3,
+        )
+        settings.pop("weights", None)
+        settings.pop("validation", None)
+    weights, wanted = settings.get("weights"), settings.get("validation")
+    train = [scan for scan in scans if scan.split == "train" and (weights is None or scan.group in weights)]
+    val = [scan for scan in scans if scan.split == "val" and (wanted is None or scan.group in wanted)]
+    if not train or not val:
+        groups = ", ".join(sorted({f"{scan.group or 'no group'} ({scan.split})" for scan in scans}))
+        raise ValueError(
+            f"train: {data} has {len(train)} volumes to train on and {len(val)} to validate on, both needed, of "
+            f"different subjects; the recipe wants {', '.join(weights or ['any'])} and {', '.join(wanted or ['any'])}; "
+            f"there are: {groups}"
+        )
+    return train, val
+
+
+def _model(arguments: Mapping[str, Any]) -> SRModel:
+    """The model of a recipe's [model] section, with new weights or those of `init`."""
+    plain = dict(arguments)
+    made, preset, init = MODELS[plain.pop("name", "DeformMambaSR")], plain.pop("preset", None), plain.pop("init", None)
+    if preset is not None and not hasattr(made, "from_preset"):
+        raise ValueError(f"train: {made.__name__} has no presets; leave `preset` out")
+    model: SRModel = made.from_preset(preset, **plain) if preset is not None else made(**plain)  # type: ignore[attr-defined]
+    if init is not None:
+        checkpoint = load_checkpoint(init)
+        try:
+            model.load_state_dict(checkpoint.tensors, strict=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"train: init = {init!r} ({checkpoint.class_name}) does not fit the recipe's {type(model).__name__}: "
+                f"{one_line(error)}"
+            ) from None
+    return model
