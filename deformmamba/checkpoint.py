@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FORMAT = "deformmamba-1"
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
 
 # Bounds, in bytes where nothing else is said; the `paper` preset has a header of about 0.1 MB.
 MAX_FILE = 4 << 30
@@ -121,16 +122,31 @@ def write_checkpoint(
             raise WeightsError(
                 f"{path} is a folder; give a file name, or a folder name that does not end in .safetensors"
             )
-        _write_bytes(path, data)
+        write_bytes(path, data)
     else:
         if path.suffix.lower() in PICKLE_SUFFIXES:
             raise WeightsError(f"{path}: checkpoints are safetensors; name a folder or a file ending in .safetensors")
-        with _disk("make the folder", path, "; choose another one"):
-            path.mkdir(parents=True, exist_ok=True)
-        _write_bytes(path / WEIGHTS_FILE, data)
-        beside = {"format": FORMAT, "class": class_name, "config": dict(config)}
-        _write_bytes(path / CONFIG_FILE, (json.dumps(beside, indent=2) + "\n").encode())
+        write_files(path, {WEIGHTS_FILE: data, CONFIG_FILE: config_json(class_name, config)})
     return hashlib.sha256(data).hexdigest()
+
+
+def config_json(class_name: str, config: Mapping[str, Any]) -> bytes:
+    """The `config.json` that stands beside `model.safetensors` and says what its header says."""
+    beside = {"format": FORMAT, "class": class_name, "config": dict(config)}
+    return (json.dumps(beside, indent=2) + "\n").encode()
+
+
+def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
+    """Writes files of the given names into a folder, made if it is missing; each appears complete or not at all.
+
+    Raises:
+        WeightsError: the folder or a file in it cannot be written.
+    """
+    folder = Path(folder)
+    with _disk("make the folder", folder, "; choose another one"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        write_bytes(folder / name, data)
 
 
 def check_config(config: Any, what: str = "config") -> None:
@@ -380,7 +396,12 @@ def _weights_in(folder: Path) -> Path:
     )
 
 
-def _write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes one file, which appears under its name complete or not at all.
+
+    Raises:
+        WeightsError: it cannot be written.
+    """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     with _disk("write", path, "; choose a place that can be written"):
         try:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from deformmamba.weights import (
     WeightsError,
     card,
     check_config,
+    fetch,
     list_weights,
     load_checkpoint,
     manifest,
@@ -439,6 +440,7 @@ def test_names_resolve_to_the_packaged_file(published: dict[str, Any], saved: Pa
     assert model.source == "ixi-4x"
     assert verify("ixi-4x") == published["weights"]["ixi-4x"]["sha256"]
     assert [entry["name"] for entry in list_weights()] == ["ixi-4x", "ixi-2x"]
+    assert fetch("ixi-4x") == saved / "checkpoints" / "ixi-4x.safetensors"
     refused(lambda: load_checkpoint("ixi-4x", revision="abc"), "the manifest pins")
     (saved / "checkpoints" / "ixi-4x.safetensors").unlink()
     refused(lambda: load_checkpoint("ixi-4x"), "missing from this installation")
@@ -478,16 +480,50 @@ def test_a_local_path_comes_first(
 
 
 def test_the_card_is_markdown_with_the_facts(published: dict[str, Any]) -> None:
-    text = card(list_weights()[0])
+    entry = list_weights()[0]
+    text = card(entry)
     front, body = text.removeprefix("---\n").split("\n---\n")
     assert 'license: "cc-by-4.0"' in front.splitlines()
     assert "# ixi-4x" in body
-    assert "- **trained on**: noise; more noise" in body
-    assert "| noise | 28.0 |  |" in body
     assert 'from_pretrained("ixi-4x")' in body
+    assert f"- **sha256**: {entry['sha256']}" in body
+    assert f"- **size**: {entry['size'] / 1e6:.2f} MB ({entry['size']} bytes)" in body
+    assert "there is no repository on the Hub" in body
+    assert "## Training data" in body
+    assert "| more noise |" in body
     assert "| data | psnr | ssim |" in body
+    assert "| noise | 28 |  |" in body
+    assert "Not a medical device" in body
     assert "\n\n\n" not in text
+    assert text.isascii()
     assert "Scores" not in card({"name": "x"})
+
+
+def test_the_card_has_a_table_for_each_list_of_an_assessment_and_loses_nothing() -> None:
+    entry = {
+        "name": "ixi-4x",
+        "repo": "org/ixi-4x",
+        "revision": "c0ffee",
+        "intended_use": "Nothing but this test.",
+        "limits": "Made up.",
+        "preset": "small",
+        "invented_later": {"a_b": [1, 2.34567], "c": None},
+        "by_spacing": [{"spacing_mm": 0.9, "psnr": 30.123456, "zero_fill_psnr": 28.5}, {"spacing_mm": 1.2, "psnr": 29}],
+        "out_of_domain": [{"case": "rotated | by 10 degrees", "psnr": 25.0}],
+        "lesions": [{"diameter_mm": 2, "contrast_recovered": 0.51, "bicubic": 0.3}],
+    }
+    text = card(entry)
+    assert text.count('from_pretrained("ixi-4x")') == 1, "a name of the manifest pins more than a repository does"
+    assert 'from_pretrained("org/new")' in card({**entry, "repo": "org/new", "revision": None})
+    assert "Nothing but this test.\n\nLimits: Made up.\n" in text
+    assert "- **preset**: small" in text
+    assert "- **invented later**: a b 1; 2.346, c" in text
+    assert (
+        "| spacing mm | psnr | zero fill psnr |\n| --- | --- | --- |\n| 0.9 | 30.12 | 28.5 |\n| 1.2 | 29 |  |" in text
+    )
+    assert "## Out of domain" in text
+    assert "| rotated \\| by 10 degrees | 25 |" in text
+    assert "| diameter mm | contrast recovered | bicubic |\n| --- | --- | --- |\n| 2 | 0.51 | 0.3 |" in text
 
 
 def test_the_real_manifest_is_whole() -> None:
@@ -520,136 +556,6 @@ def test_listing_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-
-
-# ------------------------------------------------------------------------------------------------------------- the Hub
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub:
-    """Stands in for huggingface_hub's download: a cache as that library lays it out, and errors on demand."""
-
-    def __init__(self, cache: Path) -> None:
-        self.cache = cache
-        self.error: Exception | None = None
-        self.asked: list[tuple[str, str, str | None]] = []
-
-    def put(self, repo: str, file: str, data: bytes, blob: str | None = None) -> None:
-        root = self.cache / f"models--{repo.replace('/', '--')}"
-        blob = blob or hashlib.sha256(data).hexdigest()
-        for folder in ("blobs", f"snapshots/{COMMIT}"):
-            (root / folder).mkdir(parents=True, exist_ok=True)
-        (root / "blobs" / blob).write_bytes(data)
-        link = root / "snapshots" / COMMIT / file
-        link.unlink(missing_ok=True)
-        link.symlink_to(f"../../blobs/{blob}")
-
-    def download(self, repo: str, file: str, *, revision: str | None, cache_dir: Any, local_files_only: bool) -> str:
-        from huggingface_hub.errors import EntryNotFoundError
-
-        self.asked.append((repo, file, revision))
-        if self.error:
-            raise self.error
-        path = self.cache / f"models--{repo.replace('/', '--')}" / "snapshots" / COMMIT / file
-        if not path.exists():
-            raise EntryNotFoundError(f"404 Client Error\n\nEntry Not Found for url: {repo}/{file}.")
-        return str(path)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    import huggingface_hub
-
-    hub = Hub(tmp_path / "cache")
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub.download)
-    return hub
-
-
-def git_blob(data: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-def test_a_repository_is_loaded_and_its_commit_recorded(hub: Hub, saved: Path) -> None:
-    for file in ("model.safetensors", "config.json"):
-        hub.put("org/name", file, (saved / file).read_bytes())
-    for name, revision in [("org/name", None), ("org/name@v1.0", None), ("org/name", "main"), ("org/name@a/b", "a/b")]:
-        assert from_pretrained(name, revision=revision).source == f"org/name@{COMMIT}"
-    assert [asked[2] for asked in hub.asked] == [None, COMMIT, "v1.0", COMMIT, "main", COMMIT, "a/b", COMMIT]
-    refused(lambda: load_checkpoint("org/name@v1", revision="v2"), "names one revision and revision='v2' another")
-
-
-def test_what_the_hub_sends_is_compared_with_the_hubs_own_hash(hub: Hub, saved: Path) -> None:
-    data = (saved / "model.safetensors").read_bytes()
-    hub.put("org/small", "model.safetensors", data, blob=git_blob(data))
-    assert load_checkpoint("org/small").class_name == "DeformMambaSR"
-    for blob in (git_blob(data + b"x"), hashlib.sha256(data + b"x").hexdigest()):
-        hub.put("org/name", "model.safetensors", data, blob=blob)
-        assert blob in refused(lambda: load_checkpoint("org/name"), "damaged")
-
-
-def test_a_repository_whose_config_disagrees_is_refused(hub: Hub, saved: Path) -> None:
-    hub.put("org/name", "model.safetensors", (saved / "model.safetensors").read_bytes())
-    hub.put("org/name", "config.json", b'{"class": "Bicubic"}')
-    refused(lambda: load_checkpoint("org/name"), "disagree on")
-
-
-def test_manifest_entries_on_the_hub_are_pinned(hub: Hub, published: dict[str, Any], saved: Path) -> None:
-    data = (saved / "model.safetensors").read_bytes()
-    hub.put("org/ixi-2x", "model.safetensors", data)
-    assert from_pretrained("ixi-2x").source == "ixi-2x"
-    assert hub.asked[0] == ("org/ixi-2x", "model.safetensors", "c0ffee")
-    other = data[:-1] + b"\1"
-    hub.put("org/ixi-2x", "model.safetensors", other)  # the Hub vouches for it, the manifest does not
-    message = refused(lambda: load_checkpoint("ixi-2x"), "damaged or is another one")
-    assert hashlib.sha256(other).hexdigest() in message
-    assert hashlib.sha256(data).hexdigest() in message
-
-
-def _hub_errors() -> Iterator[tuple[Exception, str]]:
-    import httpx2
-    from huggingface_hub import errors
-
-    request = httpx2.Request("GET", "https://localhost/")
-
-    def http(cls: Any, status: int) -> Exception:
-        return cls(f"{status} Client Error\n\nRequest ID: 1", response=httpx2.Response(status, request=request))
-
-    yield http(errors.RepositoryNotFoundError, 404), "no repository org/name that you may read.*HF_TOKEN"
-    yield http(errors.GatedRepoError, 403), "is gated.*HF_TOKEN"
-    yield http(errors.RevisionNotFoundError, 404), "has no revision None"
-    yield errors.EntryNotFoundError("404"), r"has no model.safetensors; only safetensors is read"
-    yield errors.LocalEntryNotFoundError("offline\nand more"), "not in the local cache.*HF_HUB_OFFLINE"
-    yield http(errors.HfHubHTTPError, 429), r"fetching org/name failed \(HfHubHTTPError: 429.*try again"
-    yield errors.OfflineModeIsEnabled("offline"), "fetching org/name failed"
-    yield httpx2.ReadTimeout("slow"), r"failed \(ReadTimeout: slow\)"
-    yield PermissionError(13, "Permission denied", "/cache"), "failed .PermissionError.*Permission denied"
-    yield OSError(28, "No space left on device"), "No space left on device"
-    yield RuntimeError("Data processing error: \ud800 CAS service error"), "failed .RuntimeError"
-
-
-@pytest.mark.parametrize(("error", "message"), list(_hub_errors()), ids=lambda value: type(value).__name__)
-def test_whatever_the_hub_client_raises_is_one_line(error: Exception, message: str, hub: Hub) -> None:
-    hub.error = error
-    text = refused(lambda: load_checkpoint("org/name"), message)
-    text.encode()
-
-
-def test_offline_with_an_empty_cache(tmp_path: Path) -> None:
-    """The real client, which reads HF_HUB_OFFLINE when it is imported: a process of its own."""
-    script = (
-        "from deformmamba.weights import load_checkpoint, WeightsError\n"
-        "for name in ('org/name', 'org/name@v1', 'org/bad..name'):\n"
-        "    try: load_checkpoint(name)\n"
-        "    except WeightsError as error: print(error)\n"
-    )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert len(lines) == 3
-    assert all("is not in the local cache" in line for line in lines[:2])
-    assert "not a repository name" in lines[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------- fuzz

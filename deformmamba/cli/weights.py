@@ -1,4 +1,4 @@
-"""weights: what is published, and whether a file is what was published."""
+"""weights: what is published, whether a file is what was published, and the way from and to the Hub."""
 
 import argparse
 import json
@@ -8,18 +8,34 @@ from deformmamba.cli.arguments import add_command, say
 
 
 def add(commands: Any) -> None:
-    weights = add_command(commands, "weights", _weights_list, "list, show or verify published weights", "weights list")
-    kinds = weights.add_subparsers(metavar="list | show | verify", required=True)
-    listing = add_command(kinds, "list", _weights_list, "what there is", "weights list")
-    show = add_command(kinds, "show", _weights_show, "the model card of one", "weights show ixi-4x")
+    weights = add_command(commands, "weights", _list, "list, show, verify, fetch or publish weights", "weights list")
+    kinds = weights.add_subparsers(metavar="list | show | verify | fetch | publish", required=True)
+    listing = add_command(kinds, "list", _list, "what there is", "weights list")
+    show = add_command(kinds, "show", _show, "the model card of one", "weights show ixi-4x")
     show.add_argument("name", metavar="NAME")
     for made in (listing, show):
         made.add_argument("--json", action="store_true", help="for programs")
-    verify = add_command(kinds, "verify", _weights_verify, "compare files with their hashes", "weights verify ixi-4x")
-    verify.add_argument("name", metavar="NAME", nargs="*", help="default: all")
+    verify = add_command(kinds, "verify", _verify, "compare files with their hashes", "weights verify ixi-4x")
+    verify.add_argument("name", metavar="NAME|PATH|REPO", nargs="*", help="default: all that ride in the package")
+    fetch = add_command(
+        kinds,
+        "fetch",
+        _fetch,
+        "bring weights to this machine, or into a folder for one without a network",
+        "weights fetch org/name --to folder",
+    )
+    fetch.add_argument("name", metavar="NAME|REPO", help="org/repo@commit works too")
+    fetch.add_argument("--to", metavar="FOLDER", help="write them there (default: the cache of huggingface_hub)")
+    publish = add_command(
+        kinds, "publish", _publish, "upload a checkpoint to the Hub", "weights publish runs/mine org/name --dry-run"
+    )
+    publish.add_argument("source", metavar="DIR|FILE|NAME", help="a folder written by save_pretrained, a file, a name")
+    publish.add_argument("repo", metavar="ORG/NAME", help="made if it is missing")
+    publish.add_argument("--private", action="store_true", help="make a missing repository private")
+    publish.add_argument("--dry-run", action="store_true", help="say what would be uploaded, and send nothing")
 
 
-def _weights_list(args: argparse.Namespace) -> None:
+def _list(args: argparse.Namespace) -> None:
     from deformmamba.weights import list_weights, manifest
 
     entries = list_weights()
@@ -27,12 +43,13 @@ def _weights_list(args: argparse.Namespace) -> None:
         say(json.dumps(entries))
         return
     for entry in entries:
-        say(f"{entry['name']:16} {entry['scale']}x  {entry['parameters'] / 1e6:6.2f} M parameters  {entry['summary']}")
+        size = f"{entry['parameters'] / 1e6:6.2f} M parameters  {entry['size'] / 1e6:6.2f} MB"
+        say(f"{entry['name']:16} {entry['scale']}x  {size}  {entry['summary']}")
     for name, plan in manifest()["planned"].items():
         say(f"{name:16} planned: {plan['why']}")
 
 
-def _weights_show(args: argparse.Namespace) -> None:
+def _show(args: argparse.Namespace) -> None:
     from deformmamba.weights import card, weights_entry
 
     entry = weights_entry(args.name)
@@ -40,8 +57,28 @@ def _weights_show(args: argparse.Namespace) -> None:
         say(line)
 
 
-def _weights_verify(args: argparse.Namespace) -> None:
+def _verify(args: argparse.Namespace) -> None:
     from deformmamba.weights import list_weights, verify
 
-    for name in args.name or [entry["name"] for entry in list_weights()]:
+    for name in args.name or [entry["name"] for entry in list_weights() if not entry["repo"]]:
         say(f"{name}: ok, sha256 {verify(name)}")
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    from deformmamba.weights import fetch
+
+    say(f"{args.name}: verified, {fetch(args.name, args.to)}")
+    if args.to:
+        say(f"carry the folder where it is needed, and there: deformmamba upscale scan.nii.gz --model {args.to} -o ...")
+
+
+def _publish(args: argparse.Namespace) -> None:
+    from deformmamba.weights import publish
+
+    made = publish(args.source, args.repo, dry_run=args.dry_run, private=args.private)
+    for name, (size, sha256) in made.files.items():
+        say(f"{'would upload' if args.dry_run else 'uploaded'} {name:18} {size:10d} bytes  sha256 {sha256}")
+    if args.dry_run:
+        say(f"nothing was sent to {made.repo}; leave --dry-run out to send it")
+    else:
+        say(f"published {made.repo}@{made.revision}")
