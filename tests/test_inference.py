@@ -1,14 +1,20 @@
 """upscale(): the same numbers whatever the kind of scan, in the same units, at the same place in the world."""
 
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel
 import numpy as np
 import pytest
 import torch
 
-from deformmamba.inference import coarsen, upscale
+from deformmamba.inference import coarsen, to_effective, upscale, upscale_file, upscale_with_uncertainty
 from deformmamba.kspace import degrade, lowpass
 from deformmamba.models import Bicubic, ZeroFill
 from deformmamba.models.base import SRModel
-from deformmamba.volume import Volume, VolumeError, intensity_scale
+from deformmamba.volume import Volume, VolumeError, intensity_scale, read_volume, write_volume
 
 
 class Wobble(SRModel):
@@ -268,3 +274,203 @@ def test_coarsening_equals_degrading_each_slice() -> None:
         coarsen(volume, 9)
     with pytest.raises(VolumeError, match="NaN"):
         coarsen(Volume(volume.array * np.nan, volume.affine), 2)
+
+
+# ------------------------------------------------------------------------------------------------- the guarantee
+
+
+@pytest.mark.parametrize(("size", "scale"), [((8, 10), 2), ((7, 9), 3), ((9, 6), 2), ((5, 8), 4), ((6, 6), 4)])
+def test_consistency_never_takes_a_signed_scan_further_from_the_truth(size: tuple[int, int], scale: int) -> None:
+    rng = np.random.default_rng(1)
+    hr = torch.from_numpy(rng.normal(0, 100, (3, size[0] * scale, size[1] * scale)))
+    lr = degrade(hr, scale, output="real").numpy().astype(np.float32)
+    for strength in (0.0, 0.1, 3.0):
+        wobble = Wobble(scale=scale, strength=strength).eval()
+        loose, tight = (upscale(wobble, lr, axis=0, consistency=c) - hr.numpy() for c in (False, True))
+        assert np.linalg.norm(tight) <= np.linalg.norm(loose) * (1 + 1e-5)
+    again = lowpass(torch.from_numpy(tight + hr.numpy()), scale).real
+    np.testing.assert_allclose(again, lr, atol=1e-3)
+
+
+@pytest.mark.parametrize("ensemble", [False, True])
+@pytest.mark.parametrize("tile", [None, 8])
+def test_consistency_holds_whatever_ran_before_it(ensemble: bool, tile: int | None) -> None:
+    wobble = Wobble(strength=0.05).eval()
+    lr = np.random.default_rng(0).uniform(500, 1000, (3, 13, 12)).astype(np.float32)
+    sharp = upscale(wobble, lr, axis=0, consistency=True, ensemble=ensemble, tile=tile)
+    assert sharp.min() > 0  # so nothing was clipped
+    np.testing.assert_allclose(degrade(torch.from_numpy(sharp), 2), lr, atol=0.02)
+
+
+# ------------------------------------------------------------------------------------------------- tiles and ensembles
+
+
+def test_tiles_of_a_local_model_do_not_show() -> None:
+    volume = scan((70, 45, 3))
+    for model in (Bicubic(scale=2), Bicubic(scale=3, grid="half-pixel"), ZeroFill(scale=2)):
+        whole, cut = (upscale(model, volume, tile=tile).array for tile in (None, 24))
+        np.testing.assert_allclose(cut, whole, atol=1e-6 * whole.max())
+
+
+def test_tiles_are_what_the_model_sees(wobble: Wobble) -> None:
+    upscale(wobble, scan((20, 12, 2)), tile=8, overlap=4, batch_size=2)
+    assert {seen[0] for seen in wobble.seen} == {(2, 1, 8, 8)}
+    assert len(wobble.seen) == 4 * 2
+    for settings, said in (
+        ({"tile": 3}, "tiles of 3 are too small"),
+        ({"tile": 8, "overlap": 8}, "overlap of 8 does not go with tiles of 8"),
+        ({"overlap": 4}, "needs tiles"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            upscale(wobble, scan(), **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [(12, 9), (11, 8), (9, 9)])
+def test_reflections_are_about_the_origin(size: tuple[int, int]) -> None:
+    """Interpolation that commutes with them has nothing to disagree on; by plain reversal it would be blurred."""
+    volume = Volume(np.random.default_rng(0).gamma(2.0, 200.0, (*size, 3)), oblique(1, 1, 4))
+    for model in (ZeroFill(scale=3), Bicubic(scale=3, grid="half-pixel"), Bicubic(scale=2, grid="half-pixel")):
+        sharp, spread = upscale_with_uncertainty(model, volume)
+        np.testing.assert_allclose(sharp.array, upscale(model, volume).array, atol=1e-3)
+        assert spread.array.max() < 1e-3
+        np.testing.assert_array_equal(spread.affine, sharp.affine)
+
+
+def test_an_ensemble_is_the_mean_of_its_members_and_their_spread(wobble: Wobble) -> None:
+    array = scan((12, 10, 2)).array + 2000  # nothing is clipped
+    members = []
+    for transpose in (False, True):
+        for flips in ((), (0,), (1,), (0, 1)):
+            turned = np.roll(np.flip(array, flips), 1, flips)
+            turned = turned.swapaxes(0, 1) if transpose else turned
+            sr = upscale(wobble, np.ascontiguousarray(turned), axis=2)
+            sr = sr.swapaxes(0, 1) if transpose else sr
+            members.append(np.roll(np.flip(sr, flips), 1, flips))
+    sharp, spread = upscale_with_uncertainty(wobble, array, axis=2)
+    np.testing.assert_allclose(sharp, np.mean(members, 0), rtol=1e-5)
+    np.testing.assert_allclose(spread, np.std(members, 0), rtol=1e-3, atol=1e-2)
+    assert spread.mean() > 10
+    np.testing.assert_array_equal(upscale(wobble, array, axis=2, ensemble=True), sharp)
+    np.testing.assert_allclose(upscale_with_uncertainty(wobble, array * 3, axis=2)[1], 3 * spread, rtol=1e-3, atol=0.1)
+
+
+# ------------------------------------------------------------------------------------------------- nibabel, files
+
+
+@pytest.mark.parametrize("kind", ["Nifti1Image", "Nifti2Image", "MGHImage"])
+def test_nibabel_images_come_back_as_what_they_were(wobble: Wobble, kind: str) -> None:
+    image = getattr(nibabel, kind)((scan().array * 3).astype(np.int16), oblique(0.9, 0.8, 5.0))
+    sharp = upscale(wobble, image)
+    assert type(sharp) is type(image)
+    assert sharp.get_data_dtype().newbyteorder("=") == np.float32
+    expected = upscale(wobble, Volume(np.asarray(image.dataobj, np.float32), image.affine))
+    np.testing.assert_array_equal(sharp.get_fdata(dtype=np.float32), expected.array)
+    np.testing.assert_allclose(sharp.affine, expected.affine, atol=1e-5)
+    np.testing.assert_allclose(sharp.header.get_zooms()[:3], (0.45, 0.4, 5.0), rtol=1e-5)
+    assert image.get_data_dtype() == np.int16  # the header that came is left alone
+
+
+def test_nibabel_images_keep_units_codes_and_slope(wobble: Wobble) -> None:
+    image = nibabel.Nifti1Image(scan().array, None)
+    image.header.set_xyzt_units("meter")
+    image.set_qform(oblique(0.0009, 0.0008, 0.005), 1)
+    image.set_sform(np.diag([0.0009, 0.0008, 0.005, 1]), 4)
+    image.header["descrip"] = b"kept"
+    sharp = upscale(wobble, image)
+    assert sharp.header.get_xyzt_units()[0] == "meter"
+    assert (int(sharp.header["qform_code"]), int(sharp.header["sform_code"])) == (1, 4)
+    np.testing.assert_allclose(sharp.get_sform(), np.diag([0.00045, 0.0004, 0.005, 1]), rtol=1e-5)
+    np.testing.assert_allclose(sharp.get_qform()[:3, 3], image.get_qform()[:3, 3], rtol=1e-5)
+    assert bytes(sharp.header["descrip"]).startswith(b"kept")
+    with pytest.raises(VolumeError, match="give one 3-D volume"):
+        upscale(wobble, nibabel.Nifti1Image(np.ones((8, 8, 2, 2), np.float32), np.eye(4)))
+    with pytest.raises(VolumeError, match="magnitude"):
+        upscale(wobble, nibabel.Nifti1Image(np.ones((8, 8, 2), np.complex64), np.eye(4)))
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_from_file_to_file_without_the_volume_in_memory(
+    wobble: Wobble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, axis: int
+) -> None:
+    source, target, spread = tmp_path / "in.nii.gz", tmp_path / "out.nii.gz", tmp_path / "spread.nii"
+    volume = scan((8, 10, 7))
+    write_volume(source, volume)
+    expected, deviation = upscale_with_uncertainty(wobble, volume, axis=axis)
+    monkeypatch.setattr("deformmamba.inference.Upscaling.empty", None)
+    seen: list[int] = []
+
+    def watch(k: int, image: np.ndarray, disagreement: np.ndarray | None) -> None:
+        seen.append(k)
+        np.testing.assert_allclose(image, expected.array.take(k, axis), rtol=1e-5)
+        np.testing.assert_allclose(disagreement, deviation.array.take(k, axis), rtol=1e-3, atol=1e-2)
+
+    done = upscale_file(wobble, source, target, uncertainty=spread, watch=watch, axis=axis, batch_size=3)
+    assert seen == list(range(volume.array.shape[axis]))
+    assert done.shape == expected.array.shape
+    assert done.axis == axis
+    assert done.settings == {"axis": axis, "consistency": False, "ensemble": True, "tile": None, "overlap": None}
+    for path, wanted in ((target, expected), (spread, deviation)):
+        written = read_volume(path)
+        np.testing.assert_allclose(written.array, wanted.array, rtol=1e-3, atol=1e-2)
+        np.testing.assert_allclose(written.affine, wanted.affine, atol=1e-5)
+
+
+def test_a_failure_halfway_leaves_no_file(wobble: Wobble, tmp_path: Path) -> None:
+    write_volume(tmp_path / "in.nii", scan())
+    (tmp_path / "out.nii").write_bytes(b"kept")
+
+    def watch(k: int, *_: object) -> None:
+        if k == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        upscale_file(wobble, tmp_path / "in.nii", tmp_path / "out.nii", watch=watch, uncertainty=tmp_path / "u.nii")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.nii", "out.nii"]
+    assert (tmp_path / "out.nii").read_bytes() == b"kept"
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_output(tmp_path: Path) -> None:
+    """256 MB of output, of which a few slices are in memory at any time."""
+    write_volume(tmp_path / "in.nii", Volume(np.random.default_rng(0).random((256, 256, 64), np.float32), np.eye(4)))
+    code = (
+        "import resource, sys, nibabel, tqdm; from deformmamba.inference import upscale, upscale_file\n"
+        "from deformmamba.models import ZeroFill; import numpy as np\n"
+        "upscale(ZeroFill(scale=4), np.ones((256, 256, 2))); folder = sys.argv[1]\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "upscale_file(ZeroFill(scale=4), folder + '/in.nii', folder + '/out.nii')\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert (tmp_path / "out.nii").stat().st_size > 256 << 20
+    assert float(done.stdout) < 160  # MB: the input, copies of it for its percentile, and a batch
+
+
+# ------------------------------------------------------------------------------------------------- what was measured
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_the_effective_matrix_is_what_was_measured(axis: int) -> None:
+    rng = np.random.default_rng(0)
+    coarse = np.moveaxis(rng.gamma(2.0, 200.0, (3, 19, 17)).astype(np.float32) + 2000, 0, axis)
+    measured = Volume(coarse, oblique(1.8, 1.6, 5.0))
+    filled = upscale(ZeroFill(scale=2), measured, axis=axis)
+    back = to_effective(filled, axis=axis, matrix=(19, 17))
+    np.testing.assert_allclose(back.array, measured.array, rtol=1e-4)
+    np.testing.assert_allclose(back.affine, measured.affine)
+    assert to_effective(filled, axis=axis, matrix=(38, 34)) is filled
+    with pytest.raises(VolumeError, match="a matrix of 41x34 does not lie in slices of 38x34"):
+        to_effective(filled, axis=axis, matrix=(41, 34))
+    signed = replace(filled, array=filled.array - 2500)
+    np.testing.assert_allclose(to_effective(signed, axis=axis, matrix=(19, 17)).array, back.array - 2500, atol=0.1)
+
+
+def test_the_effective_matrix_is_found() -> None:
+    y, x = np.meshgrid(*[np.linspace(-1, 1, 96)] * 2, indexing="ij")
+    head = np.stack([(y**2 + x**2 * (1.1 + k / 9) < 0.7) * 500 + (abs(y + x / 2) < 0.2) * 200 for k in range(4)], 2)
+    noisy = (head + np.random.default_rng(0).normal(0, 4, head.shape)).astype(np.float32)
+    filled = upscale(ZeroFill(scale=2), Volume(np.abs(noisy), np.diag([1.0, 1.0, 4.0, 1.0])))
+    assert filled.array.shape == (192, 192, 4)
+    found = to_effective(filled)
+    assert all(abs(n - 96) <= 4 for n in found.array.shape[:2])
+    np.testing.assert_allclose(found.spacing, [192 / n / 2 if n != 4 else 4 for n in found.array.shape])
