@@ -3,9 +3,9 @@
 The rules, for classic images and for enhanced ones:
 
 - New: SOP instance and series UIDs, instance numbers (slices in order), content, creation and series date and time,
-  the series number (the source's plus 1000), " SR" after the series description, ImageType DERIVED\\SECONDARY and the
-  source's further values, the description of the derivation, the source image of each slice, this package among the
-  contributing equipment.
+  the series number (the source's plus 1000), " SR" after the series description, ImageType DERIVED\\SECONDARY (an
+  enhanced image must say DERIVED\\PRIMARY) and the source's further values, the description of the derivation, the
+  source image of each slice, this package among the contributing equipment.
 - Computed: Rows, Columns, PixelSpacing, position and orientation; where the slices themselves were resampled,
   SliceThickness and SpacingBetweenSlices in proportion, and no SliceLocation.
 - Pixels: 16 bits, unsigned unless there are negative values, one rescale slope for the whole series, intercept 0. The
@@ -172,6 +172,28 @@ STALE = (
     "VOILUTSequence",
 )
 
+# The pulse sequence, which an enhanced image may name only where it is ORIGINAL (PS3.3 C.8.13.4).
+OF_ORIGINALS = (
+    "ArterialSpinLabelingContrast",
+    "CoverageOfKSpace",
+    "EchoPlanarPulseSequence",
+    "EchoPulseSequence",
+    "GeometryOfKSpaceTraversal",
+    "MRAcquisitionType",
+    "MultiPlanarExcitation",
+    "MultipleSpinEcho",
+    "NumberOfKSpaceTrajectories",
+    "OversamplingPhase",
+    "PhaseContrast",
+    "PulseSequenceName",
+    "RectilinearPhaseEncodeReordering",
+    "SaturationRecovery",
+    "SegmentedKSpaceTraversal",
+    "SpectrallySelectedSuppression",
+    "SteadyStatePulseSequence",
+    "TimeOfFlightContrast",
+)
+
 
 class _Made:
     """What all instances of one new series share, and the making of each."""
@@ -221,7 +243,11 @@ class _Made:
 
         file = frames[0][1].path
         made = self._copy(file)
+        _drop(made, OF_ORIGINALS)
+        made.ImageType = _image_type(made.get("ImageType"), "PRIMARY")
         made.NumberOfFrames = len(frames)
+        source = self.series.datasets[file]
+        made.SourceImageEvidenceSequence = [_evidence(source)]
         shared = next(iter(made.get("SharedFunctionalGroupsSequence") or []), Dataset())
         made.SharedFunctionalGroupsSequence = [shared]
         groups = [copy.deepcopy(made.PerFrameFunctionalGroupsSequence[frame.index]) for _, frame in frames]
@@ -241,17 +267,17 @@ class _Made:
                 ]
             elif values is not None:
                 content.DimensionIndexValues = nth + 1
-            source = _reference(self.series.datasets[file])
-            source.ReferencedFrameNumber = frame.index + 1
-            source.PurposeOfReferenceCodeSequence = [_code(codes.DCM.SourceImageForImageProcessingOperation)]
+            image = _reference(source)
+            image.ReferencedFrameNumber = frame.index + 1
+            image.PurposeOfReferenceCodeSequence = [_code(codes.DCM.SourceImageForImageProcessingOperation)]
             derived = Dataset()
             derived.DerivationDescription = self.derivation
             derived.DerivationCodeSequence = [_code(codes.DCM.SpatialResampling)]
-            derived.SourceImageSequence = [source]
+            derived.SourceImageSequence = [image]
             group.DerivationImageSequence = [derived]
         for group in [shared, *groups]:
             for name in [element.keyword for element in group if element.keyword.endswith("FrameTypeSequence")]:
-                group[name].value[0].FrameType = _image_type(group[name].value[0].get("FrameType"))
+                group[name].value[0].FrameType = _image_type(group[name].value[0].get("FrameType"), "PRIMARY")
             for macro, fill in (
                 ("PixelMeasuresSequence", self._measures),
                 ("PixelValueTransformationSequence", self._transformation),
@@ -332,8 +358,10 @@ class _Made:
         group.RescaleType = group.get("RescaleType") or "US"  # unspecified, as it was before
 
     def _save(self, path: Path, made: Any) -> None:
-        with path.open("xb") as file:
-            made.save_as(file, enforce_file_format=True)
+        import pydicom
+
+        with closed(path.open("xb")) as file:
+            pydicom.dcmwrite(file, made, enforce_file_format=True)
 
 
 def _decimal(value: float) -> str:
@@ -342,8 +370,8 @@ def _decimal(value: float) -> str:
     return format_number_as_ds(float(value) + 0.0)  # no -0
 
 
-def _image_type(before: Any) -> list[str]:
-    return ["DERIVED", "SECONDARY", *(list(before or [])[2:] or ["OTHER"])]
+def _image_type(before: Any, second: str = "SECONDARY") -> list[str]:
+    return ["DERIVED", second, *(list(before or [])[2:] or ["OTHER"])]
 
 
 def _macro(group: Any, name: str) -> Any:
@@ -361,6 +389,16 @@ def _reference(dataset: Any) -> Any:
     item = Dataset()
     item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = dataset.SOPClassUID, dataset.SOPInstanceUID
     return item
+
+
+def _evidence(dataset: Any) -> Any:
+    """The image as part of its series and study."""
+    from pydicom.dataset import Dataset
+
+    series, study = Dataset(), Dataset()
+    series.SeriesInstanceUID, series.ReferencedSOPSequence = dataset.SeriesInstanceUID, [_reference(dataset)]
+    study.StudyInstanceUID, study.ReferencedSeriesSequence = dataset.StudyInstanceUID, [series]
+    return study
 
 
 def _code(code: Any) -> Any:
