@@ -143,45 +143,52 @@ def comparison(
     if not results or any(image.shape != hr.shape for image in results.values()):
         raise ValueError(f"comparison: every result must have the size {hr.shape} of hr, and there must be one")
     region = zoom or _busiest(hr, hr.shape)
-    figure, panels = _figure(len(results) + 1, 3, hr.shape, spacing)
+    figure, panels = _figure(len(results) + 1, 3, hr.shape, spacing, bottom=_BOTTOM + 0.35)
     window, peak = _window(hr), float(hr.max()) or 1.0
     errors = {name: np.abs(image - hr) / peak for name, image in results.items()}
     worst = max(float(np.percentile(error, 99.7)) for error in errors.values()) or 1.0
+    scores = {name: [metric(image, hr, protocol="slice") for metric in (psnr, ssim)] for name, image in results.items()}
+    best = [max(values) for values in zip(*scores.values(), strict=True)]
     for column, (name, image) in enumerate([("truth", hr), *results.items()]):
         for row in (0, 1):
             _show(panels[row, column], image, 1, spacing, "origin", window)
-        _zoom(panels[0, column], panels[1, column], region, hr.shape, spacing)
-        if column == 0:
-            _caption(panels[0, 0], name, f"{spacing[1]:.3g} × {spacing[0]:.3g} mm")
-            panels[2, 0].set_axis_off()
-            continue
-        decibels, similarity = psnr(image, hr, protocol="slice"), ssim(image, hr, protocol="slice")
-        _caption(panels[0, column], name, f"{decibels:.2f} dB / {similarity:.4f}")
-        _show(panels[2, column], errors[name], 1, spacing, "origin", (0, worst), "inferno")
-    colours = panels[2, 1].images[0]
-    bar = figure.colorbar(colours, cax=panels[2, 0].inset_axes((0.62, 0.06, 0.07, 0.88)), extend="max")
+        _zoom(panels[0, column], panels[1, column], region, hr.shape, spacing, marked=column == 0)
+        _caption(panels[0, column], name)
+        if column:
+            _show(panels[2, column], errors[name], 1, spacing, "origin", (0, worst), "inferno")
+            for side, value, digits, highest in zip((-1, 1), scores[name], (2, 4), best, strict=True):
+                _below(panels[2, column], side, f"{value:.{digits}f}" + " dB" * (side < 0), bold=value == highest)
+    for axes in panels[2, 1:]:
+        axes.annotate("/", (0.5, 0), (0, -13), "axes fraction", "offset points", fontsize=11, color=_MUTED, ha="center")
+    key = panels[2, 0]
+    key.set_axis_off()
+    bar = figure.colorbar(panels[2, 1].images[0], cax=key.inset_axes((0.88, 0.02, 0.06, 0.96)), extend="max")
     bar.ax.yaxis.set_ticks_position("left")
-    bar.ax.tick_params(labelsize=8, colors=_INK)
-    place = {"transform": panels[2, 0].transAxes, "rotation": 90, "ha": "center", "va": "center"}
-    panels[2, 0].text(0.3, 0.5, "absolute error\n(1 = maximum of the truth)", fontsize=8, color=_INK, **place)
+    bar.ax.tick_params(labelsize=9, colors=_INK)
+    words: dict[str, Any] = {"transform": key.transAxes, "fontsize": 9, "color": _INK}
+    key.text(0.6, 0.5, "absolute error\n(1 = maximum of the truth)", rotation=90, ha="center", va="center", **words)
+    above = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 9, "color": _MUTED, "ha": "right"}
+    key.annotate("PSNR / SSIM of this slice,\ndata range its own maximum", (0.94, 0), (0, -24), **above)
     _save(figure, path, title)
 
 
-def _figure(n_columns: int, n_rows: int, shape: tuple[int, ...], spacing: tuple[float, float]) -> tuple["Figure", Any]:
+def _figure(
+    n_columns: int, n_rows: int, shape: tuple[int, ...], spacing: tuple[float, float], bottom: float = _BOTTOM
+) -> tuple["Figure", Any]:
     """A figure without pyplot (no window, no global state); panels of the image's shape, square in the last rows."""
     from matplotlib.figure import Figure
 
     aspect = min(max(shape[0] * spacing[0] / (shape[1] * spacing[1]), 0.4), 1.6)  # a whole spine is letterboxed
     heights = [aspect, 1.0, aspect][:n_rows]
     width = _PANEL * n_columns + _GAP * (n_columns - 1) + 2 * _MARGIN
-    height = _PANEL * sum(heights) + _GAP * (n_rows - 1) + _TOP + _BOTTOM
+    height = _PANEL * sum(heights) + _GAP * (n_rows - 1) + _TOP + bottom
     figure = Figure(figsize=(width, height), facecolor=_PAPER, dpi=150)
     panels = figure.subplots(n_rows, n_columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     figure.subplots_adjust(
         left=_MARGIN / width,
         right=1 - _MARGIN / width,
         top=1 - _TOP / height,
-        bottom=_BOTTOM / height,
+        bottom=bottom / height,
         wspace=_GAP / _PANEL,
         hspace=_GAP * n_rows / (sum(heights) * _PANEL),
     )
@@ -219,6 +226,7 @@ def _zoom(
     region: tuple[float, float, float],
     shape: tuple[int, ...],
     spacing: tuple[float, float],
+    marked: bool = True,
 ) -> None:
     """Cuts the whole image to the reference's field, draws the square in it, and cuts the detail to the square."""
     from matplotlib.patches import Rectangle
@@ -229,7 +237,8 @@ def _zoom(
         min(max(centre * mm - side / 2, -mm / 2), (n - 0.5) * mm - side)
         for centre, n, mm in zip((row, column), shape, spacing, strict=True)
     )
-    whole.add_patch(Rectangle((left, top), side, side, fill=False, edgecolor=_ACCENT, linewidth=1.0))
+    if marked:
+        whole.add_patch(Rectangle((left, top), side, side, fill=False, edgecolor=_ACCENT, linewidth=1.2))
     whole.set_xlim(-spacing[1] / 2, (shape[1] - 0.5) * spacing[1])
     whole.set_ylim((shape[0] - 0.5) * spacing[0], -spacing[0] / 2)
     detail.set_xlim(left, left + side)
@@ -238,10 +247,18 @@ def _zoom(
         edge.set(visible=True, edgecolor=_ACCENT, linewidth=1.2)
 
 
-def _caption(axes: "Axes", name: str, detail: str) -> None:
+def _caption(axes: "Axes", name: str, detail: str = "") -> None:
     above: dict[str, Any] = {"xy": (0, 1), "xycoords": "axes fraction", "textcoords": "offset points"}
-    axes.annotate(name, xytext=(0, 17), fontsize=11, color=_INK, fontweight="bold", **above)
-    axes.annotate(detail, xytext=(0, 5), fontsize=8.5, color=_MUTED, **above)
+    axes.annotate(name, xytext=(0, 17 if detail else 5), fontsize=11, color=_INK, fontweight="bold", **above)
+    if detail:
+        axes.annotate(detail, xytext=(0, 5), fontsize=8.5, color=_MUTED, **above)
+
+
+def _below(axes: "Axes", side: int, text: str, *, bold: bool) -> None:
+    """A score under a panel, left (-1) or right (1) of its middle."""
+    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "color": _INK, "fontsize": 11}
+    weight, aligned = ("bold" if bold else "normal"), ("right" if side < 0 else "left")
+    axes.annotate(text, (0.5, 0), (side * 6, -13), ha=aligned, fontweight=weight, **place)
 
 
 def _edges(axes: "Axes", labels: Sequence[str]) -> None:

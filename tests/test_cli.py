@@ -110,7 +110,7 @@ def test_evaluate(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[st
     assert errors == ""
     assert said.startswith("2 volumes of 2 subjects at 4x, protocol volume")
     result = json.loads(report.read_text("utf-8"))
-    assert set(result["models"]) == {"bicubic", "zero-filled k-space", weights}
+    assert set(result["models"]) == {"bicubic", "b-spline", "zero-filled k-space", weights}
     ours, plain = result["models"][weights], result["models"]["zero-filled k-space"]
     assert ours["source"] == weights
     assert [row["subject"] for row in ours["volumes"]] == ["sub-1", "sub-2"]

@@ -5,9 +5,21 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from deformmamba.cli.arguments import add_command, add_running, device_here, load_model, positive, say, write_text
+from deformmamba.cli.arguments import (
+    add_command,
+    add_running,
+    check_target,
+    device_here,
+    load_model,
+    positive,
+    say,
+    short,
+    write_text,
+)
 
 if TYPE_CHECKING:
+    from deformmamba.data import Scan
+    from deformmamba.degradations import Degradation
     from deformmamba.models import SRModel
 
 
@@ -17,70 +29,124 @@ def add(commands: Any) -> None:
         "evaluate",
         _evaluate,
         "degrade high-resolution scans, upscale them and score the result",
-        "evaluate ixi-4x --data scans/ --split test --json scores.json",
+        "evaluate ixi-4x --data scans/ --split test --json scores.json --figure slice.png",
     )
     evaluate.add_argument(
-        "model", metavar="MODEL", nargs="*", help="names, paths or org/repo; baselines are always there"
+        "model", metavar="MODEL", nargs="*", help="names, paths or org/repo; interpolations are always there"
     )
-    evaluate.add_argument("--data", nargs="+", required=True, metavar="PATH", help="scans, or folders of scans")
-    evaluate.add_argument(
-        "--split", choices=("train", "val", "test", "external"), help="only this split of the folders"
-    )
+    add_volumes(evaluate)
     evaluate.add_argument("--scale", type=positive, metavar="S", help="needed if no MODEL is given")
+    add_scoring(evaluate)
     evaluate.add_argument(
-        "--protocol", choices=("volume", "slice"), default="volume", help="of the metrics (default: volume)"
+        "--degradation",
+        default="k-space",
+        metavar="TEXT",
+        help='what makes the scans coarse, such as "blur:sigma=1.5 >> subsample >> rician:snr=30" (default: k-space, '
+        "the paper's; a wrong name lists all)",
     )
-    evaluate.add_argument("--json", metavar="FILE", help="also write every row")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the degradation's noise (default: 0)")
+    evaluate.add_argument(
+        "--against", metavar="NAME", help="differences are taken from this one (default: the first MODEL)"
+    )
+    evaluate.add_argument("--json", metavar="FILE", help="also write everything, down to the slices")
+    evaluate.add_argument("--csv", metavar="FILE", help="also write a line for each model and volume")
+    evaluate.add_argument("--figure", metavar="FILE", help="also draw a slice of the first volume: .png, .pdf or .svg")
+    evaluate.add_argument("--slice", type=int, metavar="K", help="of the figure, from 0 (default: the middle one)")
     add_running(evaluate)
+
+
+def add_volumes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", nargs="+", required=True, metavar="PATH", help="scans, or folders of scans")
+    parser.add_argument("--split", choices=("train", "val", "test", "external"), help="only this split of the folders")
+    parser.add_argument("--group", metavar="NAME", help='only this contrast and anatomy, such as "T2 brain"')
+
+
+def add_scoring(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--protocol",
+        choices=("volume", "slice", "foreground"),
+        default="volume",
+        help="of the metrics (default: volume)",
+    )
+    parser.add_argument(
+        "--metric", action="append", default=[], choices=("hfen", "lpips"), help="also this one; can be repeated"
+    )
+
+
+def chosen(data: list[str], split: str | None, group: str | None) -> "list[Scan | str]":
+    """The volumes that --data, --split and --group mean."""
+    from deformmamba.data import find_scans
+
+    scans: list[Scan | str] = []
+    for path in data:
+        if os.path.isdir(path):
+            scans += [s for s in find_scans(path) if split in (None, s.split) and group in (None, s.group)]
+        else:
+            scans.append(path)
+    if not scans:
+        raise ValueError(f"no volume of split {split or 'any'!r} and group {group or 'any'!r} in {', '.join(data)}")
+    return scans
+
+
+def interpolations(degradation: "Degradation") -> "dict[str, SRModel]":
+    """What every network has to beat, on the grid of `degradation`; zero-filling only where it fits."""
+    from deformmamba.models import Bicubic, BSpline, ZeroFill
+
+    scale, grid = degradation.scale, degradation.grid
+    made: dict[str, SRModel] = {"bicubic": Bicubic(scale=scale, grid=grid), "b-spline": BSpline(scale=scale, grid=grid)}
+    return made | ({"zero-filled k-space": ZeroFill(scale=scale)} if grid == "origin" else {})
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     from deformmamba.volume import check_output
 
-    if args.json:
-        check_output(args.json, (".json",))
-    from deformmamba.data import Scan, find_scans
-    from deformmamba.evaluation import evaluate, mean_scores
-    from deformmamba.models import Bicubic, ZeroFill
+    for path, suffix in ((args.json, ".json"), (args.csv, ".csv")):
+        if path:
+            check_output(path, (suffix,))
+    if args.figure:
+        check_target(args.figure, "", figure=True)
+    if args.slice is not None and not args.figure:
+        raise ValueError("--slice chooses the slice of --figure, which is not given")
+    from deformmamba.degradations import parse
+    from deformmamba.evaluation import compare
 
-    scans: list[Scan | str] = []
-    for path in args.data:
-        if os.path.isdir(path):
-            found = find_scans(path)
-            scans += [scan for scan in found if args.split in (None, scan.split)]
-        else:
-            scans.append(path)
-    if not scans:
-        raise ValueError(f"no volume of split {args.split!r} in {', '.join(args.data)}")
+    scans = chosen(args.data, args.split, args.group)
     models = {name: load_model(name) for name in args.model}
     scales = sorted({model.scale for model in models.values()} | ({args.scale} if args.scale else set()))
     if len(scales) != 1:
         raise ValueError(
             f"one scale at a time: {scales or 'none'} given by MODEL and --scale; evaluate them one by one"
         )
-    baselines: dict[str, SRModel] = {
-        "bicubic": Bicubic(scale=scales[0]),
-        "zero-filled k-space": ZeroFill(scale=scales[0]),
-    }
-    report = {}
-    for name, model in {**baselines, **models}.items():
+    degradation = parse(args.degradation, scale=scales[0])
+    models = interpolations(degradation) | models
+    for model in models.values():
         model.to(device_here(args.device))
-        report[name] = evaluate(model, scans, protocol=args.protocol, consistency=args.consistency, progress=True)
-    width = max(map(len, report))
-    metrics = list(mean_scores(next(iter(report.values()))))
-    n_subjects = len({row["subject"] for row in next(iter(report.values()))})
-    say(f"{len(scans)} volumes of {n_subjects} subjects at {scales[0]}x, protocol {args.protocol}: mean over subjects")
-    say(f"{'':{width}}  " + "  ".join(f"{metric:>7}" for metric in metrics))
-    for name, rows in report.items():
-        means = mean_scores(rows)
-        say(f"{name:{width}}  " + "  ".join(f"{means[m]:7.2f}" if m == "psnr" else f"{means[m]:7.4f}" for m in metrics))
+    result = compare(
+        models,
+        scans,
+        against=args.against or next(iter(args.model), None),
+        protocol=args.protocol,
+        degradation=degradation,
+        metrics=args.metric,
+        consistency=args.consistency,
+        seed=args.seed,
+        show=bool(args.figure),
+        at=args.slice,
+        progress=True,
+    )
+    for line in result.table().splitlines():
+        say(line)
     if args.json:
-        result = {
-            "scale": scales[0],
-            "protocol": args.protocol,
-            "models": {
-                name: {"source": (baselines | models)[name].source, "mean": mean_scores(rows), "volumes": rows}
-                for name, rows in report.items()
-            },
-        }
-        write_text(args.json, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        write_text(args.json, json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    if args.csv:
+        write_text(args.csv, result.to_csv())
+    if args.figure:
+        from deformmamba.figures import comparison
+
+        shown = result.shown
+        assert shown is not None
+        names = [short(name) for name in shown.results]
+        names = names if len({*names}) == len(names) else list(shown.results)
+        pictures = dict(zip(names, shown.results.values(), strict=True))
+        title = f"{shown.title}, {scales[0]}x, {degradation}"
+        comparison(shown.hr, pictures, args.figure, spacing=shown.spacing, title=title)
