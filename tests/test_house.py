@@ -35,6 +35,8 @@ DIRECTIONS: dict[str, set[str]] = {
     "degradations": {"kspace"},
     "data": {"kspace", "volume", "degradations"},
     "datasets": {"data", "volume", "kspace", "extras"},
+    "inspection": {"kspace", "volume", "models"},
+    "report": {"volume", "figures", "inspection", "kspace"},
     "inference": {"models", "tiling", "volume", "kspace", "inspection", "weights"},
     "cohort": {"models", "inference", "volume"},
     "adapters": {"models", "inference", "volume"},
