@@ -1,30 +1,32 @@
 """Checkpoint files and names: what is written is read, and everything else is refused in one line."""
 
 import hashlib
+import inspect
 import json
 import os
 import pickle
-import random
 import re
 import resource
 import subprocess
 import sys
-import traceback
-from collections import Counter
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fuzz_checkpoint import TINY, fuzz, join, split
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import deformmamba
 from deformmamba import checkpoint as files
 from deformmamba import weights
-from deformmamba.models import MODELS, DeformMambaSR, ZeroFill, from_pretrained
+from deformmamba.extras import MissingExtra
+from deformmamba.models import MODELS, DeformMambaSR, SRModel, ZeroFill, from_pretrained
 from deformmamba.weights import (
+    Checkpoint,
     WeightsError,
     card,
     check_config,
@@ -38,9 +40,8 @@ from deformmamba.weights import (
     write_checkpoint,
 )
 
-# how many mutated files the loader is given; 100000 in the long run
-N_MUTANTS = int(os.environ.get("DEFORMMAMBA_FUZZ", "2000"))
-TINY: dict[str, Any] = {"scale": 2, "dims": [8, 12], "depths": [1, 1], "patch": 2, "stem_channels": 4, "d_state": 2}
+# how many mutated files the loader is given; tests/fuzz_checkpoint.py gives it more
+N_MUTANTS = int(os.environ.get("DEFORMMAMBA_FUZZ", "1000"))
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +62,6 @@ def refused(load: Callable[[], Any], message: str) -> str:
         load()
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-def split(data: bytes) -> tuple[dict[str, Any], bytes]:
-    n = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + n]), data[8 + n :]
-
-
-def join(header: Any, body: bytes) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode("utf-8", "surrogatepass")
-    return len(text).to_bytes(8, "little") + text + body
 
 
 # --------------------------------------------------------------------------------------------------- the file's format
@@ -561,146 +552,76 @@ def test_listing_needs_no_torch() -> None:
 # ---------------------------------------------------------------------------------------------------------------- fuzz
 
 
-class Mutator:
-    """Seeded damage to a checkpoint: bytes, the header's length, the header's JSON, and the JSON inside it."""
-
-    ODD: tuple[Any, ...] = (
-        *(None, True, False, 0, 1, -1, 2, 3, 7, 63, 64, 65, 2**16, 2**16 + 1, 2**31, 2**63, 10**30, 0.5, -1e308, 1e-9),
-        *("", "a", "\n\0\ud800", "A" * 5000, "euler", "zoh", "zero-fill", "F64", "I32", [], [0], [[]], [8, 12], {}),
-        *({"a": 1}, {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}),
-    )
-
-    def __init__(self, data: bytes, seed: int) -> None:
-        self.data = data
-        self.random = random.Random(seed)
-        self.n_header = int.from_bytes(data[:8], "little")
-
-    def __call__(self) -> bytes:
-        r = self.random
-        kinds = [self.flip, self.splice, self.cut, self.length, self.header, self.header, self.config, self.config]
-        return r.choice(kinds)()
-
-    def place(self) -> int:
-        """A byte's index: in the length, the header or the data, equally often."""
-        r = self.random
-        low, high = r.choice([(0, 8), (8, 8 + self.n_header), (8 + self.n_header, len(self.data))])
-        return r.randrange(low, high)
-
-    def flip(self) -> bytes:
-        data = bytearray(self.data)
-        for _ in range(self.random.choice([1, 1, 2, 8, 64])):
-            data[self.place()] ^= 1 << self.random.randrange(8)
-        return bytes(data)
-
-    def splice(self) -> bytes:
-        a, b, n = self.place(), self.place(), self.random.choice([0, 1, 4, 8, 100])
-        return self.data[:a] + self.data[b : b + n] + self.data[a + self.random.choice([0, n, 1]) :]
-
-    def cut(self) -> bytes:
-        data = self.data[: self.place()]
-        return data + self.random.randbytes(self.random.choice([0, 0, 1, 9, 1000]))
-
-    def length(self) -> bytes:
-        n = self.random.choice([0, 1, 2, self.n_header - 1, self.n_header + 1, 2**22, 2**32, 2**64 - 1])
-        return n.to_bytes(8, "little") + self.data[8:]
-
-    def header(self) -> bytes:
-        header, body = split(self.data)
-        for _ in range(self.random.choice([1, 1, 2, 5])):
-            header = self.change(header)
-        return join(header, body)
-
-    def config(self) -> bytes:
-        """Damage inside the metadata's JSON, with header and tensors whole: what reaches a model's constructor."""
-        header, body = split(self.data)
-        key = self.random.choice(["config", "config", "config", "provenance"])
-        value = json.loads(header["__metadata__"][key])
-        for _ in range(self.random.choice([1, 1, 2, 5])):
-            value = self.change(value)
-        text = json.dumps(value)
-        if self.random.random() < 0.1:
-            text = text.replace(self.random.choice(list(text)), self.random.choice(["", "[", "NaN", "9" * 400]), 1)
-        header["__metadata__"][key] = text
-        return join(header, body)
-
-    def change(self, value: Any) -> Any:
-        """`value` with one part, at any depth, replaced, removed, doubled or renamed."""
-        r = self.random
-        if isinstance(value, dict) and value and r.random() < 0.95:
-            key = r.choice(list(value))
-            if key != "__metadata__" and "__metadata__" in value and r.random() < 0.3:
-                key = "__metadata__"
-            action = r.random()
-            if action < 0.6:
-                return {**value, key: self.change(value[key])}
-            if action < 0.7:
-                return {k: v for k, v in value.items() if k != key}
-            if action < 0.8:
-                return {(k + "x" if k == key else k): v for k, v in value.items()}
-            if action < 0.9:
-                return {**value, "new": value[key]}
-            other = r.choice(list(value))
-            return {**value, key: value[other], other: value[key]}
-        if isinstance(value, list) and value and r.random() < 0.8:
-            i = r.randrange(len(value))
-            action = r.random()
-            if action < 0.6:
-                return [*value[:i], self.change(value[i]), *value[i + 1 :]]
-            return value[:i] + value[i + 1 :] if action < 0.8 else value[:i] + value[i:] * r.choice([2, 2, 40])
-        if isinstance(value, int) and not isinstance(value, bool) and r.random() < 0.6:
-            return value + r.choice([-4, -1, 1, 4, 8, value])
-        return r.choice(self.ODD)
-
-
-def _place(error: WeightsError) -> str:
-    """Where a file was refused: module.function:line of our own code, as deep as the chain of exceptions goes."""
-    place = ""
-    cause: BaseException | None = error
-    while cause is not None:
-        frames = traceback.extract_tb(cause.__traceback__)
-        ours = [frame for frame in frames if f"deformmamba{os.sep}" in frame.filename]
-        place = f"{Path(ours[-1].filename).stem}.{ours[-1].name}:{ours[-1].lineno}" if ours else place
-        cause = cause.__context__
-    return place
-
-
-def test_fuzz(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = (saved / "model.safetensors").read_bytes()
-    path = tmp_path / "mutant.safetensors"
-    path.write_bytes(data)
-    assert isinstance(from_pretrained(path), DeformMambaSR), "the unmutated file loads"
-
-    mutate = Mutator(data, seed=int(os.environ.get("DEFORMMAMBA_FUZZ_SEED", "0")))
-    refusals: Counter[str] = Counter()
-    messages: set[str] = set()
-    loaded = 0
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for i in range(N_MUTANTS):
-        mutant = mutate()
-        path.write_bytes(mutant)
-        try:
-            model = from_pretrained(path)
-        except WeightsError as error:
-            refusals[_place(error)] += 1
-            messages.add(str(error))
-        except BaseException:
-            (tmp_path / "crasher.safetensors").write_bytes(mutant)
-            with capsys.disabled():
-                print(f"\nmutant {i} crashed the loader: {tmp_path / 'crasher.safetensors'}")
-            raise
-        else:
-            loaded += 1
-            assert isinstance(model, DeformMambaSR)
-            assert not model.training
-            assert all(p.isfinite().all() for p in model.parameters())
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+def test_fuzz(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The first mutants of the run that `python tests/fuzz_checkpoint.py` documents."""
+    tally = fuzz(tmp_path, n=N_MUTANTS)
     with capsys.disabled():
-        print(f"\n{N_MUTANTS} mutants: {loaded} loaded, the rest refused at {len(refusals)} places; +{grown} KiB")
-        if N_MUTANTS > 10_000:
-            for where, n in refusals.most_common():
-                print(f"{n:8d}  {where}")
-    assert not any("\n" in message or len(message) > 1000 for message in messages)
-    assert all(message.isascii() for message in messages)
-    assert len(refusals) >= 25, "the mutants must reach deep into the loader"
-    assert loaded > 0, "flips in the tensors' mantissas and in the provenance are not damage that can be seen"
-    assert grown < 500_000
+        print(f"\n{tally}")
+    assert len(tally.places) >= 25, "the mutants must reach deep into the loader"
+    assert tally.loaded > 0, "flips in the tensors' mantissas and in the provenance are not damage that can be seen"
+
+
+def hostile(value: Any) -> list[Any]:
+    """Values as large as a config may hold, and of other types, in place of `value`."""
+    if isinstance(value, bool):
+        return [1, "yes"]
+    if isinstance(value, int):
+        return [65_536, -1, 1.5, True]
+    if isinstance(value, list):
+        return [[65_536] * len(value), [65_536] * 64, [1] * 64, [], ["a"]]
+    return [1e300, -1e300] if isinstance(value, float) else [7, "a" * 4000, ["a"]]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_config_that_asks_for_far_more_than_the_file_holds(name: str) -> None:
+    """Every model there is: another config is refused, or harmless, before memory or time are spent on it."""
+    small = {"scale": 2, "width": 36, "heads": [2, 2], **TINY}
+    arguments = inspect.signature(MODELS[name]).parameters
+    try:
+        model = MODELS[name](**{key: value for key, value in small.items() if key in arguments})
+    except MissingExtra as error:
+        pytest.skip(str(error))
+    tensors = dict(model.state_dict())
+    before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    messages = []
+    for key, value in model.config.items():
+        for other in hostile(value):
+            changed = Checkpoint(name, {**model.config, key: other}, tensors, {}, "", "the file")
+            try:
+                loaded = MODELS[name].from_checkpoint(changed)
+            except WeightsError as error:
+                messages.append(str(error))
+            else:
+                assert isinstance(value, (float, str)) or value is None or key == "context_rates", f"{key}={other!r}"
+                assert loaded.num_parameters() == model.num_parameters()
+    assert len(messages) > 4
+    assert not any("\n" in message for message in messages)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+    assert time.process_time() - begun < 30
+
+
+class Tabled(SRModel):
+    """A table that is not stored, as large as its config says."""
+
+    def __init__(self, *, scale: int = 2, size: int = 8) -> None:
+        super().__init__(scale=scale, size=size)
+        self.register_buffer("table", torch.ones(size, size), persistent=False)
+
+
+class Modules(SRModel):
+    """Layers without a weight or a buffer, as many as its config says."""
+
+    def __init__(self, *, scale: int = 2, n: int = 8) -> None:
+        super().__init__(scale=scale, n=n)
+        self.layers = torch.nn.ModuleList(torch.nn.ReLU() for _ in range(n))
+
+
+def test_what_a_file_holds_none_of_is_bounded_too() -> None:
+    def load(cls: type[SRModel], **config: Any) -> SRModel:
+        return cls.from_checkpoint(Checkpoint(cls.__name__, config, {}, {}, "", "the file"))
+
+    assert load(Tabled, scale=2, size=100).table.sum() == 10_000
+    refused(lambda: load(Tabled, scale=2, size=65_536), "asks for 17179869184 bytes of tables beside the weights")
+    assert load(Modules, scale=2, n=100).scale == 2
+    refused(lambda: load(Modules, scale=2, n=65_536), "asks for more than 256 modules, far more than the file holds")
+    refused(lambda: load(Tabled, scale=2, size=8.0), "size is 8.0, not int")

@@ -3,16 +3,18 @@
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import get_ident
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from deformmamba.checkpoint import Checkpoint, WeightsError, check_config, one_line, write_checkpoint
+from deformmamba.checkpoint import Checkpoint, WeightsError, check_config, one_line, shown, write_checkpoint
 from deformmamba.kspace import Grid
 from deformmamba.weights import load_checkpoint
 
@@ -20,6 +22,9 @@ Model = TypeVar("Model", bound="SRModel")
 
 # |x| beyond this is not "about [0, 1]": an image in scanner units, most likely
 FAR_OUTSIDE = 8.0
+
+# bytes of buffers that a constructor may compute because no checkpoint stores them
+MAX_BUFFERS = 1 << 26
 
 
 class SRModel(nn.Module):
@@ -107,8 +112,11 @@ class SRModel(nn.Module):
                 f"{checkpoint.source} holds a {checkpoint.class_name}, not a {cls.__name__}; load it with "
                 f"{checkpoint.class_name}.from_pretrained or deformmamba.from_pretrained"
             )
+        mistyped = _mistyped(found, checkpoint.config)
+        if mistyped:
+            raise WeightsError(f"{checkpoint.source}: its config does not build a {checkpoint.class_name}: {mistyped}")
         try:
-            with torch.device("meta"), _at_most(2 * len(checkpoint.tensors) + 64):
+            with torch.device("meta"), _at_most(len(checkpoint.tensors)):
                 model = found(**checkpoint.config)
         except Exception as error:  # whatever a constructor does with arguments that nobody meant
             raise WeightsError(
@@ -117,7 +125,14 @@ class SRModel(nn.Module):
         problem = _difference(model, checkpoint.tensors)
         if problem:
             raise WeightsError(f"{checkpoint.source}: its tensors are not those of its config: {problem}")
-        if any(t.is_meta for t in _unstored(model)):
+        unstored = [buffer for buffer in _unstored(model) if buffer.is_meta]
+        if unstored:
+            n_bytes = sum(buffer.numel() * buffer.element_size() for buffer in unstored)
+            if n_bytes > MAX_BUFFERS:
+                raise WeightsError(
+                    f"{checkpoint.source}: its config asks for {n_bytes} bytes of tables beside the weights; at most "
+                    f"{MAX_BUFFERS} are allowed"
+                )
             model = found(**checkpoint.config)
         model.load_state_dict(checkpoint.tensors, strict=True, assign=True)
         model.provenance = checkpoint.provenance
@@ -243,6 +258,32 @@ def _family(cls: type[Model]) -> Iterator[type[Model]]:
         yield from _family(child)
 
 
+def _mistyped(cls: type[nn.Module], config: Mapping[str, Any]) -> str | None:
+    """The first argument in `config` that is not of the type that the constructor of `cls` declares, or None."""
+    try:
+        hints = get_type_hints(cls.__init__)
+    except NameError:  # a class of the user's, whose annotations are known to type checkers only
+        return None
+    for name, value in config.items():
+        if name in hints and not _fits(value, hints[name]):
+            return f"{name} is {shown(value)}, not {getattr(hints[name], '__name__', hints[name])}"
+    return None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a declared type, as far as JSON has types: a tuple comes back as a list."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is Literal:
+        return any(type(value) is type(arg) and value == arg for arg in args)
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return isinstance(value, list) and all(_fits(item, args[0]) for item in value)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint if hint in (bool, int, str, NoneType) else True
+
+
 def _difference(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> str | None:
     """The first way in which `tensors` are not the stored tensors of `model`, or None."""
     wanted = model.state_dict()
@@ -270,18 +311,28 @@ def _unstored(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def _at_most(n_parameters: int) -> Iterator[None]:
-    """Stops a constructor of this thread once it has registered more parameters than the file has tensors for."""
-    count, thread = 0, get_ident()
+def _at_most(n_tensors: int) -> Iterator[None]:
+    """Stops a constructor of this thread that registers far more than a file of `n_tensors` tensors can fill."""
+    thread = get_ident()
+    handles = []
 
-    def counted(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        nonlocal count
-        count += get_ident() == thread
-        if count > n_parameters:
-            raise ValueError(f"it asks for more than {n_parameters} parameters, far more than the file holds")
+    def watch(install: Callable[..., RemovableHandle], what: str, limit: int) -> None:
+        count = 0
 
-    handle = nn.modules.module.register_module_parameter_registration_hook(counted)
+        def counted(module: nn.Module, name: str, member: object) -> None:
+            nonlocal count
+            count += get_ident() == thread
+            if count > limit:
+                raise ValueError(f"it asks for more than {limit} {what}, far more than the file holds")
+
+        handles.append(install(counted))
+
+    hooks = nn.modules.module
     try:
+        watch(hooks.register_module_parameter_registration_hook, "parameters", 2 * n_tensors + 64)
+        watch(hooks.register_module_buffer_registration_hook, "buffers", 2 * n_tensors + 64)
+        watch(hooks.register_module_module_registration_hook, "modules", 8 * n_tensors + 256)
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
