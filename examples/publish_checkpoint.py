@@ -4,7 +4,8 @@ Run: python examples/publish_checkpoint.py runs/mine/best.safetensors ixi-4x --d
 
 `--data` is the folder that the run was trained on, with its volumes.tsv. Data consistency is switched on for the
 weights if, on the validation split, PSNR rises and SSIM falls by no more than 0.002. Test and external scans are scored
-once, with the published file, and every such evaluation is appended to docs/evaluations.csv with the file's hash.
+once, with the published file, for their scores and for `deformmamba.assessment` (voxel sizes, other data, lesions), and
+every such evaluation is appended to docs/evaluations.csv with the file's hash.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from deformmamba.assessment import assess, markdown
 from deformmamba.data import Scan, find_scans, load_slices
 from deformmamba.evaluation import evaluate, mean_scores
 from deformmamba.inference import upscale
@@ -79,14 +81,39 @@ def score(model: SRModel, scans: list[Scan]) -> list[dict[str, Any]]:
     return rows
 
 
+COLUMNS = [
+    "date", "name", "sha256", "split", "group", "subjects", "slices", "protocol", "psnr", "ssim", "zero_fill_psnr",
+    "zero_fill_ssim", "bicubic_psnr", "bicubic_ssim", "psnr_sd_over_slices", "ssim_sd_over_slices",
+]  # fmt: skip
+
+
 def log(rows: list[dict[str, Any]], name: str, sha256: str) -> None:
     new = not LOG.exists()
     LOG.parent.mkdir(exist_ok=True)
     with open(LOG, "a", newline="") as file:
-        writer = csv.DictWriter(file, ["date", "name", "sha256", *rows[0]])
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         if new:
             writer.writeheader()
         writer.writerows({"date": date.today().isoformat(), "name": name, "sha256": sha256, **row} for row in rows)
+
+
+def as_logged(assessment: dict[str, list[dict[str, Any]]], groups: list[str] | None) -> list[dict[str, Any]]:
+    """The rows of an assessment with what distinguishes them in the column `protocol`."""
+    split, meant = "test+external", ", ".join(groups or ["all"])
+    return [
+        *(
+            {"split": split, "group": meant, **row, "protocol": f"volume, middle slices, truth at {row['truth_mm']} mm"}
+            for row in assessment["by_spacing"]
+        ),
+        *(
+            {"split": split, **row, "protocol": f"volume, middle slices, {row['case']}"}
+            for row in assessment["out_of_domain"]
+        ),
+        *(
+            {"split": split, "group": meant, "protocol": f"lesions, {row['size_mm']} mm {row['kind']}"}
+            for row in assessment["lesions"]
+        ),
+    ]
 
 
 def trained_on(data: Path, model: SRModel) -> list[dict[str, Any]]:
@@ -134,6 +161,9 @@ def main() -> None:
     published = from_pretrained(path)
     rows = score(published, [scan for scan in scans if scan.split in ("test", "external")])
     log(rows, args.name, sha256)
+    assessment = assess(published, [scan for scan in scans if scan.split in ("test", "external")], groups=groups)
+    log(as_logged(assessment, groups), args.name, sha256)
+    print(markdown(assessment))
     manifest_path = ROOT / "weights_manifest.json"
     manifest = json.loads(manifest_path.read_text("utf-8"))
     manifest["planned"].pop(args.name, None)
@@ -159,6 +189,7 @@ def main() -> None:
         "consistency": helps,
         "validation": validation,
         "scores": rows,
+        **assessment,
     }
     manifest_path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
     print(f"{path}: sha256 {sha256}")

@@ -31,7 +31,7 @@ DIRECTIONS: dict[str, set[str]] = {
     "deform_cpu": {"deform"},
     "flops": {"scan", "deform_cpu"},
     "layers": {"scan", "deform"},
-    "models": {"layers", "checkpoint", "weights", "kspace"},
+    "models": {"layers", "checkpoint", "weights", "kspace", "extras"},
     "degradations": {"kspace"},
     "data": {"kspace", "volume", "degradations"},
     "datasets": {"data", "volume", "kspace", "extras"},
@@ -43,6 +43,7 @@ DIRECTIONS: dict[str, set[str]] = {
     "export": {"models", "kspace", "scan", "extras"},
     "figures": {"metrics", "volume"},
     "evaluation": {"metrics", "statistics", "degradations", "models", "data", "inference", "figures", "volume"},
+    "assessment": {"data", "degradations", "inference", "kspace", "metrics", "models", "volume"},
     "curves": {"figures", "inference", "kspace", "models", "volume"},
     "training": {"losses", "models", "data", "evaluation", "extras", "checkpoint", "weights", "volume", "curves"},
 }
