@@ -68,6 +68,22 @@ def test_one_image_occupies_every_thread(monkeypatch: pytest.MonkeyPatch) -> Non
     assert jobs == [4]
 
 
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_jobs_share_the_work(threads: int, images: int) -> None:
+    """Every channel once, in a few pieces a thread, none of them so thin that it costs more; one thread splits none."""
+    torch.set_num_threads(threads)
+    groups, channels = 2, 40 * cpu._lanes() - 3
+    jobs = cpu._jobs(images, groups, channels)
+    for image in range(images):
+        for group in range(groups):
+            mine = [(part, first, end) for part, *at, first, end in jobs if at == [image, group]]
+            assert [part for part, *_ in mine] == list(range(len(mine)))
+            assert [c for _, first, end in mine for c in range(first, end)] == list(range(channels))
+            assert all(end - first >= 3 * cpu._lanes() for _, first, end in mine[:-1])
+    assert len(jobs) == images * groups if threads == 1 else 3 * threads <= len(jobs) <= 6 * threads
+
+
 def test_python_threads_may_call_at_once() -> None:
     """A web server or DataParallel does; numba's own thread layer would abort the process."""
     torch.set_num_threads(2)

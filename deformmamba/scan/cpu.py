@@ -196,17 +196,21 @@ def _large(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _jobs(images: int, groups: int, channels: int) -> list[tuple[int, int, int, int, int]]:
-    """(part, image, group, first channel, end): channels are split where there are fewer images than threads."""
-    lanes, tiles = _lanes(), _vectors(channels)
-    units = images * groups
-    if not units * tiles:
+    """(part, image, group, first channel, end), a few for each thread, so that one that starts late does less of them.
+
+    Threads often do: those of PyTorch's last operation spin for milliseconds on the same cores. Every part reads B and
+    C for itself, which parts of fewer than three vectors pay too much for: channels are split that far only to occupy
+    every thread."""
+    lanes, vectors, threads = _lanes(), _vectors(channels), torch.get_num_threads()
+    total = images * groups * vectors
+    if not total:
         return []
-    per_part = -(-tiles // min(tiles, -(-torch.get_num_threads() // units)))
+    per_part = min(max(-(-total // (4 * threads)), 3), -(-total // threads), vectors) if threads > 1 else vectors
     return [
         (part, image, group, start * lanes, min(channels, (start + per_part) * lanes))
         for image in range(images)
         for group in range(groups)
-        for part, start in enumerate(range(0, tiles, per_part))
+        for part, start in enumerate(range(0, vectors, per_part))
     ]
 
 
