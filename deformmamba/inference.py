@@ -1,8 +1,9 @@
 """From a scan to a sharper scan: normalise, slice, run the model, correct, restore units, place in the world."""
 
+import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +27,7 @@ from deformmamba.volume import (
     slice_axis,
     writing,
 )
+from deformmamba.weights import verify
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
@@ -139,6 +141,7 @@ class Upscaled:
         place: the geometry and header of what was written; its array is that of `source`.
         shape: (i, j, k) of what was written.
         axis: where slices are stacked.
+        kept: index to (slice (h, w), deviation of the ensemble or None) of the slices that `keep` named.
         seconds: from the first slice to the whole file.
         settings: what `upscale` worked with, defaults filled in.
     """
@@ -147,6 +150,7 @@ class Upscaled:
     place: Volume
     shape: tuple[int, int, int]
     axis: int
+    kept: dict[int, tuple[np.ndarray, np.ndarray | None]]
     seconds: float
     settings: dict[str, Any]
 
@@ -157,10 +161,11 @@ def upscale_file(
     target: PathLike,
     *,
     volume: int | None = None,
+    series: int | str | None = None,
     dtype: str | None = None,
     uncertainty: PathLike | None = None,
     effective: bool = False,
-    watch: Callable[[int, np.ndarray, np.ndarray | None], None] | None = None,
+    keep: Callable[[int], Container[int]] = lambda n: (),
     **settings: Unpack[Settings],
 ) -> Upscaled:
     """Read `source`, upscale it, write `target`: slices go to the file as they are made, so that the output is never in
@@ -168,46 +173,63 @@ def upscale_file(
 
     Args:
         model: any SRModel.
-        source, volume: as `read_volume`.
-        target, dtype: as `write_volume`.
-        uncertainty: another file, for what `upscale_with_uncertainty` gives as its second result, float32. Makes an
-            ensemble of it.
+        source, volume, series: as `read_volume`.
+        target, dtype: as `volume.writing`; a scan that came as DICOM can be written as DICOM.
+        uncertainty: another file, for what `upscale_with_uncertainty` gives as its second result. Makes an ensemble of
+            it.
         effective: start from the matrix that k-space says was measured, see `to_effective`.
-        watch: called with (index, slice, deviation or None) for each slice, in order, in scanner units.
+        keep: says, of n slices, which are wanted in memory as well, for pictures: `Upscaled.kept`.
         settings: as `upscale`.
 
     Raises:
-        VolumeError: what the functions named above raise.
+        VolumeError: what the functions named above raise; or one of the files is another one of them.
         ValueError: as `upscale`.
     """
-    for path, kind in ((target, dtype), *([(uncertainty, None)] if uncertainty else [])):
-        check_output(path, dtype=kind)
-    scan = read_volume(source, volume=volume)
+    named = [path for path in (source, target, uncertainty) if path is not None]
+    if len({os.path.realpath(path) for path in named}) < len(named):
+        raise VolumeError(f"{target}: is the input itself, or two outputs have one name; nothing is overwritten")
+    scan = read_volume(source, volume=volume, series=series)
+    check_output(target, source=scan, dtype=dtype)
+    if uncertainty is not None:
+        check_output(uncertainty, source=scan)
+        settings["ensemble"] = True
     if effective:
         scan = to_effective(scan, axis=settings.get("axis"))
-    if uncertainty:
-        settings["ensemble"] = True
     job = Upscaling(model, scan, **settings)
+    wanted = keep(scan.array.shape[job.axis])
+    kept: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
     start = time.perf_counter()
     with ExitStack() as stack:
         open_for = partial(writing, like=job.place, shape=job.shape, axis=job.axis, derivation=derivation(model))
         write = stack.enter_context(open_for(target, dtype=dtype))
-        write_spread = stack.enter_context(open_for(uncertainty)) if uncertainty else None
+        write_spread = None if uncertainty is None else stack.enter_context(open_for(uncertainty))
 
         def put(k: int, image: np.ndarray, deviation: np.ndarray | None) -> None:
             write(image)
             if write_spread and deviation is not None:
                 write_spread(deviation)
-            if watch:
-                watch(k, image, deviation)
+            if k in wanted:
+                kept[k] = image, deviation
 
         job.run(put)
-    return Upscaled(scan, job.place, job.shape, job.axis, time.perf_counter() - start, job.settings)
+    return Upscaled(scan, job.place, job.shape, job.axis, kept, time.perf_counter() - start, job.settings)
+
+
+def weights_hash(model: "SRModel") -> str | None:
+    """The sha256 of the checkpoint that the model was loaded from, read again; None for weights from nowhere."""
+    return None if model.source is None else verify(model.source)
+
+
+def weights_name(model: "SRModel") -> str | None:
+    """The manifest name, org/repo@commit, or the file's name without its folder; None for weights from nowhere."""
+    return os.path.basename(model.source) if model.source and os.path.exists(model.source) else model.source
 
 
 def derivation(model: "SRModel") -> str:
-    """Who made a file, in one line for its header: this package and the weights."""
-    return f"deformmamba {__version__}, {type(model).__name__} {model.scale}x, {model.source or 'untrained weights'}"
+    """What made an image, in a line of ASCII for its header: this package, the network, its weights and their hash."""
+    weights = f"{weights_name(model)}, sha256 {weights_hash(model)}" if model.source else "weights without a file"
+    line = f"deformmamba {__version__}, {type(model).__name__} {model.scale}x, {weights}"
+    return line.encode("ascii", "replace").decode()
 
 
 class Upscaling:

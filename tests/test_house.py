@@ -33,8 +33,9 @@ DIRECTIONS: dict[str, set[str]] = {
     "layers": {"scan", "deform"},
     "models": {"layers", "checkpoint", "weights", "kspace", "extras"},
     "degradations": {"kspace"},
-    "data": {"kspace", "volume", "degradations"},
-    "datasets": {"data", "volume", "kspace", "extras"},
+    "prepared": {"volume"},
+    "data": {"kspace", "volume", "degradations", "prepared"},
+    "datasets": {"data", "prepared", "volume", "extras"},
     "inspection": {"kspace", "volume", "models"},
     "report": {"volume", "figures", "inspection", "kspace"},
     "inference": {"models", "tiling", "volume", "kspace", "inspection", "weights"},
@@ -44,8 +45,11 @@ DIRECTIONS: dict[str, set[str]] = {
     "figures": {"metrics", "volume"},
     "evaluation": {"metrics", "statistics", "degradations", "models", "data", "inference", "figures", "volume"},
     "assessment": {"data", "degradations", "inference", "kspace", "metrics", "models", "volume"},
-    "curves": {"figures", "inference", "kspace", "models", "volume"},
+    "curves": {"data", "degradations", "figures", "inference", "models", "prepared", "volume"},
     "training": {"losses", "models", "data", "evaluation", "extras", "checkpoint", "weights", "volume", "curves"},
+    "tables": {
+        *("training", "evaluation", "data", "models", "losses", "metrics", "statistics", "extras", "figures", "volume"),
+    },
 }
 FREE = {"__init__", "__main__", "cli"}
 

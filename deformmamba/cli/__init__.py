@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from deformmamba import __version__
-from deformmamba.cli import backends, demo, evaluate, export, train, upscale, weights
+from deformmamba.cli import backends, benchmark, demo, evaluate, export, train, upscale, weights
 from deformmamba.cli.arguments import Parser, printable, refuse
 
-COMMANDS = (upscale, evaluate, train, weights, backends, export, demo)
+COMMANDS = (upscale, evaluate, benchmark, train, weights, backends, export, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = _show_warning
         try:
-            args.run(args)
+            code = args.run(args)
         except KeyboardInterrupt:
             return refuse("interrupted; no half-written file is left", 130)
         except OSError as error:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not isinstance(error, _user_errors()):
                 raise
             return refuse(str(error))
-    return 0
+    return int(code or 0)
 
 
 def _user_errors() -> tuple[type[Exception], ...]:

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -40,11 +40,15 @@ def short(model: str) -> str:
 
 
 def device_here(name: str) -> str:
-    """The device to run on: "auto" is CUDA where there is one, else the CPU; a name is obeyed or refused."""
+    """The device to run on: "auto" is CUDA where there is one (of several processes on a machine, each its own), else
+    the CPU; a name is obeyed or refused."""
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return "cpu"
+        local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", ""))
+        return f"cuda:{int(local) % torch.cuda.device_count()}" if local.isdecimal() else "cuda"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError):
@@ -54,26 +58,37 @@ def device_here(name: str) -> str:
 
 
 def check_target(output: str, source: str, *, dtype: str | None = None, figure: bool = False) -> None:
-    from deformmamba.volume import VolumeError, check_output
+    """Refuses, before anything is computed, a figure or a scan (no DICOM) that cannot be written."""
+    from deformmamba.volume import check_output
 
     if figure:
         from deformmamba.figures import SUFFIXES
 
         check_output(output, SUFFIXES)
-    elif output.lower().endswith((".dcm", ".ima")) or os.path.isdir(output):
-        raise VolumeError(f"{output}: DICOM cannot be written yet; name a file ending in .nii.gz")
     else:
         check_output(output, dtype=dtype)
+    check_not_input(output, source)
+
+
+def check_not_input(output: str, source: str) -> None:
+    from deformmamba.volume import VolumeError
+
     if os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source):
         raise VolumeError(f"{output}: is the input itself; a scan is not overwritten by what was made of it")
 
 
-def sizes(volume: "Volume") -> str:
-    shape, spacing = (
-        " x ".join(f"{n:.3g}" if isinstance(n, float) else str(n) for n in ns)
-        for ns in (volume.array.shape, volume.spacing)
-    )
-    return f"{shape} voxels of {spacing} mm"
+def series_of(text: str | None) -> int | str | None:
+    """--series as `read_volume` takes it: a UID has dots."""
+    return int(text) if text is not None and text.isdecimal() else text
+
+
+def sizes(volume: "Volume", shape: Sequence[int] | None = None) -> str:
+    """Voxels and spacing in words; `shape` where it is not that of the array."""
+
+    def times(numbers: Sequence[float]) -> str:
+        return " x ".join(f"{n:.3g}" if isinstance(n, float) else str(n) for n in numbers)
+
+    return f"{times(shape or volume.array.shape)} voxels of {times(volume.spacing)} mm"
 
 
 def write_text(path: str, text: str) -> None:
@@ -98,9 +113,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str, example: str
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int | None], text: str, example: str
 ) -> argparse.ArgumentParser:
-    """A parser for `deformmamba NAME`, which calls `run`; `text` is its one line of help."""
+    """A parser for `deformmamba NAME`, which calls `run` (None is exit code 0); `text` is its one line of help."""
     made: argparse.ArgumentParser = commands.add_parser(
         name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: deformmamba {example}"
     )
@@ -111,8 +126,14 @@ def add_command(
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """The arguments of a command that makes one scan of another."""
     parser.add_argument("input", metavar="INPUT", help=".nii, .nii.gz, .mgz, DICOM file, or folder of one DICOM series")
-    parser.add_argument("-o", "--output", required=True, help=".nii, .nii.gz or .mgz; replaced if it exists")
-    parser.add_argument("--volume", type=int, metavar="K", help="which volume of a 4-D file, from 0")
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        help=".nii, .nii.gz or .mgz, replaced if it exists; of DICOM also a folder, for a new series",
+    )
+    parser.add_argument("--volume", type=int, metavar="K", help="which volume of a 4-D file or series, from 0")
+    parser.add_argument("--series", metavar="K", help="which DICOM series of a folder, from 0, or its UID")
     parser.add_argument(
         "--axis", type=int, choices=(0, 1, 2), help="where slices are stacked (default: as the geometry says)"
     )

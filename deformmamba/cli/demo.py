@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from deformmamba.cli.arguments import add_command, add_model, add_running, load_model, say, short, sizes
-from deformmamba.cli.upscale import draw, run_model
+from deformmamba.cli.arguments import add_command, add_model, add_running, load_model, short
+from deformmamba.cli.upscale import upscale_and_draw
 
 
 def add(commands: Any) -> None:
@@ -15,14 +15,15 @@ def add(commands: Any) -> None:
     parser.add_argument("-o", "--output", default="deformmamba-demo", metavar="DIR", help="default: deformmamba-demo")
     add_model(parser)
     add_running(parser)
-    parser.set_defaults(axis=None, batch_size=None)
+    parser.set_defaults(
+        axis=None, batch_size=None, ensemble=False, tile=None, overlap=None, uncertainty=None, effective=False,
+        series=None, dtype=None,
+    )  # fmt: skip
 
 
 def _demo(args: argparse.Namespace) -> None:
     import nibabel
     from pydicom.data import get_testdata_file
-
-    from deformmamba.volume import read_volume, write_volume
 
     brain = Path(nibabel.__file__).parent / "tests" / "data" / "example4d.nii.gz"
     samples = [(Path(str(get_testdata_file("MR_small.dcm", download=False))), None), (brain, 0)]
@@ -36,14 +37,7 @@ def _demo(args: argparse.Namespace) -> None:
     except OSError as error:
         raise ValueError(f"{folder}: cannot be made: {error.strerror}; choose another folder with -o") from None
     model = load_model(args.model)
-    name = short(args.model)
     for path, index in samples:
-        volume = read_volume(path, volume=index)
-        sharp, seconds, device = run_model(model, volume, args)
-        stem = folder / f"{path.name.split('.')[0]}_{name}"
-        output, figure = stem.with_name(stem.name + ".nii.gz"), stem.with_name(stem.name + ".png")
-        write_volume(output, sharp)
-        draw(figure, volume, sharp, model, args.axis, path.name, name)
-        say(f"{path.name}: {sizes(volume)}")
-        say(f"  {output}: {sizes(sharp)}, {name} on {device} in {seconds:.1f} s")
-        say(f"  {figure}: before and after")
+        stem = folder / f"{path.name.split('.')[0]}_{short(args.model)}"
+        args.volume, args.figure = index, stem.with_name(stem.name + ".png")
+        upscale_and_draw(model, path, stem.with_name(stem.name + ".nii.gz"), args)

@@ -1,28 +1,33 @@
-"""upscale and degrade: one scan made of another, finer or coarser."""
+"""upscale and degrade: one scan made of another, finer or coarser; or a folder of scans, all of them finer."""
 
 import argparse
-import time
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deformmamba import __version__
 from deformmamba.cli.arguments import (
     add_command,
     add_model,
     add_reading,
     add_running,
+    check_not_input,
     check_target,
     device_here,
     load_model,
     positive,
+    refuse,
     say,
+    series_of,
     short,
     sizes,
 )
 
 if TYPE_CHECKING:
+    from deformmamba.cohort import Outcome
+    from deformmamba.inference import Settings, Upscaled
     from deformmamba.models import SRModel
-    from deformmamba.volume import Volume
 
 
 def add(commands: Any) -> None:
@@ -30,12 +35,25 @@ def add(commands: Any) -> None:
         commands,
         "upscale",
         _upscale,
-        "write a sharper version of a scan",
+        "write a sharper version of a scan, or of every scan in a folder",
         "upscale scan.nii.gz -o sharper.nii.gz --figure look.png",
     )
     add_reading(upscale)
     add_model(upscale)
     add_running(upscale)
+    upscale.add_argument(
+        "--ensemble", action="store_true", help="mean over eight reflections and transposes; 8 x slower"
+    )
+    upscale.add_argument(
+        "--uncertainty", metavar="FILE", help="also write where these eight disagree, in the same units"
+    )
+    upscale.add_argument("--effective", action="store_true", help="first undo the scanner's own zero-filling")
+    upscale.add_argument(
+        "--tile", type=positive, metavar="N", help="cut slices into tiles of N pixels (default: whole)"
+    )
+    upscale.add_argument(
+        "--overlap", type=int, metavar="M", help="pixels that tiles share (default: 16, at most N / 2)"
+    )
     upscale.add_argument("--batch-size", type=positive, metavar="N", help="slices at once (default: as memory allows)")
     upscale.add_argument("--figure", metavar="PNG", help="also draw before and after (.png, .pdf or .svg)")
 
@@ -50,74 +68,126 @@ def add(commands: Any) -> None:
     degrade.add_argument("--scale", type=positive, required=True, metavar="S", help="how many times coarser in-plane")
 
 
-def _upscale(args: argparse.Namespace) -> None:
-    from deformmamba.volume import read_volume, write_volume
+def _upscale(args: argparse.Namespace) -> int | None:
+    from deformmamba.cohort import is_cohort
 
-    check_target(args.output, args.input, dtype=args.dtype)
+    if is_cohort(args.input):
+        return _upscale_folder(args)
     if args.figure:
         check_target(args.figure, args.input, figure=True)
-    volume = read_volume(args.input, volume=args.volume)
-    model = load_model(args.model)
-    sharp, seconds, device = run_model(model, volume, args)
-    write_volume(args.output, sharp, dtype=args.dtype)
-    say(f"{args.output}: {sizes(sharp)}, from {sizes(volume)}; {short(args.model)} on {device} in {seconds:.1f} s")
+    upscale_and_draw(load_model(args.model), args.input, args.output, args)
+    return None
+
+
+def upscale_and_draw(model: "SRModel", source: str | Path, output: str | Path, args: argparse.Namespace) -> None:
+    """One scan to its file, and to args.figure before and after of the slice in the middle."""
+    from deformmamba.inference import upscale_file
+
+    settings = _settings(args)
+    done = upscale_file(
+        model,
+        source,
+        output,
+        volume=args.volume,
+        series=series_of(args.series),
+        dtype=args.dtype,
+        uncertainty=args.uncertainty,
+        effective=args.effective,
+        keep=lambda n: (n // 2,) if args.figure else (),
+        **settings,
+    )
+    name = short(args.model)
+    what = f"{sizes(done.place, done.shape)}, from {sizes(done.source)}"
+    say(f"{output}: {what}; {name} on {settings['device']} in {done.seconds:.1f} s")
+    if args.uncertainty:
+        say(f"{args.uncertainty}: standard deviation of the eight")
     if args.figure:
-        draw(args.figure, volume, sharp, model, args.axis, args.input, short(args.model))
+        _draw(args.figure, done, model, f"{Path(source).name}, slice", name)
         say(f"{args.figure}: before and after")
 
 
-def run_model(model: "SRModel", volume: "Volume", args: argparse.Namespace) -> tuple["Volume", float, str]:
-    """The upscaled volume, the seconds it took and the device."""
-    from deformmamba.inference import upscale
-
-    device = device_here(args.device)
-    start = time.perf_counter()
-    sharp = upscale(
-        model,
-        volume,
-        axis=args.axis,
-        batch_size=args.batch_size,
-        consistency=args.consistency,
-        device=device,
-        progress=True,
-    )
-    return sharp, time.perf_counter() - start, device
+def _settings(args: argparse.Namespace) -> "Settings":
+    return {
+        "axis": args.axis,
+        "batch_size": args.batch_size,
+        "consistency": args.consistency,
+        "ensemble": args.ensemble,
+        "tile": args.tile,
+        "overlap": args.overlap,
+        "device": device_here(args.device),
+        "progress": True,
+    }
 
 
-def draw(
-    path: str | Path, volume: "Volume", sharp: "Volume", model: "SRModel", axis: int | None, source: str, name: str
-) -> None:
-    """Before, bicubic and after, of the slice in the middle."""
+def _draw(path: str | Path, done: "Upscaled", model: "SRModel", title: str, name: str) -> None:
+    """Before, bicubic and after, of the slice that was kept."""
+    import numpy as np
+
     from deformmamba.figures import before_after, oriented
     from deformmamba.inference import upscale
     from deformmamba.models import Bicubic
-    from deformmamba.volume import slice_axis
 
-    axis = slice_axis(volume) if axis is None else axis
-    n = volume.array.shape[axis]
-    one = replace(volume, array=volume.array.take([n // 2], axis))
-    plain = upscale(Bicubic(scale=model.scale, grid=model.grid), one, axis=axis)
-    lr = oriented(volume, axis, n // 2)
+    ((k, (image, _)),) = done.kept.items()
+    n = done.source.array.shape[done.axis]
+    lr = oriented(done.source, done.axis, k)
+    one = replace(done.source, array=done.source.array.take([k], done.axis))
+    plain = upscale(Bicubic(scale=model.scale, grid=model.grid), one, axis=done.axis)
+    sharp = replace(done.place, array=np.expand_dims(image, done.axis))
     before_after(
         lr.image,
-        {"bicubic": oriented(plain, axis, 0).image, name: oriented(sharp, axis, n // 2).image},
+        {"bicubic": oriented(plain, done.axis, 0).image, name: oriented(sharp, done.axis, 0).image},
         path,
         spacing=lr.spacing,
         labels=lr.labels,
         grid=model.grid,
-        title=f"{Path(source).name}, slice {n // 2 + 1} of {n}, {model.scale}×",
+        title=f"{title} {k + 1} of {n}, {model.scale}×",
     )
 
 
+def _upscale_folder(args: argparse.Namespace) -> int:
+    from deformmamba.cohort import SUMMARY, upscale_cohort
+    from deformmamba.volume import VolumeError
+
+    for option in ("figure", "uncertainty", "series"):
+        if getattr(args, option):
+            raise VolumeError(f"{args.input}: is a folder of scans, and --{option} is for one scan; leave it out")
+    if os.path.splitext(args.output)[1] and not os.path.isdir(args.output):
+        raise VolumeError(
+            f"{args.input}: holds no DICOM image, so it is a folder of scans, and the output is a folder too; "
+            f"not {args.output}"
+        )
+
+    def told(outcome: "Outcome") -> None:
+        if outcome.status != "failed":  # these come at the end, together
+            took = f" in {outcome.seconds:.1f} s" if outcome.status == "made" else ""
+            say(f"{outcome.status}: {outcome.output}{took}")
+
+    model = load_model(args.model)
+    outcomes = upscale_cohort(
+        model,
+        args.input,
+        args.output,
+        volume=args.volume,
+        dtype=args.dtype,
+        effective=args.effective,
+        told=told,
+        **_settings(args),
+    )
+    count = {status: sum(o.status == status for o in outcomes) for status in ("made", "skipped", "failed")}
+    say(f"{args.output}: {', '.join(f'{n} {status}' for status, n in count.items())}; see {SUMMARY}*.csv")
+    for outcome in outcomes:
+        if outcome.status == "failed":
+            refuse(f"failed: {outcome.source}: {outcome.reason}")
+    return 1 if count["failed"] else 0
+
+
 def _degrade(args: argparse.Namespace) -> None:
-    from deformmamba.volume import read_volume, write_volume
-
-    check_target(args.output, args.input, dtype=args.dtype)
-    if args.scale < 1:
-        raise ValueError(f"--scale must be 1 or more, not {args.scale}")
-    volume = read_volume(args.input, volume=args.volume)
     from deformmamba.inference import coarsen
+    from deformmamba.volume import check_output, read_volume, write_volume
 
+    volume = read_volume(args.input, volume=args.volume, series=series_of(args.series))
+    check_output(args.output, source=volume, dtype=args.dtype)
+    check_not_input(args.output, args.input)
     coarse = coarsen(volume, args.scale, axis=args.axis)
-    write_volume(args.output, coarse, dtype=args.dtype)
+    write_volume(args.output, coarse, dtype=args.dtype, derivation=f"deformmamba {__version__}, degrade 1/{args.scale}")
     say(f"{args.output}: {sizes(coarse)}, from {sizes(volume)}")

@@ -1,0 +1,309 @@
+"""Folders of scans upscaled one after the other, by one process or many: what is done is skipped, what fails is listed.
+
+Names follow BIDS: `sub-01_ses-1_T2w.nii.gz` becomes `sub-01_ses-1_desc-sr_T2w.nii.gz` at the same place below the
+output folder, with a JSON sidecar that says what made it. A scan counts as done if its output is there and the sidecar
+beside it names the same source (size and time of last change), the same weights (sha256), the same version of this
+package and the same settings; the sidecar is written last. So a run that was stopped, however, is simply repeated.
+"""
+
+import csv
+import io
+import itertools
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Unpack
+
+from deformmamba import __version__
+from deformmamba.inference import Settings, upscale_file, weights_hash, weights_name
+from deformmamba.volume import MGH_SUFFIXES, NIFTI_SUFFIXES, PathLike, VolumeError, replacing
+
+if TYPE_CHECKING:
+    from deformmamba.models.base import SRModel
+
+SUMMARY = "desc-sr_summary"
+# the settings that change the result
+_SHAPING = ("axis", "consistency", "ensemble", "tile", "overlap")
+# sub-<label>, then entities, then the suffix that says what kind of image it is
+_BIDS = re.compile(r"sub-[A-Za-z0-9]+(_[a-z]+-[A-Za-z0-9+]+)*_[A-Za-z0-9]+")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one scan; `reason` is one line, and holds nothing that was read from the scan but its sizes."""
+
+    source: str  # relative to the folder of scans
+    output: str  # relative to the output folder
+    status: Literal["made", "skipped", "failed"]
+    reason: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Task:
+    source: Path
+    name: Path  # of the source, relative to the folder of scans
+    output: Path  # relative to the output folder
+
+    @property
+    def sidecar(self) -> Path:
+        return self.output.with_name(_split(self.output.name)[0] + ".json")
+
+
+def upscale_cohort(
+    model: "SRModel",
+    source: PathLike,
+    target: PathLike,
+    *,
+    volume: int | None = None,
+    dtype: str | None = None,
+    effective: bool = False,
+    told: Callable[[Outcome], None] | None = None,
+    **settings: Unpack[Settings],
+) -> list[Outcome]:
+    """Upscale every scan below `source` into the same places below `target`.
+
+    A scan is a NIfTI or MGH file, or a folder that itself holds DICOM files (one series, which becomes a folder
+    again). Hidden names, outputs of this function and `target` itself are passed by; a link that leads out of `source`
+    fails. A scan that cannot be read or upscaled fails, and the others go on.
+
+    Under `torchrun`, `accelerate launch` or `srun` each process takes its share (see `processes`), the largest scans
+    first; nothing is done twice, and no two processes write the same file. The folder must not change meanwhile.
+
+    Writes a table of its outcomes, `desc-sr_summary.csv` below `target` (`..._rank-R.csv` of several processes), and
+    where `source` is a BIDS data set, the `dataset_description.json` of a derivative.
+
+    Args:
+        model: any SRModel.
+        source: the folder of scans.
+        target: the output folder; made if it is not there.
+        volume, dtype, effective, settings: as `inference.upscale_file`.
+        told: called with each outcome as it comes.
+
+    Returns:
+        The outcomes of this process, by source.
+
+    Raises:
+        VolumeError: `source` is no folder or holds no scan; `target` cannot be made.
+        ValueError: an environment that names no valid share.
+    """
+    source, target = Path(source), Path(target)
+    rank, world = processes(os.environ)
+    made_by = {
+        "model": type(model).__name__,
+        "weights": weights_name(model),
+        "sha256": weights_hash(model),
+        "scale": model.scale,
+        "volume": volume,
+        "dtype": dtype,
+        "effective": effective,
+        "consistency": model.consistency,
+        **{key: settings[key] for key in _SHAPING if settings.get(key) is not None},  # type: ignore[literal-required]
+    }
+    tasks, refused = _tasks(source, target)
+    if not tasks and not refused:
+        raise VolumeError(f"{source}: holds no scan; wanted .nii, .nii.gz, .mgh, .mgz or folders of DICOM files")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VolumeError(f"{target}: cannot be made: {error.strerror}; choose another folder") from None
+    # the largest first, so that the shares end at about the same time
+    tasks = sorted(tasks, key=lambda task: (-_size(task.source), task.name))
+    outcomes: list[Outcome] = []
+    try:
+        if rank == 0:
+            _describe(source, target)
+        made = (_done_or_made(model, task, target, made_by, settings) for task in tasks[rank::world])
+        for outcome in itertools.chain(refused if rank == 0 else [], made):
+            outcomes.append(outcome)
+            if told:
+                told(outcome)
+    finally:
+        name = f"{SUMMARY}.csv" if world == 1 else f"{SUMMARY}_rank-{rank}.csv"
+        outcomes = sorted(outcomes, key=lambda outcome: outcome.source)
+        _write(target / name, _table(outcomes))
+    return outcomes
+
+
+def processes(environment: Mapping[str, str]) -> tuple[int, int]:
+    """(rank, number of processes): RANK and WORLD_SIZE, which torchrun and accelerate set; else those of `srun`; else
+    (0, 1).
+
+    Raises:
+        ValueError: they are no numbers, or the rank is not below the number of processes.
+    """
+    # a batch script that calls no srun has SLURM_NTASKS too, but is one process
+    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+        given = environment.get(rank), environment.get(world)
+        if given[0] is None or given[1] is None:
+            continue
+        if not (given[0].isdecimal() and given[1].isdecimal() and int(given[0]) < int(given[1])):
+            raise ValueError(f"{rank}={given[0]} and {world}={given[1]} name no share of the work; unset both")
+        return int(given[0]), int(given[1])
+    return 0, 1
+
+
+def is_cohort(path: PathLike) -> bool:
+    """Whether a path is a folder of scans: any folder but one that itself holds DICOM files, which is one scan."""
+    path = Path(path)
+    return path.is_dir() and not any(_is_dicom(file) for file in path.iterdir() if not file.name.startswith("."))
+
+
+def sr_name(name: str) -> str:
+    """The name of the output: `desc-sr` as the last entity of a BIDS name (joined to a `desc-` that is there), and at
+    the end of any other name."""
+    stem, ending = _split(name)
+    if not _BIDS.fullmatch(stem):
+        return f"{stem}_desc-sr{ending}"
+    *entities, kind = stem.split("_")
+    last = entities.pop() if entities[-1].startswith("desc-") else "desc-"
+    return "_".join([*entities, f"{last}sr", kind]) + ending
+
+
+def _split(name: str) -> tuple[str, str]:
+    for ending in sorted(NIFTI_SUFFIXES + MGH_SUFFIXES, key=len, reverse=True):
+        if name.lower().endswith(ending):
+            return name[: -len(ending)], name[-len(ending) :]
+    return name, ""
+
+
+def _is_ours(name: str) -> bool:
+    return bool(re.search(r"(^|_)desc-[A-Za-z0-9+]*sr(_|$)", _split(name)[0]))
+
+
+def _is_dicom(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def _tasks(root: Path, target: Path) -> tuple[list[_Task], list[Outcome]]:
+    """What is to be upscaled, by name, and what is refused before it is opened."""
+    if not root.is_dir():
+        raise VolumeError(f"{root}: no such folder")
+    if not is_cohort(root):
+        raise VolumeError(f"{root}: holds DICOM files itself, so it is one scan; give the folder above it")
+    found, refused, taken = [], [], set[Path]()
+    for path in _scans(root, target.resolve()):
+        name = path.relative_to(root)
+        task = _Task(path, name, name.with_name(sr_name(name.name)))
+        if not path.resolve().is_relative_to(root.resolve()):
+            refused.append(Outcome(str(name), "", "failed", "a link that leads out of the folder; copy the scan"))
+        elif task.sidecar in taken:
+            refused.append(Outcome(str(name), "", "failed", f"another scan has the output {task.sidecar} already"))
+        else:
+            taken.add(task.sidecar)
+            found.append(task)
+    return found, refused
+
+
+def _scans(folder: Path, target: Path) -> Iterator[Path]:
+    try:
+        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError:
+        yield folder  # to fail where it is read
+        return
+    for path in entries:
+        if _split(path.name)[1] and not _is_ours(path.name) and (path.is_file() or not path.exists()):
+            yield path  # a link to nothing is one, too, and fails
+    if any(_is_dicom(path) for path in entries if path.is_file()):
+        if not _is_ours(folder.name):
+            yield folder
+        return
+    for path in entries:
+        # a link to a folder may lead back here
+        if path.is_dir() and not path.is_symlink() and path.resolve() != target:
+            yield from _scans(path, target)
+
+
+def _state(source: Path) -> tuple[int, float]:
+    """(bytes, time of the last change), of a folder over its files."""
+    files = [path.stat() for path in source.iterdir() if path.is_file()] if source.is_dir() else [source.stat()]
+    return sum(file.st_size for file in files), max((file.st_mtime for file in files), default=0.0)
+
+
+def _size(source: Path) -> int:
+    try:
+        return _state(source)[0]
+    except OSError:
+        return 0
+
+
+def _done_or_made(
+    model: "SRModel",
+    task: _Task,
+    target: Path,
+    made_by: Mapping[str, Any],
+    settings: Settings,
+) -> Outcome:
+    source, output = str(task.name), str(task.output)
+    start = time.perf_counter()
+    try:
+        size, changed = _state(task.source)
+        wanted = {
+            "Description": "Made by super-resolution: what the scanner did not measure is an estimate. No diagnosis.",
+            "Sources": [task.name.as_posix()],
+            "SourceSize": size,
+            "SourceModified": changed,
+            "GeneratedBy": [{"Name": "deformmamba", "Version": __version__, **made_by}],
+        }
+        path, sidecar = target / task.output, target / task.sidecar
+        if path.exists() and _read(sidecar) == wanted:
+            return Outcome(source, output, "skipped", "done before")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        reading = {key: made_by[key] for key in ("volume", "dtype", "effective")}
+        upscale_file(model, task.source, path, **reading, **settings)
+        _write(sidecar, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
+    except Exception as error:  # a scan that nobody foresaw is no reason to leave the others undone
+        return Outcome(source, output, "failed", _reason(error), time.perf_counter() - start)
+    return Outcome(source, output, "made", "", time.perf_counter() - start)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out of memory; try tiles"
+    if isinstance(error, (ValueError, FloatingPointError)):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    # the text of a foreign error may quote what it read
+    return f"an unexpected {type(error).__name__}; upscale this scan alone to see where"
+
+
+def _read(sidecar: Path) -> Any:
+    try:
+        return json.loads(sidecar.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def _table(outcomes: list[Outcome]) -> str:
+    text = io.StringIO()
+    table = csv.DictWriter(text, [field.name for field in fields(Outcome)])
+    table.writeheader()
+    table.writerows({**asdict(outcome), "seconds": f"{outcome.seconds:.1f}"} for outcome in outcomes)
+    return text.getvalue()
+
+
+def _describe(source: Path, target: Path) -> None:
+    """What BIDS asks of a folder of derivatives; one that is there stays."""
+    path = target / "dataset_description.json"
+    if (source / path.name).is_file() and not path.exists():
+        described = {
+            "Name": "Super-resolution by deformmamba",
+            "BIDSVersion": "1.9.0",
+            "DatasetType": "derivative",
+            "GeneratedBy": [{"Name": "deformmamba", "Version": __version__}],
+        }
+        _write(path, json.dumps(described, indent=2) + "\n")
