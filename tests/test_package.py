@@ -1,0 +1,261 @@
+"""What is shipped: contents of wheel and sdist, an installation away from the checkout, names, types, versions."""
+
+import ast
+import configparser
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import deformmamba
+from deformmamba.weights import list_weights
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "deformmamba"
+MAX_WHEEL, MAX_CHECKPOINTS = 40_000_000, 36_000_000
+PYTHONS = ("3.11", "3.12", "3.13")
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.cfg").is_file(), reason="an installed package has no sources")
+
+
+def settings() -> configparser.ConfigParser:
+    read = configparser.ConfigParser()
+    read.read(ROOT / "setup.cfg", "utf-8")
+    return read
+
+
+def lines(text: str) -> list[str]:
+    return [line.split("#")[0].strip() for line in text.strip().splitlines() if line.split("#")[0].strip()]
+
+
+# --------------------------------------------------------------------------------------------------- wheel and sdist
+
+
+class Built(NamedTuple):
+    sources: Path  # a copy of the checkout
+    sdist: Path
+    from_sdist: Path  # the wheel that `python -m build` makes of the sdist
+    wheel: Path  # made of the sources
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    pytest.importorskip("build", reason="`build` is in the extra dev")
+    folder = tmp_path_factory.mktemp("built")
+    copy = folder / "checkout"
+    left_out = shutil.ignore_patterns(".*", "build", "dist", "runs", "demo-output", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=left_out)
+    for arguments, out in (((), "sdist"), (("--wheel",), "wheel")):
+        command = [
+            sys.executable,
+            "-m",
+            "build",
+            "--no-isolation",
+            *arguments,
+            "--outdir",
+            str(folder / out),
+            str(copy),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert "Deprecat" not in done.stdout + done.stderr
+        shutil.rmtree(copy / "build", ignore_errors=True)
+    (sdist,) = (folder / "sdist").glob("*.tar.gz")
+    (from_sdist,) = (folder / "sdist").glob("*.whl")
+    (wheel,) = (folder / "wheel").glob("*.whl")
+    return Built(copy, sdist, from_sdist, wheel)
+
+
+def contents(wheel: Path) -> dict[str, str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: hashlib.sha256(archive.read(name)).hexdigest() for name in archive.namelist()}
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_nothing_else(built: Built) -> None:
+    inside = contents(built.wheel)
+    info = f"deformmamba-{deformmamba.__version__}.dist-info/"
+    wanted = {
+        path.relative_to(built.sources).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (built.sources / "deformmamba").rglob("*")
+        if path.is_file()
+    }
+    assert {name: digest for name, digest in inside.items() if not name.startswith(info)} == wanted
+    assert {"deformmamba/py.typed", "deformmamba/weights_manifest.json", "deformmamba/recipes/ixi-4x.toml"} <= set(
+        inside
+    )
+    assert info + "licenses/LICENSE" in inside
+    for entry in list_weights():
+        if not entry["repo"]:
+            assert inside[f"deformmamba/checkpoints/{entry['file']}"] == entry["sha256"]
+    assert built.wheel.stat().st_size < MAX_WHEEL
+    assert built.wheel.name.endswith("-py3-none-any.whl")
+
+
+@pytest.mark.slow
+def test_the_sdist_builds_the_same_wheel(built: Built) -> None:
+    assert contents(built.from_sdist) == contents(built.wheel)
+    with tarfile.open(built.sdist) as archive:
+        members = {member.name.partition("/")[2]: member for member in archive.getmembers()}
+    assert {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "setup.cfg"} <= set(members)
+    assert members["deformmamba/weights_manifest.json"].isfile(), "no link, which Windows would not unpack"
+    assert not any(member.issym() or member.islnk() for member in members.values())
+    assert not any(name.startswith(("tests", "docs", "benchmarks", ".")) for name in members)
+
+
+@pytest.mark.slow
+def test_the_metadata(built: Built) -> None:
+    with zipfile.ZipFile(built.wheel) as archive:
+        name = f"deformmamba-{deformmamba.__version__}.dist-info/METADATA"
+        metadata = message_from_bytes(archive.read(name))
+        commands = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
+    assert metadata["Name"] == "deformmamba"
+    assert metadata["Version"] == deformmamba.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == f">={PYTHONS[0]}"
+    assert "deformmamba = deformmamba.cli:main" in commands
+    versions = re.findall(r"Python :: (3\.\d+)", str(metadata.get_all("Classifier")))
+    assert versions == list(PYTHONS)
+    assert "![" in str(metadata.get_payload()), "the README is the description"
+
+
+@pytest.mark.slow
+def test_the_wheel_works_where_there_is_no_checkout(built: Built, tmp_path: Path) -> None:
+    """In an empty environment that sees this one's packages, but not an editable installation of ours."""
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True, timeout=120)
+    binaries = venv / ("Scripts" if os.name == "nt" else "bin")
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(venv), "platbase": str(venv)}))
+    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n", "utf-8")
+    pip = [sys.executable, "-m", "pip", "--python", str(venv), "install", "--quiet", "--no-deps", "--no-index"]
+    done = subprocess.run([*pip, str(built.wheel)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+    away = tmp_path / "away"
+    away.mkdir()
+    for name in ("conftest.py", "test_kspace.py", "test_losses.py"):
+        shutil.copy(ROOT / "tests" / name, away)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "DEFORMMAMBA"))}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [str(binaries / command[0]), *command[1:]],
+            cwd=away, env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    assert run("deformmamba", "--version").strip() == f"deformmamba {deformmamba.__version__}"
+    verified = run("deformmamba", "weights", "verify")
+    assert all(f"{e['name']}: ok, sha256 {e['sha256']}" in verified for e in list_weights() if not e["repo"])
+    script = (
+        "import deformmamba, torch\n"
+        "from deformmamba.training import load_recipe\n"
+        "model = deformmamba.from_pretrained('ixi-4x')\n"
+        "print(deformmamba.__file__, model.scale)\n"
+        "with deformmamba.scan_backend('eager'): y = deformmamba.SS2D(8)(torch.rand(1, 8, 4, 4))\n"
+        "assert y.shape == (1, 8, 4, 4) and load_recipe('ixi-4x')\n"
+    )
+    file, scale = run("python", "-c", script).split()
+    assert Path(file).is_relative_to(venv)
+    assert scale == "4"
+    assert " passed" in run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(away), str(away))
+
+
+def test_the_checkpoints_fit_into_the_wheel() -> None:
+    packaged = list((PACKAGE / "checkpoints").iterdir())
+    assert sum(path.stat().st_size for path in packaged) < MAX_CHECKPOINTS
+    assert all(path.stat().st_size <= 16 << 20 for path in packaged)
+    assert {path.name for path in packaged} == {entry["file"] for entry in list_weights() if not entry["repo"]}
+
+
+def test_the_manifest_is_a_file_of_the_package() -> None:
+    """Where a checkout cannot hold links, on Windows, only the one at the top is broken."""
+    assert not (PACKAGE / "weights_manifest.json").is_symlink()
+    assert json.loads((ROOT / "weights_manifest.json").read_text("utf-8")) == json.loads(
+        (PACKAGE / "weights_manifest.json").read_text("utf-8")
+    )
+
+
+# -------------------------------------------------------------------------------------------------- versions and names
+
+
+def test_the_version_stands_in_one_place() -> None:
+    assert settings()["metadata"]["version"] == "attr: deformmamba.__version__"
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|(a|b|rc)\d+)?", deformmamba.__version__)
+    assert f"\nversion: {deformmamba.__version__}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\n## {deformmamba.__version__} " in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("version", PYTHONS)
+def test_every_python_that_is_declared_compiles_the_sources(version: str) -> None:
+    assert f"Programming Language :: Python :: {version}" in settings()["metadata"]["classifiers"]
+    minor = int(version.split(".")[1])
+    for path in PACKAGE.rglob("*.py"):
+        ast.parse(path.read_text("utf-8"), str(path), feature_version=(3, minor))
+    python = shutil.which(f"python{version}")
+    if python is None:
+        pytest.skip(f"there is no python{version} here; its grammar was checked all the same")
+    script = (
+        "import pathlib, sys, warnings; warnings.simplefilter('error')\n"
+        "for p in pathlib.Path(sys.argv[1]).rglob('*.py'): compile(p.read_text('utf-8'), str(p), 'exec')"
+    )
+    done = subprocess.run([python, "-c", script, str(PACKAGE)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_everything_that_is_imported_is_declared() -> None:
+    """A package that our code imports is a dependency or in an extra, or one that such a package cannot do without."""
+    brought_by = {
+        "skimage": "scikit-image",
+        "PIL": "matplotlib",
+        "llvmlite": "numba",
+        "selective_scan_cuda": "mamba-ssm",
+        "triton": "torch",
+    }
+    read = settings()
+    declared = lines(read["options"]["install_requires"])
+    declared += [line for extra in read["options.extras_require"].values() for line in lines(extra)]
+    names = {re.split(r"[ <>=\[;]", line)[0].lower().replace("_", "-") for line in declared}
+    ours = {"deformmamba", *sys.stdlib_module_names}
+    missing = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for root in {module.split(".")[0] for module in modules} - ours:
+                if brought_by.get(root, root).lower().replace("_", "-") not in names:
+                    missing[root] = str(path.relative_to(ROOT))
+    assert missing == {}
+
+
+def test_extras_that_messages_name_exist() -> None:
+    extras = set(settings()["options.extras_require"])
+    named = set()
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text("utf-8")
+        named |= set(re.findall(r'\bextra="(\w+)"', text)) | set(re.findall(r"deformmamba\[(\w+)\]", text))
+    assert named
+    assert named <= extras
+
+
+def test_public_names_are_documented_and_nothing_else_is() -> None:
+    """The API reference of the documentation lists what `__all__` lists."""
+    pages = [path for path in (ROOT / "docs").rglob("*.md") if path.stem in ("api", "reference")]
+    if not pages:
+        pytest.skip("the documentation has no API reference yet")
+    text = "\n".join(page.read_text("utf-8") for page in pages)
+    assert {name for name in deformmamba._HOME if not re.search(rf"\b{name}\b", text)} == set()
+    listed = re.findall(r"^::: deformmamba\.([\w.]+)", text, re.MULTILINE)
+    assert {name for name in listed if "." not in name and name[0].isupper()} <= set(deformmamba._HOME)
