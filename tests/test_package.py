@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 import deformmamba
 from deformmamba.weights import list_weights
@@ -259,3 +260,29 @@ def test_public_names_are_documented_and_nothing_else_is() -> None:
     assert {name for name in deformmamba._HOME if not re.search(rf"\b{name}\b", text)} == set()
     listed = re.findall(r"^::: deformmamba\.([\w.]+)", text, re.MULTILINE)
     assert {name for name in listed if "." not in name and name[0].isupper()} <= set(deformmamba._HOME)
+
+
+# --------------------------------------------------------------------------------------------------------------- habits
+
+
+def test_workflows_and_hooks_call_what_make_check_calls() -> None:
+    make = (ROOT / "Makefile").read_text("utf-8")
+    recipe = make.split("\ncheck:")[1].split("\n\n")[0]
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        steps = [step for job in yaml.safe_load(path.read_text("utf-8"))["jobs"].values() for step in job["steps"]]
+        commands = [step["run"] for step in steps if "run" in step]
+        assert any(command.startswith("make check") for command in commands), path
+    matrix = yaml.safe_load((ROOT / ".github/workflows/check.yml").read_text("utf-8"))["jobs"]["check"]["strategy"]
+    assert matrix["matrix"]["python"] == list(PYTHONS)
+    for repository in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))["repos"]:
+        assert repository["repo"] == "local", "nothing is fetched"
+        for hook in repository["hooks"]:
+            command = hook["entry"].replace(" --force-exclude", "")
+            assert f"$(BIN)/{command}" in recipe, f"{command} is not what `make check` runs"
+
+
+def test_issue_forms_are_whole() -> None:
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml"):
+        form = yaml.safe_load(path.read_text("utf-8"))
+        assert form.keys() >= {"name", "description", "body"}
+        assert all(field["attributes"]["label"] and field["type"] == "textarea" for field in form["body"])
