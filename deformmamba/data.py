@@ -1,8 +1,8 @@
 """Training data from volumes on disk: find them, split them by subject, degrade whole slices, cut aligned patches.
 
 k-space is global: a slice is degraded (and zero-filled) whole, and the patches of LR, HR and zero-filled image are cut
-afterwards, all on the origin-aligned grid. Augmentation acts on the HR slice before it is degraded, because flipping an
-LR and an HR image by index reversal would move them apart by scale - 1 HR pixels.
+afterwards. Augmentation acts on the HR slice before it is degraded, because flipping an LR and an HR image by index
+reversal would move them apart by scale - 1 HR pixels on the origin-aligned grid.
 """
 
 import csv
@@ -19,17 +19,21 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from deformmamba.kspace import crop_spectrum, degrade, fft2c, ifft2c, zero_fill
+from deformmamba.degradations import Degradation, KSpaceCrop, parse
+from deformmamba.kspace import resize, zero_fill
+from deformmamba.prepared import SUFFIX, is_prepared, read_manifest, read_prepared
 from deformmamba.volume import VolumeError, intensity_scale, read_volume, slice_axis
 
 SPLITS = ("train", "val", "test", "external")
 INDEX = "volumes.tsv"
 ENDINGS = (".nii", ".nii.gz", ".mgz")
+NO_IMAGES = (".json", ".tsv", ".csv", ".txt", ".bval", ".bvec", ".png", ".jpg", ".pdf", ".zip", ".h5", SUFFIX)
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One volume on disk: its file, its subject (splits go by it), its split, and a group such as "T2 brain"."""
+    """One volume on disk: its file, or the folder of its DICOM series; its subject (splits go by it), its split, and a
+    group such as "T2 brain"."""
 
     path: Path
     subject: str
@@ -40,20 +44,24 @@ class Scan:
 def find_scans(root: str | os.PathLike[str], *, val: float = 0.1, test: float = 0.1, seed: int = 0) -> list[Scan]:
     """The volumes below `root`, sorted by path, each with the split of its subject.
 
-    A `volumes.tsv` at the root (columns participant_id, file, split; contrast and anatomy if there) decides. Without
-    one, every NIfTI or MGZ file counts, its subject is the BIDS entity `sub-<label>` in its path (else the file's own
-    name), and `val` and `test` are the fractions of SUBJECTS held out: those whose name, hashed with `seed`, comes
-    first, so that a new subject never moves another.
+    A folder that `deformmamba prepare` made says all of it itself. Otherwise a `volumes.tsv` at the root (columns
+    participant_id, file, split; contrast and anatomy if there) decides. Without one, every NIfTI or MGZ file counts,
+    and every folder that holds DICOM files; a subject is the BIDS entity `sub-<label>` in the path (else the name of
+    the file or folder), and `val` and `test` are the fractions of SUBJECTS held out: those whose name, hashed with
+    `seed`, comes first, so that a new subject never moves another.
 
     Raises:
-        VolumeError: no volume there, or a subject in two splits.
+        VolumeError: no volume there, a subject in two splits, or a preparation that was interrupted.
     """
     root = Path(root)
     if not root.is_dir():
         raise VolumeError(f"{root}: no such folder of volumes")
-    scans = _from_index(root) if (root / INDEX).is_file() else _from_tree(root, val, test, seed)
+    if is_prepared(root):
+        scans = _from_manifest(root)
+    else:
+        scans = _from_index(root) if (root / INDEX).is_file() else _from_tree(root, val, test, seed)
     if not scans:
-        raise VolumeError(f"{root}: no volume there; wanted files ending in {', '.join(ENDINGS)}, or {INDEX}")
+        raise VolumeError(f"{root}: no volume there; wanted files ending in {', '.join(ENDINGS)}, DICOM, or {INDEX}")
     splits = defaultdict(set)
     for scan in scans:
         splits[scan.subject].add(scan.split)
@@ -63,6 +71,16 @@ def find_scans(root: str | os.PathLike[str], *, val: float = 0.1, test: float = 
                 f"{root / INDEX}: subject {subject} is in {' and '.join(sorted(found))}; wanted one split"
             )
     return sorted(scans, key=lambda scan: scan.path)
+
+
+def _from_manifest(root: Path) -> list[Scan]:
+    scans = [
+        Scan(root / row["file"], row["subject"], row["split"], row["group"]) for row in read_manifest(root)["volumes"]
+    ]
+    for scan in scans:
+        if not scan.path.is_file():
+            raise VolumeError(f"{scan.path}: its manifest names it, and it is missing; prepare the folder again")
+    return scans
 
 
 def _from_index(root: Path) -> list[Scan]:
@@ -81,7 +99,13 @@ def _from_index(root: Path) -> list[Scan]:
 
 
 def _from_tree(root: Path, val: float, test: float, seed: int) -> list[Scan]:
-    paths = sorted(path for path in root.rglob("*") if path.name.endswith(ENDINGS) and path.is_file())
+    paths = []
+    for folder, folders, names in os.walk(root):
+        folders.sort()
+        paths += [Path(folder, name) for name in names if name.endswith(ENDINGS)]
+        others = (Path(folder, name) for name in sorted(names) if not name.endswith((*ENDINGS, *NO_IMAGES)))
+        if any(_is_dicom(path) for path in others):
+            paths.append(Path(folder))
 
     def subject(path: Path) -> str:
         entity = re.search(r"sub-[A-Za-z0-9]+", str(path.relative_to(root)))
@@ -97,26 +121,42 @@ def _from_tree(root: Path, val: float, test: float, seed: int) -> list[Scan]:
     return [Scan(path, subject(path), split(subject(path)), "") for path in paths]
 
 
+def _is_dicom(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
 class Slices(NamedTuple):
-    """(slices, H, W) in scanner units, float32, and the (height, width) of a pixel in mm."""
+    """(slices, H, W) in scanner units (prepared ones: about [0, 1]), float32, and the pixel's (height, width) in mm."""
 
     array: np.ndarray
     spacing: tuple[float, float]
 
 
-def load_slices(path: str | os.PathLike[str], multiple: int = 1) -> Slices:
-    """The slices of a volume, across the axis that `deformmamba.volume.slice_axis` finds.
+def load_slices(path: str | os.PathLike[str], multiple: int = 1, *, phase: bool = False) -> Slices:
+    """The slices of a volume, across the axis that `deformmamba.volume.slice_axis` finds; or those of a prepared file.
 
-    H and W are cropped at their ends to `multiple`.
+    H and W are cropped at their ends to `multiple`: the scale does not divide every image, and pixel 0 stays where it
+    is. Complex slices (fastMRI) come as their magnitude, with `phase` as they are, complex64.
     """
-    volume = read_volume(path)
-    axis = slice_axis(volume)
-    slices = np.moveaxis(volume.array, axis, 0)
+    if Path(path).name.endswith(SUFFIX):
+        prepared = read_prepared(path)
+        slices, spacing = prepared.slices, prepared.spacing
+        if np.iscomplexobj(slices) and not phase:
+            slices = np.abs(slices)
+    else:
+        volume = read_volume(path)
+        axis = slice_axis(volume)
+        slices = np.moveaxis(volume.array, axis, 0)
+        height, width = (size for a, size in enumerate(volume.spacing) if a != axis)
+        slices, spacing = np.ascontiguousarray(slices, dtype=np.float32), (height, width)
     h, w = (n - n % multiple for n in slices.shape[1:])
     if not h or not w:
         raise VolumeError(f"{path}: slices of {slices.shape[1]}x{slices.shape[2]}, smaller than {multiple}x{multiple}")
-    height, width = (size for a, size in enumerate(volume.spacing) if a != axis)
-    return Slices(np.ascontiguousarray(slices[:, :h, :w], dtype=np.float32), (height, width))
+    return Slices(slices[:, :h, :w], spacing)
 
 
 class Sample(NamedTuple):
@@ -134,18 +174,33 @@ class PatchDataset(Dataset[Sample]):
     workers or processes may share it in any way.
 
     Args:
-        scans: the volumes; all slices are kept in memory (float32).
-        scale: factor between HR and LR.
+        scans: the volumes. Slices are kept in memory (float32); prepared ones (`deformmamba prepare`) stay on the disk,
+            mapped into memory, and are read as they are drawn.
+        scale: factor between HR and LR. Slices are cropped at their ends to a multiple of it, see `load_slices`.
         patch: LR patch size in pixels; smaller slices are refused.
         length: how many samples there are.
+        degradation: what makes LR of HR, an object of `deformmamba.degradations` or its text; None: the k-space crop.
+            Its noise is drawn anew for each sample. `Sample.base` is the zero-filled LR in any case, as a model
+            computes it; a degradation on the half-pixel grid is for models on that grid.
         weights: share of each group (`Scan.group`), by name; groups left out do not count. None: every slice alike.
         intensity: rule of the intensity scale, from the LR volume, as at inference.
         flips: mirror and transpose the HR slice at random.
         contrast: largest exponent g of a random contrast curve x -> x^c, c log-uniform in [1/g, g]; 1 for none.
         coarsest: largest factor by which the HR slice is k-space cropped first, so that one network sees several voxel
-            sizes; half of the samples are, by a factor log-uniform in [1, coarsest]; 1 for none.
+            sizes; half of the samples are, by a factor log-uniform in [1, coarsest]; 1 for none. A slice that has
+            become smaller than the patch cannot be cut: a factor is drawn first, then one of the slices of the group
+            that are large enough for it (all of those of its largest size, by what they bear, if none is). `spacings`
+            says what was reached; a smaller `patch` reaches further.
         gain: largest factor of a random intensity scaling, log-uniform in [1/gain, gain].
         seed: of everything random.
+        progress: a bar while volumes are read, and a line that says how many slices were cropped.
+
+    Attributes:
+        spacings: LR pixel sizes in mm, smallest and largest, that samples can have.
+
+    Raises:
+        VolumeError: no scan, slices smaller than a patch, or a volume that cannot be read.
+        ValueError: a degradation that cannot be built, or of another scale.
     """
 
     def __init__(
@@ -155,6 +210,7 @@ class PatchDataset(Dataset[Sample]):
         scale: int,
         patch: int = 32,
         length: int,
+        degradation: Degradation | str | None = None,
         weights: Mapping[str, float] | None = None,
         intensity: str = "p99.9",
         flips: bool = True,
@@ -166,30 +222,55 @@ class PatchDataset(Dataset[Sample]):
     ) -> None:
         self.scale, self.patch, self.length, self.seed = scale, patch, length, seed
         self.flips, self.contrast, self.coarsest, self.gain = flips, contrast, coarsest, gain
-        groups: dict[str, list[torch.Tensor]] = defaultdict(list)
-        spacings: list[float] = []
+        if isinstance(degradation, str):
+            degradation = parse(degradation, scale=scale)
+        self.degradation = degradation or KSpaceCrop(scale=scale)
+        if self.degradation.scale != scale:
+            raise ValueError(f"PatchDataset: {self.degradation} shrinks by {self.degradation.scale}; wanted {scale}")
         chosen = [scan for scan in scans if weights is None or scan.group in weights]
         if not chosen:
             raise VolumeError(f"PatchDataset: no scan to train on; groups wanted: {', '.join(weights or ['any'])}")
+        groups: dict[str, list[_Slice]] = {}
+        spacings: list[float] = []
+        bar: Iterable[Scan] = chosen
         if progress:
             from tqdm import tqdm
 
-            chosen = tqdm(chosen, desc="reading", unit="volume", disable=None)
-        for scan in chosen:
-            loaded = load_slices(scan.path, scale)
-            hr = torch.from_numpy(loaded.array)
-            spacings.extend(loaded.spacing)
-            if min(hr.shape[-2:]) < patch * scale:
+            bar = tqdm(chosen, desc="reading", unit="volume", disable=None)
+        cropped = 0
+        for scan in bar:
+            loaded = load_slices(scan.path, phase=True)
+            h, w = (n - n % scale for n in loaded.array.shape[1:])
+            cropped += (h, w) != loaded.array.shape[1:]
+            hr = torch.from_numpy(loaded.array)[:, :h, :w]
+            room = min(h, w) / (patch * scale)
+            if room < 1:
                 raise VolumeError(
                     f"{scan.path}: slices {tuple(hr.shape[1:])} are smaller than a patch, {patch * scale}"
                 )
-            hr = hr / intensity_scale(degrade(hr, scale).numpy(), intensity)
-            groups[scan.group].extend(hr[hr.mean((-2, -1)) > 0.02])  # a nearly empty slice teaches nothing
-        self.groups = list(groups.values())
-        # LR pixel sizes in mm, smallest and largest, that samples have
-        self.spacings = (scale * min(spacings), scale * max(spacings) * coarsest)
+            unit = self._unit(hr, intensity)
+            # a nearly empty slice teaches nothing
+            groups.setdefault(scan.group, []).extend(
+                _Slice(image, unit, room) for image in hr if image.abs().mean() / unit > 0.02
+            )
+            spacings += [min(loaded.spacing), max(loaded.spacing) * min(room, coarsest)]
+        if progress and cropped:
+            from tqdm import tqdm
+
+            tqdm.write(f"{cropped} of {len(chosen)} volumes were cropped at their ends to a multiple of {scale} pixels")
+        if not any(groups.values()):
+            raise VolumeError("PatchDataset: every slice is nearly empty; is the data in another place?")
+        groups = {name: slices for name, slices in groups.items() if slices}
+        self.groups = [sorted(slices, key=lambda one: -one.room) for slices in groups.values()]
+        self._rooms = [np.array([-one.room for one in slices]) for slices in self.groups]
+        self.spacings = (scale * min(spacings), scale * max(spacings))
         shares = [weights[name] if weights else len(slices) for name, slices in groups.items()]
         self.shares = np.cumsum(shares) / np.sum(shares)
+
+    def _unit(self, hr: torch.Tensor, intensity: str) -> float:
+        """The intensity scale of the LR volume; noise levels refer to an image of about [0, 1]."""
+        bright = intensity_scale(hr.abs().numpy())
+        return bright * intensity_scale(self.degradation(hr / bright).numpy(), intensity)
 
     def __len__(self) -> int:
         return self.length
@@ -198,31 +279,47 @@ class PatchDataset(Dataset[Sample]):
         if not 0 <= index < self.length:
             raise IndexError(index)
         rng = np.random.default_rng((self.seed, index))
-        slices = self.groups[int(np.searchsorted(self.shares, rng.random(), side="right"))]
-        hr = self._augment(slices[rng.integers(len(slices))], rng)
-        lr = degrade(hr, self.scale)
+        group = int(np.searchsorted(self.shares, rng.random(), side="right"))
+        slices, count, factor = self.groups[group], len(self.groups[group]), 1.0
+        if self.coarsest > 1 and rng.random() < 0.5:
+            factor = min(self.coarsest ** rng.random(), slices[0].room)
+            count = int(np.searchsorted(self._rooms[group], -factor, side="right"))
+        image, unit, _ = slices[rng.integers(count)]
+        hr = self._augment(image / unit, factor, rng)
+        lr = self.degradation(hr, seed=(self.seed, index))
         base = zero_fill(lr, self.scale)
         y, x = (int(rng.integers(n - self.patch + 1)) for n in lr.shape)
         p, s = self.patch, self.scale
         large = slice(s * y, s * (y + p)), slice(s * x, s * (x + p))
         small = slice(y, y + p), slice(x, x + p)
+        hr = hr.abs() if hr.is_complex() else hr
         return Sample(*(image[None, *at].clone() for image, at in ((lr, small), (hr, large), (base, large))))
 
-    def _augment(self, hr: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    def _augment(self, hr: torch.Tensor, factor: float, rng: np.random.Generator) -> torch.Tensor:
         if self.flips:
             hr = hr.flip([axis for axis in (-2, -1) if rng.random() < 0.5])
             if rng.random() < 0.5:
                 hr = hr.mT
         if self.contrast > 1:
-            hr = hr.clamp(min=0) ** float(self.contrast ** rng.uniform(-1, 1))
+            exponent = float(self.contrast ** rng.uniform(-1, 1))
+            # of a complex image the magnitude is curved, and its phase stays
+            hr = torch.polar(hr.abs() ** exponent, hr.angle()) if hr.is_complex() else hr.clamp(min=0) ** exponent
         if self.gain > 1:
             hr = hr * float(self.gain ** rng.uniform(-1, 1))
-        if self.coarsest > 1 and rng.random() < 0.5:
-            factor = self.coarsest ** rng.random()
+        if factor > 1:
             smallest = self.patch * self.scale
-            size = [max(int(n / factor) // self.scale * self.scale, smallest) for n in hr.shape]
-            hr = ifft2c(crop_spectrum(fft2c(hr), (size[0], size[1]))).abs()
+            h, w = (max(int(n / factor) // self.scale * self.scale, smallest) for n in hr.shape)
+            low = resize(hr, (h, w))
+            hr = low if hr.is_complex() else low.abs()
         return hr
+
+
+class _Slice(NamedTuple):
+    """One slice (H, W) in the units of its file, what it is divided by, and how much coarser it may become."""
+
+    image: torch.Tensor
+    unit: float
+    room: float
 
 
 def subjects(scans: Sequence[Scan]) -> list[str]:

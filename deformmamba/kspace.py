@@ -48,6 +48,26 @@ def pad_spectrum(spectrum: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.pad(spectrum, (left, right, top, bottom))
 
 
+def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Complex image (..., h, w) of the central `size` = (h, w) frequencies of `image` (..., H, W), not larger.
+
+    ifft2c(crop_spectrum(fft2c(image), size)), without the shifts, which take longer than the transforms, and with half
+    a spectrum of a real image: its other half is conj of the frequencies' negatives.
+    """
+    (n_rows, n_columns), (h, w) = image.shape[-2:], size
+    if not (0 < h <= n_rows and 0 < w <= n_columns):
+        raise ValueError(f"resize: wanted at most the image's own {n_rows}x{n_columns} frequencies, not {h}x{w}")
+    rows = torch.cat([torch.arange(h - h // 2), torch.arange(n_rows - h // 2, n_rows)]).to(image.device)
+    if image.is_complex():
+        columns = torch.cat([torch.arange(w - w // 2), torch.arange(n_columns - w // 2, n_columns)]).to(image.device)
+        kept = torch.fft.fft2(image, norm="forward").index_select(-2, rows).index_select(-1, columns)
+    else:
+        half = torch.fft.rfft2(image, norm="forward")[..., : w // 2 + 1]
+        mirrored = half[..., 1:].index_select(-2, -rows % n_rows).conj().flip(-1)
+        kept = torch.cat([half[..., : w - w // 2].index_select(-2, rows), mirrored], dim=-1)
+    return torch.fft.ifft2(kept, norm="forward")
+
+
 def lowpass(hr: torch.Tensor, scale: int) -> torch.Tensor:
     """Complex LR image (..., H / scale, W / scale) of the central 1/scale x 1/scale of the k-space of `hr`.
 
@@ -62,7 +82,7 @@ def lowpass(hr: torch.Tensor, scale: int) -> torch.Tensor:
             f"degrade: scale {scale} does not divide the image size {h}x{w}; "
             f"crop the image to {h - h % max(scale, 1)}x{w - w % max(scale, 1)} first"
         )
-    return ifft2c(crop_spectrum(fft2c(hr), (h // scale, w // scale)))
+    return resize(hr, (h // scale, w // scale))
 
 
 def degrade(hr: torch.Tensor, scale: int, *, output: Literal["magnitude", "real"] = "magnitude") -> torch.Tensor:
@@ -83,9 +103,23 @@ def zero_fill(lr: torch.Tensor, scale: int) -> torch.Tensor:
     """Zero-filled k-space interpolation: (..., h, w) to (..., scale * h, scale * w), origin-aligned, real part.
 
     Passes exactly through the LR samples: zero_fill(lr)[..., ::scale, ::scale] == lr.
+
+    ifft2c(pad_spectrum(fft2c(lr), size)).real, computed of a real image from half a spectrum and without shifts. An
+    even size has the frequency -n/2 without +n/2: the real part shares it out between both.
     """
     h, w = lr.shape[-2:]
-    return ifft2c(pad_spectrum(fft2c(lr), (scale * h, scale * w))).real
+    size = (scale * h, scale * w)
+    if lr.is_complex() or scale == 1:
+        return ifft2c(pad_spectrum(fft2c(lr), size)).real
+    half = torch.fft.rfft2(lr, norm="forward")  # columns 0 ... w // 2
+    unpaired_row = (2 * torch.arange(h, device=lr.device) == h)[:, None]
+    unpaired_column = 2 * torch.arange(w // 2 + 1, device=lr.device) == w
+    shared = half * (1 - 0.5 * (unpaired_row | unpaired_column).to(lr.dtype))
+    upper = shared[..., : h // 2 + 1, :]
+    # (-h/2, -w/2) is one frequency, and (h/2, w/2) its negative: (-h/2, w/2) is another, which is empty
+    lower = (shared * (~(unpaired_row & unpaired_column)).to(lr.dtype))[..., h - h // 2 :, :]
+    gap = half.new_zeros(()).expand(*half.shape[:-2], size[0] - 2 * (h // 2) - 1, w // 2 + 1)
+    return torch.fft.irfft2(torch.cat([upper, gap, lower], dim=-2), s=size, norm="forward")
 
 
 def _backproject(residual: torch.Tensor, scale: int) -> torch.Tensor:

@@ -94,6 +94,27 @@ def test_an_impossible_imaginary_part_is_dropped():
     torch.testing.assert_close(degrade(data_consistency(estimate, lr, 4), 4), lr, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize(("h", "w"), [(8, 8), (7, 10), (9, 5), (1, 6), (6, 1), (2, 2)])
+def test_fast_transforms_equal_their_definition(h, w, dtype):
+    x = torch.randn(3, h, w, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    for size in itertools.product({1, h // 2, h - 1, h} - {0}, {1, w // 2, w - 1, w} - {0}):
+        torch.testing.assert_close(kspace.resize(x, size), ifft2c(kspace.crop_spectrum(fft2c(x), size)))
+    for scale in (1, 2, 3, 4):
+        wanted = ifft2c(kspace.pad_spectrum(fft2c(x), (scale * h, scale * w))).real
+        torch.testing.assert_close(zero_fill(x, scale), wanted)
+    single = x.to(torch.float32 if dtype == torch.float64 else torch.complex64)
+    torch.testing.assert_close(zero_fill(single, 2).double(), zero_fill(x, 2), rtol=0, atol=2e-6)
+    with pytest.raises(ValueError, match="at most the image's own"):
+        kspace.resize(x, (h + 1, w))
+
+
+def test_gradients_pass_through_the_fast_transforms():
+    x = image(6, 7).requires_grad_()
+    assert torch.autograd.gradcheck(lambda y: kspace.resize(y, (4, 3)), x)
+    assert torch.autograd.gradcheck(lambda y: zero_fill(y, 2), x)
+
+
 def test_wrong_sizes_are_refused_with_the_cure():
     with pytest.raises(ValueError, match=r"scale 4 does not divide the image size 10x16; crop the image to 8x16"):
         degrade(torch.zeros(10, 16), 4)

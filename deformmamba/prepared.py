@@ -1,0 +1,128 @@
+"""A prepared data set on disk: one safetensors file a volume, and `manifest.json`, which says what was made of what.
+
+Why safetensors: it is installed with this package (h5py is not); a file is a header and plain numbers, so that the same
+input gives the same bytes on every machine; and it is mapped into memory, so that a data set larger than memory is read
+slice by slice. One file a volume, each written whole or not at all, lets an interrupted preparation go on.
+
+A file holds `slices`: (n, H, W) float32, or (n, H, W, 2) for complex images (real, imaginary); and in its header one
+entry `deformmamba`, JSON: what `Prepared` holds and where it came from. Values are in units of `unit`, so about [0, 1].
+
+`manifest.json` is written first, with "complete": false, and again at the end: a folder without a complete one is
+refused by whoever reads it, and completed by whoever prepares it again.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deformmamba.volume import VolumeError, replacing
+
+FORMAT = "deformmamba-slices-1"
+MANIFEST = "manifest.json"
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The slices of one volume, mapped into memory.
+
+    Attributes:
+        slices: (n, H, W), float32 or complex64, about [0, 1]; pages are read from the disk as they are used.
+        spacing: (height, width) of a pixel in mm.
+        facts: everything else in the header: source, unit, axis, first slice ...
+    """
+
+    slices: np.ndarray
+    spacing: tuple[float, float]
+    facts: dict[str, Any]
+
+
+def read_prepared(path: str | os.PathLike[str]) -> Prepared:
+    """One file of a prepared data set.
+
+    Raises:
+        VolumeError: missing, truncated, or not written by this package.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:  # torch's reader maps, numpy's copies
+            facts = json.loads((file.metadata() or {})["deformmamba"])
+            array = file.get_tensor("slices").numpy()
+        height, width = facts["spacing_mm"]
+        if facts["format"] != FORMAT or array.dtype != np.float32 or array.ndim != (4 if facts["complex"] else 3):
+            raise KeyError(FORMAT)
+    except FileNotFoundError:
+        raise VolumeError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise VolumeError(f"{path}: a damaged or truncated file; prepare it again ({type(error).__name__})") from None
+    except (KeyError, TypeError, ValueError):
+        raise VolumeError(f"{path}: holds no prepared slices; was it written by `deformmamba prepare`?") from None
+    if facts["complex"]:
+        array = array.view(np.complex64)[..., 0]
+    return Prepared(array, (float(height), float(width)), facts)
+
+
+def write_prepared(path: Path, slices: np.ndarray, facts: Mapping[str, Any]) -> str:
+    """Writes (n, H, W) float32 or complex64 and `facts`, which name "spacing_mm"; returns the file's sha256.
+
+    Raises:
+        VolumeError: the operating system refused; nothing is left at `path`.
+    """
+    from safetensors.numpy import save
+
+    is_complex = np.iscomplexobj(slices)
+    array = np.ascontiguousarray(slices, np.complex64 if is_complex else np.float32)
+    if is_complex:
+        array = array.view(np.float32).reshape(*array.shape, 2)
+    # one entry: safetensors writes several in an order that changes from run to run
+    header = {"deformmamba": json.dumps({**facts, "format": FORMAT, "complex": is_complex}, sort_keys=True)}
+    content = save({"slices": array}, metadata=header)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def is_prepared(root: str | os.PathLike[str]) -> bool:
+    """Whether `root` is a folder that a preparation began, finished or not."""
+    return _load(Path(root)).get("format") == FORMAT
+
+
+def read_manifest(root: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of a finished preparation.
+
+    Raises:
+        VolumeError: there is none, or the preparation was interrupted.
+    """
+    manifest = _load(Path(root))
+    if manifest.get("format") != FORMAT:
+        raise VolumeError(f"{root}: no prepared data set: no {MANIFEST} of one")
+    if not manifest.get("complete"):
+        raise VolumeError(f"{root}: its preparation was interrupted; run the same `deformmamba prepare` again")
+    return manifest
+
+
+def begun(root: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest there, finished or not; empty if there is none."""
+    manifest = _load(Path(root))
+    return manifest if manifest.get("format") == FORMAT else {}
+
+
+def write_manifest(root: Path, manifest: Mapping[str, Any]) -> None:
+    text = json.dumps({"format": FORMAT, **manifest}, indent=1, ensure_ascii=False)
+    with replacing(root / MANIFEST) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _load(root: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((root / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
