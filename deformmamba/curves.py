@@ -3,16 +3,19 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from deformmamba.data import load_slices
+from deformmamba.degradations import Degradation, KSpaceCrop
 from deformmamba.figures import Slice, comparison, oriented
 from deformmamba.inference import upscale
-from deformmamba.kspace import degrade
 from deformmamba.models import SRModel, ZeroFill
-from deformmamba.volume import PathLike, read_volume, replacing, slice_axis
+from deformmamba.prepared import SUFFIX
+from deformmamba.volume import PathLike, intensity_scale, read_volume, replacing, slice_axis
 
 NOT_DRAWN = ("step", "lr", "images_per_second")
 
@@ -45,24 +48,35 @@ def training_curve(rows: Sequence[Mapping[str, Any]], path: PathLike) -> None:
         figure.savefig(temporary, format="png")
 
 
-def sample_picture(model: SRModel, scan: PathLike, path: PathLike, *, title: str = "") -> None:
-    """The middle slice of `scan`, k-space cropped and upscaled by `model`, beside zero-filling and the truth.
+def sample_picture(
+    model: SRModel, scan: PathLike, path: PathLike, *, degradation: Degradation | None = None, title: str = ""
+) -> None:
+    """The middle slice of `scan`, degraded and upscaled by `model`, beside the truth and, on its grid, zero-filling.
 
-    The slice is normalised by itself, where `evaluate` normalises the volume.
+    `degradation` is the k-space crop if not given. The slice is normalised by itself, where `evaluate` normalises the
+    volume.
 
     Raises:
         VolumeError: the scan cannot be read, or `path` not be written.
     """
-    volume = read_volume(scan)
-    axis = slice_axis(volume)
-    middle = np.take(volume.array, volume.array.shape[axis] // 2, axis).astype(np.float32)
+    if Path(scan).name.endswith(SUFFIX):
+        volume, axis, (slices, spacing) = None, 0, load_slices(scan)
+    else:
+        volume = read_volume(scan)
+        axis, slices, spacing = slice_axis(volume), volume.array, (1.0, 1.0)
+    middle = np.take(slices, slices.shape[axis] // 2, axis).astype(np.float32)
     hr = torch.from_numpy(np.ascontiguousarray(middle[tuple(slice(n - n % model.scale) for n in middle.shape)]))
-    lr = degrade(hr, model.scale)
+    hr /= intensity_scale(hr.numpy())
+    lr = (degradation or KSpaceCrop(model.scale))(hr)
 
     def seen(image: torch.Tensor) -> Slice:
+        if volume is None:  # a prepared file does not say how its slices lie
+            return Slice(image.numpy(), spacing, ("", "", "", ""))
         return oriented(replace(volume, array=np.expand_dims(image.numpy(), axis)), axis, 0)
 
     models = {"zero-fill": ZeroFill(scale=model.scale), "model": model}
-    results = {name: seen(upscale(made, lr[None], axis=0)[0]).image for name, made in models.items()}
+    results = {
+        name: seen(upscale(made, lr[None], axis=0)[0]).image for name, made in models.items() if made.grid == model.grid
+    }
     truth = seen(hr)
     comparison(truth.image, results, path, spacing=truth.spacing, title=title)

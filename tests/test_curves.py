@@ -5,6 +5,7 @@ import numpy as np
 
 from deformmamba.curves import sample_picture, training_curve
 from deformmamba.models import Bicubic
+from deformmamba.prepared import write_prepared
 
 PNG = b"\x89PNG"
 
@@ -23,4 +24,11 @@ def test_a_sample_picture_of_an_odd_slice(tmp_path, phantom):
     path = tmp_path / "scan.nii"
     nibabel.save(nibabel.Nifti1Image(np.moveaxis(phantom[:47, :39], 2, 0), np.diag([3, 1, 1, 1])), path)
     sample_picture(Bicubic(scale=2), path, tmp_path / "sample.png", title="sub-1")
+    assert (tmp_path / "sample.png").read_bytes().startswith(PNG)
+
+
+def test_a_sample_picture_of_a_prepared_volume(tmp_path, phantom):
+    path = tmp_path / "a.safetensors"
+    write_prepared(path, np.moveaxis(phantom, 2, 0) / 1000, {"spacing_mm": [1.0, 1.0]})
+    sample_picture(Bicubic(scale=2), path, tmp_path / "sample.png")
     assert (tmp_path / "sample.png").read_bytes().startswith(PNG)

@@ -97,7 +97,7 @@ def _is_a(value: Any, kind: Any) -> bool:
         return isinstance(value, dict) and all(_is_a(item, arguments[-1]) for item in value.values())
     if isinstance(origin, type) and issubclass(origin, Sequence):
         return isinstance(value, list) and all(_is_a(item, arguments[0]) for item in value)
-    return kind is not type(None)
+    return not isinstance(kind, type) or isinstance(value, kind)
 
 
 def _called(kind: Any) -> str:
@@ -151,7 +151,7 @@ def train_recipe(
         "recipe": {**plan, "fit": {key: value for key, value in fitting.items() if key not in INDIFFERENT}},
         "train": {"subjects": subjects(train), "volumes": len(train)},
         "val": {"subjects": subjects(val), "volumes": len(val)},
-        "degradation": "k-space crop, magnitude",
+        "degradation": plan["data"].get("degradation", "k-space crop, magnitude"),
     }
     RunFolder(out).check({"provenance": run}, whole=False)
     seed = fitting.get("seed", 0)
@@ -177,8 +177,10 @@ def train_recipe(
     picture = Path(out) / SAMPLE
 
     def validate(candidate: SRModel) -> dict[str, float]:
-        sample_picture(candidate, val[0].path, picture, title=f"{val[0].subject}, validation")
-        return mean_scores(evaluate(candidate, val))
+        sample_picture(
+            candidate, val[0].path, picture, degradation=dataset.degradation, title=f"{val[0].subject}, validation"
+        )
+        return mean_scores(evaluate(candidate, val, degradation=dataset.degradation))
 
     return fit(
         model,
