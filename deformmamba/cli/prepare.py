@@ -1,0 +1,90 @@
+"""prepare: data sets as people download them, made into slices with a split by subject."""
+
+import argparse
+from typing import Any
+
+from deformmamba.cli.arguments import add_command, say
+
+
+def add(commands: Any) -> None:
+    prepare = add_command(
+        commands, "prepare", _folder, "make a data set of downloaded scans", "prepare ixi IXI-T2/ -o ixi-slices"
+    )
+    kinds = prepare.add_subparsers(metavar="ixi | fastmri | folder", required=True)
+    ixi = add_command(
+        kinds,
+        "ixi",
+        _ixi,
+        "IXI's .nii.gz files: 368 subjects to train, 92 to test",
+        "prepare ixi IXI-T2/ -o ixi-slices",
+    )
+    fastmri = add_command(
+        kinds, "fastmri", _fastmri, "fastMRI's single-coil knees: 227 and 45", "prepare fastmri knees/ -o knee-slices"
+    )
+    folder = add_command(
+        kinds, "folder", _folder, "any tree of NIfTI, MGH or DICOM", "prepare folder scans/ -o slices --test 0.2"
+    )
+    for made in (ixi, fastmri, folder):
+        made.add_argument("root", metavar="DIR", help="where the downloaded files are, at any depth")
+        made.add_argument("-o", "--output", required=True, metavar="OUT", help="a new folder; or one to go on with")
+        made.add_argument(
+            "--slices",
+            default="central:100" if made is ixi else "all",
+            metavar="RANGE",
+            help="all, central:100 (the 100 in the middle) or from:to, such as 20:110 (default: %(default)s)",
+        )
+        made.add_argument(
+            "--val",
+            type=float,
+            default=0.1,
+            metavar="SHARE",
+            help="of the subjects to train on (folder: of all) that validate (default: %(default)s; 0 for none)",
+        )
+    ixi.add_argument("--contrast", choices=("T2", "T1", "PD"), default="T2", help="default: T2")
+    folder.add_argument(
+        "--test", type=float, default=0.1, metavar="SHARE", help="of subjects to test on (default: 0.1)"
+    )
+    folder.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
+    for made in (ixi, folder):
+        made.add_argument(
+            "--axis", type=int, choices=(0, 1, 2), help="where slices are stacked (default: as the geometry says)"
+        )
+        made.add_argument("--splits", metavar="FILE", help="CSV or TSV with the columns subject and split; decides")
+    for made in (ixi, fastmri):
+        made.add_argument("--skip-unusable", action="store_true", help="leave damaged files out instead of stopping")
+    fastmri.add_argument("--crop", type=int, default=320, metavar="N", help="central pixels a side (default: 320)")
+    fastmri.add_argument("--train-list", metavar="FILE", help="names of the files to train on, one or more a line")
+    fastmri.add_argument("--test-list", metavar="FILE", help="names of the files to test on")
+
+
+def _ixi(args: argparse.Namespace) -> None:
+    from deformmamba.datasets import plan_ixi
+
+    options = {"contrast": args.contrast, "axis": args.axis, "splits": args.splits}
+    _prepare(plan_ixi(args.root, slices=args.slices, val=args.val, **options), args, args.skip_unusable)
+
+
+def _fastmri(args: argparse.Namespace) -> None:
+    from deformmamba.datasets import plan_fastmri
+
+    lists = {"train_list": args.train_list, "test_list": args.test_list, "skip_unusable": args.skip_unusable}
+    plan = plan_fastmri(args.root, crop=args.crop, slices=args.slices, val=args.val, **lists)
+    _prepare(plan, args, args.skip_unusable)
+
+
+def _folder(args: argparse.Namespace) -> None:
+    from deformmamba.datasets import plan_folder
+
+    options = {"axis": args.axis, "splits": args.splits, "test": args.test, "seed": args.seed}
+    _prepare(plan_folder(args.root, slices=args.slices, val=args.val, **options), args, None)
+
+
+def _prepare(plan: Any, args: argparse.Namespace, skip_unusable: bool | None) -> None:
+    from deformmamba.datasets import prepare
+
+    manifest = prepare(plan, args.output, skip_unusable=skip_unusable, progress=True)
+    volumes, skipped = manifest["volumes"], manifest["skipped"]
+    slices = sum(row["slices"] for row in volumes)
+    say(f"{args.output}: {slices} slices of {len(volumes)} volumes, {len(skipped)} files skipped; see manifest.json")
+    say("subjects: " + ", ".join(f"{len(names)} {split}" for split, names in manifest["subjects"].items()))
+    say(f"rule: {manifest['rule']}")
