@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Container
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
@@ -13,7 +14,10 @@ import numpy as np
 import torch
 
 from deformmamba import __version__
+from deformmamba.inspection import effective_matrix
 from deformmamba.kspace import Grid, crop_spectrum, data_consistency, degrade, fft2c, ifft2c, zero_fill
+from deformmamba.report import SUFFIXES as REPORT_SUFFIXES
+from deformmamba.report import write_report
 from deformmamba.tiling import default_overlap, spans, tiled
 from deformmamba.volume import (
     PathLike,
@@ -27,6 +31,7 @@ from deformmamba.volume import (
     slice_axis,
     writing,
 )
+from deformmamba.volume.files import kept
 from deformmamba.weights import verify
 
 if TYPE_CHECKING:
@@ -142,7 +147,7 @@ class Upscaled:
         shape: (i, j, k) of what was written.
         axis: where slices are stacked.
         kept: index to (slice (h, w), deviation of the ensemble or None) of the slices that `keep` named.
-        seconds: from the first slice to the whole file.
+        seconds: from the first slice to the whole file, without the report.
         settings: what `upscale` worked with, defaults filled in.
     """
 
@@ -164,6 +169,7 @@ def upscale_file(
     series: int | str | None = None,
     dtype: str | None = None,
     uncertainty: PathLike | None = None,
+    report: PathLike | None = None,
     effective: bool = False,
     keep: Callable[[int], Container[int]] = lambda n: (),
     **settings: Unpack[Settings],
@@ -177,6 +183,8 @@ def upscale_file(
         target, dtype: as `volume.writing`; a scan that came as DICOM can be written as DICOM.
         uncertainty: another file, for what `upscale_with_uncertainty` gives as its second result. Makes an ensemble of
             it.
+        report: .html, a page to look at what came out, see `report.write_report`. The slices wait for it in a nameless
+            file beside it, as large as the output in float32.
         effective: start from the matrix that k-space says was measured, see `to_effective`.
         keep: says, of n slices, which are wanted in memory as well, for pictures: `Upscaled.kept`.
         settings: as `upscale`.
@@ -185,9 +193,11 @@ def upscale_file(
         VolumeError: what the functions named above raise; or one of the files is another one of them.
         ValueError: as `upscale`.
     """
-    named = [path for path in (source, target, uncertainty) if path is not None]
+    named = [path for path in (source, target, uncertainty, report) if path is not None]
     if len({os.path.realpath(path) for path in named}) < len(named):
         raise VolumeError(f"{target}: is the input itself, or two outputs have one name; nothing is overwritten")
+    if report is not None:
+        check_output(report, REPORT_SUFFIXES)
     scan = read_volume(source, volume=volume, series=series)
     check_output(target, source=scan, dtype=dtype)
     if uncertainty is not None:
@@ -196,23 +206,73 @@ def upscale_file(
     if effective:
         scan = to_effective(scan, axis=settings.get("axis"))
     job = Upscaling(model, scan, **settings)
+    if not effective:
+        _warn_if_filled(scan, job.axis)
     wanted = keep(scan.array.shape[job.axis])
-    kept: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
+    pictures: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
     start = time.perf_counter()
-    with ExitStack() as stack:
-        open_for = partial(writing, like=job.place, shape=job.shape, axis=job.axis, derivation=derivation(model))
-        write = stack.enter_context(open_for(target, dtype=dtype))
-        write_spread = None if uncertainty is None else stack.enter_context(open_for(uncertainty))
+    with ExitStack() as until_reported:
+        sinks = []
+        if report is not None:
+            n_kinds = 1 if uncertainty is None else 2
+            room = [kept(report, job.shape, job.axis, "float32") for _ in range(n_kinds)]
+            sinks = [until_reported.enter_context(place) for place in room]
+        with ExitStack() as stack:
+            open_for = partial(writing, like=job.place, shape=job.shape, axis=job.axis, derivation=derivation(model))
+            writers = [stack.enter_context(open_for(target, dtype=dtype))]
+            if uncertainty is not None:
+                writers.append(stack.enter_context(open_for(uncertainty)))
 
-        def put(k: int, image: np.ndarray, deviation: np.ndarray | None) -> None:
-            write(image)
-            if write_spread and deviation is not None:
-                write_spread(deviation)
-            if k in wanted:
-                kept[k] = image, deviation
+            def put(k: int, image: np.ndarray, deviation: np.ndarray | None) -> None:
+                for write, values in zip(writers, (image, deviation), strict=False):
+                    write(values)  # type: ignore[arg-type]
+                for (write, _), values in zip(sinks, (image, deviation), strict=False):
+                    write(values)  # type: ignore[arg-type]
+                if k in wanted:
+                    pictures[k] = image, deviation
 
-        job.run(put)
-    return Upscaled(scan, job.place, job.shape, job.axis, kept, time.perf_counter() - start, job.settings)
+            job.run(put)
+        seconds = time.perf_counter() - start
+        if report is not None:
+            after, *spread = (replace(job.place, array=array()) for _, array in sinks)
+            write_report(
+                report,
+                scan,
+                after,
+                axis=job.axis,
+                grid=model.grid,
+                facts=_facts(model, job.settings, seconds, effective),
+                uncertainty=spread[0] if spread else None,
+            )
+    return Upscaled(scan, job.place, job.shape, job.axis, pictures, seconds, job.settings)
+
+
+def _warn_if_filled(scan: Volume, axis: int) -> None:
+    slices = np.moveaxis(scan.array, axis, 0)
+    (h, w), (rows, columns) = slices.shape[1:], effective_matrix(slices)
+    if (rows, columns) != (h, w):
+        warnings.warn(
+            f"the slices have {h}x{w} pixels, but their k-space is filled to about {rows}x{columns}: the scan was "
+            "interpolated, its true resolution is lower than its header says; effective=True (--effective) starts "
+            "from what was measured",
+            stacklevel=3,  # whoever called `upscale_file`
+        )
+
+
+def _facts(model: "SRModel", settings: dict[str, Any], seconds: float, effective: bool) -> dict[str, str]:
+    """What a report says ran."""
+    tile, overlap = settings["tile"], settings["overlap"]
+    return {
+        "model": f"{type(model).__name__}, {model.scale}x, {weights_name(model) or 'weights without a file'}",
+        "sha256 of the weights": weights_hash(model) or "none",
+        "version": f"deformmamba {__version__}",
+        "date": datetime.now().astimezone().isoformat(" ", "minutes"),
+        "time taken": f"{seconds:.1f} s",
+        "data consistency": "on: degrading the output gives the input back" if settings["consistency"] else "off",
+        "ensemble": "mean over eight reflections and transposes" if settings["ensemble"] else "off",
+        "tiles": "whole slices" if tile is None else f"{tile}x{tile} pixels, overlapping by {overlap}",
+        "start": "the matrix that k-space says was measured" if effective else "the scan as it came",
+    }
 
 
 def weights_hash(model: "SRModel") -> str | None:
@@ -431,8 +491,6 @@ def to_effective(volume: Volume, *, axis: int | None = None, matrix: tuple[int, 
     Raises:
         VolumeError: voxels that are complex, NaN or infinite, no such axis, or a matrix larger than the slices.
     """
-    from deformmamba.inspection import effective_matrix
-
     axis = _axis(volume, axis)
     _check_voxels(volume.array)
     in_plane = _in_plane(axis)

@@ -1,4 +1,4 @@
-"""Folders of scans: all found, named as BIDS wants, nothing done twice, nothing lost to a bad file or a killed process."""
+"""Folders of scans: all found, named as BIDS wants, nothing done twice, nothing lost to a bad file or a killed run."""
 
 import csv
 import json

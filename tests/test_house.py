@@ -43,12 +43,15 @@ DIRECTIONS: dict[str, set[str]] = {
     "adapters": {"models", "inference", "volume"},
     "export": {"models", "kspace", "scan", "extras"},
     "figures": {"metrics", "volume"},
-    "evaluation": {"metrics", "statistics", "degradations", "models", "data", "inference", "figures", "volume"},
+    "evaluation": {
+        *("metrics", "statistics", "degradations", "models", "data", "prepared", "inference", "figures", "volume"),
+    },
     "assessment": {"data", "degradations", "inference", "kspace", "metrics", "models", "volume"},
     "curves": {"data", "degradations", "figures", "inference", "models", "prepared", "volume"},
     "training": {"losses", "models", "data", "evaluation", "extras", "checkpoint", "weights", "volume", "curves"},
     "tables": {
-        *("training", "evaluation", "data", "models", "losses", "metrics", "statistics", "extras", "figures", "volume"),
+        *("training", "evaluation", "data", "degradations", "models", "losses", "metrics", "statistics", "extras"),
+        *("figures", "volume"),
     },
 }
 FREE = {"__init__", "__main__", "cli"}

@@ -411,6 +411,21 @@ def test_from_file_to_file_without_the_volume_in_memory(
         np.testing.assert_allclose(written.affine, wanted.affine, atol=1e-5)
 
 
+def test_a_report_says_what_ran(wobble: Wobble, tmp_path: Path) -> None:
+    write_volume(tmp_path / "in.nii", scan((16, 20, 5)))
+    for axis, spread in ((2, tmp_path / "u.nii"), (1, None)):
+        page = tmp_path / f"{axis}.html"
+        upscale_file(wobble, tmp_path / "in.nii", tmp_path / "out.nii", report=page, uncertainty=spread, axis=axis)
+        text = page.read_text("utf-8")
+        assert all(word in text for word in ("Wobble, 2x", "weights without a file", "whole slices"))
+        assert ("spread of the estimates" in text) == (spread is not None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1.html", "2.html", "in.nii", "out.nii", "u.nii"]
+    with pytest.raises(VolumeError, match=r"\.html"):
+        upscale_file(wobble, tmp_path / "in.nii", tmp_path / "out.nii", report=tmp_path / "a.pdf")
+    with pytest.raises(VolumeError, match="two outputs have one name"):
+        upscale_file(wobble, tmp_path / "in.nii", tmp_path / "out.nii", uncertainty=tmp_path / "out.nii")
+
+
 def test_a_failure_halfway_leaves_no_file(wobble: Wobble, tmp_path: Path) -> None:
     write_volume(tmp_path / "in.nii", scan())
     (tmp_path / "out.nii").write_bytes(b"kept")
@@ -465,12 +480,21 @@ def test_the_effective_matrix_is_what_was_measured(axis: int) -> None:
     np.testing.assert_allclose(to_effective(signed, axis=axis, matrix=(19, 17)).array, back.array - 2500, atol=0.1)
 
 
-def test_the_effective_matrix_is_found() -> None:
+def test_the_effective_matrix_is_found(tmp_path: Path) -> None:
     y, x = np.meshgrid(*[np.linspace(-1, 1, 96)] * 2, indexing="ij")
     head = np.stack([(y**2 + x**2 * (1.1 + k / 9) < 0.7) * 500 + (abs(y + x / 2) < 0.2) * 200 for k in range(4)], 2)
     noisy = (head + np.random.default_rng(0).normal(0, 4, head.shape)).astype(np.float32)
     filled = upscale(ZeroFill(scale=2), Volume(np.abs(noisy), np.diag([1.0, 1.0, 4.0, 1.0])))
     assert filled.array.shape == (192, 192, 4)
+    write_volume(tmp_path / "in.nii", filled)
+    with pytest.warns(
+        UserWarning, match=r"192x192 pixels, but their k-space is filled to about .*\(--effective\)"
+    ) as caught:
+        upscale_file(ZeroFill(scale=2), tmp_path / "in.nii", tmp_path / "out.nii")
+    assert caught[0].filename == __file__
     found = to_effective(filled)
+    done = upscale_file(ZeroFill(scale=2), tmp_path / "in.nii", tmp_path / "out.nii", effective=True)  # no warning
+    assert done.shape == (2 * found.array.shape[0], 2 * found.array.shape[1], 4)
+    np.testing.assert_allclose(read_volume(tmp_path / "out.nii").affine, done.place.affine, atol=1e-5)
     assert all(abs(n - 96) <= 4 for n in found.array.shape[:2])
     np.testing.assert_allclose(found.spacing, [192 / n / 2 if n != 4 else 4 for n in found.array.shape])

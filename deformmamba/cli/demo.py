@@ -16,8 +16,8 @@ def add(commands: Any) -> None:
     add_model(parser)
     add_running(parser)
     parser.set_defaults(
-        axis=None, batch_size=None, ensemble=False, tile=None, overlap=None, uncertainty=None, effective=False,
-        series=None, dtype=None,
+        axis=None, batch_size=None, ensemble=False, tile=None, overlap=None, uncertainty=None, report=None,
+        effective=False, series=None, dtype=None,
     )  # fmt: skip
 
 

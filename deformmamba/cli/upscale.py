@@ -55,6 +55,7 @@ def add(commands: Any) -> None:
         "--overlap", type=int, metavar="M", help="pixels that tiles share (default: 16, at most N / 2)"
     )
     upscale.add_argument("--batch-size", type=positive, metavar="N", help="slices at once (default: as memory allows)")
+    upscale.add_argument("--report", metavar="HTML", help="also write a page to look at input, output and what changed")
     upscale.add_argument("--figure", metavar="PNG", help="also draw before and after (.png, .pdf or .svg)")
 
     degrade = add_command(
@@ -92,6 +93,7 @@ def upscale_and_draw(model: "SRModel", source: str | Path, output: str | Path, a
         series=series_of(args.series),
         dtype=args.dtype,
         uncertainty=args.uncertainty,
+        report=args.report,
         effective=args.effective,
         keep=lambda n: (n // 2,) if args.figure else (),
         **settings,
@@ -104,6 +106,8 @@ def upscale_and_draw(model: "SRModel", source: str | Path, output: str | Path, a
     if args.figure:
         _draw(args.figure, done, model, f"{Path(source).name}, slice", name)
         say(f"{args.figure}: before and after")
+    if args.report:
+        say(f"{args.report}: a page to look at; open it in a browser")
 
 
 def _settings(args: argparse.Namespace) -> "Settings":
@@ -148,7 +152,7 @@ def _upscale_folder(args: argparse.Namespace) -> int:
     from deformmamba.cohort import SUMMARY, upscale_cohort
     from deformmamba.volume import VolumeError
 
-    for option in ("figure", "uncertainty", "series"):
+    for option in ("figure", "uncertainty", "report", "series"):
         if getattr(args, option):
             raise VolumeError(f"{args.input}: is a folder of scans, and --{option} is for one scan; leave it out")
     if os.path.splitext(args.output)[1] and not os.path.isdir(args.output):
