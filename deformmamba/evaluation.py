@@ -24,6 +24,7 @@ from deformmamba.figures import Slice, oriented
 from deformmamba.inference import upscale
 from deformmamba.metrics import METRICS, ON_REQUEST, Protocol, by_slice
 from deformmamba.models.base import SRModel
+from deformmamba.prepared import SUFFIX
 from deformmamba.statistics import FEWEST, Spread, paired_difference, subject_means, summarise
 from deformmamba.volume import Volume, intensity_scale, read_volume, slice_axis
 
@@ -46,7 +47,9 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Degrades each HR volume, upscales it as `upscale` does, and scores it.
 
-    Slices lie across the axis that `volume.slice_axis` finds and are cropped at their ends to a multiple of the scale.
+    Slices are those of `data.load_slices`, cropped at their ends to a multiple of the scale; complex ones are degraded
+    with their phase and scored as magnitudes.
+
     One row a volume: file, subject, group, slices, and the METRICS by `protocol`.
 
     Args:
@@ -80,10 +83,11 @@ def evaluate(
     rows = []
     for volume in volumes:
         scan = volume if isinstance(volume, Scan) else Scan(Path(volume), Path(volume).name.split(".")[0], "", "")
-        hr = torch.from_numpy(load_slices(scan.path, model.scale).array)
+        measured = torch.from_numpy(load_slices(scan.path, model.scale, phase=True).array)
+        hr = measured.abs() if measured.is_complex() else measured
         unit = intensity_scale(hr.numpy(), "p99.9")
         name = int.from_bytes(hashlib.sha256(scan.path.name.encode()).digest()[:4])
-        lr = degradation(hr / unit, seed=(seed, name)) * unit
+        lr = degradation(measured / unit, seed=(seed, name)) * unit
         sr = upscale(model, lr, axis=0, consistency=consistency, progress=progress)
         scores = {name: metric(sr, hr, protocol=protocol) for name, metric in wanted.items()}
         row = {"file": scan.path.name, "subject": scan.subject, "group": scan.group, "slices": len(hr), **scores}
@@ -215,8 +219,8 @@ class Shown:
         self._index = len(hr) // 2 if index is None else index
         if not 0 <= self._index < len(hr):
             raise ValueError(f"{scan.path}: no slice {index}; there are {len(hr)}, from 0")
-        self._volume = read_volume(scan.path)
-        self._axis = slice_axis(self._volume)
+        self._path = scan.path
+        self._volume = None if scan.path.name.endswith(SUFFIX) else read_volume(scan.path)
         self.hr, self.spacing, _ = self._seen(hr)
         self.results: dict[str, np.ndarray] = {}
         self.title = f"{scan.path.name}, slice {self._index}"
@@ -227,8 +231,11 @@ class Shown:
             self.results[name] = self._seen(sr).image
 
     def _seen(self, slices: torch.Tensor) -> Slice:
-        one = np.moveaxis(slices[self._index : self._index + 1].numpy(), 0, self._axis)
-        return oriented(Volume(one, self._volume.affine, codes=self._volume.codes), self._axis, 0)
+        if self._volume is None:  # a prepared file does not say how its slices lie
+            return Slice(slices[self._index].numpy(), load_slices(self._path).spacing, ("", "", "", ""))
+        axis = slice_axis(self._volume)
+        one = np.moveaxis(slices[self._index : self._index + 1].numpy(), 0, axis)
+        return oriented(Volume(one, self._volume.affine, codes=self._volume.codes), axis, 0)
 
 
 def compare(

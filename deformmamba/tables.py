@@ -20,6 +20,7 @@ import torch
 
 from deformmamba import __version__
 from deformmamba.data import PatchDataset, Scan, subjects
+from deformmamba.degradations import Degradation, parse
 from deformmamba.evaluation import compare, evaluate, mean_scores
 from deformmamba.extras import MissingExtra, require
 from deformmamba.losses import SRLoss
@@ -112,7 +113,7 @@ class Plan:
         steps, minutes: the budget of each row and seed, one of the two.
         seeds: how many; they are 0, 1, 2, ...
         batch: patches a step.
-        data: arguments of `PatchDataset`: patch, weights and augmentation.
+        data: arguments of `PatchDataset`: patch, weights, augmentation; and the degradation, on the origin grid.
         protocol: of the scores.
         changes: constructor arguments for every Deform-Mamba, beside those of the preset.
     """
@@ -138,6 +139,10 @@ class Plan:
         if row.model == "DeformMambaSR":
             arguments = {**self.changes, **arguments}
         return cast(SRModel, made.from_preset(preset, **arguments) if preset else made(**arguments))
+
+    def degradation(self) -> Degradation:
+        """What every row is trained and scored on."""
+        return parse(str(self.data.get("degradation") or "k-space"), scale=self.scale)
 
     def rate(self, row: Row) -> float:
         """The learning rate of a row."""
@@ -179,6 +184,7 @@ def benchmark(
     facts = {
         "table": table,
         "plan": {key: value for key, value in asdict(plan).items() if key != "seeds"},
+        "degradation": str(plan.degradation()),
         "train": {"subjects": subjects(train), "volumes": [scan.path.name for scan in train]},
         "test": {"subjects": subjects(test), "volumes": [scan.path.name for scan in test]},
     }
@@ -226,6 +232,10 @@ def _check(
             f"benchmark: steps={plan.steps}, minutes={plan.minutes}, seeds={plan.seeds}, batch={plan.batch}; one of "
             "steps and minutes is needed, and all must be positive"
         )
+    if (degradation := plan.degradation()).grid != "origin":
+        raise ValueError(
+            f"benchmark: {degradation} is on the {degradation.grid} grid; the networks are on the origin grid"
+        )
     both = sorted({*subjects(train)} & {*subjects(test)})
     if both or not train or not test:
         raise ValueError(
@@ -269,7 +279,7 @@ def _run(
                 warmup=min(100, steps // 10),
                 every=min(500, steps),
                 seed=seed,
-                provenance={"row": row.name, "degradation": "k-space crop, magnitude"},
+                provenance={"row": row.name, "degradation": str(plan.degradation())},
                 progress=progress,
             )
         finally:
@@ -278,7 +288,9 @@ def _run(
                 _write(run / "seconds.json", json.dumps(seconds) + "\n")
         result |= {"steps": steps, "seconds": round(seconds, 1), "beta": row.beta, "lr": rate, "batch": plan.batch}
         model = from_pretrained(checkpoint).to(device)
-    rows = evaluate(model, test, protocol=plan.protocol, consistency=False, progress=progress)
+    rows = evaluate(
+        model, test, protocol=plan.protocol, degradation=plan.degradation(), consistency=False, progress=progress
+    )
     return {**result, "hardware": hardware(), "version": __version__, "commit": commit(), "volumes": rows}
 
 
@@ -341,7 +353,7 @@ def _figure(rows: Sequence[Row], test: Sequence[Scan], folder: Path, plan: Plan)
         elif checkpoint.exists():
             models[row.name] = from_pretrained(checkpoint)
     if models:
-        shown = compare(models, test[:1], consistency=False, show=True).shown
+        shown = compare(models, test[:1], degradation=plan.degradation(), consistency=False, show=True).shown
         assert shown is not None
         comparison(shown.hr, shown.results, folder / "figure2.png", spacing=shown.spacing, title=shown.title)
 
@@ -361,13 +373,14 @@ def markdown(out: str | Path) -> str:
         headings = [heading for heading in headings if "4x" not in heading]
     columns = ["", "parameters", "steps", "seconds", "seeds", "PSNR [dB]", "SSIM", f"PSNR - {OURS}"]
     columns += [f"the paper's, {heading}" for heading in headings]
+    on, of = (f"{len(facts[k]['volumes'])} volumes of {len(facts[k]['subjects'])} subjects" for k in ("train", "test"))
     lines = [
         f"# {facts['table'].replace('table', 'Table ')} at {plan['scale']}x, {_budget(plan)}",
         "",
-        f"Scores: protocol {plan['protocol']}, k-space crop, magnitude; {len(facts['test']['volumes'])} volumes of "
-        f"{len(facts['test']['subjects'])} subjects, the mean over subjects, ± the standard deviation over seeds.",
-        f"Training: {len(facts['train']['volumes'])} volumes of {len(facts['train']['subjects'])} subjects, batches of "
-        f'{plan["batch"]}, sizes "{plan["preset"]}", no data consistency. Seconds: of training, the mean over seeds.',
+        f"Scores: {of}, degradation {facts['degradation']}, protocol {plan['protocol']}; the mean over subjects, ± the "
+        "standard deviation over seeds.",
+        f'Training: {on}, batches of {plan["batch"]}, sizes "{plan["preset"]}", no data consistency. Seconds: of '
+        "training, the mean over seeds.",
         "",
         "| " + " | ".join(columns) + " |",
         "|---|" + "---:|" * (len(columns) - 1),

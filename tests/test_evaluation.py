@@ -18,6 +18,7 @@ from deformmamba.inference import upscale
 from deformmamba.kspace import degrade
 from deformmamba.metrics import hfen, psnr, ssim
 from deformmamba.models import Bicubic, BSpline, SRModel, ZeroFill
+from deformmamba.prepared import write_prepared
 from deformmamba.volume import Volume, write_volume
 
 
@@ -167,6 +168,22 @@ def test_the_slice_that_is_shown_is_turned_as_a_radiologist_sees_it(scans: list[
     assert compare(MODELS, scans[:1]).shown is None
     with pytest.raises(ValueError, match="no slice 3; there are 3, from 0"):
         compare(MODELS, scans[:1], show=True, at=3)
+
+
+@pytest.mark.parametrize("phase", [False])
+def test_prepared_slices_are_scored_as_magnitudes(phase: bool, tmp_path: Path) -> None:
+    """As fastMRI comes: complex, its phase taking part in the degradation."""
+    slices = np.moveaxis(smooth(0), 2, 0) / 500
+    turned = slices * np.exp(0.3j * np.arange(24)) if phase else slices
+    path = tmp_path / "a.safetensors"
+    write_prepared(path, turned, {"spacing_mm": [0.5, 0.7]})
+    result = compare({"bicubic": Bicubic(scale=2)}, [path], show=True)
+    lr = degrade(torch.from_numpy(turned), 2)
+    expected = psnr(upscale(Bicubic(scale=2), lr.float(), axis=0), slices)
+    assert result.rows["bicubic"][0]["psnr"] == pytest.approx(expected, abs=1e-2)
+    assert result.shown is not None
+    np.testing.assert_allclose(result.shown.hr, slices[1], atol=1e-6)
+    assert result.shown.spacing == (0.5, 0.7)
 
 
 def test_what_cannot_be_compared(scans: list[Scan]) -> None:

@@ -228,6 +228,8 @@ def test_the_commit_is_that_of_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_p
         ({"plan": plan(minutes=3.0)}, "one of steps and minutes"),
         ({"plan": plan(steps=None)}, "one of steps and minutes"),
         ({"plan": plan(seeds=0)}, "must be positive"),
+        ({"plan": plan(data={"degradation": "area"})}, "half-pixel grid; the networks are on the origin grid"),
+        ({"plan": plan(data={"degradation": "magic"})}, "known: k-space"),
         ({"test": []}, "2 volumes to train on and 0 to score"),
         ({"test": "train"}, "in both: sub-0, sub-1"),
     ],
