@@ -23,11 +23,12 @@ class FMISR(SRModel):
         grid: that of the pairs it is trained on; the convolutions before the pixel shuffle learn it.
         intensity: see `SRModel`.
 
-    Source: Zhang, Liang, Pan & Zheng, IEEE Access 7 (2019), of which only what its abstract says was to be had: three
-    hidden layers, mini-networks substituted in them, a sub-pixel convolution at the end. ASSUMED by us: mini-network
-    is meant as by Szegedy et al. (CVPR 2016, figure 1, "mini-network replacing the 5x5 convolutions"); widths 64, 64,
-    32, ReLU after every convolution and a last kernel of 3x3, after the sub-pixel network that it builds on (Shi et
-    al., CVPR 2016, whose 5x5-64, 3x3-32, 3x3 and tanh it resembles). Our scores of it are scores of this reading.
+    Source: Zhang, Liang, Pan & Zheng, IEEE Access 7 (2019). Neither its text nor any code of it was to be had; known is
+    what its abstract says, at second hand: three hidden layers, with mini-networks substituted in them, and a sub-pixel
+    convolution at the end. ASSUMED by us: a mini-network is what Szegedy et al. (CVPR 2016, figure 1) call so, two 3x3
+    convolutions in place of a 5x5 one; widths 64, 64, 32, ReLU after every convolution and a last kernel of 3x3, after
+    the sub-pixel network of Shi et al. (CVPR 2016: 5x5 to 64, 3x3 to 32, 3x3 to scale^2, tanh), which it must resemble.
+    Whoever has the paper should check this first; a score of this class is a score of this reading.
     """
 
     channels = 1
