@@ -392,7 +392,7 @@ def _by_hash(names: Iterable[str], wanted: tuple[int, int], val: float) -> tuple
     """The split of each subject, and the rule in a sentence."""
     order = sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     n = min(len(order), sum(wanted))
-    n_train = wanted[0] if n == sum(wanted) else max(1, round(n * wanted[0] / sum(wanted)))
+    n_train = max(1, min(n - 1, round(n * wanted[0] / sum(wanted))))
     split = {name: "train" if k < n_train else "test" for k, name in enumerate(order[:n])}
     rule = f"{len(order)} subjects by the SHA-256 of their id: the first {n_train} train, the next {n - n_train} test"
     if n < sum(wanted):
@@ -564,15 +564,16 @@ def _relative(path: Path, root: Path) -> str:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's files in the order of their names."""
-    total = hashlib.sha256()
+    """SHA-256 of a file; of a folder, that of its files' own in the order of their names."""
     try:
-        for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
-            with open(file, "rb") as opened:
-                total.update(hashlib.file_digest(opened, "sha256").digest())
+        if path.is_dir():
+            return hashlib.sha256(
+                "".join(_digest(p) for p in sorted(path.iterdir()) if p.is_file()).encode()
+            ).hexdigest()
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise Unusable(f"{path}: cannot be read: {error.strerror}") from None
-    return total.hexdigest()
 
 
 def _digest_of(path: PathLike | None) -> str | None:

@@ -5,10 +5,10 @@
     lr = photographic(hr, seed=7)
     photographic == parse("blur:sigma=1.5 >> subsample:scale=4 >> rician:snr=30")
 
-An image is (..., H, W), float32 or float64; a stack is degraded slice by slice. Every degradation says by which factor
-it shrinks an image (`scale`), on which grid the result lies (`grid`, see `deformmamba.kspace.Grid`), and has its
-adjoint, or says why there is none. The paper uses `KSpaceCrop` alone; the others are what its field trains on as well,
-and results on one say nothing about another.
+An image is (..., H, W), float32 or float64, and complex where a magnitude of k-space is taken at once; a stack is
+degraded slice by slice. Every degradation says by which factor it shrinks an image (`scale`), on which grid the result
+lies (`grid`, see `deformmamba.kspace.Grid`), and has its adjoint, or says why there is none. The paper uses
+`KSpaceCrop` alone; the others are what its field trains on as well, and results on one say nothing about another.
 
 Randomness is a function of (seed, number of the slice) and of nothing else: the k-th slice of a stack gets what that
 slice alone gets with `first=k`, whatever the device or the size of the batch.
@@ -48,8 +48,12 @@ class Degradation(ABC):
         """Why there is no adjoint; None if there is one."""
         return None
 
+    @property
+    def _dtypes(self) -> tuple[torch.dtype, ...]:
+        return torch.float32, torch.float64
+
     def __call__(self, hr: torch.Tensor, *, seed: Seed = 0, first: int = 0) -> torch.Tensor:
-        """(..., H, W) to (..., H / scale, W / scale), same dtype.
+        """(..., H, W) to (..., H / scale, W / scale), real, same precision.
 
         Args:
             hr: what is degraded; noise levels refer to values of about [0, 1].
@@ -59,8 +63,9 @@ class Degradation(ABC):
         Raises:
             ValueError: `scale` does not divide H and W, or `hr` is no image of floating-point numbers.
         """
-        if hr.ndim < 2 or hr.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{self}: wanted float32 or float64 (..., H, W), not {hr.dtype} {tuple(hr.shape)}")
+        if hr.ndim < 2 or hr.dtype not in self._dtypes:
+            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in self._dtypes)
+            raise ValueError(f"{self}: wanted {wanted} (..., H, W), not {hr.dtype} {tuple(hr.shape)}")
         self.size(*hr.shape[-2:])
         return self._apply(hr, (seed,) if isinstance(seed, int) else seed, first)
 
@@ -117,6 +122,11 @@ class _KSpace(Degradation):
     @property
     def no_adjoint(self) -> str | None:
         return "a magnitude folds negative values, so it is not linear" if self.output == "magnitude" else None
+
+    @property
+    def _dtypes(self) -> tuple[torch.dtype, ...]:
+        real = (torch.float32, torch.float64)
+        return (*real, torch.complex64, torch.complex128) if self.output == "magnitude" else real
 
     def _check_output(self) -> None:
         _check(self.output in get_args(Output), self.kind, "output", self.output, '"magnitude" or "real"')
@@ -383,6 +393,10 @@ class Compose(Degradation):
     @property
     def no_adjoint(self) -> str | None:
         return next((f"{part.kind}: {part.no_adjoint}" for part in self.parts if part.no_adjoint), None)
+
+    @property
+    def _dtypes(self) -> tuple[torch.dtype, ...]:
+        return self.parts[0]._dtypes
 
     def _apply(self, hr: torch.Tensor, seed: tuple[int, ...], first: int) -> torch.Tensor:
         for k, part in enumerate(self.parts):

@@ -107,6 +107,11 @@ def test_it_shrinks_by_its_scale_and_refuses_what_that_does_not_divide(text):
     for wrong in (image(8), image(16, 16).half(), torch.ones(16, 16, dtype=torch.int64)):
         with pytest.raises(ValueError, match="wanted float32 or float64"):
             degradation(wrong)
+    if "output=real" in text or text.split(":")[0] not in ("k-space", "truncation", "partial-fourier"):
+        with pytest.raises(ValueError, match=r"float32 or float64 .*not torch.complex128"):
+            degradation(image(16, 16) + 0j)
+    else:  # a global phase changes no magnitude
+        torch.testing.assert_close(degradation(image(16, 16) * 1j), degradation(image(16, 16)))
 
 
 @pytest.mark.parametrize("text", [text for text in EXAMPLES if "snr" not in text])
