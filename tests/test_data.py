@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from deformmamba import data
 from deformmamba.data import PatchDataset, Scan, find_scans, load_slices, subjects
+from deformmamba.degradations import GaussianBlur, Subsample, parse
 from deformmamba.kspace import degrade, zero_fill
 from deformmamba.volume import VolumeError
 
@@ -137,3 +139,116 @@ def test_a_patch_larger_than_the_slices_is_refused(tmp_path, phantom):
     scan = Scan(write(tmp_path / "a.nii", phantom), "a", "train", "T2")
     with pytest.raises(VolumeError, match="smaller than a patch"):
         PatchDataset([scan], scale=2, patch=32, length=1)
+
+
+def mixed_sizes(tmp_path, phantom):
+    """Slices of 48x40 with pixels of 1 mm, and of 20x18 with pixels of 2 mm."""
+    small = phantom[::2, ::2][2:22, 1:19]
+    scans = [
+        Scan(write(tmp_path / "large.nii", phantom, (1, 1, 3)), "a", "train", "T2"),
+        Scan(write(tmp_path / "small.nii", small, (2, 2, 3)), "b", "train", "T2"),
+    ]
+    return scans
+
+
+def test_a_coarse_sample_is_of_a_slice_that_is_large_enough(tmp_path, phantom, monkeypatch):
+    scans = mixed_sizes(tmp_path, phantom)
+    dataset = PatchDataset(scans, scale=2, patch=8, length=300, coarsest=3.0)
+    sizes = []
+    resize = data.resize
+
+    def watched(hr, size):
+        sizes.append((tuple(hr.shape), size))
+        return resize(hr, size)
+
+    monkeypatch.setattr(data, "resize", watched)
+    for sample in dataset:
+        assert sample.lr.shape == (1, 8, 8)
+    assert 100 < len(sizes) < 200  # half of the samples
+    factors = []
+    for before, after in sizes:
+        assert min(after) >= 16
+        factors.append(max(before) / max(after))
+        # pixels stay square, but for the rounding to a multiple of the scale
+        assert before[0] / after[0] == pytest.approx(before[1] / after[1], rel=0.13)
+    small = [f for (before, _), f in zip(sizes, factors, strict=True) if max(before) == 20]
+    large = [f for (before, _), f in zip(sizes, factors, strict=True) if max(before) == 48]
+    assert max(small) <= 20 / 16
+    assert max(large) > 2
+    assert min(large) < 1.2
+
+
+def test_spacings_are_those_that_samples_can_have(tmp_path, phantom):
+    scans = mixed_sizes(tmp_path, phantom)
+    options = {"scale": 2, "patch": 8, "length": 1}
+    assert PatchDataset(scans, **options).spacings == (2, 4)
+    # 40 pixels of 1 mm become 16 of 2.5 mm, 18 of 2 mm become 16 of 2.25 mm: no further, whatever is asked
+    assert PatchDataset(scans, **options, coarsest=9.0).spacings == pytest.approx((2, 2 * 2.5))
+    assert PatchDataset(scans[1:], **options, coarsest=9.0).spacings == pytest.approx((4, 2 * 2.25))
+    assert PatchDataset(scans, **options, coarsest=1.1).spacings == pytest.approx((2, 4 * 1.1))
+    # a smaller patch reaches further
+    smaller = PatchDataset(scans, scale=2, patch=4, length=1, coarsest=9.0)
+    assert smaller.spacings == pytest.approx((2, 2 * 5))
+
+
+@pytest.mark.parametrize("degradation", ["area", "k-space:output=real", GaussianBlur(sigma=1) >> Subsample(scale=2)])
+def test_any_degradation_makes_the_low_resolution(tmp_path, phantom, degradation):
+    scan = Scan(write(tmp_path / "a.nii.gz", phantom), "a", "train", "T2")
+    options = {"scale": 2, "patch": 18, "length": 4, "flips": False}
+    dataset = PatchDataset([scan], degradation=degradation, **options)
+    made = parse(degradation, scale=2) if isinstance(degradation, str) else degradation
+    assert dataset.degradation == made
+    for sample in dataset:
+        lr = made(dataset.groups[0][0].image / dataset.groups[0][0].unit)
+        assert lr.shape == (24, 20)
+        found = made(sample.hr[0])[4:-4, 4:-4]  # away from the edges of the patch, where the slice goes on
+        torch.testing.assert_close(
+            sample.lr[0, 4:-4, 4:-4], found, rtol=0, atol=0.12 if "k-space" in str(made) else 1e-5
+        )
+        torch.testing.assert_close(sample.base[:, ::2, ::2], sample.lr)
+
+
+def test_noise_is_drawn_anew_for_each_sample_and_follows_the_seed(tmp_path, phantom):
+    scan = Scan(write(tmp_path / "a.nii.gz", phantom[:, :, :1]), "a", "train", "T2")
+    options = {"scale": 2, "patch": 20, "length": 9, "flips": False}
+    clean, noisy = (
+        PatchDataset([scan], **options, degradation=text) for text in ("k-space", "k-space >> noise:snr=25")
+    )
+    noise = [a.lr - b.lr * clean.groups[0][0].unit / noisy.groups[0][0].unit for a, b in zip(noisy, clean, strict=True)]
+    assert np.mean([one.std().item() for one in noise]) == pytest.approx(1 / 25, rel=0.15)
+    assert not torch.allclose(noise[0], noise[1], atol=0.01)
+    assert torch.equal(noisy[3].lr, noisy[3].lr)
+
+
+def test_a_degradation_of_another_scale_or_name_is_refused(tmp_path, phantom):
+    scan = Scan(write(tmp_path / "a.nii.gz", phantom), "a", "train", "T2")
+    for degradation, message in (("area:scale=4", "shrinks by 4; wanted 2"), ("blurry", "no 'blurry'; known")):
+        with pytest.raises(ValueError, match=message):
+            PatchDataset([scan], scale=2, patch=8, length=1, degradation=degradation)
+
+
+def test_cropping_to_a_multiple_is_said(tmp_path, phantom, capsys):
+    scans = [Scan(write(tmp_path / f"{k}.nii", phantom[: 48 - k, :40]), str(k), "train", "T2") for k in (0, 1, 2)]
+    dataset = PatchDataset(scans, scale=4, patch=8, length=1, progress=True)
+    assert {tuple(one.image.shape) for one in dataset.groups[0]} == {(48, 40), (44, 40)}
+    assert "2 of 3 volumes were cropped at their ends to a multiple of 4 pixels" in "".join(capsys.readouterr())
+
+
+def test_volumes_of_nearly_empty_slices_teach_nothing(tmp_path):
+    array = np.zeros((48, 48, 3))
+    array[0, 0] = 1
+    scan = Scan(write(tmp_path / "a.nii", array), "a", "train", "T2")
+    with pytest.raises(VolumeError, match="every slice is nearly empty"):
+        PatchDataset([scan], scale=2, patch=8, length=1)
+
+
+def test_a_folder_of_dicom_files_is_one_scan(folder):
+    series = folder / "sub-dicom" / "T2 axial"
+    series.mkdir(parents=True)
+    for k in range(3):
+        (series / f"IM{k}").write_bytes(b"\0" * 128 + b"DICM" + bytes(8))
+    (series / "notes.txt").write_bytes(b"\0" * 128 + b"DICM")
+    (folder / "sub-01" / "no-dicom").write_bytes(b"something else")
+    found = {scan.path: scan.subject for scan in find_scans(folder)}
+    assert found[series] == "sub-dicom"
+    assert len(found) == 41
