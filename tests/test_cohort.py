@@ -321,3 +321,27 @@ def test_one_of_two_processes_killed_and_the_run_repeated(tmp_path: Path) -> Non
     assert all((out / name).stat().st_mtime_ns == changed for name, changed in done.items())
     for k in range(7):
         assert read_volume(out / f"sub-{k}_desc-sr_T2w.nii").array.shape == (16, 12, 3)
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_bad_file_stops_nobody(tmp_path: Path, weights: str) -> None:
+    root, out = tmp_path / "in", tmp_path / "out"
+    scan(root / "sub-0_T2w.nii", 0, (6, 6, 1))
+    # the largest goes to the first process, the bad one to the second, which is through long before
+    (root / "sub-0_T1w.nii").write_bytes(b"no scan at all" * 100)
+    for k in range(1, 4):
+        scan(root / f"sub-{k}_T2w.nii", k, (256, 256, 40) if k == 1 else (6, 6, 1))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "deformmamba"]
+    command = ["upscale", str(root), "-o", str(out), "--model", weights, "--device", "cpu", "--ensemble"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launch, *command], capture_output=True, text=True, check=False, env=environment, timeout=200
+    )
+    assert done.returncode == 1, done.stderr
+    assert sorted(path.name for path in out.glob("*.nii")) == [f"sub-{k}_desc-sr_T2w.nii" for k in range(4)]
+    rows = [row for rank in range(2) for row in table(out / f"desc-sr_summary_rank-{rank}.csv")]
+    assert sorted((row["source"], row["status"]) for row in rows) == [
+        ("sub-0_T1w.nii", "failed"),
+        *((f"sub-{k}_T2w.nii", "made") for k in range(4)),
+    ]
+    assert "failed: sub-0_T1w.nii: " in done.stderr

@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import signal
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,22 +169,39 @@ def _upscale_folder(args: argparse.Namespace) -> int:
             say(f"{outcome.status}: {outcome.output}{took}")
 
     model = load_model(args.model)
-    outcomes = upscale_cohort(
-        model,
-        args.input,
-        args.output,
-        volume=args.volume,
-        dtype=args.dtype,
-        effective=args.effective,
-        told=told,
-        **_settings(args),
-    )
+    # a scheduler's time limit ends as ctrl-C does: nothing half-written, and the summary of what was done
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        outcomes = upscale_cohort(
+            model,
+            args.input,
+            args.output,
+            volume=args.volume,
+            dtype=args.dtype,
+            effective=args.effective,
+            told=told,
+            **_settings(args),
+        )
+        _wait_for_others()
+    finally:
+        signal.signal(signal.SIGTERM, before)
     count = {status: sum(o.status == status for o in outcomes) for status in ("made", "skipped", "failed")}
     say(f"{args.output}: {', '.join(f'{n} {status}' for status, n in count.items())}; see {SUMMARY}*.csv")
     for outcome in outcomes:
         if outcome.status == "failed":
             refuse(f"failed: {outcome.source}: {outcome.reason}")
     return 1 if count["failed"] else 0
+
+
+def _wait_for_others() -> None:
+    """torchrun stops all processes as soon as one of them ends in an exit code: none ends before all are done."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    from torch import distributed
+
+    distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
 def _degrade(args: argparse.Namespace) -> None:
