@@ -3,9 +3,7 @@
 Every slice is a `Frame`, wherever it came from; frames are sorted by their positions, never by name or number.
 """
 
-import io
 import itertools
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from deformmamba.volume.files import parsing, volume_index
+from deformmamba.volume.files import Bounded, parsing, volume_index
 from deformmamba.volume.image import Volume, VolumeError
 
 # slices nearer to each other than this, in mm, lie at the same place
@@ -55,19 +53,6 @@ class DicomSeries:
         return f"DicomSeries of {len(self.frames)} slices"  # a data set prints a patient's name
 
 
-class _Bounded(io.BufferedReader):
-    """A file of which never more is asked than it holds: a damaged length would have gigabytes allocated."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path))
-        self._size = os.fstat(self.fileno()).st_size
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0:
-            return super().read()
-        return super().read(max(0, min(size, self._size - self.tell())))
-
-
 def is_dicom(path: Path) -> bool:
     with parsing(path, "cannot be read"), path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
@@ -107,8 +92,8 @@ def read(path: Path, volume: int | None, series: int | str | None) -> Volume:
 def _dataset(path: Path) -> Any:
     import pydicom
 
-    with parsing(path, "a damaged DICOM file"), _Bounded(path) as file:
-        dataset = pydicom.dcmread(file, stop_before_pixels=True)
+    with parsing(path, "a damaged DICOM file"), path.open("rb") as file:
+        dataset = pydicom.dcmread(Bounded(file, path.stat().st_size), stop_before_pixels=True)
         dataset.buffer = None  # a file that is closed by then is not to be copied with the data set
         return dataset
 
@@ -254,7 +239,7 @@ def _affine(source: Path, frames: list[Frame], dataset: Any) -> np.ndarray:
     first, last = frames[0], frames[-1]
     if not np.allclose(first.axes @ first.axes.T, np.eye(2), atol=1e-3):
         raise VolumeError(f"{source}: ImageOrientationPatient holds no two perpendicular unit vectors")
-    along_row, along_column = first.axes
+    along_row, along_column = first.axes / np.linalg.norm(first.axes, axis=1, keepdims=True)
     if len(frames) == 1:
         step = np.cross(along_row, along_column) * abs(first.thickness)
     else:
@@ -297,7 +282,11 @@ def _check_pixels(path: Path, dataset: Any) -> None:
 def _pixels(path: Path, dataset: Any, indices: list[int]) -> Iterable[np.ndarray]:
     """(row, column) stored values of the frames at `indices`."""
     from pydicom.pixels import apply_modality_lut, iter_pixels
+    from pydicom.uid import RLELossless
 
-    with _Bounded(path) as file:
-        for pixels in iter_pixels(file, indices=indices, raw=True):
+    # another plugin for it ends the process on a damaged file; pydicom's own raises
+    plugin = "pydicom" if dataset.file_meta.TransferSyntaxUID == RLELossless else ""
+    with path.open("rb") as file:
+        bounded: Any = Bounded(file, path.stat().st_size)
+        for pixels in iter_pixels(bounded, indices=indices, raw=True, decoding_plugin=plugin):
             yield apply_modality_lut(pixels, dataset) if "ModalityLUTSequence" in dataset else pixels

@@ -19,6 +19,7 @@ The rules, for classic images and for enhanced ones:
 
 import copy
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -36,6 +37,10 @@ SUFFIXES = (".dcm", ".ima")
 # marks the files that this package wrote
 IMPLEMENTATION_UID = "2.25.193584632671490206451184087241860893217"
 LARGEST_ELEMENT = 2**32 - 2  # bytes
+# value and meaning in DICOM's own scheme
+RESAMPLING = ("113085", "Spatial resampling")
+SOURCE_IMAGE = ("121322", "Source image for image processing operation")
+EQUIPMENT = ("109102", "Processing Equipment")
 POSITION, IN_STACK = 0x00200032, 0x00209057  # the dimensions of frames that follow the slices
 
 
@@ -122,6 +127,19 @@ def write(target: Path, like: Volume, array: np.ndarray, dtype: str | None, deri
             made.enhanced(name, of_file)
 
 
+@contextmanager
+def _encoding() -> Iterator[None]:
+    """A source may be read and yet hold what cannot be written again: a line, which does not quote it."""
+    try:
+        yield
+    except (VolumeError, OSError):
+        raise
+    except Exception as error:  # malformed data sets raise anything
+        raise VolumeError(
+            f"the DICOM source is damaged ({type(error).__name__}); name a file ending in .nii.gz"
+        ) from None
+
+
 def _quantisation(array: np.ndarray, dtype: str | None) -> tuple[str, float]:
     """How voxels are stored: as what, and the slope, short enough for a decimal string of 16 characters.
 
@@ -203,7 +221,7 @@ class _Made:
     ) -> None:
         from pydicom.uid import generate_uid
 
-        self.like, self.series, self.array, self.stored, self.slope = like, series, array, stored, slope
+        self.series, self.array, self.stored, self.slope = series, array, stored, slope
         self.derivation = derivation.encode("ascii", "replace").decode()[:1024]
         self.series_uid = generate_uid(prefix=None)
         self.now = datetime.now()
@@ -223,23 +241,37 @@ class _Made:
         return plane.astype(np.dtype(self.stored).newbyteorder("<")).tobytes(order="F")
 
     def classic(self, path: Path, k: int, frame: Frame) -> None:
-        made = self._copy(frame.path)
-        made.InstanceNumber = k + 1
-        made.ImagePositionPatient = self.positions[k]
-        made.ImageOrientationPatient = self.orientation
-        self._measures(made)
-        self._transformation(made)
-        if self.slices_moved:
-            _drop(made, ["SliceLocation"])
-        made.DerivationDescription = self.derivation
-        made.SourceImageSequence = [_reference(self.series.datasets[frame.path])]
-        made.add_new("PixelData", "OW", self.pixels(k))
-        self._save(path, made)
+        """One file of slice k, like that of the source's `frame`."""
+        pixels = self.pixels(k)
+        with _encoding():
+            made = self._copy(frame.path)
+            made.InstanceNumber = k + 1
+            made.ImagePositionPatient = self.positions[k]
+            made.ImageOrientationPatient = self.orientation
+            self._measures(made)
+            self._transformation(made)
+            if self.slices_moved:
+                _drop(made, ["SliceLocation"])
+            made.DerivationDescription = self.derivation
+            made.SourceImageSequence = [_reference(self.series.datasets[frame.path])]
+            made.add_new("PixelData", "OW", pixels)
+            self._save(path, made)
 
     def enhanced(self, path: Path, frames: list[tuple[int, Frame]]) -> None:
         """One multi-frame file of the slices k, each with the source's frame whose functional groups it has."""
+        if len(frames) * self.array[:, :, 0].size * 2 > LARGEST_ELEMENT:
+            raise VolumeError(f"{len(frames)} frames of {self.array.shape[:2]} do not fit into one DICOM file (4 GB)")
+        with _encoding():
+            made = self._multi_frame(frames)
+        with closed(tempfile.TemporaryFile(dir=path.parent)) as pixels:
+            for k, _ in frames:
+                pixels.write(self.pixels(k))
+            pixels.seek(0)
+            made.add_new("PixelData", "OW", pixels)
+            self._save(path, made)
+
+    def _multi_frame(self, frames: list[tuple[int, Frame]]) -> Any:
         from pydicom.dataset import Dataset
-        from pydicom.sr.codedict import codes
 
         file = frames[0][1].path
         made = self._copy(file)
@@ -269,10 +301,10 @@ class _Made:
                 content.DimensionIndexValues = nth + 1
             image = _reference(source)
             image.ReferencedFrameNumber = frame.index + 1
-            image.PurposeOfReferenceCodeSequence = [_code(codes.DCM.SourceImageForImageProcessingOperation)]
+            image.PurposeOfReferenceCodeSequence = [_code(SOURCE_IMAGE)]
             derived = Dataset()
             derived.DerivationDescription = self.derivation
-            derived.DerivationCodeSequence = [_code(codes.DCM.SpatialResampling)]
+            derived.DerivationCodeSequence = [_code(RESAMPLING)]
             derived.SourceImageSequence = [image]
             group.DerivationImageSequence = [derived]
         for group in [shared, *groups]:
@@ -285,17 +317,7 @@ class _Made:
                 if macro in group or (group is shared and not any(macro in each for each in groups)):
                     fill(_macro(group, macro))
         made.PerFrameFunctionalGroupsSequence = groups
-        if len(frames) * self.array[:, :, 0].size * 2 > LARGEST_ELEMENT:
-            raise VolumeError(f"{len(frames)} frames of {self.array.shape[:2]} do not fit into one DICOM file (4 GB)")
-        with closed(path.with_suffix(".pixels").open("xb+")) as pixels:
-            try:
-                for k, _ in frames:
-                    pixels.write(self.pixels(k))
-                pixels.seek(0)
-                made.add_new("PixelData", "OW", pixels)
-                self._save(path, made)
-            finally:
-                path.with_suffix(".pixels").unlink()
+        return made
 
     def _copy(self, path: Path) -> Any:
         """A copy of a data set with all that the new series says of itself, pixels and geometry aside."""
@@ -336,10 +358,9 @@ class _Made:
 
     def _equipment(self) -> Any:
         from pydicom.dataset import Dataset
-        from pydicom.sr.codedict import codes
 
         equipment = Dataset()
-        equipment.PurposeOfReferenceCodeSequence = [_code(codes.DCM.ProcessingEquipment)]
+        equipment.PurposeOfReferenceCodeSequence = [_code(EQUIPMENT)]
         equipment.Manufacturer = equipment.ManufacturerModelName = "deformmamba"
         equipment.SoftwareVersions = __version__
         equipment.ContributionDateTime = self.now.strftime("%Y%m%d%H%M%S")
@@ -360,7 +381,7 @@ class _Made:
     def _save(self, path: Path, made: Any) -> None:
         import pydicom
 
-        with closed(path.open("xb")) as file:
+        with closed(path.open("xb")) as file, _encoding():
             pydicom.dcmwrite(file, made, enforce_file_format=True)
 
 
@@ -401,11 +422,11 @@ def _evidence(dataset: Any) -> Any:
     return study
 
 
-def _code(code: Any) -> Any:
+def _code(code: tuple[str, str]) -> Any:
     from pydicom.dataset import Dataset
 
     item = Dataset()
-    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = code.value, code.scheme_designator, code.meaning
+    (item.CodeValue, item.CodeMeaning), item.CodingSchemeDesignator = code, "DCM"
     return item
 
 

@@ -1,5 +1,6 @@
 """Around every file: foreign parsers kept quiet, their errors made one line, and targets whole or not there at all."""
 
+import io
 import logging
 import os
 import secrets
@@ -53,6 +54,36 @@ def parsing(path: Path, what: str) -> Iterator[None]:
         raise VolumeError(f"{path}: does not fit into memory") from None
     except Exception as error:  # malformed bytes raise anything
         raise VolumeError(f"{path}: {what} ({type(error).__name__})") from None
+
+
+class Bounded(io.BufferedIOBase):
+    """`file` for reading, of which never more is asked than its `n_bytes`.
+
+    A parser that believes a damaged length field asks for gigabytes, and Python allocates them before it reads.
+    """
+
+    def __init__(self, file: Any, n_bytes: int) -> None:
+        self._file, self._n_bytes = file, n_bytes
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = max(0, self._n_bytes - self._file.tell())
+        return bytes(self._file.read(left if size is None or size < 0 else min(size, left)))
+
+    def readinto(self, buffer: Any, /) -> int:
+        return int(self._file.readinto(buffer))
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        self._file.seek(offset, whence)
+        return self.tell()
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
 
 
 def suffix(path: Path) -> str:

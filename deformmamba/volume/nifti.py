@@ -8,49 +8,60 @@ from typing import Any
 
 import numpy as np
 
-from deformmamba.volume.files import MGH_SUFFIXES, as_dtype, closed, parsing, suffix, volume_index
+from deformmamba.volume.files import MGH_SUFFIXES, Bounded, as_dtype, closed, parsing, suffix, volume_index
 from deformmamba.volume.image import Volume, VolumeError
 
 _MM = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
 
 
 def read(path: Path, volume: int | None) -> Volume:
-    import nibabel
     from nibabel.openers import ImageOpener
 
-    is_mgh = suffix(path) in MGH_SUFFIXES
-    kind = "MGH" if is_mgh else "NIfTI"
+    kind = "MGH" if suffix(path) in MGH_SUFFIXES else "NIfTI"
     with parsing(path, f"not a {kind} file, or a damaged one"):
         n_bytes = _uncompressed_size(path)
-        image: Any = nibabel.load(path)
-        header = image.header
-        if not is_mgh:
-            with ImageOpener(str(path)) as file:
-                raw = type(header).from_fileobj(file, check=False)
-            # nibabel turns a pixdim of 0 into 1; an sform does not need it
-            if header["sform_code"] == 0 and not np.all(np.abs(raw["pixdim"][1:4]) > 0):
-                raise VolumeError(f"{path}: the voxel spacing in the header is zero or missing")
-        dtype = np.dtype(header.get_data_dtype())
-        if dtype.kind not in "iuf":
-            cure = "complex numbers: take the magnitude" if dtype.kind == "c" else "colours: take one channel"
-            raise VolumeError(f"{path}: voxels are {cure} first")
-        if image.dataobj.offset + int(np.prod(image.shape, dtype=object)) * dtype.itemsize > n_bytes:
-            raise VolumeError(f"{path}: truncated: shorter than its header says")
-        extra = [n for n in image.shape[3:] if n != 1]
-        if len(extra) > 1:
-            raise VolumeError(f"{path}: has {len(image.shape)} dimensions {image.shape}; at most 4 can be read")
-        n_volumes = extra[0] if extra else 1
-        index = volume_index(path, n_volumes, volume)
-        within = tuple(index if n != 1 else 0 for n in image.shape[3:])
-        with np.errstate(over="ignore", invalid="ignore"):
-            array = np.asarray(image.dataobj[(..., *within)] if within else image.dataobj).astype(np.float32)
-        array = array.reshape(array.shape + (1,) * (3 - array.ndim))
-        if is_mgh:
-            return Volume(array, image.affine, header=header)
-        to_mm = np.diag([*[_MM.get(header.get_xyzt_units()[0], 1.0)] * 3, 1.0])
-        codes = (int(header["qform_code"]), int(header["sform_code"]))
-        qform = to_mm @ header.get_qform() if codes[0] else None
-        return Volume(array, to_mm @ image.affine, qform=qform, codes=codes, header=header)
+        with ImageOpener(str(path)) as file:
+            return _read(path, Bounded(file, n_bytes), n_bytes, volume)
+
+
+def _read(path: Path, file: Bounded, n_bytes: int, volume: int | None) -> Volume:
+    import nibabel
+    from nibabel.fileholders import FileHolder
+
+    is_mgh = suffix(path) in MGH_SUFFIXES
+    made: Any = nibabel.freesurfer.mghformat.MGHImage
+    if not is_mgh:
+        block = file.read(nibabel.Nifti2Header.sizeof_hdr)
+        is_nifti2 = nibabel.Nifti2Header.sizeof_hdr in (int.from_bytes(block[:4], end) for end in ("little", "big"))
+        made = nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image
+        raw = made.header_class(block[: made.header_class.sizeof_hdr], check=False)
+        # nibabel turns a pixdim of 0 into 1; an sform does not need it
+        if raw["sform_code"] == 0 and not np.all(np.abs(raw["pixdim"][1:4]) > 0):
+            raise VolumeError(f"{path}: the voxel spacing in the header is zero or missing")
+        file.seek(0)
+    image = made.from_file_map({"image": FileHolder(fileobj=file)}, mmap=False)
+    header = image.header
+    dtype = np.dtype(header.get_data_dtype())
+    if dtype.kind not in "iuf":
+        cure = "complex numbers: take the magnitude" if dtype.kind == "c" else "colours: take one channel"
+        raise VolumeError(f"{path}: voxels are {cure} first")
+    if image.dataobj.offset + int(np.prod(image.shape, dtype=object)) * dtype.itemsize > n_bytes:
+        raise VolumeError(f"{path}: truncated: shorter than its header says")
+    extra = [n for n in image.shape[3:] if n != 1]
+    if len(extra) > 1:
+        raise VolumeError(f"{path}: has {len(image.shape)} dimensions {image.shape}; at most 4 can be read")
+    n_volumes = extra[0] if extra else 1
+    index = volume_index(path, n_volumes, volume)
+    within = tuple(index if n != 1 else 0 for n in image.shape[3:])
+    with np.errstate(over="ignore", invalid="ignore"):
+        array = np.asarray(image.dataobj[(..., *within)] if within else image.dataobj).astype(np.float32)
+    array = array.reshape(array.shape + (1,) * (3 - array.ndim))
+    if is_mgh:
+        return Volume(array, image.affine, header=header)
+    to_mm = np.diag([*[_MM.get(header.get_xyzt_units()[0], 1.0)] * 3, 1.0])
+    codes = (int(header["qform_code"]), int(header["sform_code"]))
+    qform = to_mm @ header.get_qform() if codes[0] else None
+    return Volume(array, to_mm @ image.affine, qform=qform, codes=codes, header=header)
 
 
 def _uncompressed_size(path: Path) -> int:
