@@ -41,6 +41,7 @@ def training_curve(rows: Sequence[Mapping[str, Any]], path: PathLike) -> None:
         axes.plot(steps, values, marker="." if len(values) < 50 else "", color="#1f5fa8", linewidth=1.3)
         axes.set_title(name.upper() if name in ("psnr", "ssim", "nmse") else name, loc="left", fontsize=10)
         axes.set_xlabel("step", fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)

@@ -144,6 +144,12 @@ def test_a_folder_without_groups_is_taken_whole_and_says_so(folder, tmp_path, re
     assert "weights" not in DeformMambaSR.from_pretrained(best).provenance["recipe"]["data"]
 
 
+def test_a_group_that_is_not_there_is_said(folder, tmp_path, recipe):
+    recipe.write_text(RECIPE.replace('"T2 brain" = 1.0', '"T2 brain" = 0.5\n"T1 brain" = 0.5'))
+    with pytest.warns(UserWarning, match="has no training volumes of T1 brain; the recipe's other groups"):
+        train_recipe(recipe, folder, tmp_path / "out", progress=False)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

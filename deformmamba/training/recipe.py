@@ -208,6 +208,12 @@ def _split(scans: Sequence[Scan], plan: dict[str, dict[str, Any]], data: Any) ->
     weights, wanted = settings.get("weights"), settings.get("validation")
     train = [scan for scan in scans if scan.split == "train" and (weights is None or scan.group in weights)]
     val = [scan for scan in scans if scan.split == "val" and (wanted is None or scan.group in wanted)]
+    missing = sorted(set(weights or ()) - {scan.group for scan in train})
+    if missing and train:
+        warnings.warn(
+            f"{data} has no training volumes of {', '.join(missing)}; the recipe's other groups take their share",
+            stacklevel=3,
+        )
     if not train or not val:
         groups = ", ".join(sorted({f"{scan.group or 'no group'} ({scan.split})" for scan in scans}))
         raise ValueError(
