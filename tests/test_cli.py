@@ -18,6 +18,7 @@ import torch
 from pydicom.data import get_testdata_file
 
 import deformmamba
+import deformmamba.weights
 from deformmamba.cli import main
 from deformmamba.models import ZeroFill
 from deformmamba.volume import read_volume
@@ -77,6 +78,47 @@ def test_upscale_of_dicom(tmp_path: Path, weights: str) -> None:
     source = get_testdata_file("MR_small.dcm", download=False)
     assert main(["upscale", str(source), "-o", str(tmp_path / "out.nii.gz"), "--model", weights]) == 0
     assert nibabel.load(tmp_path / "out.nii.gz").shape == (256, 256, 1)
+
+
+def test_dicom_in_dicom_out(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import pydicom
+
+    source, output = tmp_path / "series", tmp_path / "sharper series"
+    source.mkdir()
+    dataset = pydicom.dcmread(str(get_testdata_file("MR_small.dcm", download=False)))
+    dataset.save_as(source / "a")
+    assert main(["upscale", str(source), "-o", str(output), "--model", weights]) == 0
+    (written,) = [pydicom.dcmread(path) for path in output.iterdir()]
+    assert (written.Rows, written.Columns) == (4 * dataset.Rows, 4 * dataset.Columns)
+    digest = deformmamba.weights.verify(weights)
+    assert written.DerivationDescription == (
+        f"deformmamba {deformmamba.__version__}, ZeroFill 4x, plain.safetensors, sha256 {digest}"
+    )
+    assert written.SeriesInstanceUID != dataset.SeriesInstanceUID
+    both = read_volume(output), read_volume(source)
+    np.testing.assert_allclose(both[0].array[::4, ::4], both[1].array, atol=0.05)
+    assert main(["degrade", str(output), "-o", str(tmp_path / "back"), "--scale", "4"]) == 0
+    np.testing.assert_allclose(read_volume(tmp_path / "back").array, both[1].array, atol=60)  # its Nyquist lines
+    other = pydicom.dcmread(source / "a")
+    other.SeriesInstanceUID, other.SeriesNumber = "1.2.3.4", 99
+    other.SOPInstanceUID = other.file_meta.MediaStorageSOPInstanceUID = "1.2.3.5"
+    other.save_as(source / "b")
+    capsys.readouterr()
+    assert "series" in stopped(["upscale", str(source), "-o", str(tmp_path / "x.nii"), "--model", weights], capsys)
+    for series in ("1", "1.2.3.4"):
+        arguments = ["-o", str(tmp_path / "x.nii"), "--model", weights, "--series", series]
+        assert main(["upscale", str(source), *arguments]) == 0
+
+
+def test_an_ensemble_its_spread_and_a_report(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source, spread, page = scan(tmp_path / "in.nii"), tmp_path / "u.nii.gz", tmp_path / "page.html"
+    options = ["--uncertainty", str(spread), "--report", str(page), "--tile", "8", "--overlap", "4"]
+    assert main(["upscale", source, "-o", str(tmp_path / "out.nii"), "--model", weights, *options]) == 0
+    assert str(spread) in (said := capsys.readouterr().out)
+    assert str(page) in said
+    assert nibabel.load(spread).shape == (64, 48, 3)
+    assert nibabel.load(spread).get_fdata().max() < 30  # zero-filling commutes with reflections, but for one frequency
+    assert "8x8 pixels, overlapping by 4" in page.read_text("utf-8")
 
 
 def test_degrade_then_upscale_gives_the_scan_back(tmp_path: Path, weights: str) -> None:
@@ -255,6 +297,13 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
         "overflow": ([good, "--dtype", "uint8"], "do not fit uint8"),
         "device": ([good, "--device", "abacus"], "no such device"),
         "batch size": ([good, "--batch-size", "0"], "1 or more"),
+        "no tile": ([good, "--overlap", "4"], "--tile N"),
+        "large overlap": ([good, "--tile", "8", "--overlap", "8"], "overlap of 8 does not go with tiles of 8"),
+        "negative overlap": ([good, "--tile", "8", "--overlap", "-1"], "must lie between 0 and"),
+        "series of a file": ([good, "--series", "1"], "is one file"),
+        "report": ([good, "--report", str(folder / "a.pdf")], ".html"),
+        "uncertainty": ([good, "--uncertainty", str(folder / "a.png")], ".nii.gz"),
+        "input as uncertainty": ([good, "--uncertainty", good], "is the input itself"),
         "figure": ([good, "--figure", str(folder / "a.bmp")], ".png"),
         "figure folder": ([good, "--figure", str(folder / "nowhere" / "a.png")], "no folder"),
         "unknown option": ([good, "--sharpness", "11"], "--sharpness"),
@@ -290,7 +339,7 @@ def test_bad_input_gets_one_line_and_leaves_no_file(
     (folder / "bad.safetensors").write_bytes(content[:-8] + b"\xff" * 8)
     (folder / "weights.pth").write_bytes(b"\x80\x02")
     cases = bad_inputs(folder)
-    assert len(cases) == 28
+    assert len(cases) == 35
     kept = out / "kept.nii.gz"
     kept.write_bytes(KEPT)
     for name, (arguments, said) in cases.items():
