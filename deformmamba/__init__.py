@@ -48,19 +48,37 @@ _HOME = {
 
 __all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDunderAll]
 
-if TYPE_CHECKING:
-    from deformmamba.deform import modulated_deform_conv2d
-    from deformmamba.evaluation import evaluate
-    from deformmamba.inference import upscale
-    from deformmamba.kspace import data_consistency, degrade, zero_fill
-    from deformmamba.layers import SS2D, DeformMambaBlock, ModulatedDeformBlock, MultiViewContext, VisionMambaBlock
-    from deformmamba.losses import ContrastiveEdgeLoss, SRLoss
-    from deformmamba.metrics import nmse, psnr, ssim
-    from deformmamba.models import MODELS, DeformMambaSR, from_pretrained
-    from deformmamba.scan import ScanBackendError, scan_backend, selective_scan, selective_scan_2d
-    from deformmamba.training import fit
-    from deformmamba.volume import Volume, VolumeError, read_volume, write_volume
-    from deformmamba.weights import WeightsError, list_weights
+if TYPE_CHECKING:  # `as`: for type checkers, an import under its own name is an export
+    from deformmamba.deform import modulated_deform_conv2d as modulated_deform_conv2d
+    from deformmamba.evaluation import evaluate as evaluate
+    from deformmamba.inference import upscale as upscale
+    from deformmamba.kspace import data_consistency as data_consistency
+    from deformmamba.kspace import degrade as degrade
+    from deformmamba.kspace import zero_fill as zero_fill
+    from deformmamba.layers import SS2D as SS2D
+    from deformmamba.layers import DeformMambaBlock as DeformMambaBlock
+    from deformmamba.layers import ModulatedDeformBlock as ModulatedDeformBlock
+    from deformmamba.layers import MultiViewContext as MultiViewContext
+    from deformmamba.layers import VisionMambaBlock as VisionMambaBlock
+    from deformmamba.losses import ContrastiveEdgeLoss as ContrastiveEdgeLoss
+    from deformmamba.losses import SRLoss as SRLoss
+    from deformmamba.metrics import nmse as nmse
+    from deformmamba.metrics import psnr as psnr
+    from deformmamba.metrics import ssim as ssim
+    from deformmamba.models import MODELS as MODELS
+    from deformmamba.models import DeformMambaSR as DeformMambaSR
+    from deformmamba.models import from_pretrained as from_pretrained
+    from deformmamba.scan import ScanBackendError as ScanBackendError
+    from deformmamba.scan import scan_backend as scan_backend
+    from deformmamba.scan import selective_scan as selective_scan
+    from deformmamba.scan import selective_scan_2d as selective_scan_2d
+    from deformmamba.training import fit as fit
+    from deformmamba.volume import Volume as Volume
+    from deformmamba.volume import VolumeError as VolumeError
+    from deformmamba.volume import read_volume as read_volume
+    from deformmamba.volume import write_volume as write_volume
+    from deformmamba.weights import WeightsError as WeightsError
+    from deformmamba.weights import list_weights as list_weights
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 import ast
 import configparser
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -249,6 +250,29 @@ def test_extras_that_messages_name_exist() -> None:
         named |= set(re.findall(r'\bextra="(\w+)"', text)) | set(re.findall(r"deformmamba\[(\w+)\]", text))
     assert named
     assert named <= extras
+
+
+def test_type_checkers_take_the_public_names_as_exports() -> None:
+    """`import x as x` is what a strict type checker takes as an export; `__all__` is computed, which it cannot read."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = [alias for node in ast.walk(block) if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert {alias.name for alias in seen} == set(deformmamba._HOME)
+    assert all(alias.asname == alias.name for alias in seen)
+
+
+@pytest.mark.parametrize("name", sorted(deformmamba._HOME))
+def test_public_names_have_types(name: str) -> None:
+    value = getattr(deformmamba, name)
+    methods = vars(value).items() if inspect.isclass(value) else ()
+    members = [value] if inspect.isfunction(value) else []
+    members += [m for key, m in methods if inspect.isfunction(m) and (key == "__init__" or key[0] != "_")]
+    for function in members:
+        signature = inspect.signature(function)
+        arguments = list(signature.parameters.values())[function is not value :]
+        untyped = [argument.name for argument in arguments if argument.annotation is argument.empty]
+        assert not untyped, f"{function.__qualname__}: {untyped} without a type"
+        assert signature.return_annotation is not signature.empty, f"{function.__qualname__} says not what it returns"
 
 
 def test_public_names_are_documented_and_nothing_else_is() -> None:
