@@ -1,0 +1,128 @@
+"""Upscaling inside of MONAI and TorchIO pipelines. Neither is imported: their objects are known by what they offer.
+
+```python
+model = deformmamba.from_pretrained("ixi-4x")
+monai.transforms.Compose([LoadImaged("t2"), EnsureChannelFirstd("t2"), UpscaleTransform(model, keys="t2")])
+torchio.Compose([torchio.ToCanonical(), UpscaleTransform(model)])
+UpscaleInferer(consistency=True)(inputs, model)  # where MONAI wants an Inferer
+```
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
+import torch
+
+from deformmamba.inference import Settings, upscale
+from deformmamba.volume import Volume, VolumeError
+
+if TYPE_CHECKING:
+    from deformmamba.models.base import SRModel
+
+
+class UpscaleInferer:
+    """A MONAI `Inferer`: (b, c, h, w) or (b, c, i, j, k) in any units to the same at a finer resolution, float32.
+
+    Every channel of every item is a scan of its own, with an intensity scale of its own.
+
+    Args:
+        settings: as `inference.upscale`; `axis` counts the spatial axes from 0, None: the last (slices of a volume).
+    """
+
+    def __init__(self, **settings: Unpack[Settings]) -> None:
+        self.settings = settings
+
+    def __call__(self, inputs: torch.Tensor, network: "SRModel", *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Raises TypeError for a network that is no SRModel, or further arguments, which no SRModel takes."""
+        if not hasattr(network, "intensity") or not hasattr(network, "scale"):
+            raise TypeError(f"the network must be one of deformmamba's models, not {type(network).__name__}")
+        if args or kwargs:
+            raise TypeError("a super-resolution model takes the image and nothing else")
+        if inputs.ndim not in (4, 5):
+            raise VolumeError(f"inputs are (b, c, h, w) or (b, c, i, j, k), not {tuple(inputs.shape)}")
+        plain = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
+        return torch.stack([torch.stack([upscale(network, scan, **self.settings) for scan in item]) for item in plain])
+
+
+class UpscaleTransform:
+    """A transform of channel-first images for MONAI (arrays or dictionaries) and TorchIO (images or subjects).
+
+    A MONAI `MetaTensor` and a TorchIO image keep their place in the world: the affine follows on the model's grid. What
+    was applied before cannot be inverted afterwards. A plain tensor or array has no place.
+
+    Args:
+        model: any SRModel.
+        keys: which entries of a dictionary; None: every intensity image of a TorchIO subject.
+        settings: as `inference.upscale`; `axis` counts the spatial axes from 0.
+
+    Raises:
+        VolumeError: on use: no keys for a plain dictionary, a label map, an entry that is no image, or as `upscale`.
+    """
+
+    def __init__(self, model: "SRModel", keys: str | Iterable[str] | None = None, **settings: Unpack[Settings]) -> None:
+        self.model = model
+        self.keys = (keys,) if isinstance(keys, str) else None if keys is None else tuple(keys)
+        self.settings = settings
+
+    def __call__(self, data: Any) -> Any:
+        if isinstance(data, Mapping) and not _is_torchio_image(data):
+            return self._dictionary(data)
+        if _is_torchio_image(data):
+            return self._torchio_image(data)
+        if isinstance(data, (torch.Tensor, np.ndarray)):
+            return self._array(data)
+        raise VolumeError(f"a {type(data).__name__} is no image that can be upscaled")
+
+    def _dictionary(self, data: Any) -> Any:
+        keys = self.keys
+        if keys is None:
+            keys = tuple(name for name, value in data.items() if _is_torchio_image(value) and value.type != "label")
+            if not keys:
+                raise VolumeError(f"which of the entries {', '.join(map(str, data))} to upscale? name them in keys")
+        made = copy.copy(data)
+        for key in keys:
+            if key not in data:
+                raise VolumeError(f"there is no entry {key!r}; there are {', '.join(map(str, data))}")
+            made[key] = self(data[key])
+        if hasattr(made, "update_attributes"):  # subject.t1 as well as subject["t1"]
+            made.update_attributes()
+        return made
+
+    def _torchio_image(self, image: Any) -> Any:
+        if image.type == "label":
+            raise VolumeError("a label map is not upscaled; resample it to the upscaled image")
+        tensor, affine = self._channels(image.data, np.asarray(image.affine))
+        kind = {} if type(image).__name__ == "ScalarImage" else {"type": image.type}
+        return type(image)(tensor=tensor, affine=affine, **kind)
+
+    def _array(self, image: Any) -> Any:
+        affine = getattr(image, "affine", None)
+        plain = image.as_tensor() if hasattr(image, "as_tensor") else image
+        tensor, affine = self._channels(torch.as_tensor(plain), None if affine is None else np.asarray(affine))
+        if isinstance(image, np.ndarray):
+            return tensor.numpy()
+        tensor = tensor.to(plain.device)
+        if affine is None:
+            return tensor
+        meta = {name: value for name, value in image.meta.items() if name != "affine"}
+        return type(image)(tensor, affine=torch.from_numpy(affine), meta=meta)
+
+    def _channels(self, image: torch.Tensor, affine: np.ndarray | None) -> tuple[torch.Tensor, np.ndarray | None]:
+        """(c, h, w) or (c, i, j, k), each channel upscaled, and where the result lies."""
+        if image.ndim not in (3, 4):
+            raise VolumeError(f"an image is (c, h, w) or (c, i, j, k), not {tuple(image.shape)}")
+        if affine is None or affine.shape != (4, 4):
+            return torch.stack([upscale(self.model, channel, **self.settings) for channel in image.cpu()]), affine
+        settings = Settings(**{**self.settings, "axis": 2}) if image.ndim == 3 else self.settings
+        arrays = (channel.detach().cpu().numpy() for channel in (image[..., None] if image.ndim == 3 else image))
+        made = [upscale(self.model, Volume(array, affine), **settings) for array in arrays]
+        tensor = torch.stack([torch.from_numpy(np.ascontiguousarray(volume.array)) for volume in made])
+        return tensor[..., 0] if image.ndim == 3 else tensor, made[0].affine
+
+
+def _is_torchio_image(value: Any) -> bool:
+    return all(hasattr(value, name) for name in ("data", "affine", "type", "spatial_shape")) and not isinstance(
+        value, torch.Tensor
+    )
