@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -100,12 +100,10 @@ def _from_index(root: Path) -> list[Scan]:
 
 def _from_tree(root: Path, val: float, test: float, seed: int) -> list[Scan]:
     paths = []
-    for folder, folders, names in os.walk(root):
-        folders.sort()
-        paths += [Path(folder, name) for name in names if name.endswith(ENDINGS)]
-        others = (Path(folder, name) for name in sorted(names) if not name.endswith((*ENDINGS, *NO_IMAGES)))
-        if any(_is_dicom(path) for path in others):
-            paths.append(Path(folder))
+    for folder, files in folders_below(root):
+        paths += [path for path in files if path.name.endswith(ENDINGS)]
+        if any(_is_dicom(path) for path in files if not path.name.endswith((*ENDINGS, *NO_IMAGES))):
+            paths.append(folder)
 
     def subject(path: Path) -> str:
         entity = re.search(r"sub-[A-Za-z0-9]+", str(path.relative_to(root)))
@@ -119,6 +117,18 @@ def _from_tree(root: Path, val: float, test: float, seed: int) -> list[Scan]:
         return "test" if where < test else "val" if where < test + val else "train"
 
     return [Scan(path, subject(path), split(subject(path)), "") for path in paths]
+
+
+def folders_below(root: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """`root` and each folder below it with its files, sorted; links are followed, each folder comes once."""
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield Path(folder), [path for name in sorted(names) if (path := Path(folder, name)).is_file()]
 
 
 def _is_dicom(path: Path) -> bool:

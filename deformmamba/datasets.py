@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from deformmamba import __version__
-from deformmamba.data import SPLITS, find_scans
+from deformmamba.data import INDEX, SPLITS, find_scans, folders_below
 from deformmamba.extras import require
 from deformmamba.prepared import SUFFIX, begun, read_prepared, write_manifest, write_prepared
 from deformmamba.volume import VolumeError, intensity_scale, read_volume, slice_axis
@@ -38,9 +38,13 @@ FASTMRI_CROP = 320
 
 @dataclass(frozen=True)
 class Source:
-    """One volume to prepare; `read` gives all slices (n, H, W), float32 or complex64, the pixel size and the axis."""
+    """One volume to prepare: where it is, as what the manifest knows it (relative to its root), and its file's name.
+
+    `read` gives all slices (n, H, W), float32 or complex64, the (height, width) of a pixel in mm, and the axis.
+    """
 
     path: Path
+    source: str
     name: str
     subject: str
     split: str
@@ -115,7 +119,9 @@ def plan_ixi(
     for subject, path in by_subject.items():
         if subject in split:
             read = _reader(path, axis)
-            sources.append(Source(path, subject, subject, split[subject], f"{contrast} brain", read))
+            sources.append(
+                Source(path, _relative(path, root), subject, subject, split[subject], f"{contrast} brain", read)
+            )
         else:
             skipped.append((_relative(path, root), "its subject is in no split"))
     options = {"contrast": contrast, "axis": axis, "slices": slices, "val": val, "splits": _digest_of(splits)}
@@ -181,7 +187,7 @@ def plan_fastmri(
         except Unusable as error:
             if not skip_unusable:
                 raise
-            skipped.append((_relative(path, root), str(error)))
+            skipped.append((_relative(path, root), str(error).replace(str(path), path.name)))
     subject = {name: patient for name, (patient, _) in headers.items()}
     if listed:
         by_subject: dict[str, str] = {}
@@ -195,8 +201,9 @@ def plan_fastmri(
     sources = []
     for name, (patient, contrast) in headers.items():
         if patient in split_of:
-            read = _fastmri_reader(by_name[name], crop)
-            sources.append(Source(by_name[name], name, patient, split_of[patient], f"{contrast} knee", read))
+            path, read = by_name[name], _fastmri_reader(by_name[name], crop)
+            group = f"{contrast} knee"
+            sources.append(Source(path, _relative(path, root), name, patient, split_of[patient], group, read))
         else:
             skipped.append((_relative(by_name[name], root), "its subject is in no split"))
     options = {
@@ -231,21 +238,24 @@ def plan_folder(
     scans = find_scans(root, val=val, test=test, seed=seed)
     split = read_splits(splits, {scan.subject for scan in scans}) if splits is not None else None
     sources: list[Source] = []
-    skipped = []
+    skipped, names = [], set()
     for scan in scans:
+        source = _relative(scan.path, root)
         if split is not None and scan.subject not in split:
-            skipped.append((_relative(scan.path, root), "its subject is in no split"))
+            skipped.append((source, "its subject is in no split"))
             continue
-        name = re.sub(r"\.(nii(\.gz)?|mg[hz])$", "", _relative(scan.path, root)).replace("/", "__") or "volume"
-        while any(source.name == name for source in sources):
+        name = re.sub(r"\.(nii(\.gz)?|mg[hz])$", "", source).replace("/", "__").strip(".") or "volume"
+        while name in names:
             name += "-2"
+        names.add(name)
         chosen = scan.split if split is None else split[scan.subject]
-        sources.append(Source(scan.path, name, scan.subject, chosen, scan.group, _reader(scan.path, axis)))
-    rule = (
-        "as the split file says"
-        if split is not None
-        else f"subjects hashed with seed {seed}: {test:g} test, {val:g} validate, or as the folder's index says"
-    )
+        sources.append(Source(scan.path, source, name, scan.subject, chosen, scan.group, _reader(scan.path, axis)))
+    if split is not None:
+        rule = "as the split file says"
+    elif (root / INDEX).is_file():
+        rule = f"as the folder's {INDEX} says"
+    else:
+        rule = f"subjects by their hash with seed {seed}: the shares of {test:g} test and {val:g} validate"
     options = {
         "axis": axis,
         "slices": slices,
@@ -296,7 +306,7 @@ def prepare(plan: Plan, out: PathLike, *, skip_unusable: bool | None = None, pro
         except Unusable as error:
             if not skip_unusable:
                 raise VolumeError(f"{error}; repair or remove it, and run again: what is finished stays") from None
-            skipped.append((source.path.name, str(error)))
+            skipped.append((source.source, str(error).replace(str(source.path), source.path.name)))
     if not rows:
         reason = f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise VolumeError(f"{out}: no usable volume, {len(skipped)} skipped{reason}")
@@ -322,7 +332,7 @@ class Unusable(VolumeError):
 def _prepare_one(source: Source, out: Path, plan: Plan) -> dict[str, Any]:
     """Its row of the manifest, after its file is there."""
     target = out / f"{source.name}{SUFFIX}"
-    made_of = {"source": source.path.name, "source_sha256": _digest(source.path), "options": dict(plan.options)}
+    made_of = {"source": source.source, "source_sha256": _digest(source.path), "options": dict(plan.options)}
     if not _is_made(target, made_of):
         try:
             slices, spacing, axis = source.read()
@@ -556,7 +566,8 @@ def _folder(root: PathLike) -> Path:
 
 
 def _files(root: Path, endings: Sequence[str]) -> list[Path]:
-    return sorted(path for path in root.rglob("*") if path.name.lower().endswith(tuple(endings)) and path.is_file())
+    found = (path for _, files in folders_below(root) for path in files)
+    return sorted(path for path in found if path.name.lower().endswith(tuple(endings)))
 
 
 def _relative(path: Path, root: Path) -> str:

@@ -242,6 +242,15 @@ def test_volumes_of_nearly_empty_slices_teach_nothing(tmp_path):
         PatchDataset([scan], scale=2, patch=8, length=1)
 
 
+def test_links_are_followed_and_circles_are_not(tmp_path, phantom):
+    write(tmp_path / "elsewhere" / "sub-9" / "T2w.nii.gz", phantom[:16, :16])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "sub-9").symlink_to(tmp_path / "elsewhere" / "sub-9")
+    (tmp_path / "elsewhere" / "sub-9" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "broken.nii.gz").symlink_to(tmp_path / "gone")
+    assert [scan.subject for scan in find_scans(tmp_path / "data")] == ["sub-9"]
+
+
 def test_a_folder_of_dicom_files_is_one_scan(folder):
     series = folder / "sub-dicom" / "T2 axial"
     series.mkdir(parents=True)

@@ -374,8 +374,9 @@ def mixed(tmp_path, phantom):
 
 def test_a_folder_of_nifti_and_dicom_is_prepared_and_what_is_broken_is_skipped(mixed, tmp_path, phantom):
     manifest = prepare(plan_folder(mixed, val=0.3, test=0.3), tmp_path / "out")
-    assert [row["source"] for row in manifest["skipped"]] == ["broken.nii.gz"]
+    assert [row["source"] for row in manifest["skipped"]] == ["sub-2/anat/broken.nii.gz"]
     assert "not a NIfTI file, or a damaged one" in manifest["skipped"][0]["reason"]
+    assert str(tmp_path) not in json.dumps(manifest)
     assert [row["file"] for row in manifest["volumes"]] == [
         *(f"sub-{k}__anat__sub-{k}_T2w.safetensors" for k in range(4)), "sub-d__series1.safetensors"
     ]  # fmt: skip
