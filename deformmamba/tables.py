@@ -115,7 +115,6 @@ class Plan:
         batch: patches a step.
         data: arguments of `PatchDataset`: patch, weights, augmentation; and the degradation, on the origin grid.
         protocol: of the scores.
-        changes: constructor arguments for every Deform-Mamba, beside those of the preset.
     """
 
     scale: int = 4
@@ -126,7 +125,6 @@ class Plan:
     batch: int = 8
     data: Mapping[str, Any] = field(default_factory=dict)
     protocol: Protocol = "volume"
-    changes: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, row: Row) -> SRModel:
         """The network of a row, with random weights (or none)."""
@@ -136,8 +134,6 @@ class Plan:
             return cast(SRModel, made(scale=self.scale, **changes))
         arguments = {**SIZES[self.preset][row.model][1], **changes, "scale": self.scale}
         preset = arguments.pop("preset", None)
-        if row.model == "DeformMambaSR":
-            arguments = {**self.changes, **arguments}
         return cast(SRModel, made.from_preset(preset, **arguments) if preset else made(**arguments))
 
     def degradation(self) -> Degradation:
@@ -368,12 +364,15 @@ def markdown(out: str | Path) -> str:
     plan, table = facts["plan"], TABLES[facts["table"]]
     done = [json.loads(path.read_text("utf-8")) for path in sorted((folder / "rows").glob("*.json"))]
     by_row = {row.name: sorted((d for d in done if d["row"] == row.name), key=lambda d: d["seed"]) for row in table}
-    headings = sorted({heading for row in table for heading in row.paper}, reverse=True)
+    headings = list(dict.fromkeys(heading for row in table for heading in row.paper))
     if plan["scale"] != 4:
         headings = [heading for heading in headings if "4x" not in heading]
     columns = ["", "parameters", "steps", "seconds", "seeds", "PSNR [dB]", "SSIM", f"PSNR - {OURS}"]
     columns += [f"the paper's, {heading}" for heading in headings]
-    on, of = (f"{len(facts[k]['volumes'])} volumes of {len(facts[k]['subjects'])} subjects" for k in ("train", "test"))
+    on, of = (
+        f"{_count(facts[k]['volumes'], 'volume')} of {_count(facts[k]['subjects'], 'subject')}"
+        for k in ("train", "test")
+    )
     lines = [
         f"# {facts['table'].replace('table', 'Table ')} at {plan['scale']}x, {_budget(plan)}",
         "",
@@ -398,6 +397,7 @@ def markdown(out: str | Path) -> str:
             f"{name} {d['lr']:g}" + (f" (beta {d['beta']:g})" if d["beta"] else "") for name, d in rates.items()
         )
         lines += ["", f"Learning rates: {told}; loss L1, with CELoss where a beta is named."]
+        lines += ["", f"Networks: {'; '.join(_size(row, plan) for row in table if row.name in rates)}."]
     lines += [
         "",
         "The paper's figures are quoted from it: its data, its split, its budget; they are not comparable with ours to "
@@ -406,8 +406,18 @@ def markdown(out: str | Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _count(things: Sequence[Any], name: str) -> str:
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
+
+
 def _budget(plan: Mapping[str, Any]) -> str:
     return f"{plan['steps']} steps each" if plan["steps"] else f"{plan['minutes']:g} minutes each"
+
+
+def _size(row: Row, plan: Mapping[str, Any]) -> str:
+    """How a row's network differs from the defaults of its class, which are its paper's."""
+    changes = {**SIZES[plan["preset"]][row.model][1], **row.changes}
+    return f"{row.name} " + (", ".join(f"{k}={v}" for k, v in changes.items()) or "as published")
 
 
 def _measured(done: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -424,7 +434,7 @@ def _measured(done: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any
     ]
     return [
         f"{done[0]['parameters']:,}",
-        f"{done[0]['steps']:,}",
+        f"{done[0]['steps']:,}" if trained else "",
         f"{sum(d['seconds'] for d in done) / len(done):.0f}" if trained else "",
         str(len(done)) if trained else "",
         _shown(spread(psnr, over="seeds"), 2),

@@ -170,7 +170,7 @@ def test_the_slice_that_is_shown_is_turned_as_a_radiologist_sees_it(scans: list[
         compare(MODELS, scans[:1], show=True, at=3)
 
 
-@pytest.mark.parametrize("phase", [False])
+@pytest.mark.parametrize("phase", [False, True])
 def test_prepared_slices_are_scored_as_magnitudes(phase: bool, tmp_path: Path) -> None:
     """As fastMRI comes: complex, its phase taking part in the degradation."""
     slices = np.moveaxis(smooth(0), 2, 0) / 500
