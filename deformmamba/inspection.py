@@ -24,8 +24,9 @@ _DYNAMIC_RANGE = 1e-12  # in power; below lies the rounding of float32 voxels
 _LOWEST = 0.15  # of the highest frequency: anatomy shapes the spectrum below, and nobody interpolates sevenfold
 # In power anatomy falls off like f ** -2 to f ** -5 and noise not at all: an edge is where the exponent passes STEEP,
 _STEEP = 8.0
-# and where the spectrum ends up this many dB lower than f ** -NATURAL would have brought it, a tenth of the power.
-_FALL = 10.0
+# and where the spectrum ends up this many dB lower than f ** -NATURAL would have brought it: a tenth of the power, or
+# less where it falls within a few frequencies, as neither anatomy nor a filter does.
+_FALL, _HARD_FALL = 10.0, 4.0
 _NATURAL = 5.0
 
 
@@ -77,7 +78,7 @@ def _filled(power: np.ndarray) -> int:
     at = np.arange(max(int(_LOWEST * last), reach + 1), last - reach + 1)
     fall = level[at - reach] - level[at + reach]
     exponent = fall / (10 * np.log10((at + reach) / (at - reach)))
-    largest, edge = _FALL + 4 * noise, 0
+    clearest, edge = 1.0, 0
     turns = np.flatnonzero(np.diff(np.r_[False, exponent >= _STEEP, False]))
     for first, end in zip(turns[::2], turns[1::2], strict=True):
         steepest = first + int(np.argmax(fall[first:end]))
@@ -90,8 +91,10 @@ def _filled(power: np.ndarray) -> int:
         excess = np.max(level[inside] - level[foot] - _NATURAL * 10 * np.log10(foot / inside))
         raised = np.flatnonzero(level[:foot] > level[foot] + min(6.0, excess / 4))
         border = int(raised[-1]) - 1  # the window spreads everything by one frequency
-        if excess >= largest and border + max(3, round(0.04 * last)) <= last:
-            largest, edge = excess, border
+        near, far = (level[max(border + 1 - d, 0)] - level[min(border + 1 + d, last)] for d in (2, 6))
+        clear = excess / ((_HARD_FALL if near > 2 / 3 * far else _FALL) + 6 * noise)
+        if clear >= clearest and border + max(3, round(0.04 * last)) <= last:
+            clearest, edge = clear, border
     return min(n, 2 * edge + n % 2) if edge else n
 
 
@@ -111,7 +114,7 @@ class Inspection:
         lowest, highest: of the voxels.
         intensity: what a model divides the voxels by, see `volume.intensity_scale`.
         negative: share of voxels below zero, 0 to 1.
-        remarks: what a person, or the given model, should know: sentences.
+        remarks: what else a person should know, about the given model too: one line each, without a full stop.
     """
 
     shape: tuple[int, int, int]
@@ -132,6 +135,21 @@ class Inspection:
     def interpolated(self) -> bool:
         """Whether a border was found inside of k-space."""
         return self.effective != self.matrix
+
+    @property
+    def filling(self) -> str:
+        """What `effective` means, as a sentence."""
+        if not self.interpolated:
+            return "k-space is filled as far as can be seen: the pixels are as fine as the signal"
+        pixel = tuple(
+            mm * part / whole for mm, part, whole in zip(self.resolution, self.effective, self.matrix, strict=True)
+        )
+        return (
+            f"k-space is filled for {self.effective[0]} of {self.matrix[0]} and {self.effective[1]} of "
+            f"{self.matrix[1]} pixels: the scan was interpolated or filtered, and resolves about "
+            f"{self.resolution[0]:.3g} x {self.resolution[1]:.3g} mm, not the {pixel[0]:.3g} x {pixel[1]:.3g} mm of "
+            "its pixels"
+        )
 
 
 def inspect_volume(volume: Volume, *, axis: int | None = None, model: "SRModel | None" = None) -> Inspection:
@@ -160,12 +178,6 @@ def inspect_volume(volume: Volume, *, axis: int | None = None, model: "SRModel |
     negative = float(np.count_nonzero(array < 0) / array.size)
 
     remarks = []
-    if effective != matrix:
-        remarks.append(
-            f"k-space is filled for {effective[0]} of {matrix[0]} and {effective[1]} of {matrix[1]} pixels: the scan "
-            f"was interpolated or filtered, and resolves about {resolution[0]:.3g} x {resolution[1]:.3g} mm, not the "
-            f"{pixel[0]:.3g} x {pixel[1]:.3g} mm of its pixels"
-        )
     if negative:
         remarks.append(f"{negative:.2%} of the voxels are negative: no magnitude image, which is what models are for")
     if orientation is None:

@@ -107,7 +107,7 @@ def write_report(
             f"{shown} {n} slices, 8 bits, JPEG: pictures to look at; the result is the file itself. Input and output "
             f"share one grey window, {page.window[0]:.4g} to {page.window[1]:.4g}, set by the input."
         ),
-        filled=escape(_filled(found)),
+        filled=escape(f"Input: {found.filling}."),
         spectra=_spectra(before, after, axis, middle, found),
         middle=str(middle + 1),
         dashed="; dashed frame: what of it is filled" if found.interpolated else "",
@@ -258,16 +258,6 @@ def _box(name: str, size: Sequence[int], frame: Sequence[int]) -> str:
     height, width = (min(100.0, 100 * m / n) for m, n in zip(size, frame, strict=True))
     place = f"left:{50 - width / 2:.3f}%;top:{50 - height / 2:.3f}%;width:{width:.3f}%;height:{height:.3f}%"
     return f'<div class="{name}" style="{place}"></div>'
-
-
-def _filled(found: Inspection) -> str:
-    if not found.interpolated:
-        return "No border was found inside of the input's k-space: its pixels are as fine as the signal."
-    return (
-        f"The input's k-space is filled for {found.effective[0]} of {found.matrix[0]} and {found.effective[1]} of "
-        f"{found.matrix[1]} pixels: it was interpolated or filtered before it came here, and resolves about "
-        f"{found.resolution[0]:.3g} x {found.resolution[1]:.3g} mm, less than its pixels promise."
-    )
 
 
 def _pixels(volume: Volume, axis: int) -> str:

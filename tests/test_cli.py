@@ -23,7 +23,7 @@ from deformmamba.cli import main
 from deformmamba.models import ZeroFill
 from deformmamba.volume import read_volume
 
-COMMANDS = ["upscale", "degrade", "evaluate", "benchmark", "train", "weights", "backends", "export", "demo"]
+COMMANDS = ["upscale", "degrade", "evaluate", "benchmark", "inspect", "train", "weights", "backends", "export", "demo"]
 KEPT = b"the output of yesterday"
 
 
