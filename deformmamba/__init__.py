@@ -40,6 +40,9 @@ _HOME = {
     "read_volume": "volume",
     "write_volume": "volume",
     "upscale": "inference",
+    "upscale_file": "inference",
+    "upscale_with_uncertainty": "inference",
+    "upscale_cohort": "cohort",
     "WeightsError": "weights",
     "list_weights": "weights",
     "fit": "training",
@@ -49,9 +52,12 @@ _HOME = {
 __all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:  # `as`: for type checkers, an import under its own name is an export
+    from deformmamba.cohort import upscale_cohort as upscale_cohort
     from deformmamba.deform import modulated_deform_conv2d as modulated_deform_conv2d
     from deformmamba.evaluation import evaluate as evaluate
     from deformmamba.inference import upscale as upscale
+    from deformmamba.inference import upscale_file as upscale_file
+    from deformmamba.inference import upscale_with_uncertainty as upscale_with_uncertainty
     from deformmamba.kspace import data_consistency as data_consistency
     from deformmamba.kspace import degrade as degrade
     from deformmamba.kspace import zero_fill as zero_fill
