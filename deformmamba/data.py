@@ -91,7 +91,7 @@ def _from_index(root: Path) -> list[Scan]:
                 path, subject, split = root / row["file"], row["participant_id"], row["split"]
             except KeyError as error:
                 raise VolumeError(f"{root / INDEX}: no column {error}; wanted participant_id, file, split") from None
-            if split not in SPLITS or not path.is_file():
+            if split not in SPLITS or not path.exists():  # a DICOM series is a folder
                 problem = f"split {split!r}" if split not in SPLITS else f"missing file {row['file']}"
                 raise VolumeError(f"{root / INDEX}: {problem} of {subject}; splits are {', '.join(SPLITS)}")
             scans.append(Scan(path, subject, split, f"{row.get('contrast', '')} {row.get('anatomy', '')}".strip()))
@@ -162,11 +162,11 @@ def load_slices(path: str | os.PathLike[str], multiple: int = 1, *, phase: bool 
         axis = slice_axis(volume)
         slices = np.moveaxis(volume.array, axis, 0)
         height, width = (size for a, size in enumerate(volume.spacing) if a != axis)
-        slices, spacing = np.ascontiguousarray(slices, dtype=np.float32), (height, width)
+        slices, spacing = slices.astype(np.float32, copy=False), (height, width)
     h, w = (n - n % multiple for n in slices.shape[1:])
     if not h or not w:
         raise VolumeError(f"{path}: slices of {slices.shape[1]}x{slices.shape[2]}, smaller than {multiple}x{multiple}")
-    return Slices(slices[:, :h, :w], spacing)
+    return Slices(np.ascontiguousarray(slices[:, :h, :w]), spacing)
 
 
 class Sample(NamedTuple):

@@ -274,9 +274,9 @@ def prepare(plan: Plan, out: PathLike, *, skip_unusable: bool | None = None, pro
     """Carries out a plan into the folder `out`, and returns the manifest that is now there.
 
     Volumes that are there already, made of the same file in the same way, are not made again: an interrupted
-    preparation goes on where it was. A file that cannot be used ends it with one line, and what was finished stays;
-    with `skip_unusable` it is left out instead, and the manifest says why (None: so for "folder", whose files nobody
-    promised to be scans).
+    preparation goes on where it was. What was made of files that are gone is removed. A file that cannot be used ends
+    the preparation with one line, and what was finished stays; with `skip_unusable` it is left out instead, and the
+    manifest says why (None: so for "folder", whose files nobody promised to be scans).
 
     Raises:
         VolumeError: an unusable file, no usable one, `out` holding something else, or a disk that is full.
@@ -310,6 +310,8 @@ def prepare(plan: Plan, out: PathLike, *, skip_unusable: bool | None = None, pro
     if not rows:
         reason = f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise VolumeError(f"{out}: no usable volume, {len(skipped)} skipped{reason}")
+    for orphan in set(out.glob(f"*{SUFFIX}")) - {out / row["file"] for row in rows}:
+        orphan.unlink(missing_ok=True)
     manifest = {
         "complete": True,
         **facts,
@@ -413,12 +415,13 @@ def _by_hash(names: Iterable[str], wanted: tuple[int, int], val: float) -> tuple
 
 
 def _validating(split: Mapping[str, str], val: float) -> dict[str, str]:
-    """The share `val` of the training subjects, the last in the order of their hashes, moved to "val"."""
+    """The share `val` of the training subjects, rounded up, the last in the order of their hashes, moved to "val"."""
     if not 0 <= val < 1:
         raise ValueError(f"val: the share of training subjects that validate must lie in [0, 1), not {val}")
     train = [name for name, where in split.items() if where == "train"]
     train.sort(key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    moved = set(train[len(train) - math.floor(val * len(train)) :])
+    n_val = max(0, min(math.ceil(val * len(train)), len(train) - 1))  # one of them keeps training
+    moved = set(train[len(train) - n_val :])
     return {name: "val" if name in moved else where for name, where in split.items()}
 
 
