@@ -139,9 +139,9 @@ def writing(
     The file appears whole when the block ends, replacing what was there; if the block raises, or ctrl-C ends it,
     nothing appears and what was there stays. What the block itself raises goes out as it is.
 
-    Memory: one slice across the last axis of NIfTI and MGH, which goes straight into the file. Other axes of these,
-    and DICOM, go through a temporary file without a name beside `path`, as large as the voxels (float32 for DICOM),
-    which is gone with the process.
+    Memory: a few copies of one slice, whatever the number of slices. Slices across the last axis of NIfTI and MGH go
+    straight into the file. Other axes of these, and DICOM, go through a temporary file without a name beside `path`, as
+    large as the voxels (float32 for DICOM), which is gone with the process.
 
     NIfTI and MGH: voxels are `dtype`, one of `DTYPES` (default float32); integers are rounded, and nothing is ever
     rescaled, whatever the source's header says. NIfTI keeps the header the volume came with (units, description,
@@ -210,10 +210,10 @@ def _turned(
     dtype: str,
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """Takes slices across `axis`, gives `planes` those across the last axis once all are there."""
-    with kept(path, shape, axis, dtype) as (put, array), planes as put_plane:
-        yield put
+    with kept(path, shape, axis, dtype) as all_slices, planes as put_plane:
+        yield all_slices.put
         for k in range(shape[2]):
-            put_plane(array()[:, :, k])
+            put_plane(all_slices.plane(k))
 
 
 def _is_dicom_target(path: PathLike) -> bool:

@@ -30,7 +30,17 @@ import numpy as np
 
 from deformmamba import __version__
 from deformmamba.volume.dicom import LPS_FROM_RAS, DicomSeries, Frame, is_dicom, number
-from deformmamba.volume.files import DICOM_DTYPES, PathLike, as_dtype, check_folder_of, closed, kept, parsing, suffix
+from deformmamba.volume.files import (
+    DICOM_DTYPES,
+    Kept,
+    PathLike,
+    as_dtype,
+    check_folder_of,
+    closed,
+    kept,
+    parsing,
+    suffix,
+)
 from deformmamba.volume.image import Volume, VolumeError
 
 SUFFIXES = (".dcm", ".ima")
@@ -93,28 +103,28 @@ def slices(
 
     One slope for all needs their range, which the last of them may widen.
     """
-    with kept(path, shape, axis, "float32") as (put, array):
-        yield put
-        write(target, like, array(), dtype, derivation)
+    with kept(path, shape, axis, "float32") as voxels:
+        yield voxels.put
+        write(target, like, voxels, dtype, derivation)
 
 
-def write(target: Path, like: Volume, array: np.ndarray, dtype: str | None, derivation: str | None) -> None:
-    """A new series at `target`, an empty folder or the name of a file: `array` (column, row, slice) placed as `like`.
+def write(target: Path, like: Volume, voxels: Kept, dtype: str | None, derivation: str | None) -> None:
+    """A new series at `target`, an empty folder or the name of a file: (column, row, slice), placed as `like`.
 
-    Frames go into copies of the data sets of the slices of the source that lie nearest.
+    Slices go into copies of the data sets of the slices of the source that lie nearest.
     """
     series: DicomSeries = like.header
     axes = like.affine[:3, :2] / np.linalg.norm(like.affine[:3, :2], axis=0)
     if abs(axes[:, 0] @ axes[:, 1]) > 1e-3:
         raise VolumeError("the rows and columns are not perpendicular, which DICOM cannot say; write NIfTI")
-    middle = [(array.shape[0] - 1) / 2, (array.shape[1] - 1) / 2]
+    middle = [(voxels.shape[0] - 1) / 2, (voxels.shape[1] - 1) / 2]
     source_from_out = np.linalg.inv(series.affine) @ like.affine
     nearest = [
         int(np.clip(np.rint((source_from_out @ [*middle, k, 1])[2]), 0, len(series.frames) - 1))
-        for k in range(array.shape[2])
+        for k in range(voxels.shape[2])
     ]
-    stored, slope = _quantisation(array, dtype)
-    made = _Made(like, series, array, stored, slope, derivation or f"deformmamba {__version__}")
+    stored, slope = _quantisation(voxels, dtype)
+    made = _Made(like, series, voxels, stored, slope, derivation or f"deformmamba {__version__}")
     if not _is_enhanced(series):
         names = [target] if suffix(target) in SUFFIXES else [target / f"{k + 1:04d}.dcm" for k in range(len(nearest))]
         for k, (name, source) in enumerate(zip(names, nearest, strict=True)):
@@ -140,15 +150,15 @@ def _encoding() -> Iterator[None]:
         ) from None
 
 
-def _quantisation(array: np.ndarray, dtype: str | None) -> tuple[str, float]:
+def _quantisation(voxels: Kept, dtype: str | None) -> tuple[str, float]:
     """How voxels are stored: as what, and the slope, short enough for a decimal string of 16 characters.
 
     Zero is stored as zero. Without a `dtype` the 16 bits are used in full, whatever the source's range was.
     """
-    ranges = [(float(plane.min()), float(plane.max())) for plane in np.moveaxis(array, 2, 0)]
-    lowest, highest = min(low for low, _ in ranges), max(high for _, high in ranges)
     if dtype is not None:
         return dtype, 1.0
+    ranges = [(float(plane.min()), float(plane.max())) for plane in map(voxels.plane, range(voxels.shape[2]))]
+    lowest, highest = min(low for low, _ in ranges), max(high for _, high in ranges)
     stored = "uint16" if lowest >= 0 else "int16"
     limits = np.iinfo(stored)
     span = max(highest / limits.max, lowest / limits.min if lowest < 0 else 0.0)
@@ -217,11 +227,11 @@ class _Made:
     """What all instances of one new series share, and the making of each."""
 
     def __init__(
-        self, like: Volume, series: DicomSeries, array: np.ndarray, stored: str, slope: float, derivation: str
+        self, like: Volume, series: DicomSeries, voxels: Kept, stored: str, slope: float, derivation: str
     ) -> None:
         from pydicom.uid import generate_uid
 
-        self.series, self.array, self.stored, self.slope = series, array, stored, slope
+        self.series, self.voxels, self.stored, self.slope = series, voxels, stored, slope
         self.derivation = derivation.encode("ascii", "replace").decode()[:1024]
         self.series_uid = generate_uid(prefix=None)
         self.now = datetime.now()
@@ -232,12 +242,12 @@ class _Made:
         before = float(np.linalg.norm(series.affine[:3, 2]))
         # thickness is not spacing: a gap or an overlap stays one, in proportion
         self.thinner = between_slices / before
-        self.slices_moved = array.shape[2] != len(series.frames) or abs(self.thinner - 1) > 1e-4
-        self.positions = [[_decimal(n) for n in (lps @ [0, 0, k, 1])[:3]] for k in range(array.shape[2])]
+        self.slices_moved = voxels.shape[2] != len(series.frames) or abs(self.thinner - 1) > 1e-4
+        self.positions = [[_decimal(n) for n in (lps @ [0, 0, k, 1])[:3]] for k in range(voxels.shape[2])]
 
     def pixels(self, k: int) -> bytes:
         """Slice k, row by row, as stored."""
-        plane = as_dtype(np.asarray(self.array[:, :, k], np.float64) / self.slope, self.stored)
+        plane = as_dtype(self.voxels.plane(k).astype(np.float64) / self.slope, self.stored)
         return plane.astype(np.dtype(self.stored).newbyteorder("<")).tobytes(order="F")
 
     def classic(self, path: Path, k: int, frame: Frame) -> None:
@@ -259,8 +269,8 @@ class _Made:
 
     def enhanced(self, path: Path, frames: list[tuple[int, Frame]]) -> None:
         """One multi-frame file of the slices k, each with the source's frame whose functional groups it has."""
-        if len(frames) * self.array[:, :, 0].size * 2 > LARGEST_ELEMENT:
-            raise VolumeError(f"{len(frames)} frames of {self.array.shape[:2]} do not fit into one DICOM file (4 GB)")
+        if len(frames) * self.voxels.shape[0] * self.voxels.shape[1] * 2 > LARGEST_ELEMENT:
+            raise VolumeError(f"{len(frames)} frames of {self.voxels.shape[:2]} do not fit into one DICOM file (4 GB)")
         with _encoding():
             made = self._multi_frame(frames)
         with closed(tempfile.TemporaryFile(dir=path.parent)) as pixels:
@@ -348,7 +358,7 @@ class _Made:
             setattr(made, f"{event}Date", day)
             setattr(made, f"{event}Time", clock)
         made.ContributingEquipmentSequence = [*(made.get("ContributingEquipmentSequence") or []), self._equipment()]
-        made.Columns, made.Rows = self.array.shape[:2]
+        made.Columns, made.Rows = self.voxels.shape[:2]
         made.SamplesPerPixel = 1
         made.BitsAllocated, made.BitsStored, made.HighBit = 16, 16, 15
         made.PixelRepresentation = int(self.stored == "int16")

@@ -1,5 +1,6 @@
 """Around every file: foreign parsers kept quiet, their errors made one line, and targets whole or not there at all."""
 
+import errno
 import io
 import logging
 import os
@@ -7,7 +8,7 @@ import secrets
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -174,27 +175,39 @@ def closed(file: Any) -> Iterator[Any]:
     file.close()
 
 
+class Kept:
+    """Slices across one axis, put in order and kept in a file; planes across the last axis come out of it."""
+
+    def __init__(self, file: Any, shape: Sequence[int], axis: int, dtype: str) -> None:
+        self.shape = tuple(shape)
+        self._file, self._axis, self._dtype = file, axis, dtype
+
+    def put(self, image: np.ndarray) -> None:
+        self._file.write(as_dtype(image, self._dtype).tobytes(order="F"))
+
+    def plane(self, k: int) -> np.ndarray:
+        """(i, j) of the last axis; once all slices have been put."""
+        self._file.flush()
+        h, w = (n for a, n in enumerate(self.shape) if a != self._axis)
+        if self._axis == 2:
+            return self._read((w, h), k * w).T
+        # column k of each slice; reading, unlike mapping, keeps nothing else in memory
+        columns = np.concatenate([self._read((1, h), n * w + k) for n in range(self.shape[self._axis])])
+        return columns if self._axis == 0 else columns.T
+
+    def _read(self, shape: tuple[int, int], start: int) -> np.ndarray:
+        """Columns of a slice, counted through all slices from `start`."""
+        columns = np.empty(shape, self._dtype)
+        if os.preadv(self._file.fileno(), [columns.data], start * shape[1] * columns.itemsize) != columns.nbytes:
+            raise OSError(errno.EIO, "the temporary file is shorter than what was written to it")
+        return columns
+
+
 @contextmanager
-def kept(
-    path: PathLike, shape: Sequence[int], axis: int, dtype: str
-) -> Iterator[tuple[Callable[[np.ndarray], None], Callable[[], np.ndarray]]]:
-    """Slices across `axis` kept on disk: a function that takes the next, and one that gives the (i, j, k) array of all.
-
-    They lie in a file without a name beside `path`, which the operating system removes when the process ends, however
-    it ends; the array reads from it.
-    """
-    h, w = (n for a, n in enumerate(shape) if a != axis)
+def kept(path: PathLike, shape: Sequence[int], axis: int, dtype: str) -> Iterator[Kept]:
+    """The file has no name and lies beside `path`; the operating system removes it when the process ends, however."""
     with closed(tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path)))) as file:
-
-        def put(image: np.ndarray) -> None:
-            file.write(as_dtype(image, dtype).tobytes(order="F"))
-
-        def array() -> np.ndarray:
-            file.flush()
-            slices = np.memmap(file, dtype, "r", shape=(shape[axis], w, h))
-            return np.moveaxis(slices.transpose(0, 2, 1), 0, axis)
-
-        yield put, array
+        yield Kept(file, shape, axis, dtype)
 
 
 def check_folder_of(path: PathLike) -> None:
