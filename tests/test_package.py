@@ -310,3 +310,20 @@ def test_issue_forms_are_whole() -> None:
         form = yaml.safe_load(path.read_text("utf-8"))
         assert form.keys() >= {"name", "description", "body"}
         assert all(field["attributes"]["label"] and field["type"] == "textarea" for field in form["body"])
+
+
+def test_a_shell_that_asks_gets_completions(tmp_path: Path) -> None:
+    """As argcomplete's shell function asks: by environment variables, with the answer in a file."""
+    pytest.importorskip("argcomplete", reason="argcomplete is in the extra completion")
+
+    def complete(line: str) -> set[str]:
+        answer = tmp_path / "answer"
+        asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+        asked |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(answer), "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SHELL": "bash"}
+        command = [sys.executable, "-c", "from deformmamba.cli import main; main()"]
+        subprocess.run(command, env={**os.environ, **asked}, timeout=60, check=True, capture_output=True)
+        return {word.strip() for word in answer.read_text().split("\n")}
+
+    assert complete("deformmamba we") == {"weights"}
+    assert complete("deformmamba weights ") >= {"list", "show", "verify", "fetch", "publish"}
+    assert complete("deformmamba weights publish --d") == {"--dry-run"}

@@ -7,6 +7,8 @@ stderr. Nothing here imports torch until a command needs it.
 """
 
 import argparse
+import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,8 +23,11 @@ COMMANDS = (upscale, inspect, prepare, evaluate, benchmark, train, weights, back
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` as in sys.argv[1:]. Returns the exit code, 0 if all went well."""
+    parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next
+        _complete(parser)
     try:
-        args = _parser().parse_args(argv)
+        args = parser.parse_args(argv)
     except SystemExit as stopped:
         return int(stopped.code or 0)
     with warnings.catch_warnings():
@@ -41,6 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             return refuse(str(error))
     return int(code or 0)
+
+
+def _complete(parser: argparse.ArgumentParser) -> None:
+    with contextlib.suppress(ImportError):
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
