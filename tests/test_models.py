@@ -117,6 +117,21 @@ class TestContract:
         torch.testing.assert_close(model(lr)[1:2], model(lr[1:2]))
 
     @torch.no_grad()
+    def test_it_runs_in_every_precision_that_it_names(self, name: str) -> None:
+        model, lr = build(name), image(1, 1, 9, 10)
+        expected = model(lr).double()
+        for precision in model.precisions:
+            dtype = getattr(torch, precision.split()[0])
+            if precision.endswith("autocast"):
+                with torch.autocast("cpu", dtype):
+                    sr = model(lr)
+            else:
+                sr = build(name).to(dtype)(lr.to(dtype))
+                assert sr.dtype == dtype
+            tolerance = max(4 * torch.finfo(dtype).eps, 2e-6)
+            torch.testing.assert_close(sr.double(), expected, atol=tolerance, rtol=0)
+
+    @torch.no_grad()
     def test_base_is_accepted(self, name: str) -> None:
         model, lr = build(name), image(1, 1, 9, 10)
         torch.testing.assert_close(model(lr, base=zero_fill(lr, model.scale)), model(lr), atol=1e-5, rtol=1e-5)
