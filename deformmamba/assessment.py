@@ -24,6 +24,7 @@ from deformmamba.inference import upscale
 from deformmamba.kspace import crop_spectrum, fft2c, ifft2c
 from deformmamba.metrics import psnr, ssim
 from deformmamba.models import Bicubic, SRModel, ZeroFill
+from deformmamba.statistics import summarise
 from deformmamba.volume import intensity_scale
 
 Row = dict[str, Any]
@@ -69,13 +70,12 @@ def _compared(model: SRModel, lr: torch.Tensor, hr: torch.Tensor) -> Row:
 
 def _summary(rows: Sequence[Row], stacks: Sequence[_Stack], **facts: Any) -> Row:
     """One row of the scores of several stacks: the mean over the volumes of a subject, then over subjects."""
-    of: dict[str, list[Row]] = defaultdict(list)
-    for row, stack in zip(rows, stacks, strict=True):
-        of[stack.scan.subject].append(row)
-    mean = {key: float(np.mean([np.mean([row[key] for row in own]) for own in of.values()])) for key in rows[0]}
+    named = [{**row, "subject": stack.scan.subject} for row, stack in zip(rows, stacks, strict=True)]
+    people = {stack.scan.subject for stack in stacks}
+    mean = {key: summarise(named, key).mean for key in rows[0]}
     gains = {f"{key}_gain": mean[key] - mean[f"zero_fill_{key}"] for key in ("psnr", "ssim")}
     scores = {key: round(value, 4) for key, value in {**mean, **gains}.items()}
-    return {**facts, "subjects": len(of), "slices": sum(len(stack.hr) for stack in stacks), **scores}
+    return {**facts, "subjects": len(people), "slices": sum(len(stack.hr) for stack in stacks), **scores}
 
 
 def by_spacing(

@@ -1,4 +1,4 @@
-"""Publishing a training run: the packaged file is the one described, test scans are scored once, all of it is logged."""
+"""Publishing a training run: the packaged file is the one described, test scans are scored once, and all is logged."""
 
 import csv
 import importlib.util

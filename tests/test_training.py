@@ -100,16 +100,16 @@ class Plain(nn.Module):
 
 def test_it_learns_and_writes_what_it_says(tmp_path, drawn):
     best = run(
-        tmp_path, steps=40, lr=1e-2, ema=0, every=20, validate=lambda model: {"psnr": -1.0}, provenance={"who": "us"}
+        tmp_path, steps=24, lr=1e-2, ema=0, every=12, validate=lambda model: {"psnr": -1.0}, provenance={"who": "us"}
     )
     rows = log(tmp_path)
-    assert [int(row["step"]) for row in rows] == [20, 40]
+    assert [int(row["step"]) for row in rows] == [12, 24]
     assert float(rows[1]["loss"]) < float(rows[0]["loss"])
     assert float(rows[1]["psnr"]) == -1
     assert float(rows[1]["images_per_second"]) > 0
     model = DeformMambaSR.from_pretrained(best)
     assert model.provenance["who"] == "us"
-    assert model.provenance["steps"] == 40
+    assert model.provenance["steps"] == 24
     assert [len(rows) for rows in drawn] == [1, 2]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -304,6 +304,7 @@ def test_a_broken_state_is_one_line(tmp_path):
         ({"batch": 0}, "batch is 0; it must be 1 or more"),
         ({"ema": 1}, "ema is 1; it must be 0 or more, and below 1"),
         ({"lr": float("nan")}, "lr is nan"),
+        ({"seed": -1}, "seed is -1; it must be 0 or more"),
         ({"steps": 2, "epochs": 1}, "steps is 2 and epochs is 1; give one of the two"),
         ({"steps": 0}, "there is nothing to train"),
     ],

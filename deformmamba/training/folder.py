@@ -111,6 +111,14 @@ class RunFolder:
         with replacing(self.path / STATE) as temporary:
             torch.save(dict(state), temporary)
 
+    def keep(self, model: nn.Module, facts: Mapping[str, Any], score: float, best: float) -> float:
+        """Saves `model` as the last one, and as the best if none scored higher; returns the best score so far."""
+        self.save_model(model, LAST, facts)
+        if score < best:
+            return best
+        self.save_model(model, BEST, facts)
+        return score
+
     def save_model(self, model: nn.Module, name: str, facts: Mapping[str, Any]) -> None:
         """`save_pretrained` where the model has it, else its plain state as safetensors with `facts` in the header."""
         if hasattr(model, "save_pretrained"):

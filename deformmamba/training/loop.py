@@ -7,8 +7,9 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from deformmamba.extras import require
 from deformmamba.losses import SRLoss
 from deformmamba.training.batches import Batches
-from deformmamba.training.folder import BEST, LAST, RunFolder, described
+from deformmamba.training.folder import BEST, RunFolder, described
 
 Scores = Mapping[str, float]
 SCHEDULES = ("cosine", "step", "constant")
@@ -98,7 +99,8 @@ def fit(
     accelerate = require("accelerate", extra="train", what="fit")
     from tqdm import tqdm
 
-    _check(schedule=schedule, batch=batch, accumulate=accumulate, every=every, warmup=warmup, lr=lr, ema=ema)
+    numbers = {"accumulate": accumulate, "clip": clip, "ema": ema, "lr": lr, "seed": seed, "warmup": warmup}
+    _check(schedule, batch=batch, every=every, weight_decay=weight_decay, workers=workers, **numbers)
     n = len(dataset)  # type: ignore[arg-type]
     samples = _samples(n, steps, epochs, batch)
     loss = loss or SRLoss()
@@ -153,6 +155,8 @@ def fit(
         raise ValueError(f"fit: not every process sees the same {folder.path}; it must be on a disk that all share")
 
     processes, rank = accelerator.num_processes, accelerator.process_index
+    if processes > 1:  # the weights of depthwise convolutions: for one channel both layouts are the same memory
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     batches = Batches(
         n,
         samples=samples,
@@ -177,7 +181,9 @@ def fit(
         total=samples, initial=step * batch, unit="image", disable=None if progress and main else True, smoothing=0.05
     )
     began, computed = time.perf_counter(), 0
-    with closing(folder), bar, _asked_to_stop() as asked:
+    with closing(folder), bar, _asked_to_stop() as asked, ExitStack() as stack:
+        # accelerate's autocast would stay on the model otherwise
+        stack.callback(accelerator.unwrap_model, network, keep_fp32_wrapper=False)
         while step < batches.n_steps:
             torch.manual_seed((seed * 1_000_003 + step) * processes + rank)
             network.train()
@@ -189,13 +195,15 @@ def fit(
                     accelerator.backward(value * piece.weight)
                 values.append(value.detach().float())
             share = sum(value * piece.weight for value, piece in zip(values, mine, strict=True)) / processes
-            total, stopping = accelerator.reduce(
-                torch.stack([share, share.new_tensor(float(asked.is_set()))]), "sum"
-            ).tolist()
+            shared = torch.stack([share, share.new_tensor(float(asked.is_set()))])
+            total, stopping = accelerator.reduce(shared, "sum").tolist()
             norm = float(accelerator.clip_grad_norm_(network.parameters(), clip or math.inf))
-            if not math.isfinite(total) or not (math.isfinite(norm) or accelerator.scaler):
+            if not math.isfinite(total):
                 wrong = [i for v, piece in zip(values, mine, strict=True) if not v.isfinite() for i in piece.indices]
-                raise FloatingPointError(_not_finite(total, norm, step, wrong or batches.indices(step), dataset))
+                raise FloatingPointError(_not_finite(f"the loss is {total}", step, wrong, dataset))
+            if not math.isfinite(norm) and accelerator.scaler is None:  # a scaler leaves such a step out
+                what = f"the norm of the gradient is {norm}"
+                raise FloatingPointError(_not_finite(what, step, batches.indices(step), dataset))
             rate = lr * _rate(step, warmup, batches.n_steps, schedule, milestones, gamma)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -208,24 +216,12 @@ def fit(
             bar.update(images)
 
             if step % every == 0 or step == batches.n_steps:
-                speed = computed / (time.perf_counter() - began)
+                speed = round(computed / (time.perf_counter() - began), 2)
                 if main:
                     scores = dict(validate(average.model)) if validate else {}
-                    folder.log(
-                        {
-                            "step": step,
-                            "loss": recent / seen,
-                            "lr": rate,
-                            "images_per_second": round(speed, 2),
-                            **scores,
-                        }
-                    )
+                    folder.log({"step": step, "loss": recent / seen, "lr": rate, "images_per_second": speed, **scores})
                     facts = {**(provenance or {}), "steps": step, "batch": batch, "seed": seed, "validation": scores}
-                    folder.save_model(average.model, LAST, facts)
-                    score = scores.get("psnr", math.inf)
-                    if not score < best:
-                        best = score
-                        folder.save_model(average.model, BEST, facts)
+                    best = folder.keep(average.model, facts, scores.get("psnr", math.inf), best)
                     if scores and progress:
                         bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
                 recent, seen = 0.0, 0
@@ -238,7 +234,6 @@ def fit(
                 if main and progress:
                     bar.write(f"stopped after step {step}; started again on {folder.path}, it goes on there")
                 raise KeyboardInterrupt
-    accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # accelerate's autocast stays on the model otherwise
     return folder.path / BEST
 
 
@@ -335,8 +330,9 @@ def _refuse_sharding(accelerator: Any) -> None:
         )
 
 
-def _not_finite(total: float, norm: float, step: int, indices: Sequence[int], dataset: Any) -> str:
-    what = f"the loss is {total}" if not math.isfinite(total) else f"the norm of the gradient is {norm}"
+def _not_finite(what: str, step: int, indices: Sequence[int], dataset: Any) -> str:
+    if not indices:
+        return f"fit: {what} at step {step}, for samples of another process, which names them"
     names = [f"{i} ({dataset.describe(i)})" if hasattr(dataset, "describe") else str(i) for i in indices[:8]]
     more = f" and {len(indices) - 8} more" if len(indices) > 8 else ""
     return f"fit: {what} at step {step}, samples {', '.join(names)}{more}; check these, lower lr, or raise precision"
