@@ -92,7 +92,9 @@ def _filled(power: np.ndarray) -> int:
         raised = np.flatnonzero(level[:foot] > level[foot] + min(6.0, excess / 4))
         border = int(raised[-1]) - 1  # the window spreads everything by one frequency
         near, far = (level[max(border + 1 - d, 0)] - level[min(border + 1 + d, last)] for d in (2, 6))
-        clear = excess / ((_HARD_FALL if near > 2 / 3 * far else _FALL) + 6 * noise)
+        clear = excess / (_FALL + 3 * noise)
+        if near > 2 / 3 * far:
+            clear = max(clear, near / (_HARD_FALL + 6 * noise))
         if clear >= clearest and border + max(3, round(0.04 * last)) <= last:
             clearest, edge = clear, border
     return min(n, 2 * edge + n % 2) if edge else n
