@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from deformmamba.degradations import Degradation, KSpaceCrop, parse
 from deformmamba.kspace import resize, zero_fill
-from deformmamba.prepared import SUFFIX, is_prepared, read_manifest, read_prepared
+from deformmamba.prepared import MANIFEST, SUFFIX, is_prepared, read_manifest, read_prepared
 from deformmamba.volume import VolumeError, intensity_scale, read_volume, slice_axis
 
 SPLITS = ("train", "val", "test", "external")
@@ -74,9 +74,11 @@ def find_scans(root: str | os.PathLike[str], *, val: float = 0.1, test: float = 
 
 
 def _from_manifest(root: Path) -> list[Scan]:
-    scans = [
-        Scan(root / row["file"], row["subject"], row["split"], row["group"]) for row in read_manifest(root)["volumes"]
-    ]
+    try:
+        rows = read_manifest(root)["volumes"]
+        scans = [Scan(root / row["file"], row["subject"], row["split"], row["group"]) for row in rows]
+    except (KeyError, TypeError):
+        raise VolumeError(f"{root / MANIFEST}: damaged: no list of volumes; prepare the folder again") from None
     for scan in scans:
         if not scan.path.is_file():
             raise VolumeError(f"{scan.path}: its manifest names it, and it is missing; prepare the folder again")
@@ -263,7 +265,9 @@ class PatchDataset(Dataset[Sample]):
             groups.setdefault(scan.group, []).extend(
                 _Slice(image, unit, room) for image in hr if image.abs().mean() / unit > 0.02
             )
-            spacings += [min(loaded.spacing), max(loaded.spacing) * min(room, coarsest)]
+            coarse = self._coarse_size(h, w, min(coarsest, room))
+            spacings += loaded.spacing
+            spacings += (size * n / m for size, n, m in zip(loaded.spacing, (h, w), coarse, strict=True))
         if progress and cropped:
             from tqdm import tqdm
 
@@ -317,11 +321,14 @@ class PatchDataset(Dataset[Sample]):
         if self.gain > 1:
             hr = hr * float(self.gain ** rng.uniform(-1, 1))
         if factor > 1:
-            smallest = self.patch * self.scale
-            h, w = (max(int(n / factor) // self.scale * self.scale, smallest) for n in hr.shape)
-            low = resize(hr, (h, w))
+            low = resize(hr, self._coarse_size(hr.shape[0], hr.shape[1], factor))
             hr = low if hr.is_complex() else low.abs()
         return hr
+
+    def _coarse_size(self, h: int, w: int, factor: float) -> tuple[int, int]:
+        """h x w pixels, `factor` times fewer, to a multiple of the scale; never smaller than a patch."""
+        h, w = (max(int(n / factor) // self.scale * self.scale, self.patch * self.scale) for n in (h, w))
+        return h, w
 
 
 class _Slice(NamedTuple):

@@ -57,9 +57,15 @@ def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     (n_rows, n_columns), (h, w) = image.shape[-2:], size
     if not (0 < h <= n_rows and 0 < w <= n_columns):
         raise ValueError(f"resize: wanted at most the image's own {n_rows}x{n_columns} frequencies, not {h}x{w}")
-    rows = torch.cat([torch.arange(h - h // 2), torch.arange(n_rows - h // 2, n_rows)]).to(image.device)
+
+    def central(n: int, m: int) -> torch.Tensor:
+        """Where the central m of n frequencies stand in a spectrum that was not shifted: 0, 1, ... -2, -1."""
+        k = torch.arange(m, device=image.device)
+        return torch.where(k < m - m // 2, k, k + n - m)
+
+    rows = central(n_rows, h)
     if image.is_complex():
-        columns = torch.cat([torch.arange(w - w // 2), torch.arange(n_columns - w // 2, n_columns)]).to(image.device)
+        columns = central(n_columns, w)
         kept = torch.fft.fft2(image, norm="forward").index_select(-2, rows).index_select(-1, columns)
     else:
         half = torch.fft.rfft2(image, norm="forward")[..., : w // 2 + 1]

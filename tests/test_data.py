@@ -95,7 +95,7 @@ def test_samples_depend_on_seed_and_index_alone(dataset):
     assert not torch.equal(dataset[0].hr, dataset[1].hr)
     with pytest.raises(IndexError):
         dataset[40]
-    assert dataset.spacings == (2, 3)
+    assert dataset.spacings == pytest.approx((2, 2 * 40 / 26))  # 40 / 1.5, to a multiple of the scale
 
 
 def test_lr_hr_and_base_lie_on_one_origin_aligned_grid(dataset):
@@ -166,6 +166,8 @@ def test_a_coarse_sample_is_of_a_slice_that_is_large_enough(tmp_path, phantom, m
         assert sample.lr.shape == (1, 8, 8)
     assert 100 < len(sizes) < 200  # half of the samples
     factors = []
+    reached = max(2 * max(b / a for b, a in zip(*one, strict=True)) * (2 if max(one[0]) == 20 else 1) for one in sizes)
+    assert 0.9 * dataset.spacings[1] < reached <= dataset.spacings[1]
     for before, after in sizes:
         assert min(after) >= 16
         factors.append(max(before) / max(after))
@@ -182,13 +184,13 @@ def test_spacings_are_those_that_samples_can_have(tmp_path, phantom):
     scans = mixed_sizes(tmp_path, phantom)
     options = {"scale": 2, "patch": 8, "length": 1}
     assert PatchDataset(scans, **options).spacings == (2, 4)
-    # 40 pixels of 1 mm become 16 of 2.5 mm, 18 of 2 mm become 16 of 2.25 mm: no further, whatever is asked
-    assert PatchDataset(scans, **options, coarsest=9.0).spacings == pytest.approx((2, 2 * 2.5))
-    assert PatchDataset(scans[1:], **options, coarsest=9.0).spacings == pytest.approx((4, 2 * 2.25))
-    assert PatchDataset(scans, **options, coarsest=1.1).spacings == pytest.approx((2, 4 * 1.1))
+    # 48x40 pixels of 1 mm become 18x16, 20x18 of 2 mm become 16x16: no further, whatever is asked
+    assert PatchDataset(scans, **options, coarsest=9.0).spacings == pytest.approx((2, 2 * 48 / 18))
+    assert PatchDataset(scans[1:], **options, coarsest=9.0).spacings == pytest.approx((4, 2 * 2 * 20 / 16))
+    assert PatchDataset(scans[:1], **options, coarsest=1.1).spacings == pytest.approx((2, 2 * 48 / 42))
     # a smaller patch reaches further
     smaller = PatchDataset(scans, scale=2, patch=4, length=1, coarsest=9.0)
-    assert smaller.spacings == pytest.approx((2, 2 * 5))
+    assert smaller.spacings == pytest.approx((2, 2 * 48 / 8))
 
 
 @pytest.mark.parametrize("degradation", ["area", "k-space:output=real", GaussianBlur(sigma=1) >> Subsample(scale=2)])
@@ -249,6 +251,12 @@ def test_links_are_followed_and_circles_are_not(tmp_path, phantom):
     (tmp_path / "elsewhere" / "sub-9" / "up").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "broken.nii.gz").symlink_to(tmp_path / "gone")
     assert [scan.subject for scan in find_scans(tmp_path / "data")] == ["sub-9"]
+
+
+def test_a_damaged_manifest_is_one_line(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"format": "deformmamba-slices-1", "complete": true}')
+    with pytest.raises(VolumeError, match="damaged: no list of volumes"):
+        find_scans(tmp_path)
 
 
 def test_a_folder_of_dicom_files_is_one_scan(folder):
