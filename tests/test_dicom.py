@@ -3,6 +3,7 @@
 import gzip
 import shutil
 import subprocess
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,22 @@ def test_an_independent_reader_finds_anatomy_where_it_was(tmp_path: Path, grid: 
         )
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("seed", range(2))
+def test_an_independent_reader_finds_it_in_an_enhanced_image(tmp_path: Path, grid: str, seed: int) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    volume, _ = source(tmp_path, "enhanced", seed)
+    out = finer(volume, 4, grid)
+    write_volume(tmp_path / "out.dcm", out)
+    image = sitk.ReadImage(str(tmp_path / "out.dcm"))
+    np.testing.assert_allclose(sitk.GetArrayFromImage(image).T, out.array, atol=out.array.max() / 65535)
+    offset = 0.0 if grid == "origin" else 1.5
+    for index in ((0.0, 0.0, 0.0), (6.0, 0.0, 0.0), (3.0, 5.0, 2.0), (6.0, 5.0, 4.0)):
+        fine = (4 * index[0] + offset, 4 * index[1] + offset, index[2])
+        x, y, z = image.TransformContinuousIndexToPhysicalPoint(fine)
+        np.testing.assert_allclose((-x, -y, z), point(oblique(seed), *index), atol=1e-4)
+
+
 def test_what_a_new_series_says_of_itself(tmp_path: Path) -> None:
     volume, files = source(tmp_path, "classic")
     before = {pydicom.dcmread(path).SOPInstanceUID: pydicom.dcmread(path) for path in files}
@@ -437,6 +454,29 @@ def test_slice_by_slice_is_the_same_series(tmp_path: Path, kind: str, axis: int)
     np.testing.assert_array_equal(sliced.array, whole.array)
     np.testing.assert_array_equal(sliced.affine, whole.affine)
     assert {p.name for p in tmp_path.iterdir()} <= {"source", "source.dcm", "whole", "sliced"}
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"),
+    [("out.nii", 0), ("out.nii", 1), ("out.nii", 2), ("out.nii.gz", 2), ("out.mgz", 1), ("out", 0), ("out.dcm", 2)],
+)
+def test_memory_is_that_of_a_slice(tmp_path: Path, name: str, axis: int) -> None:
+    volume, _ = source(tmp_path, "enhanced" if name == "out.dcm" else "classic")
+    shape = (256, 256, 24)
+
+    def write_all(shape: tuple[int, int, int]) -> None:
+        ramp = np.zeros([n for a, n in enumerate(shape) if a != axis], np.float32)
+        with writing(tmp_path / name, volume, shape, axis=axis) as write:
+            for k in range(shape[axis]):
+                write(ramp + k)
+
+    write_all((4, 4, 4))  # what is loaded on first use
+    tracemalloc.start()
+    write_all(shape)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # a slice across the last axis has 0.26 MB, or twice that on its way; DICOM's data sets are kept for all slices
+    assert peak < (3e6 if name == "out.dcm" else 1.6e6) < np.prod(shape) * 4
 
 
 @pytest.mark.parametrize("kind", ["classic", "enhanced"])

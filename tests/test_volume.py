@@ -220,6 +220,9 @@ def test_what_a_header_said_is_said_again(tmp_path: Path, suffix: str) -> None:
     image.set_sform(oblique(2), 4)  # as after a registration: another place
     image.header["descrip"] = b"a scanner's words"
     image.header["cal_max"] = 900
+    image.header.set_intent("estimate", name="a map")
+    image.header.set_dim_info(0, 1, 2)
+    image.header["slice_end"], image.header["slice_code"] = 4, 1
     image.header.set_xyzt_units("mm", "sec")
     image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"kept"))
     path = tmp_path / f"scan{suffix}"
@@ -236,9 +239,22 @@ def test_what_a_header_said_is_said_again(tmp_path: Path, suffix: str) -> None:
     assert again.header.get_xyzt_units() == ("mm", "sec")
     assert bytes(again.header["descrip"]).startswith(b"a scanner's words")
     assert again.header["cal_max"] == 900
+    assert again.header.get_intent()[::2] == ("estimate", "a map")
+    assert (again.header["slice_end"], again.header["slice_code"]) == (4, 1)
     assert again.header.extensions[0].get_content() == b"kept"
     np.testing.assert_allclose(again.header.get_zooms(), (0.45, 0.35, 4.0), rtol=1e-5)
     np.testing.assert_array_equal(again.get_fdata(), fine.array)
+
+
+def test_the_order_of_slices_is_not_that_of_others(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(voxels(), oblique(0))
+    image.header.set_dim_info(0, 1, 2)
+    image.header["slice_end"], image.header["slice_code"] = 4, 1
+    nibabel.save(image, tmp_path / "in.nii")
+    volume = read_volume(tmp_path / "in.nii")
+    write_volume(tmp_path / "out.nii", volume.resampled(volume.array.repeat(2, 2), 2, (2,), "origin"))
+    again = nibabel.load(tmp_path / "out.nii").header
+    assert (again["slice_end"], again["slice_code"]) == (0, 0)
 
 
 def test_a_file_that_knows_no_geometry_does_not_learn_one(tmp_path: Path) -> None:

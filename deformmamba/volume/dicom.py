@@ -118,10 +118,10 @@ def _one_series(source: Path, datasets: dict[Path, Any], series: int | str | Non
         for k, uid in enumerate(uids[:10])
         for first in [next(iter(by_uid[uid].values()))]
     ]
-    wrong = "" if series is None else f" but no series {series!r}" if isinstance(series, int) else " but not this one"
+    wrong = "" if series is None else f" but no series {series}" if isinstance(series, int) else " but not this one"
     raise VolumeError(
-        f"{source}: holds {len(uids)} DICOM series{wrong}; choose with series=K (by series number: {', '.join(listed)}"
-        f"{', ...' if len(uids) > 10 else ''}) or by its SeriesInstanceUID"
+        f"{source}: holds {len(uids)} DICOM series{wrong}; choose one with series=K (--series K), counted in the order "
+        f"of their numbers ({', '.join(listed)}{', ...' if len(uids) > 10 else ''}), or by its SeriesInstanceUID"
     )
 
 

@@ -107,6 +107,14 @@ def _nifti_header(voxels: np.ndarray, volume: Volume) -> Any:
     if not known:
         header.set_xyzt_units("mm")
     header.set_data_dtype(voxels.dtype)
+    slices = header.get_dim_info()[2]
+    if (
+        known
+        and slices is not None
+        and header.get_data_shape()[slices : slices + 1] != voxels.shape[slices : slices + 1]
+    ):
+        for field in ("slice_start", "slice_end", "slice_code", "slice_duration"):
+            header[field] = 0  # the order in which the scanner took other slices
     is_nifti2 = isinstance(header, nibabel.Nifti2Header)
     if not is_nifti2 and max(voxels.shape) > np.iinfo(np.int16).max:
         raise VolumeError(f"NIfTI-1 holds at most {np.iinfo(np.int16).max} voxels along an axis, not {voxels.shape}")
