@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deformmamba.extras import MissingExtra
-from deformmamba.kspace import degrade
+from deformmamba.kspace import degrade, zero_fill
 from deformmamba.metrics import psnr
 from deformmamba.models import FMISR, HAT, MODELS, SRCNN, VDSR, Bicubic, SRModel, SwinIR, T2Net
 from deformmamba.models.t2net import task_attention
@@ -228,6 +228,27 @@ def test_it_learns_one_slice_far_better_than_bicubic(name: str) -> None:
     assert reached > bicubic + 4
 
 
+@pytest.mark.parametrize("name", ["FMISR", "T2Net", "SwinIR", "HAT"])
+@pytest.mark.parametrize("scale", [2, 4])
+def test_with_a_skip_training_starts_from_zero_filling(name: str, scale: int) -> None:
+    model, lr = build(name, scale=scale, skip="zero-fill", **SMALL[name]).eval(), torch.rand(2, 1, 8, 10)
+    torch.testing.assert_close(model(lr), zero_fill(lr, scale))
+    base = torch.rand(2, 1, scale * 8, scale * 10)
+    assert torch.equal(model(lr, base), base), "a patch adds to its cut of the whole slice"
+    with pytest.raises(ValueError, match=rf"{name}: base is \(2, 1, 8, 10\); wanted \(2, 1, {scale * 8}"):
+        model(lr, lr)
+    model(lr).square().mean().backward()
+    last = [p for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    assert last, "and its last convolution learns"
+    assert build(name, scale=2, **SMALL[name]).config["skip"] is None, "as published unless asked"
+
+
+def test_swinir_of_the_lightweight_kind_starts_from_zero_filling_too() -> None:
+    small = {**SMALL["SwinIR"], "upsampler": "pixelshuffledirect"}
+    lr = torch.rand(1, 1, 8, 8)
+    torch.testing.assert_close(build("SwinIR", scale=2, skip="zero-fill", **small)(lr), zero_fill(lr, 2))
+
+
 # ------------------------------------------------------------------------------------------------------ refusals
 
 
@@ -245,6 +266,9 @@ def test_it_learns_one_slice_far_better_than_bicubic(name: str) -> None:
         (lambda: T2Net(blocks=0), "1 to 128 blocks"),
         (lambda: SRCNN(grid="corner"), "grid must be one of"),  # type: ignore[arg-type]
         (lambda: T2Net(grid="corner"), "grid must be one of"),  # type: ignore[arg-type]
+        (lambda: FMISR(skip="bicubic"), "skip must be one of"),
+        (lambda: T2Net(skip="zero-fill", grid="half-pixel"), "not 'zero-fill' on half-pixel"),
+        (lambda: SwinIR(skip="bicubic"), "SwinIR: skip must be one of"),
         (lambda: SwinIR(scale=5), "power of two or 3"),
         (lambda: SwinIR(width=60, heads=(7,) * 6), "multiple of every entry"),
         (lambda: SwinIR(depths=(6,)), "one positive"),

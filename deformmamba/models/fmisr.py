@@ -9,6 +9,7 @@ from torch import nn
 from deformmamba.kspace import Grid
 from deformmamba.models.base import SRModel
 from deformmamba.models.interpolation import checked_grid
+from deformmamba.models.skip import add_base, checked_skip, start_at_zero
 
 
 class FMISR(SRModel):
@@ -21,6 +22,7 @@ class FMISR(SRModel):
         scale: upsampling factor.
         widths: output channels of each hidden layer.
         grid: that of the pairs it is trained on; the convolutions before the pixel shuffle learn it.
+        skip: None, as published; "zero-fill" adds the zero-filled input, see `deformmamba.models.skip`.
         intensity: see `SRModel`.
 
     Source: Zhang, Liang, Pan & Zheng, IEEE Access 7 (2019). Neither its text nor any code of it was to be had; known is
@@ -39,22 +41,27 @@ class FMISR(SRModel):
         scale: int = 4,
         widths: Sequence[int] = (64, 64, 32),
         grid: Grid = "origin",
+        skip: str | None = None,
         intensity: str = "p99.9",
     ) -> None:
-        super().__init__(scale=scale, widths=list(widths), grid=grid, intensity=intensity)
+        super().__init__(scale=scale, widths=list(widths), grid=grid, skip=skip, intensity=intensity)
         if not 1 <= len(widths) <= 64 or min(widths) < 1:
             raise ValueError(f"FMISR: widths={list(widths)}; one positive number of channels a hidden layer is needed")
         self.grid = checked_grid("FMISR", grid)
+        self.skip = checked_skip("FMISR", skip, grid)
         self.hidden = nn.ModuleList(
             nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.Conv2d(b, b, 3, padding=1), nn.ReLU())
             for a, b in zip([1, *widths], widths, strict=False)
         )
         self.subpixel = nn.Conv2d(widths[-1], scale**2, 3, padding=1)
+        if skip:
+            start_at_zero(self.subpixel)
 
     def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
-        """The SR image of `lr` (b, 1, h, w), values about [0, 1]; `base` is not used."""
+        """The SR image of `lr` (b, 1, h, w), values about [0, 1]; `base`: see `DeformMambaSR`."""
         self.check_lr(lr)
         x = lr
         for layer in self.hidden:
             x = layer(x)
-        return F.pixel_shuffle(self.subpixel(x), self.scale)
+        sr = F.pixel_shuffle(self.subpixel(x), self.scale)
+        return add_base("FMISR", sr, lr, base, self.scale) if self.skip else sr

@@ -7,6 +7,7 @@ from torch import nn
 from deformmamba.kspace import Grid
 from deformmamba.models.base import SRModel
 from deformmamba.models.interpolation import checked_grid
+from deformmamba.models.skip import add_base, checked_skip, start_at_zero
 
 # entries of a relevance map held at once: slices of any size in 64 MB of it
 RELEVANCE_ENTRIES = 1 << 24
@@ -26,6 +27,7 @@ class T2Net(SRModel):
         blocks: residual blocks of each branch.
         residual: factor of each block's residual.
         grid: that of the pairs it is trained on; the convolutions before the pixel shuffle learn it.
+        skip: None, as published; "zero-fill" adds the zero-filled input, see `deformmamba.models.skip`.
         intensity: see `SRModel`.
 
     1.55 million parameters at 4x. The paper prints no count.
@@ -49,6 +51,7 @@ class T2Net(SRModel):
         blocks: int = 8,
         residual: float = 0.1,
         grid: Grid = "origin",
+        skip: str | None = None,
         intensity: str = "p99.9",
     ) -> None:
         super().__init__(
@@ -58,6 +61,7 @@ class T2Net(SRModel):
             blocks=blocks,
             residual=residual,
             grid=grid,
+            skip=skip,
             intensity=intensity,
         )
         if scale & (scale - 1) and scale != 3:
@@ -67,6 +71,7 @@ class T2Net(SRModel):
                 f"T2Net: width={width}, blocks={blocks}; at least 1 channel and 1 to 128 blocks are needed"
             )
         self.grid = checked_grid("T2Net", grid)
+        self.skip = checked_skip("T2Net", skip, grid)
         self.channels = in_channels
         self.sharp_head, self.clean_head = (nn.Conv2d(in_channels, width, 5, padding=2) for _ in range(2))
         self.sharp, self.clean = (nn.ModuleList(_Residual(width, residual) for _ in range(blocks)) for _ in range(2))
@@ -76,9 +81,11 @@ class T2Net(SRModel):
             *(nn.Sequential(nn.Conv2d(width, n * n * width, 3, padding=1), nn.PixelShuffle(n)) for n in steps),
             nn.Conv2d(width, in_channels, 3, padding=1),
         )
+        if skip:
+            start_at_zero(self.upsample[-1])
 
     def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
-        """The SR image of `lr` (b, in_channels, h, w), values about [0, 1]; `base` is not used."""
+        """The SR image of `lr` (b, in_channels, h, w), values about [0, 1]; `base`: see `DeformMambaSR`."""
         self.check_lr(lr)
         sharp = first = self.sharp_head(lr)
         clean = self.clean_head(lr)
@@ -86,7 +93,8 @@ class T2Net(SRModel):
             sharp, clean = sharpen(sharp), denoise(clean)
             relevance, found = task_attention(sharp, clean)
             sharp = sharp + relevance * fuse(torch.cat([sharp, found], dim=1))
-        return self.upsample(sharp + first)
+        sr = self.upsample(sharp + first)
+        return add_base("T2Net", sr, lr, base, self.scale) if self.skip else sr
 
 
 def task_attention(query: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ from deformmamba.extras import MissingExtra, require
 from deformmamba.kspace import Grid
 from deformmamba.models.base import SRModel, crop, pad_to_multiple
 from deformmamba.models.interpolation import checked_grid
+from deformmamba.models.skip import add_base, checked_skip, start_at_zero
 
 
 class _Windowed(SRModel):
@@ -25,9 +26,10 @@ class _Windowed(SRModel):
     tiles = "multiples of the window, overlapping by at least one window; their edges see less than the inside"
     network: nn.Module
 
-    def __init__(self, *, scale: int, in_channels: int, window: int, grid: Grid, intensity: str, **config: Any) -> None:
-        super().__init__(scale=scale, in_channels=in_channels, window=window, grid=grid, intensity=intensity, **config)
+    def __init__(self, *, in_channels: int, window: int, grid: Grid, skip: str | None, **config: Any) -> None:
+        super().__init__(in_channels=in_channels, window=window, grid=grid, skip=skip, **config)
         self.grid = checked_grid(type(self).__name__, grid)
+        self.skip = checked_skip(type(self).__name__, skip, grid)
         self.channels = in_channels
         self.multiple = window
 
@@ -39,14 +41,17 @@ class _Windowed(SRModel):
             made = network(
                 img_size=2 * window, window_size=window, in_chans=self.channels, upscale=self.scale, **arguments
             )
+        if self.skip:
+            start_at_zero(getattr(made, "conv_last", None) or made.get_submodule("upsample"))
         made.mean = torch.zeros(1, 1, 1, 1, device="cpu")  # no buffer there, so never loaded; and RGB's, for 3 channels
         return made
 
     def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
-        """The SR image of `lr` (b, in_channels, h, w), values about [0, 1]; `base` is not used."""
+        """The SR image of `lr` (b, in_channels, h, w), values about [0, 1]; `base`: see `DeformMambaSR`."""
         self.check_lr(lr)
         padded, (h, w) = pad_to_multiple(lr, self.multiple)
-        return crop(self.network(padded), self.scale * h, self.scale * w).contiguous()
+        sr = crop(self.network(padded), self.scale * h, self.scale * w).contiguous()
+        return add_base(type(self).__name__, sr, lr, base, self.scale) if self.skip else sr
 
 
 class SwinIR(_Windowed):
@@ -66,6 +71,7 @@ class SwinIR(_Windowed):
         upsampler: "pixelshuffle" (classical) or "pixelshuffledirect" (lightweight).
         drop_path: largest rate of dropped residual branches.
         grid: that of the pairs it is trained on.
+        skip: None, as published; "zero-fill" adds the zero-filled input, see `deformmamba.models.skip`.
         intensity: see `SRModel`.
 
     Source: Liang et al., ICCV workshops 2021, in spandrel's implementation. Departures: edges are padded by replication
@@ -85,6 +91,7 @@ class SwinIR(_Windowed):
         upsampler: str = "pixelshuffle",
         drop_path: float = 0.1,
         grid: Grid = "origin",
+        skip: str | None = None,
         intensity: str = "p99.9",
     ) -> None:
         super().__init__(
@@ -98,6 +105,7 @@ class SwinIR(_Windowed):
             upsampler=upsampler,
             drop_path=drop_path,
             grid=grid,
+            skip=skip,
             intensity=intensity,
         )
         if upsampler not in ("pixelshuffle", "pixelshuffledirect"):
@@ -120,7 +128,7 @@ class HAT(_Windowed):
     The defaults are the paper's HAT (20.8 million parameters at 4x for three channels).
 
     Args:
-        scale, in_channels, width, depths, heads, mlp_ratio, drop_path, grid, intensity: as in `SwinIR`.
+        scale, in_channels, width, depths, heads, mlp_ratio, drop_path, grid, skip, intensity: as in `SwinIR`.
         window: an even side in pixels.
         compress: by how much the convolution beside the attention narrows its channels.
         squeeze: by how much its channel attention narrows them.
@@ -146,6 +154,7 @@ class HAT(_Windowed):
         overlap: float = 0.5,
         drop_path: float = 0.1,
         grid: Grid = "origin",
+        skip: str | None = None,
         intensity: str = "p99.9",
     ) -> None:
         super().__init__(
@@ -162,6 +171,7 @@ class HAT(_Windowed):
             overlap=overlap,
             drop_path=drop_path,
             grid=grid,
+            skip=skip,
             intensity=intensity,
         )
         _check(self, width, depths, heads, window)

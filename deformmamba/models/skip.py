@@ -1,0 +1,32 @@
+"""The global skip that a network on the LR grid may be given: it then learns only what zero-filling lacks.
+
+None of the papers has it; where a table compares networks after a short training, all must have it or none.
+"""
+
+import torch
+from torch import nn
+
+from deformmamba.kspace import Grid, zero_fill
+from deformmamba.models.deform_mamba import SKIPS
+
+
+def checked_skip(name: str, skip: str | None, grid: Grid) -> str | None:
+    """`skip`, or a ValueError that names the model `name`: zero-filling lies on the origin grid alone."""
+    if skip not in SKIPS or (skip and grid != "origin"):
+        raise ValueError(f'{name}: skip must be one of {SKIPS}, and None unless grid="origin", not {skip!r} on {grid}')
+    return skip
+
+
+def start_at_zero(last: nn.Module) -> None:
+    """Makes the last convolution of a network with a skip give zeros, so that training starts from zero-filling."""
+    for parameter in last.parameters():
+        nn.init.zeros_(parameter)
+
+
+def add_base(name: str, sr: torch.Tensor, lr: torch.Tensor, base: torch.Tensor | None, scale: int) -> torch.Tensor:
+    """`sr` and `base`, the cut of the zero-filled whole slice at the place of `lr`; None takes `lr` for the whole."""
+    if base is None:
+        base = zero_fill(lr.to(torch.promote_types(lr.dtype, torch.float32)), scale)
+    elif base.shape != sr.shape:
+        raise ValueError(f"{name}: base is {tuple(base.shape)}; wanted {tuple(sr.shape)}")
+    return (base + sr).to(lr.dtype)
