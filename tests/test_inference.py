@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from deformmamba.inference import coarsen, to_effective, upscale, upscale_file, 
 from deformmamba.kspace import degrade, lowpass
 from deformmamba.models import Bicubic, ZeroFill
 from deformmamba.models.base import SRModel
+from deformmamba.scan import _chosen, scan_backend
 from deformmamba.volume import Volume, VolumeError, intensity_scale, read_volume, write_volume
 
 
@@ -178,6 +181,51 @@ def test_nothing_needs_gradients_or_changes_the_input(wobble: Wobble) -> None:
     sharp = upscale(wobble, tensor)
     assert not sharp.requires_grad
     sharp.add_(1)  # an ordinary tensor, not one of inference mode
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2  # as it was, whatever happened
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_slices_run_side_by_side_and_come_out_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    volume, model = scan((12, 10, 9)), Wobble().eval()
+    seen: set[tuple[str, int, str]] = set()
+    forward = Wobble.forward
+
+    def watched(self: Wobble, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
+        seen.add((threading.current_thread().name[:18], torch.get_num_threads(), _chosen.get()))
+        return forward(self, lr, base)
+
+    monkeypatch.setattr(Wobble, "forward", watched)
+    with scan_backend("reference"):
+        both = upscale(model, volume, batch_size=2).array
+    assert seen == {("deformmamba-slices", 1, "reference")}
+    seen.clear()
+    upscale(model, volume, batch_size=9)  # one batch keeps all threads
+    with torch.autocast("cpu", torch.bfloat16):
+        upscale(model, volume, batch_size=3)
+    assert {(who, n) for who, n, _ in seen} == {(threading.current_thread().name, 2)}
+    torch.set_num_threads(1)
+    np.testing.assert_array_equal(upscale(model, volume, batch_size=2).array, both)
+    torch.set_num_threads(2)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_failure_side_by_side_comes_out_and_ends_all(wobble: Wobble, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def fail(self: Wobble, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
+        calls.append(1)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Wobble, "forward", fail)
+    with pytest.raises(ZeroDivisionError):
+        upscale(wobble, scan((12, 10, 40)), batch_size=1)
+    assert len(calls) < 10
 
 
 def test_the_bar_stays_away_from_files(wobble: Wobble, capfd: pytest.CaptureFixture[str]) -> None:
