@@ -30,14 +30,14 @@ class T2Net(SRModel):
         skip: None, as published; "zero-fill" adds the zero-filled input, see `deformmamba.models.skip`.
         intensity: see `SRModel`.
 
-    1.55 million parameters at 4x. The paper prints no count.
+    1.55 million parameters at 4x; no count of the authors is known to us.
 
-    Source: Feng, Yan, Fu, Chen & Xu, MICCAI 2021; where its text leaves a detail open (5x5 heads, the scaling of the
-    residuals by 0.1, 8 blocks, the division of overlapping patches by 9), the authors' released code. Left out: the
-    reconstruction branch's own 1x1 output and its loss (0.2 of the total). T2Net's input is undersampled as well as
-    coarse, and that output removes the aliasing; the experiments of table 2 degrade by cropping k-space alone, so its
-    target would be its input. The branch itself learns from the super-resolution loss, through the transformers. Left
-    out too: a last convolution of each branch that the released code creates and never uses.
+    Source: Feng, Yan, Fu, Chen & Xu, MICCAI 2021, in its details (5x5 heads, residuals scaled by 0.1, 8 blocks,
+    overlapping patches divided by 9) the authors' released code, chunmeifeng/T2Net. Left out: the reconstruction
+    branch's own 1x1 output and its loss (0.2 of the total). T2Net's input is undersampled as well as coarse, and that
+    output removes the aliasing; the experiments of table 2 degrade by cropping k-space alone, so its target would be
+    its input. The branch itself learns from the super-resolution loss, through the transformers. Left out too: a last
+    convolution of each branch that the released code creates and never uses.
     """
 
     tiles = "patches of the size trained on: every pixel searches the whole image, in time that grows as its square"
