@@ -1,0 +1,99 @@
+"""Model cards: what the manifest says of a checkpoint, as people and the Hub read it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# lists of rows in an entry: title and explanation of the table that each becomes
+_TABLES = {
+    "trained_on": ("Training data", "What the weights were fitted to, with its licences."),
+    "scores": (
+        "Scores",
+        "PSNR in dB and SSIM by the protocol that each row names, averaged over subjects, on scans that were not "
+        "trained on. `sd over slices` and `sd over subjects` are standard deviations, over what they say.",
+    ),
+    "by_spacing": ("Scores by pixel size", "The same scans with their k-space cropped to other pixel sizes first."),
+    "out_of_domain": ("Out of domain", "Scores where the input is not what the weights were trained on."),
+    "lesions": (
+        "Lesions",
+        "Synthetic lesions, put into test slices before they were degraded: how much of their contrast comes back, and "
+        "how much structure appears where there is none.",
+    ),
+}
+_USE = (
+    "Research on the super-resolution of MR images that are coarse in the way that the facts below name. Not a medical "
+    "device: not for diagnosis, and not for anything that a patient's care depends on."
+)
+# what has a place of its own in a card; anything else is a line under "Facts"
+_PLACED = ("name", "summary", "license", "repo", "revision", "intended_use", "limits", *_TABLES)
+
+
+def card(entry: Mapping[str, Any]) -> str:
+    """The model card of a manifest entry: Markdown with the front matter that the Hub reads.
+
+    Lists of rows (`trained_on`, `scores`, `by_spacing`, `out_of_domain`, `lesions`) become tables whose columns are the
+    rows' keys; whatever else the entry holds is a line under "Facts", so nothing that the manifest says is lost.
+    """
+    front = {
+        "license": entry.get("license", "other"),
+        "library_name": "deformmamba",
+        "pipeline_tag": "image-to-image",
+        "tags": ["mri", "super-resolution", "safetensors"],
+    }
+    name, repo = entry["name"], entry.get("repo")
+    load = repo if repo and not entry.get("revision") else name
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        *([str(entry["summary"]), ""] if entry.get("summary") else []),
+        "```python",
+        "import deformmamba",
+        "",
+        f'model = deformmamba.from_pretrained("{load}")',
+        "```",
+        "",
+        "## Intended use and limits",
+        "",
+        str(entry.get("intended_use") or _USE),
+        *(["", f"Limits: {entry['limits']}"] if entry.get("limits") else []),
+        "",
+        "## Facts",
+        "",
+    ]
+    for key, value in entry.items():
+        if key not in _PLACED and value is not None:
+            said = f"{value / 1e6:.2f} MB ({value} bytes)" if key == "size" else _prose(value)
+            lines.append(f"- **{key.replace('_', ' ')}**: {said}")
+    if "file" in entry and not repo:
+        lines.append("- **source**: the file rides in the package; there is no repository on the Hub")
+    for key, (title, text) in _TABLES.items():
+        rows = entry.get(key)
+        if rows:
+            lines += ["", f"## {title}", "", text, "", *_table(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: Sequence[Any]) -> list[str]:
+    """Lines of a Markdown table; the columns are the keys of all rows, in the order of their first use."""
+    rows = [row if isinstance(row, Mapping) else {"": row} for row in rows]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [
+        [column.replace("_", " ") for column in columns],
+        ["---"] * len(columns),
+        *([_prose(row.get(column, "")) for column in columns] for row in rows),
+    ]
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in cells]
+
+
+def _prose(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key.replace('_', ' ')} {_prose(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return "; ".join(map(_prose, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return " ".join(str(value).split()) if value is not None else ""
