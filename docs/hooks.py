@@ -1,0 +1,25 @@
+"""What the site takes from elsewhere when it is built, so that each fact keeps one place."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from deformmamba.weights import card, list_weights
+
+ROOT = Path(__file__).parents[1]
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Puts model cards and the benchmarks' own page where a page asks for them."""
+    if "<!-- model cards -->" in markdown:
+        markdown = markdown.replace("<!-- model cards -->", "\n\n".join(map(_card, list_weights())))
+    if "<!-- benchmarks -->" in markdown:
+        text = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
+        markdown = markdown.replace("<!-- benchmarks -->", text.split("\n", 1)[1])  # the page has a title of its own
+    # links out of docs/ lead to files that are no part of the site
+    return re.sub(r"\[([^]]+)\]\((?:\.\./|(?:examples|benchmarks|deformmamba|tests)/)[^)]*\)", r"\1", markdown)
+
+
+def _card(entry: Any) -> str:
+    body = card(entry).split("---\n", 2)[2]
+    return re.sub(r"^#", "##", body, flags=re.MULTILINE).replace("\n### #", "\n### ")

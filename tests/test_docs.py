@@ -1,0 +1,85 @@
+"""Every Python block and command of docs/ runs, the site builds strictly, and it lists all that is public."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+import deformmamba
+from deformmamba.cli import _parser, main
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(page, text) of every block; those of blocks.md are run by the tests of the blocks."""
+    return [
+        (page.name, text)
+        for page in PAGES
+        if page.name != "blocks.md"
+        for text in re.findall(rf"^```{language}\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phantom: np.ndarray) -> Path:
+    """A folder to stand in, with a scan.nii.gz and a folder of scans."""
+    (tmp_path / "scans").mkdir()
+    for path in (tmp_path / "scan.nii.gz", tmp_path / "scans" / "one.nii.gz"):
+        nibabel.save(nibabel.Nifti1Image(phantom[:24, :20, :2], np.diag([3.6, 3.6, 5, 1])), path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("page", "code"), blocks("python"), ids=lambda text: text.split("\n")[0][:40])
+def test_python_blocks_run(page: str, code: str, folder: Path) -> None:
+    exec(compile(code, page, "exec"), {"__name__": "docs"})
+
+
+COMMANDS = [
+    (page, line) for page, text in blocks("sh") for line in text.splitlines() if line.startswith("deformmamba ")
+]
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=lambda text: text)
+def test_commands_run(page: str, line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(line)[1:]
+    if words[0] in ("train", "demo"):  # hours, or minutes; that they are spelled right is seen without running them
+        monkeypatch.setattr("sys.stderr", sys.stdout)
+        assert _parser().parse_args(words)
+        return
+    assert main(words) == 0
+    for word in words:
+        if word in ("sharper.nii.gz", "look.html"):
+            assert (folder / word).is_file()
+
+
+def test_the_reference_lists_what_is_public() -> None:
+    listed = re.findall(r"^::: deformmamba\.(\w+)\.(\w+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    for module, name in deformmamba._HOME.items():
+        assert (name, module) in listed, f"docs/api.md lacks ::: deformmamba.{module}.{name}"
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    pytest.importorskip("material")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {path.name for path in (tmp_path / "site").glob("*.html")}
+    assert {page.with_suffix(".html").name for page in PAGES} <= pages
+    for path in (tmp_path / "site").glob("*.html"):
+        text = path.read_text("utf-8")
+        assert "<!-- model cards -->" not in text
+        for source in re.findall(r'<(?:script|img|iframe)[^>]*\ssrc="([^"]+)"', text):
+            assert "//" not in source, f"{path.name} asks for {source}"
