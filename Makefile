@@ -4,7 +4,7 @@ VENV ?= .venv
 TORCH ?= torch torchvision
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench docs clean
 
 setup: $(BIN)/.installed-dev  ## environment with everything for development
 
@@ -34,6 +34,13 @@ check: $(BIN)/.installed-dev  ## style, types, tests
 
 bench: $(BIN)/.installed-dev  ## every benchmark; each verifies its result before it times it
 	set -e; for script in benchmarks/*.py; do grep -q "__main__" $$script && $(BIN)/python $$script; done
+
+docs: $(BIN)/.installed-docs  ## the documentation, in build/site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(BIN)/.installed-docs: $(BIN)/.installed
+	$(BIN)/python -m pip install $(TORCH) --editable '.[docs]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist demo-output *.egg-info
