@@ -186,7 +186,7 @@ def test_epochs_end_with_an_uneven_batch(tmp_path):
     assert float(log(tmp_path)[-1]["loss"]) > 0
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_precisions(tmp_path, precision):
     model = network()
     forward = type(model).forward
@@ -392,3 +392,23 @@ def test_two_processes_train_what_one_does(tmp_path):
     assert theirs == pytest.approx(ours, rel=1e-5)
     a, b = (DeformMambaSR.from_pretrained(path).state_dict() for path in (alone, out / "best.safetensors"))
     assert max((a[name] - b[name]).abs().max() for name in a) < 1e-3
+
+
+@pytest.mark.slow
+def test_if_one_of_two_processes_is_asked_to_stop_both_do_and_one_goes_on(tmp_path):
+    options = {"steps": 5, "batch": 4, "ema": 0, "lr": 1e-2}
+    alone = run(tmp_path / "alone", data=Signalling(-1, 0), **options)
+    out = tmp_path / "two"
+    done = subprocess_of(
+        "import os, pathlib, signal\n"
+        "at = 5 if os.environ['RANK'] == '1' else -1  # the first of its samples at step 2\n"
+        f"t.run(pathlib.Path({str(out)!r}), data=t.Signalling(at, signal.SIGINT), **{options})",
+        *TWO,
+        folder=tmp_path,
+    )
+    assert done.returncode != 0
+    assert torch.load(out / "state.pt", weights_only=True)["step"] == 3, done.stderr
+    resumed = run(out, data=Signalling(-1, 0), **options)
+    a, b = (DeformMambaSR.from_pretrained(path).state_dict() for path in (alone, resumed))
+    assert max((a[name] - b[name]).abs().max() for name in a) < 1e-3
+    assert [row["step"] for row in log(out)] == ["2", "4", "5"]
