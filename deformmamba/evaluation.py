@@ -155,8 +155,8 @@ class Comparison:
         s, n_subjects = self.settings, len({row["subject"] for row in self._any})
         few = n_subjects < FEWEST
         lines = [
-            f"{len(self._any)} volumes of {n_subjects} subjects at {s['scale']}x, protocol {s['protocol']}, "
-            f"degradation {s['degradation']}",
+            f"{_count(len(self._any), 'volume')} of {_count(n_subjects, 'subject')} at {s['scale']}x, "
+            f"protocol {s['protocol']}, degradation {s['degradation']}"
         ]
         if few:
             lines.append(
@@ -303,6 +303,10 @@ def compare(
     }
     sources = {name: model.source for name, model in models.items()}
     return Comparison(rows, sources, against, settings, shown)
+
+
+def _count(n: int, name: str) -> str:
+    return f"{n} {name}{'s' * (n != 1)}"
 
 
 def _columns(metrics: Sequence[str], scores: Mapping[str, Mapping[str, Spread]], sign: str = "") -> list[str]:

@@ -342,12 +342,13 @@ def _seconds_before(run: Path) -> float:
 
 
 def _figure(rows: Sequence[Row], test: Sequence[Scan], folder: Path, plan: Plan) -> None:
+    """Figure 2 with the networks of seed 0 and, of the interpolations, zero-filling."""
     from deformmamba.figures import comparison
 
     models: dict[str, SRModel] = {}
     for row in rows:
         checkpoint = folder / "runs" / f"{_slug(row)}-0" / "best.safetensors"
-        if not row.trained:
+        if row.model == "ZeroFill":
             models[row.name] = plan.build(row)
         elif checkpoint.exists():
             models[row.name] = from_pretrained(checkpoint)
@@ -461,7 +462,8 @@ def hardware() -> str:
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     except OSError:  # not Linux
         pass
-    return f"{name}, {torch.get_num_threads()} threads"
+    n = torch.get_num_threads()
+    return f"{name}, {n} thread{'s' * (n != 1)}"
 
 
 def commit() -> str | None:
