@@ -131,6 +131,15 @@ def test_time_points_are_volumes_too(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_volume(tmp_path / "series", volume=1).array, second)
 
 
+def test_slices_may_differ_where_nothing_is_to_be_told_apart(tmp_path: Path) -> None:
+    array = classic(tmp_path / "series", oblique(0))
+    for n, path in enumerate(sorted((tmp_path / "series").iterdir())):
+        ds = pydicom.dcmread(path)
+        ds.EchoTime, ds.AcquisitionNumber, ds.TriggerTime = 90 + n / 10, n, 7 * n
+        save(ds, path)
+    np.testing.assert_array_equal(read_volume(tmp_path / "series").array, array)
+
+
 def test_one_series_of_several_is_chosen(tmp_path: Path) -> None:
     arrays = [classic(tmp_path / "mixed", oblique(0), (7, 6, 5), number=11)]
     for path in (tmp_path / "mixed").iterdir():
@@ -188,6 +197,21 @@ def test_other_transfer_syntaxes(tmp_path: Path, name: str, decoder: str | None)
         assert made[field].value == before[field].value, field
 
 
+@pytest.mark.parametrize("signed", [False, True])
+def test_bits_that_are_no_part_of_the_pixel(tmp_path: Path, signed: bool) -> None:
+    array = classic(tmp_path / "series", oblique(0), (7, 6, 1), slope=1.0)[:, :, 0].astype(int)
+    array -= 500 * signed
+    path = next((tmp_path / "series").iterdir())
+    ds = pydicom.dcmread(path)
+    drawing = np.random.default_rng(0).integers(0, 16, array.shape) << 12
+    ds.PixelData = ((array & 0xFFF) | drawing).T.astype("<u2").tobytes()
+    ds.PixelRepresentation = int(signed)
+    save(ds, path)
+    np.testing.assert_array_equal(read_volume(path).array[:, :, 0], array)
+    sitk = pytest.importorskip("SimpleITK")
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(path)))[0].T, array)
+
+
 def test_a_decoder_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pydicom.pixels.decoders.base.Decoder.is_available", property(lambda self: False))
     said = error_of(read_volume, get_testdata_file("MR_small_jp2klossless.dcm", download=False))
@@ -218,6 +242,7 @@ def change(folder: Path, **fields: object) -> None:
         ({"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]}, "orientation"),
         ({"Rows": 4}, "image size"),
         ({"SamplesPerPixel": 3}, "colours"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "colours"),
         ({"NumberOfFrames": 4}, "multi-frame"),
         ({"PixelData": b"\0" * 20}, "pixels cannot be decoded"),
         ({"PixelData": None}, "pixels cannot be decoded"),

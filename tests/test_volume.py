@@ -312,6 +312,8 @@ def test_a_type_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(VolumeError, match="do not fit"):
             write_volume(path, Volume(np.full((2, 2, 2), value), np.eye(4)), dtype=dtype)
+    with pytest.raises(VolumeError, match="take the magnitude"):
+        write_volume(path, Volume(np.full((2, 2, 2), 1j), np.eye(4)))
     with pytest.raises(VolumeError, match="at most 32767"):
         write_volume(path, Volume(np.ones((40000, 1, 1)), np.eye(4)))
     with pytest.raises(VolumeError, match="not as float16"):

@@ -25,6 +25,8 @@ LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 class Frame:
     """One slice: `index` is its frame in the file at `path`, lengths are in mm, directions LPS+ as DICOM has them.
 
+    `axes` are the directions along a row and along a column, `spacing` is between rows and between columns, `step` what
+    the header says of the distance between slices (one that is alone has nothing else).
     `parameters` tell images apart that lie at the same place: echo time, b-value, kind (magnitude, phase). `order` is
     how those with the same parameters follow each other: in time, then as numbered.
     """
@@ -34,7 +36,7 @@ class Frame:
     position: np.ndarray
     axes: np.ndarray
     spacing: tuple[float, float]
-    thickness: float
+    step: float
     slope: float
     intercept: float
     parameters: tuple[float, float, str]
@@ -72,7 +74,7 @@ def read(path: Path, volume: int | None, series: int | str | None) -> Volume:
         datasets = _one_series(path, datasets, series)
         frames = [frame for file, dataset in datasets.items() for frame in _frames(file, dataset)]
         frames = _one_volume(path, frames, volume)
-        affine = _affine(path, frames, datasets[frames[0].path])
+        affine = _affine(path, frames)
         size = _one_size(path, datasets)
     used = {frame.path: datasets[frame.path] for frame in frames}
     for file, dataset in used.items():
@@ -114,7 +116,7 @@ def _one_series(source: Path, datasets: dict[Path, Any], series: int | str | Non
     if isinstance(series, int) and 0 <= series < len(uids):
         return by_uid[uids[series]]
     listed = [
-        f"{k}: {len(by_uid[uid])} files of {first.Columns}x{first.Rows}"
+        f"{k}: {len(by_uid[uid])} files of {int(first.Columns)}x{int(first.Rows)}"
         for k, uid in enumerate(uids[:10])
         for first in [next(iter(by_uid[uid].values()))]
     ]
@@ -126,7 +128,8 @@ def _one_series(source: Path, datasets: dict[Path, Any], series: int | str | Non
 
 
 def _frames(path: Path, dataset: Any) -> Iterator[Frame]:
-    if int(dataset.get("SamplesPerPixel", 1)) != 1:
+    is_grey = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2").startswith("MONOCHROME")
+    if int(dataset.get("SamplesPerPixel", 1)) != 1 or not is_grey:
         raise VolumeError(f"{path}: voxels are colours: take one channel first")
     n_frames = int(dataset.get("NumberOfFrames") or 1)
     if "PerFrameFunctionalGroupsSequence" in dataset:
@@ -226,7 +229,7 @@ def _one_volume(source: Path, frames: list[Frame], volume: int | None) -> list[F
     apart = "several slices share one position"
     if any(len(place) != n for place in places):
         raise VolumeError(f"{source}: {apart}, not as many at each; is a file missing, or there twice?")
-    if any(len({frame.parameters for frame in kth}) > 1 for kth in zip(*places, strict=True)):
+    if n > 1 and any(len({frame.parameters for frame in kth}) > 1 for kth in zip(*places, strict=True)):
         raise VolumeError(f"{source}: {apart}, and nothing tells which of them belong together")
     # a copy of a file under another name: nothing but the name differs
     if any(a.parameters == b.parameters and a.order == b.order for p in places for a, b in itertools.pairwise(p)):
@@ -235,13 +238,13 @@ def _one_volume(source: Path, frames: list[Frame], volume: int | None) -> list[F
     return [place[index] for place in places]
 
 
-def _affine(source: Path, frames: list[Frame], dataset: Any) -> np.ndarray:
+def _affine(source: Path, frames: list[Frame]) -> np.ndarray:
     first, last = frames[0], frames[-1]
     if not np.allclose(first.axes @ first.axes.T, np.eye(2), atol=1e-3):
         raise VolumeError(f"{source}: ImageOrientationPatient holds no two perpendicular unit vectors")
     along_row, along_column = first.axes / np.linalg.norm(first.axes, axis=1, keepdims=True)
     if len(frames) == 1:
-        step = np.cross(along_row, along_column) * abs(first.thickness)
+        step = np.cross(along_row, along_column) * abs(first.step)
     else:
         step = (last.position - first.position) / (len(frames) - 1)
         gaps = np.diff([frame.position for frame in frames], axis=0)
@@ -289,4 +292,15 @@ def _pixels(path: Path, dataset: Any, indices: list[int]) -> Iterable[np.ndarray
     with path.open("rb") as file:
         bounded: Any = Bounded(file, path.stat().st_size)
         for pixels in iter_pixels(bounded, indices=indices, raw=True, decoding_plugin=plugin):
+            pixels = _stored_bits(pixels, dataset)
             yield apply_modality_lut(pixels, dataset) if "ModalityLUTSequence" in dataset else pixels
+
+
+def _stored_bits(pixels: np.ndarray, dataset: Any) -> np.ndarray:
+    """Without the other bits of a pixel, where old scanners put drawings; a sign is carried to where they were."""
+    allocated = 8 * pixels.itemsize
+    stored = int(dataset.get("BitsStored") or allocated)
+    above = allocated - 1 - int(dataset.get("HighBit") or stored - 1)
+    if pixels.dtype.kind not in "iu" or not 0 < stored < allocated or not 0 <= above <= allocated - stored:
+        return pixels
+    return np.right_shift(np.left_shift(pixels, above), allocated - stored)

@@ -221,6 +221,8 @@ def check_folder_of(path: PathLike) -> None:
 
 def as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
     """`array` as `dtype`, integers rounded; what does not fit is refused, not wrapped."""
+    if array.dtype.kind not in "biuf":
+        raise VolumeError(f"{array.dtype} is no real number; of complex voxels take the magnitude first")
     extremes = float(array.min()), float(array.max())
     if not np.isfinite(extremes).all():
         raise VolumeError(f"NaN or infinite values do not fit {dtype}; replace them first")
