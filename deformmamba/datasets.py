@@ -1,8 +1,8 @@
 """Data sets as people download them, made into slices with a split by subject: IXI, fastMRI, any folder of scans.
 
 Nobody published how IXI's files became the pictures of the papers, or who was tested. Here the rules are stated, each
-prepared set says in its `manifest.json` what was used, skipped and why, and the same files give the same bytes. See
-`deformmamba.prepared` for what is written.
+prepared set says in its `manifest.json` what was used, skipped and why, and the same files give the same bytes (of
+fastMRI, whose images are computed: with the same numpy). See `deformmamba.prepared` for what is written.
 
 Which slices of a volume count moves PSNR by decibels (empty ones are easy), so axis and range are arguments, and stand
 in the manifest. Intensities are divided by the 99.9th percentile of the non-zero voxels that were kept, and the divisor

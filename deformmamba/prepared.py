@@ -1,7 +1,7 @@
 """A prepared data set on disk: one safetensors file a volume, and `manifest.json`, which says what was made of what.
 
-Why safetensors: it is installed with this package (h5py is not); a file is a header and plain numbers, so that the same
-input gives the same bytes on every machine; and it is mapped into memory, so that a data set larger than memory is read
+Why safetensors: it is installed with this package (h5py is not); a file is a header and plain numbers, without a date,
+so that the same numbers are the same bytes; and it is mapped into memory, so that a data set larger than memory is read
 slice by slice. One file a volume, each written whole or not at all, lets an interrupted preparation go on.
 
 A file holds `slices`: (n, H, W) float32, or (n, H, W, 2) for complex images (real, imaginary); and in its header one

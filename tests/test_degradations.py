@@ -1,6 +1,7 @@
 """Each degradation: its adjoint or its reason, its seed, its grid, its size, and an independent library's result."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -246,3 +247,23 @@ def test_what_cannot_be_built_is_refused_in_one_line(text, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")) as caught:
         parse(text)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", EXAMPLES)
+def test_nothing_is_computed_on_another_device_than_the_image(text):
+    degradation = parse(text)
+    lr = degradation(torch.empty(2, 16, 24, device="meta"))
+    assert (lr.device.type, lr.dtype, tuple(lr.shape[1:])) == ("meta", torch.float32, degradation.size(16, 24))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() and os.environ.get("DEFORMMAMBA_GPU") != "1", reason="no CUDA device here"
+)
+@pytest.mark.parametrize("text", EXAMPLES)
+def test_a_gpu_gives_what_the_cpu_gives(text):
+    degradation, x = parse(text), image(3, 16, 24)
+    torch.testing.assert_close(degradation(x.cuda(), seed=3).cpu(), degradation(x, seed=3))
+    if degradation.no_adjoint is None:
+        y = degradation(x)
+        torch.testing.assert_close(degradation.adjoint(y.cuda()).cpu(), degradation.adjoint(y))

@@ -1,6 +1,7 @@
 """PSNR, SSIM, NMSE, HFEN against scikit-image, scipy and fastMRI's definition, by protocol, size, range and dtype."""
 
 import math
+import os
 import sys
 
 import numpy as np
@@ -206,3 +207,14 @@ def test_bad_input_is_refused(sr, hr, options, message):
 def test_metrics_on_request_are_no_part_of_the_default_table():
     assert set(METRICS) == {"psnr", "ssim", "nmse"}
     assert set(ON_REQUEST) == {"hfen", "lpips"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() and os.environ.get("DEFORMMAMBA_GPU") != "1", reason="no CUDA device here"
+)
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("metric", [*METRICS.values(), hfen])
+def test_a_gpu_gives_what_the_cpu_gives(metric, protocol):
+    sr, hr = (torch.from_numpy(volume) for volume in body((11, 40, 24), 300.0, np.float32))
+    assert metric(sr.cuda(), hr.cuda(), protocol=protocol) == pytest.approx(metric(sr, hr, protocol=protocol), rel=1e-9)
