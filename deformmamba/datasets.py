@@ -290,7 +290,7 @@ def prepare(plan: Plan, out: PathLike, *, skip_unusable: bool | None = None, pro
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise VolumeError(f"{out}: cannot be made: {error.strerror}; choose another folder") from None
-    for leftover in out.glob(f".*{SUFFIX}"):  # of a run that was killed
+    for leftover in (*out.glob(f".*{SUFFIX}"), *out.glob(".*.json")):  # of a run that was killed
         leftover.unlink(missing_ok=True)
     write_manifest(out, {"complete": False, **facts})
     skipped = list(plan.skipped)
