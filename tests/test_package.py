@@ -140,7 +140,18 @@ def test_the_wheel_works_where_there_is_no_checkout(built: Built, tmp_path: Path
     binaries = venv / ("Scripts" if os.name == "nt" else "bin")
     site = Path(sysconfig.get_path("purelib", vars={"base": str(venv), "platbase": str(venv)}))
     (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n", "utf-8")
-    pip = [sys.executable, "-m", "pip", "--python", str(venv), "install", "--quiet", "--no-deps", "--no-index"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(venv),
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--no-compile",
+    ]
     done = subprocess.run([*pip, str(built.wheel)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
@@ -159,17 +170,19 @@ def test_the_wheel_works_where_there_is_no_checkout(built: Built, tmp_path: Path
         return done.stdout
 
     assert run("deformmamba", "--version").strip() == f"deformmamba {deformmamba.__version__}"
-    verified = run("deformmamba", "weights", "verify")
-    assert all(f"{e['name']}: ok, sha256 {e['sha256']}" in verified for e in list_weights() if not e["repo"])
     script = (
         "import deformmamba, torch\n"
+        "from deformmamba.cli import main\n"
+        "assert main(['weights', 'verify']) == 0\n"
         "from deformmamba.training import load_recipe\n"
         "model = deformmamba.from_pretrained('ixi-4x')\n"
         "print(deformmamba.__file__, model.scale)\n"
         "with deformmamba.scan_backend('eager'): y = deformmamba.SS2D(8)(torch.rand(1, 8, 4, 4))\n"
         "assert y.shape == (1, 8, 4, 4) and load_recipe('ixi-4x')\n"
     )
-    file, scale = run("python", "-c", script).split()
+    *verified, last = run("python", "-c", script).splitlines()
+    assert verified == [f"{e['name']}: ok, sha256 {e['sha256']}" for e in list_weights() if not e["repo"]]
+    file, scale = last.split()
     assert Path(file).is_relative_to(venv)
     assert scale == "4"
     assert " passed" in run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(away), str(away))
@@ -207,7 +220,7 @@ def test_every_python_that_is_declared_compiles_the_sources(version: str) -> Non
     for path in PACKAGE.rglob("*.py"):
         ast.parse(path.read_text("utf-8"), str(path), feature_version=(3, minor))
     python = shutil.which(f"python{version}")
-    if python is None:
+    if python is None or subprocess.run([python, "-c", ""], capture_output=True, timeout=60).returncode:  # or a stub
         pytest.skip(f"there is no python{version} here; its grammar was checked all the same")
     script = (
         "import pathlib, sys, warnings; warnings.simplefilter('error')\n"
