@@ -10,6 +10,7 @@ not survive a fork. The kernels release the GIL instead, and jobs run on a pool 
 """
 
 import ctypes
+import itertools
 import math
 import mmap
 import os
@@ -176,7 +177,8 @@ def _scratch(like: torch.Tensor, *shapes: tuple[int, ...]) -> tuple[Any, ...]:
     sizes = [math.prod(shape) * _lanes() for shape in shapes]
     memory = np.zeros(sum(sizes) * like.element_size() + 64, np.uint8)
     numbers = memory[-memory.ctypes.data % 64 :][: sum(sizes) * like.element_size()].view(_DTYPES[like.dtype])
-    pieces = np.split(numbers, np.cumsum(sizes)[:-1])
+    starts = itertools.accumulate(sizes, initial=0)
+    pieces = (numbers[start : start + size] for start, size in zip(starts, sizes, strict=False))
     return tuple(x.reshape(*shape[:-1], shape[-1] * _lanes()) for x, shape in zip(pieces, shapes, strict=True))
 
 

@@ -179,7 +179,7 @@ def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def choose(typing: Any, x: Any, relation: Any, bound: Any, yes: Any, no: Any) -> Any:
-    """Lane by lane: yes if x <relation> bound else no; NaN compares false. `relation` is "<" or ">"."""
+    """Lane by lane: yes if x <relation> bound else no; NaN compares false. `relation` is "<", ">" or "=="."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.select(builder.fcmp_ordered(relation.literal_value, args[0], args[2]), args[3], args[4])
@@ -262,19 +262,25 @@ def transpose(typing: Any, source: Any, at: Any, target: Any, to: Any) -> Any:
 # --------------------------------------------------------------------------------------------------------- mathematics
 
 
+def _horner(builder: Any, x: Any, coefficients: list[float]) -> Any:
+    powers = [_splat(builder, ir.Constant(x.type.element, float(c))) for c in coefficients]
+    total = powers.pop()
+    while powers:
+        total = _multiply_add(builder, total, x, powers.pop())
+    return total
+
+
+def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
+
+
 def _polynomial(tables: dict[types.Float, list[float]]) -> Any:
     """An inlined function x -> tables[type of x][0] + tables[..][1] * x + ... by Horner's rule."""
 
     @intrinsic
     def polynomial(typing: Any, x: Any) -> Any:
         def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            kind = args[0].type
-            powers = [_splat(builder, ir.Constant(kind.element, float(c))) for c in tables[x.element]]
-            total = powers.pop()
-            while powers:
-                total = builder.fmul(total, args[0], flags=("contract",))
-                total = builder.fadd(total, powers.pop(), flags=("contract",))
-            return total
+            return _horner(builder, args[0], tables[x.element])
 
         return x(x), code
 
@@ -282,18 +288,19 @@ def _polynomial(tables: dict[types.Float, list[float]]) -> Any:
 
 
 # (2^f - 1) / f on [-1/2, 1/2]: minimax for 1 + f q(f) in float32 (9e-8, found by linear programming), Taylor in float64
-_exp2_tail = _polynomial(
-    {
-        types.float32: [
-            0.6931469775994729,
-            0.24022242085671935,
-            0.05550733742449169,
-            0.009671512629518219,
-            0.0013264727506103748,
-        ],
-        types.float64: [LN2 ** (k + 1) / math.factorial(k + 1) for k in range(13)],
-    }
-)
+_TAIL: dict[types.Float, list[float]] = {
+    types.float32: [
+        0.6931469775994729,
+        0.24022242085671935,
+        0.05550733742449169,
+        0.009671512629518219,
+        0.0013264727506103748,
+    ],
+    types.float64: [LN2 ** (k + 1) / math.factorial(k + 1) for k in range(13)],
+}
+_exp2_tail = _polynomial(_TAIL)
+# the same on [-1/64, 1/64] (5e-8), which goes with 2^(j/32)
+_SHORT_TAIL = [0.6931573297731334, 0.2402264973757096]
 # the derivative of (e^x - 1) / x, for |x| <= ln(2) / 2
 _hold_slope = _polynomial(
     {
@@ -311,15 +318,15 @@ def _has_scalef(context: Any) -> bool:
     return "+avx512dq" in context.codegen().magic_tuple()[2]
 
 
-def _avx512(builder: Any, name: str, element: Any, operands: list[Any]) -> Any:
-    """The AVX-512 instruction `name`, with an immediate 0 where it takes one, register by register."""
+def _avx512(builder: Any, name: str, element: Any, operands: list[Any], immediate: int | None = None) -> Any:
+    """The AVX-512 instruction `name`, register by register."""
     bits = 32 if isinstance(element, ir.FloatType) else 64
     lanes = 512 // bits
     part = ir.VectorType(element, lanes)
     i32 = ir.IntType(32)
-    immediate = [ir.Constant(i32, 0)] if len(operands) == 1 else []
+    constant = [] if immediate is None else [ir.Constant(i32, immediate)]
     everywhere = ir.Constant(ir.IntType(lanes), -1)
-    kinds = [part] * len(operands) + [i32] * len(immediate) + [part, everywhere.type, i32]
+    kinds = [part] * len(operands) + [i32] * len(constant) + [part, everywhere.type, i32]
     full = f"llvm.x86.avx512.mask.{name}.{'ps' if bits == 32 else 'pd'}.512"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(part, kinds), full)
     parts = []
@@ -328,7 +335,7 @@ def _avx512(builder: Any, name: str, element: Any, operands: list[Any]) -> Any:
         registers = [builder.shuffle_vector(x, x, mask) for x in operands]
         default_rounding = ir.Constant(i32, 4)
         undefined = ir.Constant(part, ir.Undefined)
-        parts.append(builder.call(function, [*registers, *immediate, undefined, everywhere, default_rounding]))
+        parts.append(builder.call(function, [*registers, *constant, undefined, everywhere, default_rounding]))
     return parts[0] if len(parts) == 1 else builder.shuffle_vector(parts[0], parts[1], _mask(list(range(LANES))))
 
 
@@ -338,48 +345,71 @@ def _magic(element: types.Float) -> tuple[int, int, float]:
     return mantissa, bias, 1.5 * 2.0**mantissa
 
 
+def _fraction(context: Any, builder: Any, kind: Vector, x: Any) -> tuple[Any, Any]:
+    """(fraction in [-1/2, 1/2], the integer that remains, as `_scaled` wants it)."""
+    element = x.type.element
+    if _has_scalef(context):
+        fraction = _avx512(builder, "reduce", element, [x], 0)
+        return fraction, builder.fsub(x, fraction)
+    _, bias, magic = _magic(kind.element)
+    low, high, shift = (_splat(builder, ir.Constant(element, float(c))) for c in (-bias, bias + 1, magic))
+    value = builder.select(builder.fcmp_ordered("<", x, low), low, x)
+    value = builder.select(builder.fcmp_ordered(">", value, high), high, value)
+    whole = builder.fadd(value, shift)
+    return builder.fsub(value, builder.fsub(whole, shift)), whole
+
+
+def _scaled(context: Any, builder: Any, kind: Vector, power: Any, whole: Any) -> Any:
+    """power * 2^whole, for `power` = 2^fraction and `whole` from `_fraction`: 0 and infinity where it ends."""
+    if _has_scalef(context):
+        return _avx512(builder, "scalef", power.type.element, [power, whole])
+    mantissa, _, _ = _magic(kind.element)
+    integers = ir.VectorType(ir.IntType(kind.element.bitwidth), LANES)
+    exponent = builder.shl(builder.bitcast(whole, integers), ir.Constant(integers, [mantissa] * LANES))
+    return builder.bitcast(builder.add(builder.bitcast(power, integers), exponent), power.type)
+
+
 @intrinsic
 def _split(typing: Any, x: Any) -> Any:
-    """(fraction in [-1/2, 1/2], the integer that remains, as `_scale` wants it)."""
-
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        element = args[0].type.element
-        if _has_scalef(context):
-            fraction = _avx512(builder, "reduce", element, [args[0]])
-            whole = builder.fsub(args[0], fraction)
-        else:
-            _, bias, magic = _magic(x.element)
-            low, high, shift = (_splat(builder, ir.Constant(element, float(c))) for c in (-bias, bias + 1, magic))
-            value = builder.select(builder.fcmp_ordered("<", args[0], low), low, args[0])
-            value = builder.select(builder.fcmp_ordered(">", value, high), high, value)
-            whole = builder.fadd(value, shift)
-            fraction = builder.fsub(value, builder.fsub(whole, shift))
-        return context.make_tuple(builder, signature.return_type, [fraction, whole])
+        return context.make_tuple(builder, signature.return_type, _fraction(context, builder, x, args[0]))
 
     return types.UniTuple(x, 2)(x), code
 
 
 @intrinsic
 def _scale(typing: Any, power: Any, whole: Any) -> Any:
-    """power * 2^whole, for `power` = 2^fraction and `whole` from `_split`: 0 and infinity where it ends."""
-
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = args[0].type
-        if _has_scalef(context):
-            return _avx512(builder, "scalef", kind.element, list(args))
-        mantissa, _, _ = _magic(power.element)
-        integers = ir.VectorType(ir.IntType(power.element.bitwidth), LANES)
-        exponent = builder.shl(builder.bitcast(args[1], integers), ir.Constant(integers, [mantissa] * LANES))
-        return builder.bitcast(builder.add(builder.bitcast(args[0], integers), exponent), kind)
+        return _scaled(context, builder, power, *args)
 
     return power(power, whole), code
 
 
-@inline
-def exp2(x: Array) -> Array:
+@intrinsic
+def exp2(typing: Any, x: Any) -> Any:
     """2^x to 2 ulp in float32 and 1e-15 in float64: 1 at 0, infinity, 0 and NaN where they belong."""
-    fraction, whole = _split(x)
-    return _scale(fma(fraction, _exp2_tail(fraction), like(x, 1.0)), whole)
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = args[0].type
+        one = _splat(builder, ir.Constant(kind.element, 1.0))
+        if x.element != types.float32 or not _has_scalef(context):
+            fraction, whole = _fraction(context, builder, x, args[0])
+            power = _multiply_add(builder, fraction, _horner(builder, fraction, _TAIL[x.element]), one)
+            return _scaled(context, builder, x, power, whole)
+        # 2^fraction 2^(j/32) 2^floor: two multiply-adds fewer, and those are what the processor waits for
+        fraction = _avx512(builder, "reduce", kind.element, [args[0]], 5 << 4)
+        whole = builder.fsub(args[0], fraction)
+        integers = ir.VectorType(ir.IntType(32), LANES)
+        units = builder.fadd(whole, _splat(builder, ir.Constant(kind.element, 1.5 * 2.0 ** (23 - 5))))
+        roots = [2.0 ** (j / 32) for j in range(32)]
+        low, high = ir.Constant(kind, roots[:16]), ir.Constant(kind, roots[16:])
+        look_up = ir.FunctionType(kind, [kind, integers, kind])
+        function = cgutils.get_or_insert_function(builder.module, look_up, "llvm.x86.avx512.vpermi2var.ps.512")
+        root = builder.call(function, [low, builder.bitcast(units, integers), high])
+        more = builder.fmul(fraction, _horner(builder, fraction, _SHORT_TAIL), flags=("contract",))
+        return _scaled(context, builder, x, _multiply_add(builder, root, more, root), whole)
+
+    return x(x), code
 
 
 @inline
@@ -485,11 +515,32 @@ def spread(lines: Array, order: Array, along: bool) -> None:
 @inline
 def columns(tile: Array, source: Array, first: int, lanes: int, factor: Array) -> None:
     """tile[s, j] = factor * source[first + j, s], for a source (r, n)."""
+    # any NaN becomes the default one: exponents are added to its bits where there is no `scalef`
+    done = 0
+    if lanes == LANES and source.strides[1] == source.itemsize:
+        while done + LANES <= source.shape[1]:
+            transpose(source, (first, done), tile, (done, 0))
+            for s in range(done, done + LANES):
+                value = get(tile, s) * factor
+                put(tile, s, choose(value, "==", value, value, like(value, np.nan)))
+            done += LANES
     for j in range(lanes):
-        for s in range(source.shape[1]):
+        for s in range(done, source.shape[1]):
             value = source[first + j, s] * factor
-            # any NaN becomes the default one: exponents are added to its bits where there is no `scalef`
             tile[s, j] = value if value == value else np.nan
+
+
+@inline
+def from_columns(target: Array, tile: Array, first: int, lanes: int) -> None:
+    """target[first + j, s] = tile[s, j]: the inverse of `columns`."""
+    done = 0
+    if lanes == LANES and target.strides[1] == target.itemsize:
+        while done + LANES <= target.shape[1]:
+            transpose(tile, (done, 0), target, (first, done))
+            done += LANES
+    for j in range(lanes):
+        for s in range(done, target.shape[1]):
+            target[first + j, s] = tile[s, j]
 
 
 @inline
@@ -780,9 +831,7 @@ def forward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, 
                 scatter(y, ys, order, count, straight, c, lanes, k > 0)
         for tile in range(hs.shape[0]):
             c = first + tile * LANES
-            for j in range(min(LANES, end - c)):
-                for s in range(n):
-                    last[k, c + j, s] = hs[tile, s, j]
+            from_columns(last[k], hs[tile], c, min(LANES, end - c))
 
 
 def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, channels: Any, exact: Any) -> None:
@@ -867,13 +916,11 @@ def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool,
             scatter_all(dC[k], dCs, order, count, straight)
         for tile in range(carried.shape[0]):
             c = first + tile * LANES
-            for j in range(min(LANES, end - c)):
-                for s in range(n):
-                    dA[k, c + j, s] = dAs[tile, s, j]
-                    dstate[k, c + j, s] = carried[tile, s, j]
-                if D.shape[1]:
-                    dD[k, c + j, 0] = dDs[tile, 0, j]
-                if bias.shape[1]:
-                    dbias[k, c + j, 0] = dbiases[tile, 0, j]
-                for s in range(mix.shape[2]):
-                    dmix[k, c + j, s] = mixes[1, tile, s, j]
+            lanes = min(LANES, end - c)
+            from_columns(dA[k], dAs[tile], c, lanes)
+            from_columns(dstate[k], carried[tile], c, lanes)
+            if D.shape[1]:
+                from_columns(dD[k], dDs[tile], c, lanes)
+            if bias.shape[1]:
+                from_columns(dbias[k], dbiases[tile], c, lanes)
+            from_columns(dmix[k], mixes[1, tile], c, lanes)
