@@ -450,6 +450,19 @@ def test_too_large_an_image_is_refused() -> None:
     A, B = torch.empty(1, 1, 2**11, 1, device="meta"), torch.empty(1, 1, 1, 2**20, 1, device="meta")
     with pytest.raises(ValueError, match=r"2147483648 values .* below 2\^31; use backend 'eager'"):
         triton.forward(u, u[None], A, B, B, None, None, None, 2**10, 2**10, True, False, False)
+    u, A, B = u[..., :7], A[:, :, :7].expand(1, 1, 7, 2**11), B.expand(1, 1, 1, 2**20, 2**11)
+    with pytest.raises(ValueError, match="2147483648 values"):  # of B and C
+        triton.forward(u, u[None], A, B, B, None, None, None, 2**10, 2**10, True, False, False)
+
+
+def test_rows_of_b_and_c_that_lie_too_far_apart_are_copied() -> None:
+    """Few channels in a wide projection: an image within 2^31 numbers may reach further in the memory of B."""
+    length, n = 2**22, 4
+    u, A = torch.empty(1, 1, length, 8, device="meta"), torch.empty(1, 1, 8, n, device="meta")
+    for apart, copied in ((512, False), (513, True)):
+        B, C = torch.empty(1, 1, 1, length, apart, device="meta")[..., -2 * n :].split(n, -1)
+        walk = triton._Walk(u, u[None], A, B, C, None, None, 2**11, 2**11, True, False)
+        assert walk.B.is_contiguous() == walk.C.is_contiguous() == copied
 
 
 # ------------------------------------------------------------------------------------------------------------ on a GPU

@@ -161,17 +161,20 @@ class _Walk:
         height: int, width: int, softplus: bool, zoh: bool,
     ) -> None:  # fmt: skip
         self.directions, self.images, self.groups, self.length, self.channels = delta.shape
-        if (values := self.length * self.groups * self.channels) >= 2**31:
+        n = A.shape[-1]
+        # kernels count within an image in 32 bits; what they mask may lie as far behind its end as it is long
+        if (values := self.length * max(self.groups * self.channels, n, 2)) >= 2**31:
             raise ValueError(f"an image has {values} values but the Triton scan counts below 2^31; use backend 'eager'")
         self.sequence = self.directions == height == 1 and u.stride(2) == 1
         self.u, self.delta = self.ordered(u), self.ordered(delta)
-        self.B, self.C = (B, C) if B.stride() == C.stride() else (B.contiguous(), C.contiguous())
+        near = (self.length - 1) * B.stride(3) + (n - 1) * B.stride(4) < 2**31
+        self.B, self.C = (B, C) if near and B.stride() == C.stride() else (B.contiguous(), C.contiguous())
         self.A = _swapped(A)
         self.D, self.bias = (None if x is None else x.contiguous() for x in (D, bias))
         self.constants: dict[str, Any] = {
             "images": self.images, "groups": self.groups, "channels": self.channels, "length": self.length,
             "height": height, "width": width, "turn": 2 if self.directions == 2 else 1, "unit": 1,
-            "N": A.shape[-1], "SEQUENCE": self.sequence, "SOFTPLUS": softplus, "ZOH": zoh, **_strides("b", self.B),
+            "N": n, "SEQUENCE": self.sequence, "SOFTPLUS": softplus, "ZOH": zoh, **_strides("b", self.B),
         }  # fmt: skip
 
     def turned(self, x: Tensor) -> Tensor:
