@@ -196,13 +196,18 @@ def benchmark(
 
     for row in chosen:
         try:
-            plan.build(row)
+            with torch.device("meta"):  # for its config alone
+                config = plan.build(row).config
         except MissingExtra as missing:
             say(f"{row.name}: left out: {missing}")
             continue
         for seed in range(plan.seeds if row.trained else 1):
             path = folder / "rows" / f"{_slug(row)}-{seed}.json"
             if path.exists():
+                if json.loads(path.read_text("utf-8"))["config"] != config:
+                    raise ValueError(
+                        f"{path} is of another network than {row.name} is now; delete it and {folder}/runs"
+                    )
                 continue
             result = _run(row, seed, patches, test, folder, plan, progress)
             _write(path, json.dumps(result, indent=1) + "\n")

@@ -154,6 +154,9 @@ def test_a_stopped_benchmark_goes_on_where_it_was(
     assert "±" not in table["bicubic"][4]
     assert (out / "figure2.png").stat().st_size > 10_000
     assert from_pretrained(out / "runs" / "fmisr-1" / "best.safetensors").provenance["row"] == "FMISR"
+    monkeypatch.setitem(NANO, "FMISR", (1e-3, {"widths": [5]}))
+    with pytest.raises(ValueError, match=r"fmisr-0\.json is of another network than FMISR is now"):
+        benchmark("table2", train, test, out, plan(), rows=rows, say=lambda _: None, progress=False)
     with pytest.raises(ValueError, match=r"another benchmark: plan batch is 2 there and 4 here; choose another folder"):
         benchmark("table2", train, test, out, plan(batch=4), say=lambda _: None, progress=False)
     with pytest.raises(ValueError, match=r"another benchmark: train subjects is .*sub-0.* there"):
