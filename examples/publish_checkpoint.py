@@ -185,6 +185,10 @@ def main() -> None:
         "seed": facts["seed"],
         "steps": facts["steps"],
         "batch": facts["batch"],
+        "trained_before": [
+            {key: stage.get(key) for key in ("steps", "batch", "seed", "sha256")} for stage in facts.get("init", [])
+        ]
+        or None,
         "budget": facts["budget"],
         "consistency": helps,
         "validation": validation,

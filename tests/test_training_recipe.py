@@ -104,12 +104,20 @@ def test_epochs_are_passes_over_the_training_slices(folder, tmp_path, recipe):
 def test_it_starts_from_other_weights(folder, tmp_path, recipe):
     start = DeformMambaSR(scale=2, dims=[8, 12], depths=[1, 1], patch=2, d_state=2, skip="zero-fill")
     torch.nn.init.constant_(start.project.bias, 0.125)
-    start.save_pretrained(tmp_path / "start.safetensors")
+    sha256 = start.save_pretrained(
+        tmp_path / "start.safetensors", provenance={"steps": 7, "else": 1, "init": [{"steps": 3}]}
+    )
     recipe.write_text(RECIPE.replace("every = 2", "every = 2\nlr = 1e-9"))
     best = train_recipe(recipe, folder, tmp_path / "out", init=str(tmp_path / "start.safetensors"), progress=False)
     trained = DeformMambaSR.from_pretrained(best)
     assert trained.project.bias.item() == pytest.approx(0.125, abs=1e-6)
     assert trained.provenance["recipe"]["model"]["init"].endswith("start.safetensors")
+    assert trained.provenance["init"] == [{"steps": 3}, {"sha256": sha256, "steps": 7}]
+
+    torch.nn.init.constant_(start.project.bias, 0.25)
+    start.save_pretrained(tmp_path / "start.safetensors", provenance={"steps": 7})
+    with pytest.raises(ValueError, match=r"holds another run: provenance\.init is \[.* there and"):
+        train_recipe(recipe, folder, tmp_path / "out", init=str(tmp_path / "start.safetensors"), progress=False)
 
 
 def test_weights_to_start_from_must_fit(folder, tmp_path, recipe):

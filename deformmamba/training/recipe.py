@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from deformmamba.checkpoint import one_line
+from deformmamba.checkpoint import Checkpoint, one_line
 from deformmamba.curves import sample_picture
 from deformmamba.data import PatchDataset, Scan, find_scans, subjects
 from deformmamba.evaluation import evaluate, mean_scores
@@ -147,16 +147,18 @@ def train_recipe(
         raise ValueError(f"recipe {recipe}: [fit] needs either steps or epochs")
     train, val = _split(find_scans(data), plan, data)
     fitting = dict(plan["fit"])
+    start = load_checkpoint(plan["model"]["init"]) if "init" in plan["model"] else None
     run = {
         "recipe": {**plan, "fit": {key: value for key, value in fitting.items() if key not in INDIFFERENT}},
         "train": {"subjects": subjects(train), "volumes": len(train)},
         "val": {"subjects": subjects(val), "volumes": len(val)},
         "degradation": plan["data"].get("degradation", "k-space crop, magnitude"),
+        **({} if start is None else {"init": _inherited(start)}),
     }
     RunFolder(out).check({"provenance": run}, whole=False)
     seed = fitting.get("seed", 0)
     torch.manual_seed(seed)
-    model = _model(plan["model"])
+    model = _model(plan["model"], start)
 
     kind, beta = fitting.pop("loss", "sr"), fitting.pop("beta", 0.1)
     batch, epochs = fitting.get("batch", 8), fitting.pop("epochs", None)
@@ -224,20 +226,27 @@ def _split(scans: Sequence[Scan], plan: dict[str, dict[str, Any]], data: Any) ->
     return train, val
 
 
-def _model(arguments: Mapping[str, Any]) -> SRModel:
-    """The model of a recipe's [model] section, with new weights or those of `init`."""
-    plain = dict(arguments)
-    made, preset, init = MODELS[plain.pop("name", "DeformMambaSR")], plain.pop("preset", None), plain.pop("init", None)
+def _inherited(start: Checkpoint) -> list[dict[str, Any]]:
+    """What is known of the weights that a training began with, and of those before them, oldest first."""
+    kept = ("name", "steps", "batch", "seed", "spacings_mm", "recipe")
+    before = start.provenance.get("init")
+    own = {"sha256": start.sha256, **{key: start.provenance[key] for key in kept if key in start.provenance}}
+    return [*(before if isinstance(before, list) else []), own]
+
+
+def _model(arguments: Mapping[str, Any], start: Checkpoint | None) -> SRModel:
+    """The model of a recipe's [model] section, with new weights or those of `start`."""
+    plain = {key: value for key, value in arguments.items() if key != "init"}
+    made, preset = MODELS[plain.pop("name", "DeformMambaSR")], plain.pop("preset", None)
     if preset is not None and not hasattr(made, "from_preset"):
         raise ValueError(f"train: {made.__name__} has no presets; leave `preset` out")
     model: SRModel = made.from_preset(preset, **plain) if preset is not None else made(**plain)  # type: ignore[attr-defined]
-    if init is not None:
-        checkpoint = load_checkpoint(init)
+    if start is not None:
         try:
-            model.load_state_dict(checkpoint.tensors, strict=True)
+            model.load_state_dict(start.tensors, strict=True)
         except RuntimeError as error:
             raise ValueError(
-                f"train: init = {init!r} ({checkpoint.class_name}) does not fit the recipe's {type(model).__name__}: "
-                f"{one_line(error)}"
+                f"train: init = {str(arguments['init'])!r} ({start.class_name}) does not fit the recipe's "
+                f"{type(model).__name__}: {one_line(error)}"
             ) from None
     return model
