@@ -5,19 +5,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 # lists of rows in an entry: title and explanation of the table that each becomes
-_TABLES = {
+TABLES = {
     "trained_on": ("Training data", "What the weights were fitted to, with its licences."),
     "scores": (
         "Scores",
         "PSNR in dB and SSIM by the protocol that each row names, averaged over subjects, on scans that were not "
         "trained on. `sd over slices` and `sd over subjects` are standard deviations, over what they say.",
     ),
-    "by_spacing": ("Scores by pixel size", "The same scans with their k-space cropped to other pixel sizes first."),
-    "out_of_domain": ("Out of domain", "Scores where the input is not what the weights were trained on."),
+    "by_spacing": (
+        "Scores by voxel size",
+        "Each volume was cropped in k-space to `truth mm`, and that degraded to `input mm`; protocol volume; gains are "
+        "over zero-filling of the same input.",
+    ),
+    "out_of_domain": ("Off the training data", "Protocol volume; gains are over zero-filling of the same input."),
     "lesions": (
-        "Lesions",
-        "Synthetic lesions, put into test slices before they were degraded: how much of their contrast comes back, and "
-        "how much structure appears where there is none.",
+        "Synthetic lesions",
+        "Smooth-edged discs, put into tissue before degrading. Recovered: the share of their contrast that comes "
+        "through. Invented: the strongest lesion-like contrast that the result of a slice without lesions has beyond "
+        "the truth, in units of a true lesion's.",
     ),
 }
 _USE = (
@@ -25,7 +30,7 @@ _USE = (
     "device: not for diagnosis, and not for anything that a patient's care depends on."
 )
 # what has a place of its own in a card; anything else is a line under "Facts"
-_PLACED = ("name", "summary", "license", "repo", "revision", "intended_use", "limits", *_TABLES)
+_PLACED = ("name", "summary", "license", "repo", "revision", "intended_use", "limits", *TABLES)
 
 
 def card(entry: Mapping[str, Any]) -> str:
@@ -70,14 +75,14 @@ def card(entry: Mapping[str, Any]) -> str:
             lines.append(f"- **{key.replace('_', ' ')}**: {said}")
     if "file" in entry and not repo:
         lines.append("- **source**: the file rides in the package; there is no repository on the Hub")
-    for key, (title, text) in _TABLES.items():
+    for key, (title, text) in TABLES.items():
         rows = entry.get(key)
         if rows:
-            lines += ["", f"## {title}", "", text, "", *_table(rows)]
+            lines += ["", f"## {title}", "", text, "", *table(rows)]
     return "\n".join(lines) + "\n"
 
 
-def _table(rows: Sequence[Any]) -> list[str]:
+def table(rows: Sequence[Any]) -> list[str]:
     """Lines of a Markdown table; the columns are the keys of all rows, in the order of their first use."""
     rows = [row if isinstance(row, Mapping) else {"": row} for row in rows]
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -94,6 +99,8 @@ def _prose(value: Any) -> str:
         return ", ".join(f"{key.replace('_', ' ')} {_prose(item)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):
         return "; ".join(map(_prose, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
     return " ".join(str(value).split()) if value is not None else ""
