@@ -18,6 +18,7 @@ from deformmamba.data import find_scans, load_slices
 from deformmamba.inference import weights_hash
 from deformmamba.kspace import degrade
 from deformmamba.metrics import psnr, ssim
+from deformmamba.models import SRModel
 from deformmamba.volume import intensity_scale
 
 
@@ -29,7 +30,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def measured(model: deformmamba.models.SRModel, hr: torch.Tensor) -> dict[str, float]:
+def measured(model: SRModel, hr: torch.Tensor) -> dict[str, float]:
     lr = degrade(hr, model.scale)
     alone = deformmamba.upscale(model, lr, axis=0)
     mean, spread = deformmamba.upscale_with_uncertainty(model, lr, axis=0)
