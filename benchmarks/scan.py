@@ -2,9 +2,11 @@
 
 Run: python benchmarks/scan.py [--threads 2] [--repeats 7] [--quick] [--write]
 
-Every result is compared with the definition in float64 before it is timed, and a wrong one is not timed. Contenders of
-a table run in turns and keep their best time, so that a busy machine slows all of them. Extra memory is the growth of
-the process's peak over what it held before. `--write` replaces the section "Scan" of benchmarks/README.md.
+Every result is compared with the definition before it is timed, and a wrong one is not timed: values and gradients with
+the eager backend in float64, whose values are compared with the reference; sequences too long for that with the
+reference (values) and this backend in float64 (gradients). Contenders run in turns and keep their best time, so that a
+busy machine slows all of them. Extra memory is the growth of the process's peak over what it held before. `--write`
+replaces the section "Scan" of benchmarks/README.md up to its first remark.
 
 The floor. A step of one state of one channel takes nine multiplications or fused multiply-adds in the forward pass:
 delta A, five for the exponential, delta u B, h and y. The backward pass computes h once more (eight) and takes eight
@@ -19,10 +21,10 @@ import gc
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -109,9 +111,7 @@ def multiply_adds_per_second(threads: int) -> float:
     return threads * rounds * chains * LANES / take_turns({"": partial(kernel, x, rounds)}, 30)[""]
 
 
-def milliseconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
+def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.2f} ms" if seconds < 0.1 else f"{seconds * 1e3:,.0f} ms"
 
 
@@ -120,17 +120,44 @@ def megabytes(size: int | None) -> str:
 
 
 def times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:,.0f}" if ratio > 20 else f"{ratio:.1f}"
+    return "-" if ratio is None else f"{ratio:,.0f}" if ratio > 20 else f"{ratio:.2f}"
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+class Row(NamedTuple):
+    """A line of the table: how many times faster than others it is, and how many times slower a doubling makes it."""
+
+    what: str
+    size: str
+    passes: str
+    seconds: float
+    reference: float | None = None
+    loop: float | None = None
+    mambapy: float | None = None
+    plain: float | None = None
+    growth: float | None = None
+    floor: float | None = None
+    memory: int | None = None
+
+
+HEAD = "contender, size, pass, time, x reference, x loop, x mambapy, x plain, a doubling, of the floor, extra memory"
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown, without the columns that nothing stands in."""
+    cells = [HEAD.split(", ")]
+    cells.append(["---"] * 3 + ["---:"] * (len(cells[0]) - 3))
+    for row in rows:
+        ratios = (row.reference, row.loop, row.mambapy, row.plain)
+        growth = "-" if row.growth is None else f"{row.growth:.2f}"
+        floor = "-" if row.floor is None else f"{row.floor:.1%}"
+        rest = milliseconds(row.seconds), *map(times, ratios), growth, floor, megabytes(row.memory)
+        cells.append([row.what, row.size, row.passes, *rest])
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def check(name: str, got: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
-    """Stop unless every tensor is right."""
-    for x, y in zip(got, exact, strict=True):
+    """Stop unless every tensor in `got` is right."""
+    for x, y in zip(got, exact, strict=False):
         error = ((x.double() - y.double()).abs().max() / y.abs().max()).item()
         if not error < WRONG:
             raise SystemExit(f"{name} is wrong by {error:.1e}: it is not timed")
@@ -196,72 +223,62 @@ class PlainSS2D(SS2D):
         return y[:, 0].unflatten(-1, (h, w)) + y[:, 1].unflatten(-1, (w, h)).transpose(2, 3)
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------------------------------------------- rows
+
+PASSES = ("forward", "forward + backward")
 
 
-def sequences(lengths: list[int], repeats: int, floor: float) -> str:
-    """`floor`: seconds for one operation of one state of one step."""
-    rows = []
+def inference(scan: Callable[..., torch.Tensor], given: list[torch.Tensor]) -> Run:
+    return torch.no_grad()(lambda: scan(*given))
+
+
+def training(scan: Callable[..., torch.Tensor], given: list[torch.Tensor], dy: torch.Tensor) -> Run:
+    return lambda: with_gradients(scan, given, dy)
+
+
+def share(passes: str, length: int, seconds: float, rate: float) -> float:
+    """Of the time, what the floor would take."""
+    each = FORWARD if passes == PASSES[0] else FORWARD + BACKWARD
+    return each * CHANNELS * length * N / rate / seconds
+
+
+def sequences(lengths: list[int], repeats: int, rate: float) -> Iterator[Row]:
+    """Every contender beside the others. `rate`: fused multiply-adds a second."""
+    contenders: dict[str, Callable[..., torch.Tensor]] = {
+        **{name: ours(name) for name in ("cpu", "eager", "reference")},
+        "loop over steps": step_by_step,
+        "mambapy": mambapy_scan,
+    }
+    trained = [name for name in contenders if name != "loop over steps"]  # its gradients take minutes
     for length in lengths:
         given = arguments(length)
         dy = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(1))
         exact = with_gradients(ours("eager"), arguments(length, torch.float64), dy.double())
         check("the eager backend in float64", [ours("reference")(*arguments(length, torch.float64))], exact[:1])
-        contenders: dict[str, Callable[..., torch.Tensor]] = {
-            "cpu": ours("cpu"),
-            "eager": ours("eager"),
-            "reference": ours("reference"),
-            "loop over steps": step_by_step,
-            "mambapy": mambapy_scan,
-        }
-        trained = [name for name in contenders if length <= 1024 or name != "reference"]
-        trained.remove("loop over steps")  # minutes: its slices' gradients are as large as the whole
         for name, scan in contenders.items():
-            with torch.no_grad():
-                check(name, [scan(*given)], exact[:1])
-            if name in trained:
-                check(name, with_gradients(scan, given, dy), exact)
+            check(name, with_gradients(scan, given, dy) if name in trained else [inference(scan, given)()], exact)
         del exact
-
-        def inference(scan: Callable[..., torch.Tensor], given: list[torch.Tensor] = given) -> Run:
-            return torch.no_grad()(lambda: scan(*given))
-
-        def training(scan: Callable[..., torch.Tensor], given: Any = given, dy: torch.Tensor = dy) -> Run:
-            return lambda: with_gradients(scan, given, dy)
-
-        forward = take_turns({name: inference(scan) for name, scan in contenders.items()}, repeats)
-        both = take_turns({name: training(contenders[name]) for name in trained}, repeats)
-        operations = CHANNELS * length * N * floor
-        for name, scan in contenders.items():
-            second = both.get(name)
-            rows.append(
-                [
-                    f"{name}, L = {length:,}",
-                    milliseconds(forward[name]),
-                    times(forward["loop over steps"] / forward[name]),
-                    times(forward["mambapy"] / forward[name]),
-                    f"{FORWARD * operations / forward[name]:.1%}",
-                    megabytes(extra_memory(inference(scan))),
-                    milliseconds(second),
-                    times(both["mambapy"] / second if second else None),
-                    f"{(FORWARD + BACKWARD) * operations / second:.1%}" if second else "-",
-                    megabytes(extra_memory(training(scan))) if second else "-",
-                ]
-            )
-    head = ["backend", "forward", "x loop", "x mambapy", "of the floor", "extra memory"]
-    return table([*head, "forward + backward", "x mambapy", "of the floor", "extra memory"], rows)
+        runs: list[dict[str, Run]] = [
+            {name: inference(scan, given) for name, scan in contenders.items()},
+            {name: training(contenders[name], given, dy) for name in trained},
+        ]
+        for passes, run in zip(PASSES, runs, strict=True):
+            best = take_turns(run, repeats)
+            for name, seconds in best.items():
+                ratios = [best[other] / seconds if other in best else None for other in list(contenders)[2:]]
+                of_floor = share(passes, length, seconds, rate)
+                memory = extra_memory(run[name])
+                yield Row(name, f"L = {length:,}", passes, seconds, *ratios, floor=of_floor, memory=memory)
 
 
-def maps(sizes: list[tuple[int, int, int]], repeats: int) -> str:
-    rows = []
+def maps(sizes: list[tuple[int, int, int]], repeats: int) -> Iterator[Row]:
     for channels, height, width in sizes:
         torch.manual_seed(0)
-        fused = SS2D(channels)
-        plain = PlainSS2D(channels)
+        fused, plain = SS2D(channels), PlainSS2D(channels)
         plain.load_state_dict(fused.state_dict())
-        modules = {"fused": fused, "plain composition": plain}
+        modules = {"SS2D": fused, "SS2D, plain": plain}
         x = torch.randn(1, channels, height, width)
-        inputs = {"fused": x.contiguous(memory_format=torch.channels_last), "plain composition": x}
+        inputs = {"SS2D": x.contiguous(memory_format=torch.channels_last), "SS2D, plain": x}
         dy = torch.randn_like(x)
 
         def results(
@@ -271,62 +288,46 @@ def maps(sizes: list[tuple[int, int, int]], repeats: int) -> str:
             y = modules[name](leaf)
             return [y.detach(), *torch.autograd.grad(y, [leaf, *modules[name].parameters()], dy)]
 
-        check("the plain composition", results("plain composition"), results("fused"))
-        runs: dict[str, dict[str, Run]] = {
-            "forward": {name: torch.no_grad()(partial(module, inputs[name])) for name, module in modules.items()},
-            "both": {name: partial(results, name) for name in modules},
-        }
-        best = {kind: take_turns(pair, repeats) for kind, pair in runs.items()}
-        for name in modules:
-            cells = [f"{name}, {channels} channels, {height} x {width}"]
-            for kind, pair in runs.items():
-                ratio = best[kind]["plain composition"] / best[kind][name]
-                cells += [milliseconds(best[kind][name]), f"{ratio:.2f}", megabytes(extra_memory(pair[name]))]
-            rows.append(cells)
-    head = ["SS2D, one image, 4 directions", "forward", "x plain", "extra memory"]
-    return table([*head, "forward + backward", "x plain", "extra memory"], rows)
+        check("the plain composition", results("SS2D, plain"), results("SS2D"))
+        runs: list[dict[str, Run]] = [
+            {name: torch.no_grad()(partial(module, inputs[name])) for name, module in modules.items()},
+            {name: partial(results, name) for name in modules},
+        ]
+        for passes, run in zip(PASSES, runs, strict=True):
+            best = take_turns(run, repeats)
+            for name, seconds in best.items():
+                size = f"{channels} x {height} x {width}"
+                faster = best["SS2D, plain"] / seconds
+                yield Row(name, size, passes, seconds, plain=faster, memory=extra_memory(run[name]))
 
 
-def growth(lengths: list[int], repeats: int) -> str:
-    rows, before = [], None
+def alone(lengths: list[int], threads: list[int], repeats: int, rate: float) -> Iterator[Row]:
+    """The CPU backend without others in between: how it grows, and how it shares work (at the second length)."""
+    all_threads = torch.get_num_threads()
+    before: dict[str, float] = {}
     for length in lengths:
         given = arguments(length)
-        dy = torch.randn_like(given[0])
-        runs: dict[str, Run] = {
-            "forward": torch.no_grad()(lambda given=given: ours("cpu")(*given)),
-            "both": lambda given=given, dy=dy: with_gradients(ours("cpu"), given, dy),
-        }
+        double = arguments(length, torch.float64)
+        dy = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(1))
+        exact = with_gradients(ours("cpu"), double, dy.double())
+        check("the CPU backend in float64", [ours("reference")(*double)], exact[:1])
+        check("the CPU backend", with_gradients(ours("cpu"), given, dy), exact)
+        del exact, double
+        runs = dict(zip(PASSES, (inference(ours("cpu"), given), training(ours("cpu"), given, dy)), strict=True))
         best = take_turns(runs, repeats)
-        doublings = math.log2(length / before[0]) if before else 1
-        cells = [f"{length:,}"]
-        for kind in runs:
-            factor = (best[kind] / before[1][kind]) ** (1 / doublings) if before else None
-            cells += [milliseconds(best[kind]), "-" if factor is None else f"{factor:.2f}"]
-        rows.append(cells)
-        before = (length, best)
-    return table(["L", "forward", "x per doubling", "forward + backward", "x per doubling"], rows)
-
-
-def threads_table(counts: list[int], repeats: int) -> str:
-    given = arguments(4096)
-    dy = torch.randn_like(given[0])
-    before, rows, one = torch.get_num_threads(), [], None
-    for count in counts:
-        torch.set_num_threads(count)
-        runs: dict[str, Run] = {
-            "forward": torch.no_grad()(lambda: ours("cpu")(*given)),
-            "both": lambda: with_gradients(ours("cpu"), given, dy),
-        }
-        best = take_turns(runs, repeats)
-        one = one or best
-        rows.append(
-            [
-                f"{count}",
-                *(cell for kind in runs for cell in (milliseconds(best[kind]), f"{one[kind] / best[kind]:.2f}")),
-            ]
-        )
-    torch.set_num_threads(before)
-    return table(["threads, L = 4,096", "forward", "x one thread", "forward + backward", "x one thread"], rows)
+        for passes, seconds in best.items():
+            doublings = math.log2(length / lengths[lengths.index(length) - 1]) if before else 1
+            growth = (seconds / before[passes]) ** (1 / doublings) if before else None
+            of_floor = share(passes, length, seconds, rate)
+            yield Row("cpu alone", f"L = {length:,}", passes, seconds, growth=growth, floor=of_floor)
+        before = best
+        for count in threads if length == lengths[1] else ():
+            torch.set_num_threads(count)
+            what = f"cpu alone, {count} thread{'s' * (count > 1)}"
+            for passes, seconds in take_turns(runs, repeats).items():
+                of_floor = share(passes, length, seconds, rate * count / all_threads)
+                yield Row(what, f"L = {length:,}", passes, seconds, floor=of_floor)
+            torch.set_num_threads(all_threads)
 
 
 def machine(threads: int, rate: float) -> str:
@@ -345,12 +346,14 @@ def machine(threads: int, rate: float) -> str:
 
 
 def write(text: str) -> None:
-    """Replace the section of this benchmark in the README beside it."""
+    """Replace this benchmark's section in the README beside it, up to the first paragraph after the table."""
     readme = Path(__file__).with_name("README.md")
     old = readme.read_text() if readme.exists() else "# Benchmarks\n"
     before, _, rest = old.partition("\n## Scan\n")
-    _, _, after = rest.partition("\n## ")
-    readme.write_text(before.rstrip() + "\n\n## Scan\n\n" + text + (f"\n\n## {after.strip()}\n" if after else "\n"))
+    section, _, after = rest.partition("\n## ")
+    remarks = section.rpartition(" |\n")[2].strip() if "|" in section else ""
+    parts = [before.rstrip(), "## Scan", text, remarks, f"## {after.strip()}" if after else ""]
+    readme.write_text("\n\n".join(filter(None, parts)) + "\n")
 
 
 def main() -> None:
@@ -358,18 +361,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="small sizes: does the benchmark run at all")
-    parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/README.md")
+    parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rate = multiply_adds_per_second(args.threads)
-    parts = [
-        "`python benchmarks/scan.py`, " + machine(args.threads, rate),
-        sequences([64] if args.quick else [1024, 4096], args.repeats, 1 / rate),
-        maps([(48, 12, 20)] if args.quick else [(192, 64, 64), (96, 128, 128)], args.repeats),
-        growth([64, 128] if args.quick else [1024, 4096, 16384, 65536], args.repeats),
-        threads_table(sorted({1, args.threads}), args.repeats),
+    threads = [count for count in (1,) if count < args.threads]
+    rows = [
+        *sequences([64] if args.quick else [1024, 4096], args.repeats, rate),
+        *maps([(48, 12, 20)] if args.quick else [(192, 64, 64), (96, 128, 128)], args.repeats),
+        *alone([64, 128] if args.quick else [1024, 4096, 16384, 65536], threads, args.repeats, rate),
     ]
-    text = "\n\n".join(parts)
+    text = "`python benchmarks/scan.py`, " + machine(args.threads, rate) + "\n\n" + table(rows)
     print(text)
     if args.write:
         write(text)
