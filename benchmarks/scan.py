@@ -9,9 +9,10 @@ busy machine slows all of them. Extra memory is the growth of the process's peak
 replaces the section "Scan" of benchmarks/README.md up to its first remark.
 
 The floor. A step of one state of one channel takes nine multiplications or fused multiply-adds in the forward pass:
-delta A, five for the exponential, delta u B, h and y. The backward pass computes h once more (eight) and takes eight
-for the gradients. The floor is their number over the rate of fused multiply-adds measured here; softplus, sums over
-channels and memory are not in it.
+delta A, five for the exponential by a polynomial, delta u B, h and y. The backward pass computes h once more (eight)
+and takes eight for the gradients. The floor is their number over the rate of fused multiply-adds measured here;
+softplus, sums over channels and memory are not in it. (With AVX-512 our kernels look part of the exponential up and
+save two of the nine; the floor still counts nine, so that machines compare.)
 """
 
 import argparse
