@@ -36,7 +36,7 @@ def effective_matrix(slices: np.ndarray | torch.Tensor) -> tuple[int, int]:
     Real or complex, any unit; at most 32 slices are looked at. The power spectrum under a Hann window (so that anatomy
     cut off at the edge of the field leaks nowhere) is summed over the other axis and folded at frequency 0. Along this
     profile the border is where power falls more steeply than anatomy does, by 10 dB or more in excess of anatomy's
-    steepest power law, and stays down for another 4 % of the axis.
+    steepest power law or by 4 dB within a few frequencies, and stays down for another 4 % of the axis.
 
     Measured on zero-filled slices of nine volumes, at 1.25, 1.5 and 2 times the matrix, with phase and 1 % noise, as
     magnitudes rounded to integers: a hard border is found within 1 %. (A magnitude loses the measured phase and smears
