@@ -360,7 +360,8 @@ def _figure(rows: Sequence[Row], test: Sequence[Scan], folder: Path, plan: Plan)
     if models:
         shown = compare(models, test[:1], degradation=plan.degradation(), consistency=False, show=True).shown
         assert shown is not None
-        comparison(shown.hr, shown.results, folder / "figure2.png", spacing=shown.spacing, title=shown.title)
+        title = f"{shown.title}, {plan.scale}x, {_budget(asdict(plan))}"
+        comparison(shown.hr, shown.results, folder / "figure2.png", spacing=shown.spacing, title=title)
 
 
 # ------------------------------------------------------------------------------------------------------- the document
