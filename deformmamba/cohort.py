@@ -7,6 +7,7 @@ package and the same settings; the sidecar is written last. So a run that was st
 """
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -96,7 +97,7 @@ def upscale_cohort(
     made_by = {
         "model": type(model).__name__,
         "weights": weights_name(model),
-        "sha256": weights_hash(model),
+        "sha256": weights_hash(model) or _digest(model),
         "scale": model.scale,
         "volume": volume,
         "dtype": dtype,
@@ -127,6 +128,15 @@ def upscale_cohort(
         outcomes = sorted(outcomes, key=lambda outcome: outcome.source)
         _write(target / name, _table(outcomes))
     return outcomes
+
+
+def _digest(model: "SRModel") -> str:
+    """A hash of what a model is that no file holds: its config and its tensors."""
+    digest = hashlib.sha256(json.dumps([type(model).__name__, model.config], sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return f"no file: {digest.hexdigest()}"
 
 
 def processes(environment: Mapping[str, str]) -> tuple[int, int]:

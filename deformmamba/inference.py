@@ -36,7 +36,7 @@ from deformmamba.volume import (
     slice_axis,
     writing,
 )
-from deformmamba.weights import verify
+from deformmamba.weights import WeightsError, load_checkpoint
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
@@ -95,7 +95,8 @@ def upscale(
         batch_size: slices at once; None: as memory allows.
         consistency: correct each slice so that degrading it gives the input back (`kspace.data_consistency`; before
             negative values become 0); None: what was found best for the weights (`model.consistency`, else off).
-        ensemble: the mean over the eight reflections and transposes of each slice, see `predict`: eight times the work.
+        ensemble: the mean over the eight reflections and transposes of each slice, see `predict`: eight times the work
+            for 0.14 dB (ixi-4x, validation, T2 brain; spine 0.04).
         tile: run the model on tiles of this side, in LR pixels, blended (`tiling.tiled`), for slices that do not fit
             into memory; None: on whole slices, as the networks want it.
         overlap: LR pixels that neighbouring tiles share; None: `tiling.default_overlap`.
@@ -128,7 +129,9 @@ def upscale_with_uncertainty(model: "SRModel", scan: Scan, **settings: Unpack[Se
     """`upscale(model, scan, ensemble=True)`, and beside it where its eight members disagree.
 
     The second result has the shape, kind and units of the first: the standard deviation of the eight in each voxel. It
-    is no confidence interval: where it is small, the network merely says the same eight times.
+    is no confidence interval: where it is small, the network merely says the same eight times. On validation (ixi-4x,
+    T2 brain) it correlates with the absolute error by 0.57 over all voxels and 0.35 inside the head, at a fifth of its
+    size; benchmarks/uncertainty.py measures it.
     """
     volume, like, settings = _opened(scan, settings)
     settings["ensemble"] = True
@@ -280,9 +283,10 @@ def _warn_if_filled(scan: Volume, axis: int) -> None:
 def _facts(model: "SRModel", settings: dict[str, Any], seconds: float, effective: bool) -> dict[str, str]:
     """What a report says ran."""
     tile, overlap = settings["tile"], settings["overlap"]
+    weights = weights_name(model) or "weights of which no file is known"
     return {
-        "model": f"{type(model).__name__}, {model.scale}x, {weights_name(model) or 'weights without a file'}",
-        "sha256 of the weights": weights_hash(model) or "none",
+        "model": f"{type(model).__name__}, {model.scale}x, {weights}",
+        "sha256 of the weights": weights_hash(model) or "no file is known",
         "version": f"deformmamba {__version__}",
         "date": datetime.now().astimezone().isoformat(" ", "minutes"),
         "time taken": f"{seconds:.1f} s",
@@ -294,8 +298,21 @@ def _facts(model: "SRModel", settings: dict[str, Any], seconds: float, effective
 
 
 def weights_hash(model: "SRModel") -> str | None:
-    """The sha256 of the checkpoint that the model was loaded from, read again; None for weights from nowhere."""
-    return None if model.source is None else verify(model.source)
+    """The sha256 of the checkpoint that the model was loaded from; None for weights from nowhere, weights that were
+    changed since, and a file that is gone or another one by now."""
+    if model.source is None:
+        return None
+    try:
+        checkpoint = load_checkpoint(model.source, local_files_only=True)
+    except WeightsError:
+        return None
+    state = model.state_dict()
+    same = state.keys() == checkpoint.tensors.keys()
+    return (
+        checkpoint.sha256
+        if same and all(torch.equal(state[n].cpu(), t) for n, t in checkpoint.tensors.items())
+        else None
+    )
 
 
 def weights_name(model: "SRModel") -> str | None:
@@ -305,7 +322,8 @@ def weights_name(model: "SRModel") -> str | None:
 
 def derivation(model: "SRModel") -> str:
     """What made an image, in a line of ASCII for its header: this package, the network, its weights and their hash."""
-    weights = f"{weights_name(model)}, sha256 {weights_hash(model)}" if model.source else "weights without a file"
+    digest = weights_hash(model)
+    weights = f"{weights_name(model)}, sha256 {digest}" if digest else "weights of which no file is known"
     line = f"deformmamba {__version__}, {type(model).__name__} {model.scale}x, {weights}"
     return line.encode("ascii", "replace").decode()
 

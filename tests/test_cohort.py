@@ -20,7 +20,7 @@ from pydicom.data import get_testdata_file
 
 from deformmamba.cli import main
 from deformmamba.cohort import is_cohort, processes, sr_name, upscale_cohort
-from deformmamba.models import ZeroFill
+from deformmamba.models import VDSR, ZeroFill
 from deformmamba.volume import VolumeError, read_volume
 
 
@@ -128,6 +128,14 @@ def test_what_is_done_is_skipped_and_what_has_changed_is_not(tree: Path, tmp_pat
     assert made(axis=2) == OUTPUTS
     assert made(axis=2, batch_size=1) == []  # changes nothing
     assert made(axis=2, model=ZeroFill(scale=3)) == OUTPUTS
+    assert made(axis=2, model=ZeroFill(scale=3, intensity="max")) == OUTPUTS  # weights without a file differ, too
+    torch.manual_seed(0)
+    small = VDSR(scale=2, layers=2, width=4).eval()
+    assert made(axis=2, model=small) == OUTPUTS
+    assert made(axis=2, model=small) == []
+    with torch.no_grad():
+        next(small.parameters()).add_(1e-3)
+    assert made(axis=2, model=small) == OUTPUTS
 
 
 def test_a_bad_file_does_not_stop_the_others(tree: Path, tmp_path: Path, weights: str, capsys: Any) -> None:
@@ -267,7 +275,7 @@ def test_shares_are_all_of_it_and_none_twice(tree: Path, tmp_path: Path, monkeyp
 
 SLOW_SCRIPT = """
 import os, sys, time
-from deformmamba.models import ZeroFill
+from deformmamba.models import VDSR, ZeroFill
 forward = ZeroFill.forward
 def slow(self, lr, base=None):
     # the second process hangs in its second scan until it is killed

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from deformmamba.inference import coarsen, to_effective, upscale, upscale_file, upscale_with_uncertainty
+from deformmamba import __version__
+from deformmamba.inference import (
+    coarsen,
+    derivation,
+    to_effective,
+    upscale,
+    upscale_file,
+    upscale_with_uncertainty,
+    weights_hash,
+)
 from deformmamba.kspace import degrade, lowpass
 from deformmamba.models import Bicubic, ZeroFill
 from deformmamba.models.base import SRModel
@@ -459,13 +468,31 @@ def test_from_file_to_file_without_the_volume_in_memory(
         np.testing.assert_allclose(written.affine, wanted.affine, atol=1e-5)
 
 
+def test_the_hash_is_that_of_these_weights_or_none(tmp_path: Path) -> None:
+    path = tmp_path / "wobble é.safetensors"
+    digest = Wobble().save_pretrained(path)
+    model = Wobble.from_pretrained(path)
+    assert weights_hash(model) == digest
+    assert derivation(model) == f"deformmamba {__version__}, Wobble 2x, wobble ?.safetensors, sha256 {digest}"
+    with torch.no_grad():
+        model.strength += 1  # trained on, in memory
+    assert weights_hash(model) is None
+    model = Wobble.from_pretrained(path)
+    Wobble(strength=0.4).save_pretrained(path)
+    assert weights_hash(model) is None
+    path.unlink()
+    assert weights_hash(model) is None
+    assert weights_hash(Wobble()) is None
+    assert "no file is known" in derivation(model)
+
+
 def test_a_report_says_what_ran(wobble: Wobble, tmp_path: Path) -> None:
     write_volume(tmp_path / "in.nii", scan((16, 20, 5)))
     for axis, spread in ((2, tmp_path / "u.nii"), (1, None)):
         page = tmp_path / f"{axis}.html"
         upscale_file(wobble, tmp_path / "in.nii", tmp_path / "out.nii", report=page, uncertainty=spread, axis=axis)
         text = page.read_text("utf-8")
-        assert all(word in text for word in ("Wobble, 2x", "weights without a file", "whole slices"))
+        assert all(word in text for word in ("Wobble, 2x", "weights of which no file is known", "whole slices"))
         assert ("spread of the estimates" in text) == (spread is not None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1.html", "2.html", "in.nii", "out.nii", "u.nii"]
     with pytest.raises(VolumeError, match=r"\.html"):
