@@ -103,6 +103,7 @@ def upscale_cohort(
         "dtype": dtype,
         "effective": effective,
         "consistency": model.consistency,
+        "ensemble": False,
         **{key: settings[key] for key in _SHAPING if settings.get(key) is not None},  # type: ignore[literal-required]
     }
     tasks, refused = _tasks(source, target)

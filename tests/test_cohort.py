@@ -126,7 +126,7 @@ def test_what_is_done_is_skipped_and_what_has_changed_is_not(tree: Path, tmp_pat
     (out / "sub-01/ses-2/anat/sub-01_ses-2_acq-a_desc-sr_T2w.json").write_text("{")
     assert made() == [OUTPUTS[1], OUTPUTS[2]]
     assert made(axis=2) == OUTPUTS
-    assert made(axis=2, batch_size=1) == []  # changes nothing
+    assert made(axis=2, batch_size=1, ensemble=False, consistency=False) == []  # changes nothing
     assert made(axis=2, model=ZeroFill(scale=3)) == OUTPUTS
     assert made(axis=2, model=ZeroFill(scale=3, intensity="max")) == OUTPUTS  # weights without a file differ, too
     torch.manual_seed(0)
