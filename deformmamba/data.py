@@ -263,7 +263,9 @@ class PatchDataset(Dataset[Sample]):
             unit = self._unit(hr, intensity)
             # a nearly empty slice teaches nothing
             groups.setdefault(scan.group, []).extend(
-                _Slice(image, unit, room) for image in hr if image.abs().mean() / unit > 0.02
+                _Slice(image, unit, room, f"{scan.path.name}, slice {k}")
+                for k, image in enumerate(hr)
+                if image.abs().mean() / unit > 0.02
             )
             coarse = self._coarse_size(h, w, min(coarsest, room))
             spacings += loaded.spacing
@@ -289,7 +291,12 @@ class PatchDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Sample:
+    def describe(self, index: int) -> str:
+        """File and slice (along its slice axis, from 0) that sample `index` is cut from."""
+        return self._drawn(index)[0].place
+
+    def _drawn(self, index: int) -> tuple["_Slice", float, np.random.Generator]:
+        """The slice of a sample, the factor by which it becomes coarser, and the generator of all that follows."""
         if not 0 <= index < self.length:
             raise IndexError(index)
         rng = np.random.default_rng((self.seed, index))
@@ -298,8 +305,11 @@ class PatchDataset(Dataset[Sample]):
         if self.coarsest > 1 and rng.random() < 0.5:
             factor = min(self.coarsest ** rng.random(), slices[0].room)
             count = int(np.searchsorted(self._rooms[group], -factor, side="right"))
-        image, unit, _ = slices[rng.integers(count)]
-        hr = self._augment(image / unit, factor, rng)
+        return slices[rng.integers(count)], factor, rng
+
+    def __getitem__(self, index: int) -> Sample:
+        drawn, factor, rng = self._drawn(index)
+        hr = self._augment(drawn.image / drawn.unit, factor, rng)
         lr = self.degradation(hr, seed=(self.seed, index))
         base = zero_fill(lr, self.scale)
         y, x = (int(rng.integers(n - self.patch + 1)) for n in lr.shape)
@@ -332,11 +342,12 @@ class PatchDataset(Dataset[Sample]):
 
 
 class _Slice(NamedTuple):
-    """One slice (H, W) in the units of its file, what it is divided by, and how much coarser it may become."""
+    """One slice (H, W) in the units of its file, what it is divided by, how much coarser it may become, where it is."""
 
     image: torch.Tensor
     unit: float
     room: float
+    place: str
 
 
 def subjects(scans: Sequence[Scan]) -> list[str]:

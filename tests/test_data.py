@@ -135,6 +135,20 @@ def test_groups_are_drawn_by_their_share(tmp_path, phantom):
     assert len(dataset.groups) == 2
 
 
+def test_a_sample_says_which_slice_it_is_of(tmp_path, phantom):
+    shades = np.stack([phantom[:32, :32, 3], phantom[:32, :32, 3].T], -1) + 300.0
+    paths = [write(tmp_path / f"{name}.nii.gz", shades + 500 * i) for i, name in enumerate("ab")]
+    made = PatchDataset(
+        [Scan(path, path.name, "train", "") for path in paths], scale=2, patch=16, length=20, flips=False, seed=3
+    )
+    for index in range(20):
+        file, k = made.describe(index).split(", slice ")
+        expected = (shades + 500 * ["a.nii.gz", "b.nii.gz"].index(file))[..., int(k)]
+        hr = made[index].hr[0].numpy()
+        np.testing.assert_allclose(hr / hr.max(), expected / expected.max(), rtol=1e-5)
+    assert len({made.describe(index) for index in range(20)}) == 4
+
+
 def test_a_patch_larger_than_the_slices_is_refused(tmp_path, phantom):
     scan = Scan(write(tmp_path / "a.nii", phantom), "a", "train", "T2")
     with pytest.raises(VolumeError, match="smaller than a patch"):
