@@ -3,7 +3,7 @@
 Three questions, each a function that returns rows of plain values, ready for `weights_manifest.json`: `by_spacing` (one
 model, many voxel sizes), `out_of_domain` (other contrasts and scanners; the same images turned, shaded, noisy, or made
 coarse in another way) and `lesions` (how much of a small lesion comes through, and how much lesion-like structure is
-invented where there is none). `assess` asks all three, `markdown` renders the answer.
+invented where there is none). `assess` asks all three; `deformmamba.cards.tables` renders the answer.
 
 Everywhere the comparison is zero-filling of the same input. PSNR and SSIM are those of protocol "volume", averaged over
 the volumes of a subject and then over subjects. All randomness follows from one seed.
@@ -11,7 +11,7 @@ the volumes of a subject and then over subjects. All randomness follows from one
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 SPACINGS = (0.9, 1.2, 1.5, 2.0, 3.0)  # mm, of the ground truth
 SIZES = (2.0, 3.0, 4.0, 6.0)  # mm, diameter at half contrast
-CONTRAST = 0.25  # of a lesion, as a share of the volume's bright tissue (its 99.9th percentile)
+CONTRAST = 0.25  # of a lesion, as a share of the volume's bright tissue (its 99.9th percentile); model cards say it
 ANGLES = (3.0, 10.0)  # degrees
 SNRS = (30.0, 15.0)  # of bright tissue in the LR image
 APART = 25.0  # mm between lesions in one slice
@@ -383,37 +383,3 @@ def assess(
         "out_of_domain": out_of_domain(model, scans, groups=groups, slices=slices, seed=seed),
         "lesions": lesions(model, meant, slices=slices, seed=seed),
     }
-
-
-HEADINGS = {
-    "by_spacing": (
-        "Scores by voxel size",
-        "Each volume was k-space cropped to `truth_mm` and that degraded to `input_mm`; volume protocol; gains are "
-        "over zero-filling of the same input.",
-    ),
-    "out_of_domain": ("Off the training data", "Volume protocol; gains are over zero-filling of the same input."),
-    "lesions": (
-        "Synthetic lesions",
-        f"Smooth-edged discs of {CONTRAST:g} of the bright tissue's intensity, put into tissue before degrading. "
-        "Recovered: the share of the contrast that comes through. Invented: the strongest lesion-like contrast that "
-        "the result of a slice without lesions has beyond the truth, per slice, in units of a true lesion's.",
-    ),
-}
-
-
-def markdown(assessment: Mapping[str, Sequence[Row]]) -> str:
-    """The tables of `assess` as Markdown, each with a heading and a sentence on how to read it."""
-    parts = []
-    for name, rows in assessment.items():
-        if rows:
-            heading, how = HEADINGS[name]
-            columns = list(dict.fromkeys(key for row in rows for key in row))
-            table = [columns, ["---"] * len(columns), *([_cell(row.get(key)) for key in columns] for row in rows)]
-            parts += [f"## {heading}", "", how, "", *(f"| {' | '.join(cells)} |" for cells in table), ""]
-    return "\n".join(parts)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return ("yes" if value else "no") if isinstance(value, bool) else str(value)

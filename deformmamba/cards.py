@@ -20,9 +20,10 @@ TABLES = {
     "out_of_domain": ("Off the training data", "Protocol volume; gains are over zero-filling of the same input."),
     "lesions": (
         "Synthetic lesions",
-        "Smooth-edged discs, put into tissue before degrading. Recovered: the share of their contrast that comes "
-        "through. Invented: the strongest lesion-like contrast that the result of a slice without lesions has beyond "
-        "the truth, in units of a true lesion's.",
+        "Smooth-edged discs, a quarter of the bright tissue's intensity brighter or darker than the tissue that they "
+        "are put into before degrading. Recovered: the share of their contrast that comes through. Invented: the "
+        "strongest lesion-like contrast that the result of a slice without lesions has beyond the truth, per slice, in "
+        "units of a true lesion's.",
     ),
 }
 _USE = (
@@ -75,14 +76,19 @@ def card(entry: Mapping[str, Any]) -> str:
             lines.append(f"- **{key.replace('_', ' ')}**: {said}")
     if "file" in entry and not repo:
         lines.append("- **source**: the file rides in the package; there is no repository on the Hub")
+    return "\n".join(lines) + "\n" + tables(entry)
+
+
+def tables(entry: Mapping[str, Any]) -> str:
+    """The lists of rows of a manifest entry, or of an assessment, each under its heading with how to read it."""
+    lines = []
     for key, (title, text) in TABLES.items():
-        rows = entry.get(key)
-        if rows:
-            lines += ["", f"## {title}", "", text, "", *table(rows)]
-    return "\n".join(lines) + "\n"
+        if entry.get(key):
+            lines += ["", f"## {title}", "", text, "", *_table(entry[key])]
+    return "".join(f"{line}\n" for line in lines)
 
 
-def table(rows: Sequence[Any]) -> list[str]:
+def _table(rows: Sequence[Any]) -> list[str]:
     """Lines of a Markdown table; the columns are the keys of all rows, in the order of their first use."""
     rows = [row if isinstance(row, Mapping) else {"": row} for row in rows]
     columns = list(dict.fromkeys(key for row in rows for key in row))

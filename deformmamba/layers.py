@@ -19,6 +19,8 @@ from deformmamba.deform import modulated_deform_conv2d
 from deformmamba.scan import Discretization, selective_scan_2d
 
 DIRECTIONS = (1, 2, 4)
+# of dilation: the padding grows with it, and a checkpoint may come from anybody
+LARGEST_RATE = 256
 
 
 def check_map(block: nn.Module, x: torch.Tensor, channels: int, *, multiple: int = 1) -> None:
@@ -408,8 +410,10 @@ class MultiViewContext(nn.Module):
     ) -> None:
         super().__init__()
         _check_positive("MultiViewContext", channels=channels, branch_channels=branch_channels)
-        if not rates or min(rates) < 1:
-            raise ValueError(f"MultiViewContext: rates is {tuple(rates)}; it must hold at least one rate of 1 or more")
+        if not rates or not 1 <= min(rates) <= max(rates) <= LARGEST_RATE:
+            raise ValueError(
+                f"MultiViewContext: rates is {tuple(rates)}; it must hold at least one rate, from 1 to {LARGEST_RATE}"
+            )
         width = branch_channels or max(channels // len(rates), 1)
         self.channels = channels
         self.branches = nn.ModuleList(nn.Conv2d(channels, width, 3, padding=rate, dilation=rate) for rate in rates)

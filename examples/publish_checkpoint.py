@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from deformmamba.assessment import assess, markdown
+from deformmamba.assessment import assess
+from deformmamba.cards import tables
 from deformmamba.data import Scan, find_scans, load_slices
 from deformmamba.evaluation import evaluate, mean_scores
 from deformmamba.inference import upscale
@@ -163,7 +164,7 @@ def main() -> None:
     log(rows, args.name, sha256)
     assessment = assess(published, [scan for scan in scans if scan.split in ("test", "external")], groups=groups)
     log(as_logged(assessment, groups), args.name, sha256)
-    print(markdown(assessment))
+    print(tables(assessment))
     manifest_path = ROOT / "weights_manifest.json"
     manifest = json.loads(manifest_path.read_text("utf-8"))
     manifest["planned"].pop(args.name, None)

@@ -15,10 +15,10 @@ from deformmamba.assessment import (
     assess,
     by_spacing,
     lesions,
-    markdown,
     out_of_domain,
     turned,
 )
+from deformmamba.cards import tables
 from deformmamba.data import Scan
 from deformmamba.kspace import degrade, zero_fill
 from deformmamba.models import ZeroFill
@@ -158,10 +158,9 @@ def test_the_whole_is_plain_and_readable(scans):
     assert list(found) == ["by_spacing", "out_of_domain", "lesions"]
     assert json.loads(json.dumps(found)) == found
     assert found["by_spacing"][0]["slices"] == 2  # one of each of two volumes; T1 is not what it is meant for
-    text = markdown(found)
-    assert text.count("\n## ") == 2
-    assert text.startswith("## Scores by voxel size")
-    assert "| size_mm | kind | lesions | recovered |" in text
+    text = tables(found)
+    assert text.count("\n## ") == 3
+    assert "| size mm | kind | lesions | recovered |" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == sum(len(rows) + 2 for rows in found.values())
 

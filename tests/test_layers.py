@@ -302,6 +302,7 @@ def test_impossible_deform_blocks_are_refused(options):
         (lambda: VisionMambaBlock(8, drop_path=1), "DropPath: p is 1"),
         (lambda: DeformMambaBlock(8, deform_groups=3), "ModulatedDeformBlock: .*deform_groups=3"),
         (lambda: MultiViewContext(8, rates=()), "MultiViewContext: rates"),
+        (lambda: MultiViewContext(8, rates=(1, 65536)), "MultiViewContext: rates"),
         (lambda: MultiViewContext(8, branch_channels=0), "MultiViewContext: branch_channels is 0"),
         (lambda: ChannelAttention(8, reduction=0), "ChannelAttention: reduction is 0"),
     ],

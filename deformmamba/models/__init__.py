@@ -12,6 +12,22 @@ from deformmamba.models.transformers import HAT, SwinIR
 from deformmamba.models.vdsr import VDSR
 from deformmamba.weights import WeightsError, load_checkpoint
 
+__all__ = [
+    "FMISR",
+    "HAT",
+    "MODELS",
+    "SRCNN",
+    "VDSR",
+    "BSpline",
+    "Bicubic",
+    "DeformMambaSR",
+    "SRModel",
+    "SwinIR",
+    "T2Net",
+    "ZeroFill",
+    "from_pretrained",
+]  # fmt: skip
+
 MODELS: dict[str, type[SRModel]] = {
     "DeformMambaSR": DeformMambaSR,
     "Bicubic": Bicubic,
