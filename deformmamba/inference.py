@@ -29,11 +29,13 @@ from deformmamba.volume import (
     Volume,
     VolumeError,
     check_output,
+    from_nibabel,
     intensity_scale,
     normalise,
     read_volume,
     restore,
     slice_axis,
+    to_nibabel,
     writing,
 )
 from deformmamba.weights import WeightsError, load_checkpoint
@@ -621,7 +623,7 @@ def _opened(scan: Any, settings: Settings) -> tuple[Volume, Callable[["Upscaling
     if isinstance(scan, Volume):
         return scan, lambda job, out: replace(job.place, array=out), settings
     if hasattr(scan, "dataobj") and hasattr(scan, "header"):
-        return _from_nibabel(scan), lambda job, out: _to_nibabel(replace(job.place, array=out), type(scan)), settings
+        return from_nibabel(scan), lambda job, out: to_nibabel(replace(job.place, array=out), type(scan)), settings
     if isinstance(scan, torch.Tensor):
         plain = scan.detach().cpu()
         array = (plain.float() if plain.is_floating_point() else plain).numpy()  # numpy has no bfloat16
@@ -640,36 +642,6 @@ def _opened(scan: Any, settings: Settings) -> tuple[Volume, Callable[["Upscaling
         return torch.from_numpy(out).to(scan.device) if isinstance(scan, torch.Tensor) else out
 
     return Volume(array, np.eye(4), codes=(0, 0)), like, settings
-
-
-# nibabel's spatial unit in mm
-_MM = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
-
-
-def _from_nibabel(image: Any) -> Volume:
-    if len(image.shape) != 3:
-        raise VolumeError(f"the image has shape {image.shape}; give one 3-D volume, such as image.slicer[..., 0]")
-    header = image.header
-    array = np.asarray(image.dataobj)
-    array = array.astype(np.float32) if array.dtype.kind in "iuf" else array
-    if not hasattr(header, "get_xyzt_units"):  # MGH
-        return Volume(array, image.affine, header=header)
-    to_mm = np.diag([*[_MM[header.get_xyzt_units()[0]]] * 3, 1.0])
-    codes = (int(header["qform_code"]), int(header["sform_code"]))
-    qform = to_mm @ header.get_qform() if codes[0] else None
-    return Volume(array, to_mm @ image.affine, qform=qform, codes=codes, header=header)
-
-
-def _to_nibabel(volume: Volume, kind: Any) -> Any:
-    header = volume.header.copy()
-    header.set_data_dtype(np.float32)
-    if not hasattr(header, "get_xyzt_units"):
-        return kind(volume.array, volume.affine, header)
-    image = kind(volume.array, None, header)
-    from_mm = np.diag([*[1 / _MM[header.get_xyzt_units()[0]]] * 3, 1.0])
-    image.set_qform(from_mm @ (volume.affine if volume.qform is None else volume.qform), volume.codes[0])
-    image.set_sform(from_mm @ volume.affine, volume.codes[1])
-    return image
 
 
 def _check(model: "SRModel", volume: Volume, axis: int) -> None:

@@ -439,6 +439,10 @@ def test_nibabel_images_keep_units_codes_and_slope(wobble: Wobble) -> None:
     np.testing.assert_allclose(sharp.get_sform(), np.diag([0.00045, 0.0004, 0.005, 1]), rtol=1e-5)
     np.testing.assert_allclose(sharp.get_qform()[:3, 3], image.get_qform()[:3, 3], rtol=1e-5)
     assert bytes(sharp.header["descrip"]).startswith(b"kept")
+    image.header.set_dim_info(slice=0)
+    image.header.set_slice_duration(0.1)
+    assert upscale(wobble, image, axis=0).header["slice_duration"] == np.float32(0.1)
+    assert upscale(wobble, image, axis=2).header["slice_duration"] == 0  # those slices are no longer there
     with pytest.raises(VolumeError, match="give one 3-D volume"):
         upscale(wobble, nibabel.Nifti1Image(np.ones((8, 8, 2, 2), np.float32), np.eye(4)))
     with pytest.raises(VolumeError, match="magnitude"):

@@ -41,6 +41,7 @@ from deformmamba.volume.image import (
     slice_axis,
     upscaled_affine,
 )
+from deformmamba.volume.nifti import from_nibabel, to_nibabel
 
 __all__ = [
     "DTYPES",
@@ -50,12 +51,14 @@ __all__ = [
     "Volume",
     "VolumeError",
     "check_output",
+    "from_nibabel",
     "intensity_scale",
     "normalise",
     "read_volume",
     "replacing",
     "restore",
     "slice_axis",
+    "to_nibabel",
     "upscaled_affine",
     "write_volume",
     "writing",

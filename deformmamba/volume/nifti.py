@@ -11,6 +11,7 @@ import numpy as np
 from deformmamba.volume.files import MGH_SUFFIXES, Bounded, as_dtype, closed, parsing, suffix, volume_index
 from deformmamba.volume.image import Volume, VolumeError
 
+# nibabel's spatial unit in mm
 _MM = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
 
 
@@ -56,12 +57,49 @@ def _read(path: Path, file: Bounded, n_bytes: int, volume: int | None) -> Volume
     with np.errstate(over="ignore", invalid="ignore"):
         array = np.asarray(image.dataobj[(..., *within)] if within else image.dataobj).astype(np.float32)
     array = array.reshape(array.shape + (1,) * (3 - array.ndim))
-    if is_mgh:
+    return _placed(array, image)
+
+
+def from_nibabel(image: Any) -> Volume:
+    """A 3-D nibabel image, NIfTI or MGH, as a volume: real voxels as float32, slope and intercept applied.
+
+    Raises:
+        VolumeError: not 3-D, or a geometry that is no geometry.
+    """
+    if len(image.shape) != 3:
+        raise VolumeError(f"the image has shape {image.shape}; give one 3-D volume, such as image.slicer[..., 0]")
+    array = np.asarray(image.dataobj)
+    return _placed(array.astype(np.float32) if array.dtype.kind in "iuf" else array, image)
+
+
+def to_nibabel(volume: Volume, kind: Any) -> Any:
+    """The volume as a nibabel image of the class `kind`, with the header that came with the volume from such an image.
+
+    Raises:
+        VolumeError: more voxels along an axis than NIfTI-1 can count.
+    """
+    return (_nifti_image if _is_nifti(volume.header) else _mgh_image)(volume.array, volume, kind)
+
+
+def _is_nifti(header: Any) -> bool:
+    """Or MGH, which has neither units nor codes."""
+    return hasattr(header, "get_xyzt_units")
+
+
+def _placed(array: np.ndarray, image: Any) -> Volume:
+    """`array` where a nibabel image lies."""
+    header = image.header
+    if not _is_nifti(header):
         return Volume(array, image.affine, header=header)
-    to_mm = np.diag([*[_MM.get(header.get_xyzt_units()[0], 1.0)] * 3, 1.0])
+    to_mm = np.diag([*[_mm(header)] * 3, 1.0])
     codes = (int(header["qform_code"]), int(header["sform_code"]))
     qform = to_mm @ header.get_qform() if codes[0] else None
     return Volume(array, to_mm @ image.affine, qform=qform, codes=codes, header=header)
+
+
+def _mm(header: Any) -> float:
+    """The spatial unit of a NIfTI header in mm."""
+    return _MM.get(header.get_xyzt_units()[0], 1.0)
 
 
 def _uncompressed_size(path: Path) -> int:
@@ -86,7 +124,7 @@ def planes(path: Path, like: Volume, shape: tuple[int, ...], dtype: str) -> Iter
     is_mgh = suffix(path) in MGH_SUFFIXES
     # the header of an image of this shape, which is never made
     voxels = np.broadcast_to(np.zeros((), dtype), shape)
-    header = _mgh_header(voxels, like) if is_mgh else _nifti_header(voxels, like)
+    header = _mgh_image(voxels, like).header if is_mgh else _nifti_header(voxels, like)
     file_dtype = header.get_data_dtype()
     with closed(ImageOpener(str(path), "wb")) as file:
         if is_mgh:
@@ -100,6 +138,14 @@ def planes(path: Path, like: Volume, shape: tuple[int, ...], dtype: str) -> Iter
 
 
 def _nifti_header(voxels: np.ndarray, volume: Volume) -> Any:
+    header = _nifti_image(voxels, volume).header
+    header.set_slope_inter(1, 0)
+    header.set_data_offset(header.single_vox_offset + header.extensions.get_sizeondisk())
+    return header
+
+
+def _nifti_image(voxels: np.ndarray, volume: Volume, kind: Any = None) -> Any:
+    """`voxels` where `volume` lies, with its header; `kind` None: of the NIfTI version of that header, else 1."""
     import nibabel
 
     known = isinstance(volume.header, nibabel.Nifti1Header)
@@ -118,20 +164,20 @@ def _nifti_header(voxels: np.ndarray, volume: Volume) -> Any:
     is_nifti2 = isinstance(header, nibabel.Nifti2Header)
     if not is_nifti2 and max(voxels.shape) > np.iinfo(np.int16).max:
         raise VolumeError(f"NIfTI-1 holds at most {np.iinfo(np.int16).max} voxels along an axis, not {voxels.shape}")
-    image = (nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image)(voxels, None, header)
-    from_mm = np.diag([*[1 / _MM.get(header.get_xyzt_units()[0], 1.0)] * 3, 1.0])
+    image = (kind or (nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image))(voxels, None, header)
+    from_mm = np.diag([*[1 / _mm(header)] * 3, 1.0])
     qform = volume.affine if volume.qform is None else volume.qform
     image.set_qform(from_mm @ qform, volume.codes[0], update_affine=False)
     image.set_sform(from_mm @ volume.affine, volume.codes[1])
-    image.header.set_slope_inter(1, 0)
-    image.header.set_data_offset(image.header.single_vox_offset + image.header.extensions.get_sizeondisk())
-    return image.header
+    return image
 
 
-def _mgh_header(voxels: np.ndarray, volume: Volume) -> Any:
+def _mgh_image(voxels: np.ndarray, volume: Volume, kind: Any = None) -> Any:
+    """`voxels` where `volume` lies, with its header if that is of the same kind."""
     import nibabel
 
-    header = volume.header.copy() if isinstance(volume.header, nibabel.freesurfer.mghformat.MGHHeader) else None
+    kind = kind or nibabel.freesurfer.mghformat.MGHImage
+    header = volume.header.copy() if isinstance(volume.header, kind.header_class) else None
     if header is not None:
         header.set_data_dtype(voxels.dtype)
-    return nibabel.freesurfer.mghformat.MGHImage(voxels, volume.affine, header).header
+    return kind(voxels, volume.affine, header)
