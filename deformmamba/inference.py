@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from deformmamba import __version__
-from deformmamba.inspection import effective_matrix
+from deformmamba.inspection import effective_matrix, is_far, trained_spacings
 from deformmamba.kspace import Grid, crop_spectrum, data_consistency, degrade, fft2c, ifft2c, zero_fill
 from deformmamba.report import SUFFIXES as REPORT_SUFFIXES
 from deformmamba.report import write_report
@@ -52,8 +52,6 @@ CPU_BATCH_PIXELS = 1 << 18
 CPU_PARALLEL_PIXELS = 8 * CPU_BATCH_PIXELS
 # of the accelerator's free memory, after one slice has shown what a slice takes
 FREE_MEMORY_SHARE = 0.6
-# spacings beyond this factor of the range that the weights were trained on are warned about
-FAR_SPACING = 1.5
 
 
 class Settings(TypedDict, total=False):
@@ -653,15 +651,13 @@ def _check(model: "SRModel", volume: Volume, axis: int) -> None:
             f"slices across axis {axis} are {size[0]}x{size[1]} pixels, the smallest that {type(model).__name__} takes "
             f"is {model.minimum_size}x{model.minimum_size}; choose another axis or pad the scan"
         )
-    trained = np.ravel(model.provenance.get("spacings_mm") or [])
-    if trained.size and any(volume.codes):
-        given = [volume.spacing[a] for a in in_plane]
-        if min(given) < trained.min() / FAR_SPACING or max(given) > trained.max() * FAR_SPACING:
-            warnings.warn(
-                f"the pixels are {given[0]:.3g} x {given[1]:.3g} mm, the weights were trained on {trained.min():.3g} "
-                f"to {trained.max():.3g} mm: the result may be worse than reported",
-                stacklevel=4,  # whoever called `upscale`
-            )
+    trained, pixel = trained_spacings(model), (volume.spacing[in_plane[0]], volume.spacing[in_plane[1]])
+    if trained and any(volume.codes) and is_far(pixel, trained):
+        warnings.warn(
+            f"the pixels are {pixel[0]:.3g} x {pixel[1]:.3g} mm, the weights were trained on {trained[0]:.3g} to "
+            f"{trained[1]:.3g} mm: the result may be worse than reported",
+            stacklevel=4,  # whoever called `upscale`
+        )
 
 
 def _check_voxels(array: np.ndarray) -> None:

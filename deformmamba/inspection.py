@@ -16,7 +16,7 @@ from deformmamba.volume import Volume, VolumeError, intensity_scale, slice_axis
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
 
-# a trained network is warned about beyond this factor of the range of spacings that it was trained on
+# pixels beyond this factor of the range that the weights were trained on are far from it
 FAR_SPACING = 1.5
 
 _N_SLICES = 32  # as many of a volume are enough for a smooth profile
@@ -215,18 +215,29 @@ def _orientation(volume: Volume, axis: int) -> tuple[str | None, float | None]:
     return letters, float(np.degrees(np.arccos(min(1.0, np.abs(normal).max() / np.linalg.norm(normal)))))
 
 
+def trained_spacings(model: "SRModel") -> tuple[float, float] | None:
+    """The finest and the coarsest pixel, in mm, that the weights were trained on; None: they do not say."""
+    trained = np.ravel(model.provenance.get("spacings_mm") or [])
+    return (float(trained.min()), float(trained.max())) if trained.size else None
+
+
+def is_far(pixel: tuple[float, float], trained: tuple[float, float]) -> bool:
+    """Whether a `pixel` (mm, mm) is so far from `trained_spacings` that the result may be worse than reported."""
+    return min(pixel) < trained[0] / FAR_SPACING or max(pixel) > trained[1] * FAR_SPACING
+
+
 def _model_remarks(model: "SRModel", matrix: tuple[int, int], pixel: tuple[float, float] | None) -> list[str]:
     if min(matrix) < model.minimum_size:
         return [f"{type(model).__name__} takes slices of {model.minimum_size}x{model.minimum_size} pixels or more"]
-    trained = np.ravel(model.provenance.get("spacings_mm") or [])
-    if not trained.size:
+    trained = trained_spacings(model)
+    if trained is None:
         return ["the weights do not say on which pixel sizes they were trained"]
-    known = f"the weights were trained on pixels of {trained.min():.3g} to {trained.max():.3g} mm"
+    known = f"the weights were trained on pixels of {trained[0]:.3g} to {trained[1]:.3g} mm"
     if pixel is None:
         return [f"{known}; this file does not say where its own come from"]
     given = f"{pixel[0]:.3g} x {pixel[1]:.3g} mm"
-    if trained.min() <= min(pixel) and max(pixel) <= trained.max():
+    if trained[0] <= min(pixel) and max(pixel) <= trained[1]:
         return [f"{known}; this scan's {given} are among them"]
-    if min(pixel) < trained.min() / FAR_SPACING or max(pixel) > trained.max() * FAR_SPACING:
+    if is_far(pixel, trained):
         return [f"{known}; this scan's {given} are far from that, and the result may be worse than reported"]
     return [f"{known}; this scan's {given} are near that"]
