@@ -24,6 +24,7 @@ import torch
 
 import deformmamba
 from deformmamba import inference, kspace
+from deformmamba.inference import upscaling
 from deformmamba.models import DeformMambaSR, SRModel
 from deformmamba.volume import Volume, intensity_scale, read_volume, slice_axis, write_volume
 
@@ -44,7 +45,7 @@ def volume_row(job: dict[str, Any]) -> dict[str, float]:
     """Seconds and MB of one way to upscale one file."""
     torch.set_num_threads(job["threads"])
     if not job["side_by_side"]:
-        inference.CPU_PARALLEL_PIXELS = 0
+        upscaling.CPU_PARALLEL_PIXELS = 0
     model, settings = loaded(job["model"]), job["settings"]
     scan = read_volume(job["scan"])
     axis = slice_axis(scan)

@@ -1,44 +1,30 @@
-"""From a scan to a sharper scan: normalise, slice, run the model, correct, restore units, place in the world."""
+"""Volumes and slices: normalise, run the model, correct, restore units, place in the world."""
 
-import math
-import os
-import tempfile
-import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Container, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing
 from contextvars import copy_context
-from dataclasses import dataclass, replace
-from datetime import datetime
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 import numpy as np
 import torch
 
-from deformmamba import __version__
-from deformmamba.inspection import effective_matrix, is_far, trained_spacings
-from deformmamba.kspace import Grid, crop_spectrum, data_consistency, degrade, fft2c, ifft2c, zero_fill
-from deformmamba.report import SUFFIXES as REPORT_SUFFIXES
-from deformmamba.report import write_report
+from deformmamba.inspection import is_far, trained_spacings
+from deformmamba.kspace import Grid, data_consistency, zero_fill
 from deformmamba.tiling import default_overlap, spans, tiled
 from deformmamba.volume import (
-    PathLike,
     Volume,
     VolumeError,
-    check_output,
     from_nibabel,
     intensity_scale,
     normalise,
-    read_volume,
     restore,
     slice_axis,
     to_nibabel,
-    writing,
 )
-from deformmamba.weights import WeightsError, load_checkpoint
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
@@ -146,188 +132,6 @@ def upscale_with_uncertainty(model: "SRModel", scan: Scan, **settings: Unpack[Se
     return like(job, outs[0]), like(job, outs[1])
 
 
-@dataclass(frozen=True)
-class Upscaled:
-    """What `upscale_file` did.
-
-    Attributes:
-        source: the scan as it was read, cropped to its effective matrix if that was asked for.
-        place: the geometry and header of what was written; its array is that of `source`.
-        shape: (i, j, k) of what was written.
-        axis: where slices are stacked.
-        kept: index to (slice (h, w), deviation of the ensemble or None) of the slices that `keep` named.
-        seconds: from the first slice to the whole file, without the report.
-        settings: what `upscale` worked with, defaults filled in.
-    """
-
-    source: Volume
-    place: Volume
-    shape: tuple[int, int, int]
-    axis: int
-    kept: dict[int, tuple[np.ndarray, np.ndarray | None]]
-    seconds: float
-    settings: dict[str, Any]
-
-
-def upscale_file(
-    model: "SRModel",
-    source: PathLike,
-    target: PathLike,
-    *,
-    volume: int | None = None,
-    series: int | str | None = None,
-    dtype: str | None = None,
-    uncertainty: PathLike | None = None,
-    report: PathLike | None = None,
-    effective: bool = False,
-    keep: Callable[[int], Container[int]] = lambda n: (),
-    **settings: Unpack[Settings],
-) -> Upscaled:
-    """Read `source`, upscale it, write `target`: slices go to the file as they are made, so that the output is never in
-    memory; the input is. Nothing appears under `target` before all of it is there.
-
-    Args:
-        model: any SRModel.
-        source, volume, series: as `read_volume`.
-        target, dtype: as `volume.writing`; a scan that came as DICOM can be written as DICOM.
-        uncertainty: another file, for what `upscale_with_uncertainty` gives as its second result. Makes an ensemble of
-            it.
-        report: .html, a page to look at what came out, see `report.write_report`. The slices wait for it in a nameless
-            file beside it, as large as the output in float32.
-        effective: start from the matrix that k-space says was measured, see `to_effective`.
-        keep: says, of n slices, which are wanted in memory as well, for pictures: `Upscaled.kept`.
-        settings: as `upscale`.
-
-    Raises:
-        VolumeError: what the functions named above raise; or one of the files is another one of them.
-        ValueError: as `upscale`.
-    """
-    named = [path for path in (source, target, uncertainty, report) if path is not None]
-    if len({os.path.realpath(path) for path in named}) < len(named):
-        raise VolumeError(f"{target}: is the input itself, or two outputs have one name; nothing is overwritten")
-    if report is not None:
-        check_output(report, REPORT_SUFFIXES)
-    scan = read_volume(source, volume=volume, series=series)
-    check_output(target, source=scan, dtype=dtype)
-    if uncertainty is not None:
-        check_output(uncertainty, source=scan)
-        settings["ensemble"] = True
-    if effective:
-        scan = to_effective(scan, axis=settings.get("axis"))
-    job = Upscaling(model, scan, **settings)
-    if not effective:
-        _warn_if_filled(scan, job.axis)
-    wanted = keep(scan.array.shape[job.axis])
-    pictures: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
-    start = time.perf_counter()
-    with ExitStack() as until_reported:
-        pages = []
-        if report is not None:
-            pages = [until_reported.enter_context(_room(report, job)) for _ in range(1 if uncertainty is None else 2)]
-        with ExitStack() as stack:
-            open_for = partial(writing, like=job.place, shape=job.shape, axis=job.axis, derivation=derivation(model))
-            writers = [stack.enter_context(open_for(target, dtype=dtype))]
-            if uncertainty is not None:
-                writers.append(stack.enter_context(open_for(uncertainty)))
-
-            def put(k: int, image: np.ndarray, deviation: np.ndarray | None) -> None:
-                for write, values in zip(writers, (image, deviation), strict=False):
-                    write(values)  # type: ignore[arg-type]
-                for page, values in zip(pages, (image, deviation), strict=False):
-                    np.moveaxis(page, job.axis, 0)[k] = values
-                if k in wanted:
-                    pictures[k] = image, deviation
-
-            job.run(put)
-        seconds = time.perf_counter() - start
-        if report is not None:
-            after, *spread = (replace(job.place, array=page) for page in pages)
-            write_report(
-                report,
-                scan,
-                after,
-                axis=job.axis,
-                grid=model.grid,
-                facts=_facts(model, job.settings, seconds, effective),
-                uncertainty=spread[0] if spread else None,
-            )
-    return Upscaled(scan, job.place, job.shape, job.axis, pictures, seconds, job.settings)
-
-
-@contextmanager
-def _room(report: PathLike, job: "Upscaling") -> Iterator[np.ndarray]:
-    """An array for the result in a file without a name beside `report`, gone with the process."""
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(report))))
-            # now: a disk that is full when a mapped page is written kills the process
-            os.posix_fallocate(file.fileno(), 0, 4 * math.prod(job.shape))
-        except OSError as error:
-            raise VolumeError(f"{report}: no room beside it: {error.strerror or type(error).__name__}") from error
-        h, w = (job.shape[a] for a in _in_plane(job.axis))
-        yield np.moveaxis(np.memmap(file, np.float32, "r+", shape=(job.shape[job.axis], h, w)), 0, job.axis)
-
-
-def _warn_if_filled(scan: Volume, axis: int) -> None:
-    slices = np.moveaxis(scan.array, axis, 0)
-    (h, w), (rows, columns) = slices.shape[1:], effective_matrix(slices)
-    if (rows, columns) != (h, w):
-        warnings.warn(
-            f"the slices have {h}x{w} pixels, but their k-space is filled to about {rows}x{columns}: the scan was "
-            "interpolated, its true resolution is lower than its header says; effective=True (--effective) starts "
-            "from what was measured",
-            stacklevel=3,  # whoever called `upscale_file`
-        )
-
-
-def _facts(model: "SRModel", settings: dict[str, Any], seconds: float, effective: bool) -> dict[str, str]:
-    """What a report says ran."""
-    tile, overlap = settings["tile"], settings["overlap"]
-    weights = weights_name(model) or "weights of which no file is known"
-    return {
-        "model": f"{type(model).__name__}, {model.scale}x, {weights}",
-        "sha256 of the weights": weights_hash(model) or "no file is known",
-        "version": f"deformmamba {__version__}",
-        "date": datetime.now().astimezone().isoformat(" ", "minutes"),
-        "time taken": f"{seconds:.1f} s",
-        "data consistency": "on: degrading the output gives the input back" if settings["consistency"] else "off",
-        "ensemble": "mean over eight reflections and transposes" if settings["ensemble"] else "off",
-        "tiles": "whole slices" if tile is None else f"{tile}x{tile} pixels, overlapping by {overlap}",
-        "start": "the matrix that k-space says was measured" if effective else "the scan as it came",
-    }
-
-
-def weights_hash(model: "SRModel") -> str | None:
-    """The sha256 of the checkpoint that the model was loaded from; None for weights from nowhere, weights that were
-    changed since, and a file that is gone or another one by now."""
-    if model.source is None:
-        return None
-    try:
-        checkpoint = load_checkpoint(model.source, local_files_only=True)
-    except WeightsError:
-        return None
-    state = model.state_dict()
-    same = state.keys() == checkpoint.tensors.keys()
-    return (
-        checkpoint.sha256
-        if same and all(torch.equal(state[n].cpu(), t) for n, t in checkpoint.tensors.items())
-        else None
-    )
-
-
-def weights_name(model: "SRModel") -> str | None:
-    """The manifest name, org/repo@commit, or the file's name without its folder; None for weights from nowhere."""
-    return os.path.basename(model.source) if model.source and os.path.exists(model.source) else model.source
-
-
-def derivation(model: "SRModel") -> str:
-    """What made an image, in a line of ASCII for its header: this package, the network, its weights and their hash."""
-    digest = weights_hash(model)
-    weights = f"{weights_name(model)}, sha256 {digest}" if digest else "weights of which no file is known"
-    line = f"deformmamba {__version__}, {type(model).__name__} {model.scale}x, {weights}"
-    return line.encode("ascii", "replace").decode()
-
-
 class Upscaling:
     """One volume on its way to a sharper one: checks everything first, then hands out slice after slice.
 
@@ -341,7 +145,7 @@ class Upscaling:
     """
 
     def __init__(self, model: "SRModel", volume: Volume, **settings: Unpack[Settings]) -> None:
-        axis = _axis(volume, settings.get("axis"))
+        axis = chosen_axis(volume, settings.get("axis"))
         consistency, tile, overlap = settings.get("consistency"), settings.get("tile"), settings.get("overlap")
         if consistency is None:
             consistency = model.consistency
@@ -361,7 +165,7 @@ class Upscaling:
         self.axis = axis
         i, j, k = (n if a == axis else n * model.scale for a, n in enumerate(volume.array.shape))
         self.shape = i, j, k
-        self.place = volume.resampled(volume.array, model.scale, _in_plane(axis), model.grid)
+        self.place = volume.resampled(volume.array, model.scale, in_plane(axis), model.grid)
         self.settings: dict[str, Any] = {
             "axis": axis,
             "consistency": consistency,
@@ -539,84 +343,7 @@ def _transformed(image: torch.Tensor, k: int, grid: Grid, *, back: bool = False)
     return image
 
 
-def coarsen(volume: Volume, scale: int, *, axis: int | None = None) -> Volume:
-    """The other way: what a scanner measuring 1 / `scale` of the k-space per in-plane axis would have given, float32.
-
-    Magnitude, slice by slice (`kspace.degrade`); rows and columns beyond a multiple of `scale` are left out at the end,
-    so that voxel 0 stays where it is.
-
-    Raises:
-        VolumeError: voxels that are complex, NaN or infinite, no such axis, or slices smaller than `scale`.
-    """
-    axis = _axis(volume, axis)
-    _check_voxels(volume.array)
-    h, w = (volume.array.shape[a] // scale for a in _in_plane(axis))
-    if min(h, w) < 1:
-        size = "x".join(str(volume.array.shape[a]) for a in _in_plane(axis))
-        raise VolumeError(f"slices across axis {axis} are {size}, too small for 1/{scale}")
-
-    def degraded(hr: torch.Tensor) -> torch.Tensor:
-        return degrade(hr[: h * scale, : w * scale].contiguous(), scale)
-
-    return volume.resampled(_each(volume, axis, (h, w), degraded), 1 / scale, _in_plane(axis), "origin")
-
-
-def to_effective(volume: Volume, *, axis: int | None = None, matrix: tuple[int, int] | None = None) -> Volume:
-    """The scan as it was measured, before the scanner filled its k-space with zeros: cropped to `matrix` (h, w),
-    float32.
-
-    `matrix` None: what `inspection.effective_matrix` finds. Magnitude, slice by slice; voxel 0 stays where it is.
-    Nothing is lost but the interpolation, and the networks get the pixels that they were trained on. A volume whose
-    k-space is full comes back as it is.
-
-    Raises:
-        VolumeError: voxels that are complex, NaN or infinite, no such axis, or a matrix larger than the slices.
-    """
-    axis = _axis(volume, axis)
-    _check_voxels(volume.array)
-    in_plane = _in_plane(axis)
-    size = volume.array.shape[in_plane[0]], volume.array.shape[in_plane[1]]
-    found = effective_matrix(np.moveaxis(volume.array, axis, 0)) if matrix is None else matrix
-    if found == size:
-        return volume
-    if not all(1 <= m <= n for m, n in zip(found, size, strict=True)):
-        raise VolumeError(f"a matrix of {found[0]}x{found[1]} does not lie in slices of {size[0]}x{size[1]}")
-
-    def cropped(image: torch.Tensor) -> torch.Tensor:
-        low = ifft2c(crop_spectrum(fft2c(image), found))
-        return low.abs() if (image >= 0).all() else low.real
-
-    array = _each(volume, axis, found, cropped)
-    for a, m, n in zip(in_plane, found, size, strict=True):
-        volume = volume.resampled(array, m / n, (a,), "origin")
-    return volume
-
-
-def _each(
-    volume: Volume, axis: int, size: tuple[int, int], change: Callable[[torch.Tensor], torch.Tensor]
-) -> np.ndarray:
-    """Every slice changed to another of `size`, stacked as they were."""
-    out = np.empty([*size[:axis], volume.array.shape[axis], *size[axis:]], np.float32, order="F")
-    made = np.moveaxis(out, axis, 0)
-    for k, image in enumerate(np.moveaxis(volume.array, axis, 0)):
-        made[k] = change(torch.from_numpy(np.ascontiguousarray(image, np.float32))).numpy()
-    return out
-
-
-def _axis(volume: Volume, axis: int | None) -> int:
-    if axis is None:
-        return slice_axis(volume)
-    if axis not in (0, 1, 2):
-        raise VolumeError(f"axis is where slices are stacked: 0, 1 or 2, not {axis!r}")
-    return axis
-
-
-def _in_plane(axis: int) -> tuple[int, int]:
-    first, second = (a for a in range(3) if a != axis)
-    return first, second
-
-
-def _opened(scan: Any, settings: Settings) -> tuple[Volume, Callable[["Upscaling", np.ndarray], Any], Settings]:
+def _opened(scan: Any, settings: Settings) -> tuple[Volume, Callable[[Upscaling, np.ndarray], Any], Settings]:
     """The scan as a volume, what turns the result into a thing of its kind, and settings that fit the volume."""
     if isinstance(scan, Volume):
         return scan, lambda job, out: replace(job.place, array=out), settings
@@ -635,7 +362,7 @@ def _opened(scan: Any, settings: Settings) -> tuple[Volume, Callable[["Upscaling
             raise VolumeError("axis chooses among the axes of a 3-D scan; a 2-D one is a slice already")
         settings, array = Settings(**{**settings, "axis": 2}), array[:, :, None]
 
-    def like(_: "Upscaling", out: np.ndarray) -> Any:
+    def like(_: Upscaling, out: np.ndarray) -> Any:
         out = out[:, :, 0] if flat else out
         return torch.from_numpy(out).to(scan.device) if isinstance(scan, torch.Tensor) else out
 
@@ -643,15 +370,15 @@ def _opened(scan: Any, settings: Settings) -> tuple[Volume, Callable[["Upscaling
 
 
 def _check(model: "SRModel", volume: Volume, axis: int) -> None:
-    array, in_plane = volume.array, _in_plane(axis)
-    _check_voxels(array)
-    size = [array.shape[a] for a in in_plane]
+    first, second = in_plane(axis)
+    check_voxels(volume.array)
+    size = volume.array.shape[first], volume.array.shape[second]
     if min(size) < model.minimum_size:
         raise VolumeError(
             f"slices across axis {axis} are {size[0]}x{size[1]} pixels, the smallest that {type(model).__name__} takes "
             f"is {model.minimum_size}x{model.minimum_size}; choose another axis or pad the scan"
         )
-    trained, pixel = trained_spacings(model), (volume.spacing[in_plane[0]], volume.spacing[in_plane[1]])
+    trained, pixel = trained_spacings(model), (volume.spacing[first], volume.spacing[second])
     if trained and any(volume.codes) and is_far(pixel, trained):
         warnings.warn(
             f"the pixels are {pixel[0]:.3g} x {pixel[1]:.3g} mm, the weights were trained on {trained[0]:.3g} to "
@@ -660,8 +387,21 @@ def _check(model: "SRModel", volume: Volume, axis: int) -> None:
         )
 
 
-def _check_voxels(array: np.ndarray) -> None:
+def check_voxels(array: np.ndarray) -> None:
     if array.dtype.kind not in "iuf":
         raise VolumeError(f"the scan holds {array.dtype}, not real numbers; of complex ones take the magnitude first")
     if not np.isfinite(array).all():
         raise VolumeError("the scan holds NaN or infinite voxels; replace them first")
+
+
+def chosen_axis(volume: Volume, axis: int | None) -> int:
+    if axis is None:
+        return slice_axis(volume)
+    if axis not in (0, 1, 2):
+        raise VolumeError(f"axis is where slices are stacked: 0, 1 or 2, not {axis!r}")
+    return axis
+
+
+def in_plane(axis: int) -> tuple[int, int]:
+    first, second = (a for a in range(3) if a != axis)
+    return first, second

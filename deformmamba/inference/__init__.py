@@ -1,0 +1,40 @@
+"""From a scan to a sharper scan.
+
+`upscaling.py` does it to volumes and slices in memory, `files.py` from file to file, with a report; `coarser.py` goes
+the other way.
+"""
+
+from deformmamba.inference.coarser import coarsen, to_effective
+from deformmamba.inference.files import Upscaled, derivation, upscale_file, weights_hash, weights_name
+from deformmamba.inference.upscaling import (
+    CPU_BATCH_PIXELS,
+    CPU_PARALLEL_PIXELS,
+    FREE_MEMORY_SHARE,
+    Scan,
+    Settings,
+    Upscaling,
+    predict,
+    upscale,
+    upscale_with_uncertainty,
+)
+from deformmamba.inspection import FAR_SPACING
+
+__all__ = [
+    "CPU_BATCH_PIXELS",
+    "CPU_PARALLEL_PIXELS",
+    "FAR_SPACING",
+    "FREE_MEMORY_SHARE",
+    "Scan",
+    "Settings",
+    "Upscaled",
+    "Upscaling",
+    "coarsen",
+    "derivation",
+    "predict",
+    "to_effective",
+    "upscale",
+    "upscale_file",
+    "upscale_with_uncertainty",
+    "weights_hash",
+    "weights_name",
+]
