@@ -1,11 +1,17 @@
 """What several test files share: real volumes where they are at hand, small synthetic ones where they are not."""
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+
+def pytest_configure() -> None:
+    # a shell's background job ignores ctrl-C, and so would every process that a test starts and interrupts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
