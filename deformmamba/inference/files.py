@@ -190,19 +190,15 @@ def derivation(model: "SRModel") -> str:
 def weights_hash(model: "SRModel") -> str | None:
     """The sha256 of the checkpoint that the model was loaded from; None for weights from nowhere, weights that were
     changed since, and a file that is gone or another one by now."""
-    if model.source is None:
+    if model.source is None or model.sha256 is None:
         return None
     try:
         checkpoint = load_checkpoint(model.source, local_files_only=True)
     except WeightsError:
         return None
-    state = model.state_dict()
-    same = state.keys() == checkpoint.tensors.keys()
-    return (
-        checkpoint.sha256
-        if same and all(torch.equal(state[n].cpu(), t) for n, t in checkpoint.tensors.items())
-        else None
-    )
+    state, stored = model.state_dict(), checkpoint.tensors
+    same = checkpoint.sha256 == model.sha256 and state.keys() == stored.keys()
+    return model.sha256 if same and all(torch.equal(state[name].cpu(), stored[name]) for name in stored) else None
 
 
 def weights_name(model: "SRModel") -> str | None:

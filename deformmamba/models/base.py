@@ -49,6 +49,8 @@ class SRModel(nn.Module):
         tiles: how to cut a slice that does not fit into memory, in a sentence.
         provenance: where loaded weights come from (training data, split, degradation, scores); empty otherwise.
         source: the path, manifest name or org/repo@commit that the weights were loaded from; None otherwise.
+        sha256: of the file that they were loaded from; None otherwise. It stays when they are changed: what they
+            are now, `inference.weights_hash` says.
     """
 
     grid: Grid = "origin"
@@ -76,6 +78,7 @@ class SRModel(nn.Module):
         self.intensity = intensity
         self.provenance: dict[str, Any] = {}
         self.source: str | None = None
+        self.sha256: str | None = None
 
     @classmethod
     def from_pretrained(
@@ -137,6 +140,7 @@ class SRModel(nn.Module):
         model.load_state_dict(checkpoint.tensors, strict=True, assign=True)
         model.provenance = checkpoint.provenance
         model.source = checkpoint.source
+        model.sha256 = checkpoint.sha256
         return model.eval()
 
     def save_pretrained(self, path: str | os.PathLike[str], provenance: Mapping[str, Any] | None = None) -> str:
