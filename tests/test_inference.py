@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from deformmamba import __version__
+from deformmamba.degradations import parse
 from deformmamba.inference import (
     coarsen,
     derivation,
@@ -26,7 +27,16 @@ from deformmamba.kspace import degrade, lowpass
 from deformmamba.models import Bicubic, ZeroFill
 from deformmamba.models.base import SRModel
 from deformmamba.scan import _chosen, scan_backend
-from deformmamba.volume import Volume, VolumeError, intensity_scale, read_volume, write_volume
+from deformmamba.volume import (
+    Volume,
+    VolumeError,
+    from_nibabel,
+    intensity_scale,
+    read_volume,
+    to_nibabel,
+    upscaled_affine,
+    write_volume,
+)
 
 
 class Wobble(SRModel):
@@ -311,7 +321,7 @@ def test_a_coarser_scan_and_back(axis: int) -> None:
     affine = oblique(0.9, 0.8, 1.0)
     centre = affine[:3, :3] @ ((np.array(shape) - 1) / 2) + affine[:3, 3]
     hr = Volume(blob((shape[0], shape[1], shape[2]), affine, centre, 3.0), affine)
-    lr = coarsen(hr, 4, axis=axis)
+    lr = coarsen(hr, 4, axis=axis, crop=True)
     assert lr.array.shape == tuple(n if a == axis else n // 4 for a, n in enumerate(shape))
     np.testing.assert_allclose(lr.spacing, [s if a == axis else 4 * s for a, s in enumerate(hr.spacing)])
     again = upscale(ZeroFill(scale=4), lr, axis=axis)
@@ -323,14 +333,30 @@ def test_a_coarser_scan_and_back(axis: int) -> None:
 
 def test_coarsening_equals_degrading_each_slice() -> None:
     volume = scan((12, 8, 3))
-    lr = coarsen(volume, 2)
-    for k in range(3):
-        expected = degrade(torch.from_numpy(np.ascontiguousarray(volume.array[:, :, k])), 2)
-        np.testing.assert_array_equal(lr.array[:, :, k], expected.numpy())
+    slices = torch.from_numpy(np.ascontiguousarray(np.moveaxis(volume.array, 2, 0)))
+    for name in ("k-space:scale=2", "area:scale=2 >> rician:snr=20", "blur:sigma=1"):
+        made = parse(name)
+        lr = coarsen(volume, made, seed=5)
+        unit = intensity_scale(volume.array)
+        expected = np.moveaxis((made(slices / unit, seed=5) * unit).numpy(), 0, 2)
+        np.testing.assert_allclose(lr.array, expected, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(lr.affine, upscaled_affine(volume.affine, 1 / made.scale, (0, 1), made.grid))
+    expected = np.moveaxis(degrade(slices, 2).numpy(), 0, 2)
+    np.testing.assert_allclose(coarsen(volume, 2).array, expected, rtol=1e-5, atol=1e-4)
+    noisy = [coarsen(volume, parse("rician:snr=20"), seed=seed).array for seed in (5, 5, 6)]
+    np.testing.assert_array_equal(noisy[0], noisy[1])
+    assert not np.array_equal(noisy[0], noisy[2])
+
+
+def test_coarsening_refuses() -> None:
+    volume = scan((12, 8, 3))
     with pytest.raises(VolumeError, match="too small for 1/9"):
         coarsen(volume, 9)
     with pytest.raises(VolumeError, match="NaN"):
         coarsen(Volume(volume.array * np.nan, volume.affine), 2)
+    with pytest.raises(ValueError, match=r"12x8, which 5 does not divide; give crop=True \(--crop\) .* beyond 10x5"):
+        coarsen(volume, 5)
+    assert coarsen(volume, 5, crop=True).array.shape == (2, 1, 3)
 
 
 # ------------------------------------------------------------------------------------------------- the guarantee
@@ -439,6 +465,11 @@ def test_nibabel_images_keep_units_codes_and_slope(wobble: Wobble) -> None:
     np.testing.assert_allclose(sharp.get_sform(), np.diag([0.00045, 0.0004, 0.005, 1]), rtol=1e-5)
     np.testing.assert_allclose(sharp.get_qform()[:3, 3], image.get_qform()[:3, 3], rtol=1e-5)
     assert bytes(sharp.header["descrip"]).startswith(b"kept")
+    as_mgh = to_nibabel(from_nibabel(image), nibabel.MGHImage)
+    np.testing.assert_allclose(as_mgh.header.get_zooms(), (0.9, 0.8, 5.0), rtol=1e-5)
+    back = to_nibabel(from_nibabel(as_mgh), nibabel.Nifti1Image)
+    assert back.header.get_xyzt_units()[0] == "mm"
+    np.testing.assert_allclose(back.affine, as_mgh.affine, atol=1e-5)
     image.header.set_dim_info(slice=0)
     image.header.set_slice_duration(0.1)
     assert upscale(wobble, image, axis=0).header["slice_duration"] == np.float32(0.1)

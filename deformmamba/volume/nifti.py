@@ -73,16 +73,16 @@ def from_nibabel(image: Any) -> Volume:
 
 
 def to_nibabel(volume: Volume, kind: Any) -> Any:
-    """The volume as a nibabel image of the class `kind`, with the header that came with the volume from such an image.
+    """The volume as a nibabel image of the class `kind`, with the header that it came with if that is of such an image.
 
     Raises:
         VolumeError: more voxels along an axis than NIfTI-1 can count.
     """
-    return (_nifti_image if _is_nifti(volume.header) else _mgh_image)(volume.array, volume, kind)
+    return (_nifti_image if _is_nifti(kind.header_class) else _mgh_image)(volume.array, volume, kind)
 
 
 def _is_nifti(header: Any) -> bool:
-    """Or MGH, which has neither units nor codes."""
+    """Else MGH, whose headers (or their class) have neither units nor codes."""
     return hasattr(header, "get_xyzt_units")
 
 
