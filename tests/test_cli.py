@@ -392,7 +392,7 @@ def test_a_closed_folder(
         (["degrade", "IN", "-o", "OUT"], "--scale"),
         (["degrade", "IN", "-o", "OUT", "--scale", "0"], "1 or more"),
         (["degrade", "IN", "-o", "OUT", "--scale", "two"], "--scale"),
-        (["degrade", "IN", "-o", "OUT", "--scale", "99"], "too small"),
+        (["degrade", "IN", "-o", "OUT", "--scale", "60"], "too small"),
         (["evaluate", "--data", "IN"], "one scale at a time"),
         (["evaluate", "WEIGHTS", "--data", "IN", "--scale", "2"], "[2, 4]"),
         (["evaluate", "WEIGHTS", "--data", "no.nii"], "no.nii: no such file"),

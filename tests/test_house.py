@@ -40,7 +40,7 @@ DIRECTIONS: dict[str, set[str]] = {
     "datasets": {"data", "prepared", "volume", "extras"},
     "inspection": {"kspace", "volume", "models"},
     "report": {"volume", "figures", "inspection", "kspace"},
-    "inference": {"models", "tiling", "volume", "kspace", "inspection", "report", "weights"},
+    "inference": {"degradations", "models", "tiling", "volume", "kspace", "inspection", "report", "weights"},
     "cohort": {"models", "inference", "volume"},
     "adapters": {"models", "inference", "volume"},
     "export": {"models", "kspace", "scan", "extras"},

@@ -69,6 +69,15 @@ def add(commands: Any) -> None:
     )
     add_reading(degrade)
     degrade.add_argument("--scale", type=positive, required=True, metavar="S", help="how many times coarser in-plane")
+    degrade.add_argument(
+        "--kind",
+        default="k-space",
+        metavar="TEXT",
+        help='how, such as "blur:sigma=1.5 >> subsample >> rician:snr=30" (default: k-space, a scanner that measured '
+        "less; a wrong name lists all)",
+    )
+    degrade.add_argument("--crop", action="store_true", help="leave out rows and columns beyond a multiple of S")
+    degrade.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
 
 
 def _upscale(args: argparse.Namespace) -> int | None:
@@ -205,12 +214,14 @@ def _wait_for_others() -> None:
 
 
 def _degrade(args: argparse.Namespace) -> None:
+    from deformmamba.degradations import parse
     from deformmamba.inference import coarsen
     from deformmamba.volume import check_output, read_volume, write_volume
 
+    degradation = parse(args.kind, scale=args.scale)
     volume = read_volume(args.input, volume=args.volume, series=series_of(args.series))
     check_output(args.output, source=volume, dtype=args.dtype)
     check_not_input(args.output, args.input)
-    coarse = coarsen(volume, args.scale, axis=args.axis)
-    write_volume(args.output, coarse, dtype=args.dtype, derivation=f"deformmamba {__version__}, degrade 1/{args.scale}")
+    coarse = coarsen(volume, degradation, axis=args.axis, crop=args.crop, seed=args.seed)
+    write_volume(args.output, coarse, dtype=args.dtype, derivation=f"deformmamba {__version__}, degrade {degradation}")
     say(f"{args.output}: {sizes(coarse)}, from {sizes(volume)}")

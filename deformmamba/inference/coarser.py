@@ -5,32 +5,55 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from deformmamba.degradations import Degradation, KSpaceCrop
 from deformmamba.inference.upscaling import check_voxels, chosen_axis, in_plane
 from deformmamba.inspection import effective_matrix
-from deformmamba.kspace import crop_spectrum, degrade, fft2c, ifft2c
-from deformmamba.volume import Volume, VolumeError
+from deformmamba.kspace import crop_spectrum, fft2c, ifft2c
+from deformmamba.volume import Volume, VolumeError, intensity_scale
 
 
-def coarsen(volume: Volume, scale: int, *, axis: int | None = None) -> Volume:
-    """The other way: what a scanner measuring 1 / `scale` of the k-space per in-plane axis would have given, float32.
+def coarsen(
+    volume: Volume,
+    degradation: int | Degradation,
+    *,
+    axis: int | None = None,
+    crop: bool = False,
+    seed: int = 0,
+) -> Volume:
+    """The volume as a coarser measurement would have given it, slice by slice, float32.
 
-    Magnitude, slice by slice (`kspace.degrade`); rows and columns beyond a multiple of `scale` are left out at the end,
-    so that voxel 0 stays where it is.
+    Args:
+        volume: real numbers; noise levels refer to its own brightness ("p99.9").
+        degradation: of `deformmamba.degradations`; an integer is the scale of a k-space crop with magnitude, what a
+            scanner measuring 1 / scale of the k-space per in-plane axis would have given.
+        axis: where slices are stacked; None: `volume.slice_axis`.
+        crop: leave rows and columns beyond a multiple of the scale out, at the end, so that voxel 0 stays where it is;
+            without it such slices are refused.
+        seed: of the noise, where there is any.
 
     Raises:
-        VolumeError: voxels that are complex, NaN or infinite, no such axis, or slices smaller than `scale`.
+        VolumeError: voxels that are complex, NaN or infinite, no such axis, or slices smaller than the scale.
+        ValueError: slices that are not a multiple of the scale, without `crop`.
     """
-    axis = chosen_axis(volume, axis)
+    made = KSpaceCrop(degradation) if isinstance(degradation, int) else degradation
+    axis, scale = chosen_axis(volume, axis), made.scale
     check_voxels(volume.array)
-    h, w = (volume.array.shape[a] // scale for a in in_plane(axis))
-    if min(h, w) < 1:
-        size = "x".join(str(volume.array.shape[a]) for a in in_plane(axis))
-        raise VolumeError(f"slices across axis {axis} are {size}, too small for 1/{scale}")
+    h, w = (volume.array.shape[a] for a in in_plane(axis))
+    if min(h, w) < scale:
+        raise VolumeError(f"slices across axis {axis} are {h}x{w}, too small for 1/{scale}")
+    if (h % scale or w % scale) and not crop:
+        raise ValueError(
+            f"slices across axis {axis} are {h}x{w}, which {scale} does not divide; give crop=True (--crop) to leave "
+            f"out what is beyond {h - h % scale}x{w - w % scale}"
+        )
+    h, w = h - h % scale, w - w % scale
+    unit = intensity_scale(volume.array)
 
-    def degraded(hr: torch.Tensor) -> torch.Tensor:
-        return degrade(hr[: h * scale, : w * scale].contiguous(), scale)
+    def coarser(image: torch.Tensor, k: int) -> torch.Tensor:
+        return made(image[:h, :w] / unit, seed=seed, first=k) * unit
 
-    return volume.resampled(_each(volume, axis, (h, w), degraded), 1 / scale, in_plane(axis), "origin")
+    coarse = _each(volume, axis, made.size(h, w), coarser)
+    return volume.resampled(coarse, 1 / scale, in_plane(axis), made.grid)
 
 
 def to_effective(volume: Volume, *, axis: int | None = None, matrix: tuple[int, int] | None = None) -> Volume:
@@ -54,7 +77,7 @@ def to_effective(volume: Volume, *, axis: int | None = None, matrix: tuple[int, 
     if not all(1 <= m <= n for m, n in zip(found, size, strict=True)):
         raise VolumeError(f"a matrix of {found[0]}x{found[1]} does not lie in slices of {size[0]}x{size[1]}")
 
-    def cropped(image: torch.Tensor) -> torch.Tensor:
+    def cropped(image: torch.Tensor, _: int) -> torch.Tensor:
         low = ifft2c(crop_spectrum(fft2c(image), found))
         return low.abs() if (image >= 0).all() else low.real
 
@@ -65,11 +88,11 @@ def to_effective(volume: Volume, *, axis: int | None = None, matrix: tuple[int, 
 
 
 def _each(
-    volume: Volume, axis: int, size: tuple[int, int], change: Callable[[torch.Tensor], torch.Tensor]
+    volume: Volume, axis: int, size: tuple[int, int], change: Callable[[torch.Tensor, int], torch.Tensor]
 ) -> np.ndarray:
-    """Every slice changed to another of `size`, stacked as they were."""
+    """Every slice, with its number, changed to another of `size`, stacked as they were."""
     out = np.empty([*size[:axis], volume.array.shape[axis], *size[axis:]], np.float32, order="F")
     made = np.moveaxis(out, axis, 0)
     for k, image in enumerate(np.moveaxis(volume.array, axis, 0)):
-        made[k] = change(torch.from_numpy(np.ascontiguousarray(image, np.float32))).numpy()
+        made[k] = change(torch.from_numpy(np.ascontiguousarray(image, np.float32)), k).numpy()
     return out
