@@ -169,7 +169,7 @@ def main() -> None:
         size = [n for a, n in enumerate(volume.array.shape) if a != axis]
         print(f"{' x '.join(map(str, volume.array.shape))} voxels, slices across axis {axis}\n")
         print("| | seconds | a slice | peak memory | output |\n| --- | ---: | ---: | ---: | ---: |")
-        names = args.model or ["ixi-4x", "random-2x"]
+        names = args.model or ["ixi-4x", "ixi-2x"]
         for name in names:
             ways: list[tuple[str, dict[str, Any], bool]] = [
                 ("whole slices", {}, True),

@@ -19,11 +19,10 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
-    """(page, text) of every block; those of blocks.md are run by the tests of the blocks."""
+    """(page, text) of every block."""
     return [
         (page.name, text)
         for page in PAGES
-        if page.name != "blocks.md"
         for text in re.findall(rf"^```{language}\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     ]
 
