@@ -161,6 +161,8 @@ def moved(browser: Any, name: str, value: float) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 400])
 def test_in_a_browser(tmp_path: Path, scans: tuple[Volume, Volume, Volume], browser: Any, width: int) -> None:
+    from selenium.webdriver.support.wait import WebDriverWait
+
     write(tmp_path / "r.html", scans)
     opened(browser, tmp_path / "r.html", width)
     assert browser.get_log("browser") == []
@@ -176,7 +178,7 @@ def test_in_a_browser(tmp_path: Path, scans: tuple[Volume, Volume, Volume], brow
     assert len(set(first)) == 4
     panels = browser.find_element("id", "panels")
     panels.send_keys("\ue015")  # arrow down
-    assert "slice 5 of 6" in browser.find_element("id", "where").text
+    WebDriverWait(browser, 10).until(lambda page: "slice 5 of 6" in page.find_element("id", "where").text)
     assert all(pixels(browser, panel) != first[panel] for panel in range(4))
     moved(browser, "slice", 3)
     assert pixels(browser) == first[0]
