@@ -1,6 +1,9 @@
 """The scan's backends on this CPU beside a loop over steps and mambapy's parallel scan; SS2D beside its composition.
 
-Run: python benchmarks/scan.py [--threads 2] [--repeats 7] [--quick] [--write]
+Run: OMP_WAIT_POLICY=passive python benchmarks/scan.py [--threads 2] [--repeats 7] [--quick] [--write]
+
+Without that variable PyTorch's threads spin for milliseconds after each of its operations, on the cores that the scan's
+own threads then share with them; the table says whether it was set.
 
 Every result is compared with the definition before it is timed, and a wrong one is not timed: values and gradients with
 the eager backend in float64, whose values are compared with the reference; sequences too long for that with the
@@ -20,6 +23,7 @@ import ctypes
 import datetime
 import gc
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -372,7 +376,9 @@ def main() -> None:
         *maps([(48, 12, 20)] if args.quick else [(192, 64, 64), (96, 128, 128)], args.repeats),
         *alone([64, 128] if args.quick else [1024, 4096, 16384, 65536], threads, args.repeats, rate),
     ]
-    text = "`python benchmarks/scan.py`, " + machine(args.threads, rate) + "\n\n" + table(rows)
+    waiting = os.environ.get("OMP_WAIT_POLICY")
+    command = f"{f'OMP_WAIT_POLICY={waiting} ' if waiting else ''}python benchmarks/scan.py"
+    text = f"`{command}`, " + machine(args.threads, rate) + "\n\n" + table(rows)
     print(text)
     if args.write:
         write(text)
