@@ -1,0 +1,19 @@
+"""Models compared on a scan, and the paper's figure 2: `python examples/evaluate_and_draw.py scan.nii.gz figure.png`.
+
+The scan is the truth: it is made four times coarser first, as a scanner that measures less of k-space would have.
+`deformmamba evaluate ixi-4x --data scan.nii.gz --figure figure.png` does the same.
+"""
+
+import sys
+
+from deformmamba import from_pretrained
+from deformmamba.evaluation import compare
+from deformmamba.figures import comparison
+from deformmamba.models import Bicubic, ZeroFill
+
+scan, figure = sys.argv[1:]
+models = {"bicubic": Bicubic(scale=4), "zero-filled k-space": ZeroFill(scale=4), "ixi-4x": from_pretrained("ixi-4x")}
+found = compare(models, [scan], against="zero-filled k-space", show=True)
+print(found.table())
+assert found.shown is not None
+comparison(found.shown.hr, found.shown.results, figure, spacing=found.shown.spacing, title=found.shown.title)

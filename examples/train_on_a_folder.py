@@ -1,0 +1,28 @@
+"""A network trained on a folder of scans: `python examples/train_on_a_folder.py scans/ runs/mine [steps]`.
+
+Subjects are split as a whole (see `find_scans`); the network is the small preset, validated on held-out subjects.
+`deformmamba train RECIPE --data scans/ --out runs/mine` does the same by a recipe, with a picture at each validation.
+"""
+
+import sys
+
+from deformmamba import DeformMambaSR, evaluate, fit
+from deformmamba.data import PatchDataset, find_scans
+from deformmamba.evaluation import mean_scores
+
+folder, out, *rest = sys.argv[1:]
+steps = int(rest[0]) if rest else 2000
+scans = find_scans(folder, val=0.2, test=0.0)
+train, val = ([scan for scan in scans if scan.split == split] for split in ("train", "val"))
+if not train or not val:
+    sys.exit(f"{folder}: {len(train)} volumes to train on and {len(val)} to validate on; more subjects are needed")
+dataset = PatchDataset(train, scale=2, patch=16, length=8 * steps, contrast=1.3)
+best = fit(
+    DeformMambaSR.from_preset("tiny", scale=2),
+    dataset,
+    out=out,
+    steps=steps,
+    every=min(250, steps),
+    validate=lambda model: mean_scores(evaluate(model, val)),
+)
+print(f"{best}: the best on {len(val)} validation volumes")
