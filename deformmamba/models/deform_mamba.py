@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from deformmamba.kspace import zero_fill
 from deformmamba.layers import DeformMambaBlock, MultiViewContext, PatchEmbed, PatchExpand, PatchMerge, VisionMambaBlock
 from deformmamba.models.base import SRModel, crop, pad_to_multiple
+from deformmamba.models.skip import SKIPS, add_base, start_at_zero
 
 # Constructor arguments that differ from the defaults (which are the paper's), by preset.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -28,7 +28,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "skip": "zero-fill",
     },
 }
-SKIPS = (None, "zero-fill")
 
 
 class DeformMambaSR(SRModel):
@@ -150,8 +149,7 @@ class DeformMambaSR(SRModel):
         self.final = PatchExpand(dims[0], dims[0] // patch, patch, norm=False)
         self.project = nn.Conv2d(dims[0] // patch, in_channels, 3, padding=1)
         if skip is not None:
-            nn.init.zeros_(self.project.weight)
-            nn.init.zeros_(self.project.bias)  # type: ignore[arg-type]
+            start_at_zero(self.project)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "DeformMambaSR":
@@ -183,13 +181,7 @@ class DeformMambaSR(SRModel):
                 x = self.expands[level - 1](x) + skips.pop()
             x = self._run(blocks, x)
         sr = crop(self.project(self.final(x)), self.scale * h, self.scale * w)
-        if self.skip is None:
-            return sr.contiguous()
-        if base is None:
-            base = zero_fill(lr.to(torch.promote_types(lr.dtype, torch.float32)), self.scale)
-        elif base.shape != sr.shape:
-            raise ValueError(f"DeformMambaSR: base is {tuple(base.shape)}; wanted {tuple(sr.shape)}")
-        return (base + sr).to(lr.dtype).contiguous()
+        return add_base("DeformMambaSR", sr, lr, base, self.scale) if self.skip else sr.contiguous()
 
     def _run(self, blocks: nn.Module, x: torch.Tensor) -> torch.Tensor:
         for block in blocks:  # type: ignore[attr-defined]

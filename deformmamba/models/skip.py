@@ -1,4 +1,4 @@
-"""The global skip that a network on the LR grid may be given: it then learns only what zero-filling lacks.
+"""The global skip that a network may be given: it then learns only what zero-filling lacks.
 
 None of the papers has it; where a table compares networks after a short training, all must have it or none.
 """
@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from deformmamba.kspace import Grid, zero_fill
-from deformmamba.models.deform_mamba import SKIPS
+
+SKIPS = (None, "zero-fill")
 
 
 def checked_skip(name: str, skip: str | None, grid: Grid) -> str | None:
@@ -29,4 +30,4 @@ def add_base(name: str, sr: torch.Tensor, lr: torch.Tensor, base: torch.Tensor |
         base = zero_fill(lr.to(torch.promote_types(lr.dtype, torch.float32)), scale)
     elif base.shape != sr.shape:
         raise ValueError(f"{name}: base is {tuple(base.shape)}; wanted {tuple(sr.shape)}")
-    return (base + sr).to(lr.dtype)
+    return (base + sr).to(lr.dtype).contiguous()
