@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -198,6 +198,8 @@ class PatchDataset(Dataset[Sample]):
         intensity: rule of the intensity scale, from the LR volume, as at inference.
         flips: mirror and transpose the HR slice at random.
         contrast: largest exponent g of a random contrast curve x -> x^c, c log-uniform in [1/g, g]; 1 for none.
+        invert: share of the samples that are turned into their negative, 1 - x, so that dark details among bright
+            tissue are seen as often as the contrary.
         coarsest: largest factor by which the HR slice is k-space cropped first, so that one network sees several voxel
             sizes; half of the samples are, by a factor log-uniform in [1, coarsest]; 1 for none. A slice that has
             become smaller than the patch cannot be cut: a factor is drawn first, then one of the slices of the group
@@ -227,13 +229,14 @@ class PatchDataset(Dataset[Sample]):
         intensity: str = "p99.9",
         flips: bool = True,
         contrast: float = 1.0,
+        invert: float = 0.0,
         coarsest: float = 1.0,
         gain: float = 1.0,
         seed: int = 0,
         progress: bool = False,
     ) -> None:
         self.scale, self.patch, self.length, self.seed = scale, patch, length, seed
-        self.flips, self.contrast, self.coarsest, self.gain = flips, contrast, coarsest, gain
+        self.flips, self.contrast, self.invert, self.coarsest, self.gain = flips, contrast, invert, coarsest, gain
         if isinstance(degradation, str):
             degradation = parse(degradation, scale=scale)
         self.degradation = degradation or KSpaceCrop(scale=scale)
@@ -326,8 +329,9 @@ class PatchDataset(Dataset[Sample]):
                 hr = hr.mT
         if self.contrast > 1:
             exponent = float(self.contrast ** rng.uniform(-1, 1))
-            # of a complex image the magnitude is curved, and its phase stays
-            hr = torch.polar(hr.abs() ** exponent, hr.angle()) if hr.is_complex() else hr.clamp(min=0) ** exponent
+            hr = _recoloured(hr, lambda magnitude: magnitude**exponent)
+        if self.invert and rng.random() < self.invert:
+            hr = _recoloured(hr, lambda magnitude: (1 - magnitude).clamp(min=0))
         if self.gain > 1:
             hr = hr * float(self.gain ** rng.uniform(-1, 1))
         if factor > 1:
@@ -339,6 +343,13 @@ class PatchDataset(Dataset[Sample]):
         """h x w pixels, `factor` times fewer, to a multiple of the scale; never smaller than a patch."""
         h, w = (max(int(n / factor) // self.scale * self.scale, self.patch * self.scale) for n in (h, w))
         return h, w
+
+
+def _recoloured(image: torch.Tensor, curve: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The image with a curve over its magnitudes; of a complex one the phase stays."""
+    if image.is_complex():
+        return torch.polar(curve(image.abs()), image.angle())
+    return curve(image.clamp(min=0))
 
 
 class _Slice(NamedTuple):

@@ -124,6 +124,16 @@ def test_patches_are_cut_from_slices_that_were_degraded_whole(tmp_path, phantom)
         torch.testing.assert_close(sample.base[0], bases[where[0], *position], rtol=0.02, atol=0.02)
 
 
+def test_inverted_samples_are_the_negatives_of_the_others(tmp_path, phantom):
+    scan = Scan(write(tmp_path / "a.nii.gz", phantom[:40]), "a", "train", "T2")
+    settings: dict = {"scale": 2, "patch": 20, "length": 40, "flips": False}
+    plain, all_of_them, some = (PatchDataset([scan], **settings, invert=share) for share in (0.0, 1.0, 0.5))
+    for index in range(3):  # the patch is the whole slice, so that no position is drawn
+        torch.testing.assert_close(all_of_them[index].hr, (1 - plain[index].hr).clamp(min=0))
+    turned = [not torch.equal(some[index].hr, plain[index].hr) for index in range(40)]
+    assert 10 < sum(turned) < 30
+
+
 def test_groups_are_drawn_by_their_share(tmp_path, phantom):
     scans = [
         Scan(write(tmp_path / "a.nii", phantom), "a", "train", "bright"),
