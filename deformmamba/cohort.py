@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from deformmamba import __version__
 from deformmamba.inference import Settings, upscale_file, weights_hash, weights_name
-from deformmamba.volume import MGH_SUFFIXES, NIFTI_SUFFIXES, PathLike, VolumeError, replacing
+from deformmamba.volume import MGH_SUFFIXES, NIFTI_SUFFIXES, PathLike, VolumeError, holds_dicom, replacing
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
@@ -161,7 +161,7 @@ def processes(environment: Mapping[str, str]) -> tuple[int, int]:
 def is_cohort(path: PathLike) -> bool:
     """Whether a path is a folder of scans: any folder but one that itself holds DICOM files, which is one scan."""
     path = Path(path)
-    return path.is_dir() and not any(_is_dicom(file) for file in path.iterdir() if not file.name.startswith("."))
+    return path.is_dir() and not holds_dicom(file for file in path.iterdir() if not file.name.startswith("."))
 
 
 def sr_name(name: str) -> str:
@@ -184,14 +184,6 @@ def _split(name: str) -> tuple[str, str]:
 
 def _is_ours(name: str) -> bool:
     return bool(re.search(r"(^|_)desc-[A-Za-z0-9+]*sr(_|$)", _split(name)[0]))
-
-
-def _is_dicom(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
 
 
 def _tasks(root: Path, target: Path) -> tuple[list[_Task], list[Outcome]]:
@@ -223,7 +215,7 @@ def _scans(folder: Path, target: Path) -> Iterator[Path]:
     for path in entries:
         if _split(path.name)[1] and not _is_ours(path.name) and (path.is_file() or not path.exists()):
             yield path  # a link to nothing is one, too, and fails
-    if any(_is_dicom(path) for path in entries if path.is_file()):
+    if holds_dicom(path for path in entries if path.is_file()):
         if not _is_ours(folder.name):
             yield folder
         return

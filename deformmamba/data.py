@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from deformmamba.degradations import Degradation, KSpaceCrop, parse
 from deformmamba.kspace import resize, zero_fill
 from deformmamba.prepared import MANIFEST, SUFFIX, is_prepared, read_manifest, read_prepared
-from deformmamba.volume import VolumeError, intensity_scale, read_volume, slice_axis
+from deformmamba.volume import VolumeError, holds_dicom, intensity_scale, read_volume, slice_axis
 
 SPLITS = ("train", "val", "test", "external")
 INDEX = "volumes.tsv"
@@ -104,7 +104,7 @@ def _from_tree(root: Path, val: float, test: float, seed: int) -> list[Scan]:
     paths = []
     for folder, files in folders_below(root):
         paths += [path for path in files if path.name.endswith(ENDINGS)]
-        if any(_is_dicom(path) for path in files if not path.name.endswith((*ENDINGS, *NO_IMAGES))):
+        if holds_dicom(path for path in files if not path.name.endswith((*ENDINGS, *NO_IMAGES))):
             paths.append(folder)
 
     def subject(path: Path) -> str:
@@ -131,14 +131,6 @@ def folders_below(root: Path) -> Iterator[tuple[Path, list[Path]]]:
         seen.add(real)
         folders.sort()
         yield Path(folder), [path for name in sorted(names) if (path := Path(folder, name)).is_file()]
-
-
-def _is_dicom(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
 
 
 class Slices(NamedTuple):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from deformmamba.volume import dicom, dicom_out, nifti
+from deformmamba.volume.dicom import holds_dicom
 from deformmamba.volume.files import (
     DTYPES,
     MGH_DTYPES,
@@ -52,6 +53,7 @@ __all__ = [
     "VolumeError",
     "check_output",
     "from_nibabel",
+    "holds_dicom",
     "intensity_scale",
     "normalise",
     "read_volume",

@@ -5,6 +5,7 @@ Every slice is a `Frame`, wherever it came from; frames are sorted by their posi
 
 import itertools
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,15 @@ class DicomSeries:
 def is_dicom(path: Path) -> bool:
     with parsing(path, "cannot be read"), path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
+
+
+def holds_dicom(paths: Iterable[Path]) -> bool:
+    """Whether one of them is a DICOM file; a folder is none, nor is what cannot be read."""
+    for path in paths:
+        with suppress(VolumeError):
+            if is_dicom(path):
+                return True
+    return False
 
 
 def read(path: Path, volume: int | None, series: int | str | None) -> Volume:
