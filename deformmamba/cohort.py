@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from deformmamba import __version__
 from deformmamba.inference import Settings, upscale_file, weights_hash, weights_name
-from deformmamba.volume import MGH_SUFFIXES, NIFTI_SUFFIXES, PathLike, VolumeError, holds_dicom, replacing
+from deformmamba.volume import MGH_SUFFIXES, NIFTI_SUFFIXES, PathLike, VolumeError, holds_dicom, write_text
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
@@ -127,7 +127,7 @@ def upscale_cohort(
     finally:
         name = f"{SUMMARY}.csv" if world == 1 else f"{SUMMARY}_rank-{rank}.csv"
         outcomes = sorted(outcomes, key=lambda outcome: outcome.source)
-        _write(target / name, _table(outcomes))
+        write_text(target / name, _table(outcomes))
     return outcomes
 
 
@@ -262,7 +262,7 @@ def _done_or_made(
         path.parent.mkdir(parents=True, exist_ok=True)
         reading = {key: made_by[key] for key in ("volume", "dtype", "effective")}
         upscale_file(model, task.source, path, **reading, **settings)
-        _write(sidecar, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
+        write_text(sidecar, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
     except Exception as error:  # a scan that nobody foresaw is no reason to leave the others undone
         return Outcome(source, output, "failed", _reason(error), time.perf_counter() - start)
     return Outcome(source, output, "made", "", time.perf_counter() - start)
@@ -286,11 +286,6 @@ def _read(sidecar: Path) -> Any:
         return None
 
 
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
-
-
 def _table(outcomes: list[Outcome]) -> str:
     text = io.StringIO()
     table = csv.DictWriter(text, [field.name for field in fields(Outcome)])
@@ -309,4 +304,4 @@ def _describe(source: Path, target: Path) -> None:
             "DatasetType": "derivative",
             "GeneratedBy": [{"Name": "deformmamba", "Version": __version__}],
         }
-        _write(path, json.dumps(described, indent=2) + "\n")
+        write_text(path, json.dumps(described, indent=2) + "\n")

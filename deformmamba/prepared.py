@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from deformmamba.volume import VolumeError, replacing
+from deformmamba.volume import VolumeError, replacing, write_text
 
 FORMAT = "deformmamba-slices-1"
 MANIFEST = "manifest.json"
@@ -116,8 +116,7 @@ def begun(root: str | os.PathLike[str]) -> dict[str, Any]:
 
 def write_manifest(root: Path, manifest: Mapping[str, Any]) -> None:
     text = json.dumps({"format": FORMAT, **manifest}, indent=1, ensure_ascii=False)
-    with replacing(root / MANIFEST) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(root / MANIFEST, text + "\n")
 
 
 def _load(root: Path) -> dict[str, Any]:

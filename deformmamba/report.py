@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from deformmamba.figures import STATEMENT, oriented
 from deformmamba.inspection import Inspection, inspect_volume
 from deformmamba.kspace import fft2c
-from deformmamba.volume import PathLike, Volume, VolumeError, check_output, replacing
+from deformmamba.volume import PathLike, Volume, VolumeError, check_output, write_text
 
 SUFFIXES = (".html",)
 
@@ -114,8 +114,7 @@ def write_report(
         facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in listed.items()),
         data=json.dumps(data).replace("<", "\\u003c"),
     )
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 class _Pictures:

@@ -28,7 +28,7 @@ from deformmamba.metrics import Protocol
 from deformmamba.models import MODELS, SRModel, from_pretrained
 from deformmamba.statistics import Spread, spread
 from deformmamba.training import fit
-from deformmamba.volume import replacing
+from deformmamba.volume import write_text
 
 OURS = "Deform-Mamba"
 
@@ -210,11 +210,11 @@ def benchmark(
                     )
                 continue
             result = _run(row, seed, patches, test, folder, plan, progress)
-            _write(path, json.dumps(result, indent=1) + "\n")
+            write_text(path, json.dumps(result, indent=1) + "\n")
             scores = mean_scores(result["volumes"])
             say(f"{row.name}, seed {seed}: {scores['psnr']:.2f} dB, {scores['ssim']:.4f}, {result['steps']} steps")
-            _write(document, markdown(folder))
-    _write(document, markdown(folder))
+            write_text(document, markdown(folder))
+    write_text(document, markdown(folder))
     if table == "table2":
         _figure(chosen, test, folder, plan)
     return document
@@ -289,7 +289,7 @@ def _run(
         finally:
             seconds = before + time.perf_counter() - start
             if run.is_dir():
-                _write(run / "seconds.json", json.dumps(seconds) + "\n")
+                write_text(run / "seconds.json", json.dumps(seconds) + "\n")
         result |= {"steps": steps, "seconds": round(seconds, 1), "beta": row.beta, "lr": rate, "batch": plan.batch}
         model = from_pretrained(checkpoint).to(device)
     rows = evaluate(
@@ -306,7 +306,7 @@ def _steps(row: Row, dataset: PatchDataset, loss: SRLoss, folder: Path, plan: Pl
         assert plan.minutes is not None
         seconds = seconds_a_step(plan.build(row), dataset, loss, batch=plan.batch, device=device)
         known[row.name] = max(1, round(60 * plan.minutes / seconds))
-        _write(path, json.dumps(known, indent=1) + "\n")
+        write_text(path, json.dumps(known, indent=1) + "\n")
     return known[row.name]
 
 
@@ -496,16 +496,11 @@ def _slug(row: Row) -> str:
     return "".join(c if c.isalnum() else "-" for c in row.name.lower())
 
 
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def _same(path: Path, facts: Mapping[str, Any]) -> None:
     """Writes what a folder is for, or refuses one that is for something else."""
     plain = json.loads(json.dumps(facts))
     if not path.exists():
-        _write(path, json.dumps(plain, indent=1) + "\n")
+        write_text(path, json.dumps(plain, indent=1) + "\n")
         return
     found = json.loads(path.read_text("utf-8"))
     for part in ("table", "plan", "train", "test"):

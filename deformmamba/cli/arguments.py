@@ -91,13 +91,6 @@ def sizes(volume: "Volume", shape: Sequence[int] | None = None) -> str:
     return f"{times(shape or volume.array.shape)} voxels of {times(volume.spacing)} mm"
 
 
-def write_text(path: str, text: str) -> None:
-    from deformmamba.volume import replacing
-
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def positive(text: str) -> int:
     number = int(text)
     if number < 1:

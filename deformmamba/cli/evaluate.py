@@ -14,7 +14,6 @@ from deformmamba.cli.arguments import (
     positive,
     say,
     short,
-    write_text,
 )
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ def interpolations(degradation: "Degradation") -> "dict[str, SRModel]":
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from deformmamba.volume import check_output
+    from deformmamba.volume import check_output, write_text
 
     for path, suffix in ((args.json, ".json"), (args.csv, ".csv")):
         if path:

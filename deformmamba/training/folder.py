@@ -14,7 +14,7 @@ from torch import nn
 
 from deformmamba.checkpoint import one_line
 from deformmamba.curves import training_curve
-from deformmamba.volume import replacing
+from deformmamba.volume import replacing, write_text
 
 STATE, RUN, LOG, CURVE, BEST, LAST = (
     "state.pt",
@@ -78,8 +78,7 @@ class RunFolder:
                 raise ValueError(f"fit: {self.path / STATE} cannot be read ({one_line(error)}); delete it") from None
         if writes:
             self.path.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path / RUN) as temporary:
-                temporary.write_text(json.dumps(_plain(run), indent=2) + "\n", "utf-8")
+            write_text(self.path / RUN, json.dumps(_plain(run), indent=2) + "\n")
             step = state["step"] if state else 0
             if (self.path / LOG).is_file():
                 self._write_rows([row for row in self.rows() if int(row["step"]) <= step])

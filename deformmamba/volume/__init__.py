@@ -32,6 +32,7 @@ from deformmamba.volume.files import (
     replacing,
     silenced,
     suffix,
+    write_text,
 )
 from deformmamba.volume.image import (
     Volume,
@@ -62,6 +63,7 @@ __all__ = [
     "slice_axis",
     "to_nibabel",
     "upscaled_affine",
+    "write_text",
     "write_volume",
     "writing",
 ]

@@ -117,6 +117,16 @@ def replacing(path: PathLike) -> Iterator[Path]:
         yield temporary
 
 
+def write_text(path: PathLike, text: str) -> None:
+    """UTF-8, with newlines as they are in `text`; whole or not at all, an existing file is replaced.
+
+    Raises:
+        VolumeError: the operating system refused.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
 @contextmanager
 def refusals(path: PathLike) -> Iterator[None]:
     """What the operating system refuses, as a VolumeError of one line."""
