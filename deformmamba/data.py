@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from deformmamba.degradations import Degradation, KSpaceCrop, parse
 from deformmamba.kspace import resize, zero_fill
 from deformmamba.prepared import MANIFEST, SUFFIX, is_prepared, read_manifest, read_prepared
-from deformmamba.volume import VolumeError, holds_dicom, intensity_scale, read_volume, slice_axis
+from deformmamba.volume import VolumeError, holds_dicom, in_plane, intensity_scale, read_volume, slice_axis
 
 SPLITS = ("train", "val", "test", "external")
 INDEX = "volumes.tsv"
@@ -155,7 +155,7 @@ def load_slices(path: str | os.PathLike[str], multiple: int = 1, *, phase: bool 
         volume = read_volume(path)
         axis = slice_axis(volume)
         slices = np.moveaxis(volume.array, axis, 0)
-        height, width = (size for a, size in enumerate(volume.spacing) if a != axis)
+        height, width = (volume.spacing[a] for a in in_plane(axis))
         slices, spacing = slices.astype(np.float32, copy=False), (height, width)
     h, w = (n - n % multiple for n in slices.shape[1:])
     if not h or not w:

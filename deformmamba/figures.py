@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from deformmamba.metrics import psnr, ssim
-from deformmamba.volume import PathLike, Volume, check_output, replacing
+from deformmamba.volume import PathLike, Volume, check_output, in_plane, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,17 +48,16 @@ def oriented(volume: Volume, axis: int, index: int) -> Slice:
     the three. A volume that does not know how it lies in the patient is shown in its own order, without labels.
     """
     image = np.moveaxis(volume.array, axis, 0)[index]
-    in_plane = [a for a in range(3) if a != axis]
+    first, second = in_plane(axis)
+    spacing = volume.spacing[first], volume.spacing[second]
     if not any(volume.codes):
-        return Slice(
-            np.ascontiguousarray(image), (volume.spacing[in_plane[0]], volume.spacing[in_plane[1]]), ("", "", "", "")
-        )
-    directions = volume.affine[:3, in_plane] / np.linalg.norm(volume.affine[:3, in_plane], axis=0)
+        return Slice(np.ascontiguousarray(image), spacing, ("", "", "", ""))
+    directions = volume.affine[:3, [first, second]] / spacing
     # the world axis left out by the slice: 0 sagittal, 1 coronal, 2 axial
     normal = int(np.argmax(np.abs(np.cross(directions[:, 0], directions[:, 1]))))
     across, down = [w for w in (0, 1, 2) if w != normal]  # x before y before z: what runs across comes first
     if np.abs(directions[down, 0]) < np.abs(directions[down, 1]):
-        image, directions, in_plane = image.T, directions[:, ::-1], in_plane[::-1]
+        image, directions, spacing = image.T, directions[:, ::-1], spacing[::-1]
     # rows must run towards the back (A to P) or the feet (S to I), columns towards the left (R to L) or the back
     if directions[down, 0] > 0:
         image = image[::-1]
@@ -66,7 +65,7 @@ def oriented(volume: Volume, axis: int, index: int) -> Slice:
         image = image[:, ::-1]
     names = (("R", "L"), ("A", "P"), ("S", "I"))
     labels = (*names[across], *names[down])
-    return Slice(np.ascontiguousarray(image), (volume.spacing[in_plane[0]], volume.spacing[in_plane[1]]), labels)
+    return Slice(np.ascontiguousarray(image), spacing, labels)
 
 
 def before_after(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from deformmamba.kspace import fft2c
-from deformmamba.volume import Volume, VolumeError, intensity_scale, slice_axis
+from deformmamba.volume import Volume, VolumeError, chosen_axis, in_plane, intensity_scale
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
@@ -165,13 +165,11 @@ def inspect_volume(volume: Volume, *, axis: int | None = None, model: "SRModel |
     Raises:
         VolumeError: no such axis, or voxels that are no real finite numbers.
     """
-    axis = slice_axis(volume) if axis is None else axis
-    if axis not in (0, 1, 2):
-        raise VolumeError(f"axis is where slices are stacked: 0, 1 or 2, not {axis!r}")
+    axis = chosen_axis(volume, axis)
     array = volume.array
     if array.dtype.kind not in "iuf" or not np.isfinite(array).all():
         raise VolumeError("the scan holds voxels that are no real finite numbers; take the magnitude, replace NaN")
-    first, second = (a for a in range(3) if a != axis)
+    first, second = in_plane(axis)
     matrix = (array.shape[first], array.shape[second])
     effective = effective_matrix(np.moveaxis(array, axis, 0))
     pixel = (volume.spacing[first], volume.spacing[second])
@@ -210,7 +208,7 @@ def _orientation(volume: Volume, axis: int) -> tuple[str | None, float | None]:
     import nibabel
 
     letters = "".join(nibabel.aff2axcodes(volume.affine))
-    first, second = (volume.affine[:3, a] for a in range(3) if a != axis)
+    first, second = (volume.affine[:3, a] for a in in_plane(axis))
     normal = np.cross(first, second)
     return letters, float(np.degrees(np.arccos(min(1.0, np.abs(normal).max() / np.linalg.norm(normal)))))
 

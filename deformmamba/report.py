@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from deformmamba.figures import STATEMENT, oriented
 from deformmamba.inspection import Inspection, inspect_volume
 from deformmamba.kspace import fft2c
-from deformmamba.volume import PathLike, Volume, VolumeError, check_output, write_text
+from deformmamba.volume import PathLike, Volume, VolumeError, check_output, in_plane, write_text
 
 SUFFIXES = (".html",)
 
@@ -176,7 +176,7 @@ def _interpolated(before: Volume, after: Volume, axis: int, k: int) -> np.ndarra
     """Slice k of the input at the voxels of the output, bicubic; outside of it the nearest edge."""
     image = torch.from_numpy(_plane(before, axis, k))
     to_before = np.linalg.inv(before.affine) @ after.affine
-    first, second = (a for a in range(3) if a != axis)
+    first, second = in_plane(axis)
     rows, columns = (
         torch.from_numpy(to_before[a, a] * np.arange(after.array.shape[a]) + to_before[a, 3]) for a in (first, second)
     )
@@ -260,7 +260,7 @@ def _box(name: str, size: Sequence[int], frame: Sequence[int]) -> str:
 
 
 def _pixels(volume: Volume, axis: int) -> str:
-    first, second = (a for a in range(3) if a != axis)
+    first, second = in_plane(axis)
     return (
         f"{volume.array.shape[first]} × {volume.array.shape[second]} px of "
         f"{volume.spacing[first]:.3g} × {volume.spacing[second]:.3g} mm"

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from deformmamba.degradations import Degradation, KSpaceCrop
-from deformmamba.inference.upscaling import check_voxels, chosen_axis, in_plane
+from deformmamba.inference.upscaling import check_voxels
 from deformmamba.inspection import effective_matrix
 from deformmamba.kspace import crop_spectrum, fft2c, ifft2c
-from deformmamba.volume import Volume, VolumeError, intensity_scale
+from deformmamba.volume import Volume, VolumeError, chosen_axis, in_plane, intensity_scale
 
 
 def coarsen(

@@ -17,11 +17,11 @@ import torch
 
 from deformmamba import __version__
 from deformmamba.inference.coarser import to_effective
-from deformmamba.inference.upscaling import Settings, Upscaling, in_plane
+from deformmamba.inference.upscaling import Settings, Upscaling
 from deformmamba.inspection import effective_matrix
 from deformmamba.report import SUFFIXES as REPORT_SUFFIXES
 from deformmamba.report import write_report
-from deformmamba.volume import PathLike, Volume, VolumeError, check_output, read_volume, writing
+from deformmamba.volume import PathLike, Volume, VolumeError, check_output, in_plane, read_volume, writing
 from deformmamba.weights import WeightsError, load_checkpoint
 
 if TYPE_CHECKING:

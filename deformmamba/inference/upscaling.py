@@ -18,11 +18,12 @@ from deformmamba.tiling import default_overlap, spans, tiled
 from deformmamba.volume import (
     Volume,
     VolumeError,
+    chosen_axis,
     from_nibabel,
+    in_plane,
     intensity_scale,
     normalise,
     restore,
-    slice_axis,
     to_nibabel,
 )
 
@@ -392,16 +393,3 @@ def check_voxels(array: np.ndarray) -> None:
         raise VolumeError(f"the scan holds {array.dtype}, not real numbers; of complex ones take the magnitude first")
     if not np.isfinite(array).all():
         raise VolumeError("the scan holds NaN or infinite voxels; replace them first")
-
-
-def chosen_axis(volume: Volume, axis: int | None) -> int:
-    if axis is None:
-        return slice_axis(volume)
-    if axis not in (0, 1, 2):
-        raise VolumeError(f"axis is where slices are stacked: 0, 1 or 2, not {axis!r}")
-    return axis
-
-
-def in_plane(axis: int) -> tuple[int, int]:
-    first, second = (a for a in range(3) if a != axis)
-    return first, second

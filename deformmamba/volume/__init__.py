@@ -37,6 +37,8 @@ from deformmamba.volume.files import (
 from deformmamba.volume.image import (
     Volume,
     VolumeError,
+    chosen_axis,
+    in_plane,
     intensity_scale,
     normalise,
     restore,
@@ -53,8 +55,10 @@ __all__ = [
     "Volume",
     "VolumeError",
     "check_output",
+    "chosen_axis",
     "from_nibabel",
     "holds_dicom",
+    "in_plane",
     "intensity_scale",
     "normalise",
     "read_volume",
@@ -179,7 +183,7 @@ def writing(
     shape = tuple(int(n) for n in shape)
     if len(shape) != 3 or min(shape) < 1 or axis not in (0, 1, 2):
         raise ValueError(f"a volume has three sizes and the axes 0, 1 and 2; not shape {shape} and axis {axis}")
-    size = tuple(n for a, n in enumerate(shape) if a != axis)
+    size = tuple(shape[a] for a in in_plane(axis))
     done = 0
     with ExitStack() as stack:
         with refusals(path), silenced():

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from deformmamba.volume.image import VolumeError
+from deformmamba.volume.image import VolumeError, in_plane
 
 PathLike = str | os.PathLike[str]
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -198,7 +198,7 @@ class Kept:
     def plane(self, k: int) -> np.ndarray:
         """(i, j) of the last axis; once all slices have been put."""
         self._file.flush()
-        h, w = (n for a, n in enumerate(self.shape) if a != self._axis)
+        h, w = (self.shape[a] for a in in_plane(self._axis))
         if self._axis == 2:
             return self._read((w, h), k * w).T
         # column k of each slice; reading, unlike mapping, keeps nothing else in memory

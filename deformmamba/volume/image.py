@@ -108,6 +108,25 @@ def slice_axis(volume: Volume) -> int:
     return int(np.flatnonzero(spacing >= 0.99 * spacing.max())[-1])
 
 
+def chosen_axis(volume: Volume, axis: int | None) -> int:
+    """`axis`, where slices are stacked; of None what `slice_axis` finds.
+
+    Raises:
+        VolumeError: there is no such axis.
+    """
+    if axis is None:
+        return slice_axis(volume)
+    if axis not in (0, 1, 2):
+        raise VolumeError(f"axis is where slices are stacked: 0, 1 or 2, not {axis!r}")
+    return axis
+
+
+def in_plane(axis: int) -> tuple[int, int]:
+    """The two axes of a slice across `axis`, in the array's order: its rows, its columns."""
+    first, second = (a for a in range(3) if a != axis)
+    return first, second
+
+
 def intensity_scale(array: npt.ArrayLike, rule: str = "p99.9") -> float:
     """What a volume is divided by before a model sees it; always positive.
 
