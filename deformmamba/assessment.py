@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from deformmamba.data import Scan, load_slices
 from deformmamba.degradations import AreaAverage, Degradation, KSpaceCrop, RicianNoise
 from deformmamba.inference import upscale
-from deformmamba.kspace import crop_spectrum, fft2c, ifft2c
+from deformmamba.inspection import trained_spacings
+from deformmamba.kspace import resize
 from deformmamba.metrics import psnr, ssim
 from deformmamba.models import Bicubic, SRModel, ZeroFill
 from deformmamba.statistics import summarise
@@ -94,7 +95,7 @@ def by_spacing(
         slices: how many from the middle of each volume; None for all.
     """
     stacks = _stacks(model, scans, slices)
-    trained = np.ravel(model.provenance.get("spacings_mm") or [])
+    trained = trained_spacings(model)
     rows = []
     for spacing in spacings:
         coarser = [made for stack in stacks if (made := _coarser(stack, spacing, model.scale))]
@@ -102,7 +103,7 @@ def by_spacing(
             continue
         scores = [_compared(model, KSpaceCrop(model.scale)(stack.hr), stack.hr) for stack in coarser]
         given = spacing * model.scale
-        known = bool(FINER * trained.min() <= given <= trained.max() / FINER) if trained.size else None
+        known = FINER * trained[0] <= given <= trained[1] / FINER if trained else None
         rows.append(_summary(scores, coarser, truth_mm=spacing, input_mm=round(given, 2), trained=known))
     return rows
 
@@ -117,7 +118,7 @@ def _coarser(stack: _Stack, spacing: float, scale: int) -> _Stack | None:
         return None
     if tuple(sizes) == tuple(stack.hr.shape[1:]):
         return stack
-    hr = ifft2c(crop_spectrum(fft2c(stack.hr), (sizes[0], sizes[1]))).abs()
+    hr = resize(stack.hr, (sizes[0], sizes[1])).abs()
     real = [own * n / size for own, n, size in zip(stack.spacing, stack.hr.shape[1:], sizes, strict=True)]
     return stack._replace(hr=hr, spacing=(real[0], real[1]))
 

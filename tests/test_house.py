@@ -48,7 +48,9 @@ DIRECTIONS: dict[str, set[str]] = {
     "evaluation": {
         *("metrics", "statistics", "degradations", "models", "data", "prepared", "inference", "figures", "volume"),
     },
-    "assessment": {"data", "degradations", "inference", "kspace", "metrics", "models", "statistics", "volume"},
+    "assessment": {
+        *("data", "degradations", "inference", "inspection", "kspace", "metrics", "models", "statistics", "volume"),
+    },
     "curves": {"data", "degradations", "figures", "inference", "models", "prepared", "volume"},
     "training": {"losses", "models", "data", "evaluation", "extras", "checkpoint", "weights", "volume", "curves"},
     "tables": {

@@ -8,7 +8,7 @@ import torch
 from deformmamba.degradations import Degradation, KSpaceCrop
 from deformmamba.inference.upscaling import check_voxels
 from deformmamba.inspection import effective_matrix
-from deformmamba.kspace import crop_spectrum, fft2c, ifft2c
+from deformmamba.kspace import resize
 from deformmamba.volume import Volume, VolumeError, chosen_axis, in_plane, intensity_scale
 
 
@@ -78,7 +78,7 @@ def to_effective(volume: Volume, *, axis: int | None = None, matrix: tuple[int, 
         raise VolumeError(f"a matrix of {found[0]}x{found[1]} does not lie in slices of {size[0]}x{size[1]}")
 
     def cropped(image: torch.Tensor, _: int) -> torch.Tensor:
-        low = ifft2c(crop_spectrum(fft2c(image), found))
+        low = resize(image, found)
         return low.abs() if (image >= 0).all() else low.real
 
     array = _each(volume, axis, found, cropped)
