@@ -6,25 +6,9 @@ the other way.
 
 from deformmamba.inference.coarser import coarsen, to_effective
 from deformmamba.inference.files import Upscaled, derivation, upscale_file, weights_hash, weights_name
-from deformmamba.inference.upscaling import (
-    CPU_BATCH_PIXELS,
-    CPU_PARALLEL_PIXELS,
-    FREE_MEMORY_SHARE,
-    Scan,
-    Settings,
-    Upscaling,
-    predict,
-    upscale,
-    upscale_with_uncertainty,
-)
-from deformmamba.inspection import FAR_SPACING
+from deformmamba.inference.upscaling import Settings, Upscaling, predict, upscale, upscale_with_uncertainty
 
 __all__ = [
-    "CPU_BATCH_PIXELS",
-    "CPU_PARALLEL_PIXELS",
-    "FAR_SPACING",
-    "FREE_MEMORY_SHARE",
-    "Scan",
     "Settings",
     "Upscaled",
     "Upscaling",
