@@ -335,7 +335,9 @@ def _prepare_one(source: Source, out: Path, plan: Plan) -> dict[str, Any]:
     """Its row of the manifest, after its file is there."""
     target = out / f"{source.name}{SUFFIX}"
     made_of = {"source": source.source, "source_sha256": _digest(source.path), "options": dict(plan.options)}
-    if not _is_made(target, made_of):
+    if _is_made(target, made_of):
+        digest = _digest(target)
+    else:
         try:
             slices, spacing, axis = source.read()
             kept = chosen_slices(plan.options["slices"], len(slices))
@@ -352,12 +354,12 @@ def _prepare_one(source: Source, out: Path, plan: Plan) -> dict[str, Any]:
             "unit": unit,
             "spacing_mm": [round(size, 6) for size in spacing],
         }
-        write_prepared(target, slices / np.float32(unit), facts)
+        digest = write_prepared(target, slices / np.float32(unit), facts)
     read = read_prepared(target)
     n, h, w = read.slices.shape
     row = {"file": target.name, "subject": source.subject, "split": source.split, "group": source.group}
     row |= {key: read.facts[key] for key in ("source", "source_sha256", "axis", "first", "unit", "spacing_mm")}
-    return row | {"slices": n, "size": [h, w], "complex": read.facts["complex"], "sha256": _digest(target)}
+    return row | {"slices": n, "size": [h, w], "complex": read.facts["complex"], "sha256": digest}
 
 
 def _is_made(target: Path, made_of: Mapping[str, Any]) -> bool:
