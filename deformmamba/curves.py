@@ -3,19 +3,17 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from deformmamba.data import load_slices
+from deformmamba.data import load_volume
 from deformmamba.degradations import Degradation, KSpaceCrop
 from deformmamba.figures import Slice, comparison, oriented
 from deformmamba.inference import upscale
 from deformmamba.models import SRModel, ZeroFill
-from deformmamba.prepared import SUFFIX
-from deformmamba.volume import PathLike, intensity_scale, read_volume, replacing, slice_axis
+from deformmamba.volume import PathLike, intensity_scale, replacing
 
 NOT_DRAWN = ("step", "lr", "images_per_second")
 
@@ -60,19 +58,13 @@ def sample_picture(
     Raises:
         VolumeError: the scan cannot be read, or `path` not be written.
     """
-    if Path(scan).name.endswith(SUFFIX):
-        volume, axis, (slices, spacing) = None, 0, load_slices(scan)
-    else:
-        volume = read_volume(scan)
-        axis, slices, spacing = slice_axis(volume), volume.array, (1.0, 1.0)
-    middle = np.take(slices, slices.shape[axis] // 2, axis).astype(np.float32)
+    volume, axis = load_volume(scan)
+    middle = np.take(volume.array, volume.array.shape[axis] // 2, axis)
     hr = torch.from_numpy(np.ascontiguousarray(middle[tuple(slice(n - n % model.scale) for n in middle.shape)]))
     hr /= intensity_scale(hr.numpy())
     lr = (degradation or KSpaceCrop(model.scale))(hr)
 
     def seen(image: torch.Tensor) -> Slice:
-        if volume is None:  # a prepared file does not say how its slices lie
-            return Slice(image.numpy(), spacing, ("", "", "", ""))
         return oriented(replace(volume, array=np.expand_dims(image.numpy(), axis)), axis, 0)
 
     models = {"zero-fill": ZeroFill(scale=model.scale), "model": model}

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from deformmamba.degradations import Degradation, KSpaceCrop, parse
 from deformmamba.kspace import resize, zero_fill
 from deformmamba.prepared import MANIFEST, SUFFIX, is_prepared, read_manifest, read_prepared
-from deformmamba.volume import VolumeError, holds_dicom, in_plane, intensity_scale, read_volume, slice_axis
+from deformmamba.volume import Volume, VolumeError, holds_dicom, in_plane, intensity_scale, read_volume, slice_axis
 
 SPLITS = ("train", "val", "test", "external")
 INDEX = "volumes.tsv"
@@ -133,6 +133,22 @@ def folders_below(root: Path) -> Iterator[tuple[Path, list[Path]]]:
         yield Path(folder), [path for name in sorted(names) if (path := Path(folder, name)).is_file()]
 
 
+def load_volume(path: str | os.PathLike[str], *, phase: bool = False) -> tuple[Volume, int]:
+    """A volume and the axis of its slices, which `deformmamba.volume.slice_axis` finds; of a prepared file it is 0.
+
+    A prepared file knows neither how its slices lie in the patient (`Volume.codes` are 0) nor how far they are apart
+    (1 mm here). Complex slices (fastMRI) come as their magnitude, with `phase` as they are, complex64.
+    """
+    if not Path(path).name.endswith(SUFFIX):
+        volume = read_volume(path)
+        return volume, slice_axis(volume)
+    prepared = read_prepared(path)
+    slices = prepared.slices
+    if np.iscomplexobj(slices) and not phase:
+        slices = np.abs(slices)
+    return Volume(slices, np.diag([1.0, *prepared.spacing, 1.0]), codes=(0, 0)), 0
+
+
 class Slices(NamedTuple):
     """(slices, H, W) in scanner units (prepared ones: about [0, 1]), float32, and the pixel's (height, width) in mm."""
 
@@ -141,26 +157,18 @@ class Slices(NamedTuple):
 
 
 def load_slices(path: str | os.PathLike[str], multiple: int = 1, *, phase: bool = False) -> Slices:
-    """The slices of a volume, across the axis that `deformmamba.volume.slice_axis` finds; or those of a prepared file.
+    """The slices of a volume, see `load_volume`.
 
     H and W are cropped at their ends to `multiple`: the scale does not divide every image, and pixel 0 stays where it
-    is. Complex slices (fastMRI) come as their magnitude, with `phase` as they are, complex64.
+    is.
     """
-    if Path(path).name.endswith(SUFFIX):
-        prepared = read_prepared(path)
-        slices, spacing = prepared.slices, prepared.spacing
-        if np.iscomplexobj(slices) and not phase:
-            slices = np.abs(slices)
-    else:
-        volume = read_volume(path)
-        axis = slice_axis(volume)
-        slices = np.moveaxis(volume.array, axis, 0)
-        height, width = (volume.spacing[a] for a in in_plane(axis))
-        slices, spacing = slices.astype(np.float32, copy=False), (height, width)
+    volume, axis = load_volume(path, phase=phase)
+    slices = np.moveaxis(volume.array, axis, 0)
+    first, second = in_plane(axis)
     h, w = (n - n % multiple for n in slices.shape[1:])
     if not h or not w:
         raise VolumeError(f"{path}: slices of {slices.shape[1]}x{slices.shape[2]}, smaller than {multiple}x{multiple}")
-    return Slices(np.ascontiguousarray(slices[:, :h, :w]), spacing)
+    return Slices(np.ascontiguousarray(slices[:, :h, :w]), (volume.spacing[first], volume.spacing[second]))
 
 
 class Sample(NamedTuple):

@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,14 @@ import numpy as np
 import torch
 
 from deformmamba import __version__
-from deformmamba.data import Scan, load_slices
+from deformmamba.data import Scan, load_slices, load_volume
 from deformmamba.degradations import Degradation, KSpaceCrop
 from deformmamba.figures import Slice, oriented
 from deformmamba.inference import upscale
 from deformmamba.metrics import METRICS, ON_REQUEST, Protocol, by_slice
 from deformmamba.models.base import SRModel
-from deformmamba.prepared import SUFFIX
 from deformmamba.statistics import FEWEST, Spread, paired_difference, subject_means, summarise
-from deformmamba.volume import Volume, intensity_scale, read_volume, slice_axis
+from deformmamba.volume import intensity_scale
 
 Source = Scan | str | os.PathLike[str]
 Visit = Callable[[Scan, torch.Tensor, torch.Tensor], None]
@@ -219,8 +218,7 @@ class Shown:
         self._index = len(hr) // 2 if index is None else index
         if not 0 <= self._index < len(hr):
             raise ValueError(f"{scan.path}: no slice {index}; there are {len(hr)}, from 0")
-        self._path = scan.path
-        self._volume = None if scan.path.name.endswith(SUFFIX) else read_volume(scan.path)
+        self._volume, self._axis = load_volume(scan.path)
         self.hr, self.spacing, _ = self._seen(hr)
         self.results: dict[str, np.ndarray] = {}
         self.title = f"{scan.path.name}, slice {self._index}"
@@ -231,11 +229,8 @@ class Shown:
             self.results[name] = self._seen(sr).image
 
     def _seen(self, slices: torch.Tensor) -> Slice:
-        if self._volume is None:  # a prepared file does not say how its slices lie
-            return Slice(slices[self._index].numpy(), load_slices(self._path).spacing, ("", "", "", ""))
-        axis = slice_axis(self._volume)
-        one = np.moveaxis(slices[self._index : self._index + 1].numpy(), 0, axis)
-        return oriented(Volume(one, self._volume.affine, codes=self._volume.codes), axis, 0)
+        one = np.expand_dims(slices[self._index].numpy(), self._axis)
+        return oriented(replace(self._volume, array=one), self._axis, 0)
 
 
 def compare(

@@ -46,12 +46,12 @@ DIRECTIONS: dict[str, set[str]] = {
     "export": {"models", "kspace", "scan", "extras"},
     "figures": {"metrics", "volume"},
     "evaluation": {
-        *("metrics", "statistics", "degradations", "models", "data", "prepared", "inference", "figures", "volume"),
+        *("metrics", "statistics", "degradations", "models", "data", "inference", "figures", "volume"),
     },
     "assessment": {
         *("data", "degradations", "inference", "inspection", "kspace", "metrics", "models", "statistics", "volume"),
     },
-    "curves": {"data", "degradations", "figures", "inference", "models", "prepared", "volume"},
+    "curves": {"data", "degradations", "figures", "inference", "models", "volume"},
     "training": {"losses", "models", "data", "evaluation", "extras", "checkpoint", "weights", "volume", "curves"},
     "tables": {
         *("training", "evaluation", "data", "degradations", "models", "losses", "metrics", "statistics", "extras"),
