@@ -19,13 +19,13 @@ SEQUENCES = [  # (b, d, l, n, g): length 1, odd, longer than a chunk and than tw
     (2, 6, 1, 4, 1),
     (1, 12, 37, 3, 4),
     (2, 33, 65, 5, 1),
-    (1, 64, 150, 16, 2),
+    (1, 64, 270, 16, 2),
     (3, 5, 9, 1, 5),
 ]
 MAPS = [  # (b, h, w, d, k, n): none square, every number of directions
     (2, 3, 7, 6, 1, 4),
     (1, 9, 11, 20, 2, 3),
-    (2, 13, 10, 17, 4, 6),
+    (2, 13, 20, 17, 4, 6),
     (1, 1, 5, 3, 4, 1),
 ]
 

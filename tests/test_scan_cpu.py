@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def test_any_number_of_threads_agrees(images: int) -> None:
 def test_one_image_occupies_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[int] = []
     share = cpu._share
-    monkeypatch.setattr(cpu, "_share", lambda work: jobs.append(len(work)) or share(work))
+    monkeypatch.setattr(cpu, "_share", lambda *given: jobs.append(len(given[5])) or share(*given))
     torch.set_num_threads(4)
     selective_scan_2d(*(x[:, :1] if x.ndim == 5 and x.shape[0] == 4 else x[:1] if x.ndim > 2 else x for x in given()))
     assert jobs == [4]
@@ -94,14 +95,20 @@ def test_python_threads_may_call_at_once() -> None:
         assert all(x.equal(y) for x, y in zip(result, expected[i % 4], strict=True))
 
 
-def test_an_error_in_a_job_reaches_the_caller() -> None:
+def test_an_error_on_a_helper_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Event()
+
+    def kernel(*_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            assert begun.wait(60)
+        else:
+            begun.set()
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(cpu, "_kernel", lambda *_: kernel)
     torch.set_num_threads(2)
-
-    def fail() -> None:
-        raise ZeroDivisionError
-
     with pytest.raises(ZeroDivisionError):
-        cpu._share([lambda: None, fail, lambda: None])
+        selective_scan_2d(*given())
 
 
 class Scanned(Dataset[torch.Tensor]):

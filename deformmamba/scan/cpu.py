@@ -16,17 +16,15 @@ import mmap
 import os
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-# Steps between kept states. They take 1/4 of the memory of u at 16 states; a chunk's states fit the L2 cache.
-CHUNK = 64
+# Steps between kept states. They take 1/8 of the memory of u at 16 states; a chunk's states (264 kB) fit an L2 cache.
+CHUNK = 128
 
 LOW_RANK = True  # step sizes are mixed in registers
 
@@ -70,19 +68,14 @@ def forward(
     state = torch.zeros_like(last) if state is None else state
     D, bias, mix = _weights(A, D, bias, mix)
     q = mix.shape[-1]
-    kernel = _kernel("forward", u.dtype, zoh)
-    us, deltas, states = _arrays(_readable(u, directions), _readable(delta, directions), state)
-    As, Bs, Cs, Ds, biases, mixes, ys, lasts, kepts = _arrays(A, B, C, D, bias, mix, y, last, kept)
+    given = (_readable(u, directions), _readable(delta, directions), A, B, C, D, bias, mix, state)
+    jobs = _jobs(images, groups, channels)
 
-    def job(image: int, group: int, first: int, end: int) -> None:
-        at, weight, tiles = (slice(None), image, group), (slice(None), group), _vectors(end - first)
-        inputs = us[image, group], deltas[at], As[weight], Bs[at], Cs[at], Ds[weight], biases[weight], mixes[weight]
-        outputs = ys[image, group], lasts[at], kepts[at]
+    def scratch(tiles: int) -> tuple[Any, ...]:
         shapes = (3, CHUNK, 1), (3, tiles, n, 1), (2, tiles, 1, 1), (2, CHUNK, _vectors(n))
-        scratch = _scratch(u, *shapes, (1, tiles, q, 1), (1, CHUNK, _vectors(q)))
-        kernel((*inputs, states[at]), outputs, scratch, (height, width), softplus, (first, end), zoh or None)
+        return _scratch(u, *shapes, (1, tiles, q, 1), (1, CHUNK, _vectors(q)))
 
-    _share([partial(job, *where) for _, *where in _jobs(images, groups, channels)])
+    _share("forward", zoh, given, (y, last, kept), scratch, jobs, (height, width), softplus)
     return y, last, kept
 
 
@@ -107,7 +100,7 @@ def backward(
     images, groups, _, channels = u.shape
     directions, n = A.shape[0], A.shape[-1]
     jobs = _jobs(images, groups, channels)
-    parts = 1 + max((part for part, *_ in jobs), default=0)
+    parts = 1 + max(jobs[:, 0], default=0)
     low = mix is not None
     D, bias, mix = _weights(A, D, bias, mix)
     q = mix.shape[-1]
@@ -116,28 +109,18 @@ def backward(
     dB, dC = (B.new_empty(parts, *x.shape) for x in (B, C))
     ddelta = delta.new_empty(parts, *delta.shape) if low else _large(torch.empty_like(delta))[None]
     dA, dD, dbias, dmix = (x.new_empty(images, *x.shape) for x in (A, D, bias, mix))
-    kernel = _kernel("backward", u.dtype, zoh)
-    us, deltas, dys = _arrays(_readable(u, directions), _readable(delta, directions), _readable(dy, directions))
-    As, Bs, Cs, Ds, biases, mixes, kepts, dlasts = _arrays(A, B, C, D, bias, mix, kept, dlast)
-    dus, ddeltas, dBs, dCs, dstates = _arrays(du, ddelta, dB, dC, dstate)
-    dAs, dDs, dbiases, dmixes = _arrays(dA, dD, dbias, dmix)
+    given = (_readable(u, directions), _readable(delta, directions), A, B, C, D, bias, mix)
+    results = (du, ddelta, dA, dB, dC, dD, dbias, dmix, dstate)
 
-    def job(part: int, image: int, group: int, first: int, end: int) -> None:
-        at, weight, tiles = (slice(None), image, group), (slice(None), group), _vectors(end - first)
-        mine, dweight, ddelta = (part, *at), (image, *weight), ddeltas[part if low else 0][at]
-        inputs = us[image, group], deltas[at], As[weight], Bs[at], Cs[at], Ds[weight], biases[weight], mixes[weight]
-        given = kepts[at], dys[image, group], dlasts[at]
-        outputs = dus[image, group], ddelta, dAs[dweight], dBs[mine], dCs[mine]
-        rest = dDs[dweight], dbiases[dweight], dmixes[dweight], dstates[at]
+    def scratch(tiles: int) -> tuple[Any, ...]:
         shapes = (6, CHUNK, 1), (4, tiles, n, 1), (4, tiles, 1, 1), (4, CHUNK, _vectors(n))
-        scratch = _scratch(u, *shapes, (2, tiles, q, 1), (2, CHUNK, _vectors(q)), (2, CHUNK + 1, n, 1))
-        arrays = (*inputs, *given), (*outputs, *rest), scratch
-        kernel(*arrays, (height, width), softplus, (first, end), zoh or None)
+        return _scratch(u, *shapes, (2, tiles, q, 1), (2, CHUNK, _vectors(q)), (2, CHUNK + 1, n, 1))
 
-    _share([partial(job, *where) for where in jobs])
+    arrays = (*given, kept, _readable(dy, directions), dlast), results
+    _share("backward", zoh, *arrays, scratch, jobs, (height, width), softplus)
 
     def total(parts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return torch.sum(parts[: len(parts) if jobs else 0], 0, out=torch.empty_like(like))
+        return torch.sum(parts[: len(parts) if len(jobs) else 0], 0, out=torch.empty_like(like))
 
     ddelta = total(ddelta, delta) if low else ddelta[0]
     dD, dbias = (x.sum(0).squeeze(-1) for x in (dD, dbias))
@@ -155,10 +138,6 @@ def _weights(A: torch.Tensor, *weights: torch.Tensor | None) -> list[torch.Tenso
 def _readable(rows: torch.Tensor, directions: int) -> torch.Tensor:
     """(.., l, r) so that kernels read it quickly: consecutive channels, or steps where only one direction runs."""
     return rows if rows.stride(-1) == 1 or (directions == 1 and rows.stride(-2) == 1) else rows.contiguous()
-
-
-def _arrays(*tensors: torch.Tensor) -> list[Any]:
-    return [t.detach().numpy() for t in tensors]
 
 
 def _vectors(lanes: int) -> int:
@@ -197,8 +176,8 @@ def _large(tensor: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------------- threads
 
 
-def _jobs(images: int, groups: int, channels: int) -> list[tuple[int, int, int, int, int]]:
-    """(part, image, group, first channel, end), a few for each thread, so that one that starts late does less of them.
+def _jobs(images: int, groups: int, channels: int) -> np.ndarray:
+    """Rows of (part, image, group, first channel, end), a few for each thread, so that one that starts late does less.
 
     Threads often do: those of PyTorch's last operation spin for milliseconds on the same cores. Every part reads B and
     C for itself, which parts of fewer than three vectors pay too much for: channels are split that far only to occupy
@@ -206,29 +185,36 @@ def _jobs(images: int, groups: int, channels: int) -> list[tuple[int, int, int, 
     lanes, vectors, threads = _lanes(), _vectors(channels), torch.get_num_threads()
     total = images * groups * vectors
     if not total:
-        return []
+        return np.empty((0, 5), np.int64)
     per_part = min(max(-(-total // (4 * threads)), 3), -(-total // threads), vectors) if threads > 1 else vectors
-    return [
-        (part, image, group, start * lanes, min(channels, (start + per_part) * lanes))
-        for image in range(images)
-        for group in range(groups)
-        for part, start in enumerate(range(0, vectors, per_part))
-    ]
+    firsts = np.arange(0, channels, per_part * lanes)
+    ends = np.minimum(firsts + per_part * lanes, channels)
+    image, group, part = (x.ravel() for x in np.indices((images, groups, len(firsts))))
+    return np.stack([part, image, group, firsts[part], ends[part]], 1).astype(np.int64, copy=False)
 
 
-def _share(jobs: list[Callable[[], None]]) -> None:
-    """Run all jobs, on torch.get_num_threads() threads: the caller's and helpers, who come when they are free.
+def _share(
+    name: str,
+    zoh: bool,
+    inputs: tuple[torch.Tensor, ...],
+    outputs: tuple[torch.Tensor, ...],
+    scratch: Callable[[int], tuple[Any, ...]],
+    jobs: np.ndarray,
+    *rest: Any,
+) -> None:
+    """Run the kernel `name` over all jobs, on torch.get_num_threads() threads: the caller's and helpers, who come when
+    they are free. Each takes jobs until there are none, inside of compiled code, and has scratch memory of its own.
 
     The caller never waits for a helper that has not begun, so any number of callers can share one pool."""
-    waiting = deque(jobs)
+    if not len(jobs):
+        return
+    kernel = _kernel(name, inputs[0].dtype, zoh)
+    arrays = [tuple(tensor.detach().numpy() for tensor in tensors) for tensors in (inputs, outputs)]
+    tiles, taken = _vectors(int((jobs[:, 4] - jobs[:, 3]).max())), np.zeros(1, np.int64)
 
     def work() -> None:
-        while True:
-            try:
-                job = waiting.popleft()
-            except IndexError:
-                return
-            job()
+        if taken[0] < len(jobs):
+            kernel(*arrays, scratch(tiles), jobs, taken, *rest, zoh or None)
 
     helpers = [_helpers().submit(work) for _ in range(min(torch.get_num_threads(), len(jobs)) - 1)]
     try:
@@ -267,8 +253,8 @@ _kernels: dict[tuple[str, torch.dtype, bool], Any] = {}
 _compiling = threading.Lock()
 
 _DIMENSIONS = {  # of the arrays in `inputs`, `outputs` and `scratch`
-    "forward": ((2, 3, 3, 3, 3, 3, 3, 3, 3), (2, 3, 4), (3, 4, 4, 3, 4, 3)),
-    "backward": ((2, 3, 3, 3, 3, 3, 3, 3, 4, 2, 3), (2, 3, 3, 3, 3, 3, 3, 3, 3), (3, 4, 4, 3, 4, 3, 4)),
+    "forward": ((4, 5, 4, 5, 5, 4, 4, 4, 5), (4, 5, 6), (3, 4, 4, 3, 4, 3)),
+    "backward": ((4, 5, 4, 5, 5, 4, 4, 4, 6, 4, 5), (4, 6, 5, 6, 6, 5, 5, 5, 5), (3, 4, 4, 3, 4, 3, 4)),
 }
 
 
@@ -296,7 +282,8 @@ def _compile(name: str, dtype: torch.dtype, zoh: bool) -> Any:
     )
     pair = types.UniTuple(types.int64, 2)
     exact = types.boolean if zoh else types.none
-    signature = types.void(inputs, outputs, scratch, pair, types.boolean, pair, exact)
+    jobs, taken = array(types.int64, 2, "C"), array(types.int64, 1, "C")
+    signature = types.void(inputs, outputs, scratch, jobs, taken, pair, types.boolean, exact)
 
     def compiled(cache: bool) -> Any:
         kernel = njit(nogil=True, error_model="numpy", cache=cache)(getattr(cpu_kernels, name))

@@ -68,6 +68,17 @@ def _size(array_type: Any) -> int:
 
 
 @intrinsic
+def claim(typing: Any, counter: Any) -> Any:
+    """counter[0] before it is raised by one, so that each number goes to one thread alone."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = context.make_array(counter)(context, builder, args[0]).data
+        return builder.atomic_rmw("add", address, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(counter), code
+
+
+@intrinsic
 def load(typing: Any, array: Any, index: Any) -> Any:
     """LANES consecutive numbers of `array` from `index` on, whatever the array's other axes."""
 
@@ -775,17 +786,43 @@ def prepare(
         columns(mixes[tile], mix, c, lanes, 1.0)
 
 
-def forward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, channels: Any, exact: Any) -> None:
-    """y = the sum of the scans over directions, last = their last states."""
+def forward(
+    inputs: Any, outputs: Any, scratch: Any, jobs: Array, taken: Array, size: Any, positive: bool, exact: Any
+) -> None:
+    """y = the sum of the scans over directions, last = their last states: as many jobs as nobody else takes."""
+    u, delta, A, B, C, D, bias, mix, state = inputs
+    y, last, kept = outputs
+    while True:
+        job = claim(taken)
+        if job >= jobs.shape[0]:
+            return
+        _, image, group, first, end = jobs[job]
+        forward_job(
+            (
+                u[image, group], delta[:, image, group], A[:, group], B[:, image, group], C[:, image, group],
+                D[:, group], bias[:, group], mix[:, group], state[:, image, group],
+            ),
+            (y[image, group], last[:, image, group], kept[:, image, group]),
+            scratch, size, positive, (first, end), exact,
+        )  # fmt: skip
+
+
+@kernel
+def forward_job(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, channels: Any, exact: Any) -> None:
     u, delta, A, B, C, D, bias, mix, state = inputs
     y, last, kept = outputs
     rows, states, sides, rates, mixes, lows = scratch
     height, width = size
     first, end = channels
+    tiles = (end - first + LANES - 1) // LANES
+    # lanes beyond the last channel
+    states[:] = 0
+    sides[:] = 0
+    mixes[:] = 0
     us, deltas, ys = rows[0], rows[1], rows[2]
     chunk = us.shape[0]
-    decays, inverses, hs = states[0], states[1], states[2]
-    skips, biases = sides[0], sides[1]
+    decays, inverses, hs = states[0, :tiles], states[1, :tiles], states[2, :tiles]
+    skips, biases = sides[0, :tiles], sides[1, :tiles]
     Bs, Cs = rates[0], rates[1]
     order, lines, next_lines = np.empty(chunk, np.int64), np.empty((2, chunk), np.int64), np.empty((2, chunk), np.int64)
     directions, length, n = B.shape
@@ -834,17 +871,48 @@ def forward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, 
             from_columns(last[k], hs[tile], c, min(LANES, end - c))
 
 
-def backward(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, channels: Any, exact: Any) -> None:
-    """The gradients of all inputs from dy and dlast; dB, dC and a low-rank ddelta are sums over these channels."""
+def backward(
+    inputs: Any, outputs: Any, scratch: Any, jobs: Array, taken: Array, size: Any, positive: bool, exact: Any
+) -> None:
+    """The gradients of all inputs from dy and dlast; dB, dC and a low-rank ddelta are sums over a job's channels."""
+    u, delta, A, B, C, D, bias, mix, kept, dy, dlast = inputs
+    du, ddelta, dA, dB, dC, dD, dbias, dmix, dstate = outputs
+    while True:
+        job = claim(taken)
+        if job >= jobs.shape[0]:
+            return
+        part, image, group, first, end = jobs[job]
+        backward_job(
+            (
+                u[image, group], delta[:, image, group], A[:, group], B[:, image, group], C[:, image, group],
+                D[:, group], bias[:, group], mix[:, group],
+                kept[:, image, group], dy[image, group], dlast[:, image, group],
+            ),
+            (
+                du[image, group], ddelta[min(part, ddelta.shape[0] - 1), :, image, group], dA[image, :, group],
+                dB[part, :, image, group], dC[part, :, image, group],
+                dD[image, :, group], dbias[image, :, group], dmix[image, :, group], dstate[:, image, group],
+            ),
+            scratch, size, positive, (first, end), exact,
+        )  # fmt: skip
+
+
+@kernel
+def backward_job(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, channels: Any, exact: Any) -> None:
     u, delta, A, B, C, D, bias, mix, kept, dy, dlast = inputs
     du, ddelta, dA, dB, dC, dD, dbias, dmix, dstate = outputs
     rows, states, sides, rates, mixes, lows, trace = scratch
     height, width = size
     first, end = channels
+    tiles = (end - first + LANES - 1) // LANES
+    # lanes beyond the last channel
+    states[:] = 0
+    sides[:] = 0
+    mixes[:] = 0
     us, deltas, slopes, gs, dus, ddeltas = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
     chunk = us.shape[0]
-    decays, inverses, carried, dAs = states[0], states[1], states[2], states[3]
-    skips, biases, dDs, dbiases = sides[0], sides[1], sides[2], sides[3]
+    decays, inverses, carried, dAs = states[0, :tiles], states[1, :tiles], states[2, :tiles], states[3, :tiles]
+    skips, biases, dDs, dbiases = sides[0, :tiles], sides[1, :tiles], sides[2, :tiles], sides[3, :tiles]
     Bs, Cs, dBs, dCs = rates[0], rates[1], rates[2], rates[3]
     hs, factors = trace[0], trace[1]
     order, lines, next_lines = np.empty(chunk, np.int64), np.empty((2, chunk), np.int64), np.empty((2, chunk), np.int64)
