@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 
 from deformmamba.data import load_volume
 from deformmamba.degradations import Degradation, KSpaceCrop
-from deformmamba.figures import Slice, comparison, oriented
+from deformmamba.figures import comparison, oriented_like
 from deformmamba.inference import upscale
 from deformmamba.models import SRModel, ZeroFill
 from deformmamba.volume import PathLike, intensity_scale, replacing
@@ -64,12 +63,11 @@ def sample_picture(
     hr /= intensity_scale(hr.numpy())
     lr = (degradation or KSpaceCrop(model.scale))(hr)
 
-    def seen(image: torch.Tensor) -> Slice:
-        return oriented(replace(volume, array=np.expand_dims(image.numpy(), axis)), axis, 0)
-
     models = {"zero-fill": ZeroFill(scale=model.scale), "model": model}
     results = {
-        name: seen(upscale(made, lr[None], axis=0)[0]).image for name, made in models.items() if made.grid == model.grid
+        name: oriented_like(upscale(made, lr[None], axis=0)[0].numpy(), volume, axis).image
+        for name, made in models.items()
+        if made.grid == model.grid
     }
-    truth = seen(hr)
+    truth = oriented_like(hr.numpy(), volume, axis)
     comparison(truth.image, results, path, spacing=truth.spacing, title=title)

@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from deformmamba import __version__
 from deformmamba.data import Scan, load_slices, load_volume
 from deformmamba.degradations import Degradation, KSpaceCrop
-from deformmamba.figures import Slice, oriented
+from deformmamba.figures import Slice, oriented_like
 from deformmamba.inference import upscale
 from deformmamba.metrics import METRICS, ON_REQUEST, Protocol, by_slice
 from deformmamba.models.base import SRModel
@@ -229,8 +229,7 @@ class Shown:
             self.results[name] = self._seen(sr).image
 
     def _seen(self, slices: torch.Tensor) -> Slice:
-        one = np.expand_dims(slices[self._index].numpy(), self._axis)
-        return oriented(replace(self._volume, array=one), self._axis, 0)
+        return oriented_like(slices[self._index].numpy(), self._volume, self._axis)
 
 
 def compare(

@@ -47,7 +47,11 @@ def oriented(volume: Volume, axis: int, index: int) -> Slice:
     left, head on top), sagittal ones with the front on the left and the head on top; an oblique slice as the nearest of
     the three. A volume that does not know how it lies in the patient is shown in its own order, without labels.
     """
-    image = np.moveaxis(volume.array, axis, 0)[index]
+    return oriented_like(np.moveaxis(volume.array, axis, 0)[index], volume, axis)
+
+
+def oriented_like(image: np.ndarray, volume: Volume, axis: int) -> Slice:
+    """`image` (h, w) as `oriented` shows a slice of `volume` across `axis`; of the volume only its place counts."""
     first, second = in_plane(axis)
     spacing = volume.spacing[first], volume.spacing[second]
     if not any(volume.codes):

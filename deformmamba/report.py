@@ -8,7 +8,6 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from html import escape
 from importlib.resources import files
 from string import Template
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from deformmamba.figures import STATEMENT, oriented
+from deformmamba.figures import STATEMENT, oriented, oriented_like
 from deformmamba.inspection import Inspection, inspect_volume
 from deformmamba.kspace import fft2c
 from deformmamba.volume import PathLike, Volume, VolumeError, check_output, in_plane, write_text
@@ -161,11 +160,7 @@ class _Pictures:
         ]
         if self.uncertainty is not None:
             images.append(_bytes(_plane(self.uncertainty, self.axis, k), 0, self.spread))
-        # the plane replaces the whole volume, so that only one slice is turned the way it is looked at
-        return [
-            _jpeg(oriented(replace(self.after, array=np.expand_dims(image, self.axis)), self.axis, 0).image)
-            for image in images
-        ]
+        return [_jpeg(oriented_like(image, self.after, self.axis).image) for image in images]
 
 
 def _plane(volume: Volume, axis: int, k: int) -> np.ndarray:
@@ -250,7 +245,7 @@ def _log_spectrum(image: np.ndarray) -> np.ndarray:
 def _is_transposed(volume: Volume, axis: int) -> bool:
     """Whether a slice is shown with the array's first axis across."""
     rows = np.arange(2.0)[:, None].repeat(2, 1)
-    return bool(np.ptp(oriented(replace(volume, array=np.expand_dims(rows, axis)), axis, 0).image[:, 0]) == 0)
+    return bool(np.ptp(oriented_like(rows, volume, axis).image[:, 0]) == 0)
 
 
 def _box(name: str, size: Sequence[int], frame: Sequence[int]) -> str:

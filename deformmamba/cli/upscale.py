@@ -136,9 +136,7 @@ def _settings(args: argparse.Namespace) -> "Settings":
 
 def _draw(path: str | Path, done: "Upscaled", model: "SRModel", title: str, name: str) -> None:
     """Before, bicubic and after, of the slice that was kept."""
-    import numpy as np
-
-    from deformmamba.figures import before_after, oriented
+    from deformmamba.figures import before_after, oriented, oriented_like
     from deformmamba.inference import upscale
     from deformmamba.models import Bicubic
 
@@ -147,10 +145,10 @@ def _draw(path: str | Path, done: "Upscaled", model: "SRModel", title: str, name
     lr = oriented(done.source, done.axis, k)
     one = replace(done.source, array=done.source.array.take([k], done.axis))
     plain = upscale(Bicubic(scale=model.scale, grid=model.grid), one, axis=done.axis)
-    sharp = replace(done.place, array=np.expand_dims(image, done.axis))
+    sharp = oriented_like(image, done.place, done.axis)
     before_after(
         lr.image,
-        {"bicubic": oriented(plain, done.axis, 0).image, name: oriented(sharp, done.axis, 0).image},
+        {"bicubic": oriented(plain, done.axis, 0).image, name: sharp.image},
         path,
         spacing=lr.spacing,
         labels=lr.labels,
