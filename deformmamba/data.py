@@ -24,6 +24,7 @@ from deformmamba.kspace import resize, zero_fill
 from deformmamba.prepared import MANIFEST, SUFFIX, is_prepared, read_manifest, read_prepared
 from deformmamba.volume import Volume, VolumeError, holds_dicom, in_plane, intensity_scale, read_volume, slice_axis
 
+TISSUE = 0.15  # of the intensity scale: what is brighter is not air
 SPLITS = ("train", "val", "test", "external")
 INDEX = "volumes.tsv"
 ENDINGS = (".nii", ".nii.gz", ".mgz")
@@ -200,6 +201,8 @@ class PatchDataset(Dataset[Sample]):
         contrast: largest exponent g of a random contrast curve x -> x^c, c log-uniform in [1/g, g]; 1 for none.
         invert: share of the samples that are turned into their negative, 1 - x, so that dark details among bright
             tissue are seen as often as the contrary.
+        lesions: share of the samples with small soft ellipses in them, about one for each 500 pixels, 2 to 10 pixels
+            long, as often darker as brighter than the tissue they lie in, by up to half of the intensity scale.
         coarsest: largest factor by which the HR slice is k-space cropped first, so that one network sees several voxel
             sizes; half of the samples are, by a factor log-uniform in [1, coarsest]; 1 for none. A slice that has
             become smaller than the patch cannot be cut: a factor is drawn first, then one of the slices of the group
@@ -230,13 +233,15 @@ class PatchDataset(Dataset[Sample]):
         flips: bool = True,
         contrast: float = 1.0,
         invert: float = 0.0,
+        lesions: float = 0.0,
         coarsest: float = 1.0,
         gain: float = 1.0,
         seed: int = 0,
         progress: bool = False,
     ) -> None:
         self.scale, self.patch, self.length, self.seed = scale, patch, length, seed
-        self.flips, self.contrast, self.invert, self.coarsest, self.gain = flips, contrast, invert, coarsest, gain
+        self.flips, self.contrast, self.invert, self.lesions = flips, contrast, invert, lesions
+        self.coarsest, self.gain = coarsest, gain
         if isinstance(degradation, str):
             degradation = parse(degradation, scale=scale)
         self.degradation = degradation or KSpaceCrop(scale=scale)
@@ -332,6 +337,9 @@ class PatchDataset(Dataset[Sample]):
             hr = _recoloured(hr, lambda magnitude: magnitude**exponent)
         if self.invert and rng.random() < self.invert:
             hr = _recoloured(hr, lambda magnitude: (1 - magnitude).clamp(min=0))
+        if self.lesions and rng.random() < self.lesions:
+            spots = _ellipses(hr.abs() > TISSUE, rng)
+            hr = _recoloured(hr, lambda magnitude: (magnitude + spots).clamp(min=0))
         if self.gain > 1:
             hr = hr * float(self.gain ** rng.uniform(-1, 1))
         if factor > 1:
@@ -343,6 +351,24 @@ class PatchDataset(Dataset[Sample]):
         """h x w pixels, `factor` times fewer, to a multiple of the scale; never smaller than a patch."""
         h, w = (max(int(n / factor) // self.scale * self.scale, self.patch * self.scale) for n in (h, w))
         return h, w
+
+
+def _ellipses(tissue: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """(H, W): soft ellipses of positive and negative contrast at random places of `tissue` (H, W), zero elsewhere."""
+    image = torch.zeros(tissue.shape)
+    places = tissue.nonzero()
+    for y, x in places[rng.integers(len(places), size=len(places) // 500)].tolist() if len(places) else ():
+        long, short = sorted(np.exp(rng.uniform(np.log(1.0), np.log(5.0), size=2)), reverse=True)  # half axes
+        angle, contrast = rng.uniform(0, np.pi), rng.choice((-1, 1)) * rng.uniform(0.1, 0.5)
+        top, left, reach = max(y - 8, 0), max(x - 8, 0), 9
+        rows, columns = np.mgrid[top : y + reach, left : x + reach]
+        along = (rows - y) * np.sin(angle) + (columns - x) * np.cos(angle)
+        across = (rows - y) * np.cos(angle) - (columns - x) * np.sin(angle)
+        # half of the contrast at the edge, which is about a pixel wide
+        spot = torch.from_numpy(contrast / (1 + np.exp(4 * short * (np.hypot(along / long, across / short) - 1))))
+        place = image[top : y + reach, left : x + reach]
+        place += spot[: place.shape[0], : place.shape[1]]
+    return image
 
 
 def _recoloured(image: torch.Tensor, curve: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -134,6 +134,21 @@ def test_inverted_samples_are_the_negatives_of_the_others(tmp_path, phantom):
     assert 10 < sum(turned) < 30
 
 
+def test_lesions_are_bright_and_dark_and_lie_in_tissue(tmp_path, phantom):
+    head = np.pad(np.tile(phantom[:40], (3, 3, 1)), ((20, 20), (20, 20), (0, 0)))
+    scan = Scan(write(tmp_path / "a.nii.gz", head), "a", "train", "T2")
+    settings: dict = {"scale": 2, "patch": 80, "length": 20, "flips": False}
+    plain, ill, some = (PatchDataset([scan], **settings, lesions=share) for share in (0.0, 1.0, 0.5))
+    change = torch.stack([ill[index].hr - plain[index].hr for index in range(20)])
+    tissue, air = change[..., 20:140, 20:140], change[..., :10]
+    assert tissue.max() > 0.2
+    assert tissue.min() < -0.2
+    assert 0.01 < (tissue.abs() > 0.05).float().mean() < 0.2
+    assert tissue.mean().abs() < 0.2 * tissue.abs().mean()
+    assert air.abs().max() < 1e-3
+    assert 4 < sum(not torch.equal(some[index].hr, plain[index].hr) for index in range(20)) < 16
+
+
 def test_groups_are_drawn_by_their_share(tmp_path, phantom):
     scans = [
         Scan(write(tmp_path / "a.nii", phantom), "a", "train", "bright"),
