@@ -104,7 +104,7 @@ def before_after(
     region = zoom or _busiest(list(results.values())[-1], lr.shape)
     images = {"input": lr, **results}
     figure, panels = _figure(len(images), 2, lr.shape, spacing)
-    window = _window(lr)
+    window = grey_window(lr)
     for column, (name, image) in enumerate(images.items()):
         scale = image.shape[0] / lr.shape[0]
         rows, columns = (round(s / scale, 3) for s in spacing)
@@ -147,7 +147,7 @@ def comparison(
         raise ValueError(f"comparison: every result must have the size {hr.shape} of hr, and there must be one")
     region = zoom or _busiest(hr, hr.shape)
     figure, panels = _figure(len(results) + 1, 3, hr.shape, spacing, bottom=_BOTTOM + 0.35)
-    window, peak = _window(hr), float(hr.max()) or 1.0
+    window, peak = grey_window(hr), float(hr.max()) or 1.0
     errors = {name: np.abs(image - hr) / peak for name, image in results.items()}
     worst = max(float(np.percentile(error, 99.7)) for error in errors.values()) or 1.0
     scores = {name: [metric(image, hr, protocol="slice") for metric in (psnr, ssim)] for name, image in results.items()}
@@ -275,8 +275,8 @@ def _edges(axes: "Axes", labels: Sequence[str]) -> None:
         axes.text(x, y, text, transform=axes.transAxes, fontsize=9, color="white", ha=ha, va=va, path_effects=outline)
 
 
-def _window(reference: np.ndarray) -> tuple[float, float]:
-    """Black and white: 0 (or the lowest value of a signed image) and the 99.7th percentile of the non-zero pixels."""
+def grey_window(reference: np.ndarray) -> tuple[float, float]:
+    """Black and white: 0, or the lowest value below it; and the 99.7th percentile of the values that are not 0."""
     values = reference[reference != 0]
     low = min(0.0, float(reference.min()))
     high = float(np.percentile(values, 99.7)) if values.size else 1.0

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from deformmamba.figures import STATEMENT, oriented, oriented_like
+from deformmamba.figures import STATEMENT, grey_window, oriented, oriented_like
 from deformmamba.inspection import Inspection, inspect_volume
 from deformmamba.kspace import fft2c
 from deformmamba.volume import PathLike, Volume, VolumeError, check_output, in_plane, write_text
@@ -121,10 +121,7 @@ class _Pictures:
 
     def __init__(self, before: Volume, after: Volume, uncertainty: Volume | None, axis: int) -> None:
         self.before, self.after, self.uncertainty, self.axis = before, after, uncertainty, axis
-        values = before.array[before.array != 0]
-        low = min(0.0, float(before.array.min()))
-        high = float(np.percentile(values, 99.7)) if values.size else 1.0
-        self.window = (low, high if high > low else low + 1.0)
+        self.window = grey_window(before.array)
         n = after.array.shape[axis]
         sample = np.unique(np.linspace(0, n - 1, min(n, 9)).round().astype(int))[1 if n > 2 else 0 :]
         self.change = _large(np.stack([_plane(after, axis, k) - _interpolated(before, after, axis, k) for k in sample]))
