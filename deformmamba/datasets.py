@@ -26,7 +26,7 @@ from deformmamba import __version__
 from deformmamba.data import INDEX, SPLITS, find_scans, folders_below
 from deformmamba.extras import require
 from deformmamba.prepared import SUFFIX, begun, read_prepared, write_manifest, write_prepared
-from deformmamba.volume import VolumeError, intensity_scale, read_volume, slice_axis
+from deformmamba.volume import VolumeError, chosen_axis, in_plane, intensity_scale, read_volume
 
 PathLike = str | os.PathLike[str]
 
@@ -480,8 +480,8 @@ def _text(path: PathLike) -> str:
 def _reader(path: Path, axis: int | None) -> Callable[[], tuple[np.ndarray, tuple[float, float], int]]:
     def read() -> tuple[np.ndarray, tuple[float, float], int]:
         volume = read_volume(path)
-        along = slice_axis(volume) if axis is None else axis
-        height, width = (size for a, size in enumerate(volume.spacing) if a != along)
+        along = chosen_axis(volume, axis)
+        height, width = (volume.spacing[a] for a in in_plane(along))
         return np.moveaxis(volume.array, along, 0), (height, width), along
 
     return read
