@@ -56,10 +56,16 @@ def effective_matrix(slices: np.ndarray | torch.Tensor) -> tuple[int, int]:
     n, h, w = images.shape
     window = torch.hann_window(h, dtype=torch.float64)[:, None] * torch.hann_window(w, dtype=torch.float64)
     power = torch.zeros(h, w, dtype=torch.float64)
-    for k in np.unique(np.linspace(0, n - 1, min(n, _N_SLICES)).round().astype(int)):
-        image = images[int(k)].to(torch.complex128 if images.is_complex() else torch.float64)
+    for k in evenly(n, _N_SLICES):
+        image = images[k].to(torch.complex128 if images.is_complex() else torch.float64)
         power += fft2c((image - image.mean()) * window).abs() ** 2
     return _filled(power.sum(1).numpy()), _filled(power.sum(0).numpy())
+
+
+def evenly(n: int, most: int) -> list[int]:
+    """Up to `most` of the n slices, by index: evenly spaced, first and last among them."""
+    chosen: list[int] = np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int)).tolist()
+    return chosen
 
 
 def _filled(power: np.ndarray) -> int:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from deformmamba.figures import STATEMENT, grey_window, oriented, oriented_like
-from deformmamba.inspection import Inspection, inspect_volume
+from deformmamba.inspection import Inspection, evenly, inspect_volume
 from deformmamba.kspace import fft2c
 from deformmamba.volume import PathLike, Volume, VolumeError, check_output, in_plane, write_text
 
@@ -75,7 +75,7 @@ def write_report(
     middle = n // 2
     first = page.slice(middle)
     fit = int(_BUDGET / (1.25 * sum(map(len, first))))
-    chosen = np.unique(np.linspace(0, n - 1, min(n, _MAX_SLICES, max(fit, 3))).round().astype(int)).tolist()
+    chosen = evenly(n, min(_MAX_SLICES, max(fit, 3)))
     start = int(np.argmin(np.abs(np.array(chosen) - middle)))
     pictures = [first if k == middle else page.slice(k) for k in chosen]
 
@@ -123,7 +123,7 @@ class _Pictures:
         self.before, self.after, self.uncertainty, self.axis = before, after, uncertainty, axis
         self.window = grey_window(before.array)
         n = after.array.shape[axis]
-        sample = np.unique(np.linspace(0, n - 1, min(n, 9)).round().astype(int))[1 if n > 2 else 0 :]
+        sample = evenly(n, 9)[1 if n > 2 else 0 :]
         self.change = _large(np.stack([_plane(after, axis, k) - _interpolated(before, after, axis, k) for k in sample]))
         self.panels: list[dict[str, Any]] = [
             {"title": "Input", "detail": f"interpolated (bicubic) from {_pixels(before, axis)}"},
