@@ -13,9 +13,9 @@ replaces the section "Scan" of benchmarks/README.md up to its first remark.
 
 The floor. A step of one state of one channel takes nine multiplications or fused multiply-adds in the forward pass:
 delta A, five for the exponential by a polynomial, delta u B, h and y. The backward pass computes h once more (eight)
-and takes eight for the gradients. The floor is their number over the rate of fused multiply-adds measured here;
-softplus, sums over channels and memory are not in it. (With AVX-512 our kernels look part of the exponential up and
-save two of the nine; the floor still counts nine, so that machines compare.)
+and takes eight for the gradients. The floor is their number over the rate of fused multiply-adds measured here, by as
+many threads at once; softplus, sums over channels and memory are not in it. (With AVX-512 our kernels look part of the
+exponential up and save two of the nine; the floor still counts nine, so that machines compare.)
 """
 
 import argparse
@@ -27,6 +27,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,7 +85,7 @@ def extra_memory(run: Run) -> int | None:
 
 
 def multiply_adds_per_second(threads: int) -> float:
-    """float32 fused multiply-adds a second: those of one thread with the core to itself, times `threads`."""
+    """float32 fused multiply-adds a second of so many threads at once, which share clock and power."""
     import numba
     from llvmlite import binding
 
@@ -113,7 +114,12 @@ def multiply_adds_per_second(threads: int) -> float:
     rounds = 400_000
     x = torch.full((64,), 0.5).numpy()
     kernel(x, 1)
-    return threads * rounds * chains * LANES / take_turns({"": partial(kernel, x, rounds)}, 30)[""]
+    with ThreadPoolExecutor(threads) as pool:
+
+        def everywhere() -> None:
+            list(pool.map(lambda mine: kernel(mine, rounds), [x.copy() for _ in range(threads)]))
+
+        return threads * rounds * chains * LANES / take_turns({"": everywhere}, 30)[""]
 
 
 def milliseconds(seconds: float) -> str:
@@ -306,9 +312,11 @@ def maps(sizes: list[tuple[int, int, int]], repeats: int) -> Iterator[Row]:
                 yield Row(name, size, passes, seconds, plain=faster, memory=extra_memory(run[name]))
 
 
-def alone(lengths: list[int], threads: list[int], repeats: int, rate: float) -> Iterator[Row]:
-    """The CPU backend without others in between: how it grows, and how it shares work (at the second length)."""
+def alone(lengths: list[int], rates: dict[int, float], repeats: int) -> Iterator[Row]:
+    """The CPU backend without others in between: how it grows, and at the second length, how it shares work among the
+    numbers of threads in `rates`, and what it takes where channels are consecutive in memory, as `SS2D` has them."""
     all_threads = torch.get_num_threads()
+    rate = rates[all_threads]
     before: dict[str, float] = {}
     for length in lengths:
         given = arguments(length)
@@ -326,13 +334,23 @@ def alone(lengths: list[int], threads: list[int], repeats: int, rate: float) -> 
             of_floor = share(passes, length, seconds, rate)
             yield Row("cpu alone", f"L = {length:,}", passes, seconds, growth=growth, floor=of_floor)
         before = best
-        for count in threads if length == lengths[1] else ():
+        if length != lengths[1]:
+            continue
+        last = [x.mT.contiguous().mT if x.ndim > 2 else x for x in given]
+        dlast = dy.mT.contiguous().mT
+        channels_last = dict(
+            zip(PASSES, (inference(ours("cpu"), last), training(ours("cpu"), last, dlast)), strict=True)
+        )
+        for count in rates:
             torch.set_num_threads(count)
-            what = f"cpu alone, {count} thread{'s' * (count > 1)}"
-            for passes, seconds in take_turns(runs, repeats).items():
-                of_floor = share(passes, length, seconds, rate * count / all_threads)
-                yield Row(what, f"L = {length:,}", passes, seconds, floor=of_floor)
-            torch.set_num_threads(all_threads)
+            for how, contenders in (("", runs), (", channels last", channels_last)):
+                if count == all_threads and not how:
+                    continue
+                what = f"cpu alone{how}" + (f", {count} thread{'s' * (count > 1)}" if count < all_threads else "")
+                for passes, seconds in take_turns(contenders, repeats).items():
+                    of_floor = share(passes, length, seconds, rates[count])
+                    yield Row(what, f"L = {length:,}", passes, seconds, floor=of_floor)
+        torch.set_num_threads(all_threads)
 
 
 def machine(threads: int, rate: float) -> str:
@@ -369,12 +387,12 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rate = multiply_adds_per_second(args.threads)
-    threads = [count for count in (1,) if count < args.threads]
+    rates = {count: multiply_adds_per_second(count) for count in sorted({1, args.threads})}
+    rate = rates[args.threads]
     rows = [
         *sequences([64] if args.quick else [1024, 4096], args.repeats, rate),
         *maps([(48, 12, 20)] if args.quick else [(192, 64, 64), (96, 128, 128)], args.repeats),
-        *alone([64, 128] if args.quick else [1024, 4096, 16384, 65536], threads, args.repeats, rate),
+        *alone([64, 128] if args.quick else [1024, 4096, 16384, 65536], rates, args.repeats),
     ]
     waiting = os.environ.get("OMP_WAIT_POLICY")
     command = f"{f'OMP_WAIT_POLICY={waiting} ' if waiting else ''}python benchmarks/scan.py"
