@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def forward(
     D, bias, mix = _weights(A, D, bias, mix)
     q = mix.shape[-1]
     given = (_readable(u, directions), _readable(delta, directions), A, B, C, D, bias, mix, state)
-    jobs = _jobs(images, groups, channels)
+    jobs = _jobs(images, groups, channels, torch.get_num_threads())
 
     def scratch(tiles: int) -> tuple[Any, ...]:
         shapes = (3, CHUNK, 1), (3, tiles, n, 1), (2, tiles, 1, 1), (2, CHUNK, _vectors(n))
@@ -99,7 +100,7 @@ def backward(
     """The gradients of u, delta, A, B, C, D, bias (empty where there is none), state, and mix if there is one."""
     images, groups, _, channels = u.shape
     directions, n = A.shape[0], A.shape[-1]
-    jobs = _jobs(images, groups, channels)
+    jobs = _jobs(images, groups, channels, torch.get_num_threads())
     parts = 1 + max(jobs[:, 0], default=0)
     low = mix is not None
     D, bias, mix = _weights(A, D, bias, mix)
@@ -145,6 +146,7 @@ def _vectors(lanes: int) -> int:
     return -(-lanes // _lanes())
 
 
+@cache
 def _lanes() -> int:
     from deformmamba.scan.cpu_kernels import LANES
 
@@ -152,9 +154,9 @@ def _lanes() -> int:
 
 
 def _scratch(like: torch.Tensor, *shapes: tuple[int, ...]) -> tuple[Any, ...]:
-    """Zeros of each shape, whose last axis counts vectors, in one piece of memory; each starts on a cache line."""
+    """Memory of each shape, whose last axis counts vectors, in one piece; each starts on a cache line."""
     sizes = [math.prod(shape) * _lanes() for shape in shapes]
-    memory = np.zeros(sum(sizes) * like.element_size() + 64, np.uint8)
+    memory = np.empty(sum(sizes) * like.element_size() + 64, np.uint8)
     numbers = memory[-memory.ctypes.data % 64 :][: sum(sizes) * like.element_size()].view(_DTYPES[like.dtype])
     starts = itertools.accumulate(sizes, initial=0)
     pieces = (numbers[start : start + size] for start, size in zip(starts, sizes, strict=False))
@@ -176,13 +178,14 @@ def _large(tensor: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------------------- threads
 
 
-def _jobs(images: int, groups: int, channels: int) -> np.ndarray:
+@lru_cache
+def _jobs(images: int, groups: int, channels: int, threads: int) -> np.ndarray:
     """Rows of (part, image, group, first channel, end), a few for each thread, so that one that starts late does less.
 
     Threads often do: those of PyTorch's last operation spin for milliseconds on the same cores. Every part reads B and
     C for itself, which parts of fewer than three vectors pay too much for: channels are split that far only to occupy
     every thread."""
-    lanes, vectors, threads = _lanes(), _vectors(channels), torch.get_num_threads()
+    lanes, vectors = _lanes(), _vectors(channels)
     total = images * groups * vectors
     if not total:
         return np.empty((0, 5), np.int64)
