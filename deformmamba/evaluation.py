@@ -22,6 +22,7 @@ from deformmamba.data import Scan, load_slices, load_volume
 from deformmamba.degradations import Degradation, KSpaceCrop
 from deformmamba.figures import Slice, oriented_like
 from deformmamba.inference import upscale
+from deformmamba.kspace import Consistency
 from deformmamba.metrics import METRICS, ON_REQUEST, Protocol, by_slice
 from deformmamba.models.base import SRModel
 from deformmamba.statistics import FEWEST, Spread, paired_difference, subject_means, summarise
@@ -39,7 +40,7 @@ def evaluate(
     degradation: Degradation | None = None,
     metrics: Sequence[str] = (),
     slices: bool = False,
-    consistency: bool | None = None,
+    consistency: Consistency | None = None,
     seed: int = 0,
     visit: Visit | None = None,
     progress: bool = False,
@@ -240,7 +241,7 @@ def compare(
     protocol: Protocol = "volume",
     degradation: Degradation | None = None,
     metrics: Sequence[str] = (),
-    consistency: bool | None = None,
+    consistency: Consistency | None = None,
     seed: int = 0,
     show: bool = False,
     at: int | None = None,

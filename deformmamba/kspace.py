@@ -16,6 +16,7 @@ import torch.nn.functional as F
 # "origin": LR[i] lies on HR[scale * i] (k-space crop, strided sampling).
 # "half-pixel": pixel areas nest, LR[i] lies on HR[scale * i + (scale - 1) / 2] (averaging, F.interpolate's default).
 Grid = Literal["origin", "half-pixel"]
+Consistency = bool | Literal["object"]
 GRIDS: tuple[str, ...] = get_args(Grid)
 
 
@@ -150,7 +151,9 @@ def _reversed_conjugate(row: torch.Tensor) -> torch.Tensor:
     return flipped.roll(1, -1) if row.shape[-1] % 2 == 0 else flipped
 
 
-def data_consistency(sr: torch.Tensor, lr: torch.Tensor, scale: int, *, magnitude: bool = True) -> torch.Tensor:
+def data_consistency(
+    sr: torch.Tensor, lr: torch.Tensor, scale: int, *, magnitude: bool = True, within: torch.Tensor | None = None
+) -> torch.Tensor:
     """`sr` (..., H, W) corrected so that degrading it gives `lr` (..., H / scale, W / scale) back.
 
     What the scanner measured is reproduced, to rounding; only what it did not measure is left to the estimate.
@@ -164,6 +167,9 @@ def data_consistency(sr: torch.Tensor, lr: torch.Tensor, scale: int, *, magnitud
     belongs to the magnitude: the real part then becomes sign * sqrt(lr^2 - b^2). An estimate whose b exceeds the
     measured magnitude somewhere cannot be right there: its b is dropped.
 
+    `within` (broadcastable to `sr`) is the share of the correction that each pixel takes, in [0, 1]; where it is not 1
+    everywhere, degrading the result gives `lr` back only nearly.
+
     Source: ours, not in the paper.
 
     Raises:
@@ -175,12 +181,14 @@ def data_consistency(sr: torch.Tensor, lr: torch.Tensor, scale: int, *, magnitud
             f"not {tuple(lr.shape[-2:])}"
         )
     low = lowpass(sr, scale)
-    if not magnitude:
-        return sr + _backproject(lr - low.real, scale)
-    real, imag = low.real, low.imag
-    rounding = 8 * torch.finfo(lr.dtype).eps * lr.abs().amax((-2, -1), keepdim=True)
-    explained = (imag.abs() <= lr.abs() + rounding).all(-1, keepdim=True).all(-2, keepdim=True)
-    imag = torch.where(explained, imag, torch.zeros_like(imag))
-    sign = torch.where(real < 0, -torch.ones_like(real), torch.ones_like(real))
-    target = torch.complex(sign * (lr**2 - imag**2).clamp(min=0).sqrt(), imag)
-    return sr + _backproject(target - low, scale)
+    if magnitude:
+        real, imag = low.real, low.imag
+        rounding = 8 * torch.finfo(lr.dtype).eps * lr.abs().amax((-2, -1), keepdim=True)
+        explained = (imag.abs() <= lr.abs() + rounding).all(-1, keepdim=True).all(-2, keepdim=True)
+        imag = torch.where(explained, imag, torch.zeros_like(imag))
+        sign = torch.where(real < 0, -torch.ones_like(real), torch.ones_like(real))
+        residual = torch.complex(sign * (lr**2 - imag**2).clamp(min=0).sqrt(), imag) - low
+    else:
+        residual = lr - low.real
+    correction = _backproject(residual, scale)
+    return sr + (correction if within is None else within * correction)

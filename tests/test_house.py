@@ -46,7 +46,7 @@ DIRECTIONS: dict[str, set[str]] = {
     "export": {"models", "kspace", "scan", "extras"},
     "figures": {"metrics", "volume"},
     "evaluation": {
-        *("metrics", "statistics", "degradations", "models", "data", "inference", "figures", "volume"),
+        *("metrics", "statistics", "degradations", "models", "data", "inference", "kspace", "figures", "volume"),
     },
     "assessment": {
         *("data", "degradations", "inference", "inspection", "kspace", "metrics", "models", "statistics", "volume"),

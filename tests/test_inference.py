@@ -173,11 +173,24 @@ def test_consistency_is_as_the_model_recommends(wobble: Wobble) -> None:
     off, on = (upscale(wobble, volume, consistency=c).array for c in (False, True))
     assert np.abs(off - on).max() > 1
     np.testing.assert_array_equal(upscale(wobble, volume).array, off)
-    wobble.provenance = {"consistency": True}
-    np.testing.assert_array_equal(upscale(wobble, volume).array, on)
+    for kind, expected in ((True, on), ("object", upscale(wobble, volume, consistency="object").array)):
+        wobble.provenance = {"consistency": kind}
+        np.testing.assert_array_equal(upscale(wobble, volume).array, expected)
     np.testing.assert_array_equal(upscale(wobble, volume, consistency=False).array, off)
     with pytest.raises(ValueError, match="origin"):
         upscale(Bicubic(scale=2, grid="half-pixel"), volume, consistency=True)
+    with pytest.raises(ValueError, match="'objekt'; it must be True, False or \"object\""):
+        upscale(wobble, volume, consistency="objekt")  # type: ignore[arg-type]
+
+
+def test_consistency_of_the_object_leaves_the_air_alone() -> None:
+    wobble = Wobble(scale=2, strength=0.03).eval()
+    array = np.zeros((40, 40, 2), np.float32)
+    array[10:30, 10:30] = np.random.default_rng(0).uniform(900, 1000, (20, 20, 2))
+    off, exact, inside = (upscale(wobble, array, consistency=c) for c in (False, True, "object"))
+    assert np.abs(exact - off)[:8].max() > 5  # ringing
+    np.testing.assert_array_equal(inside[:8], off[:8])
+    np.testing.assert_array_equal(inside[26:54, 26:54], exact[26:54, 26:54])
 
 
 def test_the_model_runs_in_eval_mode_and_comes_back_as_it_was(wobble: Wobble) -> None:

@@ -71,7 +71,7 @@ def test_a_run_becomes_an_entry(tmp_path, folder, publish, monkeypatch, capsys):
     assert manifest["planned"] == {}
     packaged = tmp_path / "deformmamba" / "checkpoints" / "t2-2x.safetensors"
     assert packaged.stat().st_size == entry["size"]
-    assert from_pretrained(packaged).consistency is entry["consistency"]
+    assert from_pretrained(packaged).consistency == entry["consistency"]
     assert entry["trained_on"] == [{"source": "made up", "licence": "CC0", "group": "T2 brain", "subjects": 1}]
     assert {row["truth_mm"]: row["trained"] for row in entry["by_spacing"]} == {1.2: True, 1.5: True, 2.0: False}
     assert {row["group"] for row in entry["out_of_domain"]} == {"T1 brain", "T2 brain"}

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from deformmamba.volume import Volume
 
 DEFAULT_MODEL = "ixi-4x"
+CONSISTENCIES: dict[str | None, Any] = {"exact": True, "object": "object", "off": False}
 
 
 def printable(text: str) -> str:
@@ -142,6 +143,7 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     parser.add_argument(
         "--consistency",
-        action=argparse.BooleanOptionalAction,
-        help="make degrading the output give the input back (default: as found best for the weights)",
+        choices=list(CONSISTENCIES),
+        help="make degrading the output give the input back: exactly, or only where the object is, which leaves air as "
+        "the network has it (default: what was found best for the weights)",
     )

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from deformmamba.cli.arguments import (
+    CONSISTENCIES,
     add_command,
     add_running,
     check_target,
@@ -127,7 +128,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         protocol=args.protocol,
         degradation=degradation,
         metrics=args.metric,
-        consistency=args.consistency,
+        consistency=CONSISTENCIES.get(args.consistency),
         seed=args.seed,
         show=bool(args.figure),
         at=args.slice,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from deformmamba import __version__
 from deformmamba.cli.arguments import (
+    CONSISTENCIES,
     add_command,
     add_model,
     add_reading,
@@ -125,7 +126,7 @@ def _settings(args: argparse.Namespace) -> "Settings":
     return {
         "axis": args.axis,
         "batch_size": args.batch_size,
-        "consistency": args.consistency,
+        "consistency": CONSISTENCIES.get(args.consistency),
         "ensemble": args.ensemble,
         "tile": args.tile,
         "overlap": args.overlap,

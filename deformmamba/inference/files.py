@@ -165,6 +165,11 @@ def _warn_if_filled(scan: Volume, axis: int) -> None:
 def _facts(model: "SRModel", settings: dict[str, Any], seconds: float, effective: bool) -> dict[str, str]:
     """What a report says ran."""
     tile, overlap = settings["tile"], settings["overlap"]
+    corrected = {
+        False: "off",
+        True: "exact: degrading the output gives the input back",
+        "object": "where the object is: degrading the output gives the input back there, nearly",
+    }
     weights = weights_name(model) or "weights of which no file is known"
     return {
         "model": f"{type(model).__name__}, {model.scale}x, {weights}",
@@ -172,7 +177,7 @@ def _facts(model: "SRModel", settings: dict[str, Any], seconds: float, effective
         "version": f"deformmamba {__version__}",
         "date": datetime.now().astimezone().isoformat(" ", "minutes"),
         "time taken": f"{seconds:.1f} s",
-        "data consistency": "on: degrading the output gives the input back" if settings["consistency"] else "off",
+        "data consistency": corrected[settings["consistency"]],
         "ensemble": "mean over eight reflections and transposes" if settings["ensemble"] else "off",
         "tiles": "whole slices" if tile is None else f"{tile}x{tile} pixels, overlapping by {overlap}",
         "start": "the matrix that k-space says was measured" if effective else "the scan as it came",

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from deformmamba.checkpoint import Checkpoint, WeightsError, check_config, one_line, shown, write_checkpoint
-from deformmamba.kspace import Grid
+from deformmamba.kspace import Consistency, Grid
 from deformmamba.weights import load_checkpoint
 
 Model = TypeVar("Model", bound="SRModel")
@@ -177,9 +177,10 @@ class SRModel(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
-    def consistency(self) -> bool:
-        """Whether data consistency was found better for these weights on validation data; what `upscale` does then."""
-        return bool(self.provenance.get("consistency", False))
+    def consistency(self) -> Consistency:
+        """Which data consistency was found best for these weights on validation data, and `upscale` gives them."""
+        found = self.provenance.get("consistency", False)
+        return "object" if found == "object" else bool(found)
 
     @property
     def info(self) -> dict[str, Any]:
