@@ -98,7 +98,9 @@ def autocast(dtype: torch.dtype) -> Callable[[str], None]:
 def compiled(name: str, backend: str = "aot_eager") -> None:
     torch.compiler.reset()
     block = make(name)
-    other = torch.compile(block, backend=backend, fullgraph=True)
+    # torch 2.13's Inductor cannot order strides of sizes that it does not know; for each size a graph of its own it can
+    dynamic = False if backend == "inductor" and torch.__version__ < "2.15" else None
+    other = torch.compile(block, backend=backend, fullgraph=True, dynamic=dynamic)
     for size in ((6, 5), (7, 9)):
         xs = inputs(name, *size)
         wanted, got = (value_and_gradients(f, xs, list(block.parameters())) for f in (block, other))
