@@ -16,8 +16,9 @@ import torch.nn.functional as F
 # "origin": LR[i] lies on HR[scale * i] (k-space crop, strided sampling).
 # "half-pixel": pixel areas nest, LR[i] lies on HR[scale * i + (scale - 1) / 2] (averaging, F.interpolate's default).
 Grid = Literal["origin", "half-pixel"]
-Consistency = bool | Literal["object"]
 GRIDS: tuple[str, ...] = get_args(Grid)
+# Of an output with its input: exactly, not at all, or where there is signal.
+Consistency = bool | Literal["object"]
 
 
 def fft2c(image: torch.Tensor) -> torch.Tensor:
