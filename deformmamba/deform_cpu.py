@@ -11,10 +11,8 @@ columns, for the gradient of the weight.
 """
 
 import math
-import os
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -24,6 +22,7 @@ from numba import njit, uintp
 from torch import Tensor
 
 from deformmamba.deform import gather
+from deformmamba.threads import together
 
 _CHUNK_BYTES = 2 << 20  # of columns: they stay in a core's cache between the kernel and the product
 _CHUNK_PIXELS = 512  # or at least this many, so that reading a large weight again pays
@@ -225,50 +224,20 @@ def _scatter(  # type: ignore[no-untyped-def]
                         grad_offset[p, d, k, 1] = m * (has_right * after - has_left * before)
 
 
-_lock = threading.Lock()
-_pool: tuple[int, ThreadPoolExecutor] | None = None
-
-
-def _forget_pool() -> None:
-    global _lock, _pool
-    _lock, _pool = threading.Lock(), None
-
-
-if hasattr(os, "register_at_fork"):  # a forked process has the objects, but none of the threads
-    os.register_at_fork(after_in_child=_forget_pool)
-
-
-def _workers(n: int) -> ThreadPoolExecutor:
-    """At least n threads, in each of which torch uses no further ones."""
-    global _pool
-    with _lock:
-        if _pool is None or _pool[0] < n:
-            before, started = torch.get_num_threads(), threading.Barrier(n + 1, timeout=60)
-
-            def begin() -> None:
-                torch.get_num_threads()  # or torch would set this thread's number when it first needs it
-                torch.set_num_threads(1)
-                started.wait()
-
-            pool = ThreadPoolExecutor(n, "deformmamba-deform", initializer=begin)
-            for _ in range(n):
-                pool.submit(int)
-            started.wait()
-            # each thread has its own number, but a new one starts with the last that was set
-            torch.set_num_threads(before)
-            _pool = n, pool
-        return _pool[1]
-
-
 def _share(work: Callable[[int, int], None], parts: list[tuple[int, int]]) -> None:
     """work(start, stop) for each of the parts, at the same time."""
-    if len(parts) == 1:
-        work(*parts[0])
-        return
-    # torch's modes belong to a thread; this one allows what any of the caller's allows
-    pool, work = _workers(len(parts)), torch.inference_mode()(work)
-    for done in [pool.submit(work, *part) for part in parts]:
-        done.result()
+    waiting = deque(parts)
+
+    @torch.inference_mode()  # allows what any of the caller's modes allows
+    def some() -> None:
+        while True:
+            try:
+                part = waiting.popleft()
+            except IndexError:
+                return
+            work(*part)
+
+    together(some, len(parts))
 
 
 def _parts(n: int, n_parts: int, multiple: int = 1) -> list[tuple[int, int]]:

@@ -3,7 +3,6 @@
 import itertools
 import math
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -467,20 +466,6 @@ def test_as_many_threads_as_torch_is_allowed() -> None:
         assert channels_last(Case()).threads <= 1
 
 
-def test_the_workers_use_one_thread_each_and_change_no_other(small_pieces: None) -> None:
-    def elsewhere() -> list[int]:
-        found: list[int] = []
-        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
-        thread.start()
-        thread.join()
-        return found
-
-    modulated_deform_conv2d(*Case().tensors(), padding=1, implementation="cpu")
-    pool = deform_cpu._workers(3)
-    assert {pool.submit(torch.get_num_threads).result() for _ in range(9)} == {1}
-    assert [torch.get_num_threads()] == elsewhere() == [3]
-
-
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 def test_threads_work_in_every_mode_of_torch(mode: Callable, small_pieces: None) -> None:
     tensors = Case().tensors()
@@ -491,32 +476,11 @@ def test_threads_work_in_every_mode_of_torch(mode: Callable, small_pieces: None)
         torch.testing.assert_close(modulated_deform_conv2d(*tensors, padding=1, implementation="cpu"), expected)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_process_finds_threads_of_its_own() -> None:
+def test_every_part_is_done_once() -> None:
     seen: list[tuple[int, int]] = []
     parts = [(0, 1), (1, 2), (2, 3)]
-
-    def work(start: int, stop: int) -> None:
-        seen.append((start, stop))
-
-    deform_cpu._share(work, parts)
+    deform_cpu._share(lambda start, stop: seen.append((start, stop)), parts)
     assert sorted(seen) == parts
-    child = os.fork()
-    if child == 0:
-        signal.alarm(20)
-        deform_cpu._share(work, parts)
-        os._exit(0 if sorted(seen) == sorted(parts * 2) else 1)
-    assert os.waitpid(child, 0)[1] == 0
-
-
-def test_an_error_in_a_thread_reaches_the_caller() -> None:
-    def work(start: int, stop: int) -> None:
-        if start:
-            raise KeyError(start)
-
-    with pytest.raises(KeyError):
-        deform_cpu._share(work, [(0, 1), (1, 2)])
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 40, 96])

@@ -50,7 +50,11 @@ COMMANDS = [
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=lambda text: text)
 def test_commands_run(page: str, line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(line)[1:]
-    if words[0] in ("train", "demo", "benchmark"):  # hours, or minutes; that they are spelled right is seen without running them
+    if words[0] in (
+        "train",
+        "demo",
+        "benchmark",
+    ):  # hours, or minutes; that they are spelled right is seen without running them
         monkeypatch.setattr("sys.stderr", sys.stdout)
         assert _parser().parse_args(words)
         return

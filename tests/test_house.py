@@ -17,7 +17,8 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 # Whom each module may import, inside functions too. A folder counts as one module; what a module imports of itself is
 # free. The command line and the public names may import all.
 DIRECTIONS: dict[str, set[str]] = {
-    "scan": set(),
+    "threads": set(),
+    "scan": {"threads"},
     "extras": set(),
     "kspace": set(),
     "losses": set(),
@@ -30,7 +31,7 @@ DIRECTIONS: dict[str, set[str]] = {
     "hub": {"checkpoint"},
     "weights": {"cards", "checkpoint", "hub"},
     "deform": {"scan", "deform_cpu"},
-    "deform_cpu": {"deform"},
+    "deform_cpu": {"deform", "threads"},
     "flops": {"scan", "deform_cpu"},
     "layers": {"scan", "deform"},
     "models": {"layers", "checkpoint", "weights", "kspace", "extras"},

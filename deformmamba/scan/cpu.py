@@ -1,4 +1,4 @@
-"""What a CPU runs: numba kernels, a thread pool of ours, compiled code on disk.
+"""What a CPU runs: numba kernels, jobs for several threads, compiled code on disk.
 
 Lanes are channels (`cpu_kernels`), so that nothing is summed across lanes and a channels-last map is read as it lies in
 memory, in all four directions, without a permuted copy. A job is one image, one group and a range of channels; it walks
@@ -6,7 +6,7 @@ the directions one after the other and alone adds to its channels of y. The back
 state that the forward pass kept, so it computes each state once more and never the whole history.
 
 Numba's own thread layers are not used: one of them aborts the process when two Python threads call at once, and they do
-not survive a fork. The kernels release the GIL instead, and jobs run on a pool that each process makes for itself.
+not survive a fork. The kernels release the GIL instead, and jobs run on PyTorch's threads (`deformmamba.threads`).
 """
 
 import ctypes
@@ -17,12 +17,13 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+
+from deformmamba.threads import together
 
 # Steps between kept states. They take 1/8 of the memory of u at 16 states; a chunk's states (264 kB) fit an L2 cache.
 CHUNK = 128
@@ -205,10 +206,8 @@ def _share(
     jobs: np.ndarray,
     *rest: Any,
 ) -> None:
-    """Run the kernel `name` over all jobs, on torch.get_num_threads() threads: the caller's and helpers, who come when
-    they are free. Each takes jobs until there are none, inside of compiled code, and has scratch memory of its own.
-
-    The caller never waits for a helper that has not begun, so any number of callers can share one pool."""
+    """Run the kernel `name` over all jobs, on torch.get_num_threads() threads. Each takes jobs until there are none,
+    inside of compiled code, and has scratch memory of its own."""
     if not len(jobs):
         return
     kernel = _kernel(name, inputs[0].dtype, zoh)
@@ -219,41 +218,23 @@ def _share(
         if taken[0] < len(jobs):
             kernel(*arrays, scratch(tiles), jobs, taken, *rest, zoh or None)
 
-    helpers = [_helpers().submit(work) for _ in range(min(torch.get_num_threads(), len(jobs)) - 1)]
-    try:
-        work()
-    finally:
-        for helper in helpers:
-            if not helper.cancel():
-                helper.result()
-
-
-_lock = threading.Lock()
-_pool: ThreadPoolExecutor | None = None
-
-
-def _helpers() -> ThreadPoolExecutor:
-    global _pool
-    with _lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(os.cpu_count(), "deformmamba-scan")
-        return _pool
-
-
-def _forget_threads() -> None:
-    """In a forked child: the pool's threads stayed with the parent, and so may have whoever held a lock."""
-    global _pool, _lock, _compiling
-    _pool, _lock, _compiling = None, threading.Lock(), threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)
+    together(work, min(torch.get_num_threads(), len(jobs)))
 
 
 # ----------------------------------------------------------------------------------------------------------- compiling
 
 _kernels: dict[tuple[str, torch.dtype, bool], Any] = {}
 _compiling = threading.Lock()
+
+
+def _forget_lock() -> None:
+    """In a forked child: whoever holds it in the parent will never let it go here."""
+    global _compiling
+    _compiling = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_lock)
 
 _DIMENSIONS = {  # of the arrays in `inputs`, `outputs` and `scratch`
     "forward": ((4, 5, 4, 5, 5, 4, 4, 4, 5), (4, 5, 6), (3, 4, 4, 3, 4, 3)),
