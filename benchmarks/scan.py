@@ -1,9 +1,8 @@
 """The scan's backends on this CPU beside a loop over steps and mambapy's parallel scan; SS2D beside its composition.
 
-Run: OMP_WAIT_POLICY=passive python benchmarks/scan.py [--threads 2] [--repeats 7] [--quick] [--write]
+Run: python benchmarks/scan.py [--threads 2] [--repeats 7] [--quick] [--write]
 
-Without that variable PyTorch's threads spin for milliseconds after each of its operations, on the cores that the scan's
-own threads then share with them; the table says whether it was set.
+`OMP_WAIT_POLICY` decides what PyTorch's threads do between operations; the table says whether it was set.
 
 Every result is compared with the definition before it is timed, and a wrong one is not timed: values and gradients with
 the eager backend in float64, whose values are compared with the reference; sequences too long for that with the
