@@ -327,12 +327,15 @@ class _Lesion:
         return F.conv2d(padded, self.detector.to(images)[None, None])[:, 0]
 
     def tissue(self, images: torch.Tensor, least: float) -> torch.Tensor:
-        """(n, H, W), bool: where lesion and ring lie within tissue, whose 3x3 means are at least `least`."""
+        """(n, H, W), bool: where lesion and ring lie within the image and tissue, whose 3x3 means are at least `least`."""
         down, across = self.reach
         empty = (F.avg_pool2d(images[:, None], 3, 1, 1) < least).to(images)
         window = (self.detector.abs() + self.body > 0).to(images)
         near = F.conv2d(F.pad(empty, (across, across, down, down), value=1.0), window[None, None])
-        return near[:, 0] < 0.5
+        height, width = images.shape[-2:]
+        inside = torch.zeros(height, width, dtype=torch.bool)
+        inside[down : height - down, across : width - across] = True
+        return (near[:, 0] < 0.5) & inside
 
     def places(self, mask: torch.Tensor, most: int, rng: np.random.Generator) -> list[tuple[int, int]]:
         """Up to `most` pixels of `mask`, `APART` from one another, in random order."""

@@ -125,6 +125,16 @@ class Inventor(ZeroFill):
         return sr + 0.25 * _Lesion(4.0, (1.0, 1.0)).image([(48, 44)], sr.shape[-2:])
 
 
+@pytest.mark.parametrize("size", [2.0, 3.0, 4.0, 6.0])
+@pytest.mark.parametrize("spacing", [0.9, 0.94, 1.5])
+def test_lesions_stay_within_an_image_that_is_all_tissue(size, spacing):
+    lesion = _Lesion(size, (spacing, 1.2 * spacing))
+    (mask,) = lesion.tissue(torch.ones(1, 40, 36), 0.5)
+    assert mask.any()
+    for y, x in mask.nonzero().tolist():
+        assert lesion.image([(y, x)], (40, 36)).sum() == pytest.approx(float(lesion.profile.sum()), rel=1e-5)
+
+
 def test_large_lesions_come_through_and_small_ones_do_not(scans):
     rows = lesions(ZeroFill(scale=4), scans[:2], sizes=(2.0, 8.0), per_slice=2)
     assert [(row["size_mm"], row["kind"]) for row in rows] == [
