@@ -121,8 +121,10 @@ def as_logged(assessment: dict[str, list[dict[str, Any]]], groups: list[str] | N
 
 
 def trained_on(data: Path, model: SRModel) -> list[dict[str, Any]]:
-    """Sources, licences and sizes of the training split, from volumes.tsv."""
-    wanted = model.provenance["recipe"]["data"].get("weights")
+    """Sources, licences and sizes of the training split, from volumes.tsv: of this training and of those before it."""
+    stages = [model.provenance, *model.provenance.get("init", [])]
+    shares = [stage.get("recipe", {}).get("data", {}).get("weights") for stage in stages]
+    wanted = None if None in shares else {group for share in shares for group in share}
     sources: dict[tuple[str, str, str], set[str]] = defaultdict(set)
     with open(data / "volumes.tsv", newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):
