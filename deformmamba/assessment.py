@@ -327,7 +327,7 @@ class _Lesion:
         return F.conv2d(padded, self.detector.to(images)[None, None])[:, 0]
 
     def tissue(self, images: torch.Tensor, least: float) -> torch.Tensor:
-        """(n, H, W), bool: where lesion and ring lie within the image and tissue, whose 3x3 means are at least `least`."""
+        """(n, H, W), bool: where lesion and ring lie within image and tissue, whose 3x3 means are at least `least`."""
         down, across = self.reach
         empty = (F.avg_pool2d(images[:, None], 3, 1, 1) < least).to(images)
         window = (self.detector.abs() + self.body > 0).to(images)
