@@ -393,7 +393,7 @@ def test_a_closed_folder(
         (["degrade", "IN", "-o", "OUT", "--scale", "0"], "1 or more"),
         (["degrade", "IN", "-o", "OUT", "--scale", "two"], "--scale"),
         (["degrade", "IN", "-o", "OUT", "--scale", "60"], "too small"),
-        (["evaluate", "--data", "IN"], "one scale at a time"),
+        (["evaluate", "--data", "IN"], "no MODEL to evaluate; name one or more"),
         (["evaluate", "WEIGHTS", "--data", "IN", "--scale", "2"], "[2, 4]"),
         (["evaluate", "WEIGHTS", "--data", "no.nii"], "no.nii: no such file"),
         (["evaluate", "WEIGHTS", "--data", "EMPTY"], "no volume there"),

@@ -113,10 +113,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     scans = chosen(args.data, args.split, args.group)
     models = {name: load_model(name) for name in args.model}
     scales = sorted({model.scale for model in models.values()} | ({args.scale} if args.scale else set()))
-    if len(scales) != 1:
-        raise ValueError(
-            f"one scale at a time: {scales or 'none'} given by MODEL and --scale; evaluate them one by one"
-        )
+    if not scales:
+        raise ValueError("no MODEL to evaluate; name one or more, or give --scale S for the interpolations alone")
+    if len(scales) > 1:
+        raise ValueError(f"one scale at a time: {scales} given by MODEL and --scale; evaluate them one by one")
     degradation = parse(args.degradation, scale=scales[0])
     models = interpolations(degradation) | models
     for model in models.values():
