@@ -94,7 +94,7 @@ def test_python_threads_may_call_at_once() -> None:
         assert all(x.equal(y) for x, y in zip(result, expected[i % 4], strict=True))
 
 
-def test_an_error_on_a_helper_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_on_another_thread_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     begun = threading.Event()
 
     def kernel(*_: object) -> None:
