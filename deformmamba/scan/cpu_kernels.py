@@ -786,11 +786,30 @@ def prepare(
         columns(mixes[tile], mix, c, lanes, 1.0)
 
 
+@inline
+def of_job(inputs: Any, image: int, group: int) -> Any:
+    """What both passes read, of one image and one group."""
+    u, delta, A, B, C, D, bias, mix = inputs
+    return (
+        u[image, group], delta[:, image, group], A[:, group], B[:, image, group], C[:, image, group],
+        D[:, group], bias[:, group], mix[:, group],
+    )  # fmt: skip
+
+
+@inline
+def cleared(states: Array, sides: Array, mixes: Array, first: int, end: int) -> int:
+    """How many tiles the channels fill, after zeros for the lanes beyond the last one."""
+    states[:] = 0
+    sides[:] = 0
+    mixes[:] = 0
+    return (end - first + LANES - 1) // LANES
+
+
 def forward(
     inputs: Any, outputs: Any, scratch: Any, jobs: Array, taken: Array, size: Any, positive: bool, exact: Any
 ) -> None:
     """y = the sum of the scans over directions, last = their last states: as many jobs as nobody else takes."""
-    u, delta, A, B, C, D, bias, mix, state = inputs
+    state = inputs[8]
     y, last, kept = outputs
     while True:
         job = claim(taken)
@@ -798,10 +817,7 @@ def forward(
             return
         _, image, group, first, end = jobs[job]
         forward_job(
-            (
-                u[image, group], delta[:, image, group], A[:, group], B[:, image, group], C[:, image, group],
-                D[:, group], bias[:, group], mix[:, group], state[:, image, group],
-            ),
+            (*of_job(inputs[:8], image, group), state[:, image, group]),
             (y[image, group], last[:, image, group], kept[:, image, group]),
             scratch, size, positive, (first, end), exact,
         )  # fmt: skip
@@ -814,11 +830,7 @@ def forward_job(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bo
     rows, states, sides, rates, mixes, lows = scratch
     height, width = size
     first, end = channels
-    tiles = (end - first + LANES - 1) // LANES
-    # lanes beyond the last channel
-    states[:] = 0
-    sides[:] = 0
-    mixes[:] = 0
+    tiles = cleared(states, sides, mixes, first, end)
     us, deltas, ys = rows[0], rows[1], rows[2]
     chunk = us.shape[0]
     decays, inverses, hs = states[0, :tiles], states[1, :tiles], states[2, :tiles]
@@ -875,7 +887,7 @@ def backward(
     inputs: Any, outputs: Any, scratch: Any, jobs: Array, taken: Array, size: Any, positive: bool, exact: Any
 ) -> None:
     """The gradients of all inputs from dy and dlast; dB, dC and a low-rank ddelta are sums over a job's channels."""
-    u, delta, A, B, C, D, bias, mix, kept, dy, dlast = inputs
+    kept, dy, dlast = inputs[8:]
     du, ddelta, dA, dB, dC, dD, dbias, dmix, dstate = outputs
     while True:
         job = claim(taken)
@@ -883,11 +895,7 @@ def backward(
             return
         part, image, group, first, end = jobs[job]
         backward_job(
-            (
-                u[image, group], delta[:, image, group], A[:, group], B[:, image, group], C[:, image, group],
-                D[:, group], bias[:, group], mix[:, group],
-                kept[:, image, group], dy[image, group], dlast[:, image, group],
-            ),
+            (*of_job(inputs[:8], image, group), kept[:, image, group], dy[image, group], dlast[:, image, group]),
             (
                 du[image, group], ddelta[min(part, ddelta.shape[0] - 1), :, image, group], dA[image, :, group],
                 dB[part, :, image, group], dC[part, :, image, group],
@@ -904,11 +912,7 @@ def backward_job(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: b
     rows, states, sides, rates, mixes, lows, trace = scratch
     height, width = size
     first, end = channels
-    tiles = (end - first + LANES - 1) // LANES
-    # lanes beyond the last channel
-    states[:] = 0
-    sides[:] = 0
-    mixes[:] = 0
+    tiles = cleared(states, sides, mixes, first, end)
     us, deltas, slopes, gs, dus, ddeltas = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5]
     chunk = us.shape[0]
     decays, inverses, carried, dAs = states[0, :tiles], states[1, :tiles], states[2, :tiles], states[3, :tiles]
