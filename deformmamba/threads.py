@@ -20,13 +20,15 @@ _REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def together(work: Callable[[], None], n: int) -> None:
-    """Run `work()` on `n` threads at once and wait for all of them; in each, torch uses no further ones.
+    """Run `work()` on `n` threads at once and wait for all of them; in each of several, torch uses no further ones.
 
     Fewer threads may come, at least one does: `work` takes what there is to do from where all of them look, until there
     is nothing left. Torch's modes (inference mode, autocast) belong to a thread; `work` sets those that it needs.
 
     Raises what `work` raised, on whichever thread.
     """
+    if n == 1:
+        return work()
     errors: list[BaseException] = []
 
     def one() -> None:
@@ -35,10 +37,7 @@ def together(work: Callable[[], None], n: int) -> None:
         except BaseException as error:
             errors.append(error)
 
-    region = _region()
-    if n == 1:
-        work()
-    elif region is not None:
+    if region := _region():
         region(_REGION(lambda _: one()), None, n, 0)
     else:
         for done in [_workers(n).submit(one) for _ in range(n)]:

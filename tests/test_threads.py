@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def seen_by(n: int) -> list[tuple[int, int]]:
-    """(thread, how many threads torch has there) of each run, all of them at the same time."""
+    """(thread, what an operation of torch gave there, which is 2) of each run, all of them at the same time."""
     seen: list[tuple[int, int]] = []
     all_here = threading.Barrier(n, timeout=60)
 
@@ -42,6 +43,13 @@ def test_on_so_many_threads_at_once(n: int) -> None:
     seen = seen_by(n)
     assert len({thread for thread, _ in seen}) == len(seen) == n
     assert all(value == 2 for _, value in seen)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux lists them")
+def test_torch_starts_no_threads_of_its_own_in_them() -> None:
+    before = len(os.listdir("/proc/self/task"))
+    seen_by(3)
+    assert len(os.listdir("/proc/self/task")) <= before + 3
 
 
 def test_torch_has_one_thread_in_each_and_as_many_as_before_elsewhere(kind: str) -> None:
