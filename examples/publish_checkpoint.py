@@ -21,6 +21,7 @@ import torch
 
 from deformmamba.assessment import assess
 from deformmamba.cards import tables
+from deformmamba.cli.arguments import CONSISTENCIES
 from deformmamba.data import Scan, find_scans, load_slices
 from deformmamba.evaluation import evaluate, mean_scores
 from deformmamba.inference import upscale
@@ -30,9 +31,6 @@ from deformmamba.models import Bicubic, SRModel, ZeroFill, from_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG = ROOT / "docs" / "evaluations.csv"
-
-
-CONSISTENCIES: dict[str, Consistency] = {"off": False, "object": "object", "exact": True}
 
 
 def best_consistency(model: SRModel, scans: list[Scan]) -> tuple[Consistency, dict[str, dict[str, float]]]:

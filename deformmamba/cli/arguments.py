@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from deformmamba.kspace import Consistency
     from deformmamba.models import SRModel
     from deformmamba.volume import Volume
 
 DEFAULT_MODEL = "ixi-4x"
-CONSISTENCIES: dict[str | None, Any] = {"exact": True, "object": "object", "off": False}
+CONSISTENCIES: "dict[str, Consistency]" = {"exact": True, "object": "object", "off": False}
 
 
 def printable(text: str) -> str:
