@@ -88,7 +88,7 @@ def upscale(
             negative values become 0); "object": only where there is signal, since ringing in air is what the network
             had removed; None: what was found best for the weights (`model.consistency`, else off).
         ensemble: the mean over the eight reflections and transposes of each slice, see `predict`: eight times the work
-            for 0.14 dB (ixi-4x, validation, T2 brain; spine 0.04).
+            for 0.15 dB (ixi-4x, validation, T2 brain; spine 0.12).
         tile: run the model on tiles of this side, in LR pixels, blended (`tiling.tiled`), for slices that do not fit
             into memory; None: on whole slices, as the networks want it.
         overlap: LR pixels that neighbouring tiles share; None: `tiling.default_overlap`.
