@@ -6,8 +6,9 @@ Run: python benchmarks/scan.py [--threads 2] [--repeats 7] [--quick] [--write]
 
 Every result is compared with the definition before it is timed, and a wrong one is not timed: values and gradients with
 the eager backend in float64, whose values are compared with the reference; sequences too long for that with the
-reference (values) and this backend in float64 (gradients). Contenders run in turns and keep their best time, so that a
-busy machine slows all of them. Extra memory is the growth of the process's peak over what it held before. `--write`
+reference (values) and this backend in float64 (gradients). Contenders run in turns, so that a busy machine slows all of
+them, three times in a row, since the first run pays for the caches and the memory that another one left, and keep their
+best time. Extra memory is the growth of the process's peak over what it held before. `--write`
 replaces the section "Scan" of benchmarks/README.md up to its first remark.
 
 The floor. A step of one state of one channel takes nine multiplications or fused multiply-adds in the forward pass:
@@ -41,6 +42,7 @@ from deformmamba.scan import selective_scan
 
 N, GROUPS, CHANNELS = 16, 4, 768
 FORWARD, BACKWARD = 9, 16
+IN_A_ROW = 3
 WRONG = 1e-4  # relative to the largest number of a result, in float32
 
 Run = Callable[[], Any]
@@ -50,11 +52,11 @@ Run = Callable[[], Any]
 
 
 def take_turns(contenders: dict[str, Run], repeats: int, seconds: float = 8) -> dict[str, float]:
-    """The best time of each, in seconds; one that has had `seconds` in all is not run again."""
+    """The best time of each, in seconds, of `repeats` turns; one that has had `seconds` in all is not run again."""
     best = dict.fromkeys(contenders, math.inf)
     spent = dict.fromkeys(contenders, 0.0)
     for _ in range(repeats):
-        for name, run in contenders.items():
+        for name, run in [one for one in contenders.items() for _ in range(IN_A_ROW)]:
             if spent[name] < seconds:
                 start = time.perf_counter()
                 run()
@@ -290,13 +292,14 @@ def maps(sizes: list[tuple[int, int, int]], repeats: int) -> Iterator[Row]:
         x = torch.randn(1, channels, height, width)
         inputs = {"SS2D": x.contiguous(memory_format=torch.channels_last), "SS2D, plain": x}
         dy = torch.randn_like(x)
+        gradients = {"SS2D": dy.contiguous(memory_format=torch.channels_last), "SS2D, plain": dy}
 
         def results(
-            name: str, modules: Any = modules, inputs: Any = inputs, dy: torch.Tensor = dy
+            name: str, modules: Any = modules, inputs: Any = inputs, gradients: Any = gradients
         ) -> list[torch.Tensor]:
             leaf = inputs[name].detach().requires_grad_()
             y = modules[name](leaf)
-            return [y.detach(), *torch.autograd.grad(y, [leaf, *modules[name].parameters()], dy)]
+            return [y.detach(), *torch.autograd.grad(y, [leaf, *modules[name].parameters()], gradients[name])]
 
         check("the plain composition", results("SS2D, plain"), results("SS2D"))
         runs: list[dict[str, Run]] = [
@@ -312,7 +315,7 @@ def maps(sizes: list[tuple[int, int, int]], repeats: int) -> Iterator[Row]:
 
 
 def alone(lengths: list[int], rates: dict[int, float], repeats: int) -> Iterator[Row]:
-    """The CPU backend without others in between: how it grows, and at the second length, how it shares work among the
+    """The CPU backend beside no other: how it grows, and at the second length, how it shares work among the
     numbers of threads in `rates`, and what it takes where channels are consecutive in memory, as `SS2D` has them."""
     all_threads = torch.get_num_threads()
     rate = rates[all_threads]

@@ -183,18 +183,17 @@ def _large(tensor: torch.Tensor) -> torch.Tensor:
 def _jobs(images: int, groups: int, channels: int, threads: int) -> np.ndarray:
     """Rows of (part, image, group, first channel, end), a few for each thread, so that one that starts late does less.
 
-    Threads often do: those of PyTorch's last operation spin for milliseconds on the same cores. Every part reads B and
-    C for itself, which parts of fewer than three vectors pay too much for: channels are split that far only to occupy
-    every thread."""
+    Every part reads B and C for itself and has gradients of them of its own, which are summed: channels are split into
+    even parts, thinner than about six vectors only to occupy every thread."""
     lanes, vectors = _lanes(), _vectors(channels)
     total = images * groups * vectors
     if not total:
         return np.empty((0, 5), np.int64)
-    per_part = min(max(-(-total // (4 * threads)), 3), -(-total // threads), vectors) if threads > 1 else vectors
-    firsts = np.arange(0, channels, per_part * lanes)
-    ends = np.minimum(firsts + per_part * lanes, channels)
-    image, group, part = (x.ravel() for x in np.indices((images, groups, len(firsts))))
-    return np.stack([part, image, group, firsts[part], ends[part]], 1).astype(np.int64, copy=False)
+    per_part = min(max(-(-total // (4 * threads)), 6), -(-total // threads), vectors) if threads > 1 else vectors
+    parts = -(-vectors // per_part)
+    edges = np.minimum(np.arange(parts + 1) * vectors // parts * lanes, channels)
+    image, group, part = (x.ravel() for x in np.indices((images, groups, parts)))
+    return np.stack([part, image, group, edges[part], edges[part + 1]], 1).astype(np.int64, copy=False)
 
 
 def _share(
