@@ -25,6 +25,7 @@ from deformmamba.prepared import MANIFEST, SUFFIX, is_prepared, read_manifest, r
 from deformmamba.volume import Volume, VolumeError, holds_dicom, in_plane, intensity_scale, read_volume, slice_axis
 
 TISSUE = 0.15  # of the intensity scale: what is brighter is not air
+FEWEST = 16  # LR pixels a side of a slice that was made coarser
 SPLITS = ("train", "val", "test", "external")
 INDEX = "volumes.tsv"
 ENDINGS = (".nii", ".nii.gz", ".mgz")
@@ -190,11 +191,13 @@ class PatchDataset(Dataset[Sample]):
         scans: the volumes. Slices are kept in memory (float32); prepared ones (`deformmamba prepare`) stay on the disk,
             mapped into memory, and are read as they are drawn.
         scale: factor between HR and LR. Slices are cropped at their ends to a multiple of it, see `load_slices`.
-        patch: LR patch size in pixels; smaller slices are refused.
+        patch: LR patch size in pixels; smaller slices are refused (see `coarsest` for what becomes of smaller ones).
         length: how many samples there are.
         degradation: what makes LR of HR, an object of `deformmamba.degradations` or its text; None: the k-space crop.
             Its noise is drawn anew for each sample. `Sample.base` is the zero-filled LR in any case, as a model
             computes it; a degradation on the half-pixel grid is for models on that grid.
+        jitter: share of the samples that other degradations of the same scale and grid make, by their text, such as
+            {"k-space >> rician:snr=30": 0.1}; `degradation` makes the rest.
         weights: share of each group (`Scan.group`), by name; groups left out do not count. None: every slice alike.
         intensity: rule of the intensity scale, from the LR volume, as at inference.
         flips: mirror and transpose the HR slice at random.
@@ -204,10 +207,9 @@ class PatchDataset(Dataset[Sample]):
         lesions: share of the samples with small soft ellipses in them, about one for each 500 pixels, 2 to 10 pixels
             long, as often darker as brighter than the tissue they lie in, by up to half of the intensity scale.
         coarsest: largest factor by which the HR slice is k-space cropped first, so that one network sees several voxel
-            sizes; half of the samples are, by a factor log-uniform in [1, coarsest]; 1 for none. A slice that has
-            become smaller than the patch cannot be cut: a factor is drawn first, then one of the slices of the group
-            that are large enough for it (all of those of its largest size, by what they bear, if none is). `spacings`
-            says what was reached; a smaller `patch` reaches further.
+            sizes; half of the samples are, by a factor log-uniform in [1, coarsest], but to no fewer LR pixels a side
+            than 16 or the patch; 1 for none. A patch of a slice that has become smaller than itself goes on at the
+            opposite edge, as images of a discrete Fourier transform do. `spacings` says what was reached.
         gain: largest factor of a random intensity scaling, log-uniform in [1/gain, gain].
         seed: of everything random.
         progress: a bar while volumes are read, and a line that says how many slices were cropped.
@@ -217,7 +219,7 @@ class PatchDataset(Dataset[Sample]):
 
     Raises:
         VolumeError: no scan, slices smaller than a patch, or a volume that cannot be read.
-        ValueError: a degradation that cannot be built, or of another scale.
+        ValueError: a degradation that cannot be built, or of another scale or grid; shares beyond 1.
     """
 
     def __init__(
@@ -228,6 +230,7 @@ class PatchDataset(Dataset[Sample]):
         patch: int = 32,
         length: int,
         degradation: Degradation | str | None = None,
+        jitter: Mapping[str, float] | None = None,
         weights: Mapping[str, float] | None = None,
         intensity: str = "p99.9",
         flips: bool = True,
@@ -247,6 +250,17 @@ class PatchDataset(Dataset[Sample]):
         self.degradation = degradation or KSpaceCrop(scale=scale)
         if self.degradation.scale != scale:
             raise ValueError(f"PatchDataset: {self.degradation} shrinks by {self.degradation.scale}; wanted {scale}")
+        self.jitter = {parse(text, scale=scale): share for text, share in (jitter or {}).items()}
+        for other in self.jitter:
+            if (other.scale, other.grid) != (scale, self.degradation.grid):
+                raise ValueError(
+                    f"PatchDataset: jitter {other} shrinks by {other.scale} to the {other.grid} grid; "
+                    f"wanted {scale} and {self.degradation.grid}, as {self.degradation}"
+                )
+        if sum(self.jitter.values()) > 1 or any(share < 0 for share in self.jitter.values()):
+            raise ValueError(
+                f"PatchDataset: jitter has the shares {list(self.jitter.values())}; wanted at most 1 in all"
+            )
         chosen = [scan for scan in scans if weights is None or scan.group in weights]
         if not chosen:
             raise VolumeError(f"PatchDataset: no scan to train on; groups wanted: {', '.join(weights or ['any'])}")
@@ -263,19 +277,18 @@ class PatchDataset(Dataset[Sample]):
             h, w = (n - n % scale for n in loaded.array.shape[1:])
             cropped += (h, w) != loaded.array.shape[1:]
             hr = torch.from_numpy(loaded.array)[:, :h, :w]
-            room = min(h, w) / (patch * scale)
-            if room < 1:
+            if min(h, w) < patch * scale:
                 raise VolumeError(
                     f"{scan.path}: slices {tuple(hr.shape[1:])} are smaller than a patch, {patch * scale}"
                 )
             unit = self._unit(hr, intensity)
             # a nearly empty slice teaches nothing
             groups.setdefault(scan.group, []).extend(
-                _Slice(image, unit, room, f"{scan.path.name}, slice {k}")
+                _Slice(image, unit, f"{scan.path.name}, slice {k}")
                 for k, image in enumerate(hr)
                 if image.abs().mean() / unit > 0.02
             )
-            coarse = self._coarse_size(h, w, min(coarsest, room))
+            coarse = self._coarse_size(h, w, coarsest)
             spacings += loaded.spacing
             spacings += (size * n / m for size, n, m in zip(loaded.spacing, (h, w), coarse, strict=True))
         if progress and cropped:
@@ -285,8 +298,7 @@ class PatchDataset(Dataset[Sample]):
         if not any(groups.values()):
             raise VolumeError("PatchDataset: every slice is nearly empty; is the data in another place?")
         groups = {name: slices for name, slices in groups.items() if slices}
-        self.groups = [sorted(slices, key=lambda one: -one.room) for slices in groups.values()]
-        self._rooms = [np.array([-one.room for one in slices]) for slices in self.groups]
+        self.groups = list(groups.values())
         self.spacings = (scale * min(spacings), scale * max(spacings))
         shares = [weights[name] if weights else len(slices) for name, slices in groups.items()]
         self.shares = np.cumsum(shares) / np.sum(shares)
@@ -309,23 +321,28 @@ class PatchDataset(Dataset[Sample]):
             raise IndexError(index)
         rng = np.random.default_rng((self.seed, index))
         group = int(np.searchsorted(self.shares, rng.random(), side="right"))
-        slices, count, factor = self.groups[group], len(self.groups[group]), 1.0
-        if self.coarsest > 1 and rng.random() < 0.5:
-            factor = min(self.coarsest ** rng.random(), slices[0].room)
-            count = int(np.searchsorted(self._rooms[group], -factor, side="right"))
-        return slices[rng.integers(count)], factor, rng
+        factor = self.coarsest ** rng.random() if self.coarsest > 1 and rng.random() < 0.5 else 1.0
+        return self.groups[group][rng.integers(len(self.groups[group]))], factor, rng
 
     def __getitem__(self, index: int) -> Sample:
         drawn, factor, rng = self._drawn(index)
         hr = self._augment(drawn.image / drawn.unit, factor, rng)
-        lr = self.degradation(hr, seed=(self.seed, index))
+        lr = self._degradation(rng)(hr, seed=(self.seed, index))
         base = zero_fill(lr, self.scale)
-        y, x = (int(rng.integers(n - self.patch + 1)) for n in lr.shape)
-        p, s = self.patch, self.scale
-        large = slice(s * y, s * (y + p)), slice(s * x, s * (x + p))
-        small = slice(y, y + p), slice(x, x + p)
         hr = hr.abs() if hr.is_complex() else hr
-        return Sample(*(image[None, *at].clone() for image, at in ((lr, small), (hr, large), (base, large))))
+        corner = [int(rng.integers(n - self.patch + 1 if n >= self.patch else n)) for n in lr.shape]
+        return Sample(
+            *(_cut(image, corner, self.patch, s) for image, s in ((lr, 1), (hr, self.scale), (base, self.scale)))
+        )
+
+    def _degradation(self, rng: np.random.Generator) -> Degradation:
+        if self.jitter:
+            drawn = rng.random()
+            for other, share in self.jitter.items():
+                drawn -= share
+                if drawn < 0:
+                    return other
+        return self.degradation
 
     def _augment(self, hr: torch.Tensor, factor: float, rng: np.random.Generator) -> torch.Tensor:
         if self.flips:
@@ -348,9 +365,18 @@ class PatchDataset(Dataset[Sample]):
         return hr
 
     def _coarse_size(self, h: int, w: int, factor: float) -> tuple[int, int]:
-        """h x w pixels, `factor` times fewer, to a multiple of the scale; never smaller than a patch."""
-        h, w = (max(int(n / factor) // self.scale * self.scale, self.patch * self.scale) for n in (h, w))
+        """h x w pixels, `factor` times fewer, to a multiple of the scale; how small they may become, see `coarsest`."""
+        least = min(self.patch, FEWEST)
+        h, w = (max(int(n / factor) // self.scale, least) * self.scale for n in (h, w))
         return h, w
+
+
+def _cut(image: torch.Tensor, corner: Sequence[int], patch: int, scale: int) -> torch.Tensor:
+    """(H, W) to (1, scale * patch, scale * patch), from scale * corner on, across the edges to the opposite ones."""
+    rows, columns = (
+        (scale * start + torch.arange(scale * patch)) % n for start, n in zip(corner, image.shape, strict=True)
+    )
+    return image[rows[:, None], columns][None]
 
 
 def _ellipses(tissue: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
@@ -379,11 +405,10 @@ def _recoloured(image: torch.Tensor, curve: Callable[[torch.Tensor], torch.Tenso
 
 
 class _Slice(NamedTuple):
-    """One slice (H, W) in the units of its file, what it is divided by, how much coarser it may become, where it is."""
+    """One slice (H, W) in the units of its file, what it is divided by, where it is."""
 
     image: torch.Tensor
     unit: float
-    room: float
     place: str
 
 

@@ -190,9 +190,8 @@ def mixed_sizes(tmp_path, phantom):
     return scans
 
 
-def test_a_coarse_sample_is_of_a_slice_that_is_large_enough(tmp_path, phantom, monkeypatch):
-    scans = mixed_sizes(tmp_path, phantom)
-    dataset = PatchDataset(scans, scale=2, patch=8, length=300, coarsest=3.0)
+def test_half_of_the_samples_are_coarser(tmp_path, phantom, monkeypatch):
+    dataset = PatchDataset(mixed_sizes(tmp_path, phantom), scale=2, patch=8, length=300, coarsest=3.0)
     sizes = []
     resize = data.resize
 
@@ -203,33 +202,93 @@ def test_a_coarse_sample_is_of_a_slice_that_is_large_enough(tmp_path, phantom, m
     monkeypatch.setattr(data, "resize", watched)
     for sample in dataset:
         assert sample.lr.shape == (1, 8, 8)
-    assert 100 < len(sizes) < 200  # half of the samples
-    factors = []
+    assert 100 < len(sizes) < 200
     reached = max(2 * max(b / a for b, a in zip(*one, strict=True)) * (2 if max(one[0]) == 20 else 1) for one in sizes)
     assert 0.9 * dataset.spacings[1] < reached <= dataset.spacings[1]
+    factors = [max(before) / max(after) for before, after in sizes]
+    assert min(factors) < 1.2
+    assert max(f for (before, _), f in zip(sizes, factors, strict=True) if max(before) == 48) > 2
     for before, after in sizes:
-        assert min(after) >= 16
-        factors.append(max(before) / max(after))
-        # pixels stay square, but for the rounding to a multiple of the scale
-        assert before[0] / after[0] == pytest.approx(before[1] / after[1], rel=0.13)
-    small = [f for (before, _), f in zip(sizes, factors, strict=True) if max(before) == 20]
-    large = [f for (before, _), f in zip(sizes, factors, strict=True) if max(before) == 48]
-    assert max(small) <= 20 / 16
-    assert max(large) > 2
-    assert min(large) < 1.2
+        assert min(after) >= 16  # the patch
+        if min(after) > 16:  # pixels stay square, but for the rounding to a multiple of the scale
+            assert before[0] / after[0] == pytest.approx(before[1] / after[1], rel=0.13)
+
+
+def test_a_patch_larger_than_a_coarse_slice_goes_on_at_the_opposite_edge(tmp_path, phantom):
+    scan = Scan(write(tmp_path / "a.nii.gz", phantom), "a", "train", "T2")  # 48x40
+    dataset = PatchDataset([scan], scale=2, patch=20, length=40, coarsest=2.0, flips=False)
+    size = dataset._coarse_size(48, 40, 1.2)
+    assert min(size) < 40
+    assert min(dataset._coarse_size(48, 40, 9.0)) == 2 * 16  # LR pixels that are always left
+    wrapped = 0
+    for index, sample in enumerate(dataset):
+        drawn, factor, _ = dataset._drawn(index)
+        h, w = dataset._coarse_size(48, 40, factor)
+        if factor == 1 or min(h, w) >= 40:
+            continue
+        wrapped += 1
+        hr = data.resize(drawn.image / drawn.unit, (h, w)).abs()
+        lr = dataset.degradation(hr)
+        assert sample.hr.shape == (1, 40, 40)
+        torch.testing.assert_close(sample.hr[0, :, : 40 - w], sample.hr[0, :, w:])
+        # somewhere on the slice as a torus, LR and HR at the same place
+        places = [
+            (y, x)
+            for y in range(h // 2)
+            for x in range(w // 2)
+            if torch.allclose(lr.roll((-y, -x), (0, 1))[:16, :16], sample.lr[0, :16, :16], atol=1e-6)
+        ]
+        assert len(places) == 1
+        y, x = places[0]
+        rolled = hr.roll((-2 * y, -2 * x), (0, 1))[: min(h, 40), : min(w, 40)]
+        torch.testing.assert_close(sample.hr[0, : rolled.shape[0], : rolled.shape[1]], rolled)
+    assert wrapped > 5
 
 
 def test_spacings_are_those_that_samples_can_have(tmp_path, phantom):
     scans = mixed_sizes(tmp_path, phantom)
     options = {"scale": 2, "patch": 8, "length": 1}
     assert PatchDataset(scans, **options).spacings == (2, 4)
-    # 48x40 pixels of 1 mm become 18x16, 20x18 of 2 mm become 16x16: no further, whatever is asked
-    assert PatchDataset(scans, **options, coarsest=9.0).spacings == pytest.approx((2, 2 * 48 / 18))
+    # 48x40 pixels of 1 mm, 20x18 of 2 mm, all become 16x16: no further, whatever is asked
+    assert PatchDataset(scans[:1], **options, coarsest=9.0).spacings == pytest.approx((2, 2 * 48 / 16))
     assert PatchDataset(scans[1:], **options, coarsest=9.0).spacings == pytest.approx((4, 2 * 2 * 20 / 16))
     assert PatchDataset(scans[:1], **options, coarsest=1.1).spacings == pytest.approx((2, 2 * 48 / 42))
     # a smaller patch reaches further
-    smaller = PatchDataset(scans, scale=2, patch=4, length=1, coarsest=9.0)
+    smaller = PatchDataset(scans[:1], scale=2, patch=4, length=1, coarsest=9.0)
     assert smaller.spacings == pytest.approx((2, 2 * 48 / 8))
+
+
+def test_jitter_takes_its_share_of_the_samples(tmp_path, phantom):
+    scan = Scan(write(tmp_path / "a.nii.gz", phantom), "a", "train", "T2")
+    options = {"scale": 2, "patch": 8, "length": 200}
+    plain = PatchDataset([scan], **options)
+    other = "k-space:output=real"
+    jittered = PatchDataset([scan], **options, jitter={other: 0.3, "k-space >> rician:snr=20": 0.2})
+    drawn = [jittered._degradation(jittered._drawn(index)[2]) for index in range(200)]
+    assert 40 < drawn.count(parse(other, scale=2)) < 80
+    assert 20 < drawn.count(parse("k-space >> rician:snr=20", scale=2)) < 60
+    assert 70 < drawn.count(plain.degradation) < 130
+    for a, b in zip(jittered[3], jittered[3], strict=True):
+        assert torch.equal(a, b)
+    noisy = PatchDataset([scan], **options, jitter={"k-space >> noise:snr=20": 1.0})
+    noise, clean = (torch.stack([s.lr - s.hr[:, ::2, ::2] for s in made]).var() for made in (noisy, plain))
+    assert (noise - clean) ** 0.5 == pytest.approx(1 / 20, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("jitter", "message"),
+    [
+        ({"area": 0.1}, "to the half-pixel grid; wanted 2 and origin"),
+        ({"noise:snr=3": 0.1}, "shrinks by 1"),
+        ({"k-space": 0.7, "k-space >> noise:snr=30": 0.4}, "wanted at most 1 in all"),
+        ({"k-space": -0.1}, "wanted at most 1 in all"),
+        ({"nonsense": 0.1}, "nonsense"),
+    ],
+)
+def test_jitter_that_does_not_fit_is_refused(tmp_path, phantom, jitter, message):
+    scan = Scan(write(tmp_path / "a.nii.gz", phantom), "a", "train", "T2")
+    with pytest.raises(ValueError, match=message):
+        PatchDataset([scan], scale=2, patch=8, length=1, jitter=jitter)
 
 
 @pytest.mark.parametrize("degradation", ["area", "k-space:output=real", GaussianBlur(sigma=1) >> Subsample(scale=2)])

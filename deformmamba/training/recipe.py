@@ -152,7 +152,7 @@ def train_recipe(
         "recipe": {**plan, "fit": {key: value for key, value in fitting.items() if key not in INDIFFERENT}},
         "train": {"subjects": subjects(train), "volumes": len(train)},
         "val": {"subjects": subjects(val), "volumes": len(val)},
-        "degradation": plan["data"].get("degradation", "k-space crop, magnitude"),
+        "degradation": _degradation(plan["data"]),
         **({} if start is None else {"init": _inherited(start)}),
     }
     RunFolder(out).check({"provenance": run}, whole=False)
@@ -224,6 +224,12 @@ def _split(scans: Sequence[Scan], plan: dict[str, dict[str, Any]], data: Any) ->
             f"there are: {groups}"
         )
     return train, val
+
+
+def _degradation(settings: Mapping[str, Any]) -> str:
+    """What made the LR of a training, in words: "k-space crop, magnitude; 10 % k-space >> rician:snr=30"."""
+    others = [f"{share:.0%} {text}" for text, share in settings.get("jitter", {}).items()]
+    return "; ".join([settings.get("degradation", "k-space crop, magnitude"), *others]).replace("%", " %")
 
 
 def _inherited(start: Checkpoint) -> list[dict[str, Any]]:
