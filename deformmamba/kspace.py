@@ -17,7 +17,7 @@ import torch.nn.functional as F
 # "half-pixel": pixel areas nest, LR[i] lies on HR[scale * i + (scale - 1) / 2] (averaging, F.interpolate's default).
 Grid = Literal["origin", "half-pixel"]
 GRIDS: tuple[str, ...] = get_args(Grid)
-# Of an output with its input: exactly, not at all, or where there is signal.
+# Of an output with its input: exactly, not at all, or where there is signal and beyond the noise.
 Consistency = bool | Literal["object"]
 
 

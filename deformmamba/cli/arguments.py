@@ -145,6 +145,6 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--consistency",
         choices=list(CONSISTENCIES),
-        help="make degrading the output give the input back: exactly, or only where the object is, which leaves air as "
-        "the network has it (default: what was found best for the weights)",
+        help="make degrading the output give the input back: exactly, or of the object alone and beyond the noise, "
+        "which leaves air as the network has it (default: what was found best for the weights)",
     )

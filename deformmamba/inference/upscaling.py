@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from deformmamba.inspection import is_far, trained_spacings
-from deformmamba.kspace import Consistency, Grid, data_consistency, zero_fill
+from deformmamba.kspace import Consistency, Grid, data_consistency, lowpass, zero_fill
 from deformmamba.tiling import default_overlap, spans, tiled
 from deformmamba.volume import (
     Volume,
@@ -43,6 +43,8 @@ FREE_MEMORY_SHARE = 0.6
 
 # of the intensity scale: what is brighter is no air; best of 0.02, 0.05 and 0.1 on validation (ixi-4x)
 SIGNAL = 0.1
+# of a slice's pixels: with less air than this nothing is said of noise
+ENOUGH_AIR = 0.02
 
 
 class Settings(TypedDict, total=False):
@@ -86,7 +88,8 @@ def upscale(
         batch_size: slices at once; None: as memory allows.
         consistency: correct each slice so that degrading it gives the input back (`kspace.data_consistency`; before
             negative values become 0); "object": only where there is signal, since ringing in air is what the network
-            had removed; None: what was found best for the weights (`model.consistency`, else off).
+            had removed, and only as far as noise does not explain the difference, since noise is what it had removed
+            too; None: what was found best for the weights (`model.consistency`, else off).
         ensemble: the mean over the eight reflections and transposes of each slice, see `predict`: eight times the work
             for 0.15 dB (ixi-4x, validation, T2 brain; spine 0.12).
         tile: run the model on tiles of this side, in LR pixels, blended (`tiling.tiled`), for slices that do not fit
@@ -268,7 +271,7 @@ class Upscaling:
             keys = ("ensemble", "tile", "overlap")
             sr, spread = predict(model, lr, **{key: self.settings[key] for key in keys})
             if how := self.settings["consistency"]:
-                within = _object(sr) if how == "object" else None
+                within = _measured(sr, lr, model.scale, signed) if how == "object" else None
                 sr = data_consistency(sr, lr, model.scale, magnitude=not signed, within=within)
             sharp, deviation = (None if x is None else restore(x[:, 0], intensity) for x in (sr, spread))
             assert sharp is not None
@@ -291,10 +294,30 @@ class Upscaling:
         return max(1, int(FREE_MEMORY_SHARE * (free + reusable) / slice_bytes))
 
 
-def _object(sr: torch.Tensor) -> torch.Tensor:
-    """1 where there is signal, more than a tenth of the intensity scale within two pixels, 0 in air, soft between."""
+def _measured(sr: torch.Tensor, lr: torch.Tensor, scale: int, signed: bool) -> torch.Tensor:
+    """What data consistency may change of `sr`, a share for each pixel: none in air, elsewhere what is no noise.
+
+    Air is what lies more than two pixels from any signal, a tenth of the intensity scale; the border is soft. What the
+    estimate leaves out of the air of `lr` is noise: normal, or of a magnitude Rayleigh, with twice the power of either
+    part. Where the object differs from `lr` no more than noise does, the estimate is right to differ; of a larger
+    difference the part of its power that is not noise's is taken (the gain of a Wiener filter), one share a slice.
+
+    Source: ours, not in the paper.
+    """
     near = F.max_pool2d((sr.abs() > SIGNAL).to(sr.dtype), 5, 1, 2)
-    return F.avg_pool2d(near, 5, 1, 2)
+    within = F.avg_pool2d(near, 5, 1, 2, count_include_pad=False)
+    low = lowpass(sr, scale)
+    difference = (lr - (low.real if signed else low.abs())) ** 2
+    at_samples = within[..., ::scale, ::scale]
+
+    def mean(where: torch.Tensor) -> torch.Tensor:
+        return (difference * where).sum((-2, -1), keepdim=True) / where.sum((-2, -1), keepdim=True).clamp(min=1)
+
+    air = at_samples == 0
+    enough = air.to(sr.dtype).mean((-2, -1), keepdim=True) > ENOUGH_AIR
+    noise = mean(air) / (1 if signed else 2) * enough
+    found = mean(at_samples == 1).clamp(min=torch.finfo(sr.dtype).tiny)
+    return within * (1 - noise / found).clamp(min=0)
 
 
 def predict(
