@@ -17,7 +17,11 @@ TABLES = {
         "Each volume was cropped in k-space to `truth mm`, and that degraded to `input mm`; protocol volume; gains are "
         "over zero-filling of the same input.",
     ),
-    "out_of_domain": ("Off the training data", "Protocol volume; gains are over zero-filling of the same input."),
+    "out_of_domain": (
+        "Other inputs",
+        "Scans of other groups, and changes to those of the group that is meant; noise is Rician and on the input. "
+        "Protocol volume; gains are over zero-filling of the same input. `degradation` above says what was trained.",
+    ),
     "lesions": (
         "Synthetic lesions",
         "Smooth-edged discs, a quarter of the bright tissue's intensity brighter or darker than the tissue that they "

@@ -513,7 +513,7 @@ def test_the_card_has_a_table_for_each_list_of_an_assessment_and_loses_nothing()
     assert (
         "| spacing mm | psnr | zero fill psnr |\n| --- | --- | --- |\n| 0.9 | 30.12 | 28.5 |\n| 1.2 | 29 |  |" in text
     )
-    assert "## Off the training data" in text
+    assert "## Other inputs" in text
     assert "- **consistency**: no\n" in text
     assert "| rotated \\| by 10 degrees | 25 |" in text
     assert "| diameter mm | contrast recovered | bicubic |\n| --- | --- | --- |\n| 2 | 0.51 | 0.3 |" in text
