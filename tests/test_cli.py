@@ -213,6 +213,7 @@ def test_backends(capsys: pytest.CaptureFixture[str]) -> None:
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == names
     assert set(rows[0]) == {"name", "usable", "why", "cure"}
+    assert all(row["usable"] == (not row["why"]) == (not row["cure"]) for row in rows)
 
 
 def test_demo(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,12 +15,17 @@ from deformmamba.scan import BACKENDS, ScanBackendError, operator, selective_sca
 # The largest error allowed, relative to the largest number of a result: (value, gradient). One table for all backends.
 TOLERANCE = {torch.float64: (1e-12, 1e-11), torch.float32: (3e-6, 1e-5), torch.bfloat16: (8e-3, 8e-3)}
 
-SEQUENCES = [  # (b, d, l, n, g): length 1, odd, longer than a chunk and than two; one group, many; a channel too many
+# (b, d, l, n, g): length 1, odd, longer than a chunk and than two; one group, many; a channel too many; 8, 32 and
+# 33 states
+SEQUENCES = [
     (2, 6, 1, 4, 1),
     (1, 12, 37, 3, 4),
     (2, 33, 65, 5, 1),
     (1, 64, 270, 16, 2),
     (3, 5, 9, 1, 5),
+    (1, 16, 140, 8, 1),
+    (1, 19, 140, 32, 1),
+    (1, 17, 20, 33, 1),
 ]
 MAPS = [  # (b, h, w, d, k, n): none square, every number of directions
     (2, 3, 7, 6, 1, 4),
@@ -460,6 +465,26 @@ def test_empty(place: Place, sizes: tuple[int, int, int]) -> None:
     assert A.grad is None or not A.grad.any()
 
 
+@pytest.mark.parametrize("low", [False, True], ids=["delta", "low rank"])
+@pytest.mark.parametrize("sizes", [(0, 3, 4, 6), (2, 0, 4, 6), (2, 3, 0, 6), (2, 3, 4, 0)])
+def test_empty_maps(place: Place, sizes: tuple[int, ...], low: bool) -> None:
+    if place.backend == "mamba_ssm":
+        pytest.skip("it takes no empty tensors")
+    b, h, w, d = sizes
+    given = feature_map(2, 3, 4, 6, 4, 5)
+    given = {name: given[name] for name in ("u", "delta", "A", "B", "C", "D")}
+    given |= {name: given[name][:b, :h, :w] for name in ("u", "B", "C")}
+    given |= {"u": given["u"][..., :d], "delta": given["delta"][:, :b, :h, :w, : 2 if low else d]}
+    given |= {name: given[name][: 4 * d] for name in ("A", "D")}
+    if low:
+        given["delta_weight"] = torch.ones(4 * d, 2)
+    leaves = {k: x.to(place.device, torch.float32).requires_grad_() for k, x in given.items()}
+    y = selective_scan_2d(**leaves, backend=place.backend)
+    assert y.shape == sizes
+    for gradient in torch.autograd.grad(y.sum(), list(leaves.values()), allow_unused=True):
+        assert gradient is None or not gradient.any()
+
+
 # -------------------------------------------------------------------------------------------------- numbers at the edge
 
 
@@ -489,7 +514,36 @@ def test_special_values_come_out_where_the_reference_lets_them(
 
 
 @pytest.mark.parametrize("discretization", ["euler", "zoh"])
-def test_extremes_under_autocast_stay_finite(place: Place, discretization: Any) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("kind", ["map", "low rank", "sequence"])
+def test_gradients_of_special_values(place: Place, kind: str, value: float, discretization: Any) -> None:
+    """One direction's never reach another's, and lanes without a channel none. (Kernels sum terms in another order than
+    the definition, and with zero-order hold by other formulas: which is an infinity and which NaN may differ there.)"""
+    if place.backend not in ("cpu", "triton"):
+        pytest.skip("its gradients are autograd's own")
+    operation: Any = selective_scan if kind == "sequence" else selective_scan_2d
+    options: Any = {"discretization": discretization}
+    if kind == "sequence":
+        given = moved(sequence(1, 19, 20, 2, 1), place, torch.float32)
+        options |= {"delta_softplus": True, "return_last_state": True}
+    else:
+        given = moved(feature_map(1, 3, 5, 19, 4, 2), place, torch.float32)
+    if kind == "low rank":
+        given |= {"delta": given["delta"][..., :3], "delta_weight": given["A"].new_ones(4 * 19, 3)}
+    for name in given:
+        special = given | {name: given[name].clone()}
+        special[name].view(-1)[given[name].numel() // 2 + 1] = value
+        _, gradients = run(operation, special, **options, backend=place.backend)
+        _, wanted = run(operation, {k: x.cpu() for k, x in special.items()}, **options, backend="reference")
+        for key, exact in wanted.items():
+            assert gradients[key].isfinite().cpu().equal(exact.isfinite()), (name, key)
+            if place.backend == "cpu" and (math.isnan(value) or discretization == "euler"):
+                assert gradients[key].isnan().equal(exact.isnan()), (name, key)
+
+
+@pytest.mark.parametrize("discretization", ["euler", "zoh"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_extremes_under_autocast_stay_finite(place: Place, dtype: torch.dtype, discretization: Any) -> None:
     if place.backend == "mamba_ssm" and discretization == "zoh":
         pytest.skip("Euler only")
     given = moved(feature_map(1, 6, 7, 16, 4, 4), place, torch.float32)
@@ -499,11 +553,11 @@ def test_extremes_under_autocast_stay_finite(place: Place, discretization: Any) 
         leaves["delta"].view(-1)[1::3] = -3e4
         leaves["A"].view(-1)[::2] = -1e6
     weight = torch.eye(16, device=place.device)
-    with torch.autocast(place.device, dtype=torch.bfloat16):
+    with torch.autocast(place.device, dtype=dtype):
         u = F.linear(leaves["u"], weight)
-        assert u.dtype == torch.bfloat16
+        assert u.dtype == dtype
         y = selective_scan_2d(**{**leaves, "u": u}, discretization=discretization, backend=place.backend)
-    assert y.dtype == torch.bfloat16
-    assert y.isfinite().all()
+    assert y.dtype == dtype
+    assert y.isfinite().all() if dtype == torch.bfloat16 else not y.isnan().any()  # float16 ends at 65,504
     for gradient in torch.autograd.grad(y.float().mean(), list(leaves.values())):
         assert gradient.isfinite().all()

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -148,8 +149,9 @@ def test_numba_that_cannot_be_imported_is_a_reason(monkeypatch: pytest.MonkeyPat
 # ----------------------------------------------------------------------------------------------------------- mamba-ssm
 
 
-def test_mamba_ssm_is_probed_at_its_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`import mamba_ssm` can work where the kernel cannot."""
+@pytest.mark.parametrize("kind", [OSError, RuntimeError, AttributeError, TypeError])
+def test_mamba_ssm_is_probed_at_its_extension(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
+    """`import mamba_ssm` can work where the kernel cannot, and fail in many ways."""
     monkeypatch.setitem(sys.modules, "mamba_ssm", ModuleType("mamba_ssm"))
     monkeypatch.setitem(sys.modules, "selective_scan_cuda", None)
     assert "extension cannot be imported" in str(mamba_ssm.unusable())
@@ -157,11 +159,26 @@ def test_mamba_ssm_is_probed_at_its_extension(monkeypatch: pytest.MonkeyPatch) -
     class Broken:
         def find_spec(self, name: str, *rest: Any) -> None:
             if name == "selective_scan_cuda":
-                raise OSError("undefined symbol:\n _ZN3c10")
+                raise kind("undefined symbol:\n _ZN3c10")
 
     monkeypatch.delitem(sys.modules, "selective_scan_cuda")
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     assert "(undefined symbol: _ZN3c10); pip install" in str(mamba_ssm.unusable())
+    assert "undefined symbol" in next(row.why for row in backend_report() if row.name == "mamba_ssm")
+
+
+def test_a_broken_triton_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def find_spec(self, name: str, *rest: Any) -> None:
+            if name == "triton":
+                raise RuntimeError("two versions")
+
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    row = next(row for row in backend_report() if row.name == "triton")
+    assert not row.usable
+    assert "Triton cannot be imported (two versions)" in row.why
+    assert "pip install triton" in row.cure
 
 
 def test_mamba_ssm_refuses_what_it_does_not_know() -> None:
@@ -169,6 +186,12 @@ def test_mamba_ssm_refuses_what_it_does_not_know() -> None:
     assert "Euler step only" in str(mamba_ssm.refuses(16, True, False))
     assert "initial_state" in str(mamba_ssm.refuses(16, False, True))
     assert "256" in str(mamba_ssm.refuses(257, False, False))
+
+
+def test_mamba_ssm_refuses_zero_order_hold_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mamba_ssm, "unusable", lambda tensor=None: None)
+    with pytest.raises(ScanBackendError, match=r"'mamba_ssm' cannot run this.*Euler step only.*another backend"):
+        selective_scan(**arguments(), discretization="zoh", backend="mamba_ssm")
 
 
 @pytest.mark.parametrize("kind", ["sequence", "map"])
@@ -252,3 +275,18 @@ def test_half_precision_and_float32_mix() -> None:
     y = selective_scan(**{**given, "u": given["u"].half(), "B": given["B"].bfloat16()})
     assert isinstance(y, torch.Tensor)
     assert y.dtype == torch.float16
+
+
+def test_mamba_ssm_has_no_gradient_of_the_last_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its backward pass leaves it out, which would be a wrong number and no error."""
+    interface = ModuleType("mamba_ssm.ops.selective_scan_interface")
+    interface.selective_scan_fn = partial(selective_scan, backend="reference")  # type: ignore[attr-defined]
+    for name in ("mamba_ssm", "mamba_ssm.ops"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", interface)
+    monkeypatch.setattr(mamba_ssm, "unusable", lambda tensor=None: None)
+    given = arguments() | {"u": arguments()["u"].clone().requires_grad_()}
+    y, last = selective_scan(**given, return_last_state=True, backend="mamba_ssm")
+    y.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="no gradient of the last state"):
+        last.sum().backward()

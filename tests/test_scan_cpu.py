@@ -165,6 +165,13 @@ def test_compiled_once_and_said_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_share_a_new_cache(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: scan_in_a_process(NUMBA_CACHE_DIR=str(tmp_path)), range(2)))
+    assert scan_in_a_process(NUMBA_CACHE_DIR=str(tmp_path)) == ""
+
+
+@pytest.mark.slow
 def test_damaged_cache_files_are_replaced(tmp_path: Path) -> None:
     scan_in_a_process(NUMBA_CACHE_DIR=str(tmp_path))
     for file in (*tmp_path.rglob("*.nbi"), *tmp_path.rglob("*.nbc")):

@@ -5,14 +5,16 @@ import pickle
 import socket
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from deformmamba.scan import cpu, operator, scan_backend, selective_scan, selective_scan_2d
+from deformmamba.scan import ScanBackendError, cpu, operator, scan_backend, selective_scan, selective_scan_2d
 
 
 class Line(nn.Module):
@@ -110,6 +112,29 @@ def test_functional_call(line: tuple[torch.Tensor, ...]) -> None:
     torch.testing.assert_close(torch.func.functional_call(module, weights, line), other(*line))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own, in its forward mode
+def test_transforms_of_torch_func(line: tuple[torch.Tensor, ...]) -> None:
+    """Kernels have no rule for them: by itself the scan takes one that has, and a kernel by name is refused."""
+    module = Map()
+    weights, x, tangent = dict(module.named_parameters()), torch.randn(2, 10, 5, 7), torch.randn(2, 10, 5, 7)
+
+    def loss(weights: Any) -> torch.Tensor:
+        result: torch.Tensor = torch.func.functional_call(module, weights, (x,)).square().sum()
+        return result
+
+    expected = dict(zip(weights, torch.autograd.grad(loss(weights), list(weights.values())), strict=True))
+    torch.testing.assert_close(torch.func.grad(loss)(weights), expected, rtol=1e-5, atol=1e-3)
+    with scan_backend("reference"):
+        value, derivative = torch.func.jvp(module, (x,), (tangent,))
+    torch.testing.assert_close(torch.func.jvp(module, (x,), (tangent,)), (value, derivative), rtol=1e-5, atol=1e-4)
+    assert derivative.abs().max() > 0.1
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(module(forward_ad.make_dual(x, tangent)))
+        torch.testing.assert_close(dual.tangent, derivative, rtol=1e-5, atol=1e-4)
+    with scan_backend("cpu"), pytest.raises(ScanBackendError, match=r"no rule for torch\.func.*use backend 'eager'"):
+        torch.func.grad(loss)(weights)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing(line: tuple[torch.Tensor, ...], reentrant: bool) -> None:
     module = Line()
@@ -130,8 +155,13 @@ def test_copies(line: tuple[torch.Tensor, ...]) -> None:
         torch.testing.assert_close(twin(*line), expected)
 
 
-def test_data_parallel(line: tuple[torch.Tensor, ...]) -> None:
+def test_replicas_in_threads(line: tuple[torch.Tensor, ...]) -> None:
+    """What DataParallel does with several GPUs."""
     module = Line()
+    inputs = [tuple(x + i for x in line) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda given: gradients(replica := copy.deepcopy(module), replica, *given), inputs))
+    torch.testing.assert_close(found, [gradients(module, module, *given) for given in inputs])
     torch.testing.assert_close(nn.DataParallel(module)(*line), module(*line))
 
 

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from deformmamba.scan import operator
 
@@ -46,7 +47,8 @@ def scan_backend(name: str) -> Iterator[None]:
 
     Holds for the current thread (or task) only; a function compiled by torch.compile follows the block that was entered
     last, in any thread. A `backend=` argument wins over it. The backward pass of a scan runs on the backend of its
-    forward pass, wherever it is called.
+    forward pass, wherever it is called. What runs the forward pass again outside of the block (torch.utils.checkpoint)
+    or in threads of its own (DataParallel) does not see it: `SS2D(backend=...)` goes everywhere.
 
     Raises:
         ScanBackendError: no such backend.
@@ -113,11 +115,12 @@ def selective_scan(
         ValueError, TypeError: a shape, dtype or device that does not fit, naming the argument and the rule.
         ScanBackendError: the named backend cannot run this call.
     """
-    B, C = (x[:, None] if isinstance(x, torch.Tensor) and x.ndim == 3 else x for x in (B, C))
+    grouped = ["b n l" if isinstance(x, torch.Tensor) and x.ndim == 3 else "b g n l" for x in (B, C)]
     _check_shapes(
-        ("u", u, "b d l"), ("delta", delta, "b d l"), ("A", A, "d n"), ("B", B, "b g n l"), ("C", C, "b g n l"),
+        ("u", u, "b d l"), ("delta", delta, "b d l"), ("A", A, "d n"), ("B", B, grouped[0]), ("C", C, grouped[1]),
         ("D", D, "d"), ("z", z, "b d l"), ("delta_bias", delta_bias, "d"), ("initial_state", initial_state, "b d n"),
     )  # fmt: skip
+    B, C = (x[:, None] if x.ndim == 3 else x for x in (B, C))
     b, d, length = u.shape
     g, n = B.shape[1:3]
     if g == 0 or d % g:
@@ -190,7 +193,7 @@ def selective_scan_2d(
         raise ValueError(f"delta has {k} directions (shape {tuple(delta.shape)}); 1, 2 or 4 are defined")
     y, _ = _run(
         u.reshape(b, 1, h * w, d),
-        delta.reshape(k, b, 1, h * w, -1),
+        delta.reshape(k, b, 1, h * w, delta.shape[-1]),
         A.reshape(k, 1, d, n),
         B.permute(3, 0, 1, 2, 4).reshape(k, b, 1, h * w, n),
         C.permute(3, 0, 1, 2, 4).reshape(k, b, 1, h * w, n),
@@ -201,7 +204,7 @@ def selective_scan_2d(
         delta_softplus,
         discretization,
         backend,
-        None if delta_weight is None else delta_weight.reshape(k, 1, d, -1),
+        None if delta_weight is None else delta_weight.reshape(k, 1, d, delta.shape[-1]),
     )
     return y.reshape(b, h, w, d).to(u.dtype)
 
@@ -232,6 +235,14 @@ def _check_shapes(*arguments: tuple[str, torch.Tensor | None, str]) -> None:
             raise ValueError(f"{name} is on {tensor.device} but u is on {first.device}; move them to one device")
 
 
+def _transformed() -> bool:
+    """Whether torch.func differentiates what runs now, or forward-mode differentiation does."""
+    from torch._C._functorch import TransformType, get_interpreter_stack
+
+    levels = [interpreter.key() for interpreter in get_interpreter_stack() or ()]
+    return forward_ad._current_level >= 0 or any(key in (TransformType.Grad, TransformType.Jvp) for key in levels)
+
+
 def _known(name: str) -> None:
     if name != "auto" and name not in BACKENDS:
         raise ScanBackendError(f"there is no scan backend {name!r}; there are {', '.join(BACKENDS)}, and auto")
@@ -241,11 +252,14 @@ def _choose(name: str, device: str, dtype: torch.dtype, n: int, zoh: bool, state
     """The backend to run on: `name` itself, or for "auto" the first that can."""
     _known(name)
     probe = torch.empty(0, device=device, dtype=dtype)
+    transformed = _transformed()
     for candidate in BACKENDS if name == "auto" else (name,):
         module = operator.MODULES[candidate]
         reason = module.unusable(probe)
         if reason is None and hasattr(module, "refuses"):
             reason = module.refuses(n, zoh, state)
+        if reason is None and transformed and candidate not in ("eager", "reference"):
+            reason = "kernels have no rule for torch.func's grad and jvp and for forward mode; use backend 'eager'"
         if reason is None:
             return candidate
         if name != "auto":

@@ -132,7 +132,7 @@ def backward(
 
 def _weights(A: torch.Tensor, *weights: torch.Tensor | None) -> list[torch.Tensor]:
     """D and bias (k, g, r) and mix (k, g, r, q) as kernels take them: four axes, and one of them empty for None."""
-    D, bias, mix = (None if x is None else x.reshape(*A.shape[:3], -1) for x in weights)
+    D, bias, mix = (None if x is None else x.reshape(*A.shape[:3], 1 if x.ndim == 3 else x.shape[3]) for x in weights)
     none, unmixed = A.new_empty(*A.shape[:2], 0, 1), A.new_empty(*A.shape[:3], 0)
     return [none if D is None else D, none if bias is None else bias, unmixed if mix is None else mix]
 

@@ -684,17 +684,27 @@ def reverse_state(
     return into_u, into_delta, into_exponent, into_B, dy * get(after, s)
 
 
+@inline
+def inside(x: Array, edge: Any) -> Array:
+    """x before a sum over lanes: zeros beyond the last channel, where 0 times an infinity of B or C may have come.
+
+    edge (1, LANES): 1 for a channel, else 0; None: every lane is one."""
+    if edge is None:
+        return x
+    return choose(get(edge, 0), ">", like(x, 0.0), x, like(x, 0.0))
+
+
 @kernel
 def reverse(
     us: Array, deltas: Array, decay: Array, inverse: Array, Bs: Array, Cs: Array, skip: Array,
     hs: Array, factors: Array, gs: Array, g: Array,
     dA: Array, dus: Array, ddeltas: Array, dBs: Array, dCs: Array, count: int,
-    exact: Any, coming: Any, next_du: Array, next_ddelta: Array,
+    exact: Any, edge: Any, coming: Any, next_du: Array, next_ddelta: Array,
 ) -> None:  # fmt: skip
     """The adjoint of `advance`, from the last step to the first.
 
     gs = gradients of ys. g (n, LANES): gradient of the state after the chunk, then of the one before it. dA, dBs and
-    dCs are added to."""
+    dCs are added to. edge: see `inside`."""
     n = decay.shape[0]
     for t in range(count - 1, -1, -1):
         line = coming[0][0, t], coming[0][1, t] + coming[1]
@@ -716,14 +726,14 @@ def reverse(
             into_u, into_delta, into_exponent, b3, c3 = reverse_state(
                 s + 3, *rates, *states, into_u, into_delta, into_exponent, g, dA, exact
             )
-            sum4(b0, b1, b2, b3, dBs, (t, s))
-            sum4(c0, c1, c2, c3, dCs, (t, s))
+            sum4(inside(b0, edge), inside(b1, edge), inside(b2, edge), inside(b3, edge), dBs, (t, s))
+            sum4(inside(c0, edge), inside(c1, edge), inside(c2, edge), inside(c3, edge), dCs, (t, s))
         for s in range(n // 4 * 4, n):
             into_u, into_delta, into_exponent, b0, c0 = reverse_state(
                 s, *rates, *states, into_u, into_delta, into_exponent, g, dA, exact
             )
-            dBs[t, s] += lane_sum(b0)
-            dCs[t, s] += lane_sum(c0)
+            dBs[t, s] += lane_sum(inside(b0, edge))
+            dCs[t, s] += lane_sum(inside(c0, edge))
         direct = get(skip, 0) * dy if skip.shape[0] else like(u, 0.0)
         if exact is None:
             into_u, into_delta = into_u * delta, into_u * u
@@ -733,8 +743,9 @@ def reverse(
 
 @kernel
 def reverse_step_sizes(
-    ddeltas: Array, slopes: Array, lows: Array, mix: Array, dbias: Array, dmix: Array, dlows: Array, count: int
-) -> None:
+    ddeltas: Array, slopes: Array, lows: Array, mix: Array, dbias: Array, dmix: Array, dlows: Array, count: int,
+    edge: Any,
+) -> None:  # fmt: skip
     """The adjoint of `step_sizes`: ddeltas = gradients of dt, then of raw deltas; the rest is added to."""
     q = mix.shape[0]
     into_bias = get(dbias, 0)
@@ -744,13 +755,14 @@ def reverse_step_sizes(
         into_bias = into_bias + into_delta
         for j in range(q):
             put(dmix, j, fma(into_delta, like(into_delta, lows[t, j]), get(dmix, j)))
+        counted = inside(into_delta, edge)
         for j in range(0, q - 3, 4):
             sum4(
-                into_delta * get(mix, j), into_delta * get(mix, j + 1),
-                into_delta * get(mix, j + 2), into_delta * get(mix, j + 3), dlows, (t, j),
+                counted * get(mix, j), counted * get(mix, j + 1),
+                counted * get(mix, j + 2), counted * get(mix, j + 3), dlows, (t, j),
             )  # fmt: skip
         for j in range(q // 4 * 4, q):
-            dlows[t, j] += lane_sum(into_delta * get(mix, j))
+            dlows[t, j] += lane_sum(counted * get(mix, j))
     put(dbias, 0, into_bias)
 
 
@@ -919,6 +931,8 @@ def backward_job(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: b
     skips, biases, dDs, dbiases = sides[0, :tiles], sides[1, :tiles], sides[2, :tiles], sides[3, :tiles]
     Bs, Cs, dBs, dCs = rates[0], rates[1], rates[2], rates[3]
     hs, factors = trace[0], trace[1]
+    edge = np.zeros((1, LANES), us.dtype)
+    edge[0, : (end - first - 1) % LANES + 1] = 1
     order, lines, next_lines = np.empty(chunk, np.int64), np.empty((2, chunk), np.int64), np.empty((2, chunk), np.int64)
     directions, length, n = B.shape
     low = mix.shape[2] > 0
@@ -954,7 +968,7 @@ def backward_job(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: b
                     if lanes == LANES:
                         put(hs[0], s, load(at, (s, c)))
                     else:
-                        for j in range(LANES):  # lanes beyond the last channel count in the sums over lanes: zeros
+                        for j in range(LANES):
                             hs[0, s, j] = at[s, c + j] if j < lanes else 0.0
                 gather(us, u, order, count, straight, c, lanes)
                 gather(gs, dy, order, count, straight, c, lanes)
@@ -967,14 +981,15 @@ def backward_job(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: b
                 retrace(
                     us, deltas, decay, inverse, Bs, hs, factors, count, exact, coming, u, u if low else delta[k], dy
                 )
-                reverse(
-                    us, deltas, decay, inverse, Bs, Cs, skip, hs, factors,
-                    gs, carried[tile], dAs[tile], dus, ddeltas, dBs, dCs,
-                    count, exact, coming, du, du if low else ddelta[k],
-                )  # fmt: skip
-                reverse_step_sizes(
-                    ddeltas, slopes, lows[0], mixes[0, tile], dbiases[tile], mixes[1, tile], lows[1], count
-                )
+                own = hs, factors, gs, carried[tile], dAs[tile], dus, ddeltas, dBs, dCs, count, exact
+                ahead = coming, du, du if low else ddelta[k]
+                of_steps = slopes, lows[0], mixes[0, tile], dbiases[tile], mixes[1, tile], lows[1], count
+                if lanes == LANES:
+                    reverse(us, deltas, decay, inverse, Bs, Cs, skip, *own, None, *ahead)
+                    reverse_step_sizes(ddeltas, *of_steps, None)
+                else:
+                    reverse(us, deltas, decay, inverse, Bs, Cs, skip, *own, edge, *ahead)
+                    reverse_step_sizes(ddeltas, *of_steps, edge)
                 into_D = get(dDs[tile], 0)
                 for t in range(count):
                     into_D = fma(get(gs, t), get(us, t), into_D)

@@ -42,9 +42,11 @@ def scan(
     dt, B, C = (torch.stack([x[k][:, :, walk] for k, walk in enumerate(walks)]) for x in (dt, B, C))
     h = u.new_zeros(*us.shape[:3], u.shape[3], A.shape[-1]) if state is None else state
     # a chunk's states are needed once more in the backward pass: computing them again is cheaper than keeping them
-    remember = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    # (torch.func knows no checkpoints)
+    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    remember = torch.is_grad_enabled() and not plain
     if not u.shape[2]:
-        return u, h
+        return u.clone(), h.clone()
     ys = []
     for pieces in zip(*(x.split(CHUNK, 3) for x in (us, dt, B, C)), strict=True):
         given: Any = (*pieces, A, h, zoh)

@@ -16,10 +16,10 @@ def unusable(tensor: torch.Tensor | None = None) -> str | None:
     if tensor is not None and tensor.dtype == torch.float64:
         return "it has no float64; use float32 or another backend"
     try:
-        # the extension itself: the package imports without it. ImportError: not there; OSError: built for another torch
+        # the extension itself: the package imports without it
         import selective_scan_cuda  # noqa: F401
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # noqa: F401
-    except (ImportError, OSError) as error:
+    except Exception as error:  # not there, built for another torch, or broken by a version of what it imports
         return f"mamba-ssm's extension cannot be imported ({' '.join(str(error).split())}); {_CURE}"
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device; use backend 'cpu'"
@@ -51,7 +51,8 @@ def scan(
     softplus: bool,
     zoh: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, last state); shapes as in `operator`, differentiable by mamba-ssm's own backward."""
+    """(y, last state); shapes as in `operator`, differentiable by mamba-ssm's own backward, which leaves out the
+    gradient of the last state: asking for that is an error here."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
     walks = orders(len(delta), height, width, u.device)
@@ -78,4 +79,11 @@ def scan(
     )
     y = y.reshape(b, k, g, r, length).permute(1, 0, 2, 4, 3)
     total = torch.stack([y[i][:, :, torch.argsort(walk)] for i, walk in enumerate(walks)]).sum(0)
-    return total, last.reshape(b, k, g, r, n).transpose(0, 1)
+    last = last.reshape(b, k, g, r, n).transpose(0, 1)
+    if last.requires_grad:
+        last.register_hook(_no_gradient)
+    return total, last
+
+
+def _no_gradient(_: torch.Tensor) -> None:
+    raise RuntimeError("mamba-ssm has no gradient of the last state; use another scan backend")

@@ -21,7 +21,7 @@ def unusable(tensor: Tensor | None = None) -> str | None:
     """Why the kernels cannot run on `tensor` (None: on anything here), and the cure, separated by a semicolon."""
     try:
         import triton  # noqa: F401
-    except (ImportError, OSError) as error:
+    except Exception as error:  # not there, or broken
         cure = "pip install triton on Linux, where PyTorch's CUDA builds bring it along"
         return f"Triton cannot be imported ({' '.join(str(error).split())}); {cure}"
     if tensor is not None and tensor.dtype == torch.float64:
