@@ -178,10 +178,10 @@ def check(name: str, got: list[torch.Tensor], exact: list[torch.Tensor]) -> None
 # ----------------------------------------------------------------------------------------------------------- contenders
 
 
-def arguments(length: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def arguments(length: int, dtype: torch.dtype = torch.float32, n: int = N) -> list[torch.Tensor]:
     """u, delta, A, B, C, D, bias as in a Mamba network."""
     make = torch.Generator().manual_seed(0)
-    sizes = ((1, CHANNELS, length),) * 2 + ((CHANNELS, N),) + ((1, GROUPS, N, length),) * 2 + ((CHANNELS,),) * 2
+    sizes = ((1, CHANNELS, length),) * 2 + ((CHANNELS, n),) + ((1, GROUPS, n, length),) * 2 + ((CHANNELS,),) * 2
     u, delta, A, B, C, D, bias = (torch.randn(size, generator=make) for size in sizes)
     return [x.to(dtype) for x in (u, delta / 2, -torch.exp(A / 2), B, C, D, bias.sigmoid() - 4)]
 
@@ -248,10 +248,10 @@ def training(scan: Callable[..., torch.Tensor], given: list[torch.Tensor], dy: t
     return lambda: with_gradients(scan, given, dy)
 
 
-def share(passes: str, length: int, seconds: float, rate: float) -> float:
+def share(passes: str, length: int, seconds: float, rate: float, n: int = N) -> float:
     """Of the time, what the floor would take."""
     each = FORWARD if passes == PASSES[0] else FORWARD + BACKWARD
-    return each * CHANNELS * length * N / rate / seconds
+    return each * CHANNELS * length * n / rate / seconds
 
 
 def sequences(lengths: list[int], repeats: int, rate: float) -> Iterator[Row]:
@@ -315,8 +315,9 @@ def maps(sizes: list[tuple[int, int, int]], repeats: int) -> Iterator[Row]:
 
 
 def alone(lengths: list[int], rates: dict[int, float], repeats: int) -> Iterator[Row]:
-    """The CPU backend beside no other: how it grows, and at the second length, how it shares work among the
-    numbers of threads in `rates`, and what it takes where channels are consecutive in memory, as `SS2D` has them."""
+    """The CPU backend beside no other: how it grows, and at the second length, with other numbers of states, how it
+    shares work among the numbers of threads in `rates`, and what it takes where channels are consecutive in memory, as
+    `SS2D` has them."""
     all_threads = torch.get_num_threads()
     rate = rates[all_threads]
     before: dict[str, float] = {}
@@ -338,6 +339,16 @@ def alone(lengths: list[int], rates: dict[int, float], repeats: int) -> Iterator
         before = best
         if length != lengths[1]:
             continue
+        for n in (8, 32):
+            others = arguments(length, n=n)
+            exact = with_gradients(ours("cpu"), arguments(length, torch.float64, n), dy.double())
+            check(f"the CPU backend with {n} states", with_gradients(ours("cpu"), others, dy), exact)
+            runs_of_n = dict(
+                zip(PASSES, (inference(ours("cpu"), others), training(ours("cpu"), others, dy)), strict=True)
+            )
+            for passes, seconds in take_turns(runs_of_n, repeats).items():
+                of_floor = share(passes, length, seconds, rate, n)
+                yield Row(f"cpu alone, N = {n}", f"L = {length:,}", passes, seconds, floor=of_floor)
         last = [x.mT.contiguous().mT if x.ndim > 2 else x for x in given]
         dlast = dy.mT.contiguous().mT
         channels_last = dict(
