@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deformmamba.scan import transformed
+
 IMPLEMENTATIONS = ("cpu", "torchvision", "gather")
 
 
@@ -43,8 +45,8 @@ def modulated_deform_conv2d(
         implementation: one of IMPLEMENTATIONS, obeyed or refused with the reason; None chooses by the tensor:
             "cpu" for a CPU tensor (numba and BLAS; a few MiB for each of torch's threads, whatever the size),
             "torchvision" for a CUDA tensor where torchvision imports, else
-            "gather" (plain PyTorch: any device, forward-mode and higher derivatives, vmap). Exported programs hold
-            this one, whatever the device, so that they run without this package.
+            "gather" (plain PyTorch: any device, forward-mode and higher derivatives, torch.func, which take it by
+            themselves). Exported programs hold this one, whatever the device, so that they run without this package.
 
     Between pixels x is bilinear, outside it is zero: a sample fades out over the one pixel beyond the border. Where a
     position is an integer the bilinear surface has an edge, and the gradient of `offset` is the one to the right and
@@ -173,14 +175,17 @@ def _choose(name: str | None, device: str) -> str:
             raise ValueError(
                 f"modulated_deform_conv2d: implementation {name!r} is not known; there are {', '.join(IMPLEMENTATIONS)}"
             )
-        if reason := _unusable(name, device):
+        reason = _unusable(name, device)
+        if name != "gather" and not torch.compiler.is_compiling() and transformed():
+            reason = "it has no rule for torch.func's grad and jvp and for forward mode"
+        if reason:
             raise ValueError(
                 f'modulated_deform_conv2d: implementation "{name}" cannot be used: {reason}; "gather" always can'
             )
         return name
     # torch 2.6 cannot tell an export from a compilation
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    if exporting() or torch.jit.is_tracing():
+    if exporting() or torch.jit.is_tracing() or (not torch.compiler.is_compiling() and transformed()):
         return "gather"
     preferred = "torchvision" if device == "cuda" else "cpu"
     return "gather" if _unusable(preferred, device) else preferred

@@ -611,6 +611,27 @@ def test_gather_serves_vmap_and_forward_mode() -> None:
 # choosing and refusing
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own, in its forward mode
+def test_torch_func_takes_gather_by_itself() -> None:
+    """A kernel has no rule for it, and gave a derivative of zero."""
+    torch.manual_seed(0)
+    x, offset, mask = torch.randn(1, 4, 6, 7), torch.randn(1, 18, 6, 7), torch.rand(1, 9, 6, 7)
+    weight = torch.randn(3, 4, 3, 3)
+
+    def run(offset: torch.Tensor, implementation: str | None = None) -> torch.Tensor:
+        return modulated_deform_conv2d(x, offset, mask, weight, padding=1, implementation=implementation)
+
+    tangent = torch.randn_like(offset)
+    found = torch.func.jvp(run, (offset,), (tangent,))
+    torch.testing.assert_close(found, torch.func.jvp(lambda at: run(at, "gather"), (offset,), (tangent,)))
+    assert found[1].abs().max() > 0.1
+    gradient = torch.func.grad(lambda at: run(at).square().sum())(offset)
+    leaf = offset.clone().requires_grad_()
+    torch.testing.assert_close(gradient, torch.autograd.grad(run(leaf).square().sum(), leaf)[0], rtol=1e-5, atol=1e-4)
+    with pytest.raises(ValueError, match=r'"cpu" cannot be used: it has no rule for torch\.func.*"gather" always can'):
+        torch.func.grad(lambda at: run(at, "cpu").sum())(offset)
+
+
 def test_the_tensors_device_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deform, "_missing", lambda module: None)
     assert [deform._choose(None, device) for device in ("cpu", "cuda", "mps", "meta")] == [

@@ -112,7 +112,7 @@ def test_functional_call(line: tuple[torch.Tensor, ...]) -> None:
     torch.testing.assert_close(torch.func.functional_call(module, weights, line), other(*line))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own, in its forward mode
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own, in its forward mode
 def test_transforms_of_torch_func(line: tuple[torch.Tensor, ...]) -> None:
     """Kernels have no rule for them: by itself the scan takes one that has, and a kernel by name is refused."""
     module = Map()

@@ -235,8 +235,9 @@ def _check_shapes(*arguments: tuple[str, torch.Tensor | None, str]) -> None:
             raise ValueError(f"{name} is on {tensor.device} but u is on {first.device}; move them to one device")
 
 
-def _transformed() -> bool:
-    """Whether torch.func differentiates what runs now, or forward-mode differentiation does."""
+def transformed() -> bool:
+    """Whether torch.func differentiates what runs now, or forward-mode differentiation does: kernels have no rule for
+    them, and give wrong derivatives (zeros) or none."""
     from torch._C._functorch import TransformType, get_interpreter_stack
 
     levels = [interpreter.key() for interpreter in get_interpreter_stack() or ()]
@@ -252,13 +253,13 @@ def _choose(name: str, device: str, dtype: torch.dtype, n: int, zoh: bool, state
     """The backend to run on: `name` itself, or for "auto" the first that can."""
     _known(name)
     probe = torch.empty(0, device=device, dtype=dtype)
-    transformed = _transformed()
+    without_kernels = transformed()
     for candidate in BACKENDS if name == "auto" else (name,):
         module = operator.MODULES[candidate]
         reason = module.unusable(probe)
         if reason is None and hasattr(module, "refuses"):
             reason = module.refuses(n, zoh, state)
-        if reason is None and transformed and candidate not in ("eager", "reference"):
+        if reason is None and without_kernels and candidate not in ("eager", "reference"):
             reason = "kernels have no rule for torch.func's grad and jvp and for forward mode; use backend 'eager'"
         if reason is None:
             return candidate
