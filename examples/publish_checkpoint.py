@@ -142,7 +142,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--machine", required=True, help="what it was trained on")
     parser.add_argument("--hours", type=float, required=True, help="how long")
-    parser.add_argument("--summary", default="")
+    parser.add_argument("--summary", default="", help="what it is for, in a sentence (default: as before)")
+    parser.add_argument("--license", default="", help="of the weights (default: as before)")
+    parser.add_argument("--limits", required=True, help="what it was not trained or measured for; look at its numbers")
     args = parser.parse_args()
 
     model = from_pretrained(args.checkpoint)
@@ -159,7 +161,8 @@ def main() -> None:
         "validation": validation,
         "budget": {"machine": args.machine, "hours": args.hours},
     }
-    path = ROOT / "deformmamba" / "checkpoints" / f"{args.name}.safetensors"
+    final = ROOT / "deformmamba" / "checkpoints" / f"{args.name}.safetensors"
+    path = final.with_suffix(".new.safetensors")  # takes its place with the manifest, when all of it is scored
     sha256 = model.save_pretrained(path, provenance=facts)
 
     published = from_pretrained(path)
@@ -171,16 +174,21 @@ def main() -> None:
     manifest_path = ROOT / "weights_manifest.json"
     manifest = json.loads(manifest_path.read_text("utf-8"))
     manifest["planned"].pop(args.name, None)
+    before = manifest["weights"].get(args.name, {})
+    path.replace(final)
     manifest["weights"][args.name] = {
-        **{key: value for key, value in manifest["weights"].get(args.name, {}).items() if key in ("license", "limits")},
-        "summary": args.summary or manifest["weights"].get(args.name, {}).get("summary", ""),
-        "file": path.name,
+        "license": args.license or before.get("license", ""),
+        "limits": args.limits,
+        "summary": args.summary or before.get("summary", ""),
+        "file": final.name,
         "sha256": sha256,
-        "size": path.stat().st_size,
+        "size": final.stat().st_size,
         "repo": None,
         "revision": None,
         "class": type(published).__name__,
         "parameters": published.num_parameters(),
+        "preset": facts["recipe"]["model"].get("preset"),
+        "config": published.config,
         "scale": published.scale,
         "grid": published.grid,
         "degradation": facts["degradation"],
@@ -200,7 +208,7 @@ def main() -> None:
         **assessment,
     }
     manifest_path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    print(f"{path}: sha256 {sha256}")
+    print(f"{final}: sha256 {sha256}")
 
 
 if __name__ == "__main__":

@@ -62,6 +62,8 @@ def test_a_run_becomes_an_entry(tmp_path, folder, publish, monkeypatch, capsys):
         "none",
         "--hours",
         "0",
+        "--limits",
+        "made up",
     ]
     monkeypatch.setattr(sys, "argv", ["publish_checkpoint.py", *arguments])
     publish.main()
@@ -76,6 +78,9 @@ def test_a_run_becomes_an_entry(tmp_path, folder, publish, monkeypatch, capsys):
     assert {row["truth_mm"]: row["trained"] for row in entry["by_spacing"]} == {1.2: True, 1.5: True, 2.0: False}
     assert {row["group"] for row in entry["out_of_domain"]} == {"T1 brain", "T2 brain"}
     assert all(row["kind"] in ("bright", "dark") for row in entry["lesions"])
+    assert entry["limits"] == "made up"
+    assert entry["config"]["dims"] == [8, 12]
+    assert [path.name for path in packaged.parent.iterdir()] == [packaged.name]
     assert card({"name": "t2-2x", **entry})
 
     with open(tmp_path / "docs" / "evaluations.csv", newline="") as file:

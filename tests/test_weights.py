@@ -532,8 +532,20 @@ def test_the_real_manifest_is_whole() -> None:
         assert model.grid == entry["grid"]
         assert model.num_parameters() == entry["parameters"]
         assert bool(entry["repo"]) == bool(entry["revision"])
-        assert entry["license"]
-        assert entry["trained_on"]
+        wanted = (
+            "license",
+            "limits",
+            "trained_on",
+            "spacings_mm",
+            "degradation",
+            "budget",
+            "steps",
+            "scores",
+            "preset",
+        )
+        assert not [key for key in wanted if not entry[key]]
+        assert model.config == entry["config"]
+        assert "rician" not in entry["degradation"] or "SNR" in entry["limits"]
         assert re.fullmatch(r"[a-z0-9]+-\d+x(-[a-z0-9]+)?", entry["name"])
     for name, plan in known["planned"].items():
         assert name not in known["weights"]
