@@ -388,6 +388,8 @@ def _weights_in(folder: Path) -> Path:
     path = folder / WEIGHTS_FILE
     if path.exists():
         return path
+    if (folder / "best.safetensors").exists():
+        raise WeightsError(f"{folder} is the folder of a training run; give {folder / 'best.safetensors'}")
     pickles = [p.name for p in sorted(folder.iterdir())[:1000] if p.suffix.lower() in PICKLE_SUFFIXES]
     if pickles:
         raise WeightsError(f"{folder} holds {shown(pickles[0])} but no {WEIGHTS_FILE}; {CONVERT}")

@@ -35,13 +35,15 @@ _BIDS = re.compile(r"sub-[A-Za-z0-9]+(_[a-z]+-[A-Za-z0-9+]+)*_[A-Za-z0-9]+")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one scan; `reason` is one line, and holds nothing that was read from the scan but its sizes."""
+    """What became of one scan; `reason` (why not) and `remark` (`inspection.spacing_remark`) are one line, and hold
+    nothing that was read from the scan but its sizes."""
 
     source: str  # relative to the folder of scans
     output: str  # relative to the output folder
     status: Literal["made", "skipped", "failed"]
     reason: str = ""
     seconds: float = 0.0
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -261,11 +263,11 @@ def _done_or_made(
             return Outcome(source, output, "skipped", "done before")
         path.parent.mkdir(parents=True, exist_ok=True)
         reading = {key: made_by[key] for key in ("volume", "dtype", "effective")}
-        upscale_file(model, task.source, path, **reading, **settings)
+        done = upscale_file(model, task.source, path, **reading, **settings)
         write_text(sidecar, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
     except Exception as error:  # a scan that nobody foresaw is no reason to leave the others undone
         return Outcome(source, output, "failed", _reason(error), time.perf_counter() - start)
-    return Outcome(source, output, "made", "", time.perf_counter() - start)
+    return Outcome(source, output, "made", "", time.perf_counter() - start, done.remark)
 
 
 def _reason(error: Exception) -> str:

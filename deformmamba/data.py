@@ -7,6 +7,7 @@ reversal would move them apart by scale - 1 HR pixels on the origin-aligned grid
 
 import csv
 import hashlib
+import math
 import os
 import re
 from collections import defaultdict
@@ -219,7 +220,8 @@ class PatchDataset(Dataset[Sample]):
 
     Raises:
         VolumeError: no scan, slices smaller than a patch, or a volume that cannot be read.
-        ValueError: a degradation that cannot be built, or of another scale or grid; shares beyond 1.
+        ValueError: a degradation that cannot be built, or of another scale or grid; a number out of range; shares of
+            `jitter` beyond 1.
     """
 
     def __init__(
@@ -245,6 +247,17 @@ class PatchDataset(Dataset[Sample]):
         self.scale, self.patch, self.length, self.seed = scale, patch, length, seed
         self.flips, self.contrast, self.invert, self.lesions = flips, contrast, invert, lesions
         self.coarsest, self.gain = coarsest, gain
+        ranges = (
+            ("patch", patch, 1, math.inf), ("contrast", contrast, 1, math.inf), ("gain", gain, 1, math.inf),
+            ("coarsest", coarsest, 1, math.inf), ("invert", invert, 0, 1), ("lesions", lesions, 0, 1),
+            *((f"the weight of {name}", share, 0, math.inf) for name, share in (weights or {}).items()),
+        )  # fmt: skip
+        for name, value, lowest, highest in ranges:
+            if not lowest <= value <= highest or value == math.inf:
+                between = f"from {lowest} to {highest}" if highest < math.inf else f"of {lowest} or more"
+                raise ValueError(f"PatchDataset: {name} is {value}; wanted a number {between}")
+        if weights and not sum(weights.values()):
+            raise ValueError("PatchDataset: all weights are 0; wanted one above 0")
         if isinstance(degradation, str):
             degradation = parse(degradation, scale=scale)
         self.degradation = degradation or KSpaceCrop(scale=scale)

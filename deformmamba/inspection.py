@@ -233,15 +233,20 @@ def is_far(pixel: tuple[float, float], trained: tuple[float, float]) -> bool:
 def _model_remarks(model: "SRModel", matrix: tuple[int, int], pixel: tuple[float, float] | None) -> list[str]:
     if min(matrix) < model.minimum_size:
         return [f"{type(model).__name__} takes slices of {model.minimum_size}x{model.minimum_size} pixels or more"]
+    return [spacing_remark(model, pixel)]
+
+
+def spacing_remark(model: "SRModel", pixel: tuple[float, float] | None) -> str:
+    """On which pixel sizes the weights were trained, beside those of a scan, `pixel` (mm, mm); None: nobody knows."""
     trained = trained_spacings(model)
     if trained is None:
-        return ["the weights do not say on which pixel sizes they were trained"]
+        return "the weights do not say on which pixel sizes they were trained"
     known = f"the weights were trained on pixels of {trained[0]:.3g} to {trained[1]:.3g} mm"
     if pixel is None:
-        return [f"{known}; this file does not say where its own come from"]
+        return f"{known}; this file does not say where its own come from"
     given = f"{pixel[0]:.3g} x {pixel[1]:.3g} mm"
     if trained[0] <= min(pixel) and max(pixel) <= trained[1]:
-        return [f"{known}; this scan's {given} are among them"]
+        return f"{known}; this scan's {given} are among them"
     if is_far(pixel, trained):
-        return [f"{known}; this scan's {given} are far from that, and the result may be worse than reported"]
-    return [f"{known}; this scan's {given} are near that"]
+        return f"{known}; this scan's {given} are far from that, and the result may be worse than reported"
+    return f"{known}; this scan's {given} are near that"

@@ -1,5 +1,7 @@
 """Finding volumes, splitting them by subject, and cutting patches that lie where they should."""
 
+import math
+
 import nibabel
 import numpy as np
 import pytest
@@ -367,3 +369,20 @@ def test_a_folder_of_dicom_files_is_one_scan(folder):
     found = {scan.path: scan.subject for scan in find_scans(folder)}
     assert found[series] == "sub-dicom"
     assert len(found) == 41
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch": -8}, "patch is -8; wanted a number of 1 or more"),
+        ({"gain": math.inf}, "gain is inf"),
+        ({"contrast": 0.0}, "contrast is 0.0; wanted a number of 1 or more"),
+        ({"lesions": math.nan}, "lesions is nan; wanted a number from 0 to 1"),
+        ({"weights": {"T2": -1.0}}, "the weight of T2 is -1.0"),
+        ({"weights": {"T2": 0.0}}, "all weights are 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path, phantom, change, message):
+    scan = Scan(write(tmp_path / "a.nii.gz", phantom), "a", "train", "T2")
+    with pytest.raises(ValueError, match=message):
+        PatchDataset([scan], **({"scale": 2, "patch": 8, "length": 1} | change))

@@ -1,6 +1,7 @@
 """Recipes: those in the package are sound, one's own trains from a folder, what is wrong is said before it starts."""
 
 import dataclasses
+import hashlib
 import json
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +19,7 @@ from deformmamba.metrics import psnr
 from deformmamba.models import MODELS, ZeroFill
 from deformmamba.models.deform_mamba import PRESETS, DeformMambaSR
 from deformmamba.training import load_recipe, train_recipe
+from deformmamba.weights import WeightsError
 
 accelerate_state = pytest.importorskip("accelerate.state")
 
@@ -87,8 +89,11 @@ def test_subjects_count_alike_however_many_volumes_they_have():
 def test_a_recipe_trains_from_a_folder(folder, tmp_path, recipe):
     best = train_recipe(recipe, folder, tmp_path / "out", progress=False, steps=3, seed=None)
     facts = DeformMambaSR.from_pretrained(best).provenance
-    assert facts["train"] == {"subjects": ["sub-0", "sub-1"], "volumes": 2}
-    assert facts["val"]["subjects"] == ["sub-2"]
+    digest = hashlib.sha256(b"sub-0\nsub-1").hexdigest()
+    assert facts["train"] == {"subjects": 2, "volumes": 2, "subjects_sha256": digest}
+    assert facts["val"]["subjects"] == 1
+    for file in (best, tmp_path / "out" / "run.json"):  # a name may be a person's
+        assert b"sub-" not in Path(file).read_bytes()
     assert facts["recipe"]["fit"]["steps"] == 3
     assert facts["spacings_mm"] == [2, 2]
     assert 0 < facts["validation"]["ssim"] < 1
@@ -111,7 +116,7 @@ def test_it_starts_from_other_weights(folder, tmp_path, recipe):
     best = train_recipe(recipe, folder, tmp_path / "out", init=str(tmp_path / "start.safetensors"), progress=False)
     trained = DeformMambaSR.from_pretrained(best)
     assert trained.project.bias.item() == pytest.approx(0.125, abs=1e-6)
-    assert trained.provenance["recipe"]["model"]["init"].endswith("start.safetensors")
+    assert trained.provenance["recipe"]["model"]["init"] == "start.safetensors"  # no path, which may name somebody
     assert trained.provenance["init"] == [{"steps": 3}, {"sha256": sha256, "steps": 7}]
 
     torch.nn.init.constant_(start.project.bias, 0.25)
@@ -222,5 +227,50 @@ def test_the_paper_recipe_is_the_paper():
 def test_the_run_is_described_for_people(folder, tmp_path, recipe):
     train_recipe(recipe, folder, tmp_path / "out", progress=False)
     facts = json.loads(Path(tmp_path / "out" / "run.json").read_text())
-    assert facts["provenance"]["train"]["subjects"] == ["sub-0", "sub-1"]
+    assert facts["provenance"]["train"]["subjects"] == 2
     assert facts["fit"]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("steps = 2", "steps = 0", "steps in .fit. is 0; wanted a number above 0"),
+        ("steps = 2", "epochs = inf", "epochs in .fit. is inf"),
+        ("steps = 2", 'steps = 2\nloss = "l1"\nbeta = 0.1', "beta in .fit. weighs the edges of loss = 'sr'"),
+        ("steps = 2", 'steps = 2\nschedule = "step"\nmilestones = [2.0]', "milestones are .2.0.; they are fractions"),
+        ("[data]", '[data]\nintensity = "p99"', "no key 'intensity' in .data."),
+        ("[data]", "[data]\ncoarsest = 0.5", "coarsest is 0.5; wanted a number of 1 or more"),
+        ("[data]", "[data]\ninvert = 3.0", "invert is 3.0; wanted a number from 0 to 1"),
+        ("[data]", '[data]\ndegradation = "area"', "gives the half-pixel grid, and DeformMambaSR works on the origin"),
+    ],
+)
+def test_nonsense_is_refused_before_anything_is_computed(folder, tmp_path, recipe, before, after, message):
+    assert before in RECIPE
+    recipe.write_text(RECIPE.replace(before, after, 1))
+    with pytest.raises(ValueError, match=message):
+        train_recipe(recipe, folder, tmp_path / "out", progress=False)
+    recipe.write_text(RECIPE)
+    train_recipe(recipe, folder, tmp_path / "out", progress=False)  # the folder is still free
+
+
+def test_a_damaged_validation_volume_is_found_at_once(folder, tmp_path, recipe):
+    damaged = folder / "2.nii.gz"
+    image = nibabel.load(damaged)
+    array = image.get_fdata()
+    array[0, 0, 0] = np.nan
+    nibabel.save(nibabel.Nifti1Image(array, image.affine), damaged)
+    with pytest.raises(ValueError, match="NaN"):
+        train_recipe(recipe, folder, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "state.pt").exists()
+
+
+def test_a_run_is_no_model_but_says_where_one_is(folder, tmp_path, recipe):
+    train_recipe(recipe, folder, tmp_path / "out", progress=False)
+    with pytest.raises(WeightsError, match=r"is the folder of a training run; give .*best\.safetensors"):
+        DeformMambaSR.from_pretrained(tmp_path / "out")
+
+
+def test_processes_that_accelerate_does_not_join_are_refused(folder, tmp_path, recipe, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"one of 2 processes, but accelerate trains in one.*ACCELERATE_USE_CPU"):
+        train_recipe(recipe, folder, tmp_path / "out", progress=False)

@@ -113,6 +113,7 @@ def upscale_and_draw(model: "SRModel", source: str | Path, output: str | Path, a
     name = short(args.model)
     what = f"{sizes(done.place, done.shape)}, from {sizes(done.source)}"
     say(f"{output}: {what}; {name} on {settings['device']} in {done.seconds:.1f} s")
+    say(f"{source}: {done.remark}")
     if args.uncertainty:
         say(f"{args.uncertainty}: standard deviation of the eight")
     if args.figure:
@@ -173,7 +174,7 @@ def _upscale_folder(args: argparse.Namespace) -> int:
 
     def told(outcome: "Outcome") -> None:
         if outcome.status != "failed":  # these come at the end, together
-            took = f" in {outcome.seconds:.1f} s" if outcome.status == "made" else ""
+            took = f" in {outcome.seconds:.1f} s; {outcome.remark}" if outcome.status == "made" else ""
             say(f"{outcome.status}: {outcome.output}{took}")
 
     model = load_model(args.model)

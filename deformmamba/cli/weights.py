@@ -27,7 +27,11 @@ def add(commands: Any) -> None:
     fetch.add_argument("name", metavar="NAME|REPO", help="org/repo@commit works too")
     fetch.add_argument("--to", metavar="FOLDER", help="write them there (default: the cache of huggingface_hub)")
     publish = add_command(
-        kinds, "publish", _publish, "upload a checkpoint to the Hub", "weights publish runs/mine org/name --dry-run"
+        kinds,
+        "publish",
+        _publish,
+        "upload a checkpoint to the Hub",
+        "weights publish runs/mine/best.safetensors org/name --dry-run",
     )
     publish.add_argument("source", metavar="DIR|FILE|NAME", help="a folder written by save_pretrained, a file, a name")
     publish.add_argument("repo", metavar="ORG/NAME", help="made if it is missing")

@@ -18,7 +18,7 @@ import torch
 from deformmamba import __version__
 from deformmamba.inference.coarser import to_effective
 from deformmamba.inference.upscaling import Settings, Upscaling
-from deformmamba.inspection import effective_matrix
+from deformmamba.inspection import effective_matrix, spacing_remark
 from deformmamba.report import SUFFIXES as REPORT_SUFFIXES
 from deformmamba.report import write_report
 from deformmamba.volume import PathLike, Volume, VolumeError, check_output, in_plane, read_volume, writing
@@ -38,6 +38,8 @@ class Upscaled:
         shape: (i, j, k) of what was written.
         axis: where slices are stacked.
         kept: index to (slice (h, w), deviation of the ensemble or None) of the slices that `keep` named.
+        remark: the pixel sizes that the weights were trained on beside those of the scan, see
+            `inspection.spacing_remark`.
         seconds: from the first slice to the whole file, without the report.
         settings: what `upscale` worked with, defaults filled in.
     """
@@ -47,6 +49,7 @@ class Upscaled:
     shape: tuple[int, int, int]
     axis: int
     kept: dict[int, tuple[np.ndarray, np.ndarray | None]]
+    remark: str
     seconds: float
     settings: dict[str, Any]
 
@@ -133,7 +136,10 @@ def upscale_file(
                 facts=_facts(model, job.settings, seconds, effective),
                 uncertainty=spread[0] if spread else None,
             )
-    return Upscaled(scan, job.place, job.shape, job.axis, pictures, seconds, job.settings)
+    first, second = in_plane(job.axis)
+    pixel = (scan.spacing[first], scan.spacing[second]) if any(scan.codes) else None
+    remark = spacing_remark(model, pixel)
+    return Upscaled(scan, job.place, job.shape, job.axis, pictures, remark, seconds, job.settings)
 
 
 @contextmanager

@@ -47,6 +47,8 @@ class RunFolder:
                     f"(no {RUN}); choose another folder"
                 )
             return
+        if not any((self.path / name).exists() for name in (STATE, BEST, LAST)):
+            return  # begun, and stopped before there was anything to lose
         try:
             known = dict(_flat(json.loads((self.path / RUN).read_text("utf-8"))))
         except ValueError as error:
@@ -74,6 +76,7 @@ class RunFolder:
         if (self.path / STATE).is_file():
             try:
                 state = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
+                state["step"]
             except Exception as error:  # torch.load's errors are of many kinds
                 raise ValueError(f"fit: {self.path / STATE} cannot be read ({one_line(error)}); delete it") from None
         if writes:
@@ -93,7 +96,10 @@ class RunFolder:
         if not (self.path / LOG).is_file():
             return []
         with open(self.path / LOG, newline="") as file:
-            return list(csv.DictReader(file))
+            rows = list(csv.DictReader(file))
+        if not all((row.get("step") or "").isdigit() for row in rows):
+            raise ValueError(f"fit: {self.path / LOG} is no log of a run (no column of steps); move it away")
+        return rows
 
     def log(self, row: Mapping[str, float]) -> None:
         """Adds a row to the log, to TensorBoard where that is installed, and draws the curve again."""

@@ -100,7 +100,7 @@ def fit(
     from tqdm import tqdm
 
     numbers = {"accumulate": accumulate, "clip": clip, "ema": ema, "lr": lr, "seed": seed, "warmup": warmup}
-    _check(schedule, batch=batch, every=every, weight_decay=weight_decay, workers=workers, **numbers)
+    _check(schedule, milestones, batch=batch, every=every, weight_decay=weight_decay, workers=workers, **numbers)
     n = len(dataset)  # type: ignore[arg-type]
     samples = _samples(n, steps, epochs, batch)
     loss = loss or SRLoss()
@@ -129,6 +129,11 @@ def fit(
         kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=LONGEST_VALIDATION)],
     )
     _refuse_sharding(accelerator)
+    if accelerator.num_processes == 1 and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            f"fit: started as one of {os.environ['WORLD_SIZE']} processes, but accelerate trains in one; without a GPU "
+            "set ACCELERATE_USE_CPU=true"
+        )
     main = accelerator.is_main_process
     folder = RunFolder(out)
     state = folder.begin(run, writes=main)
@@ -299,9 +304,11 @@ def _takes_base(model: nn.Module) -> bool:
     return inspect.Parameter.VAR_POSITIONAL in kinds or sum(kind in positional for kind in kinds) > 1
 
 
-def _check(schedule: str, **numbers: float) -> None:
+def _check(schedule: str, milestones: Sequence[float], **numbers: float) -> None:
     if schedule not in SCHEDULES:
         raise ValueError(f"fit: schedule is {schedule!r}; it must be one of {', '.join(SCHEDULES)}")
+    if not all(0 < milestone < 1 for milestone in milestones):
+        raise ValueError(f"fit: milestones are {list(milestones)}; they are fractions of the run, between 0 and 1")
     lowest = {"batch": 1, "accumulate": 1, "every": 1}
     for name, value in numbers.items():
         if not lowest.get(name, 0) <= value < (1 if name == "ema" else math.inf):

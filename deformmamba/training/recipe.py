@@ -1,5 +1,6 @@
 """Recipes: a run as a TOML file, so that it can be repeated on another folder of volumes."""
 
+import hashlib
 import inspect
 import math
 import os
@@ -16,7 +17,7 @@ import torch
 
 from deformmamba.checkpoint import Checkpoint, one_line
 from deformmamba.curves import sample_picture
-from deformmamba.data import PatchDataset, Scan, find_scans, subjects
+from deformmamba.data import PatchDataset, Scan, find_scans, load_slices, subjects
 from deformmamba.evaluation import evaluate, mean_scores
 from deformmamba.losses import LOSSES, SRLoss
 from deformmamba.models import MODELS
@@ -62,12 +63,17 @@ def load_recipe(name: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     _check_keys(name, "model", recipe["model"], MODELS[model].__init__, extra={"name": str, "preset": str, "init": str})
     _check_keys(name, "data", recipe["data"], PatchDataset.__init__, extra={"validation": Sequence[str]})
     _check_keys(name, "fit", recipe["fit"], fit, extra={"loss": str, "beta": float})
-    if recipe["fit"].get("loss", "sr") not in LOSSES:
-        raise ValueError(f"recipe {name}: no loss {recipe['fit']['loss']!r}; losses: {', '.join(LOSSES)}")
+    loss = recipe["fit"].get("loss", "sr")
+    if loss not in LOSSES:
+        raise ValueError(f"recipe {name}: no loss {loss!r}; losses: {', '.join(LOSSES)}")
+    if loss != "sr" and "beta" in recipe["fit"]:
+        raise ValueError(f"recipe {name}: beta in [fit] weighs the edges of loss = 'sr', and loss is {loss!r}")
     return recipe
 
 
-_GIVEN_ELSEWHERE = ("self", "model", "dataset", "out", "scans", "length", "seed", "validate", "provenance", "progress")
+_GIVEN_ELSEWHERE = (
+    "self", "model", "dataset", "out", "scans", "length", "intensity", "seed", "validate", "provenance", "progress",
+)  # fmt: skip
 
 
 def _check_keys(name: Any, section: str, values: Mapping[str, Any], of: Any, extra: Mapping[str, Any]) -> None:
@@ -145,13 +151,18 @@ def train_recipe(
         plan["model"]["init"] = init
     if ("steps" in plan["fit"]) == ("epochs" in plan["fit"]):
         raise ValueError(f"recipe {recipe}: [fit] needs either steps or epochs")
+    for key in ("steps", "epochs"):
+        if key in plan["fit"] and not 0 < plan["fit"][key] < math.inf:
+            raise ValueError(f"recipe {recipe}: {key} in [fit] is {plan['fit'][key]}; wanted a number above 0")
     train, val = _split(find_scans(data), plan, data)
     fitting = dict(plan["fit"])
     start = load_checkpoint(plan["model"]["init"]) if "init" in plan["model"] else None
-    run = {
-        "recipe": {**plan, "fit": {key: value for key, value in fitting.items() if key not in INDIFFERENT}},
-        "train": {"subjects": subjects(train), "volumes": len(train)},
-        "val": {"subjects": subjects(val), "volumes": len(val)},
+    named = {**plan["model"], "init": Path(plan["model"]["init"]).name} if start is not None else plan["model"]
+    compared = {key: value for key, value in fitting.items() if key not in INDIFFERENT}
+    run: dict[str, Any] = {
+        "recipe": {"model": named, "data": plan["data"], "fit": compared},
+        "train": _described(train),
+        "val": _described(val),
         "degradation": _degradation(plan["data"]),
         **({} if start is None else {"init": _inherited(start)}),
     }
@@ -176,6 +187,13 @@ def train_recipe(
     if epochs is not None:
         fitting["steps"] = math.ceil(epochs * sum(len(slices) for slices in dataset.groups) / batch)
         dataset.length = fitting["steps"] * batch
+    if (dataset.degradation.scale, dataset.degradation.grid) != (model.scale, model.grid):
+        raise ValueError(
+            f"recipe {recipe}: degradation {dataset.degradation} gives the {dataset.degradation.grid} grid, and "
+            f"{type(model).__name__} works on the {model.grid} grid"
+        )
+    for scan in val:  # or a damaged one would end the training at its first validation
+        load_slices(scan.path, model.scale)
     picture = Path(out) / SAMPLE
 
     def validate(candidate: SRModel) -> dict[str, float]:
@@ -224,6 +242,14 @@ def _split(scans: Sequence[Scan], plan: dict[str, dict[str, Any]], data: Any) ->
             f"there are: {groups}"
         )
     return train, val
+
+
+def _described(scans: Sequence[Scan]) -> dict[str, Any]:
+    """How many subjects and volumes, and a hash of the subjects' names: a name may be a person's, and checkpoints are
+    given away."""
+    names = subjects(scans)
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    return {"subjects": len(names), "volumes": len(scans), "subjects_sha256": digest}
 
 
 def _degradation(settings: Mapping[str, Any]) -> str:
