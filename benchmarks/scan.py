@@ -248,6 +248,11 @@ def training(scan: Callable[..., torch.Tensor], given: list[torch.Tensor], dy: t
     return lambda: with_gradients(scan, given, dy)
 
 
+def both_passes(given: list[torch.Tensor], dy: torch.Tensor) -> dict[str, Run]:
+    """The CPU backend's, by name."""
+    return dict(zip(PASSES, (inference(ours("cpu"), given), training(ours("cpu"), given, dy)), strict=True))
+
+
 def share(passes: str, length: int, seconds: float, rate: float, n: int = N) -> float:
     """Of the time, what the floor would take."""
     each = FORWARD if passes == PASSES[0] else FORWARD + BACKWARD
@@ -329,7 +334,7 @@ def alone(lengths: list[int], rates: dict[int, float], repeats: int) -> Iterator
         check("the CPU backend in float64", [ours("reference")(*double)], exact[:1])
         check("the CPU backend", with_gradients(ours("cpu"), given, dy), exact)
         del exact, double
-        runs = dict(zip(PASSES, (inference(ours("cpu"), given), training(ours("cpu"), given, dy)), strict=True))
+        runs = both_passes(given, dy)
         best = take_turns(runs, repeats)
         for passes, seconds in best.items():
             doublings = math.log2(length / lengths[lengths.index(length) - 1]) if before else 1
@@ -343,17 +348,11 @@ def alone(lengths: list[int], rates: dict[int, float], repeats: int) -> Iterator
             others = arguments(length, n=n)
             exact = with_gradients(ours("cpu"), arguments(length, torch.float64, n), dy.double())
             check(f"the CPU backend with {n} states", with_gradients(ours("cpu"), others, dy), exact)
-            runs_of_n = dict(
-                zip(PASSES, (inference(ours("cpu"), others), training(ours("cpu"), others, dy)), strict=True)
-            )
-            for passes, seconds in take_turns(runs_of_n, repeats).items():
+            for passes, seconds in take_turns(both_passes(others, dy), repeats).items():
                 of_floor = share(passes, length, seconds, rate, n)
                 yield Row(f"cpu alone, N = {n}", f"L = {length:,}", passes, seconds, floor=of_floor)
         last = [x.mT.contiguous().mT if x.ndim > 2 else x for x in given]
-        dlast = dy.mT.contiguous().mT
-        channels_last = dict(
-            zip(PASSES, (inference(ours("cpu"), last), training(ours("cpu"), last, dlast)), strict=True)
-        )
+        channels_last = both_passes(last, dy.mT.contiguous().mT)
         for count in rates:
             torch.set_num_threads(count)
             for how, contenders in (("", runs), (", channels last", channels_last)):

@@ -170,13 +170,14 @@ _unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _choose(name: str | None, device: str) -> str:
+    without_kernels = not torch.compiler.is_compiling() and transformed()
     if name is not None:
         if name not in IMPLEMENTATIONS:
             raise ValueError(
                 f"modulated_deform_conv2d: implementation {name!r} is not known; there are {', '.join(IMPLEMENTATIONS)}"
             )
         reason = _unusable(name, device)
-        if name != "gather" and not torch.compiler.is_compiling() and transformed():
+        if name != "gather" and without_kernels:
             reason = "it has no rule for torch.func's grad and jvp and for forward mode"
         if reason:
             raise ValueError(
@@ -185,7 +186,7 @@ def _choose(name: str | None, device: str) -> str:
         return name
     # torch 2.6 cannot tell an export from a compilation
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    if exporting() or torch.jit.is_tracing() or (not torch.compiler.is_compiling() and transformed()):
+    if exporting() or torch.jit.is_tracing() or without_kernels:
         return "gather"
     preferred = "torchvision" if device == "cuda" else "cpu"
     return "gather" if _unusable(preferred, device) else preferred

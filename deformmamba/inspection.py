@@ -189,7 +189,11 @@ def inspect_volume(volume: Volume, *, axis: int | None = None, model: "SRModel |
     if orientation is None:
         remarks.append("the file does not say how the image lies in the patient: no left or right can be shown")
     if model is not None:
-        remarks += _model_remarks(model, matrix, pixel if any(volume.codes) else None)
+        if min(matrix) < model.minimum_size:
+            n = model.minimum_size
+            remarks.append(f"{type(model).__name__} takes slices of {n}x{n} pixels or more")
+        else:
+            remarks.append(spacing_remark(model, volume, axis))
     return Inspection(
         shape=array.shape,
         spacing=volume.spacing,
@@ -230,20 +234,16 @@ def is_far(pixel: tuple[float, float], trained: tuple[float, float]) -> bool:
     return min(pixel) < trained[0] / FAR_SPACING or max(pixel) > trained[1] * FAR_SPACING
 
 
-def _model_remarks(model: "SRModel", matrix: tuple[int, int], pixel: tuple[float, float] | None) -> list[str]:
-    if min(matrix) < model.minimum_size:
-        return [f"{type(model).__name__} takes slices of {model.minimum_size}x{model.minimum_size} pixels or more"]
-    return [spacing_remark(model, pixel)]
-
-
-def spacing_remark(model: "SRModel", pixel: tuple[float, float] | None) -> str:
-    """On which pixel sizes the weights were trained, beside those of a scan, `pixel` (mm, mm); None: nobody knows."""
+def spacing_remark(model: "SRModel", volume: Volume, axis: int) -> str:
+    """On which pixel sizes the weights were trained, beside those of a scan's slices across `axis`."""
     trained = trained_spacings(model)
     if trained is None:
         return "the weights do not say on which pixel sizes they were trained"
     known = f"the weights were trained on pixels of {trained[0]:.3g} to {trained[1]:.3g} mm"
-    if pixel is None:
+    if not any(volume.codes):
         return f"{known}; this file does not say where its own come from"
+    first, second = in_plane(axis)
+    pixel = (volume.spacing[first], volume.spacing[second])
     given = f"{pixel[0]:.3g} x {pixel[1]:.3g} mm"
     if trained[0] <= min(pixel) and max(pixel) <= trained[1]:
         return f"{known}; this scan's {given} are among them"

@@ -1,6 +1,7 @@
 """Publish a training run: score it, write the checkpoint into the package, and describe it in the manifest.
 
 Run: python examples/publish_checkpoint.py runs/mine/best.safetensors ixi-4x --data scans/ --machine "2 cores" --hours 1
+     --limits "What it was not trained for."
 
 `--data` is the folder that the run was trained on, with its volumes.tsv. Of the kinds of data consistency the weights
 get the one with the highest PSNR on the validation split among those whose SSIM is not 0.002 below that of none. Test

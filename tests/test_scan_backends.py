@@ -194,20 +194,25 @@ def test_mamba_ssm_refuses_zero_order_hold_by_name(monkeypatch: pytest.MonkeyPat
         selective_scan(**arguments(), discretization="zoh", backend="mamba_ssm")
 
 
-@pytest.mark.parametrize("kind", ["sequence", "map"])
-def test_mamba_ssm_gets_and_gives_the_right_layout(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The adapter around a stand-in with mamba-ssm's signature."""
+def stand_in(selective_scan_fn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mamba-ssm, usable, with this function in place of its own."""
     interface = ModuleType("mamba_ssm.ops.selective_scan_interface")
-
-    def selective_scan_fn(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *rest: Any) -> Any:
-        assert all(x.is_contiguous() for x in (u, delta, B, C))
-        return selective_scan(u, delta, A, B, C, D, z, *rest, backend="reference")
-
     interface.selective_scan_fn = selective_scan_fn  # type: ignore[attr-defined]
     for name in ("mamba_ssm", "mamba_ssm.ops"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", interface)
     monkeypatch.setattr(mamba_ssm, "unusable", lambda tensor=None: None)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "map"])
+def test_mamba_ssm_gets_and_gives_the_right_layout(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter around a stand-in with mamba-ssm's signature."""
+
+    def selective_scan_fn(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *rest: Any) -> Any:
+        assert all(x.is_contiguous() for x in (u, delta, B, C))
+        return selective_scan(u, delta, A, B, C, D, z, *rest, backend="reference")
+
+    stand_in(selective_scan_fn, monkeypatch)
     if kind == "sequence":
         options = {"D": torch.rand(6), "delta_bias": torch.rand(6), "delta_softplus": True, "return_last_state": True}
         results = [selective_scan(**arguments(**options), backend=name) for name in ("mamba_ssm", "reference")]
@@ -279,12 +284,7 @@ def test_half_precision_and_float32_mix() -> None:
 
 def test_mamba_ssm_has_no_gradient_of_the_last_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its backward pass leaves it out, which would be a wrong number and no error."""
-    interface = ModuleType("mamba_ssm.ops.selective_scan_interface")
-    interface.selective_scan_fn = partial(selective_scan, backend="reference")  # type: ignore[attr-defined]
-    for name in ("mamba_ssm", "mamba_ssm.ops"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", interface)
-    monkeypatch.setattr(mamba_ssm, "unusable", lambda tensor=None: None)
+    stand_in(partial(selective_scan, backend="reference"), monkeypatch)
     given = arguments() | {"u": arguments()["u"].clone().requires_grad_()}
     y, last = selective_scan(**given, return_last_state=True, backend="mamba_ssm")
     y.sum().backward(retain_graph=True)

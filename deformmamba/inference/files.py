@@ -136,9 +136,7 @@ def upscale_file(
                 facts=_facts(model, job.settings, seconds, effective),
                 uncertainty=spread[0] if spread else None,
             )
-    first, second = in_plane(job.axis)
-    pixel = (scan.spacing[first], scan.spacing[second]) if any(scan.codes) else None
-    remark = spacing_remark(model, pixel)
+    remark = spacing_remark(model, scan, job.axis)
     return Upscaled(scan, job.place, job.shape, job.axis, pictures, remark, seconds, job.settings)
 
 

@@ -254,8 +254,8 @@ def _described(scans: Sequence[Scan]) -> dict[str, Any]:
 
 def _degradation(settings: Mapping[str, Any]) -> str:
     """What made the LR of a training, in words: "k-space crop, magnitude; 10 % k-space >> rician:snr=30"."""
-    others = [f"{share:.0%} {text}" for text, share in settings.get("jitter", {}).items()]
-    return "; ".join([settings.get("degradation", "k-space crop, magnitude"), *others]).replace("%", " %")
+    others = [f"{100 * share:g} % {text}" for text, share in settings.get("jitter", {}).items()]
+    return "; ".join([settings.get("degradation", "k-space crop, magnitude"), *others])
 
 
 def _inherited(start: Checkpoint) -> list[dict[str, Any]]:
