@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from training import made_up
 
-from deformmamba.data import PatchDataset
+from deformmamba.data.patches import PatchDataset
 from deformmamba.losses import SRLoss
-from deformmamba.tables import SIZES, TABLES, Plan, seconds_a_step
+from deformmamba.training.tables import SIZES, TABLES, Plan, seconds_a_step
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--preset", default="tiny", choices=list(SIZES))

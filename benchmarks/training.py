@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 import deformmamba
-from deformmamba.data import PatchDataset, Scan
+from deformmamba.data.patches import PatchDataset, Scan
 from deformmamba.losses import SRLoss
 from deformmamba.models import MODELS, SRModel
 from deformmamba.training import fit, load_recipe

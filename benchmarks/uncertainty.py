@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 import deformmamba
-from deformmamba.data import find_scans, load_slices
+from deformmamba.data.patches import find_scans, load_slices
 from deformmamba.inference import weights_hash
-from deformmamba.kspace import degrade
 from deformmamba.metrics import psnr, ssim
 from deformmamba.models import SRModel
+from deformmamba.physics.kspace import degrade
 from deformmamba.volume import intensity_scale
 
 

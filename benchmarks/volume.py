@@ -23,9 +23,10 @@ import numpy as np
 import torch
 
 import deformmamba
-from deformmamba import inference, kspace
+from deformmamba import inference
 from deformmamba.inference import upscaling
 from deformmamba.models import DeformMambaSR, SRModel
+from deformmamba.physics import kspace
 from deformmamba.volume import Volume, intensity_scale, read_volume, slice_axis, write_volume
 
 

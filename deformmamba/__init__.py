@@ -29,9 +29,9 @@ _HOME = {
     "scan_backend": "scan",
     "ScanBackendError": "scan",
     "modulated_deform_conv2d": "deform",
-    "degrade": "kspace",
-    "zero_fill": "kspace",
-    "data_consistency": "kspace",
+    "degrade": "physics.kspace",
+    "zero_fill": "physics.kspace",
+    "data_consistency": "physics.kspace",
     "psnr": "metrics",
     "ssim": "metrics",
     "nmse": "metrics",
@@ -42,7 +42,7 @@ _HOME = {
     "upscale": "inference",
     "upscale_file": "inference",
     "upscale_with_uncertainty": "inference",
-    "upscale_cohort": "cohort",
+    "upscale_cohort": "inference.cohort",
     "WeightsError": "weights",
     "list_weights": "weights",
     "fit": "training",
@@ -52,15 +52,12 @@ _HOME = {
 __all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:  # `as`: for type checkers, an import under its own name is an export
-    from deformmamba.cohort import upscale_cohort as upscale_cohort
     from deformmamba.deform import modulated_deform_conv2d as modulated_deform_conv2d
     from deformmamba.evaluation import evaluate as evaluate
     from deformmamba.inference import upscale as upscale
     from deformmamba.inference import upscale_file as upscale_file
     from deformmamba.inference import upscale_with_uncertainty as upscale_with_uncertainty
-    from deformmamba.kspace import data_consistency as data_consistency
-    from deformmamba.kspace import degrade as degrade
-    from deformmamba.kspace import zero_fill as zero_fill
+    from deformmamba.inference.cohort import upscale_cohort as upscale_cohort
     from deformmamba.layers import SS2D as SS2D
     from deformmamba.layers import DeformMambaBlock as DeformMambaBlock
     from deformmamba.layers import ModulatedDeformBlock as ModulatedDeformBlock
@@ -74,6 +71,9 @@ if TYPE_CHECKING:  # `as`: for type checkers, an import under its own name is an
     from deformmamba.models import MODELS as MODELS
     from deformmamba.models import DeformMambaSR as DeformMambaSR
     from deformmamba.models import from_pretrained as from_pretrained
+    from deformmamba.physics.kspace import data_consistency as data_consistency
+    from deformmamba.physics.kspace import degrade as degrade
+    from deformmamba.physics.kspace import zero_fill as zero_fill
     from deformmamba.scan import ScanBackendError as ScanBackendError
     from deformmamba.scan import scan_backend as scan_backend
     from deformmamba.scan import selective_scan as selective_scan

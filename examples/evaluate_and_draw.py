@@ -7,9 +7,9 @@ The scan is the truth: it is made four times coarser first, as a scanner that me
 import sys
 
 from deformmamba import from_pretrained
-from deformmamba.evaluation import compare
-from deformmamba.figures import comparison
+from deformmamba.evaluation.compare import compare
 from deformmamba.models import Bicubic, ZeroFill
+from deformmamba.pictures.figures import comparison
 
 scan, figure = sys.argv[1:]
 models = {"bicubic": Bicubic(scale=4), "zero-filled k-space": ZeroFill(scale=4), "ixi-4x": from_pretrained("ixi-4x")}

@@ -5,7 +5,7 @@ Run: python examples/publish_checkpoint.py runs/mine/best.safetensors ixi-4x --d
 
 `--data` is the folder that the run was trained on, with its volumes.tsv. Of the kinds of data consistency the weights
 get the one with the highest PSNR on the validation split among those whose SSIM is not 0.002 below that of none. Test
-and external scans are scored once, with the published file, for their scores and for `deformmamba.assessment` (voxel
+and external scans are scored once, with the published file, for their scores and for `evaluation.assessment` (voxel
 sizes, other data, lesions), and every such evaluation is appended to docs/evaluations.csv with the file's hash.
 """
 
@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from deformmamba.assessment import assess
-from deformmamba.cards import tables
 from deformmamba.cli.arguments import CONSISTENCIES
-from deformmamba.data import Scan, find_scans, load_slices
-from deformmamba.evaluation import evaluate, mean_scores
+from deformmamba.data.patches import Scan, find_scans, load_slices
+from deformmamba.evaluation.assessment import assess
+from deformmamba.evaluation.compare import evaluate, mean_scores
 from deformmamba.inference import upscale
-from deformmamba.kspace import Consistency, degrade
 from deformmamba.metrics import by_slice
 from deformmamba.models import Bicubic, SRModel, ZeroFill, from_pretrained
+from deformmamba.physics.kspace import Consistency, degrade
+from deformmamba.weights.cards import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG = ROOT / "docs" / "evaluations.csv"

@@ -7,8 +7,8 @@ Subjects are split as a whole (see `find_scans`); the network is the small prese
 import sys
 
 from deformmamba import DeformMambaSR, evaluate, fit
-from deformmamba.data import PatchDataset, find_scans
-from deformmamba.evaluation import mean_scores
+from deformmamba.data.patches import PatchDataset, find_scans
+from deformmamba.evaluation.compare import mean_scores
 
 folder, out, *rest = sys.argv[1:]
 steps = int(rest[0]) if rest else 2000

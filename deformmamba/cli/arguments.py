@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from deformmamba.kspace import Consistency
     from deformmamba.models import SRModel
+    from deformmamba.physics.kspace import Consistency
     from deformmamba.volume import Volume
 
 DEFAULT_MODEL = "ixi-4x"
@@ -64,7 +64,7 @@ def check_target(output: str, source: str, *, dtype: str | None = None, figure: 
     from deformmamba.volume import check_output
 
     if figure:
-        from deformmamba.figures import SUFFIXES
+        from deformmamba.pictures.figures import SUFFIXES
 
         check_output(output, SUFFIXES)
     else:

@@ -49,9 +49,9 @@ def _minutes(text: str) -> float:
 
 
 def _benchmark(args: argparse.Namespace) -> None:
-    from deformmamba.data import find_scans
-    from deformmamba.tables import Plan, benchmark
+    from deformmamba.data.patches import find_scans
     from deformmamba.training import load_recipe
+    from deformmamba.training.tables import Plan, benchmark
 
     scans = find_scans(args.data)
     data = dict(load_recipe(args.recipe)["data"]) if args.recipe else {}

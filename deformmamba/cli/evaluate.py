@@ -18,9 +18,9 @@ from deformmamba.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from deformmamba.data import Scan
-    from deformmamba.degradations import Degradation
+    from deformmamba.data.patches import Scan
     from deformmamba.models import SRModel
+    from deformmamba.physics.degradations import Degradation
 
 
 def add(commands: Any) -> None:
@@ -75,7 +75,7 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
 
 def chosen(data: list[str], split: str | None, group: str | None) -> "list[Scan | str]":
     """The volumes that --data, --split and --group mean."""
-    from deformmamba.data import find_scans
+    from deformmamba.data.patches import find_scans
 
     scans: list[Scan | str] = []
     for path in data:
@@ -107,8 +107,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         check_target(args.figure, "", figure=True)
     if args.slice is not None and not args.figure:
         raise ValueError("--slice chooses the slice of --figure, which is not given")
-    from deformmamba.degradations import parse
-    from deformmamba.evaluation import compare
+    from deformmamba.evaluation.compare import compare
+    from deformmamba.physics.degradations import parse
 
     scans = chosen(args.data, args.split, args.group)
     models = {name: load_model(name) for name in args.model}
@@ -141,7 +141,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.csv:
         write_text(args.csv, result.to_csv())
     if args.figure:
-        from deformmamba.figures import comparison
+        from deformmamba.pictures.figures import comparison
 
         shown = result.shown
         assert shown is not None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from deformmamba.cli.arguments import add_command, load_model, say, sizes
 
 if TYPE_CHECKING:
-    from deformmamba.inspection import Inspection
+    from deformmamba.volume.inspection import Inspection
 
 _TOWARDS = {"R": "right", "L": "left", "A": "front", "P": "back", "S": "head", "I": "feet"}
 _PLANES = {"R": "sagittal", "L": "sagittal", "A": "coronal", "P": "coronal", "S": "axial", "I": "axial"}
@@ -28,8 +28,8 @@ def add(commands: Any) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from deformmamba.inspection import inspect_volume
     from deformmamba.volume import read_volume
+    from deformmamba.volume.inspection import inspect_volume
 
     volume = read_volume(args.input, volume=args.volume)
     model = load_model(args.model) if args.model else None

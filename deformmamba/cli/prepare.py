@@ -58,14 +58,14 @@ def add(commands: Any) -> None:
 
 
 def _ixi(args: argparse.Namespace) -> None:
-    from deformmamba.datasets import plan_ixi
+    from deformmamba.data.prepare import plan_ixi
 
     options = {"contrast": args.contrast, "axis": args.axis, "splits": args.splits}
     _prepare(plan_ixi(args.root, slices=args.slices, val=args.val, **options), args, args.skip_unusable)
 
 
 def _fastmri(args: argparse.Namespace) -> None:
-    from deformmamba.datasets import plan_fastmri
+    from deformmamba.data.prepare import plan_fastmri
 
     lists = {"train_list": args.train_list, "test_list": args.test_list, "skip_unusable": args.skip_unusable}
     plan = plan_fastmri(args.root, crop=args.crop, slices=args.slices, val=args.val, **lists)
@@ -73,14 +73,14 @@ def _fastmri(args: argparse.Namespace) -> None:
 
 
 def _folder(args: argparse.Namespace) -> None:
-    from deformmamba.datasets import plan_folder
+    from deformmamba.data.prepare import plan_folder
 
     options = {"axis": args.axis, "splits": args.splits, "test": args.test, "seed": args.seed}
     _prepare(plan_folder(args.root, slices=args.slices, val=args.val, **options), args, None)
 
 
 def _prepare(plan: Any, args: argparse.Namespace, skip_unusable: bool | None) -> None:
-    from deformmamba.datasets import prepare
+    from deformmamba.data.prepare import prepare
 
     manifest = prepare(plan, args.output, skip_unusable=skip_unusable, progress=True)
     volumes, skipped = manifest["volumes"], manifest["skipped"]

@@ -28,8 +28,8 @@ from deformmamba.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from deformmamba.cohort import Outcome
     from deformmamba.inference import Settings, Upscaled
+    from deformmamba.inference.cohort import Outcome
     from deformmamba.models import SRModel
 
 
@@ -82,7 +82,7 @@ def add(commands: Any) -> None:
 
 
 def _upscale(args: argparse.Namespace) -> int | None:
-    from deformmamba.cohort import is_cohort
+    from deformmamba.inference.cohort import is_cohort
 
     if is_cohort(args.input):
         return _upscale_folder(args)
@@ -138,9 +138,9 @@ def _settings(args: argparse.Namespace) -> "Settings":
 
 def _draw(path: str | Path, done: "Upscaled", model: "SRModel", title: str, name: str) -> None:
     """Before, bicubic and after, of the slice that was kept."""
-    from deformmamba.figures import before_after, oriented, oriented_like
     from deformmamba.inference import upscale
     from deformmamba.models import Bicubic
+    from deformmamba.pictures.figures import before_after, oriented, oriented_like
 
     ((k, (image, _)),) = done.kept.items()
     n = done.source.array.shape[done.axis]
@@ -160,7 +160,7 @@ def _draw(path: str | Path, done: "Upscaled", model: "SRModel", title: str, name
 
 
 def _upscale_folder(args: argparse.Namespace) -> int:
-    from deformmamba.cohort import SUMMARY, upscale_cohort
+    from deformmamba.inference.cohort import SUMMARY, upscale_cohort
     from deformmamba.volume import VolumeError
 
     for option in ("figure", "uncertainty", "report", "series"):
@@ -214,8 +214,8 @@ def _wait_for_others() -> None:
 
 
 def _degrade(args: argparse.Namespace) -> None:
-    from deformmamba.degradations import parse
     from deformmamba.inference import coarsen
+    from deformmamba.physics.degradations import parse
     from deformmamba.volume import check_output, read_volume, write_volume
 
     degradation = parse(args.kind, scale=args.scale)

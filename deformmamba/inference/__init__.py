@@ -4,7 +4,7 @@
 the other way.
 """
 
-from deformmamba.inference.coarser import coarsen, to_effective
+from deformmamba.inference.effective import coarsen, to_effective
 from deformmamba.inference.files import Upscaled, derivation, upscale_file, weights_hash, weights_name
 from deformmamba.inference.upscaling import Settings, Upscaling, predict, upscale, upscale_with_uncertainty
 

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from deformmamba import __version__
-from deformmamba.inference.coarser import to_effective
+from deformmamba.inference.effective import to_effective
 from deformmamba.inference.upscaling import Settings, Upscaling
-from deformmamba.inspection import effective_matrix, spacing_remark
-from deformmamba.report import SUFFIXES as REPORT_SUFFIXES
-from deformmamba.report import write_report
+from deformmamba.pictures.report import SUFFIXES as REPORT_SUFFIXES
+from deformmamba.pictures.report import write_report
 from deformmamba.volume import PathLike, Volume, VolumeError, check_output, in_plane, read_volume, writing
+from deformmamba.volume.inspection import effective_matrix, spacing_remark
 from deformmamba.weights import WeightsError, load_checkpoint
 
 if TYPE_CHECKING:

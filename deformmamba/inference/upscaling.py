@@ -13,9 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from deformmamba.inspection import is_far, trained_spacings
-from deformmamba.kspace import Consistency, Grid, data_consistency, lowpass, zero_fill
-from deformmamba.tiling import default_overlap, spans, tiled
+from deformmamba.inference.tiling import default_overlap, spans, tiled
+from deformmamba.physics.kspace import Consistency, Grid, data_consistency, lowpass, zero_fill
 from deformmamba.volume import (
     Volume,
     VolumeError,
@@ -27,6 +26,7 @@ from deformmamba.volume import (
     restore,
     to_nibabel,
 )
+from deformmamba.volume.inspection import is_far, trained_spacings
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel

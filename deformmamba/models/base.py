@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from deformmamba.checkpoint import Checkpoint, WeightsError, check_config, one_line, shown, write_checkpoint
-from deformmamba.kspace import Consistency, Grid
+from deformmamba.physics.kspace import Consistency, Grid
 from deformmamba.weights import load_checkpoint
+from deformmamba.weights.checkpoint import Checkpoint, WeightsError, check_config, one_line, shown, write_checkpoint
 
 Model = TypeVar("Model", bound="SRModel")
 
@@ -41,7 +41,7 @@ class SRModel(nn.Module):
             (`deformmamba.volume.intensity_scale`); "p99.9" divides by that percentile of the LR volume.
 
     Attributes:
-        grid: which grid the output lies on, see `deformmamba.kspace.Grid`.
+        grid: which grid the output lies on, see `deformmamba.physics.kspace.Grid`.
         minimum_size: the smallest h and w of an input.
         multiple: `forward` pads h and w to a multiple of this and crops back, so that any size works.
         channels: the c that `forward` takes; None for any.

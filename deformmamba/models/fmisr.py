@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deformmamba.kspace import Grid
 from deformmamba.models.base import SRModel
 from deformmamba.models.interpolation import checked_grid
 from deformmamba.models.skip import add_base, checked_skip, start_at_zero
+from deformmamba.physics.kspace import Grid
 
 
 class FMISR(SRModel):

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from deformmamba.kspace import GRIDS, Grid, zero_fill
 from deformmamba.models.base import SRModel
+from deformmamba.physics.kspace import GRIDS, Grid, zero_fill
 
 
 def checked_grid(name: str, grid: Grid) -> Grid:
@@ -20,7 +20,7 @@ def checked_grid(name: str, grid: Grid) -> Grid:
 
 
 class ZeroFill(SRModel):
-    """Zero-filled k-space (sinc) interpolation of the whole slice, see `deformmamba.kspace.zero_fill`."""
+    """Zero-filled k-space (sinc) interpolation of the whole slice, see `deformmamba.physics.kspace.zero_fill`."""
 
     def __init__(self, *, scale: int, intensity: str = "p99.9") -> None:
         super().__init__(scale=scale, intensity=intensity)

@@ -6,7 +6,7 @@ None of the papers has it; where a table compares networks after a short trainin
 import torch
 from torch import nn
 
-from deformmamba.kspace import Grid, zero_fill
+from deformmamba.physics.kspace import Grid, zero_fill
 
 SKIPS = (None, "zero-fill")
 

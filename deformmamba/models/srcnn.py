@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from deformmamba.kspace import Grid
 from deformmamba.models.base import SRModel
 from deformmamba.models.interpolation import Bicubic, checked_grid
+from deformmamba.physics.kspace import Grid
 
 
 class SRCNN(SRModel):

@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deformmamba.kspace import Grid
 from deformmamba.models.base import SRModel
 from deformmamba.models.interpolation import checked_grid
 from deformmamba.models.skip import add_base, checked_skip, start_at_zero
+from deformmamba.physics.kspace import Grid
 
 # entries of a relevance map held at once: slices of any size in 64 MB of it
 RELEVANCE_ENTRIES = 1 << 24

@@ -13,10 +13,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from deformmamba.extras import MissingExtra, require
-from deformmamba.kspace import Grid
 from deformmamba.models.base import SRModel, crop, pad_to_multiple
 from deformmamba.models.interpolation import checked_grid
 from deformmamba.models.skip import add_base, checked_skip, start_at_zero
+from deformmamba.physics.kspace import Grid
 
 
 class _Windowed(SRModel):

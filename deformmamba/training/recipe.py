@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from deformmamba.checkpoint import Checkpoint, one_line
-from deformmamba.curves import sample_picture
-from deformmamba.data import PatchDataset, Scan, find_scans, load_slices, subjects
-from deformmamba.evaluation import evaluate, mean_scores
+from deformmamba.data.patches import PatchDataset, Scan, find_scans, load_slices, subjects
+from deformmamba.evaluation.compare import evaluate, mean_scores
 from deformmamba.losses import LOSSES, SRLoss
 from deformmamba.models import MODELS
 from deformmamba.models.base import SRModel
+from deformmamba.training.curves import sample_picture
 from deformmamba.training.folder import RunFolder
 from deformmamba.training.loop import fit
 from deformmamba.weights import load_checkpoint
+from deformmamba.weights.checkpoint import Checkpoint, one_line
 
 SECTIONS = ("model", "data", "fit")
 SAMPLE = "sample.png"
@@ -130,7 +130,7 @@ def train_recipe(
 
     Args:
         recipe: see `load_recipe`.
-        data: see `deformmamba.data.find_scans`.
+        data: see `deformmamba.data.patches.find_scans`.
         out: see `fit`; a picture of a validation slice, `sample.png`, comes there as well.
         init: see `load_recipe`; instead of the recipe's.
         progress: see `fit`.

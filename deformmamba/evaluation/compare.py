@@ -1,0 +1,319 @@
+"""Scores of models over volumes: degrade, upscale, compare, by a named protocol.
+
+`evaluate` scores one model; `compare` scores several on the same volumes and says how far the differences can be
+trusted.
+"""
+
+import csv
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from deformmamba import __version__
+from deformmamba.data.patches import Scan, load_slices, load_volume
+from deformmamba.inference import upscale
+from deformmamba.metrics import METRICS, ON_REQUEST, Protocol, by_slice
+from deformmamba.metrics.statistics import FEWEST, Spread, paired_difference, subject_means, summarise
+from deformmamba.models.base import SRModel
+from deformmamba.physics.degradations import Degradation, KSpaceCrop
+from deformmamba.physics.kspace import Consistency
+from deformmamba.pictures.figures import Slice, oriented_like
+from deformmamba.volume import intensity_scale
+
+Source = Scan | str | os.PathLike[str]
+Visit = Callable[[Scan, torch.Tensor, torch.Tensor], None]
+
+
+def evaluate(
+    model: SRModel,
+    volumes: Iterable[Source],
+    *,
+    protocol: Protocol = "volume",
+    degradation: Degradation | None = None,
+    metrics: Sequence[str] = (),
+    slices: bool = False,
+    consistency: Consistency | None = None,
+    seed: int = 0,
+    visit: Visit | None = None,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Degrades each HR volume, upscales it as `upscale` does, and scores it.
+
+    Slices are those of `data.load_slices`, cropped at their ends to a multiple of the scale; complex ones are degraded
+    with their phase and scored as magnitudes.
+
+    One row a volume: file, subject, group, slices, and the METRICS by `protocol`.
+
+    Args:
+        model: on whichever device it is.
+        volumes: files, or what `deformmamba.data.patches.find_scans` found.
+        protocol: see `deformmamba.metrics`.
+        degradation: the k-space crop of the paper (magnitude) if not given. Its noise refers to the volume's own
+            brightness ("p99.9").
+        metrics: more of them, by name: those of `deformmamba.metrics.ON_REQUEST`.
+        slices: rows also have "by_slice", the values of each slice by metric, see `deformmamba.metrics.by_slice`.
+        consistency: see `upscale`; what the weights were found best with holds for k-space crops, others get none.
+        seed: of a degradation's noise, which also depends on the file's name.
+        visit: called with each scan and its HR and SR slices (n, H, W).
+        progress: a bar for each volume.
+
+    Raises:
+        ValueError: a degradation of another scale than the model's, or on another grid, or an unknown metric.
+    """
+    degradation = degradation or KSpaceCrop(model.scale)
+    unknown = [name for name in metrics if name not in ON_REQUEST]
+    if unknown:
+        raise ValueError(f"evaluate: no metric {unknown[0]!r} to ask for; there are: {', '.join(ON_REQUEST)}")
+    if (degradation.scale, degradation.grid) != (model.scale, model.grid):
+        raise ValueError(
+            f"evaluate: {degradation} shrinks by {degradation.scale} on the {degradation.grid} grid, but "
+            f"{type(model).__name__} enlarges by {model.scale} on the {model.grid} grid: they do not fit"
+        )
+    if consistency is None and not isinstance(degradation, KSpaceCrop):
+        consistency = False
+    wanted = METRICS | {name: ON_REQUEST[name] for name in metrics}
+    rows = []
+    for volume in volumes:
+        scan = volume if isinstance(volume, Scan) else Scan(Path(volume), Path(volume).name.split(".")[0], "", "")
+        measured = torch.from_numpy(load_slices(scan.path, model.scale, phase=True).array)
+        hr = measured.abs() if measured.is_complex() else measured
+        unit = intensity_scale(hr.numpy(), "p99.9")
+        name = int.from_bytes(hashlib.sha256(scan.path.name.encode()).digest()[:4])
+        lr = degradation(measured / unit, seed=(seed, name)) * unit
+        sr = upscale(model, lr, axis=0, consistency=consistency, progress=progress)
+        scores = {name: metric(sr, hr, protocol=protocol) for name, metric in wanted.items()}
+        row = {"file": scan.path.name, "subject": scan.subject, "group": scan.group, "slices": len(hr), **scores}
+        rows.append(row | ({"by_slice": by_slice(sr, hr, protocol=protocol)} if slices else {}))
+        if visit:
+            visit(scan, hr, sr)
+    return rows
+
+
+def mean_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean of each metric: over the volumes of a subject first, then over subjects."""
+    return {metric: float(np.mean(list(subject_means(rows, metric).values()))) for metric in _metrics(rows)}
+
+
+def _metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [name for name in (*METRICS, *ON_REQUEST) if name in rows[0]]
+
+
+@dataclass
+class Comparison:
+    """Several models on the same volumes.
+
+    Attributes:
+        rows: by the name of the model, what `evaluate` gave.
+        sources: by the name of the model, where its weights come from; None for one without.
+        against: the model that differences are taken from.
+        settings: what the scores depend on: scale, degradation, protocol, seed, version.
+        shown: one slice, if one was asked for: for `figures.comparison`.
+    """
+
+    rows: dict[str, list[dict[str, Any]]]
+    sources: dict[str, str | None]
+    against: str
+    settings: dict[str, Any]
+    shown: "Shown | None" = None
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        return _metrics(self._any)
+
+    @property
+    def _any(self) -> list[dict[str, Any]]:
+        return next(iter(self.rows.values()))
+
+    @cached_property
+    def summary(self) -> dict[str, dict[str, Spread]]:
+        """By model and metric: the mean over subjects with the spread that so many subjects can bear."""
+        return {name: {metric: summarise(rows, metric) for metric in self.metrics} for name, rows in self.rows.items()}
+
+    @cached_property
+    def differences(self) -> dict[str, dict[str, Spread]]:
+        """By model and metric: the model minus `against`, subject by subject. Empty for the model `against` itself."""
+        reference = self.rows[self.against]
+        return {
+            name: {
+                metric: paired_difference(subject_means(rows, metric), subject_means(reference, metric))
+                for metric in self.metrics
+            }
+            for name, rows in self.rows.items()
+            if name != self.against
+        }
+
+    def table(self) -> str:
+        """For a terminal: what was done, the scores, and the differences."""
+        s, n_subjects = self.settings, len({row["subject"] for row in self._any})
+        few = n_subjects < FEWEST
+        lines = [
+            f"{_count(len(self._any), 'volume')} of {_count(n_subjects, 'subject')} at {s['scale']}x, "
+            f"protocol {s['protocol']}, degradation {s['degradation']}"
+        ]
+        if few:
+            lines.append(
+                f"mean over subjects ± standard deviation over slices (with fewer than {FEWEST} subjects: no interval)"
+            )
+        else:
+            lines.append("mean over subjects ± standard deviation over subjects [95% bootstrap interval of the mean]")
+        lines += ["", *_columns(self.metrics, self.summary)]
+        if self.differences:
+            count = f", {n_subjects} of them: no interval" if few else " [95% bootstrap interval]"
+            lines += ["", f"difference to {self.against}, subject by subject{count}"]
+            lines += ["", *_columns(self.metrics, self.differences, sign="+")]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: settings, and for each model its rows, values by subject, means, spreads and differences."""
+
+        def spreads(of: Mapping[str, Spread]) -> dict[str, Any]:
+            return {metric: spread.to_dict() for metric, spread in of.items()}
+
+        return {
+            **self.settings,
+            "against": self.against,
+            "models": {
+                name: {
+                    "source": self.sources[name],
+                    "mean": mean_scores(rows),
+                    "spread": spreads(self.summary[name]),
+                    "difference": spreads(self.differences[name]) if name in self.differences else None,
+                    "subjects": {metric: subject_means(rows, metric) for metric in self.metrics},
+                    "volumes": rows,
+                }
+                for name, rows in self.rows.items()
+            },
+        }
+
+    def to_csv(self) -> str:
+        """One line for each model and volume; what the scores depend on is in columns, so that files can be joined."""
+        text = io.StringIO()
+        columns = ["model", "source", *self.settings, "subject", "file", "group", "slices", *self.metrics]
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for name, rows in self.rows.items():
+            writer.writerows({"model": name, "source": self.sources[name], **self.settings, **row} for row in rows)
+        return text.getvalue()
+
+
+class Shown:
+    """A slice of a volume and of what the models made of it, as a radiologist sees it.
+
+    Attributes:
+        hr: (H, W), row 0 on top.
+        results: the SR images, by the name of the model.
+        spacing: mm between rows and between columns.
+        title: which slice of which file this is.
+    """
+
+    def __init__(self, scan: Scan, hr: torch.Tensor, index: int | None) -> None:
+        """`index`: along the slice axis, from 0; None: the middle one. ValueError where there is no such slice."""
+        self._index = len(hr) // 2 if index is None else index
+        if not 0 <= self._index < len(hr):
+            raise ValueError(f"{scan.path}: no slice {index}; there are {len(hr)}, from 0")
+        self._volume, self._axis = load_volume(scan.path)
+        self.hr, self.spacing, _ = self._seen(hr)
+        self.results: dict[str, np.ndarray] = {}
+        self.title = f"{scan.path.name}, slice {self._index}"
+
+    def add(self, name: str, sr: torch.Tensor) -> None:
+        """What the model `name` made of the volume, (n, H, W); the first volume counts."""
+        if name not in self.results:
+            self.results[name] = self._seen(sr).image
+
+    def _seen(self, slices: torch.Tensor) -> Slice:
+        return oriented_like(slices[self._index].numpy(), self._volume, self._axis)
+
+
+def compare(
+    models: Mapping[str, SRModel],
+    volumes: Iterable[Source],
+    *,
+    against: str | None = None,
+    protocol: Protocol = "volume",
+    degradation: Degradation | None = None,
+    metrics: Sequence[str] = (),
+    consistency: Consistency | None = None,
+    seed: int = 0,
+    show: bool = False,
+    at: int | None = None,
+    progress: bool = False,
+) -> Comparison:
+    """Scores every model on every volume, degraded alike.
+
+    Args:
+        models: by the name that tables show.
+        against: the model that differences are taken from; the first of `models` if not given.
+        protocol, degradation, metrics, consistency, seed, progress: see `evaluate`.
+        show: keep slice `at` of the first volume, along its slice axis, for a figure; None: the middle one.
+
+    Raises:
+        ValueError: no model, no volume, models of different scales, or no such name or slice; and as `evaluate`.
+    """
+    volumes = list(volumes)
+    scales = {model.scale for model in models.values()}
+    if not volumes or len(scales) != 1:
+        raise ValueError(
+            f"compare: {len(volumes)} volumes and models of the scales {sorted(scales)}; a volume and one scale needed"
+        )
+    against = next(iter(models)) if against is None else against
+    if against not in models:
+        raise ValueError(f"compare: nothing called {against!r} to compare with; there are: {', '.join(models)}")
+    degradation = degradation or KSpaceCrop(scales.pop())
+    shown: Shown | None = None
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, model in models.items():
+
+        def visit(scan: Scan, hr: torch.Tensor, sr: torch.Tensor, name: str = name) -> None:
+            nonlocal shown
+            shown = shown or Shown(scan, hr, at)
+            shown.add(name, sr)
+
+        rows[name] = evaluate(
+            model,
+            volumes,
+            protocol=protocol,
+            degradation=degradation,
+            metrics=metrics,
+            slices=True,
+            consistency=consistency,
+            seed=seed,
+            visit=visit if show else None,
+            progress=progress,
+        )
+    settings = {
+        "scale": degradation.scale,
+        "protocol": protocol,
+        "degradation": str(degradation),
+        "seed": seed,
+        "version": __version__,
+    }
+    sources = {name: model.source for name, model in models.items()}
+    return Comparison(rows, sources, against, settings, shown)
+
+
+def _count(n: int, name: str) -> str:
+    return f"{n} {name}{'s' * (n != 1)}"
+
+
+def _columns(metrics: Sequence[str], scores: Mapping[str, Mapping[str, Spread]], sign: str = "") -> list[str]:
+    """Lines of a table: names on the left, a column a metric."""
+    cells = [["", *(f"{metric} [dB]" if metric == "psnr" else metric for metric in metrics)]]
+    for name, row in scores.items():
+        cells.append([name, *(_cell(row[metric], 2 if metric == "psnr" else 4, sign) for metric in metrics)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(text.ljust(n) for text, n in zip(line, widths, strict=True)).rstrip() for line in cells]
+
+
+def _cell(spread: Spread, digits: int, sign: str) -> str:
+    mean, *ends = (f"{value:{sign}.{digits}f}" for value in (spread.mean, *(spread.interval or ())))
+    around = "" if spread.std is None else f" ± {spread.std:.{digits}f}"
+    return mean + around + (f" [{', '.join(ends)}]" if ends else "")

@@ -1,0 +1,98 @@
+"""The other way: volumes that are coarser, slice by slice."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from deformmamba.inference.upscaling import check_voxels
+from deformmamba.physics.degradations import Degradation, KSpaceCrop
+from deformmamba.physics.kspace import resize
+from deformmamba.volume import Volume, VolumeError, chosen_axis, in_plane, intensity_scale
+from deformmamba.volume.inspection import effective_matrix
+
+
+def coarsen(
+    volume: Volume,
+    degradation: int | Degradation,
+    *,
+    axis: int | None = None,
+    crop: bool = False,
+    seed: int = 0,
+) -> Volume:
+    """The volume as a coarser measurement would have given it, slice by slice, float32.
+
+    Args:
+        volume: real numbers; noise levels refer to its own brightness ("p99.9").
+        degradation: of `physics.degradations`; an integer is the scale of a k-space crop with magnitude, what a
+            scanner measuring 1 / scale of the k-space per in-plane axis would have given.
+        axis: where slices are stacked; None: `volume.slice_axis`.
+        crop: leave rows and columns beyond a multiple of the scale out, at the end, so that voxel 0 stays where it is;
+            without it such slices are refused.
+        seed: of the noise, where there is any.
+
+    Raises:
+        VolumeError: voxels that are complex, NaN or infinite, no such axis, or slices smaller than the scale.
+        ValueError: slices that are not a multiple of the scale, without `crop`.
+    """
+    made = KSpaceCrop(degradation) if isinstance(degradation, int) else degradation
+    axis, scale = chosen_axis(volume, axis), made.scale
+    check_voxels(volume.array)
+    h, w = (volume.array.shape[a] for a in in_plane(axis))
+    if min(h, w) < scale:
+        raise VolumeError(f"slices across axis {axis} are {h}x{w}, too small for 1/{scale}")
+    if (h % scale or w % scale) and not crop:
+        raise ValueError(
+            f"slices across axis {axis} are {h}x{w}, which {scale} does not divide; give crop=True (--crop) to leave "
+            f"out what is beyond {h - h % scale}x{w - w % scale}"
+        )
+    h, w = h - h % scale, w - w % scale
+    unit = intensity_scale(volume.array)
+
+    def coarser(image: torch.Tensor, k: int) -> torch.Tensor:
+        return made(image[:h, :w] / unit, seed=seed, first=k) * unit
+
+    coarse = _each(volume, axis, made.size(h, w), coarser)
+    return volume.resampled(coarse, 1 / scale, in_plane(axis), made.grid)
+
+
+def to_effective(volume: Volume, *, axis: int | None = None, matrix: tuple[int, int] | None = None) -> Volume:
+    """The scan as it was measured, before the scanner filled its k-space with zeros: cropped to `matrix` (h, w),
+    float32.
+
+    `matrix` None: what `inspection.effective_matrix` finds. Magnitude, slice by slice; voxel 0 stays where it is.
+    Nothing is lost but the interpolation, and the networks get the pixels that they were trained on. A volume whose
+    k-space is full comes back as it is.
+
+    Raises:
+        VolumeError: voxels that are complex, NaN or infinite, no such axis, or a matrix larger than the slices.
+    """
+    axis = chosen_axis(volume, axis)
+    check_voxels(volume.array)
+    first, second = in_plane(axis)
+    size = volume.array.shape[first], volume.array.shape[second]
+    found = effective_matrix(np.moveaxis(volume.array, axis, 0)) if matrix is None else matrix
+    if found == size:
+        return volume
+    if not all(1 <= m <= n for m, n in zip(found, size, strict=True)):
+        raise VolumeError(f"a matrix of {found[0]}x{found[1]} does not lie in slices of {size[0]}x{size[1]}")
+
+    def cropped(image: torch.Tensor, _: int) -> torch.Tensor:
+        low = resize(image, found)
+        return low.abs() if (image >= 0).all() else low.real
+
+    array = _each(volume, axis, found, cropped)
+    for a, m, n in zip((first, second), found, size, strict=True):
+        volume = volume.resampled(array, m / n, (a,), "origin")
+    return volume
+
+
+def _each(
+    volume: Volume, axis: int, size: tuple[int, int], change: Callable[[torch.Tensor, int], torch.Tensor]
+) -> np.ndarray:
+    """Every slice, with its number, changed to another of `size`, stacked as they were."""
+    out = np.empty([*size[:axis], volume.array.shape[axis], *size[axis:]], np.float32, order="F")
+    made = np.moveaxis(out, axis, 0)
+    for k, image in enumerate(np.moveaxis(volume.array, axis, 0)):
+        made[k] = change(torch.from_numpy(np.ascontiguousarray(image, np.float32)), k).numpy()
+    return out

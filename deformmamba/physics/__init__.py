@@ -1,0 +1,1 @@
+"""MR physics: k-space crops and zero-filling, image degradations, data consistency."""

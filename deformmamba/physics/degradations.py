@@ -1,0 +1,471 @@
+"""What may lie between a good image and the one at hand: named, seeded and composable.
+
+    fewer_lines = KSpaceCrop(scale=4)
+    photographic = GaussianBlur(sigma=1.5) >> Subsample(scale=4) >> RicianNoise(snr=30)
+    lr = photographic(hr, seed=7)
+    photographic == parse("blur:sigma=1.5 >> subsample:scale=4 >> rician:snr=30")
+
+An image is (..., H, W), float32 or float64, and complex where a magnitude of k-space is taken at once; a stack is
+degraded slice by slice. Every degradation says by which factor it shrinks an image (`scale`), on which grid the result
+lies (`grid`, see `deformmamba.physics.kspace.Grid`), and has its adjoint, or says why there is none. The paper uses
+`KSpaceCrop` alone; the others are what its field trains on as well, and results on one say nothing about another.
+
+Randomness is a function of (seed, number of the slice) and of nothing else: the k-th slice of a stack gets what that
+slice alone gets with `first=k`, whatever the device or the size of the batch.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from deformmamba.physics.kspace import Grid, crop_spectrum, degrade, fft2c, ifft2c, pad_spectrum, zero_fill
+
+Seed = int | tuple[int, ...]
+Output = Literal["magnitude", "real"]
+
+
+class Degradation(ABC):
+    """One step, or several, from an HR image to an LR image.
+
+    Attributes:
+        kind: its name in `DEGRADATIONS`.
+        scale: the image shrinks by this factor in height and width; 1 where the size stays.
+        grid: where the samples of the result lie on the image; at scale 1 both grids are the same.
+    """
+
+    kind: ClassVar[str]
+    scale: int
+    grid: Grid = "origin"
+
+    @property
+    def no_adjoint(self) -> str | None:
+        """Why there is no adjoint; None if there is one."""
+        return None
+
+    @property
+    def _dtypes(self) -> tuple[torch.dtype, ...]:
+        return torch.float32, torch.float64
+
+    def __call__(self, hr: torch.Tensor, *, seed: Seed = 0, first: int = 0) -> torch.Tensor:
+        """(..., H, W) to (..., H / scale, W / scale), real, same precision.
+
+        Args:
+            hr: what is degraded; noise levels refer to values of about [0, 1].
+            seed: of the noise, where there is any; one non-negative integer or several.
+            first: the number of the first slice within its volume, for a stack that is a part of one.
+
+        Raises:
+            ValueError: `scale` does not divide H and W, or `hr` is no image of floating-point numbers.
+        """
+        if hr.ndim < 2 or hr.dtype not in self._dtypes:
+            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in self._dtypes)
+            raise ValueError(f"{self}: wanted {wanted} (..., H, W), not {hr.dtype} {tuple(hr.shape)}")
+        self.size(*hr.shape[-2:])
+        return self._apply(hr, (seed,) if isinstance(seed, int) else seed, first)
+
+    @abstractmethod
+    def _apply(self, hr: torch.Tensor, seed: tuple[int, ...], first: int) -> torch.Tensor: ...
+
+    def size(self, h: int, w: int) -> tuple[int, int]:
+        """The size of the result of an image of h x w; ValueError where it does not work out."""
+        s = self.scale
+        if h % s or w % s or not h or not w:
+            raise ValueError(
+                f"{self.kind}: scale {s} does not divide the image size {h}x{w}; "
+                f"crop the image to {h - h % s}x{w - w % s} first"
+            )
+        return h // s, w // s
+
+    def adjoint(self, lr: torch.Tensor) -> torch.Tensor:
+        """A* of y (..., h, w): the image (..., scale * h, scale * w) with <A x, y> = <x, A* y> for every x.
+
+        Raises:
+            ValueError: there is none: the degradation is not linear; `no_adjoint` says why.
+        """
+        if self.no_adjoint:
+            raise ValueError(f"{self}: has no adjoint: {self.no_adjoint}")
+        return self._adjoint(lr)
+
+    def _adjoint(self, lr: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError(f"{type(self).__name__}: has neither an adjoint nor a reason for having none")
+
+    def __rshift__(self, after: "Degradation") -> "Compose":
+        return Compose((*_parts(self), *_parts(after)))
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return self.kind + (":" if values else "") + ",".join(f"{name}={value}" for name, value in values.items())
+
+
+def _check(valid: bool, owner: str, name: str, value: Any, wanted: str) -> None:
+    if not valid:
+        raise ValueError(f"{owner}: {name} must be {wanted}, not {value!r}")
+
+
+def _check_factor(owner: str, name: str, value: Any) -> None:
+    valid = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 64
+    _check(valid, owner, name, value, "an integer from 1 to 64")
+
+
+class _KSpace(Degradation):
+    """What is linear in k-space; the magnitude that a scanner gives afterwards is not."""
+
+    output: Output
+
+    @property
+    def no_adjoint(self) -> str | None:
+        return "a magnitude folds negative values, so it is not linear" if self.output == "magnitude" else None
+
+    @property
+    def _dtypes(self) -> tuple[torch.dtype, ...]:
+        real = (torch.float32, torch.float64)
+        return (*real, torch.complex64, torch.complex128) if self.output == "magnitude" else real
+
+    def _check_output(self) -> None:
+        _check(self.output in get_args(Output), self.kind, "output", self.output, '"magnitude" or "real"')
+
+    def _shown(self, image: torch.Tensor) -> torch.Tensor:
+        return image.abs() if self.output == "magnitude" else image.real
+
+
+@dataclass(frozen=True)
+class KSpaceCrop(_KSpace):
+    """The central 1/scale x 1/scale of k-space, transformed to a smaller image: `deformmamba.physics.kspace.degrade`.
+
+    Origin-aligned. The adjoint of the real part is zero-filling, divided by scale^2.
+
+    Source: the paper, section 3.1, and what it follows there.
+    """
+
+    scale: int
+    output: Output = "magnitude"
+    kind: ClassVar[str] = "k-space"
+
+    def __post_init__(self) -> None:
+        _check_factor(self.kind, "scale", self.scale)
+        self._check_output()
+
+    def _apply(self, hr: torch.Tensor, seed: tuple[int, ...], first: int) -> torch.Tensor:
+        return degrade(hr, self.scale, output=self.output)
+
+    def _adjoint(self, lr: torch.Tensor) -> torch.Tensor:
+        return zero_fill(lr, self.scale) / self.scale**2
+
+
+@dataclass(frozen=True)
+class Truncation(_KSpace):
+    """The central 1/factor x 1/factor of k-space, zeros around it: a blurred image of the same size.
+
+    The real part is its own adjoint.
+    """
+
+    factor: int
+    output: Output = "magnitude"
+    kind: ClassVar[str] = "truncation"
+    scale = 1
+
+    def __post_init__(self) -> None:
+        _check_factor(self.kind, "factor", self.factor)
+        self._check_output()
+
+    def _apply(self, hr: torch.Tensor, seed: tuple[int, ...], first: int) -> torch.Tensor:
+        h, w = hr.shape[-2:]
+        kept = crop_spectrum(fft2c(hr), (max(1, h // self.factor), max(1, w // self.factor)))
+        return self._shown(ifft2c(pad_spectrum(kept, (h, w))))
+
+    def _adjoint(self, lr: torch.Tensor) -> torch.Tensor:
+        return self._apply(lr, (), 0)
+
+
+@dataclass(frozen=True)
+class PartialFourier(_KSpace):
+    """k-space whose last lines were never measured and are left zero, as in a shortened scan; the size stays.
+
+    Of n lines along `axis` (-2: rows, -1: columns) the first round(fraction * n) are kept, from the most negative
+    frequency on, so more than one half: 0.75 is a scanner's 6/8. The real part is its own adjoint.
+    """
+
+    fraction: float = 0.75
+    axis: int = -2
+    output: Output = "magnitude"
+    kind: ClassVar[str] = "partial-fourier"
+    scale = 1
+
+    def __post_init__(self) -> None:
+        _check(0.5 < self.fraction <= 1, self.kind, "fraction", self.fraction, "above 0.5 and at most 1")
+        _check(self.axis in (-2, -1), self.kind, "axis", self.axis, "-2 (rows) or -1 (columns)")
+        self._check_output()
+
+    def _apply(self, hr: torch.Tensor, seed: tuple[int, ...], first: int) -> torch.Tensor:
+        n = hr.shape[self.axis]
+        measured = torch.arange(n, device=hr.device) < max(round(self.fraction * n), n // 2 + 1)
+        return self._shown(ifft2c(fft2c(hr) * (measured[:, None] if self.axis == -2 else measured)))
+
+    def _adjoint(self, lr: torch.Tensor) -> torch.Tensor:
+        return self._apply(lr, (), 0)
+
+
+class _Separable(Degradation):
+    """One matrix a side: lr = rows @ hr @ columns^T. The adjoint is the transposed matrices."""
+
+    @abstractmethod
+    def matrix(self, n: int) -> torch.Tensor:
+        """(n / scale, n), float64: what each output sample takes of each of n input samples."""
+
+    def _apply(self, hr: torch.Tensor, seed: tuple[int, ...], first: int) -> torch.Tensor:
+        rows, columns = (_matrix(self, n).to(hr) for n in hr.shape[-2:])
+        return rows @ hr @ columns.T
+
+    def _adjoint(self, lr: torch.Tensor) -> torch.Tensor:
+        rows, columns = (_matrix(self, n * self.scale).to(lr) for n in lr.shape[-2:])
+        return rows.T @ lr @ columns
+
+
+@lru_cache(maxsize=32)
+def _matrix(degradation: _Separable, n: int) -> torch.Tensor:
+    return degradation.matrix(n)
+
+
+@dataclass(frozen=True)
+class AreaAverage(_Separable):
+    """The mean of scale x scale pixels, as a larger detector element sees it. Half-pixel grid."""
+
+    scale: int
+    kind: ClassVar[str] = "area"
+    grid = "half-pixel"
+
+    def __post_init__(self) -> None:
+        _check_factor(self.kind, "scale", self.scale)
+
+    def matrix(self, n: int) -> torch.Tensor:
+        weights = torch.full((1, self.scale), 1 / self.scale, dtype=torch.float64)
+        return torch.kron(torch.eye(n // self.scale, dtype=torch.float64), weights)
+
+
+@dataclass(frozen=True)
+class Bicubic(_Separable):
+    """Cubic resampling with an antialiasing kernel, as Pillow and the "bicubic" data sets of photographs have it.
+
+    a = -0.5, the kernel `scale` times as wide as for enlarging, cut and renormalised at the edges. Half-pixel grid.
+    """
+
+    scale: int
+    kind: ClassVar[str] = "bicubic"
+    grid = "half-pixel"
+
+    def __post_init__(self) -> None:
+        _check_factor(self.kind, "scale", self.scale)
+
+    def matrix(self, n: int) -> torch.Tensor:
+        unit = torch.eye(n, dtype=torch.float64)[None, None]  # column k is the k-th unit vector; widths stay
+        size = (n // self.scale, n)
+        return F.interpolate(unit, size=size, mode="bicubic", antialias=True, align_corners=False)[0, 0]
+
+
+@dataclass(frozen=True)
+class Subsample(_Separable):
+    """Every scale-th pixel, from pixel 0 on, and nothing done against aliasing: comes after a blur. Origin-aligned."""
+
+    scale: int
+    kind: ClassVar[str] = "subsample"
+
+    def __post_init__(self) -> None:
+        _check_factor(self.kind, "scale", self.scale)
+
+    def matrix(self, n: int) -> torch.Tensor:
+        return torch.eye(n, dtype=torch.float64)[:: self.scale]
+
+
+@dataclass(frozen=True)
+class GaussianBlur(_Separable):
+    """A Gaussian of standard deviation `sigma` pixels, cut at 4 sigma, sum 1, edges replicated; the size stays."""
+
+    sigma: float
+    kind: ClassVar[str] = "blur"
+    scale = 1
+
+    def __post_init__(self) -> None:
+        _check(0 < self.sigma <= 64, self.kind, "sigma", self.sigma, "above 0 and at most 64 pixels")
+
+    def matrix(self, n: int) -> torch.Tensor:
+        radius = int(4 * self.sigma + 0.5)
+        offsets = torch.arange(-radius, radius + 1)
+        weights = torch.exp(-0.5 * (offsets.double() / self.sigma) ** 2)
+        taps = (torch.arange(n)[:, None] + offsets).clamp(0, n - 1)
+        matrix = torch.zeros(n, n, dtype=torch.float64)
+        return matrix.scatter_add_(1, taps, (weights / weights.sum()).expand(n, -1).contiguous())
+
+
+class _Noise(Degradation):
+    scale = 1
+    snr: float
+    reference: float
+
+    @property
+    def no_adjoint(self) -> str | None:
+        return "noise is added, so it is not linear"
+
+    def _check_noise(self) -> None:
+        for name in ("snr", "reference"):
+            value = getattr(self, name)
+            _check(0 < value < float("inf"), self.kind, name, value, "a positive number")
+
+    def _drawn(self, hr: torch.Tensor, fields: int, seed: tuple[int, ...], first: int) -> torch.Tensor:
+        """(fields, ..., H, W): independent normal noise of standard deviation reference / snr."""
+        n = hr.shape[:-2].numel()
+        noise = np.empty((fields, n, *hr.shape[-2:]))
+        for k in range(n):
+            noise[:, k] = np.random.default_rng((*seed, first + k)).standard_normal((fields, *hr.shape[-2:]))
+        noise *= self.reference / self.snr
+        return torch.from_numpy(noise).reshape(fields, *hr.shape).to(hr)
+
+
+@dataclass(frozen=True)
+class GaussianNoise(_Noise):
+    """Normal noise of standard deviation reference / snr is added: what the real part of a measured image has.
+
+    `reference` is the intensity that `snr` refers to: 1, the bright tissue of an image divided by its intensity scale.
+    """
+
+    snr: float
+    reference: float = 1.0
+    kind: ClassVar[str] = "noise"
+
+    def __post_init__(self) -> None:
+        self._check_noise()
+
+    def _apply(self, hr: torch.Tensor, seed: tuple[int, ...], first: int) -> torch.Tensor:
+        return hr + self._drawn(hr, 1, seed, first)[0]
+
+
+@dataclass(frozen=True)
+class RicianNoise(_Noise):
+    """The magnitude of an image with normal noise in its real and in its imaginary part: what scanners give.
+
+    Standard deviation of each part: reference / snr. `reference` as in `GaussianNoise`. Where there is no signal the
+    result has the mean of a Rayleigh distribution, sqrt(pi / 2) standard deviations.
+
+    Source: Gudbjartsson and Patz, MRM 34 (1995), equation 1.
+    """
+
+    snr: float
+    reference: float = 1.0
+    kind: ClassVar[str] = "rician"
+
+    def __post_init__(self) -> None:
+        self._check_noise()
+
+    def _apply(self, hr: torch.Tensor, seed: tuple[int, ...], first: int) -> torch.Tensor:
+        real, imaginary = self._drawn(hr, 2, seed, first)
+        return torch.hypot(hr + real, imaginary)
+
+
+@dataclass(frozen=True)
+class Compose(Degradation):
+    """One degradation after another, first to last; `a >> b` makes one. Each draws noise of its own.
+
+    Scales multiply. Parts that shrink the image must have the same grid, which is that of the whole.
+
+    Raises:
+        ValueError: no part, or parts on different grids.
+    """
+
+    parts: tuple[Degradation, ...]
+    kind: ClassVar[str] = "compose"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(self.parts))
+        if not self.parts:
+            raise ValueError(f"compose: wanted one degradation or more; known: {', '.join(DEGRADATIONS)}")
+        grids = {part.grid for part in self.parts if part.scale > 1}
+        if len(grids) > 1:
+            raise ValueError(f"{self}: some parts lie on the origin grid, some on the half-pixel grid; wanted one grid")
+        object.__setattr__(self, "scale", int(np.prod([part.scale for part in self.parts])))
+        object.__setattr__(self, "grid", grids.pop() if grids else "origin")
+
+    @property
+    def no_adjoint(self) -> str | None:
+        return next((f"{part.kind}: {part.no_adjoint}" for part in self.parts if part.no_adjoint), None)
+
+    @property
+    def _dtypes(self) -> tuple[torch.dtype, ...]:
+        return self.parts[0]._dtypes
+
+    def _apply(self, hr: torch.Tensor, seed: tuple[int, ...], first: int) -> torch.Tensor:
+        for k, part in enumerate(self.parts):
+            hr = part(hr, seed=(*seed, k), first=first)
+        return hr
+
+    def _adjoint(self, lr: torch.Tensor) -> torch.Tensor:
+        for part in reversed(self.parts):
+            lr = part.adjoint(lr)
+        return lr
+
+    def __str__(self) -> str:
+        return " >> ".join(map(str, self.parts))
+
+
+def _parts(degradation: Degradation) -> tuple[Degradation, ...]:
+    return degradation.parts if isinstance(degradation, Compose) else (degradation,)
+
+
+# by name; `Compose` has none: it is written with >>
+DEGRADATIONS: dict[str, type[Degradation]] = {
+    made.kind: made
+    for made in (
+        KSpaceCrop,
+        Truncation,
+        PartialFourier,
+        AreaAverage,
+        Bicubic,
+        Subsample,
+        GaussianBlur,
+        GaussianNoise,
+        RicianNoise,
+    )
+}
+
+
+def parse(text: str, *, scale: int | None = None) -> Degradation:
+    """The degradation that a line of text names, as recipes, the command line and `str(degradation)` write it.
+
+    One part or several, joined by `>>`; a part is a name of `DEGRADATIONS`, and its arguments after a colon:
+    "k-space", "k-space:scale=4,output=real", "blur:sigma=1.5 >> subsample:scale=4 >> rician:snr=30".
+
+    `scale` is taken by parts that have such an argument and do not give it; truncation takes it as its factor.
+
+    Raises:
+        ValueError: an unknown name or argument, a missing one, or a value that is not allowed; lists those that are.
+    """
+    parts = [_parse_part(part.strip(), scale) for part in text.split(">>")]
+    return parts[0] if len(parts) == 1 else Compose(tuple(parts))
+
+
+def _parse_part(text: str, scale: int | None) -> Degradation:
+    name, _, rest = text.partition(":")
+    if name not in DEGRADATIONS:
+        raise ValueError(f"degradation {text!r}: no {name!r}; known: {', '.join(DEGRADATIONS)}")
+    made = DEGRADATIONS[name]
+    fields = {f.name: f for f in dataclasses.fields(made)}  # type: ignore[arg-type]
+    types = get_type_hints(made)
+    values: dict[str, Any] = {key: scale for key in ("scale", "factor") if key in fields and scale is not None}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = (piece.strip() for piece in item.partition("="))
+        if key not in fields or not equals:
+            raise ValueError(f"degradation {text!r}: no argument {item!r}; {name} takes {', '.join(fields)}")
+        try:
+            values[key] = types[key](value) if types[key] in (int, float) else value
+        except ValueError:
+            kind = "an integer" if types[key] is int else "a number"
+            raise ValueError(f"degradation {text!r}: {key} must be {kind}, not {value!r}") from None
+    missing = [key for key, f in fields.items() if f.default is dataclasses.MISSING and key not in values]
+    if missing:
+        raise ValueError(f"degradation {text!r}: give {missing[0]}, as in {name}:{missing[0]}=...")
+    return made(**values)

@@ -1,0 +1,309 @@
+"""Pictures of results that may be shown to a radiologist.
+
+Rules kept by every figure: all panels share one grey window, chosen from the reference image and never from a result;
+all show the same physical field with pixels of their true shape, so that on the origin-aligned grid LR pixel i is drawn
+centred on HR pixel scale * i; what a zoom shows is marked in the whole image; each says that this is no medical device.
+
+Images are (h, w) arrays as they shall be seen, row 0 on top: `oriented` turns a slice of a volume that way.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from deformmamba.metrics import psnr, ssim
+from deformmamba.volume import PathLike, Volume, check_output, in_plane, replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".png", ".pdf", ".svg")
+STATEMENT = "Research software, not a medical device. Detail beyond the input is estimated, not measured."
+
+_PAPER, _INK, _MUTED, _ACCENT = "#ffffff", "#1a1a1a", "#666666", "#f5b301"
+_PANEL, _GAP, _MARGIN, _TOP, _BOTTOM = 3.0, 0.12, 0.15, 0.85, 0.35  # inches
+
+
+class Slice(NamedTuple):
+    """A slice as it shall be seen.
+
+    Attributes:
+        image: (h, w), row 0 on top.
+        spacing: mm between rows and between columns.
+        labels: patient directions at the left, right, top and bottom edge; empty where the file does not know them.
+    """
+
+    image: np.ndarray
+    spacing: tuple[float, float]
+    labels: tuple[str, str, str, str]
+
+
+def oriented(volume: Volume, axis: int, index: int) -> Slice:
+    """One slice of a volume, seen as radiologists see it.
+
+    Axial slices from below (the patient's right on the left, front on top), coronal ones from the front (right on the
+    left, head on top), sagittal ones with the front on the left and the head on top; an oblique slice as the nearest of
+    the three. A volume that does not know how it lies in the patient is shown in its own order, without labels.
+    """
+    return oriented_like(np.moveaxis(volume.array, axis, 0)[index], volume, axis)
+
+
+def oriented_like(image: np.ndarray, volume: Volume, axis: int) -> Slice:
+    """`image` (h, w) as `oriented` shows a slice of `volume` across `axis`; of the volume only its place counts."""
+    first, second = in_plane(axis)
+    spacing = volume.spacing[first], volume.spacing[second]
+    if not any(volume.codes):
+        return Slice(np.ascontiguousarray(image), spacing, ("", "", "", ""))
+    directions = volume.affine[:3, [first, second]] / spacing
+    # the world axis left out by the slice: 0 sagittal, 1 coronal, 2 axial
+    normal = int(np.argmax(np.abs(np.cross(directions[:, 0], directions[:, 1]))))
+    across, down = [w for w in (0, 1, 2) if w != normal]  # x before y before z: what runs across comes first
+    if np.abs(directions[down, 0]) < np.abs(directions[down, 1]):
+        image, directions, spacing = image.T, directions[:, ::-1], spacing[::-1]
+    # rows must run towards the back (A to P) or the feet (S to I), columns towards the left (R to L) or the back
+    if directions[down, 0] > 0:
+        image = image[::-1]
+    if directions[across, 1] > 0:
+        image = image[:, ::-1]
+    names = (("R", "L"), ("A", "P"), ("S", "I"))
+    labels = (*names[across], *names[down])
+    return Slice(np.ascontiguousarray(image), spacing, labels)
+
+
+def before_after(
+    lr: np.ndarray,
+    results: Mapping[str, np.ndarray],
+    path: PathLike,
+    *,
+    spacing: tuple[float, float] = (1.0, 1.0),
+    labels: Sequence[str] = ("", "", "", ""),
+    grid: str = "origin",
+    zoom: tuple[float, float, float] | None = None,
+    title: str = "",
+) -> None:
+    """The input, pixels as measured, beside each of `results`, whole and zoomed into the same region.
+
+    Args:
+        lr: (h, w), the input.
+        results: title to (scale * h, scale * w) image, from left to right.
+        path: .png, .pdf or .svg.
+        spacing: mm between rows and between columns of `lr`.
+        labels: see `Slice`.
+        grid: how the results lie on the input, see `deformmamba.physics.kspace.Grid`.
+        zoom: (row, column, size) of the zoomed square's centre and side in LR pixels; None: where the detail is.
+
+    Raises:
+        VolumeError: `path` cannot be written.
+        ValueError: no results.
+    """
+    check_output(path, SUFFIXES)
+    if not results:
+        raise ValueError("before_after: there is no result to show")
+    region = zoom or _busiest(list(results.values())[-1], lr.shape)
+    images = {"input": lr, **results}
+    figure, panels = _figure(len(images), 2, lr.shape, spacing)
+    window = grey_window(lr)
+    for column, (name, image) in enumerate(images.items()):
+        scale = image.shape[0] / lr.shape[0]
+        rows, columns = (round(s / scale, 3) for s in spacing)
+        for row in (0, 1):
+            _show(panels[row, column], image, scale, spacing, grid, window)
+        _caption(panels[0, column], name, f"{image.shape[1]} × {image.shape[0]} px, {columns:g} × {rows:g} mm")
+        _edges(panels[0, column], labels)
+        _zoom(panels[0, column], panels[1, column], region, lr.shape, spacing)
+    _save(figure, path, title)
+
+
+def comparison(
+    hr: np.ndarray,
+    results: Mapping[str, np.ndarray],
+    path: PathLike,
+    *,
+    spacing: tuple[float, float] = (1.0, 1.0),
+    zoom: tuple[float, float, float] | None = None,
+    title: str = "",
+) -> None:
+    """The truth beside each result: whole, zoomed, and the absolute error on one shared colour scale.
+
+    PSNR and SSIM under each are of this slice, with the slice's own maximum as data range (protocol "slice").
+
+    Args:
+        hr: (h, w), the truth.
+        results: title to image of the same size.
+        path: .png, .pdf or .svg.
+        spacing: mm between rows and between columns of `hr`.
+        zoom: (row, column, size) of the zoomed square's centre and side in pixels; None: where the detail is.
+
+    Raises:
+        VolumeError: `path` cannot be written.
+        ValueError: no results, or one of another size.
+
+    Source: figure 2 of the paper.
+    """
+    check_output(path, SUFFIXES)
+    if not results or any(image.shape != hr.shape for image in results.values()):
+        raise ValueError(f"comparison: every result must have the size {hr.shape} of hr, and there must be one")
+    region = zoom or _busiest(hr, hr.shape)
+    figure, panels = _figure(len(results) + 1, 3, hr.shape, spacing, bottom=_BOTTOM + 0.35)
+    window, peak = grey_window(hr), float(hr.max()) or 1.0
+    errors = {name: np.abs(image - hr) / peak for name, image in results.items()}
+    worst = max(float(np.percentile(error, 99.7)) for error in errors.values()) or 1.0
+    scores = {name: [metric(image, hr, protocol="slice") for metric in (psnr, ssim)] for name, image in results.items()}
+    best = [max(values) for values in zip(*scores.values(), strict=True)]
+    for column, (name, image) in enumerate([("truth", hr), *results.items()]):
+        for row in (0, 1):
+            _show(panels[row, column], image, 1, spacing, "origin", window)
+        _zoom(panels[0, column], panels[1, column], region, hr.shape, spacing, marked=column == 0)
+        _caption(panels[0, column], name)
+        if column:
+            _show(panels[2, column], errors[name], 1, spacing, "origin", (0, worst), "inferno")
+            for side, value, digits, highest in zip((-1, 1), scores[name], (2, 4), best, strict=True):
+                _below(panels[2, column], side, f"{value:.{digits}f}" + " dB" * (side < 0), bold=value == highest)
+    for axes in panels[2, 1:]:
+        axes.annotate("/", (0.5, 0), (0, -13), "axes fraction", "offset points", fontsize=11, color=_MUTED, ha="center")
+    key = panels[2, 0]
+    key.set_axis_off()
+    bar = figure.colorbar(panels[2, 1].images[0], cax=key.inset_axes((0.88, 0.02, 0.06, 0.96)), extend="max")
+    bar.ax.yaxis.set_ticks_position("left")
+    bar.ax.tick_params(labelsize=9, colors=_INK)
+    words: dict[str, Any] = {"transform": key.transAxes, "fontsize": 9, "color": _INK}
+    key.text(0.6, 0.5, "absolute error\n(1 = maximum of the truth)", rotation=90, ha="center", va="center", **words)
+    above = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 9, "color": _MUTED, "ha": "right"}
+    key.annotate("PSNR / SSIM of this slice,\ndata range its own maximum", (0.94, 0), (0, -24), **above)
+    _save(figure, path, title)
+
+
+def _figure(
+    n_columns: int, n_rows: int, shape: tuple[int, ...], spacing: tuple[float, float], bottom: float = _BOTTOM
+) -> tuple["Figure", Any]:
+    """A figure without pyplot (no window, no global state); panels of the image's shape, square in the last rows."""
+    from matplotlib.figure import Figure
+
+    aspect = min(max(shape[0] * spacing[0] / (shape[1] * spacing[1]), 0.4), 1.6)  # a whole spine is letterboxed
+    heights = [aspect, 1.0, aspect][:n_rows]
+    width = _PANEL * n_columns + _GAP * (n_columns - 1) + 2 * _MARGIN
+    height = _PANEL * sum(heights) + _GAP * (n_rows - 1) + _TOP + bottom
+    figure = Figure(figsize=(width, height), facecolor=_PAPER, dpi=150)
+    panels = figure.subplots(n_rows, n_columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    figure.subplots_adjust(
+        left=_MARGIN / width,
+        right=1 - _MARGIN / width,
+        top=1 - _TOP / height,
+        bottom=bottom / height,
+        wspace=_GAP / _PANEL,
+        hspace=_GAP * n_rows / (sum(heights) * _PANEL),
+    )
+    return figure, panels
+
+
+def _show(
+    axes: "Axes",
+    image: np.ndarray,
+    scale: float,
+    spacing: tuple[float, float],
+    grid: str,
+    window: tuple[float, float],
+    colours: str = "gray",
+) -> None:
+    """`image` in mm: the centre of LR pixel (0, 0) is the origin, and every pixel is a sharp-edged rectangle."""
+    first = 0.0 if grid == "origin" else -(1 - 1 / scale) / 2
+    (top, bottom), (left, right) = (
+        ((first - 0.5 / scale) * mm, (first + (n - 0.5) / scale) * mm)
+        for n, mm in zip(image.shape, spacing, strict=True)
+    )
+    low, high = window
+    extent = (left, right, bottom, top)
+    axes.imshow(image, cmap=colours, vmin=low, vmax=high, extent=extent, interpolation="nearest", aspect="equal")
+    axes.set_facecolor("black")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def _zoom(
+    whole: "Axes",
+    detail: "Axes",
+    region: tuple[float, float, float],
+    shape: tuple[int, ...],
+    spacing: tuple[float, float],
+    marked: bool = True,
+) -> None:
+    """Cuts the whole image to the reference's field, draws the square in it, and cuts the detail to the square."""
+    from matplotlib.patches import Rectangle
+
+    row, column, size = region
+    side = size * min(spacing)
+    (top, left) = (
+        min(max(centre * mm - side / 2, -mm / 2), (n - 0.5) * mm - side)
+        for centre, n, mm in zip((row, column), shape, spacing, strict=True)
+    )
+    if marked:
+        whole.add_patch(Rectangle((left, top), side, side, fill=False, edgecolor=_ACCENT, linewidth=1.2))
+    whole.set_xlim(-spacing[1] / 2, (shape[1] - 0.5) * spacing[1])
+    whole.set_ylim((shape[0] - 0.5) * spacing[0], -spacing[0] / 2)
+    detail.set_xlim(left, left + side)
+    detail.set_ylim(top + side, top)
+    for edge in detail.spines.values():
+        edge.set(visible=True, edgecolor=_ACCENT, linewidth=1.2)
+
+
+def _caption(axes: "Axes", name: str, detail: str = "") -> None:
+    above: dict[str, Any] = {"xy": (0, 1), "xycoords": "axes fraction", "textcoords": "offset points"}
+    axes.annotate(name, xytext=(0, 17 if detail else 5), fontsize=11, color=_INK, fontweight="bold", **above)
+    if detail:
+        axes.annotate(detail, xytext=(0, 5), fontsize=8.5, color=_MUTED, **above)
+
+
+def _below(axes: "Axes", side: int, text: str, *, bold: bool) -> None:
+    """A score under a panel, left (-1) or right (1) of its middle."""
+    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "color": _INK, "fontsize": 11}
+    weight, aligned = ("bold" if bold else "normal"), ("right" if side < 0 else "left")
+    axes.annotate(text, (0.5, 0), (side * 6, -13), ha=aligned, fontweight=weight, **place)
+
+
+def _edges(axes: "Axes", labels: Sequence[str]) -> None:
+    """Patient directions at the left, right, top and bottom edge, legible on any grey."""
+    from matplotlib.patheffects import withStroke
+
+    places = ((0.02, 0.5), (0.98, 0.5), (0.5, 0.98), (0.5, 0.02))
+    aligned = (("left", "center"), ("right", "center"), ("center", "top"), ("center", "bottom"))
+    for text, (x, y), (ha, va) in zip(labels, places, aligned, strict=True):
+        outline = [withStroke(linewidth=2, foreground="black")]
+        axes.text(x, y, text, transform=axes.transAxes, fontsize=9, color="white", ha=ha, va=va, path_effects=outline)
+
+
+def grey_window(reference: np.ndarray) -> tuple[float, float]:
+    """Black and white: 0, or the lowest value below it; and the 99.7th percentile of the values that are not 0."""
+    values = reference[reference != 0]
+    low = min(0.0, float(reference.min()))
+    high = float(np.percentile(values, 99.7)) if values.size else 1.0
+    return low, high if high > low else low + 1.0
+
+
+def _busiest(image: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float, float]:
+    """(row, column, size) in pixels of an image of `shape`: a square a quarter as wide, full of edges."""
+    size = min(max(8, min(shape) // 4), *shape)
+    scale = image.shape[0] / shape[0]
+    down, across = np.gradient(np.asarray(image, dtype=np.float64))
+    strength = np.hypot(down, across)
+    # a bright rim of skin and fat would win otherwise
+    strength = np.minimum(strength, np.percentile(strength[strength > 0], 95)) if strength.any() else strength + 1
+    window = max(1, round(size * scale))
+    total = np.pad(strength.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    sums = total[window:, window:] - total[:-window, window:] - total[window:, :-window] + total[:-window, :-window]
+    rows, columns = (np.linspace(-1, 1, n) for n in sums.shape)
+    towards_centre = np.exp(-2 * (rows[:, None] ** 2 + columns[None, :] ** 2))
+    row, column = np.unravel_index(int(np.argmax(sums * towards_centre)), sums.shape)
+    return (float(row) + window / 2) / scale, (float(column) + window / 2) / scale, float(size)
+
+
+def _save(figure: "Figure", path: PathLike, title: str) -> None:
+    height = figure.get_figheight()
+    left = _MARGIN / figure.get_figwidth()
+    figure.text(left, 1 - 0.14 / height, title, fontsize=12, color=_INK, va="top", fontweight="bold")
+    figure.text(left, 0.12 / height, STATEMENT, fontsize=7.5, color=_MUTED, va="bottom")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, facecolor=_PAPER)

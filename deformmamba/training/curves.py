@@ -1,0 +1,73 @@
+"""Pictures of a training run: its curves, and what the network makes of a slice that it was not trained on."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from deformmamba.data.patches import load_volume
+from deformmamba.inference import upscale
+from deformmamba.models import SRModel, ZeroFill
+from deformmamba.physics.degradations import Degradation, KSpaceCrop
+from deformmamba.pictures.figures import comparison, oriented_like
+from deformmamba.volume import PathLike, intensity_scale, replacing
+
+NOT_DRAWN = ("step", "lr", "images_per_second")
+
+
+def training_curve(rows: Sequence[Mapping[str, Any]], path: PathLike) -> None:
+    """Loss and validation scores against the step, a panel each, from the rows of a run's log.
+
+    `rows` hold "step" and any columns of numbers, as numbers or as text; empty cells are left out.
+
+    Raises:
+        VolumeError: `path` cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    names = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in NOT_DRAWN]
+    width = 4.0 * len(names)
+    figure = Figure(figsize=(width, 3.0), dpi=110)
+    figure.subplots_adjust(left=0.6 / width, right=1 - 0.15 / width, bottom=0.16, top=0.9, wspace=0.22)
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name) not in (None, "")]
+        points = [(step, value) for step, value in points if math.isfinite(value)]
+        steps, values = [step for step, _ in points], [value for _, value in points]
+        axes.plot(steps, values, marker="." if len(values) < 50 else "", color="#1f5fa8", linewidth=1.3)
+        axes.set_title(name.upper() if name in ("psnr", "ssim", "nmse") else name, loc="left", fontsize=10)
+        axes.set_xlabel("step", fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def sample_picture(
+    model: SRModel, scan: PathLike, path: PathLike, *, degradation: Degradation | None = None, title: str = ""
+) -> None:
+    """The middle slice of `scan`, degraded and upscaled by `model`, beside the truth and, on its grid, zero-filling.
+
+    `degradation` is the k-space crop if not given. The slice is normalised by itself, where `evaluate` normalises the
+    volume.
+
+    Raises:
+        VolumeError: the scan cannot be read, or `path` not be written.
+    """
+    volume, axis = load_volume(scan)
+    middle = np.take(volume.array, volume.array.shape[axis] // 2, axis)
+    hr = torch.from_numpy(np.ascontiguousarray(middle[tuple(slice(n - n % model.scale) for n in middle.shape)]))
+    hr /= intensity_scale(hr.numpy())
+    lr = (degradation or KSpaceCrop(model.scale))(hr)
+
+    models = {"zero-fill": ZeroFill(scale=model.scale), "model": model}
+    results = {
+        name: oriented_like(upscale(made, lr[None], axis=0)[0].numpy(), volume, axis).image
+        for name, made in models.items()
+        if made.grid == model.grid
+    }
+    truth = oriented_like(hr.numpy(), volume, axis)
+    comparison(truth.image, results, path, spacing=truth.spacing, title=title)

@@ -1,0 +1,174 @@
+"""The Hub, through huggingface_hub's own client: a checkpoint from it, a checkpoint to it, and its errors in one line.
+
+The client's settings (HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, time limits) work as they do everywhere. What is
+added: the Hub's hash of a file is looked at, and an error says what to do.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from deformmamba.weights.checkpoint import CARD_FILE, CONFIG_FILE, CONVERT, WEIGHTS_FILE, WeightsError, one_line
+
+
+def download(
+    repo: str,
+    revision: str | None,
+    *,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+    with_card: bool = False,
+) -> tuple[Path, str]:
+    """Brings a checkpoint into the cache; returns its weights file, with its companions beside it, and the commit.
+
+    Raises:
+        WeightsError: whatever goes wrong, in one line with a cure.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    cache = None if cache_dir is None else os.fspath(cache_dir)
+
+    def get(file: str, revision: str | None) -> Path:
+        return Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache, local_files_only=local_files_only))
+
+    with _hub_errors(repo, revision, "fetch", cache):
+        path = get(WEIGHTS_FILE, revision)
+        commit = path.parent.name
+        # the header alone says what the file is: a companion that is not there has nothing to disagree with
+        for companion in (CONFIG_FILE, CARD_FILE) if with_card else (CONFIG_FILE,):
+            with contextlib.suppress(EntryNotFoundError):
+                get(companion, commit)
+    return path, commit
+
+
+def hub_hash(path: Path, repo: str, commit: str, *, local_files_only: bool) -> str | None:
+    """The Hub's own hash of a cached file: SHA-256 of a large one, git's SHA-1 of a small one; None if it is not known.
+
+    The cache links a file to a blob of that name. (That blob may be a link as well, into a store that is shared by
+    repositories and names its files by another hash.) Where the cache cannot link, on Windows, the Hub is asked.
+    """
+    if path.is_symlink():
+        name = Path(os.readlink(path)).name
+    elif local_files_only:
+        return None
+    else:
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        try:
+            with _hub_errors(repo, commit, "fetch"):
+                name = get_hf_file_metadata(hf_hub_url(repo, WEIGHTS_FILE, revision=commit)).etag or ""
+        except WeightsError as error:
+            if isinstance(error.__cause__, OfflineModeIsEnabled):
+                return None
+            raise
+    return name if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name) else None
+
+
+def upload(repo: str, content: Mapping[str, bytes], *, private: bool, message: str) -> str:
+    """Sends files as one commit to a repository, which is made if it is missing; returns the commit.
+
+    Raises:
+        WeightsError: whatever goes wrong, or if the Hub then holds another weights file than the one that was sent.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, get_hf_file_metadata, hf_hub_url
+
+    api = HfApi(library_name="deformmamba")
+    with _hub_errors(repo, None, "publish"):
+        api.create_repo(repo, private=private, exist_ok=True)
+        additions = [CommitOperationAdd(name, data) for name, data in content.items()]
+        commit = api.create_commit(repo, additions, commit_message=message).oid
+        url = hf_hub_url(repo, WEIGHTS_FILE, revision=commit, endpoint=api.endpoint)
+        there = get_hf_file_metadata(url, token=api.token).etag
+    sent = hashlib.sha256(content[WEIGHTS_FILE]).hexdigest()
+    if there != sent:
+        raise WeightsError(
+            f"{repo}@{commit} holds a {WEIGHTS_FILE} with the hash {there}, but {sent} was sent; look at the "
+            f"repository before anybody uses it"
+        )
+    return commit
+
+
+@contextlib.contextmanager
+def _hub_errors(repo: str, revision: str | None, verb: str, cache: str | None = None) -> Iterator[None]:
+    """Turns whatever the Hub client raises into one line with a cure."""
+    from huggingface_hub import constants, errors
+
+    where = repo if revision is None else f"{repo}@{revision}"
+    elsewhere = f"fetch it on a machine that can (deformmamba weights fetch {where} --to FOLDER) and give that folder"
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise WeightsError(
+            f"{where} is gated; ask for access on the Hub, then `hf auth login` or set HF_TOKEN"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise WeightsError(
+            f"the Hub has no repository {repo} that you may read; check the name, and for a private one "
+            f"`hf auth login` or set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise WeightsError(f"{repo} has no revision {revision!r}; give a commit, tag or branch that it has") from error
+    except errors.LocalEntryNotFoundError as error:
+        cause = error.__cause__
+        if cause is None or isinstance(cause, errors.OfflineModeIsEnabled):
+            raise WeightsError(
+                f"{where} is not in the local cache and the Hub may not be asked; unset HF_HUB_OFFLINE, or {elsewhere}"
+            ) from error
+        if _status(cause) == 429:
+            raise WeightsError(_too_many(where, verb)) from error
+        raise WeightsError(
+            f"{where} is not in the local cache and the Hub did not answer ({type(cause).__name__}: "
+            f"{one_line(cause)}); try again later (HF_HUB_ETAG_TIMEOUT=60 waits longer), or {elsewhere}"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise WeightsError(f"{where} has no {WEIGHTS_FILE}; {CONVERT}") from error
+    except errors.HFValidationError as error:
+        raise WeightsError(f"{where} is not a repository name: {one_line(error)}") from error
+    except Exception as error:  # the client passes on what its HTTP library, its Xet library and the disk raise
+        status = _status(error)
+        if status in (401, 403):
+            raise WeightsError(
+                f"the Hub does not let you {verb} {where} ({status}); `hf auth login` or set HF_TOKEN to a token that "
+                f"is valid and may"
+            ) from error
+        if status == 429:
+            raise WeightsError(_too_many(where, verb)) from error
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            raise WeightsError(f"cannot {verb} {where}: the Hub may not be asked; unset HF_HUB_OFFLINE") from error
+        if isinstance(error, OSError) and error.errno is not None and status is None:
+            folder = cache or constants.HF_HUB_CACHE
+            full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
+            cure = "free some, or set HF_HOME to a folder with more" if full else "set HF_HOME to one that can be"
+            raise WeightsError(
+                f"cannot {verb} {where}: the cache {folder} {'has no room' if full else 'cannot be written'} "
+                f"({error.strerror}); {cure}"
+            ) from error
+        why = f"{type(error).__name__}: {one_line(error)}"
+        if error.__cause__ is not None and one_line(error.__cause__) not in why:
+            why += f" {type(error.__cause__).__name__}: {one_line(error.__cause__)}"
+        cure = f"try again, or {elsewhere}" if verb == "fetch" else "try again"
+        raise WeightsError(f"cannot {verb} {where} ({why}); {cure}") from error
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status in an error of the Hub client, or in the errors that it came from."""
+    seen: BaseException | None = error
+    while seen is not None:
+        status = getattr(getattr(seen, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
+        seen = seen.__cause__
+    return None
+
+
+def _too_many(where: str, verb: str) -> str:
+    return (
+        f"cannot {verb} {where}: the Hub has had too many requests from here (429); wait some minutes, or "
+        f"`hf auth login`, which allows more"
+    )

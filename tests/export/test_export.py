@@ -1,0 +1,214 @@
+"""Files for other programs: equal to the model at sizes they were not made at, honest about themselves, or absent."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import deformmamba.export
+from deformmamba.cli import main
+from deformmamba.export import FACTS, ExportError, export
+from deformmamba.models import DeformMambaSR, SRModel
+from deformmamba.physics.kspace import zero_fill
+from deformmamba.scan import selective_scan_2d
+from deformmamba.weights import write_checkpoint
+
+SMALL = {"scale": 2, "dims": [4], "depths": [1], "patch": 2, "stem_channels": 2, "d_state": 2, "context_rates": [1, 2]}
+
+
+def small(**options: object) -> DeformMambaSR:
+    torch.manual_seed(0)
+    model = DeformMambaSR(**{**SMALL, **options}).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def image(h: int, w: int, b: int = 1) -> torch.Tensor:
+    return torch.rand(b, 1, h, w, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("directions", "zoh", "bias", "rank"),
+    [(1, False, True, 0), (2, True, False, 3), (4, False, False, 0), (4, True, True, 3)],
+)
+def test_the_scan_by_steps_is_the_scan(directions: int, zoh: bool, bias: bool, rank: int) -> None:
+    b, h, w, d, n, k = 2, 3, 4, 5, 2, directions
+    generator = torch.Generator().manual_seed(0)
+    u, delta, mix, B, C, D, A, dt = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in (
+            (b, h, w, d), (k, b, h, w, rank or d), (k * d, rank), (b, h, w, k, n), (b, h, w, k, n),
+            (k * d,), (k * d, n), (k * d,),
+        )
+    )  # fmt: skip
+    A = -A.exp()
+    wanted = selective_scan_2d(
+        u, delta, A, B, C, *((D, dt) if bias else ()), delta_weight=mix if rank else None,
+        discretization="zoh" if zoh else "euler", backend="reference",
+    )  # fmt: skip
+    got, last, kept = deformmamba.export._scan_by_steps(
+        "cpu",
+        u.reshape(b, 1, h * w, d),
+        delta.reshape(k, b, 1, h * w, rank or d),
+        A.reshape(k, 1, d, n),
+        *(x.permute(3, 0, 1, 2, 4).reshape(k, b, 1, h * w, n) for x in (B, C)),
+        D.reshape(k, 1, d) if bias else None,
+        dt.reshape(k, 1, d) if bias else None,
+        None,
+        h,
+        w,
+        True,
+        zoh,
+        False,
+        mix.reshape(k, 1, d, rank) if rank else None,
+    )
+    torch.testing.assert_close(got.reshape(b, h, w, d), wanted)
+    assert last.shape == (k, b, 1, d, n)
+    assert kept.shape[3] == 0
+
+
+def test_a_pt2_file_needs_no_deformmamba(tmp_path: Path) -> None:
+    model = small(deform=False, context=False)
+    done = export(model, tmp_path / "m.pt2", format="pt2", size=(7, 6))
+    assert done.difference < 1e-5
+    assert done.sizes == [(7, 6)]
+    lr = image(7, 6)
+    torch.save({"lr": lr, "sr": model(lr).detach()}, tmp_path / "example.pt")
+    script = (
+        "import sys, torch; f = {}; program = torch.export.load('m.pt2', extra_files=f).module()\n"
+        "example = torch.load('example.pt', weights_only=True)\n"
+        "torch.testing.assert_close(program(lr=example['lr'], base=None), example['sr'], atol=1e-5, rtol=0)\n"
+        "assert not any(name.startswith('deformmamba') for name in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=300)
+    kept: dict[str, str] = {FACTS: ""}
+    torch.export.load(tmp_path / "m.pt2", extra_files=kept)
+    facts = json.loads(kept[FACTS])
+    assert facts == done.facts
+    assert facts["size"] == "7x6, batch 1"
+    assert "base" not in json.loads(facts["inputs"])
+
+
+@pytest.mark.slow
+def test_a_pt2_file_takes_sizes_it_was_not_made_at(tmp_path: Path) -> None:
+    model = small(skip="zero-fill")
+    done = export(model, tmp_path / "m.pt2", format="pt2")
+    assert len(done.sizes) == 2
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    for h, w, b in [(8, 8, 1), (9, 14, 3)]:
+        lr = image(h, w, b)
+        base = zero_fill(lr, 2)
+        with torch.no_grad():  # with gradients PyTorch imports its compiler, whose own imports warn
+            torch.testing.assert_close(program(lr=lr, base=base), model(lr, base), atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{"skip": "zero-fill"}, {"dims": [4, 6], "depths": [1, 1], "discretization": "zoh", "directions": 2}]
+)
+def test_an_onnx_file_takes_sizes_it_was_not_made_at(tmp_path: Path, options: dict[str, object]) -> None:
+    pytest.importorskip("onnxscript")
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    model = small(**options)
+    done = export(model, tmp_path / "m.onnx", format="onnx")
+    assert done.difference < 1e-5
+    file = onnx.load(tmp_path / "m.onnx")
+    onnx.checker.check_model(file)
+    assert {p.key: p.value for p in file.metadata_props}.items() >= done.facts.items()
+    assert done.facts["size"] == "free"
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    smallest = int(done.facts["minimum_size"])
+    for h, w, b in [(smallest, smallest, 1), (21, 6, 3)]:
+        lr = image(h, w, b)
+        inputs = {"lr": lr, "base": zero_fill(lr, 2)} if model.skip else {"lr": lr}
+        assert [i.name for i in session.get_inputs()] == list(inputs) == list(json.loads(done.facts["inputs"]))
+        (sr,) = session.run(["sr"], {name: x.numpy() for name, x in inputs.items()})
+        np.testing.assert_allclose(sr, model(**inputs).detach().numpy(), atol=1e-5)
+
+
+def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exporter is broken on purpose: the columns are walked as rows."""
+    monkeypatch.setattr(deformmamba.export, "_transposed", lambda x, height, width: x)
+    (tmp_path / "m.pt2").write_bytes(b"yesterday's")
+    with pytest.raises(
+        ExportError, match=r"m\.pt2: the exported DeformMambaSR differs from the model by [\d.e-]+, more"
+    ):
+        export(small(deform=False, context=False), tmp_path / "m.pt2", format="pt2", size=(7, 6), tolerance=1e-5)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"]
+    assert (tmp_path / "m.pt2").read_bytes() == b"yesterday's"
+
+
+def test_a_file_that_gives_nan_is_not_kept(tmp_path: Path) -> None:
+    model = small(deform=False, context=False)
+    model.project.bias.data.fill_(float("nan"))
+    with pytest.raises(ExportError, match="differs from the model by inf"):
+        export(model, tmp_path / "m.pt2", format="pt2", size=(7, 6))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deformmamba.export, "_program", lambda model, *_: model)
+    monkeypatch.setattr(deformmamba.export, "_write_pt2", lambda model, path, *_: path.touch())
+    monkeypatch.setattr(deformmamba.export, "_pt2_runner", lambda path: lambda inputs: torch.zeros(1))
+    model = small(drop_path=0.5).double().train()
+    with pytest.raises(ExportError):
+        export(model, tmp_path / "m.pt2", format="pt2")
+    assert model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+class Unexportable(SRModel):
+    """Looks at values, which no graph can hold."""
+
+    def __init__(self, *, scale: int = 2, intensity: str = "p99.9") -> None:
+        super().__init__(scale=scale, intensity=intensity)
+
+    def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
+        big = lr.repeat_interleave(2, -1).repeat_interleave(2, -2)
+        return big * 2 if lr.mean() > 0.5 else big
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"format": "tflite"}, "format 'tflite' is not known; there are onnx and pt2"),
+        ({"format": "pt2", "size": (0, 4)}, r"size is \(0, 4\); it must be \(h, w\) of at least 1"),
+        ({"format": "pt2", "size": (4, 4)}, "torch .* cannot export Unexportable: "),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(tmp_path: Path, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ExportError, match=message) as caught:
+        export(Unexportable(), tmp_path / "m", **arguments)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ExportError, match="there is no folder"):
+        export(Unexportable(), tmp_path / "none" / "m", format="pt2")
+
+
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(
+        ExportError, match=r"ONNX needs .*onnxruntime; install it with: pip install 'deformmamba\[export\]'"
+    ):
+        export(small(), tmp_path / "m.onnx", format="onnx")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, file = tmp_path / "small.safetensors", tmp_path / "small.pt2"
+    model = small(deform=False, context=False)
+    write_checkpoint(
+        weights, class_name="DeformMambaSR", config=model.config, tensors=model.state_dict(), provenance={}
+    )
+    arguments = ["export", "--format", "pt2", "--model", str(weights), "-o"]
+    assert main([*arguments, str(file), "--size", "7", "6"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"{file}: small as pt2, input size 7x6, batch 1"
+    assert second.startswith("  largest difference from the model on 7x6 pixels of a real scan: ")
+    assert file.is_file()
+    assert main([*arguments, str(tmp_path / "none" / "x.pt2")]) == 2
+    assert "there is no folder" in capsys.readouterr().err

@@ -1,0 +1,136 @@
+"""MONAI's and TorchIO's objects go in and come out, at the right place; with the packages where they are installed."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from deformmamba.inference import upscale
+from deformmamba.inference.adapters import UpscaleInferer, UpscaleTransform
+from deformmamba.models import ZeroFill
+from deformmamba.volume import Volume, VolumeError
+
+AFFINE = np.array([[-0.9, 0, 0, 12], [0, 0.8, 0, -7], [0, 0, 4, 3], [0, 0, 0, 1.0]])
+
+
+def image(*size: int) -> torch.Tensor:
+    return torch.rand(*size, generator=torch.Generator().manual_seed(0)) * 900
+
+
+def imported(name: str) -> Any:
+    with warnings.catch_warnings():  # theirs, at import
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(name)
+
+
+def expected(scan: torch.Tensor) -> Volume:
+    return upscale(ZeroFill(scale=2), Volume(scan.numpy(), AFFINE))
+
+
+def test_an_inferer_takes_batches_of_slices_and_volumes() -> None:
+    model, inferer = ZeroFill(scale=2), UpscaleInferer(batch_size=2)
+    volumes = image(2, 2, 6, 8, 3)
+    sharp = inferer(volumes, model)
+    assert sharp.shape == (2, 2, 12, 16, 3)
+    torch.testing.assert_close(sharp[1, 0], upscale(model, volumes[1, 0]))
+    slices = inferer(inputs=volumes[..., 0], network=model)
+    assert slices.shape == (2, 2, 12, 16)
+    torch.testing.assert_close(slices[0, 1], upscale(model, volumes[0, 1, :, :, 0]))
+    assert UpscaleInferer(axis=0)(volumes, model).shape == (2, 2, 6, 16, 6)
+    with pytest.raises(TypeError, match="one of deformmamba's models, not Linear"):
+        inferer(volumes, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="nothing else"):
+        inferer(volumes, model, 3)
+    with pytest.raises(VolumeError, match=r"\(b, c, h, w\)"):
+        inferer(volumes[0, 0], model)
+
+
+def test_plain_arrays_and_dictionaries() -> None:
+    transform = UpscaleTransform(ZeroFill(scale=2), keys=("t2",))
+    volume = image(1, 6, 8, 3)
+    sharp = transform(volume)
+    torch.testing.assert_close(sharp[0], upscale(ZeroFill(scale=2), volume[0]))
+    np.testing.assert_array_equal(transform(volume.numpy()), sharp.numpy())
+    data = {"t2": volume, "label": 3}
+    made = transform(data)
+    assert made["label"] == 3
+    assert torch.equal(made["t2"], sharp)
+    assert data["t2"] is volume
+    with pytest.raises(VolumeError, match="no entry 't2'; there are t1"):
+        transform({"t1": volume})
+    with pytest.raises(VolumeError, match="name them in keys"):
+        UpscaleTransform(ZeroFill(scale=2))(data)
+    with pytest.raises(VolumeError, match="a str is no image"):
+        transform("volume")
+    with pytest.raises(VolumeError, match=r"not \(6, 8\)"):
+        transform(volume[0, :, :, 0])
+
+
+class Meta(torch.Tensor):
+    """What a MetaTensor offers."""
+
+    affine: torch.Tensor
+    meta: dict[str, Any]
+
+    def __new__(cls, x: torch.Tensor, affine: torch.Tensor, meta: dict[str, Any]) -> "Meta":
+        made = x.as_subclass(cls)
+        made.affine, made.meta = affine, meta
+        return made
+
+    def as_tensor(self) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def check_meta_tensors(kind: Any) -> None:
+    scans = image(2, 6, 8, 3)
+    given = kind(scans, affine=torch.from_numpy(AFFINE), meta={"kept": 7})
+    made = UpscaleTransform(ZeroFill(scale=2))(given)
+    assert type(made) is type(given)
+    assert made.meta["kept"] == 7
+    np.testing.assert_allclose(made.affine.numpy(), expected(scans[0]).affine)
+    np.testing.assert_array_equal(made.as_tensor()[1].numpy(), expected(scans[1]).array)
+    flat = UpscaleTransform(ZeroFill(scale=2))(kind(scans[..., 0], affine=torch.from_numpy(AFFINE), meta={}))
+    assert flat.shape == (2, 12, 16)
+    np.testing.assert_allclose(flat.affine.numpy(), expected(scans[0]).affine)
+    assert type(UpscaleInferer()(given[None], ZeroFill(scale=2))) is torch.Tensor
+
+
+def test_what_looks_like_a_meta_tensor() -> None:
+    check_meta_tensors(Meta)
+
+
+def test_monai() -> None:
+    imported("monai")
+    data, transforms = imported("monai.data"), imported("monai.transforms")
+    check_meta_tensors(data.MetaTensor)
+    scan = image(1, 6, 8, 3)
+    pipeline = transforms.Compose(
+        [transforms.ScaleIntensityd("t2"), UpscaleTransform(ZeroFill(scale=2), keys="t2"), transforms.ToTensord("t2")]
+    )
+    made = pipeline({"t2": data.MetaTensor(scan, affine=torch.from_numpy(AFFINE)), "name": "x"})
+    assert made["t2"].shape == (1, 12, 16, 3)
+    assert made["name"] == "x"
+    np.testing.assert_allclose(made["t2"].affine.numpy(), expected(scan[0]).affine)
+
+
+def test_torchio() -> None:
+    tio = imported("torchio")
+    scans = image(2, 6, 8, 3)
+    subject = tio.Subject(
+        t2=tio.ScalarImage(tensor=scans, affine=AFFINE),
+        mask=tio.LabelMap(tensor=torch.ones(1, 6, 8, 3), affine=AFFINE),
+        age=40,
+    )
+    transform = UpscaleTransform(ZeroFill(scale=2))
+    made = tio.Compose([transform, tio.RescaleIntensity(percentiles=(0, 100), masking_method=None)])(subject)
+    assert type(made) is tio.Subject
+    assert (made.age, made.mask.spatial_shape, made.t2.spatial_shape) == (40, (6, 8, 3), (12, 16, 3))
+    np.testing.assert_allclose(made.t2.affine, expected(scans[0]).affine)
+    assert subject.t2.spatial_shape == (6, 8, 3)
+    alone = transform(subject.t2)
+    assert type(alone) is tio.ScalarImage
+    np.testing.assert_array_equal(alone.data[1].numpy(), expected(scans[1]).array)
+    with pytest.raises(VolumeError, match="label map"):
+        UpscaleTransform(ZeroFill(scale=2), keys="mask")(subject)

@@ -1,0 +1,355 @@
+"""Folders of scans: all found, named as BIDS wants, nothing done twice, nothing lost to a bad file or a killed run."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from pydicom import dcmread
+from pydicom.data import get_testdata_file
+
+from deformmamba.cli import main
+from deformmamba.inference.cohort import is_cohort, processes, sr_name, upscale_cohort
+from deformmamba.models import VDSR, ZeroFill
+from deformmamba.volume import VolumeError, read_volume
+
+
+def scan(path: Path, seed: int = 0, shape: tuple[int, ...] = (8, 6, 3)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.random.default_rng(seed).integers(1, 900, shape).astype(np.int16)
+    kind = nibabel.MGHImage if path.suffix == ".mgz" else nibabel.Nifti1Image
+    nibabel.save(kind(array, np.diag([-1.0, 1, 4, 1])), path)
+    return path
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Two subjects, three kinds of file, and things that are no scans."""
+    root = tmp_path / "raw é"
+    scan(root / "sub-01" / "ses-1" / "anat" / "sub-01_ses-1_T2w.nii.gz", 1)
+    scan(root / "sub-01" / "ses-2" / "anat" / "sub-01_ses-2_acq-a_T2w.nii", 2)
+    scan(root / "sub-02" / "anat" / "sub-02_T2w.mgz", 3, (8, 10, 4))
+    series = root / "scanner" / "t2 tse"
+    series.mkdir(parents=True)
+    dataset = dcmread(str(get_testdata_file("MR_small.dcm", download=False)))
+    dataset.PatientName, dataset.PatientID = "SECRET^NAME", "SECRET-ID"
+    dataset.save_as(series / "IM0001")
+    (root / "sub-01" / "ses-1" / "anat" / "sub-01_ses-1_T2w.json").write_text('{"PatientName": "SECRET"}')
+    (root / "dataset_description.json").write_text('{"Name": "raw", "BIDSVersion": "1.9.0"}')
+    (root / ".hidden.nii").write_bytes(b"x")
+    (root / "README").write_text("words")
+    return root
+
+
+OUTPUTS = [
+    "scanner/t2 tse_desc-sr",
+    "sub-01/ses-1/anat/sub-01_ses-1_desc-sr_T2w.nii.gz",
+    "sub-01/ses-2/anat/sub-01_ses-2_acq-a_desc-sr_T2w.nii",
+    "sub-02/anat/sub-02_desc-sr_T2w.mgz",
+]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "plain.safetensors"
+    ZeroFill(scale=2).save_pretrained(path)
+    return str(path)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_scan_is_found_and_named(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "deep"
+    outcomes = upscale_cohort(ZeroFill(scale=2), tree, out)
+    assert [(o.output, o.status) for o in outcomes] == [(name, "made") for name in OUTPUTS]
+    for name in OUTPUTS:
+        written, source = read_volume(out / name), read_volume(tree / name.replace("_desc-sr", ""))
+        assert written.array.shape == (*(2 * n for n in source.array.shape[:2]), source.array.shape[2])
+        np.testing.assert_allclose(written.affine, source.affine @ np.diag([0.5, 0.5, 1, 1]), atol=1e-4)
+        np.testing.assert_allclose(written.array[::2, ::2], source.array, atol=0.05)
+    assert json.loads((out / "dataset_description.json").read_text())["DatasetType"] == "derivative"
+    assert [row["status"] for row in table(out / "desc-sr_summary.csv")] == ["made"] * 4
+    text = b"".join(data for name, data in content(out).items() if name.endswith((".json", ".csv")))
+    assert b"SECRET" not in text
+    assert not any(re.match(r"\.[0-9a-f]{16}", path.name) for path in out.rglob("*"))
+
+
+def test_the_sidecar_says_what_made_it(tree: Path, tmp_path: Path, weights: str) -> None:
+    model = ZeroFill.from_pretrained(weights)
+    upscale_cohort(model, tree, tmp_path / "out", ensemble=True, consistency=True, dtype="float32")
+    name = "sub-01/ses-1/anat/sub-01_ses-1_desc-sr_T2w.json"
+    said = json.loads((tmp_path / "out" / name).read_text())
+    assert said["Sources"] == [OUTPUTS[1].replace("_desc-sr", "")]
+    by = said["GeneratedBy"][0]
+    assert by["weights"] == "plain.safetensors"  # a path would say more than anybody asked
+    assert re.fullmatch("[0-9a-f]{64}", by["sha256"])
+    assert (by["Name"], by["model"], by["scale"], by["ensemble"], by["consistency"]) == (
+        "deformmamba", "ZeroFill", 2, True, True,
+    )  # fmt: skip
+
+
+def test_what_is_done_is_skipped_and_what_has_changed_is_not(tree: Path, tmp_path: Path) -> None:
+    out, model = tmp_path / "out", ZeroFill(scale=2)
+
+    def made(**settings: Any) -> list[str]:
+        return [
+            o.output for o in upscale_cohort(settings.pop("model", model), tree, out, **settings) if o.status == "made"
+        ]
+
+    assert made() == OUTPUTS
+    before = content(out)
+    assert made() == []
+    assert {k: v for k, v in content(out).items() if "summary" not in k} == {
+        k: v for k, v in before.items() if "summary" not in k
+    }
+    scan(tree / "sub-02" / "anat" / "sub-02_T2w.mgz", 4, (8, 10, 4))  # the same size, later
+    os.utime(tree / "sub-02" / "anat" / "sub-02_T2w.mgz", (2e9, 2e9))
+    assert made() == [OUTPUTS[3]]
+    (out / OUTPUTS[1]).unlink()
+    (out / "sub-01/ses-2/anat/sub-01_ses-2_acq-a_desc-sr_T2w.json").write_text("{")
+    assert made() == [OUTPUTS[1], OUTPUTS[2]]
+    assert made(axis=2) == OUTPUTS
+    assert made(axis=2, batch_size=1, ensemble=False, consistency=False) == []  # changes nothing
+    assert made(axis=2, model=ZeroFill(scale=3)) == OUTPUTS
+    assert made(axis=2, model=ZeroFill(scale=3, intensity="max")) == OUTPUTS  # weights without a file differ, too
+    torch.manual_seed(0)
+    small = VDSR(scale=2, layers=2, width=4).eval()
+    assert made(axis=2, model=small) == OUTPUTS
+    assert made(axis=2, model=small) == []
+    with torch.no_grad():
+        next(small.parameters()).add_(1e-3)
+    assert made(axis=2, model=small) == OUTPUTS
+
+
+def test_a_bad_file_does_not_stop_the_others(tree: Path, tmp_path: Path, weights: str, capsys: Any) -> None:
+    (tree / "broken.nii.gz").write_bytes(b"no scan")
+    scan(tree / "four.nii", shape=(8, 6, 3, 2))
+    scan(tree / "twice.nii")
+    scan(tree / "twice.nii.gz")
+    scan(tmp_path / "elsewhere.nii")
+    (tree / "link.nii").symlink_to(tmp_path / "elsewhere.nii")
+    (tree / "dangling.nii").symlink_to(tree / "nowhere.nii")
+    (tree / "inside.nii").symlink_to(tree / "twice.nii")
+    (tree / "loop").symlink_to(tree)
+    out = tmp_path / "out"
+    assert main(["upscale", str(tree), "-o", str(out), "--model", weights, "--device", "cpu"]) == 1
+    said, errors = capsys.readouterr()
+    assert f"{out}: 6 made, 0 skipped, 5 failed; see desc-sr_summary*.csv" in said
+    failed = {row["source"]: row["reason"] for row in table(out / "desc-sr_summary.csv") if row["status"] == "failed"}
+    expected = {
+        "broken.nii.gz": "not a NIfTI file",
+        "dangling.nii": "No such file",
+        "four.nii": "--volume K",
+        "link.nii": "leads out of the folder",
+        "twice.nii.gz": "another scan has the output twice_desc-sr.json already",
+    }
+    assert failed.keys() == expected.keys()
+    for name, words in expected.items():
+        assert words in failed[name]
+        assert f"deformmamba: failed: {name}: " in errors
+    assert errors.count("\n") == 5
+    assert "Traceback" not in errors
+    assert not (out / "broken_desc-sr.nii.gz").exists()
+    assert main(["upscale", str(tree), "-o", str(out), "--model", weights, "--device", "cpu"]) == 1
+    assert "0 made, 6 skipped, 5 failed" in capsys.readouterr().out
+
+
+def test_a_bug_in_one_scan_is_named_but_not_quoted(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(self: ZeroFill, lr: torch.Tensor, base: Any = None) -> torch.Tensor:
+        raise KeyError("SECRET")
+
+    monkeypatch.setattr(ZeroFill, "forward", bug)
+    outcomes = upscale_cohort(ZeroFill(scale=2), tree, tmp_path / "out")
+    assert {o.reason for o in outcomes} == {"an unexpected KeyError; upscale this scan alone to see where"}
+
+
+def test_outputs_are_no_inputs(tree: Path) -> None:
+    """Into the folder itself, and into a folder below it."""
+    for out in (tree, tree / "derivatives" / "sr"):
+        for _ in range(2):
+            outcomes = upscale_cohort(ZeroFill(scale=2), tree, out)
+            assert [o.output for o in outcomes] == OUTPUTS
+        assert {o.status for o in outcomes} == {"skipped"}
+
+
+def test_ctrl_c_keeps_the_summary_of_what_was_done(tree: Path, tmp_path: Path) -> None:
+    def told(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        upscale_cohort(ZeroFill(scale=2), tree, tmp_path / "out", told=told)
+    assert [row["status"] for row in table(tmp_path / "out" / "desc-sr_summary.csv")] == ["made"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("sub-01_T2w.nii.gz", "sub-01_desc-sr_T2w.nii.gz"),
+        ("sub-01_ses-1_run-02_part-mag_T1w.nii", "sub-01_ses-1_run-02_part-mag_desc-sr_T1w.nii"),
+        ("sub-01_space-MNI_desc-preproc_T1w.nii.gz", "sub-01_space-MNI_desc-preprocsr_T1w.nii.gz"),
+        ("brain.nii", "brain_desc-sr.nii"),
+        ("a.b.NII.GZ", "a.b_desc-sr.NII.GZ"),
+        ("sub-01 T2.mgz", "sub-01 T2_desc-sr.mgz"),
+        ("series 中", "series 中_desc-sr"),
+    ],
+)
+def test_names(name: str, expected: str) -> None:
+    assert sr_name(name) == expected
+
+
+def test_a_folder_of_dicom_is_a_scan_and_no_cohort(tree: Path, tmp_path: Path) -> None:
+    assert is_cohort(tree)
+    assert not is_cohort(tree / "scanner" / "t2 tse")
+    assert not is_cohort(tree / "README")
+    with pytest.raises(VolumeError, match="one scan; give the folder above"):
+        upscale_cohort(ZeroFill(scale=2), tree / "scanner" / "t2 tse", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(VolumeError, match="holds no scan"):
+        upscale_cohort(ZeroFill(scale=2), tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(VolumeError, match="no such folder"):
+        upscale_cohort(ZeroFill(scale=2), tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(VolumeError, match="cannot be made"):
+        upscale_cohort(ZeroFill(scale=2), tree, tree / "README" / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_for_one_scan_are_refused(tree: Path, tmp_path: Path, capsys: Any) -> None:
+    for option, value in (("--figure", "a.png"), ("--uncertainty", "u.nii"), ("--series", "0")):
+        assert main(["upscale", str(tree), "-o", str(tmp_path / "out"), option, value]) == 2
+        assert f"{option} is for one scan" in capsys.readouterr().err
+    assert main(["upscale", str(tree), "-o", str(tmp_path / "out.nii.gz")]) == 2
+    assert "the output is a folder too" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "3"}, (1, 3)),
+        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"}, (2, 4)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1)),  # a batch script without srun
+        ({"RANK": "0", "WORLD_SIZE": "2", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, (0, 2)),
+    ],
+)
+def test_the_share_of_a_process(environment: dict[str, str], expected: tuple[int, int]) -> None:
+    assert processes(environment) == expected
+
+
+@pytest.mark.parametrize("bad", [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "-1", "WORLD_SIZE": "2"}])
+def test_no_share(bad: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="no share of the work"):
+        processes(bad)
+
+
+def test_shares_are_all_of_it_and_none_twice(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tree / "broken.nii").write_bytes(b"x")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    outputs = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        outputs += [o.output for o in upscale_cohort(ZeroFill(scale=2), tree, tmp_path / "out")]
+    assert sorted(outputs) == sorted([*OUTPUTS, "broken_desc-sr.nii"])
+    rows = [row for rank in range(3) for row in table(tmp_path / "out" / f"desc-sr_summary_rank-{rank}.csv")]
+    assert sorted(row["output"] for row in rows) == sorted(outputs)
+
+
+SLOW_SCRIPT = """
+import os, sys, time
+from deformmamba.models import VDSR, ZeroFill
+forward = ZeroFill.forward
+def slow(self, lr, base=None):
+    # the second process hangs in its second scan until it is killed
+    if os.environ["RANK"] == "1" and os.path.exists(sys.argv[1] + "/first"):
+        open(sys.argv[1] + "/hangs", "w").close()
+        time.sleep(120)
+    return forward(self, lr, base)
+ZeroFill.forward = slow
+from deformmamba.inference.cohort import upscale_cohort
+def told(outcome):
+    print(outcome.output, outcome.status, flush=True)
+    if os.environ["RANK"] == "1":
+        open(sys.argv[1] + "/first", "w").close()
+upscale_cohort(ZeroFill(scale=2), sys.argv[2], sys.argv[3], told=told)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
+def test_one_of_two_processes_killed_and_the_run_repeated(tmp_path: Path) -> None:
+    root, out, notes = tmp_path / "in", tmp_path / "out", tmp_path / "notes"
+    notes.mkdir()
+    for k in range(7):
+        scan(root / f"sub-{k}_T2w.nii", k)
+
+    def start(rank: int) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-c", SLOW_SCRIPT, str(notes), str(root), str(out)],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    with start(0) as first, start(1) as second:
+        for _ in range(600):
+            if (notes / "hangs").exists():
+                break
+            time.sleep(0.1)
+        second.send_signal(signal.SIGKILL)
+        said = [process.communicate(timeout=100)[0] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, -signal.SIGKILL)
+    assert [text.count(" made") for text in said] == [4, 1]
+    done = {
+        name: (out / name).stat().st_mtime_ns for name in os.listdir(out) if name.endswith(".nii") and name[0] != "."
+    }
+    assert len(done) == 5
+
+    outcomes = upscale_cohort(ZeroFill(scale=2), root, out)
+    assert [o.status for o in outcomes].count("made") == 2
+    assert [o.status for o in outcomes].count("skipped") == 5
+    assert all((out / name).stat().st_mtime_ns == changed for name, changed in done.items())
+    for k in range(7):
+        assert read_volume(out / f"sub-{k}_desc-sr_T2w.nii").array.shape == (16, 12, 3)
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_bad_file_stops_nobody(tmp_path: Path, weights: str) -> None:
+    root, out = tmp_path / "in", tmp_path / "out"
+    scan(root / "sub-0_T2w.nii", 0, (6, 6, 1))
+    # the largest goes to the first process, the bad one to the second, which is through long before
+    (root / "sub-0_T1w.nii").write_bytes(b"no scan at all" * 100)
+    for k in range(1, 4):
+        scan(root / f"sub-{k}_T2w.nii", k, (256, 256, 40) if k == 1 else (6, 6, 1))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "deformmamba"]
+    command = ["upscale", str(root), "-o", str(out), "--model", weights, "--device", "cpu", "--ensemble"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launch, *command], capture_output=True, text=True, check=False, env=environment, timeout=200
+    )
+    assert done.returncode == 1, done.stderr
+    assert sorted(path.name for path in out.glob("*.nii")) == [f"sub-{k}_desc-sr_T2w.nii" for k in range(4)]
+    rows = [row for rank in range(2) for row in table(out / f"desc-sr_summary_rank-{rank}.csv")]
+    assert sorted((row["source"], row["status"]) for row in rows) == [
+        ("sub-0_T1w.nii", "failed"),
+        *((f"sub-{k}_T2w.nii", "made") for k in range(4)),
+    ]
+    assert "failed: sub-0_T1w.nii: " in done.stderr

@@ -1,0 +1,130 @@
+"""The network: sizes, presets, ablations, the global skip, and the trained deform branch of the shipped checkpoint."""
+
+import pytest
+import torch
+
+from deformmamba.models.deform_mamba import PRESETS, DeformMambaSR
+from deformmamba.physics.kspace import zero_fill
+
+SMALL = {"dims": [8, 12], "depths": [1, 1], "patch": 2, "stem_channels": 2, "d_state": 4}
+
+
+def network(**options):
+    torch.manual_seed(0)
+    return DeformMambaSR(**{**SMALL, **options}).eval()
+
+
+def image(h, w, b=1):
+    return torch.rand(b, 1, h, w, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("scale", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [(8, 8), (9, 13), (64, 8)])
+def test_any_size_comes_out_scale_times_larger(scale, size):
+    h, w = size
+    assert network(scale=scale)(image(h, w, b=2)).shape == (2, 1, scale * h, scale * w)
+
+
+@pytest.mark.parametrize("skip", [None, "zero-fill"])
+def test_padding_does_not_move_the_image(skip):
+    """A constant image stays what it is near the origin, whether or not its size needs padding."""
+    model = network(skip=skip, scale=4, context=False)
+    a, b = model(torch.full((1, 1, 16, 16), 0.5)), model(torch.full((1, 1, 15, 13), 0.5))
+    assert a.shape[-1] == 64
+    assert b.shape[-2:] == (60, 52)
+
+
+def test_presets_are_the_papers_widths_and_small_ones():
+    with torch.device("meta"):
+        count = {name: DeformMambaSR.from_preset(name).num_parameters() for name in PRESETS}
+        paper = DeformMambaSR()
+    assert paper.config["dims"] == [96, 192, 384, 768]
+    assert paper.config["depths"] == [4, 4, 4, 4]
+    assert count["paper"] == paper.num_parameters()
+    assert count["tiny"] < count["small"] < 4e6 < 75e6 < count["paper-literal"] < count["paper"] < 99e6
+    with pytest.raises(ValueError, match="no preset 'huge'; presets: paper"):
+        DeformMambaSR.from_preset("huge")
+
+
+def test_each_ablation_removes_its_own_parameters_and_nothing_else():
+    def shapes(**options):
+        return {name: tuple(p.shape) for name, p in network(**options).named_parameters()}
+
+    full = shapes()
+    for option, part in (("deform", ".deform."), ("context", "context.")):
+        ablated = shapes(**{option: False})
+        assert ablated == {name: shape for name, shape in full.items() if part not in name}
+        assert len(ablated) < len(full)
+
+
+def test_the_skip_starts_as_zero_filling_and_takes_a_given_base():
+    model = network(skip="zero-fill")
+    lr = image(9, 10)
+    torch.testing.assert_close(model(lr), zero_fill(lr, 4))
+    base = torch.rand(1, 1, 36, 40)
+    torch.testing.assert_close(model(lr, base), base)
+    with pytest.raises(ValueError, match="base is"):
+        model(lr, base[..., :-1])
+    assert not torch.allclose(network()(lr), zero_fill(lr, 4), atol=0.1)
+
+
+def test_every_parameter_is_trained():
+    model = network(skip="zero-fill").train()
+    torch.nn.init.normal_(model.project.weight, std=0.1)
+    model(image(8, 8, b=2)).square().sum().backward()
+    dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert dead == []
+
+
+def test_checkpointing_changes_memory_only():
+    torch.manual_seed(0)
+    plain, saving = network().train(), network(checkpointing=True).train()
+    saving.load_state_dict(plain.state_dict())
+    lr = image(8, 8)
+    for model in (plain, saving):
+        model(lr).square().sum().backward()
+    for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    model = network(skip="zero-fill")
+    torch.nn.init.normal_(model.project.weight, std=0.1)
+    lr = image(12, 12)
+    with torch.autocast("cpu", dtype=dtype):
+        sr = model(lr)
+    torch.testing.assert_close(sr.float(), model(lr), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.slow
+def test_it_can_overfit_one_slice():
+    model = network(scale=2, skip="zero-fill", dims=[16, 24]).train()
+    hr = (image(16, 16) > 0.5).float().repeat_interleave(4, -1).repeat_interleave(4, -2)
+    lr = hr[..., ::2, ::2].contiguous()
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(60):
+        loss = (model(lr) - hr).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.4 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dims": [8]}, "one positive entry a level"),
+        ({"depths": [1, 0]}, "at least one block"),
+        ({"dims": [8] * 9, "depths": [1] * 9}, "1 to 8 levels"),
+        ({"depths": [1, 300]}, "256 blocks"),
+        ({"skip": "bicubic"}, "skip is 'bicubic'"),
+        ({"scale": 0}, "scale must be an integer"),
+        ({"dims": [1, 8]}, "at least the patch size"),
+    ],
+)
+def test_impossible_networks_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        network(**options)

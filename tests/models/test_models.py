@@ -1,0 +1,442 @@
+"""The contract of every class in MODELS, loading by name and class, and the interpolations against scipy and torch."""
+
+import copy
+import inspect
+import json
+import resource
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import nn
+
+import deformmamba
+from deformmamba.extras import MissingExtra
+from deformmamba.metrics import psnr
+from deformmamba.models import MODELS, Bicubic, BSpline, DeformMambaSR, SRModel, ZeroFill, from_pretrained
+from deformmamba.models.base import pad_to_multiple
+from deformmamba.physics.kspace import GRIDS, degrade, zero_fill
+from deformmamba.weights import WeightsError, write_checkpoint
+
+# arguments that make a class small enough to test; a class without an entry is tested with {"scale": 2}
+SMALL: dict[str, dict[str, Any]] = {
+    "DeformMambaSR": {"scale": 2, "dims": (8, 12), "depths": (1, 1), "patch": 2, "stem_channels": 4, "d_state": 4},
+    "SRCNN": {"scale": 2, "widths": (6, 4)},
+    "VDSR": {"scale": 2, "layers": 4, "width": 6},
+    "FMISR": {"scale": 2, "widths": (6, 4)},
+    "T2Net": {"scale": 2, "width": 6, "blocks": 2},
+    "SwinIR": {"scale": 2, "width": 8, "depths": (2, 2), "heads": (2, 2), "window": 4},
+    "HAT": {"scale": 2, "width": 8, "depths": (2,), "heads": (2,), "window": 4, "squeeze": 2},
+}
+
+
+def build(name: str, **overrides: Any) -> SRModel:
+    """A small model in eval mode whose every parameter is random, so that no zero initialisation hides a mistake."""
+    torch.manual_seed(0)
+    model = MODELS[name](**{**SMALL.get(name, {"scale": 2}), **overrides}).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def image(*size: int) -> torch.Tensor:
+    return torch.rand(*size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=MODELS)
+def name(request: pytest.FixtureRequest) -> str:
+    try:
+        build(request.param)
+    except MissingExtra as missing:
+        pytest.skip(str(missing))
+    return str(request.param)
+
+
+class TestContract:
+    def test_the_constructor_is_the_config(self, name: str) -> None:
+        signature = inspect.signature(MODELS[name])
+        assert {p.kind for p in signature.parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
+        model = build(name)
+        assert model.config.keys() == signature.parameters.keys()
+        assert json.loads(json.dumps(model.config)) == model.config
+        defaults = {k: p.default for k, p in signature.parameters.items() if k not in SMALL.get(name, {"scale": 2})}
+        assert {k: model.config[k] for k in defaults} == json.loads(json.dumps(defaults))
+        assert MODELS[name](**model.config).config == model.config
+
+    def test_every_model_names_scale_grid_and_intensity(self, name: str) -> None:
+        model = build(name)
+        assert model.grid in GRIDS
+        assert model.config["intensity"] == model.intensity == model.info["intensity"]
+        assert model.config["scale"] == model.scale == model.info["scale"]
+        assert model.num_parameters() == sum(p.numel() for p in model.parameters()) == model.info["parameters"]
+        assert model.provenance == {}
+        assert model.source is None
+
+    @pytest.mark.parametrize("layout", ["folder", "file.safetensors"])
+    def test_saved_and_loaded_it_gives_the_same_bits(self, name: str, layout: str, tmp_path: Path) -> None:
+        model, lr = build(name), image(2, 1, 9, 11)
+        model.save_pretrained(tmp_path / layout, provenance={"spacings_mm": [0.9, 0.9]})
+        before = torch.get_rng_state()
+        for load in (from_pretrained, MODELS[name].from_pretrained, SRModel.from_pretrained):
+            again = load(tmp_path / layout)
+            assert type(again) is type(model)
+            assert not again.training
+            assert again.config == model.config
+            assert again.provenance == {"spacings_mm": [0.9, 0.9]}
+            assert again.info["spacings_mm"] == [0.9, 0.9]
+            assert again.source is not None
+            assert again.source.startswith(str(tmp_path / layout))
+            assert all(p.requires_grad and p.device.type == "cpu" for p in again.parameters())
+            with torch.no_grad():
+                assert torch.equal(again(lr), model(lr))
+        assert torch.equal(torch.get_rng_state(), before), "loading must not draw random numbers"
+
+    def test_equal_models_are_equal_files_and_keep_their_provenance(self, name: str, tmp_path: Path) -> None:
+        hashes = {build(name).save_pretrained(tmp_path / f"{i}.safetensors", {"seed": 0}) for i in range(3)}
+        again = from_pretrained(tmp_path / "0.safetensors")
+        assert hashes == {again.save_pretrained(tmp_path / "again.safetensors")}
+
+    @pytest.mark.parametrize("size", [(8, 8), (9, 13), (16, 7)])
+    @torch.no_grad()
+    def test_sizes(self, name: str, size: tuple[int, int]) -> None:
+        model = build(name)
+        h, w = (max(n, model.minimum_size) for n in size)
+        sr = model(image(2, 1, h, w))
+        assert sr.shape == (2, 1, model.scale * h, model.scale * w)
+        assert sr.dtype == torch.float32
+        assert sr.isfinite().all()
+
+    @torch.no_grad()
+    def test_images_of_a_batch_do_not_mix(self, name: str) -> None:
+        model, lr = build(name), image(3, 1, 9, 10)
+        torch.testing.assert_close(model(lr)[1:2], model(lr[1:2]))
+
+    @torch.no_grad()
+    def test_it_runs_in_every_precision_that_it_names(self, name: str) -> None:
+        model, lr = build(name), image(1, 1, 9, 10)
+        expected = model(lr).double()
+        for precision in model.precisions:
+            dtype = getattr(torch, precision.split()[0])
+            if precision.endswith("autocast"):
+                with torch.autocast("cpu", dtype):
+                    sr = model(lr)
+            else:
+                sr = build(name).to(dtype)(lr.to(dtype))
+                assert sr.dtype == dtype
+            tolerance = max(4 * torch.finfo(dtype).eps, 2e-6)
+            torch.testing.assert_close(sr.double(), expected, atol=tolerance, rtol=0)
+
+    @torch.no_grad()
+    def test_base_is_accepted(self, name: str) -> None:
+        model, lr = build(name), image(1, 1, 9, 10)
+        torch.testing.assert_close(model(lr, base=zero_fill(lr, model.scale)), model(lr), atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("bad", "error"),
+        [
+            (torch.zeros(8, 8), ValueError),
+            (torch.zeros(1, 1, 1, 8, 8), ValueError),
+            (torch.zeros(1, 1, 8, 8, dtype=torch.int16), TypeError),
+            (torch.zeros(1, 1, 8, 8, dtype=torch.complex64), TypeError),
+            (np.zeros((1, 1, 8, 8), np.float32), TypeError),
+            (torch.zeros(1, 1, 0, 8), ValueError),
+            (torch.zeros(1, 0, 8, 8), ValueError),
+            (torch.zeros(0, 1, 8, 8), ValueError),
+        ],
+    )
+    def test_what_is_no_image_is_refused_in_one_line(self, name: str, bad: Any, error: type[Exception]) -> None:
+        with pytest.raises(error) as caught:
+            build(name)(bad)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    def test_scanner_units_are_warned_about_where_the_model_was_called(self, name: str) -> None:
+        model, lr = build(name), image(1, 1, 8, 8)
+        with pytest.warns(UserWarning, match=r"reaches .* expect about \[0, 1\]") as caught:
+            model(lr * 1000)
+        assert caught[0].filename == __file__
+        with pytest.warns(UserWarning, match="reaches nan"):
+            model(torch.full_like(lr, torch.nan))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(lr * 1.5)  # Gibbs overshoot is no mistake
+            model.train()(lr * 1000)
+
+    @pytest.mark.parametrize("scale", [0, -2, 17, 2.0, True, "2", None])
+    def test_scale_is_a_small_integer(self, name: str, scale: Any) -> None:
+        with pytest.raises(ValueError, match="scale must be an integer from 1 to 16"):
+            build(name, scale=scale)
+
+    def test_a_copy_is_a_model_of_its_own(self, name: str) -> None:
+        model = build(name)
+        twin = copy.deepcopy(model)
+        twin.config["scale"] = 3
+        assert model.config["scale"] == 2
+
+
+def test_arguments_that_json_cannot_hold_are_refused() -> None:
+    for intensity in (None, 99.9):
+        with pytest.raises(TypeError, match="intensity"):
+            ZeroFill(scale=2, intensity=intensity)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="plain values"):
+        SRModel(scale=2, rate=float("nan"))
+    with pytest.raises(ValueError, match="plain values"):
+        SRModel(scale=2, device=torch.device("cpu"))
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+class Toy(SRModel):
+    """What `from_checkpoint` must cope with: a buffer that is stored, one that is not, integers, and a subclass."""
+
+    def __init__(self, *, scale: int = 2, width: int = 3, intensity: str = "p99.9") -> None:
+        super().__init__(scale=scale, width=width, intensity=intensity)
+        self.conv = nn.Conv2d(1, width, 3)
+        self.norm = nn.BatchNorm2d(width)
+        self.register_buffer("window", torch.hann_window(8), persistent=False)
+
+
+class Grown(Toy):
+    pass
+
+
+def test_a_checkpoint_of_another_class_is_refused_and_both_are_named(tmp_path: Path) -> None:
+    ZeroFill(scale=2).save_pretrained(tmp_path / "zero-fill")
+    with pytest.raises(WeightsError, match=r"holds a ZeroFill, not a DeformMambaSR; load it with ZeroFill\.from_"):
+        DeformMambaSR.from_pretrained(tmp_path / "zero-fill")
+    Grown().save_pretrained(tmp_path / "grown")
+    assert type(Toy.from_pretrained(tmp_path / "grown")) is Grown
+    Toy().save_pretrained(tmp_path / "toy")
+    with pytest.raises(WeightsError, match="holds a Toy, not a Grown"):
+        Grown.from_pretrained(tmp_path / "toy")
+    with pytest.raises(WeightsError, match="holds a Toy, which this version does not know"):
+        from_pretrained(tmp_path / "toy")
+
+
+def test_stored_and_computed_buffers_survive(tmp_path: Path) -> None:
+    toy = Toy()
+    toy.norm(torch.randn(4, 3, 5, 5))
+    toy.save_pretrained(tmp_path / "toy")
+    again = Toy.from_pretrained(tmp_path / "toy")
+    assert again.norm.num_batches_tracked == 1
+    assert torch.equal(again.norm.running_mean, toy.norm.running_mean)  # type: ignore[arg-type]
+    assert torch.equal(again.window, torch.hann_window(8))  # type: ignore[arg-type]
+
+
+def test_loading_does_not_depend_on_the_default_dtype(tmp_path: Path) -> None:
+    Toy().save_pretrained(tmp_path / "toy")
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert Toy.from_pretrained(tmp_path / "toy").conv.weight.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _tampered(path: Path, change: Any) -> Path:
+    """A file whose header is right for its bytes, but whose class, config or tensors were changed by `change`."""
+    model = Toy()
+    parts: dict[str, Any] = {"class_name": "Toy", "config": dict(model.config), "tensors": dict(model.state_dict())}
+    change(parts)
+    write_checkpoint(path, **parts)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p["tensors"].pop("conv.bias"), r"1 missing \('conv.bias'\)"),
+        (lambda p: p["tensors"].update(x=torch.zeros(1)), r"1 too many \('x'\)"),
+        (lambda p: p["tensors"].update({"conv.bias": torch.zeros(4)}), r"'conv.bias' is \(4,\), should be \(3,\)"),
+        (lambda p: p["tensors"].update({"conv.bias": torch.zeros(3).half()}), "is torch.float16"),
+        (lambda p: p["tensors"].update({"norm.num_batches_tracked": torch.tensor(0.0)}), "is torch.float32"),
+        (lambda p: p["config"].update(width=4), "not those of its config"),
+        (lambda p: p["config"].update(width=0), "not those of its config|does not build"),
+        (lambda p: p["config"].update(width=-1), "does not build"),
+        (lambda p: p["config"].update(width="3"), "does not build"),
+        (lambda p: p["config"].update(colour=1), "does not build a Toy: .*colour"),
+        (lambda p: p["config"].update(scale=99), "scale must be an integer from 1 to 16"),
+    ],
+)
+def test_what_is_not_exactly_the_model_is_refused(change: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=message) as caught:
+        Toy.from_pretrained(_tampered(tmp_path / "x.safetensors", change))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"dims": [65536] * 4, "depths": [1] * 4},
+        {"dims": [65536] * 64, "depths": [65536] * 64},
+        {"dims": [8, 12], "depths": [65536, 65536]},
+        {"d_state": 65536, "expand": 1e9},
+        {"expand": 1e300},
+        {"stem_channels": 65536, "in_channels": 65536},
+        {"context_rates": [65536] * 64},
+    ],
+)
+def test_a_config_larger_than_its_file_is_refused_before_it_is_built(config: dict[str, Any], tmp_path: Path) -> None:
+    model = build("DeformMambaSR")
+    write_checkpoint(
+        tmp_path / "x.safetensors",
+        class_name="DeformMambaSR",
+        config={**model.config, **config},
+        tensors=model.state_dict(),
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(WeightsError, match=r"not those of its config|does not build"):
+        from_pretrained(tmp_path / "x.safetensors")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000, "kilobytes; one layer takes more"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda m: m.half(), "call model.float"),
+        (lambda m: m.double(), "call model.float"),
+        (lambda m: m.add_module("extra", nn.Conv2d(1, 1, 1)), "2 too many"),
+        (lambda m: delattr(m, "conv"), "2 missing"),
+        (lambda m: m.conv.bias.data.fill_(torch.nan), "'conv.bias' holds NaN"),
+    ],
+)
+def test_a_model_that_could_not_be_loaded_again_is_not_saved(spoil: Any, message: str, tmp_path: Path) -> None:
+    toy = Toy()
+    toy.save_pretrained(tmp_path / "toy")
+    kept = (tmp_path / "toy" / "model.safetensors").read_bytes()
+    spoil(toy)
+    with pytest.raises(WeightsError, match=message):
+        toy.save_pretrained(tmp_path / "toy")
+    assert (tmp_path / "toy" / "model.safetensors").read_bytes() == kept
+
+
+def test_public_names_are_the_models() -> None:
+    assert deformmamba.MODELS is MODELS
+    assert deformmamba.from_pretrained is from_pretrained
+    assert deformmamba.DeformMambaSR is MODELS["DeformMambaSR"]
+    assert all(cls.__name__ == name for name, cls in MODELS.items())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (9, 15), (3, 17)])
+def test_padding_fills_up_and_leaves_the_image_where_it_is(size: tuple[int, int]) -> None:
+    lr = image(2, 3, *size)
+    padded, (h, w) = pad_to_multiple(lr, 4, minimum=8)
+    assert (h, w) == size
+    assert all(
+        n % 4 == 0 and n >= max(8, m) and n - max(8, m) < 4 for n, m in zip(padded.shape[-2:], size, strict=True)
+    )
+    assert torch.equal(padded[..., :h, :w], lr)
+    assert torch.equal(padded[..., h:, :w], lr[..., -1:, :].expand_as(padded[..., h:, :w]))
+    assert torch.equal(padded[..., :h, w:], lr[..., :, -1:].expand_as(padded[..., :h, w:]))
+    assert pad_to_multiple(lr, 1)[0] is lr
+
+
+@pytest.mark.slow
+def test_the_input_check_does_not_break_a_compiled_graph() -> None:
+    model, lr = Bicubic(scale=2).eval(), image(1, 1, 8, 8)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(lr), model(lr))
+
+
+# ------------------------------------------------------------------------------------------------------ interpolation
+
+SIZES = [(8, 8), (9, 13), (2, 7), (1, 5)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("scale", [1, 2, 3, 4])
+@pytest.mark.parametrize("cls", [Bicubic, BSpline, ZeroFill])
+def test_on_the_origin_grid_the_samples_are_kept(cls: Any, scale: int, size: tuple[int, int]) -> None:
+    lr = image(1, 2, *size).double()
+    torch.testing.assert_close(cls(scale=scale)(lr)[..., ::scale, ::scale], lr)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("scale", [2, 3, 4])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_bspline_is_the_spline_of_scipy(grid: Any, scale: int, size: tuple[int, int]) -> None:
+    lr = image(1, 1, *size).double()
+    model = BSpline(scale=scale, grid=grid)
+    positions = np.meshgrid(*(model.positions(n).numpy() for n in size), indexing="ij")
+    # scipy's spline_filter takes an axis of length 1 for a constant, as we do, but its evaluation cannot mirror it
+    expected = ndimage.map_coordinates(
+        lr[0, 0].numpy(), positions, order=3, mode="mirror" if min(size) > 1 else "nearest"
+    )
+    if min(size) > 1:
+        np.testing.assert_allclose(model(lr)[0, 0].numpy(), expected, atol=1e-12)
+    else:
+        row = ndimage.map_coordinates(lr[0, 0, 0].numpy(), [positions[1][0]], order=3, mode="mirror")
+        np.testing.assert_allclose(model(lr)[0, 0].numpy(), np.tile(row, (scale, 1)), atol=1e-12)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_bicubic_is_that_of_torch_where_torch_has_one(scale: int, size: tuple[int, int]) -> None:
+    lr = image(2, 1, *size).double()
+    expected = F.interpolate(lr, scale_factor=scale, mode="bicubic", align_corners=False)
+    torch.testing.assert_close(Bicubic(scale=scale, a=-0.75, grid="half-pixel")(lr), expected)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    ("model", "degree", "margin"),
+    [(Bicubic, 2, 8), (BSpline, 3, 120)],  # the mirrored edge of a spline fades by 0.27 a sample
+)
+def test_polynomials_are_reproduced_away_from_the_edges(model: Any, degree: int, margin: int, grid: Any) -> None:
+    net = model(scale=4, grid=grid)
+    x, y = torch.arange(80.0, dtype=torch.float64), net.positions(80)
+
+    def polynomial(t: torch.Tensor, power: int) -> torch.Tensor:
+        return ((t - 40) / 40) ** power
+
+    inside = slice(margin, -margin)
+    for power in range(degree + 1):
+        lr = polynomial(x, power)[:, None] * polynomial(x, degree - power)[None, :]
+        sr = polynomial(y, power)[:, None] * polynomial(y, degree - power)[None, :]
+        torch.testing.assert_close(net(lr[None, None])[0, 0][inside, inside], sr[inside, inside], atol=1e-10, rtol=0)
+    lr = (polynomial(x, degree + 1)[:, None] * torch.ones(80))[None, None]
+    sr = polynomial(y, degree + 1)[:, None].expand(320, 320)
+    assert (net(lr)[0, 0] - sr)[inside, inside].abs().max() > 1e-9, "and no higher degree: the bound above is the order"
+
+
+def test_constants_keep_their_value_up_to_the_edge() -> None:
+    lr = torch.full((1, 1, 7, 10), 0.7, dtype=torch.float64)
+    for model in (Bicubic(scale=3), BSpline(scale=3), ZeroFill(scale=3), Bicubic(scale=3, grid="half-pixel")):
+        torch.testing.assert_close(model(lr), torch.full((1, 1, 21, 30), 0.7, dtype=torch.float64))
+
+
+def test_the_right_grid_is_worth_decibels() -> None:
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, 128, dtype=torch.float64)] * 2, indexing="ij")
+    head = ((x / 0.7) ** 2 + (y / 0.9) ** 2 < 1).double() * (0.6 + 0.3 * torch.sin(9 * x + 5 * y))
+    hr = head + 0.3 * ((x - 0.2) ** 2 + (y + 0.1) ** 2 < 0.04)
+    for scale in (2, 4):
+        lr = degrade(hr, scale)[None, None]
+        for cls in (Bicubic, BSpline):
+            right, wrong = (psnr(cls(scale=scale, grid=grid)(lr)[0, 0], hr) for grid in ("origin", "half-pixel"))
+            assert right > wrong + 1
+            torch.testing.assert_close(
+                cls(scale=scale, grid="origin")(lr).flip(-1)[..., scale - 1 :],
+                cls(scale=scale, grid="origin")(lr.flip(-1))[..., : -(scale - 1)],
+                msg="reversed about the origin, not about the middle of the pixels",
+            )
+
+
+def test_zero_fill_takes_the_whole_slice_where_it_is_given() -> None:
+    lr = image(1, 1, 12, 12)
+    model = ZeroFill(scale=2)
+    whole = model(lr)
+    assert torch.equal(whole, zero_fill(lr, 2))
+    tile = whole[..., 4:16, 8:24]
+    assert torch.equal(model(lr[..., 2:8, 4:12], base=tile), tile)
+
+
+@pytest.mark.parametrize("bad", [{"grid": "corner"}, {"grid": None}, {"a": 0.5}, {"a": float("nan")}])
+def test_interpolation_arguments(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"grid must be|a must lie|plain values"):
+        Bicubic(scale=2, **bad)

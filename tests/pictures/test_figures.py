@@ -1,0 +1,180 @@
+"""Figures: patients the right way round, one grey window, one physical field, and a file only if it is whole."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+
+from deformmamba.pictures import figures
+from deformmamba.pictures.figures import STATEMENT, before_after, comparison, oriented
+from deformmamba.volume import Volume, VolumeError
+
+AXES = [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
+
+
+def picture(n: int = 24, m: int = 32) -> np.ndarray:
+    image = np.random.default_rng(0).uniform(0, 50, (n, m))
+    image[n // 4 : n // 2, m // 4 : m // 2] += 400
+    return image
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that were saved, still open."""
+    kept: list[Any] = []
+    save = figures._save
+
+    def keep(figure: Any, path: Path, title: str) -> None:
+        save(figure, path, title)
+        kept.append(figure)
+
+    monkeypatch.setattr(figures, "_save", keep)
+    return kept
+
+
+@pytest.mark.parametrize("order", AXES)
+@pytest.mark.parametrize("signs", [(1, 1, 1), (-1, 1, 1), (1, -1, -1), (-1, -1, -1)])
+@pytest.mark.parametrize("tilt", [0.0, 0.4])
+def test_slices_are_seen_as_radiologists_see_them(order: tuple[int, ...], signs: tuple[int, ...], tilt: float) -> None:
+    """Against nibabel's own reorientation, for every order and direction of the axes, and tilted ones."""
+    array = np.random.default_rng(0).normal(size=(5, 6, 7))
+    affine = np.eye(4)
+    affine[:3, :3] = np.eye(3)[:, order] * signs * (1.0, 2.0, 3.0)
+    c, s = np.cos(tilt), np.sin(tilt)
+    affine[:3, :3] = np.array([[1, 0, 0], [0, c, -s], [0, s, c]]) @ affine[:3, :3]
+    volume = Volume(array, affine)
+    canonical = nibabel.as_closest_canonical(nibabel.Nifti1Image(array, affine))  # R, A, S
+    data, zooms = canonical.get_fdata(), canonical.header.get_zooms()
+    for axis in range(3):
+        world_axis = order[axis]
+        for index in (0, array.shape[axis] - 1):
+            seen = oriented(volume, axis, index)
+            place = index if signs[axis] > 0 else array.shape[axis] - 1 - index
+            plane = np.take(data, place, world_axis)  # (x, y), (x, z) or (y, z), towards R, A and S
+            expected = plane[::-1, ::-1].T  # rows from A or S down, columns from R or A to the right
+            np.testing.assert_array_equal(seen.image, expected)
+            labels = {0: ("A", "P", "S", "I"), 1: ("R", "L", "S", "I"), 2: ("R", "L", "A", "P")}
+            assert seen.labels == labels[world_axis]
+            across, down = (a for a in range(3) if a != world_axis)
+            assert seen.spacing == pytest.approx((zooms[down], zooms[across]))
+
+
+def test_an_unknown_orientation_gets_no_labels() -> None:
+    volume = Volume(np.random.default_rng(0).normal(size=(5, 6, 7)), np.diag([-1.0, 2, 3, 1]), codes=(0, 0))
+    seen = oriented(volume, 2, 1)
+    assert seen.labels == ("", "", "", "")
+    assert seen.spacing == (1, 2)
+    np.testing.assert_array_equal(seen.image, volume.array[:, :, 1])
+
+
+@pytest.mark.parametrize("suffix", figures.SUFFIXES)
+def test_before_and_after(tmp_path: Path, drawn: list[Any], suffix: str) -> None:
+    lr = picture()
+    path = tmp_path / f"vorher é{suffix}"
+    results = {"plain": lr.repeat(4, 0).repeat(4, 1), "sharp": 2 * lr.repeat(4, 0).repeat(4, 1)}
+    before_after(lr, results, path, spacing=(1.5, 0.5), labels=("R", "L", "A", "P"), title="a scan")
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.stat().st_size > 5000
+    figure = drawn[0]
+    texts = [t.get_text() for t in figure.texts] + [t.get_text() for axes in figure.axes for t in axes.texts]
+    assert {"a scan", STATEMENT, "input", "plain", "sharp", "R", "L", "A", "P"} <= set(texts)
+    assert "32 × 24 px, 0.5 × 1.5 mm" in texts
+    assert "128 × 96 px, 0.125 × 0.375 mm" in texts
+    windows = {axes.images[0].get_clim() for axes in figure.axes}
+    assert len(windows) == 1
+    assert windows.pop()[0] == 0
+    assert {axes.images[0].get_interpolation() for axes in figure.axes} == {"nearest"}
+    whole, detail = figure.axes[:3], figure.axes[3:]
+    for row in (whole, detail):
+        assert len({(axes.get_xlim(), axes.get_ylim()) for axes in row}) == 1
+    assert whole[0].get_xlim() == (-0.25, 15.75)
+    assert whole[0].get_ylim() == (35.25, -0.75)
+    square = whole[0].patches[0]
+    assert detail[0].get_xlim() == pytest.approx((square.get_x(), square.get_x() + square.get_width()))
+    assert square.get_width() == square.get_height()
+
+
+@pytest.mark.parametrize(("grid", "left"), [("origin", -0.5 / 4), ("half-pixel", -0.5)])
+def test_the_grid_decides_where_a_result_is_drawn(tmp_path: Path, drawn: list[Any], grid: str, left: float) -> None:
+    """On the origin grid fine pixel 0 has its centre on coarse pixel 0; on the other the outer edges coincide."""
+    lr = picture()
+    before_after(lr, {"sharp": lr.repeat(4, 0).repeat(4, 1)}, tmp_path / "a.png", grid=grid)
+    extents = [axes.images[0].get_extent() for axes in drawn[0].axes[:2]]
+    assert extents[0] == [-0.5, 31.5, 23.5, -0.5]
+    assert extents[1] == pytest.approx([left, left + 32, left + 24, left])
+
+
+def test_the_square_lies_on_the_detail_and_inside_the_image(tmp_path: Path, drawn: list[Any]) -> None:
+    lr = np.zeros((64, 64))
+    lr[40:52, 20:32] = np.random.default_rng(0).uniform(0, 9, (12, 12))
+    fine = lr.repeat(2, 0).repeat(2, 1)
+    before_after(lr, {"sharp": fine}, tmp_path / "a.png")
+    square = drawn[0].axes[0].patches[0]
+    assert abs(square.get_x() + square.get_width() / 2 - 25.5) < 4
+    assert abs(square.get_y() + square.get_height() / 2 - 45.5) < 4
+    before_after(lr, {"sharp": fine}, tmp_path / "a.png", zoom=(0, 63, 20))
+    square = drawn[1].axes[0].patches[0]
+    assert (square.get_x(), square.get_y(), square.get_width()) == (43.5, -0.5, 20)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (8, 200), (200, 8)])
+def test_small_long_and_empty_images_are_drawn(tmp_path: Path, shape: tuple[int, int]) -> None:
+    lr = np.full(shape, {3: 0.0, 8: 1.0, 200: -1.0}[shape[0]])
+    before_after(lr, {"sharp": lr.repeat(2, 0).repeat(2, 1)}, tmp_path / "a.png")
+
+
+def test_comparison_with_the_truth(tmp_path: Path, drawn: list[Any]) -> None:
+    hr = picture()
+    noise = np.random.default_rng(1).normal(size=hr.shape)
+    results = {"rough": hr + 20 * noise, "fine": hr + 5 * noise}
+    comparison(hr, results, tmp_path / "a.png", spacing=(1, 1), title="figure 2")
+    texts = [t.get_text() for axes in drawn[0].axes for t in axes.texts]
+    from skimage.metrics import peak_signal_noise_ratio
+
+    for image in results.values():
+        expected = peak_signal_noise_ratio(hr, image, data_range=hr.max())
+        assert f"{expected:.2f} dB" in texts
+    panels = np.array(drawn[0].axes[:9]).reshape(3, 3)
+    assert len({axes.images[0].get_clim() for axes in panels[:2].flat}) == 1
+    errors = panels[2, 1:]
+    assert errors[0].images[0].get_clim() == errors[1].images[0].get_clim()
+    np.testing.assert_allclose(errors[1].images[0].get_array(), np.abs(5 * noise) / hr.max())
+    assert [len(axes.patches) for axes in panels[0]] == [1, 0, 0], "the zoomed square is marked in the truth"
+    under = [[t for t in axes.texts if t.get_text() != "/"] for axes in errors]
+    assert [{t.get_fontweight() for t in scores} for scores in under] == [{"normal"}, {"bold"}], "the best"
+    assert all(t.xyann[1] < 0 for scores in under for t in scores), "under the panel"
+
+
+def test_a_perfect_result_can_be_compared(tmp_path: Path) -> None:
+    comparison(picture(), {"truth again": picture()}, tmp_path / "a.png")
+
+
+def test_what_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lr = picture()
+    fine = lr.repeat(2, 0).repeat(2, 1)
+    with pytest.raises(VolumeError, match=r"\.png, \.pdf, \.svg"):
+        before_after(lr, {"sharp": fine}, tmp_path / "a.gif")
+    with pytest.raises(VolumeError, match="no folder"):
+        comparison(lr, {"sharp": lr}, tmp_path / "no" / "a.png")
+    with pytest.raises(ValueError, match="no result"):
+        before_after(lr, {}, tmp_path / "a.png")
+    with pytest.raises(ValueError, match="size"):
+        comparison(lr, {"sharp": fine}, tmp_path / "a.png")
+
+    def half(self: Any, path: Path, **_: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", half)
+    with pytest.raises(VolumeError, match="No space left"):
+        before_after(lr, {"sharp": fine}, tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_window_system_and_no_global_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+    before_after(picture(), {"sharp": picture()}, tmp_path / "a.png")
+    assert "matplotlib.pyplot" not in sys.modules

@@ -1,0 +1,34 @@
+"""Pictures of training runs are pictures, also of an unfinished log and of a scan that lies across."""
+
+import nibabel
+import numpy as np
+
+from deformmamba.data.prepared import write_prepared
+from deformmamba.models import Bicubic
+from deformmamba.training.curves import sample_picture, training_curve
+
+PNG = b"\x89PNG"
+
+
+def test_a_curve_of_a_log_with_gaps(tmp_path):
+    rows = [
+        {"step": "2", "loss": "0.5", "lr": "0.1", "psnr": ""},
+        {"step": 4, "loss": 0.25, "lr": 0.1, "psnr": 28.5},
+        {"step": 6, "loss": float("inf"), "lr": 0.1, "psnr": 29.0},
+    ]
+    training_curve(rows, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(PNG)
+
+
+def test_a_sample_picture_of_an_odd_slice(tmp_path, phantom):
+    path = tmp_path / "scan.nii"
+    nibabel.save(nibabel.Nifti1Image(np.moveaxis(phantom[:47, :39], 2, 0), np.diag([3, 1, 1, 1])), path)
+    sample_picture(Bicubic(scale=2), path, tmp_path / "sample.png", title="sub-1")
+    assert (tmp_path / "sample.png").read_bytes().startswith(PNG)
+
+
+def test_a_sample_picture_of_a_prepared_volume(tmp_path, phantom):
+    path = tmp_path / "a.safetensors"
+    write_prepared(path, np.moveaxis(phantom, 2, 0) / 1000, {"spacing_mm": [1.0, 1.0]})
+    sample_picture(Bicubic(scale=2), path, tmp_path / "sample.png")
+    assert (tmp_path / "sample.png").read_bytes().startswith(PNG)

@@ -1,0 +1,267 @@
+"""The tables of the paper at toy size: every row, resumed after a stop, the document, and what is refused."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deformmamba.cli import main
+from deformmamba.data.patches import PatchDataset, Scan, find_scans
+from deformmamba.losses import SRLoss
+from deformmamba.models import MODELS, from_pretrained
+from deformmamba.training import tables
+from deformmamba.training.tables import OURS, SIZES, TABLES, Plan, benchmark, commit, hardware, markdown, seconds_a_step
+from deformmamba.volume import Volume, write_volume
+
+DATA = {"patch": 8}
+NANO = {
+    "SRCNN": (1e-3, {"kernels": [3, 1, 3], "widths": [4, 4]}),
+    "VDSR": (1e-3, {"layers": 3, "width": 4}),
+    "FMISR": (1e-3, {"widths": [4]}),
+    "T2Net": (1e-3, {"width": 4, "blocks": 1}),
+    "SwinIR": (1e-3, {"width": 8, "depths": [2], "heads": [2], "window": 4}),
+    "HAT": (1e-3, {"width": 8, "depths": [2], "heads": [2], "window": 4, "squeeze": 2}),
+    "DeformMambaSR": (1e-3, {"dims": [8, 12], "depths": [1, 1], "patch": 2, "d_state": 4, "skip": "zero-fill"}),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Four volumes of 32 x 32 x 2 of four people, two to train on and two to score; sizes smaller than tiny."""
+    monkeypatch.setitem(SIZES, "nano", NANO)
+    root = tmp_path / "data"
+    root.mkdir()
+    y, x = np.mgrid[0:32, 0:32] / 8
+    lines = ["participant_id\tfile\tsplit\tcontrast\tanatomy"]
+    for k, split in enumerate(["train", "train", "test", "test"]):
+        image = 200 + 90 * np.sin(x * (k + 1)) + 60 * np.cos(y)
+        image[10:18, 12:20] += 150
+        write_volume(root / f"{k}.nii", Volume(np.stack([image, image.T], 2).astype(np.float32), np.eye(4)))
+        lines.append(f"sub-{k}\t{k}.nii\t{split}\tT2\tbrain")
+    (root / "volumes.tsv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def split(folder: Path) -> tuple[list[Scan], list[Scan]]:
+    scans = find_scans(folder)
+    return [s for s in scans if s.split == "train"], [s for s in scans if s.split == "test"]
+
+
+def plan(**changes: Any) -> Plan:
+    return Plan(**{"scale": 2, "preset": "nano", "steps": 2, "seeds": 2, "batch": 2, "data": DATA, **changes})
+
+
+def cells(document: str) -> dict[str, list[str]]:
+    """The lines of the Markdown table, by their first cell."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in document.splitlines() if line[:1] == "|"]
+    return {row[0]: row[1:] for row in rows}
+
+
+@pytest.mark.parametrize("preset", SIZES)
+def test_every_row_has_a_size(preset: str) -> None:
+    for table in TABLES.values():
+        for row in table:
+            assert row.model in MODELS
+            assert not row.trained or row.model in SIZES[preset]
+        assert [row.name for row in table].count(OURS) == 1
+
+
+def test_the_ablation_takes_out_what_it_says() -> None:
+    full, *_ = (row for row in TABLES["table1"] if row.name == OURS)
+    built = {row.name: plan(preset="tiny").build(row).config for row in TABLES["table1"]}
+    assert full.beta == 0.1
+    differ = {name: {k for k in config if config[k] != built[OURS][k]} for name, config in built.items()}
+    assert differ == {"w/o Deform": {"deform"}, "w/o MVC": {"context"}, "w/o CELoss": set(), OURS: set()}
+    assert [row.beta for row in TABLES["table1"]] == [0.1, 0.1, 0, 0.1]
+
+
+def test_the_figures_of_the_paper_are_those_it_prints() -> None:
+    printed = {row.name: dict(row.paper) for rows in TABLES.values() for row in rows if row.name != OURS}
+    assert printed["w/o MVC"] == {"scale not stated": (32.60, 0.9266)}
+    assert printed["HAT"] == {"IXI 4x": (30.73, 0.9007), "fastMRI 4x": (29.65, 0.6155)}
+    assert printed["SwinIR"] == {}, "which table 2 does not have"
+
+
+def test_the_ablation_from_start_to_document(folder: Path, tmp_path: Path) -> None:
+    train, test = split(folder)
+    said: list[str] = []
+    rows = ["w/o Deform", OURS]
+    document = benchmark("table1", train, test, tmp_path / "out", plan(), rows=rows, say=said.append, progress=False)
+    text = document.read_text("utf-8")
+    assert len(said) == 4
+    table = cells(text)
+    assert len({len(row) for row in table.values()}) == 1
+    assert table[""] == [
+        "parameters", "steps", "seconds", "seeds", "PSNR [dB]", "SSIM", f"PSNR - {OURS}",
+        "the paper's, scale not stated",
+    ]  # fmt: skip
+    row = table["w/o Deform"]
+    done = [json.loads(p.read_text("utf-8")) for p in sorted((tmp_path / "out" / "rows").glob("w-o-deform-*.json"))]
+    ours = [json.loads(p.read_text("utf-8")) for p in sorted((tmp_path / "out" / "rows").glob("deform-mamba-*.json"))]
+    psnr, other = ([np.mean([v["psnr"] for v in d["volumes"]]) for d in runs] for runs in (done, ours))
+    assert row[0] == f"{done[0]['parameters']:,}"
+    assert (row[1], row[3]) == ("2", "2")
+    assert row[4] == f"{np.mean(psnr):.2f} ± {np.std(psnr, ddof=1):.2f}"
+    gaps = np.subtract(psnr, other)
+    assert row[6] == f"{gaps.mean():+.2f} ± {gaps.std(ddof=1):.2f}"
+    assert row[7] == "32.42 / 0.9250"
+    assert table[OURS][6] == ""
+    assert table["w/o MVC"][3:5] == ["0", "not run"]
+    assert "2 volumes of 2 subjects" in text
+    assert "2 steps each" in text
+    assert hardware() in text
+    assert "w/o Deform dims=[8, 12], depths=[1, 1], patch=2, d_state=4, skip=zero-fill, deform=False; " in text
+    assert "quoted from it" in text
+    assert [d["beta"] for d in ours] == [0.1, 0.1]
+    assert {d["seed"] for d in done} == {0, 1}
+    assert psnr[0] != psnr[1], "seeds are seeds"
+
+
+def test_a_stopped_benchmark_goes_on_where_it_was(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, test = split(folder)
+    out, rows = tmp_path / "out", ["bicubic", "SRCNN", "FMISR"]
+    fitted, evaluate, fit = [], tables.evaluate, tables.fit
+
+    def stops(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if type(model).__name__ == "FMISR" and len(fitted) == 3:
+            raise KeyboardInterrupt
+        return evaluate(model, *args, **kwargs)
+
+    def counted(model: Any, *args: Any, **kwargs: Any) -> Any:
+        fitted.append(type(model).__name__)
+        return fit(model, *args, **kwargs)
+
+    monkeypatch.setattr(tables, "fit", counted)
+    monkeypatch.setattr(tables, "evaluate", stops)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark("table2", train, test, out, plan(), rows=rows, say=lambda _: None, progress=False)
+    assert fitted == ["SRCNN", "SRCNN", "FMISR"]
+    table = cells((out / "table2.md").read_text("utf-8"))
+    assert table["SRCNN"][3] == "2"
+    assert table["FMISR"][4] == "not run"
+    kept = {path.name: path.read_bytes() for path in (out / "rows").iterdir()}
+    benchmark("table2", train, test, out, plan(), rows=rows, say=lambda _: None, progress=False)
+    assert fitted == ["SRCNN", "SRCNN", "FMISR", "FMISR", "FMISR"]
+    assert {name: (out / "rows" / name).read_bytes() for name in kept} == kept
+    table = cells(markdown(out))
+    assert table["FMISR"][3] == "2"
+    assert table["bicubic"][0:4] == ["0", "", "", ""]
+    assert "±" not in table["bicubic"][4]
+    assert (out / "figure2.png").stat().st_size > 10_000
+    assert from_pretrained(out / "runs" / "fmisr-1" / "best.safetensors").provenance["row"] == "FMISR"
+    monkeypatch.setitem(NANO, "FMISR", (1e-3, {"widths": [5]}))
+    with pytest.raises(ValueError, match=r"fmisr-0\.json is of another network than FMISR is now"):
+        benchmark("table2", train, test, out, plan(), rows=rows, say=lambda _: None, progress=False)
+    with pytest.raises(ValueError, match=r"another benchmark: plan batch is 2 there and 4 here; choose another folder"):
+        benchmark("table2", train, test, out, plan(batch=4), say=lambda _: None, progress=False)
+    with pytest.raises(ValueError, match=r"another benchmark: train subjects is .*sub-0.* there"):
+        benchmark("table2", train[1:], test, out, plan(), say=lambda _: None, progress=False)
+
+
+@pytest.mark.slow
+def test_all_methods_with_a_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = ["benchmark", "table2", "--data", str(folder), "--out", str(out), "--scale", "2", "--preset", "nano"]
+    assert main([*command, "--steps", "1", "--seeds", "1", "--patch", "8", "--batch", "2"]) == 0
+    said = capsys.readouterr().out
+    assert said.endswith(f"{out / 'table2.md'}: the table\n")
+    table = cells((out / "table2.md").read_text("utf-8"))
+    assert list(table)[2:] == [row.name for row in TABLES["table2"]]
+    assert len(table["SRCNN"]) == 7, "no figures of the paper at 2x"
+    for row in TABLES["table2"]:
+        left_out = f"{row.name}: left out: {row.name} needs spandrel" in said
+        assert (table[row.name][4] == "not run") == left_out
+        assert row.name in ("SwinIR", "HAT") or not left_out
+
+
+def test_a_package_that_is_missing_leaves_its_row_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr("deformmamba.models.transformers.require", broken)
+    said: list[str] = []
+    document = benchmark(
+        "table2", *split(folder), tmp_path / "out", plan(), rows=["bicubic", "HAT"], say=said.append, progress=False
+    )
+    assert said[1].startswith("HAT: left out: HAT needs spandrel")
+    assert cells(document.read_text("utf-8"))["HAT"][3:5] == ["0", "not run"]
+
+
+def test_minutes_become_steps_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = split(folder)
+    monkeypatch.setattr(tables, "seconds_a_step", lambda *_, **__: 20.0)
+    minutes = plan(steps=None, minutes=1.0, seeds=1)
+    benchmark("table2", train, test, tmp_path / "out", minutes, rows=["FMISR"], say=lambda _: None, progress=False)
+    assert json.loads((tmp_path / "out" / "steps.json").read_text("utf-8")) == {"FMISR": 3}
+    document = (tmp_path / "out" / "table2.md").read_text("utf-8")
+    assert cells(document)["FMISR"][1] == "3"
+    assert "1 minutes each" in document
+    monkeypatch.setattr(tables, "seconds_a_step", lambda *_, **__: pytest.fail("timed already"))
+    more = plan(steps=None, minutes=1.0, seeds=2)
+    benchmark("table2", train, test, tmp_path / "out", more, rows=["FMISR"], say=lambda _: None, progress=False)
+    assert cells(markdown(tmp_path / "out"))["FMISR"][3] == "2"
+
+
+def test_a_step_is_timed(folder: Path) -> None:
+    dataset = PatchDataset(split(folder)[0], scale=2, patch=8, length=1)
+    row = next(row for row in TABLES["table2"] if row.name == "FMISR")
+    taken = seconds_a_step(plan().build(row), dataset, SRLoss(0.0), batch=2, at_least=0.01)
+    assert 1e-5 < taken < 20
+
+
+def test_the_commit_is_that_of_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    here = commit()
+    assert here is None or re.fullmatch(r"[0-9a-f]{12}(\+changes)?", here)
+    monkeypatch.setattr(tables, "__file__", str(tmp_path / "tables.py"))
+    assert commit() is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"table": "table3"}, "tables: table1, table2"),
+        ({"plan": plan(preset="huge")}, "presets: paper, tiny"),
+        ({"rows": ["best"]}, r"no row 'best'; rows: w/o Deform"),
+        ({"plan": plan(minutes=3.0)}, "one of steps and minutes"),
+        ({"plan": plan(steps=None)}, "one of steps and minutes"),
+        ({"plan": plan(seeds=0)}, "must be positive"),
+        ({"plan": plan(data={"degradation": "area"})}, "half-pixel grid; the networks are on the origin grid"),
+        ({"plan": plan(data={"degradation": "magic"})}, "known: k-space"),
+        ({"test": []}, "2 volumes to train on and 0 to score"),
+        ({"test": "train"}, "in both: sub-0, sub-1"),
+    ],
+)
+def test_what_is_no_benchmark(change: dict[str, Any], message: str, folder: Path, tmp_path: Path) -> None:
+    train, test = split(folder)
+    given = {"table": "table1", "train": train, "test": test, "plan": plan(), "rows": None, **change}
+    given["test"] = train if given["test"] == "train" else given["test"]
+    with pytest.raises(ValueError, match=message) as caught:
+        benchmark(given["table"], given["train"], given["test"], tmp_path / "out", given["plan"], rows=given["rows"])
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "1", "--group", "knee"], "0 of split 'test' to score; both needed; there are: T2 brain (test)"),
+        (["--steps", "1", "--minutes", "1"], "not allowed with"),
+        ([], "--steps --minutes is required"),
+        (["--minutes", "0"], "must be positive"),
+        (["--steps", "1", "--recipe", "none-4x"], "no recipe 'none-4x'"),
+    ],
+)
+def test_the_command_refuses_in_one_line(
+    arguments: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["benchmark", "table1", "--data", str(folder), "--out", str(tmp_path / "out"), *arguments]) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.count("\n") == 1

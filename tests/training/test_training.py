@@ -1,0 +1,416 @@
+"""fit: it learns, stops, resumes to the same weights, refuses what is not its own, and is the same in two processes."""
+
+import csv
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+from deformmamba.extras import MissingExtra
+from deformmamba.losses import L1Loss
+from deformmamba.models.deform_mamba import DeformMambaSR
+from deformmamba.physics.kspace import degrade, zero_fill
+from deformmamba.training import fit
+from deformmamba.training.batches import Batches
+from deformmamba.training.loop import _rate
+
+accelerate_state = pytest.importorskip("accelerate.state")
+
+
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch):
+    """The rows of every curve asked for; drawing takes longer than the training, see test_curves.py."""
+    curves = []
+    monkeypatch.setattr("deformmamba.training.folder.training_curve", lambda rows, path: curves.append(list(rows)))
+    return curves
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    """accelerate keeps one mixed precision a process; a test is a process of its own."""
+    yield
+    accelerate_state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def network():
+    torch.manual_seed(0)
+    return DeformMambaSR(scale=2, dims=[8, 12], depths=[1, 1], patch=2, d_state=2, stem_channels=2, skip="zero-fill")
+
+
+def samples(n=6):
+    hr = torch.rand(n, 1, 16, 16, generator=torch.Generator().manual_seed(0)).round()
+    lr = degrade(hr, 2)
+    return TensorDataset(lr, hr, zero_fill(lr, 2))
+
+
+def run(out, *, model=None, data=None, **options):
+    options = {"batch": 2, "every": 2, "warmup": 2, "progress": False, **options}
+    if "epochs" not in options:
+        options.setdefault("steps", 6)
+    return fit(model or network(), data or samples(), out=out, **options)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def log(out: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((out / "log.csv").read_text().splitlines()))
+
+
+class Signalling(Dataset):
+    """Sends `number` to this process when the sample that is asked for is the `at`-th."""
+
+    def __init__(self, at: int, number: int) -> None:
+        self.data, self.left, self.number = samples(), at, number
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+        return self.data[index]
+
+
+class Plain(nn.Module):
+    """Somebody's own network: no config, no save_pretrained, no base."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+
+    def forward(self, lr: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pixel_shuffle(self.conv(lr), 2)
+
+
+# ---------------------------------------------------------------------------------------------------------- one process
+
+
+def test_it_learns_and_writes_what_it_says(tmp_path, drawn):
+    best = run(
+        tmp_path, steps=24, lr=1e-2, ema=0, every=12, validate=lambda model: {"psnr": -1.0}, provenance={"who": "us"}
+    )
+    rows = log(tmp_path)
+    assert [int(row["step"]) for row in rows] == [12, 24]
+    assert float(rows[1]["loss"]) < float(rows[0]["loss"])
+    assert float(rows[1]["psnr"]) == -1
+    assert float(rows[1]["images_per_second"]) > 0
+    model = DeformMambaSR.from_pretrained(best)
+    assert model.provenance["who"] == "us"
+    assert model.provenance["steps"] == 24
+    assert [len(rows) for rows in drawn] == [1, 2]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_the_best_checkpoint_is_the_one_that_validates_best(tmp_path):
+    scores = iter([1.0, 3.0, 2.0])
+    best = run(tmp_path, validate=lambda model: {"psnr": next(scores)})
+    assert DeformMambaSR.from_pretrained(best).provenance["steps"] == 4
+    assert DeformMambaSR.from_pretrained(tmp_path / "last.safetensors").provenance["steps"] == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_weights(tmp_path, number):
+    whole = digest(run(tmp_path / "whole", accumulate=2))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", data=Signalling(9, number), accumulate=2)  # the first sample of step 4
+    assert torch.load(tmp_path / "stopped" / "state.pt", weights_only=True)["step"] == 5
+    resumed = run(tmp_path / "stopped", data=Signalling(-1, number), accumulate=2)
+    assert digest(resumed) == digest(run(tmp_path / "whole", accumulate=2)) == whole
+    assert [row["step"] for row in log(tmp_path / "stopped")] == ["2", "4", "6"]
+    first, second = ([row["loss"] for row in log(tmp_path / name)] for name in ("whole", "stopped"))
+    assert first == second
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path):
+    def validate(model):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("not reached")
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, validate=validate)
+    assert not (tmp_path / "state.pt").exists()
+
+
+def subprocess_of(code: str, *launcher: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs `code` in a process of its own; it sees this module as `t`."""
+    script = folder / "script.py"
+    script.write_text(f"import torch\ntorch.set_num_threads(1)\nimport test_training as t\n{code}\n")
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    command = [sys.executable, *launcher, str(script)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_weights(tmp_path):
+    at = random.Random().randrange(5, 13)  # a sample of the steps 2 to 5: after the first state was saved
+    whole = digest(run(tmp_path / "whole", data=Signalling(-1, 0)))
+    out = tmp_path / "killed"
+    done = subprocess_of(f"t.run({str(out)!r}, data=t.Signalling({at}, {int(signal.SIGKILL)}))", folder=tmp_path)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert torch.load(out / "state.pt", weights_only=True)["step"] in (2, 4)
+    assert digest(run(out, data=Signalling(-1, 0))) == whole, f"killed at sample {at}"
+    assert digest(out / "last.safetensors") == digest(tmp_path / "whole" / "last.safetensors")
+
+
+def test_rows_beyond_the_saved_step_are_cut(tmp_path):
+    run(tmp_path, steps=4)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    torch.save({**state, "step": 2}, tmp_path / "state.pt")  # as if killed between the log and the state
+    run(tmp_path, steps=4)
+    assert [row["step"] for row in log(tmp_path)] == ["2", "4"]
+
+
+def test_epochs_end_with_an_uneven_batch(tmp_path):
+    model = DeformMambaSR.from_pretrained(run(tmp_path, epochs=1.5, batch=4))
+    assert model.provenance["steps"] == 3
+    assert float(log(tmp_path)[-1]["loss"]) > 0
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_precisions(tmp_path, precision):
+    model = network()
+    forward = type(model).forward
+    best = DeformMambaSR.from_pretrained(run(tmp_path, model=model, steps=2, precision=precision))
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in best.parameters())
+    assert model.forward.__func__ is forward  # accelerate's autocast is off again
+
+
+def test_accumulated_pieces_are_the_batch(tmp_path):
+    at_once, in_pieces = (run(tmp_path / str(n), model=Plain(), batch=5, accumulate=n, ema=0) for n in (1, 3))
+    a, b = load_file(at_once), load_file(in_pieces)
+    assert max((a[name] - b[name]).abs().max() for name in a) < 1e-6
+
+
+def test_the_gradient_is_clipped(tmp_path):
+    # one step of Adam hides the size of a gradient, the second moment of the next does not
+    start = Plain().conv.weight
+    model = Plain()
+    run(tmp_path, model=model, steps=1, clip=1e-9, warmup=0, schedule="constant", lr=1e-3, ema=0)
+    assert (model.conv.weight - start).abs().max() < 2e-4  # of 1e-3: eps is no longer small beside the gradient
+
+
+def test_the_average_follows_the_weights(tmp_path):
+    averaged, plain = (
+        load_file(run(tmp_path / str(ema), model=Plain(), steps=8, lr=1e-2, ema=ema)) for ema in (0.9, 0)
+    )
+    start = Plain().state_dict()
+
+    def distance(weights):
+        return sum((weights[name] - start[name]).square().sum() for name in start).item()
+
+    assert 0 < distance(averaged) < distance(plain)
+
+
+def test_schedules():
+    def rates(schedule):
+        return [_rate(step, 2, 10, schedule, (0.5, 0.8), 0.1) for step in range(10)]
+
+    assert rates("constant") == [0.5] + [1.0] * 9
+    assert rates("step") == pytest.approx([0.5, 1, 1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
+    cosine = rates("cosine")
+    assert cosine[1] == cosine[2] == 1.0
+    assert cosine[6] == 0.5
+    assert 0 < cosine[9] < 0.05
+
+
+def test_ones_own_model_data_and_loss(tmp_path):
+    from safetensors import safe_open
+
+    def loss(sr, hr):
+        return (sr - hr).square().mean()
+
+    best = run(tmp_path, model=Plain(), loss=loss, provenance={"who": "us"}, ema=0)
+    with safe_open(best, "pt") as file:
+        assert set(file.keys()) == {"conv.weight", "conv.bias"}
+        assert '"who": "us"' in file.metadata()["provenance"]
+    run(tmp_path, model=Plain(), loss=loss, provenance={"who": "us"}, ema=0)  # finished: goes nowhere
+    with pytest.raises(ValueError, match=r'fit\.loss is "test_ones_own.*loss" there and "L1Loss\( beta=0\.0 .*" here'):
+        run(tmp_path, model=Plain(), loss=L1Loss(), provenance={"who": "us"}, ema=0)
+
+
+def test_tensorboard_gets_the_log(tmp_path):
+    pytest.importorskip("tensorboard")
+    run(tmp_path, steps=2)
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 8}, r"fit\.samples is 12 there and 16 here"),
+        ({"lr": 2e-3}, r"fit\.lr is 0\.001 there and 0\.002 here"),
+        ({"accumulate": 2}, r"fit\.accumulate is 1 there"),
+        ({"schedule": "step"}, r"fit\.schedule is \[\"cosine\"\] there"),
+        ({"clip": 2.0}, r"fit\.clip is 1\.0 there"),
+        ({"loss": L1Loss()}, r"fit\.loss is \"SRLoss"),
+        ({"provenance": {"data": "mine"}}, r"provenance is null there and not given here; provenance\.data is not"),
+        ({"model": Plain()}, r'model\.class is "DeformMambaSR" there and "Plain" here'),
+        ({"data": samples(5)}, r"data\.length is 6 there and 5 here"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused(tmp_path_factory, finished, options, message):
+    with pytest.raises(ValueError, match=r"holds another run: .*choose another folder") as error:
+        run(finished, **options)
+    assert error.match(message)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    run(out)
+    return out
+
+
+def test_a_folder_with_strange_checkpoints_is_refused(tmp_path):
+    network().save_pretrained(tmp_path / "best.safetensors")
+    with pytest.raises(ValueError, match=r"holds best\.safetensors of a run that it does not describe"):
+        run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["best.safetensors"]
+
+
+def test_a_broken_state_is_one_line(tmp_path):
+    run(tmp_path, steps=2)
+    (tmp_path / "state.pt").write_bytes(b"not a state")
+    with pytest.raises(ValueError, match=r"^fit: .*state\.pt cannot be read \(.*\); delete it$"):
+        run(tmp_path, steps=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "linear"}, "schedule is 'linear'; it must be one of cosine, step, constant"),
+        ({"batch": 0}, "batch is 0; it must be 1 or more"),
+        ({"ema": 1}, "ema is 1; it must be 0 or more, and below 1"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"seed": -1}, "seed is -1; it must be 0 or more"),
+        ({"steps": 2, "epochs": 1}, "steps is 2 and epochs is 1; give one of the two"),
+        ({"steps": 0}, "there is nothing to train"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+class Described(TensorDataset):
+    def describe(self, index: int) -> str:
+        return f"scan-{index}.nii"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_samples(tmp_path):
+    data = Described(*samples().tensors)
+    data.tensors[1][3] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step [0-5], samples 3 \(scan-3.nii\); check"):
+        run(tmp_path, data=data, accumulate=2)
+
+
+class Root(Plain):
+    def forward(self, lr: torch.Tensor) -> torch.Tensor:
+        return super().forward(lr * 0).mul(0).sqrt()  # zero, with an infinite slope
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_are_touched(tmp_path):
+    model = Root()
+    with pytest.raises(FloatingPointError, match="the norm of the gradient is nan at step 0"):
+        run(tmp_path, model=model, clip=0, ema=0)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), Plain().parameters(), strict=True))
+
+
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(MissingExtra, match=r"fit needs accelerate .*pip install 'deformmamba\[train\]'"):
+        run(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------- two processes
+
+
+@pytest.mark.parametrize(("n", "batch", "accumulate", "processes"), [(7, 5, 1, 2), (10, 4, 3, 2), (6, 1, 1, 3)])
+def test_every_sample_of_a_step_is_computed_once_whoever_does(n, batch, accumulate, processes):
+    total = 2 * n + 1
+    settings = {"samples": total, "batch": batch, "seed": 3}
+    alone = Batches(n, **settings)
+    together = [
+        Batches(n, accumulate=accumulate, processes=processes, rank=rank, **settings) for rank in range(processes)
+    ]
+    assert sorted(i for step in range(alone.n_steps) for i in alone.indices(step)) == sorted(
+        [*range(n)] * 2 + [alone.indices(alone.n_steps - 1)[-1]]
+    )
+    for step in range(alone.n_steps):
+        pieces = [piece for part in together for piece in part.pieces(step)]
+        counted = sorted(i for piece in pieces if piece.weight for i in piece.indices)
+        assert counted == sorted(alone.indices(step))
+        values = np.random.default_rng(step).random(n)  # a loss of each sample
+        mean = sum(piece.weight * values[piece.indices].mean() for piece in pieces) / processes
+        assert mean == pytest.approx(values[alone.indices(step)].mean())
+    assert list(together[0]) == [piece.indices for s in range(alone.n_steps) for piece in together[0].pieces(s)]
+
+
+# accelerate's own word for two CPU processes needs MPI; its launcher for GPUs starts them as well, told to use the CPU
+TWO = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+       "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(tmp_path):
+    options = "epochs=1.5, batch=4, every=1, ema=0, lr=1e-2"  # 9 samples: 4, 4 and an uneven 1
+    alone = eval(f"run(tmp_path / 'alone', {options})")
+    out = tmp_path / "two"
+    done = subprocess_of(
+        "import accelerate, pathlib\n"
+        "said = lambda model: print('validated among', accelerate.PartialState().num_processes) or {}\n"
+        f"t.run(pathlib.Path({str(out)!r}), {options}, validate=said)",
+        *TWO,
+        folder=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("validated among 2") == 3  # by the main process alone
+    ours, theirs = ([float(row["loss"]) for row in log(path.parent)] for path in (alone, out / "best.safetensors"))
+    assert theirs == pytest.approx(ours, rel=1e-5)
+    a, b = (DeformMambaSR.from_pretrained(path).state_dict() for path in (alone, out / "best.safetensors"))
+    assert max((a[name] - b[name]).abs().max() for name in a) < 1e-3
+
+
+@pytest.mark.slow
+def test_if_one_of_two_processes_is_asked_to_stop_both_do_and_one_goes_on(tmp_path):
+    options = {"steps": 5, "batch": 4, "ema": 0, "lr": 1e-2}
+    alone = run(tmp_path / "alone", data=Signalling(-1, 0), **options)
+    out = tmp_path / "two"
+    done = subprocess_of(
+        "import os, pathlib, signal\n"
+        "at = 5 if os.environ['RANK'] == '1' else -1  # the first of its samples at step 2\n"
+        f"t.run(pathlib.Path({str(out)!r}), data=t.Signalling(at, signal.SIGINT), **{options})",
+        *TWO,
+        folder=tmp_path,
+    )
+    assert done.returncode != 0
+    assert torch.load(out / "state.pt", weights_only=True)["step"] == 3, done.stderr
+    resumed = run(out, data=Signalling(-1, 0), **options)
+    a, b = (DeformMambaSR.from_pretrained(path).state_dict() for path in (alone, resumed))
+    assert max((a[name] - b[name]).abs().max() for name in a) < 1e-3
+    assert [row["step"] for row in log(out)] == ["2", "4", "5"]

@@ -1,0 +1,276 @@
+"""Recipes: those in the package are sound, one's own trains from a folder, what is wrong is said before it starts."""
+
+import dataclasses
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from deformmamba.data.patches import find_scans
+from deformmamba.evaluation.compare import evaluate, mean_scores
+from deformmamba.losses import LOSSES
+from deformmamba.metrics import psnr
+from deformmamba.models import MODELS, ZeroFill
+from deformmamba.models.deform_mamba import PRESETS, DeformMambaSR
+from deformmamba.physics.kspace import degrade, zero_fill
+from deformmamba.training import load_recipe, train_recipe
+from deformmamba.weights import WeightsError
+
+accelerate_state = pytest.importorskip("accelerate.state")
+
+PACKAGED = [path.name.removesuffix(".toml") for path in files("deformmamba").joinpath("recipes").iterdir()]
+
+RECIPE = """
+[model]
+dims = [8, 12]
+depths = [1, 1]
+patch = 2
+scale = 2
+d_state = 2
+skip = "zero-fill"
+[data]
+patch = 8
+validation = ["T2 brain"]
+[data.weights]
+"T2 brain" = 1.0
+[fit]
+steps = 2
+batch = 2
+every = 2
+"""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator(monkeypatch):
+    monkeypatch.setattr("deformmamba.training.folder.training_curve", lambda rows, path: None)
+    yield
+    accelerate_state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def folder(tmp_path, phantom):
+    root = tmp_path / "data"
+    root.mkdir()
+    rows = ["participant_id\tfile\tsplit\tcontrast\tanatomy"]
+    for i, split in enumerate(["train", "train", "val", "test"]):
+        image = nibabel.Nifti1Image(np.roll(phantom, i, 0), np.diag([1, 1, 3, 1]))
+        nibabel.save(image, root / f"{i}.nii.gz")
+        rows.append(f"sub-{i}\t{i}.nii.gz\t{split}\tT2\tbrain")
+    (root / "volumes.tsv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_evaluate_scores_what_upscale_gives(folder, phantom):
+    rows = evaluate(ZeroFill(scale=2), [folder / "0.nii.gz", folder / "2.nii.gz"])
+    hr = torch.from_numpy(np.moveaxis(phantom, 2, 0).copy())
+    wanted = psnr(zero_fill(degrade(hr, 2), 2).clamp(min=0), hr)
+    assert rows[0]["psnr"] == pytest.approx(wanted, abs=1e-4)
+    assert rows[0]["slices"] == 6
+    assert mean_scores(rows)["psnr"] == pytest.approx((rows[0]["psnr"] + rows[1]["psnr"]) / 2)
+
+
+def test_subjects_count_alike_however_many_volumes_they_have():
+    rows = [{"subject": s, "psnr": v, "ssim": v, "nmse": v} for s, v in (("a", 1.0), ("a", 3.0), ("b", 8.0))]
+    assert mean_scores(rows)["psnr"] == 5.0
+
+
+def test_a_recipe_trains_from_a_folder(folder, tmp_path, recipe):
+    best = train_recipe(recipe, folder, tmp_path / "out", progress=False, steps=3, seed=None)
+    facts = DeformMambaSR.from_pretrained(best).provenance
+    digest = hashlib.sha256(b"sub-0\nsub-1").hexdigest()
+    assert facts["train"] == {"subjects": 2, "volumes": 2, "subjects_sha256": digest}
+    assert facts["val"]["subjects"] == 1
+    for file in (best, tmp_path / "out" / "run.json"):  # a name may be a person's
+        assert b"sub-" not in Path(file).read_bytes()
+    assert facts["recipe"]["fit"]["steps"] == 3
+    assert facts["spacings_mm"] == [2, 2]
+    assert 0 < facts["validation"]["ssim"] < 1
+    assert (tmp_path / "out" / "sample.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_epochs_are_passes_over_the_training_slices(folder, tmp_path, recipe):
+    recipe.write_text(RECIPE.replace("steps = 2", "epochs = 0.5").replace("batch = 2", "batch = 5"))
+    best = train_recipe(recipe, folder, tmp_path / "out", progress=False)
+    assert DeformMambaSR.from_pretrained(best).provenance["steps"] == 2  # half of 12 slices in batches of 5
+
+
+def test_it_starts_from_other_weights(folder, tmp_path, recipe):
+    start = DeformMambaSR(scale=2, dims=[8, 12], depths=[1, 1], patch=2, d_state=2, skip="zero-fill")
+    torch.nn.init.constant_(start.project.bias, 0.125)
+    sha256 = start.save_pretrained(
+        tmp_path / "start.safetensors", provenance={"steps": 7, "else": 1, "init": [{"steps": 3}]}
+    )
+    recipe.write_text(RECIPE.replace("every = 2", "every = 2\nlr = 1e-9"))
+    best = train_recipe(recipe, folder, tmp_path / "out", init=str(tmp_path / "start.safetensors"), progress=False)
+    trained = DeformMambaSR.from_pretrained(best)
+    assert trained.project.bias.item() == pytest.approx(0.125, abs=1e-6)
+    assert trained.provenance["recipe"]["model"]["init"] == "start.safetensors"  # no path, which may name somebody
+    assert trained.provenance["init"] == [{"steps": 3}, {"sha256": sha256, "steps": 7}]
+
+    torch.nn.init.constant_(start.project.bias, 0.25)
+    start.save_pretrained(tmp_path / "start.safetensors", provenance={"steps": 7})
+    with pytest.raises(ValueError, match=r"holds another run: provenance\.init is \[.* there and"):
+        train_recipe(recipe, folder, tmp_path / "out", init=str(tmp_path / "start.safetensors"), progress=False)
+
+
+def test_weights_to_start_from_must_fit(folder, tmp_path, recipe):
+    DeformMambaSR(scale=2, dims=[8, 16], depths=[1, 1], patch=2, d_state=2).save_pretrained(tmp_path / "a.safetensors")
+    recipe.write_text(RECIPE.replace("[model]", f'[model]\ninit = "{tmp_path / "a.safetensors"}"'))
+    with pytest.raises(
+        ValueError, match=r"init = .* does not fit the recipe's DeformMambaSR: .*size mismatch"
+    ) as error:
+        train_recipe(recipe, folder, tmp_path / "out", progress=False)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_architecture_in_the_same_folder_is_refused_before_data_are_read(folder, tmp_path, recipe, monkeypatch):
+    train_recipe(recipe, folder, tmp_path / "out", progress=False)
+    monkeypatch.setattr("deformmamba.data.patches.load_slices", None)
+    recipe.write_text(RECIPE.replace("dims = [8, 12]", "dims = [8, 16]"))
+    with pytest.raises(ValueError, match=r"provenance\.recipe\.model\.dims is \[8, 12\] there and \[8, 16\] here"):
+        train_recipe(recipe, folder, tmp_path / "out", progress=False)
+
+
+def test_other_workers_do_not_make_another_run(folder, tmp_path, recipe):
+    first = train_recipe(recipe, folder, tmp_path / "out", progress=False).read_bytes()
+    assert train_recipe(recipe, folder, tmp_path / "out", progress=False, workers=1).read_bytes() == first
+
+
+def test_a_folder_without_groups_is_taken_whole_and_says_so(folder, tmp_path, recipe, monkeypatch):
+    plain = [dataclasses.replace(scan, group="") for scan in find_scans(folder)]
+    monkeypatch.setattr("deformmamba.training.recipe.find_scans", lambda root: plain)
+    with pytest.warns(UserWarning, match="does not say what its volumes show"):
+        best = train_recipe(recipe, folder, tmp_path / "out", progress=False)
+    assert "weights" not in DeformMambaSR.from_pretrained(best).provenance["recipe"]["data"]
+
+
+def test_a_group_that_is_not_there_is_said(folder, tmp_path, recipe):
+    recipe.write_text(RECIPE.replace('"T2 brain" = 1.0', '"T2 brain" = 0.5\n"T1 brain" = 0.5'))
+    with pytest.warns(UserWarning, match="has no training volumes of T1 brain; the recipe's other groups"):
+        train_recipe(recipe, folder, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("patch = 8", "patchsize = 8"), r"no key 'patchsize' in \[data\]; keys: .*patch"),
+        (("steps = 2", 'steps = "4"'), r"steps in \[fit\] is '4'; wanted int"),
+        (("batch = 2", "batch = true"), r"batch in \[fit\] is True; wanted int"),
+        (("dims = [8, 12]", 'dims = [8, "12"]'), r"dims in \[model\] is \[8, '12'\]; wanted a list of int"),
+        (('"T2 brain" = 1.0', '"T2 brain" = "all"'), r"weights in \[data\] .*; wanted a table of float"),
+        (("[fit]", "[fit]\nloss = 'l2'"), "no loss 'l2'; losses: sr, l1"),
+        (("[model]", '[model]\nname = "Nothing"'), "no model 'Nothing'"),
+        (("[data]", "[date]"), r"no section \[date\]"),
+        (("[data]", "[data"), "not TOML"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_anything_is_read(recipe, change, message):
+    recipe.write_text(RECIPE.replace(*change, 1))
+    with pytest.raises(ValueError, match=message):
+        load_recipe(recipe)
+
+
+def test_an_unknown_recipe_names_those_there_are():
+    with pytest.raises(ValueError, match=r"no recipe 'ixi-3x'; recipes: .*ixi-4x"):
+        load_recipe("ixi-3x")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (('validation = ["T2 brain"]', 'validation = ["T1 brain"]'), "2 volumes to train on and 0 to validate on"),
+        (('"T2 brain" = 1.0', '"T1 brain" = 1.0'), "0 volumes to train on and 1 to validate on.*there are: T2 brain"),
+        (("steps = 2", ""), "needs either steps or epochs"),
+        (("[model]", '[model]\npreset = "huge"'), "no preset 'huge'"),
+        (("[model]", '[model]\nname = "SRCNN"\npreset = "tiny"'), r"no key|no presets"),
+    ],
+)
+def test_what_does_not_fit_the_data_is_refused_before_it_starts(folder, tmp_path, recipe, change, message):
+    recipe.write_text(RECIPE.replace(*change, 1))
+    with pytest.raises(ValueError, match=message):
+        train_recipe(recipe, folder, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_packaged_recipes_are_sound(name):
+    plan = load_recipe(name)
+    assert plan["model"].get("name", "DeformMambaSR") in MODELS
+    assert plan["fit"].get("loss", "sr") in LOSSES
+    assert plan["model"].get("preset", "paper") in PRESETS
+    if "validation" in plan["data"] and "weights" in plan["data"]:
+        assert set(plan["data"]["validation"]) <= set(plan["data"]["weights"])
+
+
+def test_the_paper_recipe_is_the_paper():
+    plan = load_recipe("paper-ixi-4x")
+    assert plan["model"] == {"preset": "paper", "scale": 4}
+    assert PRESETS["paper"] == {}
+    assert DeformMambaSR.__init__.__kwdefaults__["depths"] == (4, 4, 4, 4)
+    said = {"lr": 1e-4, "epochs": 50, "batch": 2, "loss": "sr", "beta": 0.1, "weight_decay": 0.0}
+    assert plan["fit"].items() >= said.items()
+
+
+def test_the_run_is_described_for_people(folder, tmp_path, recipe):
+    train_recipe(recipe, folder, tmp_path / "out", progress=False)
+    facts = json.loads(Path(tmp_path / "out" / "run.json").read_text())
+    assert facts["provenance"]["train"]["subjects"] == 2
+    assert facts["fit"]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("steps = 2", "steps = 0", "steps in .fit. is 0; wanted a number above 0"),
+        ("steps = 2", "epochs = inf", "epochs in .fit. is inf"),
+        ("steps = 2", 'steps = 2\nloss = "l1"\nbeta = 0.1', "beta in .fit. weighs the edges of loss = 'sr'"),
+        ("steps = 2", 'steps = 2\nschedule = "step"\nmilestones = [2.0]', "milestones are .2.0.; they are fractions"),
+        ("[data]", '[data]\nintensity = "p99"', "no key 'intensity' in .data."),
+        ("[data]", "[data]\ncoarsest = 0.5", "coarsest is 0.5; wanted a number of 1 or more"),
+        ("[data]", "[data]\ninvert = 3.0", "invert is 3.0; wanted a number from 0 to 1"),
+        ("[data]", '[data]\ndegradation = "area"', "gives the half-pixel grid, and DeformMambaSR works on the origin"),
+    ],
+)
+def test_nonsense_is_refused_before_anything_is_computed(folder, tmp_path, recipe, before, after, message):
+    assert before in RECIPE
+    recipe.write_text(RECIPE.replace(before, after, 1))
+    with pytest.raises(ValueError, match=message):
+        train_recipe(recipe, folder, tmp_path / "out", progress=False)
+    recipe.write_text(RECIPE)
+    train_recipe(recipe, folder, tmp_path / "out", progress=False)  # the folder is still free
+
+
+def test_a_damaged_validation_volume_is_found_at_once(folder, tmp_path, recipe):
+    damaged = folder / "2.nii.gz"
+    image = nibabel.load(damaged)
+    array = image.get_fdata()
+    array[0, 0, 0] = np.nan
+    nibabel.save(nibabel.Nifti1Image(array, image.affine), damaged)
+    with pytest.raises(ValueError, match="NaN"):
+        train_recipe(recipe, folder, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "state.pt").exists()
+
+
+def test_a_run_is_no_model_but_says_where_one_is(folder, tmp_path, recipe):
+    train_recipe(recipe, folder, tmp_path / "out", progress=False)
+    with pytest.raises(WeightsError, match=r"is the folder of a training run; give .*best\.safetensors"):
+        DeformMambaSR.from_pretrained(tmp_path / "out")
+
+
+def test_processes_that_accelerate_does_not_join_are_refused(folder, tmp_path, recipe, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"one of 2 processes, but accelerate trains in one.*ACCELERATE_USE_CPU"):
+        train_recipe(recipe, folder, tmp_path / "out", progress=False)

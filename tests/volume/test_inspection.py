@@ -1,0 +1,228 @@
+"""What a scan says about itself: the matrix that k-space fills is found where there is a border, and only there."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from pydicom import dcmread
+from pydicom.data import get_testdata_file
+
+from deformmamba.cli import main
+from deformmamba.models import ZeroFill
+from deformmamba.physics.kspace import fft2c, ifft2c, pad_spectrum
+from deformmamba.volume import Volume, VolumeError, read_volume
+from deformmamba.volume.inspection import effective_matrix, inspect_volume
+
+rng = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def _the_same_numbers_in_any_order() -> None:
+    global rng
+    rng = np.random.default_rng(0)
+
+
+def anatomy(h: int, w: int, sigma: float = 5) -> np.ndarray:
+    """(4, h, w): ellipses with sharp edges up to about 1,000, some across the edge of the field; texture and noise."""
+    y, x = np.meshgrid(np.linspace(-1, 1, h), np.linspace(-1, 1, w), indexing="ij")
+    out = np.zeros((4, h, w))
+    for image in out:
+        for cy, cx, a, b, turn, value in rng.uniform(
+            [-0.7, -0.7, 0.1, 0.1, 0, 50], [0.7, 0.7, 0.6, 0.6, 3, 300], (12, 6)
+        ):
+            u, v = (y - cy) * np.cos(turn) + (x - cx) * np.sin(turn), (x - cx) * np.cos(turn) - (y - cy) * np.sin(turn)
+            image += value * ((u / a) ** 2 + (v / b) ** 2 < 1)
+    return out * rng.normal(1, 0.03, out.shape) + rng.normal(0, sigma, out.shape)
+
+
+def measured(images: np.ndarray, size: tuple[int, int], taper: str = "none", sigma: float = 7) -> torch.Tensor:
+    """The complex image, with phase and noise, of `images` (n, h, w) filled with zeros to `size`."""
+    h, w = images.shape[1:]
+    y, x = np.meshgrid(np.linspace(-1, 1, h), np.linspace(-1, 1, w), indexing="ij")
+    phase = np.exp(1j * (1.5 * x * y + 2 * x**2 - y + 0.5 * np.sin(3 * x)))
+    noise = rng.normal(0, sigma, (2, *images.shape))
+    spectrum = fft2c(torch.from_numpy(images * phase + noise[0] + 1j * noise[1]))
+    fy, fx = np.meshgrid((np.arange(h) - h // 2) / (h / 2), (np.arange(w) - w // 2) / (w / 2), indexing="ij")
+    taps = {
+        "none": np.ones((h, w)),
+        "hann": (1 + np.cos(np.pi * fy)) * (1 + np.cos(np.pi * fx)) / 4,
+        "hamming": (0.54 + 0.46 * np.cos(np.pi * fy)) * (0.54 + 0.46 * np.cos(np.pi * fx)),
+        "fermi": 1 / (1 + np.exp((np.hypot(fy, fx) - 0.9) / 0.05)),
+    }
+    return ifft2c(pad_spectrum(spectrum * torch.from_numpy(taps[taper]), size))
+
+
+# ------------------------------------------------------------------------------------------------- the filled matrix
+
+
+@pytest.mark.parametrize("kind", ["complex", "magnitude", "int16", "real"])
+@pytest.mark.parametrize("size", [(160, 120), (192, 144), (193, 145), (256, 192), (128, 192), (192, 96)])
+def test_a_border_is_found_whatever_is_left_of_the_spectrum(size: tuple[int, int], kind: str) -> None:
+    image = measured(anatomy(128, 96), size)
+    given = {"complex": image, "magnitude": image.abs(), "int16": image.abs().round().short(), "real": image.real}[kind]
+    found = effective_matrix(given)
+    assert found == pytest.approx((128, 96), abs=3)
+    assert all(n == full for n, full, whole in zip(found, size, (128, 96), strict=True) if full == whole)
+    assert effective_matrix(given.numpy() * 1e-4) == pytest.approx(found, abs=2)  # whatever the unit
+
+
+@pytest.mark.parametrize("taper", ["hann", "hamming", "fermi"])
+@pytest.mark.parametrize("scale", [1.5, 2])
+def test_a_faded_border_is_found_where_the_fading_ends(taper: str, scale: float) -> None:
+    many = np.concatenate([anatomy(128, 96, sigma=1) for _ in range(4)])
+    image = measured(many, (int(128 * scale), int(96 * scale)), taper, sigma=1).abs().round()
+    h, w = effective_matrix(image)
+    assert 0.75 * 128 <= h <= 1.02 * 128
+    assert 0.75 * 96 <= w <= 1.02 * 96
+
+
+def test_the_edge_of_the_field_does_not_hide_the_border() -> None:
+    whole = measured(anatomy(128, 128), (256, 256)).abs()
+    cut = whole[:, 40:220, 30:210]
+    assert effective_matrix(cut) == pytest.approx((90, 90), rel=0.04)
+
+
+def test_partial_fourier_counts_by_its_larger_side() -> None:
+    spectrum = fft2c(measured(anatomy(128, 96), (128, 96)))
+    spectrum[:, :48] = 0
+    assert effective_matrix(ifft2c(pad_spectrum(spectrum, (256, 96)))) == pytest.approx((128, 96), rel=0.02)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 64), (3, 48, 65), (2, 9, 12), (8, 33, 7), (5, 1, 1)])
+def test_where_nothing_is_to_be_found_the_matrix_is_full(shape: tuple[int, int, int]) -> None:
+    for _ in range(20):
+        noise = rng.normal(size=shape)
+        for images in (noise, np.abs(noise), noise.cumsum(1).cumsum(2), np.zeros(shape), np.ones(shape)):
+            assert effective_matrix(images) == shape[1:]
+    assert effective_matrix(anatomy(*shape[1:])) == shape[1:]
+
+
+def test_what_are_no_slices_is_refused() -> None:
+    for shape in ((8, 8), (0, 8, 8), (1, 1, 8, 8)):
+        with pytest.raises(VolumeError, match=r"takes slices \(n, H, W\)"):
+            effective_matrix(np.ones(shape))
+
+
+@pytest.mark.slow
+def test_real_volumes(real_data: Path) -> None:
+    """Most of them read as full; filled with zeros, all of them are found out."""
+    table = csv.DictReader((real_data / "volumes.tsv").read_text().splitlines(), delimiter="\t")
+    rows = [row for row in table if row["split"] == "val"]
+    full = 0
+    for row in rows:
+        slices = np.moveaxis(read_volume(real_data / row["file"]).array, -1, 0)[::4]
+        h, w = slices.shape[1:]
+        found = effective_matrix(slices)
+        assert min(found[0] / h, found[1] / w) > 0.7
+        full += found == (h, w)
+        for scale in (1.25, 1.5, 2):
+            zeros = measured(slices, (round(h * scale), round(w * scale))).abs().round()
+            assert effective_matrix(zeros) == pytest.approx((h, w), rel=0.03)
+    assert full >= 0.7 * len(rows) > 0
+
+
+# --------------------------------------------------------------------------------------------------- the whole volume
+
+
+def volume(images: np.ndarray, spacing: tuple[float, float, float] = (1, 1, 4), **given: object) -> Volume:
+    return Volume(np.moveaxis(images, 0, -1).astype(np.float32), np.diag([*spacing, 1.0]), **given)  # type: ignore[arg-type]
+
+
+def test_an_interpolated_scan_is_told_its_true_resolution() -> None:
+    scan = volume(measured(anatomy(96, 80), (192, 120)).abs().numpy(), (0.5, 0.6, 4))
+    found = inspect_volume(scan)
+    assert (found.axis, found.matrix, found.interpolated) == (2, (192, 120), True)
+    assert found.effective == pytest.approx((96, 80), rel=0.03)
+    assert found.resolution == pytest.approx((1.0, 0.9), rel=0.03)
+    assert f"{found.effective[0]} of 192" in found.filling
+    assert "not the 0.5 x 0.6 mm" in found.filling
+    across = Volume(scan.array.transpose(2, 0, 1), np.diag([4, 0.5, 0.6, 1]))
+    assert inspect_volume(across).effective == found.effective
+
+
+def test_a_plain_scan(phantom: np.ndarray) -> None:
+    turn = np.radians(20)
+    affine = np.diag([-1.0, -1.0, 4.0, 1.0])
+    affine[1:3, 1:3] = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) @ affine[1:3, 1:3]
+    found = inspect_volume(Volume(phantom, affine))
+    assert (found.orientation, found.matrix, found.effective) == ("LPS", (48, 40), (48, 40))
+    assert found.tilt == pytest.approx(20)
+    assert found.resolution == pytest.approx((1, 1))
+    assert (found.lowest, found.highest, found.negative) == (phantom.min(), phantom.max(), 0)
+    assert found.remarks == ()
+    assert not found.interpolated
+    assert "as fine as the signal" in found.filling
+
+
+def test_what_it_remarks(phantom: np.ndarray) -> None:
+    unknown = inspect_volume(Volume(phantom - 100, np.eye(4), codes=(0, 0)), axis=2)
+    assert (unknown.orientation, unknown.tilt) == (None, None)
+    assert unknown.negative == pytest.approx((phantom < 100).mean())
+    assert ["negative" in unknown.remarks[0], "lies in the patient" in unknown.remarks[1]] == [True, True]
+    with pytest.raises(VolumeError, match="0, 1 or 2, not 3"):
+        inspect_volume(Volume(phantom, np.eye(4)), axis=3)
+    with pytest.raises(VolumeError, match="no real finite numbers"):
+        inspect_volume(Volume(phantom + 1j, np.eye(4)))
+
+
+def test_what_it_says_about_a_model(phantom: np.ndarray) -> None:
+    model = ZeroFill(scale=2)
+    scan = Volume(phantom, np.diag([1.0, 1, 4, 1]))
+
+    def said(**provenance: object) -> str:
+        model.provenance = provenance
+        return inspect_volume(scan, model=model).remarks[-1]
+
+    assert "do not say" in said()
+    assert "are among them" in said(spacings_mm=[0.8, 1.2])
+    assert "are near that" in said(spacings_mm=[1.2, 1.4])
+    assert "far from that" in said(spacings_mm=[2.0, 3.0])
+    scan = replace(scan, codes=(0, 0))
+    assert "this file does not say" in said(spacings_mm=[0.8, 1.2])
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = np.moveaxis(measured(anatomy(64, 64), (128, 64)).abs().round().numpy(), 0, -1)
+    path = tmp_path / "scan é.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(images.astype(np.int16), np.diag([-1.0, 1, 4, 1])), path)
+    ZeroFill(scale=2).save_pretrained(tmp_path / "z.safetensors", provenance={"spacings_mm": [0.5, 4.0]})
+    assert main(["inspect", str(path), "--model", str(tmp_path / "z.safetensors")]) == 0
+    said, errors = capsys.readouterr()
+    assert errors == ""
+    for text in (
+        "128 x 64 x 4 voxels of 1 x 1 x 4 mm",
+        "axial; axis 0 towards the left",
+        "Values from",
+        "of 128",
+        "are",
+    ):
+        assert text in said
+    assert main(["inspect", str(path), "--json", "--axis", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["shape"] == [128, 64, 4]
+    assert found["effective"] == pytest.approx([64, 64], rel=0.04)
+
+
+def test_inspect_says_nothing_of_the_patient(capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(get_testdata_file("MR_small.dcm", download=False))
+    assert main(["inspect", path]) == 0
+    assert main(["inspect", path, "--json"]) == 0
+    said = "".join(capsys.readouterr())
+    dataset = dcmread(path, stop_before_pixels=True)
+    for field in ("PatientName", "PatientID", "StudyDate", "StudyInstanceUID"):
+        assert str(dataset[field].value) not in said
+
+
+def test_inspect_of_what_is_no_scan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.nii").write_bytes(b"no scan")
+    assert main(["inspect", str(tmp_path / "x.nii")]) == 2
+    said, errors = capsys.readouterr()
+    assert (said, errors.count("\n")) == ("", 1)
