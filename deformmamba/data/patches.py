@@ -1,177 +1,26 @@
-"""Training data from volumes on disk: find them, split them by subject, degrade whole slices, cut aligned patches.
+"""Training data: degrade whole slices, cut aligned patches.
 
 k-space is global: a slice is degraded (and zero-filled) whole, and the patches of LR, HR and zero-filled image are cut
-afterwards. Augmentation acts on the HR slice before it is degraded, because flipping an LR and an HR image by index
-reversal would move them apart by scale - 1 HR pixels on the origin-aligned grid.
+afterwards. `scans.py` finds and reads the volumes, `augmentation.py` changes the slices before they are degraded.
 """
 
-import csv
-import hashlib
-import math
-import os
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from deformmamba.data.prepared import MANIFEST, SUFFIX, is_prepared, read_manifest, read_prepared
+from deformmamba.data.augmentation import Augmentation, check_range
+from deformmamba.data.scans import Scan, Slices, find_scans, load_slices, load_volume, subjects
 from deformmamba.physics.degradations import Degradation, KSpaceCrop, parse
 from deformmamba.physics.kspace import resize, zero_fill
-from deformmamba.volume import Volume, VolumeError, holds_dicom, in_plane, intensity_scale, read_volume, slice_axis
+from deformmamba.volume import VolumeError, intensity_scale
 
-TISSUE = 0.15  # of the intensity scale: what is brighter is not air
+__all__ = ["PatchDataset", "Sample", "Scan", "Slices", "find_scans", "load_slices", "load_volume", "subjects"]
+
 FEWEST = 16  # LR pixels a side of a slice that was made coarser
-SPLITS = ("train", "val", "test", "external")
-INDEX = "volumes.tsv"
-ENDINGS = (".nii", ".nii.gz", ".mgz")
-NO_IMAGES = (".json", ".tsv", ".csv", ".txt", ".bval", ".bvec", ".png", ".jpg", ".pdf", ".zip", ".h5", SUFFIX)
-
-
-@dataclass(frozen=True)
-class Scan:
-    """One volume on disk: its file, or the folder of its DICOM series; its subject (splits go by it), its split, and a
-    group such as "T2 brain"."""
-
-    path: Path
-    subject: str
-    split: str
-    group: str
-
-
-def find_scans(root: str | os.PathLike[str], *, val: float = 0.1, test: float = 0.1, seed: int = 0) -> list[Scan]:
-    """The volumes below `root`, sorted by path, each with the split of its subject.
-
-    A folder that `deformmamba prepare` made says all of it itself. Otherwise a `volumes.tsv` at the root (columns
-    participant_id, file, split; contrast and anatomy if there) decides. Without one, every NIfTI or MGZ file counts,
-    and every folder that holds DICOM files; a subject is the BIDS entity `sub-<label>` in the path (else the name of
-    the file or folder), and `val` and `test` are the fractions of SUBJECTS held out: those whose name, hashed with
-    `seed`, comes first, so that a new subject never moves another.
-
-    Raises:
-        VolumeError: no volume there, a subject in two splits, or a preparation that was interrupted.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise VolumeError(f"{root}: no such folder of volumes")
-    if is_prepared(root):
-        scans = _from_manifest(root)
-    else:
-        scans = _from_index(root) if (root / INDEX).is_file() else _from_tree(root, val, test, seed)
-    if not scans:
-        raise VolumeError(f"{root}: no volume there; wanted files ending in {', '.join(ENDINGS)}, DICOM, or {INDEX}")
-    splits = defaultdict(set)
-    for scan in scans:
-        splits[scan.subject].add(scan.split)
-    for subject, found in splits.items():
-        if len(found) > 1:
-            raise VolumeError(
-                f"{root / INDEX}: subject {subject} is in {' and '.join(sorted(found))}; wanted one split"
-            )
-    return sorted(scans, key=lambda scan: scan.path)
-
-
-def _from_manifest(root: Path) -> list[Scan]:
-    try:
-        rows = read_manifest(root)["volumes"]
-        scans = [Scan(root / row["file"], row["subject"], row["split"], row["group"]) for row in rows]
-    except (KeyError, TypeError):
-        raise VolumeError(f"{root / MANIFEST}: damaged: no list of volumes; prepare the folder again") from None
-    for scan in scans:
-        if not scan.path.is_file():
-            raise VolumeError(f"{scan.path}: its manifest names it, and it is missing; prepare the folder again")
-    return scans
-
-
-def _from_index(root: Path) -> list[Scan]:
-    scans = []
-    with open(root / INDEX, newline="") as file:
-        for row in csv.DictReader(file, delimiter="\t"):
-            try:
-                path, subject, split = root / row["file"], row["participant_id"], row["split"]
-            except KeyError as error:
-                raise VolumeError(f"{root / INDEX}: no column {error}; wanted participant_id, file, split") from None
-            if split not in SPLITS or not path.exists():  # a DICOM series is a folder
-                problem = f"split {split!r}" if split not in SPLITS else f"missing file {row['file']}"
-                raise VolumeError(f"{root / INDEX}: {problem} of {subject}; splits are {', '.join(SPLITS)}")
-            scans.append(Scan(path, subject, split, f"{row.get('contrast', '')} {row.get('anatomy', '')}".strip()))
-    return scans
-
-
-def _from_tree(root: Path, val: float, test: float, seed: int) -> list[Scan]:
-    paths = []
-    for folder, files in folders_below(root):
-        paths += [path for path in files if path.name.endswith(ENDINGS)]
-        if holds_dicom(path for path in files if not path.name.endswith((*ENDINGS, *NO_IMAGES))):
-            paths.append(folder)
-
-    def subject(path: Path) -> str:
-        entity = re.search(r"sub-[A-Za-z0-9]+", str(path.relative_to(root)))
-        return entity[0] if entity else path.name.split(".")[0]
-
-    def position(name: str) -> float:
-        return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") / 2**64
-
-    def split(name: str) -> str:
-        where = position(name)
-        return "test" if where < test else "val" if where < test + val else "train"
-
-    return [Scan(path, subject(path), split(subject(path)), "") for path in paths]
-
-
-def folders_below(root: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """`root` and each folder below it with its files, sorted; links are followed, each folder comes once."""
-    seen = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        yield Path(folder), [path for name in sorted(names) if (path := Path(folder, name)).is_file()]
-
-
-def load_volume(path: str | os.PathLike[str], *, phase: bool = False) -> tuple[Volume, int]:
-    """A volume and the axis of its slices, which `deformmamba.volume.slice_axis` finds; of a prepared file it is 0.
-
-    A prepared file knows neither how its slices lie in the patient (`Volume.codes` are 0) nor how far they are apart
-    (1 mm here). Complex slices (fastMRI) come as their magnitude, with `phase` as they are, complex64.
-    """
-    if not Path(path).name.endswith(SUFFIX):
-        volume = read_volume(path)
-        return volume, slice_axis(volume)
-    prepared = read_prepared(path)
-    slices = prepared.slices
-    if np.iscomplexobj(slices) and not phase:
-        slices = np.abs(slices)
-    return Volume(slices, np.diag([1.0, *prepared.spacing, 1.0]), codes=(0, 0)), 0
-
-
-class Slices(NamedTuple):
-    """(slices, H, W) in scanner units (prepared ones: about [0, 1]), float32, and the pixel's (height, width) in mm."""
-
-    array: np.ndarray
-    spacing: tuple[float, float]
-
-
-def load_slices(path: str | os.PathLike[str], multiple: int = 1, *, phase: bool = False) -> Slices:
-    """The slices of a volume, see `load_volume`.
-
-    H and W are cropped at their ends to `multiple`: the scale does not divide every image, and pixel 0 stays where it
-    is.
-    """
-    volume, axis = load_volume(path, phase=phase)
-    slices = np.moveaxis(volume.array, axis, 0)
-    first, second = in_plane(axis)
-    h, w = (n - n % multiple for n in slices.shape[1:])
-    if not h or not w:
-        raise VolumeError(f"{path}: slices of {slices.shape[1]}x{slices.shape[2]}, smaller than {multiple}x{multiple}")
-    return Slices(np.ascontiguousarray(slices[:, :h, :w]), (volume.spacing[first], volume.spacing[second]))
+EMPTY = 0.02  # of the intensity scale: a slice whose mean is lower is nearly empty and teaches nothing
 
 
 class Sample(NamedTuple):
@@ -244,77 +93,60 @@ class PatchDataset(Dataset[Sample]):
         seed: int = 0,
         progress: bool = False,
     ) -> None:
+        check_range("patch", patch, 1)
+        check_range("coarsest", coarsest, 1)
         self.scale, self.patch, self.length, self.seed = scale, patch, length, seed
-        self.flips, self.contrast, self.invert, self.lesions = flips, contrast, invert, lesions
-        self.coarsest, self.gain = coarsest, gain
-        ranges = (
-            ("patch", patch, 1, math.inf), ("contrast", contrast, 1, math.inf), ("gain", gain, 1, math.inf),
-            ("coarsest", coarsest, 1, math.inf), ("invert", invert, 0, 1), ("lesions", lesions, 0, 1),
-            *((f"the weight of {name}", share, 0, math.inf) for name, share in (weights or {}).items()),
-        )  # fmt: skip
-        for name, value, lowest, highest in ranges:
-            if not lowest <= value <= highest or value == math.inf:
-                between = f"from {lowest} to {highest}" if highest < math.inf else f"of {lowest} or more"
-                raise ValueError(f"PatchDataset: {name} is {value}; wanted a number {between}")
-        if weights and not sum(weights.values()):
-            raise ValueError("PatchDataset: all weights are 0; wanted one above 0")
-        if isinstance(degradation, str):
-            degradation = parse(degradation, scale=scale)
-        self.degradation = degradation or KSpaceCrop(scale=scale)
-        if self.degradation.scale != scale:
-            raise ValueError(f"PatchDataset: {self.degradation} shrinks by {self.degradation.scale}; wanted {scale}")
-        self.jitter = {parse(text, scale=scale): share for text, share in (jitter or {}).items()}
-        for other in self.jitter:
-            if (other.scale, other.grid) != (scale, self.degradation.grid):
-                raise ValueError(
-                    f"PatchDataset: jitter {other} shrinks by {other.scale} to the {other.grid} grid; "
-                    f"wanted {scale} and {self.degradation.grid}, as {self.degradation}"
-                )
-        if sum(self.jitter.values()) > 1 or any(share < 0 for share in self.jitter.values()):
-            raise ValueError(
-                f"PatchDataset: jitter has the shares {list(self.jitter.values())}; wanted at most 1 in all"
-            )
+        self.coarsest = coarsest
+        self.augmentation = Augmentation(flips=flips, contrast=contrast, invert=invert, lesions=lesions, gain=gain)
+        self.degradation = _parsed_degradation(degradation, scale)
+        self.jitter = _parsed_jitter(jitter or {}, self.degradation)
+        _check_weights(weights)
+
         chosen = [scan for scan in scans if weights is None or scan.group in weights]
         if not chosen:
             raise VolumeError(f"PatchDataset: no scan to train on; groups wanted: {', '.join(weights or ['any'])}")
-        groups: dict[str, list[_Slice]] = {}
-        spacings: list[float] = []
-        bar: Iterable[Scan] = chosen
-        if progress:
-            from tqdm import tqdm
-
-            bar = tqdm(chosen, desc="reading", unit="volume", disable=None)
-        cropped = 0
-        for scan in bar:
-            loaded = load_slices(scan.path, phase=True)
-            h, w = (n - n % scale for n in loaded.array.shape[1:])
-            cropped += (h, w) != loaded.array.shape[1:]
-            hr = torch.from_numpy(loaded.array)[:, :h, :w]
-            if min(h, w) < patch * scale:
-                raise VolumeError(
-                    f"{scan.path}: slices {tuple(hr.shape[1:])} are smaller than a patch, {patch * scale}"
-                )
-            unit = self._unit(hr, intensity)
-            # a nearly empty slice teaches nothing
-            groups.setdefault(scan.group, []).extend(
-                _Slice(image, unit, f"{scan.path.name}, slice {k}")
-                for k, image in enumerate(hr)
-                if image.abs().mean() / unit > 0.02
-            )
-            coarse = self._coarse_size(h, w, coarsest)
-            spacings += loaded.spacing
-            spacings += (size * n / m for size, n, m in zip(loaded.spacing, (h, w), coarse, strict=True))
-        if progress and cropped:
-            from tqdm import tqdm
-
-            tqdm.write(f"{cropped} of {len(chosen)} volumes were cropped at their ends to a multiple of {scale} pixels")
-        if not any(groups.values()):
-            raise VolumeError("PatchDataset: every slice is nearly empty; is the data in another place?")
-        groups = {name: slices for name, slices in groups.items() if slices}
+        groups, spacings = self._read(chosen, intensity, progress)
         self.groups = list(groups.values())
         self.spacings = (scale * min(spacings), scale * max(spacings))
         shares = [weights[name] if weights else len(slices) for name, slices in groups.items()]
         self.shares = np.cumsum(shares) / np.sum(shares)
+
+    def _read(
+        self, scans: Sequence[Scan], intensity: str, progress: bool
+    ) -> tuple[dict[str, list["_Slice"]], list[float]]:
+        """The slices of each group that are not nearly empty, and the HR pixel sizes in mm that they can have."""
+        groups: dict[str, list[_Slice]] = {}
+        spacings: list[float] = []
+        n_cropped = 0
+        for scan in _with_bar(scans, progress):
+            loaded = load_slices(scan.path, phase=True)
+            h, w = (n - n % self.scale for n in loaded.array.shape[1:])
+            n_cropped += (h, w) != loaded.array.shape[1:]
+            hr = torch.from_numpy(loaded.array)[:, :h, :w]
+            if min(h, w) < self.patch * self.scale:
+                raise VolumeError(
+                    f"{scan.path}: slices {tuple(hr.shape[1:])} are smaller than a patch, {self.patch * self.scale}"
+                )
+            unit = self._unit(hr, intensity)
+            slices = [
+                _Slice(image, unit, f"{scan.path.name}, slice {k}")
+                for k, image in enumerate(hr)
+                if image.abs().mean() / unit > EMPTY
+            ]
+            if slices:
+                groups.setdefault(scan.group, []).extend(slices)
+            coarse = self._coarse_size(h, w, self.coarsest)
+            spacings += loaded.spacing
+            spacings += (size * n / m for size, n, m in zip(loaded.spacing, (h, w), coarse, strict=True))
+        if progress and n_cropped:
+            from tqdm import tqdm
+
+            tqdm.write(
+                f"{n_cropped} of {len(scans)} volumes were cropped at their ends to a multiple of {self.scale} pixels"
+            )
+        if not groups:
+            raise VolumeError("PatchDataset: every slice is nearly empty; is the data in another place?")
+        return groups, spacings
 
     def _unit(self, hr: torch.Tensor, intensity: str) -> float:
         """The intensity scale of the LR volume; noise levels refer to an image of about [0, 1]."""
@@ -339,7 +171,7 @@ class PatchDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         drawn, factor, rng = self._drawn(index)
-        hr = self._augment(drawn.image / drawn.unit, factor, rng)
+        hr = self._coarsened(self.augmentation(drawn.image / drawn.unit, rng), factor)
         lr = self._degradation(rng)(hr, seed=(self.seed, index))
         base = zero_fill(lr, self.scale)
         hr = hr.abs() if hr.is_complex() else hr
@@ -357,25 +189,12 @@ class PatchDataset(Dataset[Sample]):
                     return other
         return self.degradation
 
-    def _augment(self, hr: torch.Tensor, factor: float, rng: np.random.Generator) -> torch.Tensor:
-        if self.flips:
-            hr = hr.flip([axis for axis in (-2, -1) if rng.random() < 0.5])
-            if rng.random() < 0.5:
-                hr = hr.mT
-        if self.contrast > 1:
-            exponent = float(self.contrast ** rng.uniform(-1, 1))
-            hr = _recoloured(hr, lambda magnitude: magnitude**exponent)
-        if self.invert and rng.random() < self.invert:
-            hr = _recoloured(hr, lambda magnitude: (1 - magnitude).clamp(min=0))
-        if self.lesions and rng.random() < self.lesions:
-            spots = _ellipses(hr.abs() > TISSUE, rng)
-            hr = _recoloured(hr, lambda magnitude: (magnitude + spots).clamp(min=0))
-        if self.gain > 1:
-            hr = hr * float(self.gain ** rng.uniform(-1, 1))
-        if factor > 1:
-            low = resize(hr, self._coarse_size(hr.shape[0], hr.shape[1], factor))
-            hr = low if hr.is_complex() else low.abs()
-        return hr
+    def _coarsened(self, hr: torch.Tensor, factor: float) -> torch.Tensor:
+        """The slice (H, W) with about `factor` times fewer pixels a side, by cropping its k-space."""
+        if factor == 1:
+            return hr
+        low = resize(hr, self._coarse_size(hr.shape[0], hr.shape[1], factor))
+        return low if hr.is_complex() else low.abs()
 
     def _coarse_size(self, h: int, w: int, factor: float) -> tuple[int, int]:
         """h x w pixels, `factor` times fewer, to a multiple of the scale; how small they may become, see `coarsest`."""
@@ -392,31 +211,6 @@ def _cut(image: torch.Tensor, corner: Sequence[int], patch: int, scale: int) -> 
     return image[rows[:, None], columns][None]
 
 
-def _ellipses(tissue: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """(H, W): soft ellipses of positive and negative contrast at random places of `tissue` (H, W), zero elsewhere."""
-    image = torch.zeros(tissue.shape)
-    places = tissue.nonzero()
-    for y, x in places[rng.integers(len(places), size=len(places) // 500)].tolist() if len(places) else ():
-        long, short = sorted(np.exp(rng.uniform(np.log(1.0), np.log(5.0), size=2)), reverse=True)  # half axes
-        angle, contrast = rng.uniform(0, np.pi), rng.choice((-1, 1)) * rng.uniform(0.1, 0.5)
-        top, left, reach = max(y - 8, 0), max(x - 8, 0), 9
-        rows, columns = np.mgrid[top : y + reach, left : x + reach]
-        along = (rows - y) * np.sin(angle) + (columns - x) * np.cos(angle)
-        across = (rows - y) * np.cos(angle) - (columns - x) * np.sin(angle)
-        # half of the contrast at the edge, which is about a pixel wide
-        spot = torch.from_numpy(contrast / (1 + np.exp(4 * short * (np.hypot(along / long, across / short) - 1))))
-        place = image[top : y + reach, left : x + reach]
-        place += spot[: place.shape[0], : place.shape[1]]
-    return image
-
-
-def _recoloured(image: torch.Tensor, curve: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """The image with a curve over its magnitudes; of a complex one the phase stays."""
-    if image.is_complex():
-        return torch.polar(curve(image.abs()), image.angle())
-    return curve(image.clamp(min=0))
-
-
 class _Slice(NamedTuple):
     """One slice (H, W) in the units of its file, what it is divided by, where it is."""
 
@@ -425,6 +219,40 @@ class _Slice(NamedTuple):
     place: str
 
 
-def subjects(scans: Sequence[Scan]) -> list[str]:
-    """The distinct subjects, sorted."""
-    return sorted({scan.subject for scan in scans})
+def _parsed_degradation(degradation: Degradation | str | None, scale: int) -> Degradation:
+    if isinstance(degradation, str):
+        degradation = parse(degradation, scale=scale)
+    degradation = degradation or KSpaceCrop(scale=scale)
+    if degradation.scale != scale:
+        raise ValueError(f"PatchDataset: {degradation} shrinks by {degradation.scale}; wanted {scale}")
+    return degradation
+
+
+def _parsed_jitter(jitter: Mapping[str, float], main: Degradation) -> dict[Degradation, float]:
+    """The degradations of `jitter` with their shares; all of the scale and grid of the `main` one."""
+    parsed = {parse(text, scale=main.scale): share for text, share in jitter.items()}
+    for other in parsed:
+        if (other.scale, other.grid) != (main.scale, main.grid):
+            raise ValueError(
+                f"PatchDataset: jitter {other} shrinks by {other.scale} to the {other.grid} grid; "
+                f"wanted {main.scale} and {main.grid}, as {main}"
+            )
+    if not sum(parsed.values()) <= 1 or any(not share >= 0 for share in parsed.values()):
+        raise ValueError(f"PatchDataset: jitter has the shares {list(parsed.values())}; wanted at most 1 in all")
+    return parsed
+
+
+def _check_weights(weights: Mapping[str, float] | None) -> None:
+    for name, share in (weights or {}).items():
+        check_range(f"the weight of {name}", share, 0)
+    if weights and not sum(weights.values()):
+        raise ValueError("PatchDataset: all weights are 0; wanted one above 0")
+
+
+def _with_bar(scans: Sequence[Scan], progress: bool) -> Iterable[Scan]:
+    if not progress:
+        return scans
+    from tqdm import tqdm
+
+    bar: Iterable[Scan] = tqdm(scans, desc="reading", unit="volume", disable=None)
+    return bar

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from deformmamba import __version__
-from deformmamba.data.patches import INDEX, SPLITS, find_scans, folders_below
 from deformmamba.data.prepared import SUFFIX, begun, read_prepared, write_manifest, write_prepared
+from deformmamba.data.scans import INDEX, SPLITS, find_scans, folders_below
 from deformmamba.extras import require
 from deformmamba.volume import VolumeError, chosen_axis, in_plane, intensity_scale, read_volume
 

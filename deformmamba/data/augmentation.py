@@ -1,0 +1,92 @@
+"""Random changes to a slice before it is degraded: mirrored, other contrast, negative, lesions, other brightness.
+
+They act on the HR slice, because flipping an LR and an HR image by index reversal would move them apart by scale - 1 HR
+pixels on the origin-aligned grid.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+TISSUE = 0.15  # of the intensity scale: brighter pixels are tissue, darker ones air
+
+
+def check_range(name: str, value: float, lowest: float, highest: float = math.inf) -> None:
+    """Refuses a number outside [lowest, highest], infinity and NaN.
+
+    Raises:
+        ValueError: names the argument of `PatchDataset`, its value and the range.
+    """
+    if not lowest <= value <= highest or value == math.inf:
+        between = f"from {lowest} to {highest}" if highest < math.inf else f"of {lowest} or more"
+        raise ValueError(f"PatchDataset: {name} is {value}; wanted a number {between}")
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The random changes to one HR slice of about [0, 1]; `PatchDataset` documents each argument.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    flips: bool = True
+    contrast: float = 1.0
+    invert: float = 0.0
+    lesions: float = 0.0
+    gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_range("contrast", self.contrast, 1)
+        check_range("gain", self.gain, 1)
+        check_range("invert", self.invert, 0, 1)
+        check_range("lesions", self.lesions, 0, 1)
+
+    def __call__(self, hr: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """A changed copy of `hr` (H, W), real or complex; the changes come in the order of the fields.
+
+        A change that is switched off draws no random number.
+        """
+        if self.flips:
+            hr = hr.flip([axis for axis in (-2, -1) if rng.random() < 0.5])
+            if rng.random() < 0.5:
+                hr = hr.mT
+        if self.contrast > 1:
+            exponent = float(self.contrast ** rng.uniform(-1, 1))
+            hr = map_magnitude(hr, lambda magnitude: magnitude**exponent)
+        if self.invert and rng.random() < self.invert:
+            hr = map_magnitude(hr, lambda magnitude: (1 - magnitude).clamp(min=0))
+        if self.lesions and rng.random() < self.lesions:
+            spots = soft_ellipses(hr.abs() > TISSUE, rng)
+            hr = map_magnitude(hr, lambda magnitude: (magnitude + spots).clamp(min=0))
+        if self.gain > 1:
+            hr = hr * float(self.gain ** rng.uniform(-1, 1))
+        return hr
+
+
+def map_magnitude(image: torch.Tensor, curve: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Applies `curve` to the magnitudes of an image; a complex image keeps its phase."""
+    if image.is_complex():
+        return torch.polar(curve(image.abs()), image.angle())
+    return curve(image.clamp(min=0))
+
+
+def soft_ellipses(tissue: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """(H, W): soft ellipses of positive and negative contrast at random places of `tissue` (H, W), zero elsewhere."""
+    image = torch.zeros(tissue.shape)
+    places = tissue.nonzero()
+    for y, x in places[rng.integers(len(places), size=len(places) // 500)].tolist() if len(places) else ():
+        long, short = sorted(np.exp(rng.uniform(np.log(1.0), np.log(5.0), size=2)), reverse=True)  # half axes
+        angle, contrast = rng.uniform(0, np.pi), rng.choice((-1, 1)) * rng.uniform(0.1, 0.5)
+        top, left, reach = max(y - 8, 0), max(x - 8, 0), 9
+        rows, columns = np.mgrid[top : y + reach, left : x + reach]
+        along = (rows - y) * np.sin(angle) + (columns - x) * np.cos(angle)
+        across = (rows - y) * np.cos(angle) - (columns - x) * np.sin(angle)
+        # half of the contrast at the edge, which is about a pixel wide
+        spot = torch.from_numpy(contrast / (1 + np.exp(4 * short * (np.hypot(along / long, across / short) - 1))))
+        place = image[top : y + reach, left : x + reach]
+        place += spot[: place.shape[0], : place.shape[1]]
+    return image
