@@ -69,7 +69,7 @@ class Bicubic(_Separable):
         grid: "origin" fits images whose k-space was cropped; "half-pixel" is the only one F.interpolate offers.
 
     Measured on the six real IXI T2 slices, 4x, PSNR over the volume / SSIM: a = -0.5 gives 27.02 / 0.802, a = -0.75
-    gives 27.17 / 0.805, `BSpline` 27.33 / 0.808, `ZeroFill` 27.64 / 0.804; on the half-pixel grid 24.5 / 0.750.
+    gives 27.17 / 0.805, `BSpline` 27.34 / 0.808, `ZeroFill` 27.66 / 0.800; on the half-pixel grid 24.5 / 0.750.
 
     Source: Keys, IEEE TASSP 29 (1981), with a free a as in its equation 8.
     """
