@@ -65,7 +65,8 @@ def test_commands_run(page: str, line: str, folder: Path, monkeypatch: pytest.Mo
 
 
 def test_the_reference_lists_what_is_public() -> None:
-    listed = re.findall(r"^::: deformmamba\.([\w.]+)\.(\w+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.MULTILINE)
+    page = (ROOT / "docs" / "api.md").read_text("utf-8")
+    listed = re.findall(r"^::: deformmamba\.([\w.]+)\.(\w+)$", page, re.MULTILINE)
     assert len(listed) == len(set(listed))
     for module, name in deformmamba._HOME.items():
         assert (name, module) in listed, f"docs/api.md lacks ::: deformmamba.{module}.{name}"
