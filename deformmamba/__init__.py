@@ -19,6 +19,7 @@ _HOME = {
     "ModulatedDeformBlock": "layers",
     "DeformMambaBlock": "layers",
     "MultiViewContext": "layers",
+    "DeformMambaError": "errors",
     "DeformMambaSR": "models",
     "from_pretrained": "models",
     "MODELS": "models",
@@ -53,6 +54,7 @@ __all__ = ["__version__", *sorted(_HOME)]  # pyright: ignore[reportUnsupportedDu
 
 if TYPE_CHECKING:  # `as`: for type checkers, an import under its own name is an export
     from deformmamba.deform import modulated_deform_conv2d as modulated_deform_conv2d
+    from deformmamba.errors import DeformMambaError as DeformMambaError
     from deformmamba.evaluation import evaluate as evaluate
     from deformmamba.inference import upscale as upscale
     from deformmamba.inference import upscale_file as upscale_file

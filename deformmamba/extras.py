@@ -3,8 +3,10 @@
 from importlib import import_module
 from types import ModuleType
 
+from deformmamba.errors import DeformMambaError
 
-class MissingExtra(ImportError):
+
+class MissingExtra(DeformMambaError, ImportError):
     """A feature needs a package of an extra that is not installed; the message is one line with the command."""
 
 

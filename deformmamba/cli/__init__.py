@@ -17,6 +17,7 @@ from typing import Any
 from deformmamba import __version__
 from deformmamba.cli import backends, benchmark, demo, evaluate, export, inspect, prepare, train, upscale, weights
 from deformmamba.cli.arguments import Parser, printable, refuse
+from deformmamba.errors import DeformMambaError
 
 COMMANDS = (upscale, inspect, prepare, evaluate, benchmark, train, weights, backends, export, demo)
 
@@ -57,15 +58,7 @@ def _complete(parser: argparse.ArgumentParser) -> None:
 
 def _user_errors() -> tuple[type[Exception], ...]:
     """What this package raises about its user's arguments and files; anything else is a bug and keeps its traceback."""
-    errors: list[type[Exception]] = [ValueError, FloatingPointError]  # VolumeError is a ValueError
-    for module, name in (
-        ("deformmamba.weights", "WeightsError"),
-        ("deformmamba.scan", "ScanBackendError"),
-        ("deformmamba.extras", "MissingExtra"),
-    ):
-        if module in sys.modules:  # what was not imported was not raised
-            errors.append(getattr(sys.modules[module], name))
-    return tuple(errors)
+    return DeformMambaError, ValueError, FloatingPointError
 
 
 def _out_of_memory(error: Exception) -> bool:

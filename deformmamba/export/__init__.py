@@ -8,7 +8,6 @@ import copy
 import json
 import logging
 import os
-import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from deformmamba import __version__
+from deformmamba.atomic import renamed
+from deformmamba.errors import DeformMambaError
 from deformmamba.models import SRModel
 from deformmamba.physics.kspace import zero_fill
 from deformmamba.scan import scan_backend
@@ -32,7 +33,7 @@ LARGEST = 16384  # pixels of h and w that a file with free sizes takes
 FACTS = "deformmamba.json"  # the name of the facts inside a pt2 file
 
 
-class ExportError(ValueError):
+class ExportError(DeformMambaError, ValueError):
     """A model that cannot be exported, or a file that computes something else; says which, and no file is left."""
 
 
@@ -93,8 +94,7 @@ def export(
     facts = _facts(model, size, smallest)
     images = [_inputs(model, h, w, 1 if size else 2) for h, w in sizes]
 
-    temporary = path.parent / f".{secrets.token_hex(8)}.{format}"
-    try:
+    with renamed(path) as temporary:
         with _quiet(), torch.no_grad():
             program = _program(model, images[0], None if size else smallest)
             (_write_onnx if format == "onnx" else _write_pt2)(program, temporary, list(images[0]), facts)
@@ -104,9 +104,6 @@ def export(
                 f"{path}: the exported {type(model).__name__} differs from the model by {difference:.3g}, more than "
                 f"{tolerance:g}; not kept; please report it with the versions of torch and onnxruntime"
             )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return Export(path, difference, sizes, facts)
 
 

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from deformmamba.errors import one_line, shown
 from deformmamba.physics.kspace import Consistency, Grid
 from deformmamba.weights import load_checkpoint
-from deformmamba.weights.checkpoint import Checkpoint, WeightsError, check_config, one_line, shown, write_checkpoint
+from deformmamba.weights.checkpoint import Checkpoint, WeightsError, check_config, write_checkpoint
 
 Model = TypeVar("Model", bound="SRModel")
 

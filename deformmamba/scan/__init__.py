@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
+from deformmamba.errors import DeformMambaError
 from deformmamba.scan import operator
 
 BACKENDS: tuple[str, ...] = tuple(operator.MODULES)  # in the order in which "auto" tries them
@@ -28,7 +29,7 @@ _chosen: ContextVar[str] = ContextVar("deformmamba_scan_backend", default="auto"
 _chosen_last = "auto"  # the same for torch.compile, which can watch a global but not a context variable
 
 
-class ScanBackendError(RuntimeError):
+class ScanBackendError(DeformMambaError, RuntimeError):
     """A scan backend that was asked for by name does not exist or cannot run this call; says why, and the cure."""
 
 

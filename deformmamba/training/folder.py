@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from deformmamba.errors import one_line
 from deformmamba.training.curves import training_curve
 from deformmamba.volume import replacing, write_text
-from deformmamba.weights.checkpoint import one_line
 
 STATE, RUN, LOG, CURVE, BEST, LAST = (
     "state.pt",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from deformmamba.data.patches import PatchDataset, Scan, find_scans, load_slices, subjects
+from deformmamba.errors import one_line
 from deformmamba.evaluation.compare import evaluate, mean_scores
 from deformmamba.losses import LOSSES, SRLoss
 from deformmamba.models import MODELS
@@ -24,7 +25,7 @@ from deformmamba.training.curves import sample_picture
 from deformmamba.training.folder import RunFolder
 from deformmamba.training.loop import fit
 from deformmamba.weights import load_checkpoint
-from deformmamba.weights.checkpoint import Checkpoint, one_line
+from deformmamba.weights.checkpoint import Checkpoint
 
 SECTIONS = ("model", "data", "fit")
 SAMPLE = "sample.png"

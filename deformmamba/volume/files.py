@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from deformmamba.atomic import PathLike, renamed
 from deformmamba.volume.image import VolumeError, in_plane
 
-PathLike = str | os.PathLike[str]
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 MGH_SUFFIXES = (".mgh", ".mgz")
 # what a voxel may be written as; integers are rounded, never rescaled
@@ -134,18 +134,6 @@ def refusals(path: PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         raise VolumeError(f"{path}: cannot be written: {error.strerror or type(error).__name__}") from error
-
-
-@contextmanager
-def renamed(path: PathLike) -> Iterator[Path]:
-    """`replacing`, the operating system's own errors left as they are."""
-    target = Path(os.path.realpath(path))  # a link is written through, not replaced
-    temporary = target.parent / f".{secrets.token_hex(8)}{suffix(target)}"
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

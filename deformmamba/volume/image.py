@@ -7,8 +7,10 @@ from typing import Any, TypeVar, final
 import numpy as np
 import numpy.typing as npt
 
+from deformmamba.errors import DeformMambaError
 
-class VolumeError(ValueError):
+
+class VolumeError(DeformMambaError, ValueError):
     """A scan that cannot be read, written or upscaled; the message is one line."""
 
 

@@ -21,6 +21,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from deformmamba.errors import shown
 from deformmamba.weights.cards import card
 from deformmamba.weights.checkpoint import (
     CARD_FILE,
@@ -32,7 +33,6 @@ from deformmamba.weights.checkpoint import (
     check_config,
     config_json,
     read_checkpoint,
-    shown,
     write_checkpoint,
     write_files,
 )

@@ -15,12 +15,14 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from deformmamba import atomic
+from deformmamba.errors import DeformMambaError, one_line, shown
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +62,7 @@ CONVERT = (
 )
 
 
-class WeightsError(Exception):
+class WeightsError(DeformMambaError):
     """Weights that cannot be found, trusted, read or written; the message is one line with what to do next."""
 
     def __init__(self, message: str) -> None:
@@ -404,17 +406,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         WeightsError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     with _disk("write", path, "; choose a place that can be written"):
-        try:
-            with open(partial, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
+        atomic.write_bytes(path, data)
 
 
 @contextlib.contextmanager
@@ -428,18 +421,3 @@ def _disk(verb: str, path: Path, cure: str = "") -> Iterator[None]:
 
 def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-def shown(value: Any) -> str:
-    """`value` as a message may show it: escaped, one line, at most 80 characters, whatever a file put into it."""
-    try:
-        text = ascii(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, a deep nesting
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def one_line(error: BaseException) -> str:
-    """The message of a foreign error, in one line of ASCII of at most 300 characters."""
-    text = " ".join(str(error).split()).encode("ascii", "backslashreplace").decode()
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from deformmamba.weights.checkpoint import CARD_FILE, CONFIG_FILE, CONVERT, WEIGHTS_FILE, WeightsError, one_line
+from deformmamba.errors import one_line
+from deformmamba.weights.checkpoint import CARD_FILE, CONFIG_FILE, CONVERT, WEIGHTS_FILE, WeightsError
 
 
 def download(

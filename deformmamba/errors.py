@@ -1,0 +1,41 @@
+"""The base class of every exception of this package, and the two functions that keep a message on one line.
+
+A message has one line: what was wrong, what was given, what is allowed, what to do next.
+"""
+
+from typing import Any
+
+
+class DeformMambaError(Exception):
+    """Base class of every exception that this package raises on purpose.
+
+    Each one also derives from the built-in class that fits (ValueError, TypeError, RuntimeError, ImportError), so that
+    `except ValueError` works as usual. Any other exception that leaves this package is a bug.
+    """
+
+
+class InvalidArgument(DeformMambaError, ValueError):
+    """An argument has a value or a shape that is not allowed."""
+
+
+class InvalidType(DeformMambaError, TypeError):
+    """An argument has a type or a dtype that is not allowed."""
+
+
+class UnsupportedCall(DeformMambaError, RuntimeError):
+    """A call that is valid by itself, and that cannot be done here: on this device, under this tool, in this state."""
+
+
+def shown(value: Any) -> str:
+    """`value` for a message: `ascii(value)`, cut to 80 characters. Safe for values that come from a file."""
+    try:
+        text = ascii(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a deep nesting
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception of another package: one line of ASCII, cut to 300 characters."""
+    text = " ".join(str(error).split()).encode("ascii", "backslashreplace").decode()
+    return text if len(text) <= 300 else text[:297] + "..."
