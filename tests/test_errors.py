@@ -47,10 +47,15 @@ def test_text_from_outside_stays_on_one_short_line() -> None:
 def test_a_file_is_replaced_whole_or_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.nii.gz"
     write_bytes(path, b"one")
-    with pytest.raises(RuntimeError, match="stop"), renamed(path) as temporary:
-        assert temporary.name.endswith(".nii.gz"), "writers choose a format by the ending"
-        temporary.write_bytes(b"tw")
-        raise RuntimeError("stop")
+
+    def stopped() -> None:
+        with renamed(path) as temporary:
+            assert temporary.name.endswith(".nii.gz"), "writers choose a format by the ending"
+            temporary.write_bytes(b"tw")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped()
     assert path.read_bytes() == b"one"
     flushed = []
     monkeypatch.setattr(os, "fsync", flushed.append)
