@@ -32,7 +32,7 @@ _HOME = {
     "modulated_deform_conv2d": "deform",
     "degrade": "physics.kspace",
     "zero_fill": "physics.kspace",
-    "data_consistency": "physics.kspace",
+    "data_consistency": "physics.consistency",
     "psnr": "metrics",
     "ssim": "metrics",
     "nmse": "metrics",
@@ -73,7 +73,7 @@ if TYPE_CHECKING:  # `as`: for type checkers, an import under its own name is an
     from deformmamba.models import MODELS as MODELS
     from deformmamba.models import DeformMambaSR as DeformMambaSR
     from deformmamba.models import from_pretrained as from_pretrained
-    from deformmamba.physics.kspace import data_consistency as data_consistency
+    from deformmamba.physics.consistency import data_consistency as data_consistency
     from deformmamba.physics.kspace import degrade as degrade
     from deformmamba.physics.kspace import zero_fill as zero_fill
     from deformmamba.scan import ScanBackendError as ScanBackendError

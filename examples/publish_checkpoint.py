@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from deformmamba.cli.arguments import CONSISTENCIES
 from deformmamba.data.patches import Scan, find_scans, load_slices
 from deformmamba.evaluation.assessment import assess
 from deformmamba.evaluation.compare import evaluate, mean_scores
 from deformmamba.inference import upscale
 from deformmamba.metrics import by_slice
 from deformmamba.models import Bicubic, SRModel, ZeroFill, from_pretrained
-from deformmamba.physics.kspace import Consistency, degrade
+from deformmamba.physics.consistency import CONSISTENCIES, Consistency
+from deformmamba.physics.kspace import degrade
 from deformmamba.weights.cards import tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,9 +36,9 @@ LOG = ROOT / "docs" / "evaluations.csv"
 
 def best_consistency(model: SRModel, scans: list[Scan]) -> tuple[Consistency, dict[str, dict[str, float]]]:
     """The kind of data consistency that pays on these (validation) scans, and the scores with each."""
-    scores = {name: mean_scores(evaluate(model, scans, consistency=kind)) for name, kind in CONSISTENCIES.items()}
-    allowed = [name for name in scores if scores[name]["ssim"] >= scores["off"]["ssim"] - 0.002]
-    return CONSISTENCIES[max(allowed, key=lambda name: scores[name]["psnr"])], scores
+    scores = {kind: mean_scores(evaluate(model, scans, consistency=kind)) for kind in CONSISTENCIES}
+    allowed = [kind for kind in CONSISTENCIES if scores[kind]["ssim"] >= scores["off"]["ssim"] - 0.002]
+    return max(allowed, key=lambda kind: scores[kind]["psnr"]), {str(kind): found for kind, found in scores.items()}
 
 
 def spread(model: SRModel, scans: list[Scan]) -> dict[str, float]:

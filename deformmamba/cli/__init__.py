@@ -15,11 +15,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from deformmamba import __version__
-from deformmamba.cli import backends, benchmark, demo, evaluate, export, inspect, prepare, train, upscale, weights
+from deformmamba.cli import (
+    backends,
+    benchmark,
+    degrade,
+    demo,
+    evaluate,
+    export,
+    inspect,
+    prepare,
+    train,
+    upscale,
+    weights,
+)
 from deformmamba.cli.arguments import Parser, printable, refuse
 from deformmamba.errors import DeformMambaError
 
-COMMANDS = (upscale, inspect, prepare, evaluate, benchmark, train, weights, backends, export, demo)
+COMMANDS = (upscale, degrade, inspect, prepare, evaluate, benchmark, train, weights, backends, export, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from deformmamba.models import SRModel
-    from deformmamba.physics.kspace import Consistency
     from deformmamba.volume import Volume
 
 DEFAULT_MODEL = "ixi-4x"
-CONSISTENCIES: "dict[str, Consistency]" = {"exact": True, "object": "object", "off": False}
+CONSISTENCIES = ("exact", "object", "off")  # those of physics.consistency, which would import torch
 
 
 def printable(text: str) -> str:
@@ -144,7 +143,12 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
     parser.add_argument(
         "--consistency",
-        choices=list(CONSISTENCIES),
-        help="make degrading the output give the input back: exactly, or of the object alone and beyond the noise, "
-        "which leaves air as the network has it (default: what was found best for the weights)",
+        choices=CONSISTENCIES,
+        help="correct the output so that degrading it gives the input back: exact, or inside the anatomy only and "
+        "reduced by the estimated noise (default: what was best for the weights on validation data)",
     )
+
+
+def running(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `add_running` as settings of `inference.upscale`, with a bar of progress."""
+    return {"device": device_here(args.device), "consistency": args.consistency, "progress": True}

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from deformmamba.cli.arguments import add_command, add_model, add_running, load_model, short
+from deformmamba.cli.arguments import add_command, add_model, add_running, load_model, running, short
 from deformmamba.cli.upscale import upscale_and_draw
 
 
@@ -15,10 +15,6 @@ def add(commands: Any) -> None:
     parser.add_argument("-o", "--output", default="deformmamba-demo", metavar="DIR", help="default: deformmamba-demo")
     add_model(parser)
     add_running(parser)
-    parser.set_defaults(
-        axis=None, batch_size=None, ensemble=False, tile=None, overlap=None, uncertainty=None, report=None,
-        effective=False, series=None, dtype=None,
-    )  # fmt: skip
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -39,5 +35,5 @@ def _demo(args: argparse.Namespace) -> None:
     model = load_model(args.model)
     for path, index in samples:
         stem = folder / f"{path.name.split('.')[0]}_{short(args.model)}"
-        args.volume, args.figure = index, stem.with_name(stem.name + ".png")
-        upscale_and_draw(model, path, stem.with_name(stem.name + ".nii.gz"), args)
+        output, figure = (stem.with_name(stem.name + ending) for ending in (".nii.gz", ".png"))
+        upscale_and_draw(model, args.model, path, output, volume=index, figure=figure, **running(args))

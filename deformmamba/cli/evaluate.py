@@ -6,7 +6,6 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from deformmamba.cli.arguments import (
-    CONSISTENCIES,
     add_command,
     add_running,
     check_target,
@@ -128,7 +127,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         protocol=args.protocol,
         degradation=degradation,
         metrics=args.metric,
-        consistency=CONSISTENCIES.get(args.consistency),
+        consistency=args.consistency,
         seed=args.seed,
         show=bool(args.figure),
         at=args.slice,

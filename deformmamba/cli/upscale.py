@@ -1,4 +1,4 @@
-"""upscale and degrade: one scan made of another, finer or coarser; or a folder of scans, all of them finer."""
+"""upscale: one scan, or every scan in a folder, at a finer resolution."""
 
 import argparse
 import os
@@ -8,19 +8,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deformmamba import __version__
 from deformmamba.cli.arguments import (
-    CONSISTENCIES,
     add_command,
     add_model,
     add_reading,
     add_running,
-    check_not_input,
     check_target,
-    device_here,
     load_model,
     positive,
     refuse,
+    running,
     say,
     series_of,
     short,
@@ -28,57 +25,36 @@ from deformmamba.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from deformmamba.inference import Settings, Upscaled
+    from deformmamba.inference import Upscaled
     from deformmamba.inference.cohort import Outcome
     from deformmamba.models import SRModel
 
 
 def add(commands: Any) -> None:
-    upscale = add_command(
+    parser = add_command(
         commands,
         "upscale",
         _upscale,
         "write a sharper version of a scan, or of every scan in a folder",
         "upscale scan.nii.gz -o sharper.nii.gz --figure look.png",
     )
-    add_reading(upscale)
-    add_model(upscale)
-    add_running(upscale)
-    upscale.add_argument(
+    add_reading(parser)
+    add_model(parser)
+    add_running(parser)
+    parser.add_argument(
         "--ensemble", action="store_true", help="mean over eight reflections and transposes; 8 x slower"
     )
-    upscale.add_argument(
-        "--uncertainty", metavar="FILE", help="also write where these eight disagree, in the same units"
+    parser.add_argument(
+        "--uncertainty", metavar="FILE", help="also write the standard deviation of these eight, in the same units"
     )
-    upscale.add_argument("--effective", action="store_true", help="first undo the scanner's own zero-filling")
-    upscale.add_argument(
-        "--tile", type=positive, metavar="N", help="cut slices into tiles of N pixels (default: whole)"
+    parser.add_argument(
+        "--effective", action="store_true", help="first undo the scanner's interpolation (zero-filling)"
     )
-    upscale.add_argument(
-        "--overlap", type=int, metavar="M", help="pixels that tiles share (default: 16, at most N / 2)"
-    )
-    upscale.add_argument("--batch-size", type=positive, metavar="N", help="slices at once (default: as memory allows)")
-    upscale.add_argument("--report", metavar="HTML", help="also write a page to look at input, output and what changed")
-    upscale.add_argument("--figure", metavar="PNG", help="also draw before and after (.png, .pdf or .svg)")
-
-    degrade = add_command(
-        commands,
-        "degrade",
-        _degrade,
-        "write what a coarser scan would have given",
-        "degrade scan.nii.gz -o coarse.nii.gz --scale 4",
-    )
-    add_reading(degrade)
-    degrade.add_argument("--scale", type=positive, required=True, metavar="S", help="how many times coarser in-plane")
-    degrade.add_argument(
-        "--kind",
-        default="k-space",
-        metavar="TEXT",
-        help='how, such as "blur:sigma=1.5 >> subsample >> rician:snr=30" (default: k-space, a scanner that measured '
-        "less; a wrong name lists all)",
-    )
-    degrade.add_argument("--crop", action="store_true", help="leave out rows and columns beyond a multiple of S")
-    degrade.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--tile", type=positive, metavar="N", help="cut slices into tiles of N pixels (default: whole)")
+    parser.add_argument("--overlap", type=int, metavar="M", help="pixels that tiles share (default: 16, at most N / 2)")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="slices at once (default: as memory allows)")
+    parser.add_argument("--report", metavar="HTML", help="also write a page for visual checks")
+    parser.add_argument("--figure", metavar="PNG", help="also draw before and after (.png, .pdf or .svg)")
 
 
 def _upscale(args: argparse.Namespace) -> int | None:
@@ -88,51 +64,73 @@ def _upscale(args: argparse.Namespace) -> int | None:
         return _upscale_folder(args)
     if args.figure:
         check_target(args.figure, args.input, figure=True)
-    upscale_and_draw(load_model(args.model), args.input, args.output, args)
+    upscale_and_draw(
+        load_model(args.model),
+        args.model,
+        args.input,
+        args.output,
+        figure=args.figure,
+        uncertainty=args.uncertainty,
+        report=args.report,
+        series=series_of(args.series),
+        **_options(args),
+    )
     return None
 
 
-def upscale_and_draw(model: "SRModel", source: str | Path, output: str | Path, args: argparse.Namespace) -> None:
-    """One scan to its file, and to args.figure before and after of the slice in the middle."""
+def upscale_and_draw(
+    model: "SRModel",
+    name: str,
+    source: str | Path,
+    output: str | Path,
+    *,
+    figure: str | Path | None = None,
+    uncertainty: str | None = None,
+    report: str | None = None,
+    **options: Any,
+) -> None:
+    """Upscales one scan to a file and prints a line for each file.
+
+    Args:
+        model, source, output, uncertainty, report, options: as `inference.upscale_file`.
+        name: of the model, as the user gave it.
+        figure: .png, .pdf or .svg: the middle slice before and after.
+    """
     from deformmamba.inference import upscale_file
 
-    settings = _settings(args)
     done = upscale_file(
         model,
         source,
         output,
-        volume=args.volume,
-        series=series_of(args.series),
-        dtype=args.dtype,
-        uncertainty=args.uncertainty,
-        report=args.report,
-        effective=args.effective,
-        keep=lambda n: (n // 2,) if args.figure else (),
-        **settings,
+        uncertainty=uncertainty,
+        report=report,
+        keep=lambda n: (n // 2,) if figure else (),
+        **options,
     )
-    name = short(args.model)
     what = f"{sizes(done.place, done.shape)}, from {sizes(done.source)}"
-    say(f"{output}: {what}; {name} on {settings['device']} in {done.seconds:.1f} s")
+    say(f"{output}: {what}; {short(name)} on {done.settings.device or 'cpu'} in {done.seconds:.1f} s")
     say(f"{source}: {done.remark}")
-    if args.uncertainty:
-        say(f"{args.uncertainty}: standard deviation of the eight")
-    if args.figure:
-        _draw(args.figure, done, model, f"{Path(source).name}, slice", name)
-        say(f"{args.figure}: before and after")
-    if args.report:
-        say(f"{args.report}: a page to look at; open it in a browser")
+    if uncertainty:
+        say(f"{uncertainty}: standard deviation of the eight")
+    if figure:
+        _draw(figure, done, model, f"{Path(source).name}, slice", short(name))
+        say(f"{figure}: before and after")
+    if report:
+        say(f"{report}: a page for visual checks; open it in a browser")
 
 
-def _settings(args: argparse.Namespace) -> "Settings":
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that one scan and a folder share, as `upscale_file` takes them."""
     return {
+        "volume": args.volume,
+        "dtype": args.dtype,
+        "effective": args.effective,
         "axis": args.axis,
         "batch_size": args.batch_size,
-        "consistency": CONSISTENCIES.get(args.consistency),
         "ensemble": args.ensemble,
         "tile": args.tile,
         "overlap": args.overlap,
-        "device": device_here(args.device),
-        "progress": True,
+        **running(args),
     }
 
 
@@ -185,11 +183,8 @@ def _upscale_folder(args: argparse.Namespace) -> int:
             model,
             args.input,
             args.output,
-            volume=args.volume,
-            dtype=args.dtype,
-            effective=args.effective,
             told=told,
-            **_settings(args),
+            **_options(args),
         )
         _wait_for_others()
     finally:
@@ -211,17 +206,3 @@ def _wait_for_others() -> None:
     distributed.init_process_group("gloo", timeout=timedelta(days=30))
     distributed.barrier()
     distributed.destroy_process_group()
-
-
-def _degrade(args: argparse.Namespace) -> None:
-    from deformmamba.inference import coarsen
-    from deformmamba.physics.degradations import parse
-    from deformmamba.volume import check_output, read_volume, write_volume
-
-    degradation = parse(args.kind, scale=args.scale)
-    volume = read_volume(args.input, volume=args.volume, series=series_of(args.series))
-    check_output(args.output, source=volume, dtype=args.dtype)
-    check_not_input(args.output, args.input)
-    coarse = coarsen(volume, degradation, axis=args.axis, crop=args.crop, seed=args.seed)
-    write_volume(args.output, coarse, dtype=args.dtype, derivation=f"deformmamba {__version__}, degrade {degradation}")
-    say(f"{args.output}: {sizes(coarse)}, from {sizes(volume)}")

@@ -23,8 +23,8 @@ from deformmamba.inference import upscale
 from deformmamba.metrics import METRICS, ON_REQUEST, Protocol, by_slice
 from deformmamba.metrics.statistics import FEWEST, Spread, paired_difference, subject_means, summarise
 from deformmamba.models.base import SRModel
+from deformmamba.physics.consistency import Consistency
 from deformmamba.physics.degradations import Degradation, KSpaceCrop
-from deformmamba.physics.kspace import Consistency
 from deformmamba.pictures.figures import Slice, oriented_like
 from deformmamba.volume import intensity_scale
 
@@ -78,7 +78,7 @@ def evaluate(
             f"{type(model).__name__} enlarges by {model.scale} on the {model.grid} grid: they do not fit"
         )
     if consistency is None and not isinstance(degradation, KSpaceCrop):
-        consistency = False
+        consistency = "off"
     wanted = METRICS | {name: ON_REQUEST[name] for name in metrics}
     rows = []
     for volume in volumes:

@@ -1,12 +1,15 @@
 """From a scan to a sharper scan.
 
-`upscaling.py` does it to volumes and slices in memory, `files.py` from file to file, with a report; `coarser.py` goes
-the other way.
+`upscaling.py` upscales volumes and slices in memory, `files.py` goes from file to file, with a report; `effective.py`
+makes coarser scans.
 """
 
 from deformmamba.inference.effective import coarsen, to_effective
-from deformmamba.inference.files import Upscaled, derivation, upscale_file, weights_hash, weights_name
-from deformmamba.inference.upscaling import Settings, Upscaling, predict, upscale, upscale_with_uncertainty
+from deformmamba.inference.ensemble import predict
+from deformmamba.inference.files import Upscaled, upscale_file
+from deformmamba.inference.provenance import derivation, weights_hash, weights_name
+from deformmamba.inference.settings import Settings
+from deformmamba.inference.upscaling import Upscaling, upscale, upscale_with_uncertainty
 
 __all__ = [
     "Settings",

@@ -4,13 +4,14 @@
 model = deformmamba.from_pretrained("ixi-4x")
 monai.transforms.Compose([LoadImaged("t2"), EnsureChannelFirstd("t2"), UpscaleTransform(model, keys="t2")])
 torchio.Compose([torchio.ToCanonical(), UpscaleTransform(model)])
-UpscaleInferer(consistency=True)(inputs, model)  # where MONAI wants an Inferer
+UpscaleInferer(consistency="exact")(inputs, model)  # where MONAI wants an Inferer
 ```
 """
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Unpack
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,8 +32,8 @@ class UpscaleInferer:
         settings: as `inference.upscale`; `axis` counts the spatial axes from 0, None: the last (slices of a volume).
     """
 
-    def __init__(self, **settings: Unpack[Settings]) -> None:
-        self.settings = settings
+    def __init__(self, **settings: Any) -> None:
+        self.settings = asdict(Settings(**settings))
 
     def __call__(self, inputs: torch.Tensor, network: "SRModel", *args: Any, **kwargs: Any) -> torch.Tensor:
         """Raises TypeError for a network that is no SRModel, or further arguments, which no SRModel takes."""
@@ -61,10 +62,10 @@ class UpscaleTransform:
         VolumeError: on use: no keys for a plain dictionary, a label map, an entry that is no image, or as `upscale`.
     """
 
-    def __init__(self, model: "SRModel", keys: str | Iterable[str] | None = None, **settings: Unpack[Settings]) -> None:
+    def __init__(self, model: "SRModel", keys: str | Iterable[str] | None = None, **settings: Any) -> None:
         self.model = model
         self.keys = (keys,) if isinstance(keys, str) else None if keys is None else tuple(keys)
-        self.settings = settings
+        self.settings = asdict(Settings(**settings))
 
     def __call__(self, data: Any) -> Any:
         if isinstance(data, Mapping) and not _is_torchio_image(data):
@@ -115,7 +116,7 @@ class UpscaleTransform:
             raise VolumeError(f"an image is (c, h, w) or (c, i, j, k), not {tuple(image.shape)}")
         if affine is None or affine.shape != (4, 4):
             return torch.stack([upscale(self.model, channel, **self.settings) for channel in image.cpu()]), affine
-        settings = Settings(**{**self.settings, "axis": 2}) if image.ndim == 3 else self.settings
+        settings = {**self.settings, "axis": 2} if image.ndim == 3 else self.settings
         arrays = (channel.detach().cpu().numpy() for channel in (image[..., None] if image.ndim == 3 else image))
         made = [upscale(self.model, Volume(array, affine), **settings) for array in arrays]
         tensor = torch.stack([torch.from_numpy(np.ascontiguousarray(volume.array)) for volume in made])

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal
 
 from deformmamba import __version__
 from deformmamba.inference import Settings, upscale_file, weights_hash, weights_name
@@ -66,7 +66,7 @@ def upscale_cohort(
     dtype: str | None = None,
     effective: bool = False,
     told: Callable[[Outcome], None] | None = None,
-    **settings: Unpack[Settings],
+    **settings: Any,
 ) -> list[Outcome]:
     """Upscale every scan below `source` into the same places below `target`.
 
@@ -94,6 +94,7 @@ def upscale_cohort(
         VolumeError: `source` is no folder or holds no scan; `target` cannot be made.
         ValueError: an environment that names no valid share.
     """
+    chosen = Settings(**settings)
     source, target = Path(source), Path(target)
     rank, world = processes(os.environ)
     made_by = {
@@ -104,9 +105,8 @@ def upscale_cohort(
         "volume": volume,
         "dtype": dtype,
         "effective": effective,
-        "consistency": model.consistency,
-        "ensemble": False,
-        **{key: settings[key] for key in _SHAPING if settings.get(key) is not None},  # type: ignore[literal-required]
+        **{key: value for key in _SHAPING if (value := getattr(chosen, key)) is not None},
+        "consistency": chosen.consistency or model.consistency,
     }
     tasks, refused = _tasks(source, target)
     if not tasks and not refused:
@@ -121,7 +121,7 @@ def upscale_cohort(
     try:
         if rank == 0:
             _describe(source, target)
-        made = (_done_or_made(model, task, target, made_by, settings) for task in tasks[rank::world])
+        made = (_done_or_made(model, task, target, made_by, chosen) for task in tasks[rank::world])
         for outcome in itertools.chain(refused if rank == 0 else [], made):
             outcomes.append(outcome)
             if told:
@@ -263,7 +263,7 @@ def _done_or_made(
             return Outcome(source, output, "skipped", "done before")
         path.parent.mkdir(parents=True, exist_ok=True)
         reading = {key: made_by[key] for key in ("volume", "dtype", "effective")}
-        done = upscale_file(model, task.source, path, **reading, **settings)
+        done = upscale_file(model, task.source, path, **reading, **asdict(settings))
         write_text(sidecar, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
     except Exception as error:  # a scan that nobody foresaw is no reason to leave the others undone
         return Outcome(source, output, "failed", _reason(error), time.perf_counter() - start)

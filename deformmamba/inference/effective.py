@@ -1,11 +1,11 @@
-"""The other way: volumes that are coarser, slice by slice."""
+"""Coarser volumes: as a coarser scan would have measured them, or cropped to the matrix that k-space fills."""
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from deformmamba.inference.upscaling import check_voxels
+from deformmamba.inference.inputs import check_voxels
 from deformmamba.physics.degradations import Degradation, KSpaceCrop
 from deformmamba.physics.kspace import resize
 from deformmamba.volume import Volume, VolumeError, chosen_axis, in_plane, intensity_scale

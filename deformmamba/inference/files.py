@@ -1,57 +1,56 @@
-"""From file to file, and what is said about it: in the header, in the report."""
+"""From file to file: read a scan, upscale it, write the result, and describe it in a report."""
 
 import math
 import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
-from functools import partial
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from deformmamba import __version__
 from deformmamba.inference.effective import to_effective
-from deformmamba.inference.upscaling import Settings, Upscaling
+from deformmamba.inference.provenance import derivation, report_facts
+from deformmamba.inference.settings import Settings
+from deformmamba.inference.upscaling import Upscaling
 from deformmamba.pictures.report import SUFFIXES as REPORT_SUFFIXES
 from deformmamba.pictures.report import write_report
 from deformmamba.volume import PathLike, Volume, VolumeError, check_output, in_plane, read_volume, writing
 from deformmamba.volume.inspection import effective_matrix, spacing_remark
-from deformmamba.weights import WeightsError, load_checkpoint
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
 
+# slice (h, w) and deviation of the ensemble or None
+Result = tuple[np.ndarray, np.ndarray | None]
+
 
 @dataclass(frozen=True)
 class Upscaled:
-    """What `upscale_file` did.
+    """The result of `upscale_file`.
 
     Attributes:
-        source: the scan as it was read, cropped to its effective matrix if that was asked for.
-        place: the geometry and header of what was written; its array is that of `source`.
-        shape: (i, j, k) of what was written.
+        source: the scan as it was read; cropped to its effective matrix if that was asked for.
+        place: geometry and header of the output; its array is that of `source`.
+        shape: (i, j, k) of the output.
         axis: where slices are stacked.
-        kept: index to (slice (h, w), deviation of the ensemble or None) of the slices that `keep` named.
-        remark: the pixel sizes that the weights were trained on beside those of the scan, see
-            `inspection.spacing_remark`.
+        kept: the slices that `keep` named: index to (slice (h, w), deviation of the ensemble or None).
+        remark: the scan's pixel size beside those that the weights were trained on, see `inspection.spacing_remark`.
         seconds: from the first slice to the whole file, without the report.
-        settings: what `upscale` worked with, defaults filled in.
+        settings: the settings of `upscale`, with defaults filled in.
     """
 
     source: Volume
     place: Volume
     shape: tuple[int, int, int]
     axis: int
-    kept: dict[int, tuple[np.ndarray, np.ndarray | None]]
+    kept: dict[int, Result]
     remark: str
     seconds: float
-    settings: dict[str, Any]
+    settings: Settings
 
 
 def upscale_file(
@@ -66,27 +65,30 @@ def upscale_file(
     report: PathLike | None = None,
     effective: bool = False,
     keep: Callable[[int], Container[int]] = lambda n: (),
-    **settings: Unpack[Settings],
+    **settings: Any,
 ) -> Upscaled:
-    """Read `source`, upscale it, write `target`: slices go to the file as they are made, so that the output is never in
-    memory; the input is. Nothing appears under `target` before all of it is there.
+    """Read `source`, upscale it, write `target`.
+
+    Slices are written as they are made, so that only the input is in memory, never the output. `target` appears when
+    it is complete.
 
     Args:
         model: any SRModel.
         source, volume, series: as `read_volume`.
         target, dtype: as `volume.writing`; a scan that came as DICOM can be written as DICOM.
-        uncertainty: another file, for what `upscale_with_uncertainty` gives as its second result. Makes an ensemble of
-            it.
-        report: .html, a page to look at what came out, see `report.write_report`. The slices wait for it in a nameless
-            file beside it, as large as the output in float32.
-        effective: start from the matrix that k-space says was measured, see `to_effective`.
-        keep: says, of n slices, which are wanted in memory as well, for pictures: `Upscaled.kept`.
+        uncertainty: another file, for the second result of `upscale_with_uncertainty`; turns the ensemble on.
+        report: .html, a page for visual checks, see `report.write_report`. Needs disk space for the output in float32
+            beside it, until the page is written.
+        effective: start from the matrix that k-space fills, see `to_effective`.
+        keep: gets the number of slices and returns the indices to keep in memory, for pictures: `Upscaled.kept`.
         settings: as `upscale`.
 
     Raises:
-        VolumeError: what the functions named above raise; or one of the files is another one of them.
+        TypeError: an unknown setting.
+        VolumeError: as the functions named above; or one of the files is another one of them.
         ValueError: as `upscale`.
     """
+    chosen = Settings(**settings)
     named = [path for path in (source, target, uncertainty, report) if path is not None]
     if len({os.path.realpath(path) for path in named}) < len(named):
         raise VolumeError(f"{target}: is the input itself, or two outputs have one name; nothing is overwritten")
@@ -96,48 +98,53 @@ def upscale_file(
     check_output(target, source=scan, dtype=dtype)
     if uncertainty is not None:
         check_output(uncertainty, source=scan)
-        settings["ensemble"] = True
+        chosen = replace(chosen, ensemble=True)
     if effective:
-        scan = to_effective(scan, axis=settings.get("axis"))
-    job = Upscaling(model, scan, **settings)
+        scan = to_effective(scan, axis=chosen.axis)
+    job = Upscaling(model, scan, chosen)
     if not effective:
         _warn_if_filled(scan, job.axis)
-    wanted = keep(scan.array.shape[job.axis])
-    pictures: dict[int, tuple[np.ndarray, np.ndarray | None]] = {}
     start = time.perf_counter()
+    outputs = [(target, dtype)] if uncertainty is None else [(target, dtype), (uncertainty, None)]
     with ExitStack() as until_reported:
-        pages = []
-        if report is not None:
-            pages = [until_reported.enter_context(_room(report, job)) for _ in range(1 if uncertainty is None else 2)]
-        with ExitStack() as stack:
-            open_for = partial(writing, like=job.place, shape=job.shape, axis=job.axis, derivation=derivation(model))
-            writers = [stack.enter_context(open_for(target, dtype=dtype))]
-            if uncertainty is not None:
-                writers.append(stack.enter_context(open_for(uncertainty)))
-
-            def put(k: int, image: np.ndarray, deviation: np.ndarray | None) -> None:
-                for write, values in zip(writers, (image, deviation), strict=False):
-                    write(values)  # type: ignore[arg-type]
-                for page, values in zip(pages, (image, deviation), strict=False):
-                    np.moveaxis(page, job.axis, 0)[k] = values
-                if k in wanted:
-                    pictures[k] = image, deviation
-
-            job.run(put)
+        pages = [until_reported.enter_context(_room(report, job)) for _ in outputs] if report is not None else []
+        kept = _write(job, outputs, derivation(model), pages, keep(scan.array.shape[job.axis]))
         seconds = time.perf_counter() - start
         if report is not None:
             after, *spread = (replace(job.place, array=page) for page in pages)
-            write_report(
-                report,
-                scan,
-                after,
-                axis=job.axis,
-                grid=model.grid,
-                facts=_facts(model, job.settings, seconds, effective),
-                uncertainty=spread[0] if spread else None,
-            )
+            facts = report_facts(model, job.settings, seconds, effective)
+            deviation = spread[0] if spread else None
+            write_report(report, scan, after, axis=job.axis, grid=model.grid, facts=facts, uncertainty=deviation)
     remark = spacing_remark(model, scan, job.axis)
-    return Upscaled(scan, job.place, job.shape, job.axis, pictures, remark, seconds, job.settings)
+    return Upscaled(scan, job.place, job.shape, job.axis, kept, remark, seconds, job.settings)
+
+
+def _write(
+    job: Upscaling,
+    outputs: Sequence[tuple[PathLike, str | None]],
+    made_by: str,
+    pages: Sequence[np.ndarray],
+    wanted: Container[int],
+) -> dict[int, Result]:
+    """Runs the job into the files `outputs` (path, dtype: the result, then its deviation) and the arrays `pages`.
+    Returns the `wanted` slices."""
+    kept: dict[int, Result] = {}
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(writing(path, job.place, job.shape, axis=job.axis, dtype=dtype, derivation=made_by))
+            for path, dtype in outputs
+        ]
+
+        def put(k: int, image: np.ndarray, deviation: np.ndarray | None) -> None:
+            for write, values in zip(writers, (image, deviation), strict=False):
+                write(values)  # type: ignore[arg-type]
+            for page, values in zip(pages, (image, deviation), strict=False):
+                np.moveaxis(page, job.axis, 0)[k] = values
+            if k in wanted:
+                kept[k] = image, deviation
+
+        job.run(put)
+    return kept
 
 
 @contextmanager
@@ -164,52 +171,3 @@ def _warn_if_filled(scan: Volume, axis: int) -> None:
             "from what was measured",
             stacklevel=3,  # whoever called `upscale_file`
         )
-
-
-def _facts(model: "SRModel", settings: dict[str, Any], seconds: float, effective: bool) -> dict[str, str]:
-    """What a report says ran."""
-    tile, overlap = settings["tile"], settings["overlap"]
-    corrected = {
-        False: "off",
-        True: "exact: degrading the output gives the input back",
-        "object": "where the object is: degrading the output gives the input back there, nearly",
-    }
-    weights = weights_name(model) or "weights of which no file is known"
-    return {
-        "model": f"{type(model).__name__}, {model.scale}x, {weights}",
-        "sha256 of the weights": weights_hash(model) or "no file is known",
-        "version": f"deformmamba {__version__}",
-        "date": datetime.now().astimezone().isoformat(" ", "minutes"),
-        "time taken": f"{seconds:.1f} s",
-        "data consistency": corrected[settings["consistency"]],
-        "ensemble": "mean over eight reflections and transposes" if settings["ensemble"] else "off",
-        "tiles": "whole slices" if tile is None else f"{tile}x{tile} pixels, overlapping by {overlap}",
-        "start": "the matrix that k-space says was measured" if effective else "the scan as it came",
-    }
-
-
-def derivation(model: "SRModel") -> str:
-    """What made an image, in a line of ASCII for its header: this package, the network, its weights and their hash."""
-    digest = weights_hash(model)
-    weights = f"{weights_name(model)}, sha256 {digest}" if digest else "weights of which no file is known"
-    line = f"deformmamba {__version__}, {type(model).__name__} {model.scale}x, {weights}"
-    return line.encode("ascii", "replace").decode()
-
-
-def weights_hash(model: "SRModel") -> str | None:
-    """The sha256 of the checkpoint that the model was loaded from; None for weights from nowhere, weights that were
-    changed since, and a file that is gone or another one by now."""
-    if model.source is None or model.sha256 is None:
-        return None
-    try:
-        checkpoint = load_checkpoint(model.source, local_files_only=True)
-    except WeightsError:
-        return None
-    state, stored = model.state_dict(), checkpoint.tensors
-    same = checkpoint.sha256 == model.sha256 and state.keys() == stored.keys()
-    return model.sha256 if same and all(torch.equal(state[name].cpu(), stored[name]) for name in stored) else None
-
-
-def weights_name(model: "SRModel") -> str | None:
-    """The manifest name, org/repo@commit, or the file's name without its folder; None for weights from nowhere."""
-    return os.path.basename(model.source) if model.source and os.path.exists(model.source) else model.source

@@ -1,4 +1,4 @@
-"""Volumes and slices: normalise, run the model, correct, restore units, place in the world."""
+"""Volumes and slices in memory: normalise, run the model, correct, restore units, place in the world."""
 
 import warnings
 from collections import deque
@@ -7,57 +7,31 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from contextvars import copy_context
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from deformmamba.inference.tiling import default_overlap, spans, tiled
-from deformmamba.physics.kspace import Consistency, Grid, data_consistency, lowpass, zero_fill
-from deformmamba.volume import (
-    Volume,
-    VolumeError,
-    chosen_axis,
-    from_nibabel,
-    in_plane,
-    intensity_scale,
-    normalise,
-    restore,
-    to_nibabel,
-)
+from deformmamba.inference.ensemble import predict
+from deformmamba.inference.inputs import check_voxels, opened
+from deformmamba.inference.settings import Settings
+from deformmamba.inference.tiling import default_overlap, spans
+from deformmamba.physics.consistency import Consistency, corrected
+from deformmamba.volume import Volume, VolumeError, chosen_axis, in_plane, intensity_scale, normalise, restore
 from deformmamba.volume.inspection import is_far, trained_spacings
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
 
-# a Volume, an array, a tensor or a nibabel image: what comes in goes out
+# a Volume, an array, a tensor or a nibabel image: the result is of the same kind
 Scan = TypeVar("Scan")
 
 # HR pixels in one batch on a CPU: larger batches cost memory and gain no speed there
 CPU_BATCH_PIXELS = 1 << 18
 # HR pixels in all batches that run at once on a CPU
 CPU_PARALLEL_PIXELS = 8 * CPU_BATCH_PIXELS
-# of the accelerator's free memory, after one slice has shown what a slice takes
+# of the accelerator's free memory, after the first slice has shown how much a slice takes
 FREE_MEMORY_SHARE = 0.6
-
-# of the intensity scale: what is brighter is no air; best of 0.02, 0.05 and 0.1 on validation (ixi-4x)
-SIGNAL = 0.1
-# of a slice's pixels: with less air than this nothing is said of noise
-ENOUGH_AIR = 0.02
-
-
-class Settings(TypedDict, total=False):
-    """The keyword arguments of `upscale`, for functions that hand them on."""
-
-    axis: int | None
-    batch_size: int | None
-    consistency: Consistency | None
-    ensemble: bool
-    tile: int | None
-    overlap: int | None
-    device: str | torch.device | None
-    progress: bool
 
 
 def upscale(
@@ -86,10 +60,10 @@ def upscale(
         axis: where slices are stacked; None: `volume.slice_axis`, which for bare numbers, whose geometry nobody knows,
             is the last axis (or the only one of length 1). (slices, h, w) needs axis=0.
         batch_size: slices at once; None: as memory allows.
-        consistency: correct each slice so that degrading it gives the input back (`kspace.data_consistency`; before
-            negative values become 0); "object": only where there is signal, since ringing in air is what the network
-            had removed, and only as far as noise does not explain the difference, since noise is what it had removed
-            too; None: what was found best for the weights (`model.consistency`, else off).
+        consistency: data consistency (`physics.consistency`), applied before negative values become 0. "exact":
+            degrading the output gives the input back. "object": inside the anatomy only, reduced by the estimated
+            noise, so that ringing in air and noise do not return. "off": none. None: the one that was best on
+            validation data for these weights (`model.consistency`).
         ensemble: the mean over the eight reflections and transposes of each slice, see `predict`: eight times the work
             for 0.15 dB (ixi-4x, validation, T2 brain; spine 0.12).
         tile: run the model on tiles of this side, in LR pixels, blended (`tiling.tiled`), for slices that do not fit
@@ -108,8 +82,8 @@ def upscale(
         axis=axis, batch_size=batch_size, consistency=consistency, ensemble=ensemble, tile=tile, overlap=overlap,
         device=device, progress=progress,
     )  # fmt: skip
-    volume, like, settings = _opened(scan, settings)
-    job = Upscaling(model, volume, **settings)
+    volume, back, settings = opened(scan, settings)
+    job = Upscaling(model, volume, settings)
     out = job.empty()
     sharp = np.moveaxis(out, job.axis, 0)
 
@@ -117,20 +91,27 @@ def upscale(
         sharp[k] = image
 
     job.run(put)
-    return like(job, out)
+    result: Scan = back(job.place, out)
+    return result
 
 
-def upscale_with_uncertainty(model: "SRModel", scan: Scan, **settings: Unpack[Settings]) -> tuple[Scan, Scan]:
-    """`upscale(model, scan, ensemble=True)`, and beside it where its eight members disagree.
+def upscale_with_uncertainty(model: "SRModel", scan: Scan, **settings: Any) -> tuple[Scan, Scan]:
+    """`upscale(model, scan, ensemble=True)`, and the disagreement of its eight members.
 
-    The second result has the shape, kind and units of the first: the standard deviation of the eight in each voxel. It
-    is no confidence interval: where it is small, the network merely says the same eight times. On validation (ixi-4x,
-    T2 brain) it correlates with the absolute error by 0.57 over all voxels and 0.35 inside the head, at a fifth of its
-    size; benchmarks/uncertainty.py measures it.
+    The second result has the shape, kind and units of the first: the standard deviation of the eight members in each
+    voxel. It is no confidence interval: a small value means that the eight agree, not that they are right. On
+    validation data (ixi-4x, T2 brain) its correlation with the absolute error is 0.57 over all voxels and 0.35 inside
+    the head, and it is a fifth of the error's size; benchmarks/uncertainty.py measures this.
+
+    Args:
+        model, scan, settings: as `upscale`.
+
+    Raises:
+        TypeError: an unknown setting.
+        VolumeError, ValueError: as `upscale`.
     """
-    volume, like, settings = _opened(scan, settings)
-    settings["ensemble"] = True
-    job = Upscaling(model, volume, **settings)
+    volume, back, chosen = opened(scan, Settings(**settings))
+    job = Upscaling(model, volume, replace(chosen, ensemble=True))
     outs = job.empty(), job.empty()
     sharp, spread = (np.moveaxis(out, job.axis, 0) for out in outs)
 
@@ -138,57 +119,35 @@ def upscale_with_uncertainty(model: "SRModel", scan: Scan, **settings: Unpack[Se
         sharp[k], spread[k] = image, deviation
 
     job.run(put)
-    return like(job, outs[0]), like(job, outs[1])
+    return back(job.place, outs[0]), back(job.place, outs[1])
 
 
 class Upscaling:
-    """One volume on its way to a sharper one: checks everything first, then hands out slice after slice.
-
-    The arguments are those of `upscale`.
+    """One volume in work: checks everything first, then computes slice after slice.
 
     Attributes:
         axis: where slices are stacked.
         shape: (i, j, k) of the result.
         place: the result's geometry and header; its array is still the input's.
-        settings: the arguments with defaults filled in.
+        settings: as given, with `axis`, `consistency` and `overlap` filled in.
     """
 
-    def __init__(self, model: "SRModel", volume: Volume, **settings: Unpack[Settings]) -> None:
-        axis = chosen_axis(volume, settings.get("axis"))
-        consistency, tile, overlap = settings.get("consistency"), settings.get("tile"), settings.get("overlap")
-        if consistency is None:
-            consistency = model.consistency
-        if consistency not in (False, True, "object"):
-            raise ValueError(f'consistency is {consistency!r}; it must be True, False or "object"')
-        if consistency and model.grid != "origin":
+    def __init__(self, model: "SRModel", volume: Volume, settings: Settings) -> None:
+        axis = chosen_axis(volume, settings.axis)
+        consistency = settings.consistency or model.consistency
+        if consistency != "off" and model.grid != "origin":
             raise ValueError(f'consistency is defined for the "origin" grid; {type(model).__name__} has {model.grid!r}')
-        if tile is None and overlap is not None:
-            raise ValueError(f"an overlap of {overlap} needs tiles: give tile=N (--tile N) as well")
-        if tile is not None:
-            if tile < model.minimum_size:
-                raise ValueError(
-                    f"tiles of {tile} are too small: the smallest image that {type(model).__name__} takes is "
-                    f"{model.minimum_size}x{model.minimum_size}"
-                )
-            overlap = default_overlap(tile) if overlap is None else overlap
-            spans(1, tile, overlap, model.multiple)  # refuses an overlap that does not go with the tile
-        _check(model, volume, axis)
+        overlap = None if settings.tile is None else _checked_overlap(model, settings.tile, settings.overlap)
+        _check_slices(model, volume, axis)
         self.axis = axis
         i, j, k = (n if a == axis else n * model.scale for a, n in enumerate(volume.array.shape))
         self.shape = i, j, k
         self.place = volume.resampled(volume.array, model.scale, in_plane(axis), model.grid)
-        self.settings: dict[str, Any] = {
-            "axis": axis,
-            "consistency": consistency,
-            "ensemble": settings.get("ensemble", False),
-            "tile": tile,
-            "overlap": overlap,
-        }
+        self.settings = replace(settings, axis=axis, consistency=consistency, overlap=overlap)
         self._model, self._volume = model, volume
-        self._batch_size, self._progress = settings.get("batch_size"), settings.get("progress", False)
-        if (device := settings.get("device")) is not None:
-            model.to(device)
-        self._device = next((p.device for p in model.parameters()), torch.device(device or "cpu"))
+        if settings.device is not None:
+            model.to(settings.device)
+        self._device = next((p.device for p in model.parameters()), torch.device(settings.device or "cpu"))
 
     def empty(self) -> np.ndarray:
         """Room for the result, in the order in which NIfTI is written: slices of the last axis are contiguous."""
@@ -207,7 +166,7 @@ class Upscaling:
         try:
             with (
                 closing(self._batches(slices, intensity, signed)) as batches,
-                tqdm(total=len(slices), unit="slice", disable=None if self._progress else True) as bar,
+                tqdm(total=len(slices), unit="slice", disable=None if self.settings.progress else True) as bar,
             ):
                 k = 0
                 for sharp, spread in batches:
@@ -233,11 +192,11 @@ class Upscaling:
         if self._device.type != "cpu":
             start = 0
             while start < len(slices):
-                n = self._batch_size or self._batch(slices.shape[-2:], first=start == 0)
+                n = self.settings.batch_size or self._batch(slices.shape[-2:], first=start == 0)
                 yield sharpened(start, n)
                 start += n
             return
-        n = min(len(slices), self._batch_size or self._batch(slices.shape[-2:], first=False))
+        n = min(len(slices), self.settings.batch_size or self._batch(slices.shape[-2:], first=False))
         starts = range(0, len(slices), n)
         threads = torch.get_num_threads()
         pixels = n * slices.shape[1] * slices.shape[2] * self._model.scale**2
@@ -268,11 +227,10 @@ class Upscaling:
         model = self._model
         with torch.inference_mode():
             lr = normalise(torch.from_numpy(images).to(self._device), intensity)[:, None]
-            keys = ("ensemble", "tile", "overlap")
-            sr, spread = predict(model, lr, **{key: self.settings[key] for key in keys})
-            if how := self.settings["consistency"]:
-                within = _measured(sr, lr, model.scale, signed) if how == "object" else None
-                sr = data_consistency(sr, lr, model.scale, magnitude=not signed, within=within)
+            settings, magnitude = self.settings, not signed
+            sr, spread = predict(model, lr, ensemble=settings.ensemble, tile=settings.tile, overlap=settings.overlap)
+            assert settings.consistency is not None
+            sr = corrected(sr, lr, model.scale, settings.consistency, magnitude=magnitude)
             sharp, deviation = (None if x is None else restore(x[:, 0], intensity) for x in (sr, spread))
             assert sharp is not None
             sharp = sharp if signed else sharp.clamp_(min=0)
@@ -280,7 +238,7 @@ class Upscaling:
 
     def _batch(self, size: tuple[int, ...], *, first: bool) -> int:
         """How many slices of `size` to run at once."""
-        side = self.settings["tile"]
+        side = self.settings.tile
         h, w = size if side is None else (min(n, side) for n in size)
         if self._device.type != "cuda":
             return max(1, CPU_BATCH_PIXELS // (h * w * self._model.scale**2))
@@ -294,120 +252,20 @@ class Upscaling:
         return max(1, int(FREE_MEMORY_SHARE * (free + reusable) / slice_bytes))
 
 
-def _measured(sr: torch.Tensor, lr: torch.Tensor, scale: int, signed: bool) -> torch.Tensor:
-    """What data consistency may change of `sr`, a share for each pixel: none in air, elsewhere what is no noise.
-
-    Air is what lies more than two pixels from any signal, a tenth of the intensity scale; the border is soft. What the
-    estimate leaves out of the air of `lr` is noise: normal, or of a magnitude Rayleigh, with twice the power of either
-    part. Where the object differs from `lr` no more than noise does, the estimate is right to differ; of a larger
-    difference the part of its power that is not noise's is taken (the gain of a Wiener filter), one share a slice.
-
-    Source: ours, not in the paper.
-    """
-    near = F.max_pool2d((sr.abs() > SIGNAL).to(sr.dtype), 5, 1, 2)
-    within = F.avg_pool2d(near, 5, 1, 2, count_include_pad=False)
-    low = lowpass(sr, scale)
-    difference = (lr - (low.real if signed else low.abs())) ** 2
-    at_samples = within[..., ::scale, ::scale]
-
-    def mean(where: torch.Tensor) -> torch.Tensor:
-        return (difference * where).sum((-2, -1), keepdim=True) / where.sum((-2, -1), keepdim=True).clamp(min=1)
-
-    air = at_samples == 0
-    enough = air.to(sr.dtype).mean((-2, -1), keepdim=True) > ENOUGH_AIR
-    noise = mean(air) / (1 if signed else 2) * enough
-    found = mean(at_samples == 1).clamp(min=torch.finfo(sr.dtype).tiny)
-    return within * (1 - noise / found).clamp(min=0)
-
-
-def predict(
-    model: "SRModel",
-    lr: torch.Tensor,
-    *,
-    ensemble: bool = False,
-    tile: int | None = None,
-    overlap: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `model` makes of whole slices (b, c, h, w), about [0, 1]: (b, c, scale * h, scale * w), float32 at least.
-
-    With `ensemble`, the mean over the eight reflections and transposes of the slice, each undone afterwards, and beside
-    it their standard deviation (else None). On the origin-aligned grid an image is reflected about index 0, i to
-    -i mod n: plain reversal would move LR and HR apart by scale - 1 HR pixels.
-
-    With `tile`, each of them is computed tile by tile, every tile with its cut of the whole slice's zero-filled image.
-    """
-
-    def once(image: torch.Tensor) -> torch.Tensor:
-        if tile is None:
-            return model(image).to(torch.promote_types(image.dtype, torch.float32))
-        base = zero_fill(image.to(torch.promote_types(image.dtype, torch.float32)), model.scale)
-        return tiled(
-            lambda cut, base_cut: model(cut, base=base_cut).to(base),
-            image,
-            model.scale,
-            tile=tile,
-            overlap=overlap,
-            multiple=model.multiple,
-            base=base if model.grid == "origin" else None,
+def _checked_overlap(model: "SRModel", tile: int, overlap: int | None) -> int:
+    """The overlap of tiles; the default where none is given. Raises ValueError where tile, overlap and model do not go
+    together."""
+    if tile < model.minimum_size:
+        raise ValueError(
+            f"tiles of {tile} are too small: the smallest image that {type(model).__name__} takes is "
+            f"{model.minimum_size}x{model.minimum_size}"
         )
-
-    if not ensemble:
-        return once(lr), None
-    mean = squares = None
-    for k in range(8):
-        sr = _transformed(once(_transformed(lr, k, model.grid)), k, model.grid, back=True)
-        if mean is None or squares is None:
-            mean, squares = sr.clone(), torch.zeros_like(sr)
-        else:  # Welford: no difference of large squares
-            before = sr - mean
-            mean += before / (k + 1)
-            squares += before * (sr - mean)
-    assert mean is not None
-    assert squares is not None
-    return mean, (squares / 8).sqrt()
+    overlap = default_overlap(tile) if overlap is None else overlap
+    spans(1, tile, overlap, model.multiple)  # refuses an overlap that does not go with the tile
+    return overlap
 
 
-def _transformed(image: torch.Tensor, k: int, grid: Grid, *, back: bool = False) -> torch.Tensor:
-    """The k-th of eight: rows reflected (bit 0), columns reflected (bit 1), then transposed (bit 2)."""
-    if k & 4 and back:
-        image = image.mT
-    for bit, dim in ((1, -2), (2, -1)):
-        if k & bit:
-            image = image.flip(dim)
-            if grid == "origin":
-                image = image.roll(1, dim)
-    if k & 4 and not back:
-        image = image.mT
-    return image
-
-
-def _opened(scan: Any, settings: Settings) -> tuple[Volume, Callable[[Upscaling, np.ndarray], Any], Settings]:
-    """The scan as a volume, what turns the result into a thing of its kind, and settings that fit the volume."""
-    if isinstance(scan, Volume):
-        return scan, lambda job, out: replace(job.place, array=out), settings
-    if hasattr(scan, "dataobj") and hasattr(scan, "header"):
-        return from_nibabel(scan), lambda job, out: to_nibabel(replace(job.place, array=out), type(scan)), settings
-    if isinstance(scan, torch.Tensor):
-        plain = scan.detach().cpu()
-        array = (plain.float() if plain.is_floating_point() else plain).numpy()  # numpy has no bfloat16
-    else:
-        array = np.asarray(scan)
-    if array.ndim not in (2, 3):
-        raise VolumeError(f"a scan is (h, w) or 3-D, not {array.shape}; a batch of images goes to the model itself")
-    flat = array.ndim == 2
-    if flat:
-        if settings.get("axis") is not None:
-            raise VolumeError("axis chooses among the axes of a 3-D scan; a 2-D one is a slice already")
-        settings, array = Settings(**{**settings, "axis": 2}), array[:, :, None]
-
-    def like(_: Upscaling, out: np.ndarray) -> Any:
-        out = out[:, :, 0] if flat else out
-        return torch.from_numpy(out).to(scan.device) if isinstance(scan, torch.Tensor) else out
-
-    return Volume(array, np.eye(4), codes=(0, 0)), like, settings
-
-
-def _check(model: "SRModel", volume: Volume, axis: int) -> None:
+def _check_slices(model: "SRModel", volume: Volume, axis: int) -> None:
     first, second = in_plane(axis)
     check_voxels(volume.array)
     size = volume.array.shape[first], volume.array.shape[second]
@@ -423,10 +281,3 @@ def _check(model: "SRModel", volume: Volume, axis: int) -> None:
             f"{trained[1]:.3g} mm: the result may be worse than reported",
             stacklevel=4,  # whoever called `upscale`
         )
-
-
-def check_voxels(array: np.ndarray) -> None:
-    if array.dtype.kind not in "iuf":
-        raise VolumeError(f"the scan holds {array.dtype}, not real numbers; of complex ones take the magnitude first")
-    if not np.isfinite(array).all():
-        raise VolumeError("the scan holds NaN or infinite voxels; replace them first")

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from deformmamba.errors import one_line, shown
-from deformmamba.physics.kspace import Consistency, Grid
+from deformmamba.physics.consistency import Consistency, stored_consistency
+from deformmamba.physics.kspace import Grid
 from deformmamba.weights import load_checkpoint
 from deformmamba.weights.checkpoint import Checkpoint, WeightsError, check_config, write_checkpoint
 
@@ -179,9 +180,8 @@ class SRModel(nn.Module):
 
     @property
     def consistency(self) -> Consistency:
-        """Which data consistency was found best for these weights on validation data, and `upscale` gives them."""
-        found = self.provenance.get("consistency", False)
-        return "object" if found == "object" else bool(found)
+        """The data consistency that was best for these weights on validation data; the default of `upscale`."""
+        return stored_consistency(self.provenance.get("consistency"))
 
     @property
     def info(self) -> dict[str, Any]:

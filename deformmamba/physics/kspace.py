@@ -17,8 +17,6 @@ import torch.nn.functional as F
 # "half-pixel": pixel areas nest, LR[i] lies on HR[scale * i + (scale - 1) / 2] (averaging, F.interpolate's default).
 Grid = Literal["origin", "half-pixel"]
 GRIDS: tuple[str, ...] = get_args(Grid)
-# Of an output with its input: exactly, not at all, or where there is signal and beyond the noise.
-Consistency = bool | Literal["object"]
 
 
 def fft2c(image: torch.Tensor) -> torch.Tensor:
@@ -128,68 +126,3 @@ def zero_fill(lr: torch.Tensor, scale: int) -> torch.Tensor:
     lower = (shared * (~(unpaired_row & unpaired_column)).to(lr.dtype))[..., h - h // 2 :, :]
     gap = half.new_zeros(()).expand(*half.shape[:-2], size[0] - 2 * (h // 2) - 1, w // 2 + 1)
     return torch.fft.irfft2(torch.cat([upper, gap, lower], dim=-2), s=size, norm="forward")
-
-
-def _backproject(residual: torch.Tensor, scale: int) -> torch.Tensor:
-    """A real HR image whose `lowpass` is `residual` (..., h, w), for every residual that some real HR image explains.
-
-    A real image has conjugate frequencies k and -k. For an even size the crop keeps -n/2 without +n/2, so the conjugate
-    is written there, at full amplitude; `zero_fill` halves it instead, which interpolates well but comes back at half
-    after `degrade`. The residual may be complex, but only at those unpaired frequencies: see `data_consistency`.
-    """
-    h, w = residual.shape[-2:]
-    spectrum = fft2c(residual)
-    if h % 2 == 0:  # row -h/2 mirrored to row +h/2: conj(row), columns reversed about frequency 0
-        spectrum = torch.cat([spectrum, _reversed_conjugate(spectrum[..., :1, :])], dim=-2)
-    if w % 2 == 0:
-        spectrum = torch.cat([spectrum, _reversed_conjugate(spectrum[..., :1].mT).mT], dim=-1)
-    return ifft2c(pad_spectrum(spectrum, (scale * h, scale * w))).real
-
-
-def _reversed_conjugate(row: torch.Tensor) -> torch.Tensor:
-    """conj(row) at the negative of each frequency along the last, centred axis: what a real image has at -k."""
-    flipped = row.flip(-1).conj()
-    return flipped.roll(1, -1) if row.shape[-1] % 2 == 0 else flipped
-
-
-def data_consistency(
-    sr: torch.Tensor, lr: torch.Tensor, scale: int, *, magnitude: bool = True, within: torch.Tensor | None = None
-) -> torch.Tensor:
-    """`sr` (..., H, W) corrected so that degrading it gives `lr` (..., H / scale, W / scale) back.
-
-    What the scanner measured is reproduced, to rounding; only what it did not measure is left to the estimate.
-
-    `magnitude=False` (signed LR, `degrade(..., output="real")`): an orthogonal projection onto the images that explain
-    `lr`; the truth is one of them, so the error never grows. `magnitude=True`: the LR has lost its sign where the
-    low-passed image rings below zero, so it takes the sign of the estimate's own low-passed image first. Replacing
-    without that sign hurts good estimates.
-
-    For an even size the low-passed image has a small imaginary part b, all of it at the unpaired frequency -n/2, which
-    belongs to the magnitude: the real part then becomes sign * sqrt(lr^2 - b^2). An estimate whose b exceeds the
-    measured magnitude somewhere cannot be right there: its b is dropped.
-
-    `within` (broadcastable to `sr`) is the share of the correction that each pixel takes, in [0, 1]; where it is not 1
-    everywhere, degrading the result gives `lr` back only nearly.
-
-    Source: ours, not in the paper.
-
-    Raises:
-        ValueError: `lr` does not have the size of `sr` divided by `scale`.
-    """
-    if tuple(lr.shape[-2:]) != tuple(n // scale for n in sr.shape[-2:]) or any(n % scale for n in sr.shape[-2:]):
-        raise ValueError(
-            f"data_consistency: at scale {scale} an sr of {tuple(sr.shape[-2:])} needs an lr {scale} times smaller, "
-            f"not {tuple(lr.shape[-2:])}"
-        )
-    low = lowpass(sr, scale)
-    if magnitude:
-        real, imag = low.real, low.imag
-        rounding = 8 * torch.finfo(lr.dtype).eps * lr.abs().amax((-2, -1), keepdim=True)
-        explained = (imag.abs() <= lr.abs() + rounding).all(-1, keepdim=True).all(-2, keepdim=True)
-        imag = torch.where(explained, imag, torch.zeros_like(imag))
-        sign = torch.where(real < 0, -torch.ones_like(real), torch.ones_like(real))
-        residual = torch.complex(sign * (lr**2 - imag**2).clamp(min=0).sqrt(), imag) - low
-    else:
-        residual = lr - low.real
-    correction = _backproject(residual, scale)
-    return sr + (correction if within is None else within * correction)

@@ -1,4 +1,4 @@
-"""One self-contained web page about one upscaled scan, for a person who wants to look before believing.
+"""One self-contained web page about one upscaled scan, for visual checks.
 
 The page needs no network and makes no request: pictures are embedded. It holds no patient data beyond the pictures
 themselves: no header, no tag, and of the file's name only what the caller puts among the facts.
@@ -63,42 +63,16 @@ def write_report(
         VolumeError: `path` cannot be written, or the three do not belong together.
     """
     check_output(path, SUFFIXES)
-    n = before.array.shape[axis]
-    if after.array.shape[axis] != n:
-        raise VolumeError(f"report: the output has {after.array.shape[axis]} slices across axis {axis}, the input {n}")
-    if uncertainty is not None and uncertainty.array.shape != after.array.shape:
-        raise VolumeError(
-            f"report: uncertainty {uncertainty.array.shape} must have the shape of the output {after.array.shape}"
-        )
+    _check_fit(before, after, uncertainty, axis)
     found = inspect_volume(before, axis=axis)
     page = _Pictures(before, after, uncertainty, axis)
-    middle = n // 2
-    first = page.slice(middle)
-    fit = int(_BUDGET / (1.25 * sum(map(len, first))))
-    chosen = evenly(n, min(_MAX_SLICES, max(fit, 3)))
-    start = int(np.argmin(np.abs(np.array(chosen) - middle)))
-    pictures = [first if k == middle else page.slice(k) for k in chosen]
-
-    seen = oriented(after, axis, middle)
-    data = {
-        "slices": chosen,
-        "n_slices": n,
-        "start": start,
-        "size_mm": [size * mm for size, mm in zip(seen.image.shape, seen.spacing, strict=True)],
-        "edges": seen.labels if any(seen.labels) else [],
-        "panels": [
-            panel | {"pictures": [_base64(slices[i]) for slices in pictures]} for i, panel in enumerate(page.panels)
-        ],
+    n = before.array.shape[axis]
+    chosen, pictures = _chosen_slices(page, n)
+    grids = {
+        "origin": "origin-aligned: the first voxels of input and output have the same centre",
+        "half-pixel": "half-pixel: the outer edges of input and output coincide",
     }
-    listed = {
-        **facts,
-        "input": _sizes(before),
-        "output": _sizes(after),
-        "grid": {
-            "origin": "origin-aligned: the first voxels of input and output have the same centre",
-            "half-pixel": "half-pixel: the outer edges of input and output coincide",
-        }.get(grid, grid),
-    }
+    listed = {**facts, "input": _sizes(before), "output": _sizes(after), "grid": grids.get(grid, grid)}
     shown = "All" if len(chosen) == n else f"{len(chosen)} of"
     text = Template(files("deformmamba.pictures").joinpath("report.html").read_text("utf-8")).substitute(
         statement=escape(STATEMENT),
@@ -107,13 +81,51 @@ def write_report(
             f"share one grey window, {page.window[0]:.4g} to {page.window[1]:.4g}, set by the input."
         ),
         filled=escape(f"Input: {found.filling}."),
-        spectra=_spectra(before, after, axis, middle, found),
-        middle=str(middle + 1),
+        spectra=_spectra(before, after, axis, n // 2, found),
+        middle=str(n // 2 + 1),
         dashed="; dashed frame: what of it is filled" if found.interpolated else "",
         facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in listed.items()),
-        data=json.dumps(data).replace("<", "\\u003c"),
+        data=json.dumps(_viewer_data(page, after, axis, chosen, pictures)).replace("<", "\\u003c"),
     )
     write_text(path, text)
+
+
+def _check_fit(before: Volume, after: Volume, uncertainty: Volume | None, axis: int) -> None:
+    """Raises VolumeError unless input, output and uncertainty belong together."""
+    n = before.array.shape[axis]
+    if after.array.shape[axis] != n:
+        raise VolumeError(f"report: the output has {after.array.shape[axis]} slices across axis {axis}, the input {n}")
+    if uncertainty is not None and uncertainty.array.shape != after.array.shape:
+        raise VolumeError(
+            f"report: uncertainty {uncertainty.array.shape} must have the shape of the output {after.array.shape}"
+        )
+
+
+def _chosen_slices(page: "_Pictures", n: int) -> tuple[list[int], list[list[bytes]]]:
+    """Evenly spaced slices, as many as the page has room for, and the pictures of each."""
+    middle = n // 2
+    first = page.slice(middle)
+    fit = int(_BUDGET / (1.25 * sum(map(len, first))))
+    chosen = evenly(n, min(_MAX_SLICES, max(fit, 3)))
+    return chosen, [first if k == middle else page.slice(k) for k in chosen]
+
+
+def _viewer_data(
+    page: "_Pictures", after: Volume, axis: int, chosen: list[int], pictures: list[list[bytes]]
+) -> dict[str, Any]:
+    """What the page's script reads: slices, sizes in mm, directions at the edges, panels with their pictures."""
+    n = after.array.shape[axis]
+    seen = oriented(after, axis, n // 2)
+    return {
+        "slices": chosen,
+        "n_slices": n,
+        "start": int(np.argmin(np.abs(np.array(chosen) - n // 2))),
+        "size_mm": [size * mm for size, mm in zip(seen.image.shape, seen.spacing, strict=True)],
+        "edges": seen.labels if any(seen.labels) else [],
+        "panels": [
+            panel | {"pictures": [_base64(slices[i]) for slices in pictures]} for i, panel in enumerate(page.panels)
+        ],
+    }
 
 
 class _Pictures:
@@ -124,7 +136,9 @@ class _Pictures:
         self.window = grey_window(before.array)
         n = after.array.shape[axis]
         sample = evenly(n, 9)[1 if n > 2 else 0 :]
-        self.change = _large(np.stack([_plane(after, axis, k) - _interpolated(before, after, axis, k) for k in sample]))
+        self.change = _magnitude_limit(
+            np.stack([_plane(after, axis, k) - _interpolated(before, after, axis, k) for k in sample])
+        )
         self.panels: list[dict[str, Any]] = [
             {"title": "Input", "detail": f"interpolated (bicubic) from {_pixels(before, axis)}"},
             {"title": "Output", "detail": _pixels(after, axis)},
@@ -137,7 +151,7 @@ class _Pictures:
             },
         ]
         if uncertainty is not None:
-            self.spread = _large(uncertainty.array.take(sample, axis))
+            self.spread = _magnitude_limit(uncertainty.array.take(sample, axis))
             self.panels.append(
                 {
                     "title": "Uncertainty",
@@ -180,7 +194,7 @@ def _interpolated(before: Volume, after: Volume, axis: int, k: int) -> np.ndarra
     return np.asarray(out[0, 0].numpy())
 
 
-def _large(values: np.ndarray) -> float:
+def _magnitude_limit(values: np.ndarray) -> float:
     """Where a colour bar of magnitudes ends."""
     return float(np.percentile(np.abs(values), 99.5)) or float(np.abs(values).max()) or 1.0
 

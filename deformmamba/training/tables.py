@@ -293,7 +293,7 @@ def _run(
         result |= {"steps": steps, "seconds": round(seconds, 1), "beta": row.beta, "lr": rate, "batch": plan.batch}
         model = from_pretrained(checkpoint).to(device)
     rows = evaluate(
-        model, test, protocol=plan.protocol, degradation=plan.degradation(), consistency=False, progress=progress
+        model, test, protocol=plan.protocol, degradation=plan.degradation(), consistency="off", progress=progress
     )
     return {**result, "hardware": hardware(), "version": __version__, "commit": commit(), "volumes": rows}
 
@@ -358,7 +358,7 @@ def _figure(rows: Sequence[Row], test: Sequence[Scan], folder: Path, plan: Plan)
         elif checkpoint.exists():
             models[row.name] = from_pretrained(checkpoint)
     if models:
-        shown = compare(models, test[:1], degradation=plan.degradation(), consistency=False, show=True).shown
+        shown = compare(models, test[:1], degradation=plan.degradation(), consistency="off", show=True).shown
         assert shown is not None
         title = f"{shown.title}, {plan.scale}x, {_budget(asdict(plan))}"
         comparison(shown.hr, shown.results, folder / "figure2.png", spacing=shown.spacing, title=title)

@@ -1,4 +1,4 @@
-"""NIfTI and MGH, through nibabel."""
+"""NIfTI, through nibabel; and what nibabel reads and writes the same way for MGH (`mgh.py`)."""
 
 import gzip
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from deformmamba.volume import mgh
 from deformmamba.volume.files import MGH_SUFFIXES, Bounded, as_dtype, closed, parsing, suffix, volume_index
 from deformmamba.volume.image import Volume, VolumeError
 
@@ -30,7 +31,7 @@ def _read(path: Path, file: Bounded, n_bytes: int, volume: int | None) -> Volume
     from nibabel.fileholders import FileHolder
 
     is_mgh = suffix(path) in MGH_SUFFIXES
-    made: Any = nibabel.freesurfer.mghformat.MGHImage
+    made: Any = mgh.image_class()
     if not is_mgh:
         block = file.read(nibabel.Nifti2Header.sizeof_hdr)
         is_nifti2 = nibabel.Nifti2Header.sizeof_hdr in (int.from_bytes(block[:4], end) for end in ("little", "big"))
@@ -78,7 +79,7 @@ def to_nibabel(volume: Volume, kind: Any) -> Any:
     Raises:
         VolumeError: more voxels along an axis than NIfTI-1 can count.
     """
-    return (_nifti_image if _is_nifti(kind.header_class) else _mgh_image)(volume.array, volume, kind)
+    return (_nifti_image if _is_nifti(kind.header_class) else mgh.image)(volume.array, volume, kind)
 
 
 def _is_nifti(header: Any) -> bool:
@@ -90,7 +91,7 @@ def _placed(array: np.ndarray, image: Any) -> Volume:
     """`array` where a nibabel image lies."""
     header = image.header
     if not _is_nifti(header):
-        return Volume(array, image.affine, header=header)
+        return mgh.placed(array, image)
     to_mm = np.diag([*[_mm(header)] * 3, 1.0])
     codes = (int(header["qform_code"]), int(header["sform_code"]))
     qform = to_mm @ header.get_qform() if codes[0] else None
@@ -124,7 +125,7 @@ def planes(path: Path, like: Volume, shape: tuple[int, ...], dtype: str) -> Iter
     is_mgh = suffix(path) in MGH_SUFFIXES
     # the header of an image of this shape, which is never made
     voxels = np.broadcast_to(np.zeros((), dtype), shape)
-    header = _mgh_image(voxels, like).header if is_mgh else _nifti_header(voxels, like)
+    header = mgh.image(voxels, like).header if is_mgh else _nifti_header(voxels, like)
     file_dtype = header.get_data_dtype()
     with closed(ImageOpener(str(path), "wb")) as file:
         if is_mgh:
@@ -170,14 +171,3 @@ def _nifti_image(voxels: np.ndarray, volume: Volume, kind: Any = None) -> Any:
     image.set_qform(from_mm @ qform, volume.codes[0], update_affine=False)
     image.set_sform(from_mm @ volume.affine, volume.codes[1])
     return image
-
-
-def _mgh_image(voxels: np.ndarray, volume: Volume, kind: Any = None) -> Any:
-    """`voxels` where `volume` lies, with its header if that is of the same kind."""
-    import nibabel
-
-    kind = kind or nibabel.freesurfer.mghformat.MGHImage
-    header = volume.header.copy() if isinstance(volume.header, kind.header_class) else None
-    if header is not None:
-        header.set_data_dtype(voxels.dtype)
-    return kind(voxels, volume.affine, header)

@@ -93,7 +93,7 @@ def test_every_scan_is_found_and_named(tree: Path, tmp_path: Path) -> None:
 
 def test_the_sidecar_says_what_made_it(tree: Path, tmp_path: Path, weights: str) -> None:
     model = ZeroFill.from_pretrained(weights)
-    upscale_cohort(model, tree, tmp_path / "out", ensemble=True, consistency=True, dtype="float32")
+    upscale_cohort(model, tree, tmp_path / "out", ensemble=True, consistency="exact", dtype="float32")
     name = "sub-01/ses-1/anat/sub-01_ses-1_desc-sr_T2w.json"
     said = json.loads((tmp_path / "out" / name).read_text())
     assert said["Sources"] == [OUTPUTS[1].replace("_desc-sr", "")]
@@ -101,7 +101,7 @@ def test_the_sidecar_says_what_made_it(tree: Path, tmp_path: Path, weights: str)
     assert by["weights"] == "plain.safetensors"  # a path would say more than anybody asked
     assert re.fullmatch("[0-9a-f]{64}", by["sha256"])
     assert (by["Name"], by["model"], by["scale"], by["ensemble"], by["consistency"]) == (
-        "deformmamba", "ZeroFill", 2, True, True,
+        "deformmamba", "ZeroFill", 2, True, "exact",
     )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def test_what_is_done_is_skipped_and_what_has_changed_is_not(tree: Path, tmp_pat
     (out / "sub-01/ses-2/anat/sub-01_ses-2_acq-a_desc-sr_T2w.json").write_text("{")
     assert made() == [OUTPUTS[1], OUTPUTS[2]]
     assert made(axis=2) == OUTPUTS
-    assert made(axis=2, batch_size=1, ensemble=False, consistency=False) == []  # changes nothing
+    assert made(axis=2, batch_size=1, ensemble=False, consistency="off") == []  # changes nothing
     assert made(axis=2, model=ZeroFill(scale=3)) == OUTPUTS
     assert made(axis=2, model=ZeroFill(scale=3, intensity="max")) == OUTPUTS  # weights without a file differ, too
     torch.manual_seed(0)

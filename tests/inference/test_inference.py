@@ -14,6 +14,7 @@ import torch
 
 from deformmamba import __version__
 from deformmamba.inference import (
+    Settings,
     coarsen,
     derivation,
     to_effective,
@@ -22,6 +23,8 @@ from deformmamba.inference import (
     upscale_with_uncertainty,
     weights_hash,
 )
+from deformmamba.inference.adapters import UpscaleInferer, UpscaleTransform
+from deformmamba.inference.cohort import upscale_cohort
 from deformmamba.models import Bicubic, ZeroFill
 from deformmamba.models.base import SRModel
 from deformmamba.physics.degradations import parse
@@ -159,28 +162,50 @@ def test_empty_slices_and_constant_scans() -> None:
 def test_consistency_reproduces_what_was_measured(size: tuple[int, int]) -> None:
     wobble = Wobble(scale=3, strength=0.05).eval()
     array = np.random.default_rng(0).uniform(500, 1000, (*size, 3)).astype(np.float32)  # no output below zero
-    again = torch.from_numpy(np.ascontiguousarray(np.moveaxis(upscale(wobble, array, consistency=True), 2, 0)))
+    again = torch.from_numpy(np.ascontiguousarray(np.moveaxis(upscale(wobble, array, consistency="exact"), 2, 0)))
     np.testing.assert_allclose(degrade(again, 3).numpy(), np.moveaxis(array, 2, 0), atol=0.02)
-    loose = torch.from_numpy(np.ascontiguousarray(np.moveaxis(upscale(wobble, array, consistency=False), 2, 0)))
+    loose = torch.from_numpy(np.ascontiguousarray(np.moveaxis(upscale(wobble, array, consistency="off"), 2, 0)))
     assert (degrade(loose, 3).numpy() - np.moveaxis(array, 2, 0)).std() > 0.5
     signed = array - 750
-    again = torch.from_numpy(np.ascontiguousarray(np.moveaxis(upscale(wobble, signed, consistency=True), 2, 0)))
+    again = torch.from_numpy(np.ascontiguousarray(np.moveaxis(upscale(wobble, signed, consistency="exact"), 2, 0)))
     np.testing.assert_allclose(lowpass(again, 3).real.numpy(), np.moveaxis(signed, 2, 0), atol=0.02)
 
 
 def test_consistency_is_as_the_model_recommends(wobble: Wobble) -> None:
     volume = scan()
-    off, on = (upscale(wobble, volume, consistency=c).array for c in (False, True))
+    off, on = (upscale(wobble, volume, consistency=c).array for c in ("off", "exact"))
     assert np.abs(off - on).max() > 1
     np.testing.assert_array_equal(upscale(wobble, volume).array, off)
-    for kind, expected in ((True, on), ("object", upscale(wobble, volume, consistency="object").array)):
+    inside = upscale(wobble, volume, consistency="object").array
+    # older checkpoints hold True and False
+    for kind, expected in (("exact", on), (True, on), ("object", inside), ("off", off), (False, off)):
         wobble.provenance = {"consistency": kind}
         np.testing.assert_array_equal(upscale(wobble, volume).array, expected)
-    np.testing.assert_array_equal(upscale(wobble, volume, consistency=False).array, off)
+    np.testing.assert_array_equal(upscale(wobble, volume, consistency="off").array, off)
     with pytest.raises(ValueError, match="origin"):
-        upscale(Bicubic(scale=2, grid="half-pixel"), volume, consistency=True)
-    with pytest.raises(ValueError, match="'objekt'; it must be True, False or \"object\""):
-        upscale(wobble, volume, consistency="objekt")  # type: ignore[arg-type]
+        upscale(Bicubic(scale=2, grid="half-pixel"), volume, consistency="exact")
+    for wrong in ("objekt", True, False, 0):
+        with pytest.raises(ValueError, match=f'must be "exact", "object" or "off", not {wrong!r}'):
+            upscale(wobble, volume, consistency=wrong)  # type: ignore[arg-type]
+
+
+def test_settings_are_checked_before_anything_is_read(wobble: Wobble, tmp_path: Path) -> None:
+    nothing = tmp_path / "nothing.nii"
+    for call in (
+        lambda **wrong: upscale_file(wobble, nothing, tmp_path / "out.nii", **wrong),
+        lambda **wrong: upscale_with_uncertainty(wobble, scan(), **wrong),
+        lambda **wrong: upscale_cohort(wobble, nothing, tmp_path, **wrong),
+        lambda **wrong: UpscaleInferer(**wrong),
+        lambda **wrong: UpscaleTransform(wobble, **wrong),
+    ):
+        with pytest.raises(TypeError, match="ensembel"):
+            call(ensembel=True)
+        for name, value in (("batch_size", -1), ("batch_size", 0), ("batch_size", 1.5), ("tile", 0), ("overlap", -1)):
+            with pytest.raises(ValueError, match=f"{name} must be an integer of . or more, or None, not {value}"):
+                call(**{name: value})
+    with pytest.raises(ValueError, match="batch_size"):
+        upscale(wobble, scan(), batch_size=-1)
+    assert upscale(wobble, scan(), batch_size=np.int64(2)).array.any()
 
 
 class Known(SRModel):
@@ -206,7 +231,7 @@ def disc() -> torch.Tensor:
 def with_consistency(answer: torch.Tensor, lr: torch.Tensor) -> list[torch.Tensor]:
     """`answer`, made consistent with `lr`: not at all, exactly, of the object."""
     model = Known(answer, intensity_scale(lr.numpy())).eval()
-    return [upscale(model, lr, consistency=kind) for kind in (False, True, "object")]
+    return [upscale(model, lr, consistency=kind) for kind in ("off", "exact", "object")]
 
 
 def test_consistency_of_the_object_leaves_the_air_alone() -> None:
@@ -432,7 +457,7 @@ def test_consistency_never_takes_a_signed_scan_further_from_the_truth(size: tupl
     lr = degrade(hr, scale, output="real").numpy().astype(np.float32)
     for strength in (0.0, 0.1, 3.0):
         wobble = Wobble(scale=scale, strength=strength).eval()
-        loose, tight = (upscale(wobble, lr, axis=0, consistency=c) - hr.numpy() for c in (False, True))
+        loose, tight = (upscale(wobble, lr, axis=0, consistency=c) - hr.numpy() for c in ("off", "exact"))
         assert np.linalg.norm(tight) <= np.linalg.norm(loose) * (1 + 1e-5)
     again = lowpass(torch.from_numpy(tight + hr.numpy()), scale).real
     np.testing.assert_allclose(again, lr, atol=1e-3)
@@ -443,7 +468,7 @@ def test_consistency_never_takes_a_signed_scan_further_from_the_truth(size: tupl
 def test_consistency_holds_whatever_ran_before_it(ensemble: bool, tile: int | None) -> None:
     wobble = Wobble(strength=0.05).eval()
     lr = np.random.default_rng(0).uniform(500, 1000, (3, 13, 12)).astype(np.float32)
-    sharp = upscale(wobble, lr, axis=0, consistency=True, ensemble=ensemble, tile=tile)
+    sharp = upscale(wobble, lr, axis=0, consistency="exact", ensemble=ensemble, tile=tile)
     assert sharp.min() > 0  # so nothing was clipped
     np.testing.assert_allclose(degrade(torch.from_numpy(sharp), 2), lr, atol=0.02)
 
@@ -559,7 +584,7 @@ def test_from_file_to_file_without_the_volume_in_memory(
         np.testing.assert_allclose(disagreement, deviation.array.take(k, axis), rtol=1e-3, atol=1e-2)
     assert done.shape == expected.array.shape
     assert done.axis == axis
-    assert done.settings == {"axis": axis, "consistency": False, "ensemble": True, "tile": None, "overlap": None}
+    assert done.settings == Settings(axis=axis, consistency="off", ensemble=True, batch_size=3)
     for path, wanted in ((target, expected), (spread, deviation)):
         written = read_volume(path)
         np.testing.assert_allclose(written.array, wanted.array, rtol=1e-3, atol=1e-2)
@@ -584,7 +609,7 @@ def test_the_hash_is_that_of_these_weights_or_none(tmp_path: Path) -> None:
     assert weights_hash(model) is None
     assert model.sha256 == digest
     assert weights_hash(Wobble()) is None
-    assert "no file is known" in derivation(model)
+    assert "weights without a file" in derivation(model)
 
 
 def test_a_report_says_what_ran(wobble: Wobble, tmp_path: Path) -> None:
@@ -593,7 +618,7 @@ def test_a_report_says_what_ran(wobble: Wobble, tmp_path: Path) -> None:
         page = tmp_path / f"{axis}.html"
         upscale_file(wobble, tmp_path / "in.nii", tmp_path / "out.nii", report=page, uncertainty=spread, axis=axis)
         text = page.read_text("utf-8")
-        assert all(word in text for word in ("Wobble, 2x", "weights of which no file is known", "whole slices"))
+        assert all(word in text for word in ("Wobble, 2x", "weights without a file", "whole slices"))
         assert ("spread of the estimates" in text) == (spread is not None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1.html", "2.html", "in.nii", "out.nii", "u.nii"]
     with pytest.raises(VolumeError, match=r"\.html"):

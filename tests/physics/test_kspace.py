@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from deformmamba.physics import kspace
-from deformmamba.physics.kspace import data_consistency, degrade, fft2c, ifft2c, lowpass, zero_fill
+from deformmamba.physics.consistency import data_consistency
+from deformmamba.physics.kspace import degrade, fft2c, ifft2c, lowpass, zero_fill
 
 SIZES = list(itertools.product((16, 20, 24, 36), (16, 20, 28)))  # at 2x and 4x these give odd and even LR sizes
 

@@ -498,7 +498,7 @@ def test_the_card_has_a_table_for_each_list_of_an_assessment_and_loses_nothing()
         "intended_use": "Nothing but this test.",
         "limits": "Made up.",
         "preset": "small",
-        "consistency": False,
+        "consistency": "off",
         "invented_later": {"a_b": [1, 2.34567], "c": None},
         "by_spacing": [{"spacing_mm": 0.9, "psnr": 30.123456, "zero_fill_psnr": 28.5}, {"spacing_mm": 1.2, "psnr": 29}],
         "out_of_domain": [{"case": "rotated | by 10 degrees", "psnr": 25.0}],
@@ -514,7 +514,7 @@ def test_the_card_has_a_table_for_each_list_of_an_assessment_and_loses_nothing()
         "| spacing mm | psnr | zero fill psnr |\n| --- | --- | --- |\n| 0.9 | 30.12 | 28.5 |\n| 1.2 | 29 |  |" in text
     )
     assert "## Other inputs" in text
-    assert "- **consistency**: no\n" in text
+    assert "- **consistency**: off\n" in text
     assert "| rotated \\| by 10 degrees | 25 |" in text
     assert "| diameter mm | contrast recovered | bicubic |\n| --- | --- | --- |\n| 2 | 0.51 | 0.3 |" in text
 

@@ -1,0 +1,42 @@
+"""degrade: a coarser version of a scan, as a faster measurement would have given it."""
+
+import argparse
+from typing import Any
+
+from deformmamba import __version__
+from deformmamba.cli.arguments import add_command, add_reading, check_not_input, positive, say, series_of, sizes
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "degrade",
+        _degrade,
+        "write a scan as a coarser measurement would have given it",
+        "degrade scan.nii.gz -o coarse.nii.gz --scale 4",
+    )
+    add_reading(parser)
+    parser.add_argument("--scale", type=positive, required=True, metavar="S", help="how many times coarser in-plane")
+    parser.add_argument(
+        "--kind",
+        default="k-space",
+        metavar="TEXT",
+        help='how, such as "blur:sigma=1.5 >> subsample >> rician:snr=30" (default: k-space, a scanner that measured '
+        "less; a wrong name lists all)",
+    )
+    parser.add_argument("--crop", action="store_true", help="leave out rows and columns beyond a multiple of S")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+
+
+def _degrade(args: argparse.Namespace) -> None:
+    from deformmamba.inference import coarsen
+    from deformmamba.physics.degradations import parse
+    from deformmamba.volume import check_output, read_volume, write_volume
+
+    degradation = parse(args.kind, scale=args.scale)
+    volume = read_volume(args.input, volume=args.volume, series=series_of(args.series))
+    check_output(args.output, source=volume, dtype=args.dtype)
+    check_not_input(args.output, args.input)
+    coarse = coarsen(volume, degradation, axis=args.axis, crop=args.crop, seed=args.seed)
+    write_volume(args.output, coarse, dtype=args.dtype, derivation=f"deformmamba {__version__}, degrade {degradation}")
+    say(f"{args.output}: {sizes(coarse)}, from {sizes(volume)}")

@@ -1,0 +1,75 @@
+"""One model over one batch of slices: whole or in tiles, once or as the mean of a self-ensemble."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from deformmamba.inference.tiling import tiled
+from deformmamba.physics.kspace import Grid, zero_fill
+
+if TYPE_CHECKING:
+    from deformmamba.models.base import SRModel
+
+N_MEMBERS = 8
+
+
+def predict(
+    model: "SRModel",
+    lr: torch.Tensor,
+    *,
+    ensemble: bool = False,
+    tile: int | None = None,
+    overlap: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The output (b, c, scale * h, scale * w) of `model` for whole slices (b, c, h, w), about [0, 1]; float32 at least.
+
+    With `ensemble`: the mean over the eight reflections and transposes of the slice, each undone afterwards, and their
+    standard deviation (otherwise None). On the origin-aligned grid an image is reflected about index 0, i to -i mod n:
+    plain reversal would move LR and HR apart by scale - 1 HR pixels.
+
+    With `tile`: each of them is computed tile by tile. Every tile gets its cut of the zero-filled whole slice.
+    """
+    if not ensemble:
+        return _once(model, lr, tile, overlap), None
+    mean = squares = None
+    for k in range(N_MEMBERS):
+        sr = _transformed(_once(model, _transformed(lr, k, model.grid), tile, overlap), k, model.grid, back=True)
+        if mean is None or squares is None:
+            mean, squares = sr.clone(), torch.zeros_like(sr)
+        else:  # Welford's update: no difference of large squares
+            before = sr - mean
+            mean += before / (k + 1)
+            squares += before * (sr - mean)
+    assert mean is not None
+    assert squares is not None
+    return mean, (squares / N_MEMBERS).sqrt()
+
+
+def _once(model: "SRModel", image: torch.Tensor, tile: int | None, overlap: int | None) -> torch.Tensor:
+    precise = torch.promote_types(image.dtype, torch.float32)
+    if tile is None:
+        return model(image).to(precise)
+    base = zero_fill(image.to(precise), model.scale)
+    return tiled(
+        lambda cut, base_cut: model(cut, base=base_cut).to(base),
+        image,
+        model.scale,
+        tile=tile,
+        overlap=overlap,
+        multiple=model.multiple,
+        base=base if model.grid == "origin" else None,
+    )
+
+
+def _transformed(image: torch.Tensor, k: int, grid: Grid, *, back: bool = False) -> torch.Tensor:
+    """Member k of the ensemble: rows reflected (bit 0), columns reflected (bit 1), then transposed (bit 2)."""
+    if k & 4 and back:
+        image = image.mT
+    for bit, dim in ((1, -2), (2, -1)):
+        if k & bit:
+            image = image.flip(dim)
+            if grid == "origin":
+                image = image.roll(1, dim)
+    if k & 4 and not back:
+        image = image.mT
+    return image

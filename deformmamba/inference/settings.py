@@ -1,0 +1,48 @@
+"""The settings of one upscaling, checked when they are made: an unknown name is a TypeError, a wrong value is named."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deformmamba.physics.consistency import Consistency, check_consistency
+from deformmamba.volume import VolumeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How `upscale` and all functions that build on it work; `upscale` documents each setting.
+
+    Raises:
+        TypeError: an unknown name.
+        ValueError: a value that is not allowed.
+        VolumeError: an axis that is not 0, 1 or 2.
+    """
+
+    axis: int | None = None
+    batch_size: int | None = None
+    consistency: Consistency | None = None
+    ensemble: bool = False
+    tile: int | None = None
+    overlap: int | None = None
+    device: str | torch.device | None = None
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.axis is not None and (_not_integer(self.axis) or self.axis not in (0, 1, 2)):
+            raise VolumeError(f"axis is where slices are stacked: 0, 1 or 2, not {self.axis!r}")
+        if self.consistency is not None:
+            check_consistency(self.consistency)
+        for name, least in (("batch_size", 1), ("tile", 1), ("overlap", 0)):
+            value = getattr(self, name)
+            if value is not None and (_not_integer(value) or value < least):
+                raise ValueError(f"{name} must be an integer of {least} or more, or None, not {value!r}")
+        for name in ("ensemble", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.tile is None and self.overlap is not None:
+            raise ValueError(f"an overlap of {self.overlap} needs tiles: give tile=N (--tile N) as well")
+
+
+def _not_integer(value: Any) -> bool:
+    return isinstance(value, bool) or not hasattr(value, "__index__")
