@@ -17,7 +17,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 # From bottom to top: a module imports modules of lower levels only, inside functions too. A folder counts as one
 # module; what it imports of itself is free. The public names (`__init__`) and `__main__` may import all.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "atomic"),
+    ("annotations", "atomic", "errors"),
     ("extras", "threads", "torch_private"),
     ("scan", "losses", "metrics", "physics", "weights"),
     ("deform",),

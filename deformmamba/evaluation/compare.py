@@ -155,7 +155,7 @@ class Comparison:
         s, n_subjects = self.settings, len({row["subject"] for row in self._any})
         few = n_subjects < FEWEST
         lines = [
-            f"{_count(len(self._any), 'volume')} of {_count(n_subjects, 'subject')} at {s['scale']}x, "
+            f"{counted(len(self._any), 'volume')} of {counted(n_subjects, 'subject')} at {s['scale']}x, "
             f"protocol {s['protocol']}, degradation {s['degradation']}"
         ]
         if few:
@@ -300,7 +300,8 @@ def compare(
     return Comparison(rows, sources, against, settings, shown)
 
 
-def _count(n: int, name: str) -> str:
+def counted(n: int, name: str) -> str:
+    """ "1 volume", "2 volumes": a number and its noun."""
     return f"{n} {name}{'s' * (n != 1)}"
 
 

@@ -1,19 +1,20 @@
 """What every super-resolution model here has in common: one config, strict loading, one input check."""
 
+import inspect
 import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import get_ident
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Self, TypeVar, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from deformmamba.annotations import described, fits
 from deformmamba.errors import one_line, shown
 from deformmamba.physics.consistency import Consistency, stored_consistency
 from deformmamba.physics.kspace import Grid
@@ -32,9 +33,13 @@ MAX_BUFFERS = 1 << 26
 class SRModel(nn.Module):
     """An LR image (b, c, h, w) of about [0, 1] in, an image of `scale` times its height and width out.
 
-    A subclass takes keyword-only, JSON-able arguments and hands all of them to this constructor in its first line;
-    `config` then holds exactly those and `type(model)(**model.config)` builds the same model with fresh weights.
-    It must work on the meta device, where tensors have shapes but no values. Buffers that are not stored
+    A subclass takes keyword-only, JSON-able arguments with annotations, and calls
+    `super().__init__(scale=scale, intensity=intensity)` in its first line. `config` is recorded from the call itself:
+    it has exactly the keys of the subclass's signature, defaults included, and `type(model)(**model.config)` builds the
+    same model with fresh weights. (A subclass may name its other arguments again in that line; this adds nothing.) A
+    value that does not fit its annotation is a ValueError.
+
+    The constructor must work on the meta device, where tensors have shapes but no values. Buffers that are not stored
     (`persistent=False`) are allowed, but make loading build the model twice.
 
     Args:
@@ -43,6 +48,7 @@ class SRModel(nn.Module):
             (`deformmamba.volume.intensity_scale`); "p99.9" divides by that percentile of the LR volume.
 
     Attributes:
+        config: the constructor's arguments as JSON has them (a tuple is a list).
         grid: which grid the output lies on, see `deformmamba.physics.kspace.Grid`.
         minimum_size: the smallest h and w of an input.
         multiple: `forward` pads h and w to a multiple of this and crops back, so that any size works.
@@ -62,20 +68,31 @@ class SRModel(nn.Module):
     precisions: tuple[str, ...] = ("float32", "float64", "bfloat16 autocast", "float16 autocast")
     tiles: str = "not needed: memory grows with the number of pixels only"
 
-    def __init__(self, *, scale: int, intensity: str = "p99.9", **config: Any) -> None:
+    def __new__(cls, *args: Any, **arguments: Any) -> Self:
+        """Keeps the arguments of the call for `config`, so that no constructor has to list them a second time."""
+        model = super().__new__(cls)
+        model.__dict__["_arguments"] = args, arguments
+        return model
+
+    def __init__(self, *, scale: int, intensity: str = "p99.9", **_named_again: Any) -> None:
+        args, arguments = self.__dict__.pop("_arguments")
         super().__init__()
         name = type(self).__name__
         if not isinstance(scale, int) or isinstance(scale, bool) or not 1 <= scale <= 16:
             raise ValueError(f"{name}: scale must be an integer from 1 to 16, not {scale!r}")
         if not isinstance(intensity, str):
             raise TypeError(f'{name}: intensity must be the name of a rule such as "p99.9", not {intensity!r}')
+        given = _bound(type(self), args, arguments)
+        given = {key: given[key] for key in ("scale", "intensity") if key in given} | given  # these two first
         try:
             # through JSON, so that a tuple is a list before it is saved as well as after
-            plain = json.loads(json.dumps({"scale": scale, "intensity": intensity, **config}, allow_nan=False))
-            check_config(plain)
+            self.config: dict[str, Any] = json.loads(json.dumps(given, allow_nan=False, default=_plain))
+            check_config(self.config)
         except (TypeError, ValueError, WeightsError) as error:
             raise ValueError(f"{name}: arguments must be plain values that JSON can hold: {error}") from error
-        self.config: dict[str, Any] = plain
+        mistyped = _mistyped(type(self), self.config)
+        if mistyped:
+            raise ValueError(f"{name}: {mistyped}")
         self.scale = scale
         self.intensity = intensity
         self.provenance: dict[str, Any] = {}
@@ -264,6 +281,30 @@ def _family(cls: type[Model]) -> Iterator[type[Model]]:
         yield from _family(child)
 
 
+def _bound(cls: type[nn.Module], args: Sequence[Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The value of every argument of the constructor of `cls`, by name: those given and the defaults of the others.
+
+    Arguments that a subclass passes on as `**rest` are entries of their own.
+    """
+    signature = inspect.signature(cls.__init__)
+    bound = signature.bind(None, *args, **arguments)
+    bound.apply_defaults()
+    values: dict[str, Any] = {}
+    for parameter in list(signature.parameters.values())[1:]:
+        value = bound.arguments[parameter.name]
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            raise TypeError(f"{cls.__name__}: constructors take every argument by name, not as *{parameter.name}")
+        values |= value if parameter.kind is parameter.VAR_KEYWORD else {parameter.name: value}
+    return values
+
+
+def _plain(value: Any) -> list[Any]:
+    """Sequences that JSON has no name for, such as a range, as lists."""
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(f"{shown(value)} is a {type(value).__name__}")
+
+
 def _mistyped(cls: type[nn.Module], config: Mapping[str, Any]) -> str | None:
     """The first argument in `config` that is not of the type that the constructor of `cls` declares, or None."""
     try:
@@ -271,23 +312,9 @@ def _mistyped(cls: type[nn.Module], config: Mapping[str, Any]) -> str | None:
     except NameError:  # a class of the user's, whose annotations are known to type checkers only
         return None
     for name, value in config.items():
-        if name in hints and not _fits(value, hints[name]):
-            return f"{name} is {shown(value)}, not {getattr(hints[name], '__name__', hints[name])}"
+        if name in hints and not fits(value, hints[name]):
+            return f"{name} must be {described(hints[name])}, not {shown(value)}"
     return None
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of a declared type, as far as JSON has types: a tuple comes back as a list."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, arg) for arg in args)
-    if origin is Literal:
-        return any(type(value) is type(arg) and value == arg for arg in args)
-    if isinstance(origin, type) and issubclass(origin, Sequence):
-        return isinstance(value, list) and all(_fits(item, args[0]) for item in value)
-    if hint is float:
-        return type(value) in (int, float)
-    return type(value) is hint if hint in (bool, int, str, NoneType) else True
 
 
 def _difference(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> str | None:

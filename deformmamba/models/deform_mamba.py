@@ -89,26 +89,7 @@ class DeformMambaSR(SRModel):
         checkpointing: bool = False,
         intensity: str = "p99.9",
     ) -> None:
-        super().__init__(
-            scale=scale,
-            in_channels=in_channels,
-            dims=list(dims),
-            depths=list(depths),
-            patch=patch,
-            stem_channels=stem_channels,
-            d_state=d_state,
-            expand=expand,
-            directions=directions,
-            discretization=discretization,
-            channel_attention=channel_attention,
-            drop_path=drop_path,
-            deform=deform,
-            context=context,
-            context_rates=list(context_rates),
-            skip=skip,
-            checkpointing=checkpointing,
-            intensity=intensity,
-        )
+        super().__init__(scale=scale, intensity=intensity)
         if not 1 <= len(dims) == len(depths) <= 8 or min(dims) < patch or patch < 1 or not 1 <= sum(depths) <= 256:
             raise ValueError(
                 f"DeformMambaSR: dims={list(dims)}, depths={list(depths)}, patch={patch}; dims and depths need one "

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from deformmamba.models.base import SRModel
-from deformmamba.models.interpolation import checked_grid
 from deformmamba.models.skip import add_base, checked_skip, start_at_zero
 from deformmamba.physics.kspace import Grid
 
@@ -44,10 +43,10 @@ class FMISR(SRModel):
         skip: str | None = None,
         intensity: str = "p99.9",
     ) -> None:
-        super().__init__(scale=scale, widths=list(widths), grid=grid, skip=skip, intensity=intensity)
+        super().__init__(scale=scale, intensity=intensity)
         if not 1 <= len(widths) <= 64 or min(widths) < 1:
             raise ValueError(f"FMISR: widths={list(widths)}; one positive number of channels a hidden layer is needed")
-        self.grid = checked_grid("FMISR", grid)
+        self.grid = grid
         self.skip = checked_skip("FMISR", skip, grid)
         self.hidden = nn.ModuleList(
             nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.Conv2d(b, b, 3, padding=1), nn.ReLU())

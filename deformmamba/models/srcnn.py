@@ -1,12 +1,13 @@
 """SRCNN (Dong et al. 2016), row 1 of table 2: three convolutions on the interpolated image."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import nn
 
 from deformmamba.models.base import SRModel
-from deformmamba.models.interpolation import Bicubic, checked_grid
+from deformmamba.models.interpolation import Bicubic
 from deformmamba.physics.kspace import Grid
 
 
@@ -37,18 +38,18 @@ class SRCNN(SRModel):
         grid: Grid = "origin",
         intensity: str = "p99.9",
     ) -> None:
-        super().__init__(scale=scale, kernels=list(kernels), widths=list(widths), grid=grid, intensity=intensity)
+        super().__init__(scale=scale, intensity=intensity)
         if len(kernels) != 3 or len(widths) != 2 or min(*kernels, *widths) < 1 or not all(k % 2 for k in kernels):
             raise ValueError(
                 f"SRCNN: kernels={list(kernels)}, widths={list(widths)}; three odd kernels such as 9, 5, 5 and two "
                 "widths such as 64, 32 are needed"
             )
-        self.grid = checked_grid("SRCNN", grid)
+        self.grid = grid
         self.interpolate = Bicubic(scale=scale, grid=grid)
         first, middle, last = kernels
-        self.extract = _convolution(1, widths[0], first)
-        self.map = _convolution(widths[0], widths[1], middle)
-        self.reconstruct = _convolution(widths[1], 1, last)
+        self.extract = convolution(1, widths[0], first)
+        self.map = convolution(widths[0], widths[1], middle)
+        self.reconstruct = convolution(widths[1], 1, last)
 
     def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
         """The SR image of `lr` (b, 1, h, w), values about [0, 1]; `base` is not used."""
@@ -57,8 +58,9 @@ class SRCNN(SRModel):
         return self.reconstruct(torch.relu(self.map(x)))
 
 
-def _convolution(c_in: int, c_out: int, kernel: int) -> nn.Conv2d:
-    made = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, padding_mode="replicate")
+def convolution(c_in: int, c_out: int, kernel: int, edges: Literal["replicate", "zeros"] = "replicate") -> nn.Conv2d:
+    """A convolution that keeps the size, with the initialisation of He et al. (2015) and biases of zero."""
+    made = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, padding_mode=edges)
     nn.init.kaiming_normal_(made.weight, nonlinearity="relu")
     nn.init.zeros_(made.bias)  # type: ignore[arg-type]
     return made

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from deformmamba.models.base import SRModel
-from deformmamba.models.interpolation import checked_grid
 from deformmamba.models.skip import add_base, checked_skip, start_at_zero
 from deformmamba.physics.kspace import Grid
 
@@ -54,23 +53,14 @@ class T2Net(SRModel):
         skip: str | None = None,
         intensity: str = "p99.9",
     ) -> None:
-        super().__init__(
-            scale=scale,
-            in_channels=in_channels,
-            width=width,
-            blocks=blocks,
-            residual=residual,
-            grid=grid,
-            skip=skip,
-            intensity=intensity,
-        )
+        super().__init__(scale=scale, intensity=intensity)
         if scale & (scale - 1) and scale != 3:
             raise ValueError(f"T2Net: scale must be a power of two or 3, not {scale}")
         if width < 1 or not 1 <= blocks <= 128:
             raise ValueError(
                 f"T2Net: width={width}, blocks={blocks}; at least 1 channel and 1 to 128 blocks are needed"
             )
-        self.grid = checked_grid("T2Net", grid)
+        self.grid = grid
         self.skip = checked_skip("T2Net", skip, grid)
         self.channels = in_channels
         self.sharp_head, self.clean_head = (nn.Conv2d(in_channels, width, 5, padding=2) for _ in range(2))

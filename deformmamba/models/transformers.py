@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 
 from deformmamba.extras import MissingExtra, require
 from deformmamba.models.base import SRModel, crop, pad_to_multiple
-from deformmamba.models.interpolation import checked_grid
 from deformmamba.models.skip import add_base, checked_skip, start_at_zero
 from deformmamba.physics.kspace import Grid
 
@@ -26,9 +25,11 @@ class _Windowed(SRModel):
     tiles = "multiples of the window, overlapping by at least one window; their edges see less than the inside"
     network: nn.Module
 
-    def __init__(self, *, in_channels: int, window: int, grid: Grid, skip: str | None, **config: Any) -> None:
-        super().__init__(in_channels=in_channels, window=window, grid=grid, skip=skip, **config)
-        self.grid = checked_grid(type(self).__name__, grid)
+    def __init__(
+        self, *, scale: int, in_channels: int, window: int, grid: Grid, skip: str | None, intensity: str
+    ) -> None:
+        super().__init__(scale=scale, intensity=intensity)
+        self.grid = grid
         self.skip = checked_skip(type(self).__name__, skip, grid)
         self.channels = in_channels
         self.multiple = window
@@ -94,20 +95,7 @@ class SwinIR(_Windowed):
         skip: str | None = None,
         intensity: str = "p99.9",
     ) -> None:
-        super().__init__(
-            scale=scale,
-            in_channels=in_channels,
-            width=width,
-            depths=list(depths),
-            heads=list(heads),
-            window=window,
-            mlp_ratio=mlp_ratio,
-            upsampler=upsampler,
-            drop_path=drop_path,
-            grid=grid,
-            skip=skip,
-            intensity=intensity,
-        )
+        super().__init__(scale=scale, in_channels=in_channels, window=window, grid=grid, skip=skip, intensity=intensity)
         if upsampler not in ("pixelshuffle", "pixelshuffledirect"):
             raise ValueError(f'SwinIR: upsampler must be "pixelshuffle" or "pixelshuffledirect", not {upsampler!r}')
         _check(self, width, depths, heads, window)
@@ -157,23 +145,7 @@ class HAT(_Windowed):
         skip: str | None = None,
         intensity: str = "p99.9",
     ) -> None:
-        super().__init__(
-            scale=scale,
-            in_channels=in_channels,
-            width=width,
-            depths=list(depths),
-            heads=list(heads),
-            window=window,
-            mlp_ratio=mlp_ratio,
-            compress=compress,
-            squeeze=squeeze,
-            conv_scale=conv_scale,
-            overlap=overlap,
-            drop_path=drop_path,
-            grid=grid,
-            skip=skip,
-            intensity=intensity,
-        )
+        super().__init__(scale=scale, in_channels=in_channels, window=window, grid=grid, skip=skip, intensity=intensity)
         _check(self, width, depths, heads, window)
         if not 1 <= compress <= width or not 1 <= squeeze <= width:
             raise ValueError(f"HAT: compress={compress}, squeeze={squeeze}; both must lie between 1 and width={width}")

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from deformmamba.models.base import SRModel
-from deformmamba.models.interpolation import Bicubic, checked_grid
+from deformmamba.models.interpolation import Bicubic
+from deformmamba.models.srcnn import convolution
 from deformmamba.physics.kspace import Grid
 
 
@@ -38,26 +39,19 @@ class VDSR(SRModel):
         grid: Grid = "origin",
         intensity: str = "p99.9",
     ) -> None:
-        super().__init__(scale=scale, layers=layers, width=width, grid=grid, intensity=intensity)
+        super().__init__(scale=scale, intensity=intensity)
         if not 2 <= layers <= 256 or width < 1:
             raise ValueError(f"VDSR: layers={layers}, width={width}; 2 to 256 layers of 1 channel or more are needed")
-        self.grid = checked_grid("VDSR", grid)
+        self.grid = grid
         self.interpolate = Bicubic(scale=scale, grid=grid)
         widths = [1, *[width] * (layers - 1), 1]
-        self.convolutions = nn.ModuleList(_convolution(a, b) for a, b in itertools.pairwise(widths))
+        self.convolutions = nn.ModuleList(convolution(a, b, 3, edges="zeros") for a, b in itertools.pairwise(widths))
 
     def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
         """The SR image of `lr` (b, 1, h, w), values about [0, 1]; `base` is not used."""
         self.check_lr(lr)
         interpolated = self.interpolate.enlarge(lr)
         x = interpolated
-        for convolution in self.convolutions[:-1]:
-            x = torch.relu(convolution(x))
+        for layer in self.convolutions[:-1]:
+            x = torch.relu(layer(x))
         return interpolated + self.convolutions[-1](x)
-
-
-def _convolution(c_in: int, c_out: int) -> nn.Conv2d:
-    made = nn.Conv2d(c_in, c_out, 3, padding=1)
-    nn.init.kaiming_normal_(made.weight, nonlinearity="relu")
-    nn.init.zeros_(made.bias)  # type: ignore[arg-type]
-    return made

@@ -5,8 +5,6 @@ import inspect
 import math
 import os
 import tomllib
-import types
-import typing
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -15,6 +13,7 @@ from typing import Any
 
 import torch
 
+from deformmamba.annotations import described, fits
 from deformmamba.data.patches import PatchDataset, Scan, find_scans, load_slices, subjects
 from deformmamba.errors import one_line
 from deformmamba.evaluation.compare import evaluate, mean_scores
@@ -87,35 +86,8 @@ def _check_keys(name: Any, section: str, values: Mapping[str, Any], of: Any, ext
     for key, value in values.items():
         if key not in kinds:
             raise ValueError(f"recipe {name}: no key {key!r} in [{section}]; keys: {', '.join(sorted(kinds))}")
-        if not _is_a(value, kinds[key]):
-            raise ValueError(f"recipe {name}: {key} in [{section}] is {value!r}; wanted {_called(kinds[key])}")
-
-
-def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a TOML value is what an annotation asks for."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return any(_is_a(value, argument) for argument in arguments)
-    if origin is typing.Literal:
-        return value in arguments
-    if kind in (int, float, str, bool):
-        return type(value) is kind or (kind is float and type(value) is int)
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        return isinstance(value, dict) and all(_is_a(item, arguments[-1]) for item in value.values())
-    if isinstance(origin, type) and issubclass(origin, Sequence):
-        return isinstance(value, list) and all(_is_a(item, arguments[0]) for item in value)
-    return not isinstance(kind, type) or isinstance(value, kind)
-
-
-def _called(kind: Any) -> str:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_called(argument) for argument in arguments if argument is not type(None))
-    if origin is typing.Literal:
-        return " or ".join(repr(argument) for argument in arguments)
-    if origin is not None:
-        return f"a {'table' if issubclass(origin, Mapping) else 'list'} of {_called(arguments[-1])}"
-    return getattr(kind, "__name__", str(kind))
+        if not fits(value, kinds[key]):
+            raise ValueError(f"recipe {name}: {key} in [{section}] is {value!r}; wanted {described(kinds[key])}")
 
 
 def train_recipe(

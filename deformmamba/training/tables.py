@@ -20,7 +20,7 @@ import torch
 
 from deformmamba import __version__
 from deformmamba.data.patches import PatchDataset, Scan, subjects
-from deformmamba.evaluation.compare import compare, evaluate, mean_scores
+from deformmamba.evaluation.compare import compare, counted, evaluate, mean_scores
 from deformmamba.extras import MissingExtra, require
 from deformmamba.losses import SRLoss
 from deformmamba.metrics import Protocol
@@ -380,7 +380,7 @@ def markdown(out: str | Path) -> str:
     columns = ["", "parameters", "steps", "seconds", "seeds", "PSNR [dB]", "SSIM", f"PSNR - {OURS}"]
     columns += [f"the paper's, {heading}" for heading in headings]
     on, of = (
-        f"{_count(facts[k]['volumes'], 'volume')} of {_count(facts[k]['subjects'], 'subject')}"
+        f"{counted(len(facts[k]['volumes']), 'volume')} of {counted(len(facts[k]['subjects']), 'subject')}"
         for k in ("train", "test")
     )
     lines = [
@@ -414,10 +414,6 @@ def markdown(out: str | Path) -> str:
         "a tenth of a decibel, nor to several where the protocol differs.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _count(things: Sequence[Any], name: str) -> str:
-    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
 
 
 def _budget(plan: Mapping[str, Any]) -> str:

@@ -264,8 +264,8 @@ def test_swinir_of_the_lightweight_kind_starts_from_zero_filling_too() -> None:
         (lambda: FMISR(widths=(4, 0)), "channels a hidden layer"),
         (lambda: T2Net(scale=5), "power of two or 3"),
         (lambda: T2Net(blocks=0), "1 to 128 blocks"),
-        (lambda: SRCNN(grid="corner"), "grid must be one of"),  # type: ignore[arg-type]
-        (lambda: T2Net(grid="corner"), "grid must be one of"),  # type: ignore[arg-type]
+        (lambda: SRCNN(grid="corner"), "grid must be .origin. or .half-pixel., not .corner."),  # type: ignore[arg-type]
+        (lambda: T2Net(grid="corner"), "grid must be .origin. or .half-pixel., not .corner."),  # type: ignore[arg-type]
         (lambda: FMISR(skip="bicubic"), "skip must be one of"),
         (lambda: T2Net(skip="zero-fill", grid="half-pixel"), "not 'zero-fill' on half-pixel"),
         (lambda: SwinIR(skip="bicubic"), "SwinIR: skip must be one of"),
@@ -273,7 +273,7 @@ def test_swinir_of_the_lightweight_kind_starts_from_zero_filling_too() -> None:
         (lambda: SwinIR(width=60, heads=(7,) * 6), "multiple of every entry"),
         (lambda: SwinIR(depths=(6,)), "one positive"),
         (lambda: SwinIR(upsampler="nearest"), "pixelshuffledirect"),
-        (lambda: SwinIR(grid="corner"), "grid must be one of"),  # type: ignore[arg-type]
+        (lambda: SwinIR(grid="corner"), "grid must be .origin. or .half-pixel., not .corner."),  # type: ignore[arg-type]
         (lambda: HAT(window=7), "window must be even"),
         (lambda: HAT(squeeze=1000), "between 1 and width"),
     ],

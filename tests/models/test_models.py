@@ -1,9 +1,11 @@
 """The contract of every class in MODELS, loading by name and class, and the interpolations against scipy and torch."""
 
+import ast
 import copy
 import inspect
 import json
 import resource
+import textwrap
 import warnings
 from pathlib import Path
 from typing import Any
@@ -183,10 +185,63 @@ def test_arguments_that_json_cannot_hold_are_refused() -> None:
     for intensity in (None, 99.9):
         with pytest.raises(TypeError, match="intensity"):
             ZeroFill(scale=2, intensity=intensity)  # type: ignore[arg-type]
+    for rate in (float("nan"), torch.device("cpu"), np.float32(1), {1, 2}):
+        with pytest.raises(ValueError, match="plain values"):
+            Rated(rate=rate)
+
+
+class Rated(SRModel):
+    """A subclass whose arguments have no annotations, and whose scale is not an argument."""
+
+    def __init__(self, *, rate=0.5, names=("a", "b")):
+        super().__init__(scale=2)
+
+
+class Passed(Bicubic):
+    """A subclass that hands the rest of its arguments on."""
+
+    def __init__(self, *, extra: int = 3, **rest: Any) -> None:
+        super().__init__(**rest)
+
+
+def test_the_config_is_read_from_the_call() -> None:
+    assert Rated(names=range(3)).config == {"rate": 0.5, "names": [0, 1, 2]}
+    assert Rated(**Rated().config).config == Rated().config
+    assert Passed(scale=2, a=-1).config == {"scale": 2, "extra": 3, "a": -1}
+    assert Passed(**Passed(scale=2).config).grid == "origin"
+    assert Grown(width=4).config == {"scale": 2, "width": 4, "intensity": "p99.9"}
+    assert copy.deepcopy(Grown(width=4)).config["width"] == 4
+    assert DeformMambaSR(dims=torch.Size([8]), depths=[1]).config["dims"] == [8]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        Grown(colour=1)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="plain values"):
         SRModel(scale=2, rate=float("nan"))
-    with pytest.raises(ValueError, match="plain values"):
-        SRModel(scale=2, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"depths": 2}, "depths must be a list of int, not 2"),
+        ({"dims": (8, 12.5)}, "dims must be a list of int"),
+        ({"d_state": "4"}, "d_state must be int, not '4'"),
+        ({"deform": 1}, "deform must be bool, not 1"),
+        ({"expand": True}, "expand must be float, not True"),
+    ],
+)
+def test_a_value_that_does_not_fit_its_annotation_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"DeformMambaSR: {message}") as caught:
+        build("DeformMambaSR", **arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cls", MODELS.values(), ids=MODELS)
+def test_no_constructor_lists_its_arguments_twice(cls: type[SRModel]) -> None:
+    base = next(b for b in cls.__mro__[1:] if "__init__" in vars(b))
+    code = ast.parse(textwrap.dedent(inspect.getsource(cls.__init__)))
+    calls = [n for n in ast.walk(code) if isinstance(n, ast.Call) and ast.unparse(n.func) == "super().__init__"]
+    assert len(calls) == 1
+    used = {p.name for p in inspect.signature(base.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY}  # type: ignore[misc]
+    assert {keyword.arg for keyword in calls[0].keywords} <= used
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
