@@ -46,11 +46,13 @@ from deformmamba.volume.image import (
     upscaled_affine,
 )
 from deformmamba.volume.nifti import from_nibabel, to_nibabel
+from deformmamba.volume.selection import Candidate, not_a_scan, scans_below
 
 __all__ = [
     "DTYPES",
     "MGH_SUFFIXES",
     "NIFTI_SUFFIXES",
+    "Candidate",
     "PathLike",
     "Volume",
     "VolumeError",
@@ -61,9 +63,11 @@ __all__ = [
     "in_plane",
     "intensity_scale",
     "normalise",
+    "not_a_scan",
     "read_volume",
     "replacing",
     "restore",
+    "scans_below",
     "slice_axis",
     "to_nibabel",
     "upscaled_affine",

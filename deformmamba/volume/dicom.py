@@ -70,6 +70,26 @@ def holds_dicom(paths: Iterable[Path]) -> bool:
     return False
 
 
+def image_header(path: Path) -> Any:
+    """The data set, without pixels, of a DICOM file that holds an image; None for any other file."""
+    with suppress(VolumeError):
+        if path.is_file() and is_dicom(path) and "Rows" in (dataset := _dataset(path)):
+            return dataset
+    return None
+
+
+def not_an_image(dataset: Any) -> str:
+    """Why a DICOM object with pixels is no scan: a segmentation, a dose, a map; empty if it is one."""
+    name = str(getattr(dataset.get("SOPClassUID"), "name", ""))
+    for kind in ("Segmentation", "RT Dose", "Parametric Map", "Presentation State", "Secondary Capture"):
+        if kind in name:
+            return f"a DICOM object of another kind ({kind})"
+    modality = str(dataset.get("Modality") or "")
+    if modality in ("SEG", "RTDOSE", "RTSTRUCT", "PR", "SR", "REG", "KO"):
+        return f"a DICOM object of another kind (modality {modality})"
+    return ""
+
+
 def read(path: Path, volume: int | None, series: int | str | None) -> Volume:
     """The volume (column, row, slice) of a file or of one series in a folder."""
     if path.is_dir():

@@ -1,0 +1,212 @@
+"""Which files are scans: the one rule that cohorts and data sets share.
+
+A scan is a NIfTI or MGH file, or a DICOM series, that holds a magnitude image of a patient. Masks, label images, phase
+images, statistical maps and outputs of this package are passed over, each with its reason. `scans_below` walks a
+folder, `not_a_scan` decides about one file.
+"""
+
+import gzip
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deformmamba.volume import dicom
+from deformmamba.volume.files import MGH_SUFFIXES, NIFTI_SUFFIXES, PathLike, silenced, suffix
+
+# the first word of NIfTI's `descrip` and of DICOM's DerivationDescription in an output of `upscale`
+PRODUCER = "deformmamba"
+
+# the last part of a file's name; the first four are suffixes of BIDS
+_LABEL_NAMES = ("dseg", "mask", "probseg", "seg", "label", "labels", "segmentation", "aseg", "wmparc")
+_PHASE_NAMES = ("phase", "phase1", "phase2", "phasediff", "fieldmap")
+# NIfTI intent codes of what is no intensity image
+_LABEL_INTENT = 1002
+_OTHER_INTENTS = (*range(2, 25), *range(1004, 1010))
+
+_MOST_LABELS = 2048
+_FEW_VALUES = 16
+_ALIKE = 0.5
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A file that may be a scan, or the folder of a DICOM series.
+
+    Attributes:
+        path: the file; of DICOM the folder.
+        series: the SeriesInstanceUID, where the folder holds several series.
+        reason: why it is not a scan; empty if it is one.
+    """
+
+    path: Path
+    series: str | None = None
+    reason: str = ""
+
+
+def scans_below(root: PathLike, *, skip: PathLike | None = None, outside: bool = True) -> Iterator[Candidate]:
+    """Every scan below `root`, and every file that looks like one and is not, with the reason; in the order of names.
+
+    Names that start with a dot are left out. Each folder comes once, whatever links lead to it.
+
+    Args:
+        root: a folder.
+        skip: a folder below it that is left out.
+        outside: follow links to folders outside of `root`.
+    """
+    top = os.path.realpath(root)
+    seen = set() if skip is None else {os.path.realpath(skip)}
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen or not (outside or _is_below(real, top)):
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+        yield from _in_folder(Path(folder), files, Path(root))
+
+
+def _is_below(path: str, top: str) -> bool:
+    return os.path.commonpath([path, top]) == top
+
+
+def _in_folder(folder: Path, files: list[Path], root: Path) -> Iterator[Candidate]:
+    made = "derivatives" in folder.relative_to(root).parts
+    for path in files:
+        if suffix(path) in (*NIFTI_SUFFIXES, *MGH_SUFFIXES):
+            yield Candidate(path, reason="below derivatives/: made from a scan" if made else not_a_scan(path))
+    others = [path for path in files if suffix(path) not in (*NIFTI_SUFFIXES, *MGH_SUFFIXES)]
+    found = series_in(others)
+    for uid, first in found.items():
+        reason = "below derivatives/: made from a scan" if made else _dicom_reason(first)
+        yield Candidate(folder, uid if len(found) > 1 else None, reason)
+
+
+def series_in(files: list[Path]) -> dict[str, Any]:
+    """SeriesInstanceUID to one data set (without pixels) of each DICOM series among `files`, in the series' order.
+
+    Files that are no DICOM images do not count: other formats, reports, a DICOMDIR.
+    """
+    found: dict[str, Any] = {}
+    with silenced():
+        for path in files:
+            if (dataset := dicom.image_header(path)) is not None:
+                found.setdefault(str(dataset.get("SeriesInstanceUID")), dataset)
+    return dict(sorted(found.items(), key=lambda item: (dicom.number(item[1].get("SeriesNumber")), item[0])))
+
+
+def not_a_scan(path: PathLike) -> str:
+    """Why a NIfTI or MGH file, or a DICOM file, is not to be upscaled, trained on or scored; empty if it is a scan.
+
+    Looks at the name, the JSON file of the same name beside it, the header, and the voxels as far as needed. A file
+    that cannot be read counts as a scan, so that the reader says what is wrong with it.
+    """
+    path = Path(path)
+    if suffix(path) not in (*NIFTI_SUFFIXES, *MGH_SUFFIXES):
+        with silenced():
+            dataset = dicom.image_header(path)
+        return "" if dataset is None else _dicom_reason(dataset)
+    stem = path.name[: -len(suffix(path))]
+    last = re.split(r"[_\-. ]", stem)[-1].lower()
+    if last in _LABEL_NAMES:
+        return f'a mask or label image (the name ends in "{last}")'
+    if last in _PHASE_NAMES or "_part-phase" in stem:
+        return "a phase image (by its name)"
+    sidecar = _sidecar(path.with_name(stem + ".json"))
+    producers = sidecar.get("GeneratedBy")
+    if isinstance(producers, list) and any(isinstance(p, dict) and p.get("Name") == PRODUCER for p in producers):
+        return "an output of this package (by the JSON file beside it)"
+    kinds = sidecar.get("ImageType")
+    if isinstance(kinds, list) and {"P", "PHASE"} & {str(kind).upper() for kind in kinds}:
+        return "a phase image (by the JSON file beside it)"
+    with suppress(Exception), silenced():  # malformed bytes raise anything
+        return _header_reason(path)
+    return ""
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _dicom_reason(dataset: Any) -> str:
+    description = str(dataset.get("DerivationDescription") or "")
+    if description.startswith(f"{PRODUCER} ") and ", degrade " not in description:
+        return "an output of this package (by its DerivationDescription)"
+    if {"P", "PHASE"} & {str(kind).upper() for kind in list(dataset.get("ImageType") or [])[2:4]}:
+        return "a phase image (by its ImageType)"
+    return dicom.not_an_image(dataset)
+
+
+def _header_reason(path: Path) -> str:
+    import nibabel
+
+    with path.open("rb") as raw:
+        is_gzip = raw.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if is_gzip else path.open("rb") as file:
+        start = file.read(nibabel.Nifti2Header.sizeof_hdr)
+        if suffix(path) in MGH_SUFFIXES:
+            file.seek(0)
+            header: Any = nibabel.freesurfer.mghformat.MGHHeader.from_fileobj(file)
+        else:
+            size = nibabel.Nifti2Header.sizeof_hdr
+            is_2 = size in (int.from_bytes(start[:4], end) for end in ("little", "big"))
+            kind = nibabel.Nifti2Header if is_2 else nibabel.Nifti1Header
+            header = kind(start[: kind.sizeof_hdr], check=False)
+            intent = int(header["intent_code"])
+            if intent == _LABEL_INTENT:
+                return "a label image (NIfTI intent LABEL)"
+            if intent in _OTHER_INTENTS:
+                return f"not an intensity image (NIfTI intent code {intent})"
+            if header["descrip"].item().decode("latin-1").startswith(f"{PRODUCER} sr "):
+                return "an output of this package (by its header)"
+        shape = tuple(int(n) for n in header.get_data_shape())
+        dtype = header.get_data_dtype()
+        if dtype.kind not in "iuf" or len(shape) < 2:
+            return ""
+        file.seek(header.get_data_offset())
+        return _voxel_reason(file, shape, dtype)
+
+
+def _voxel_reason(file: Any, shape: tuple[int, ...], dtype: np.dtype) -> str:
+    """Reads plane after plane, and stops as soon as the voxels cannot be labels or a phase."""
+    n = shape[0] * shape[1]
+    values: np.ndarray = np.empty(0)
+    alike = pairs = 0
+    low = high = 0.0
+    labels = True
+    for _ in range(int(np.prod(shape[2:3], dtype=int))):
+        block = file.read(n * dtype.itemsize)
+        if len(block) < n * dtype.itemsize:
+            break
+        plane = np.frombuffer(block, dtype).reshape(shape[1], shape[0]).astype(np.float64)
+        plane = np.nan_to_num(plane, nan=0.0, posinf=0.0, neginf=0.0)
+        low, high = min(low, float(plane.min())), max(high, float(plane.max()))
+        if labels and (plane == np.rint(plane)).all():
+            values = np.union1d(values, plane)
+            both = (plane[:, 1:] != 0) & (plane[:, :-1] != 0)
+            alike, pairs = alike + int(((plane[:, 1:] == plane[:, :-1]) & both).sum()), pairs + int(both.sum())
+            labels = len(values) <= _FEW_VALUES or (len(values) <= _MOST_LABELS and alike > _ALIKE * pairs)
+        else:
+            labels = False
+        if not labels and low >= 0:
+            return ""
+    if labels and len(values) > 1:
+        kind = "mask (its voxels have two values)" if len(values) == 2 else "label image (its voxels are few integers)"
+        return f"a {kind}"
+    # a phase fills its whole range: -pi to pi, or the integers that Siemens writes for it
+    if abs(low + np.pi) < 0.01 and abs(high - np.pi) < 0.01:
+        return "a phase image (its voxels run from -pi to pi)"
+    if low == -4096 and 4090 <= high <= 4096:
+        return "a phase image (its voxels run from -4096 to 4095)"
+    return ""

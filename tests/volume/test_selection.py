@@ -1,0 +1,127 @@
+"""Which files are scans: masks, labels, phases and own outputs are passed over, each with its reason."""
+
+import json
+import shutil
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from pydicom.data import get_testdata_file
+
+from deformmamba.volume import not_a_scan, scans_below
+
+CASES = Path(__file__).parents[1] / "cases"
+DICOM = CASES / "dicom" / "rect_eq_thick"
+
+
+def image(values: np.ndarray, path: Path, **fields: object) -> Path:
+    made = nibabel.Nifti1Image(values, np.diag([1.5, 1.5, 5, 1]))
+    for name, value in fields.items():
+        made.header[name] = value
+    nibabel.save(made, path)
+    return path
+
+
+def anatomy(shape: tuple[int, ...] = (20, 16, 5), top: float = 1000) -> np.ndarray:
+    noise = np.random.default_rng(0).uniform(0, top, shape)
+    noise[:4] = 0
+    return noise
+
+
+def regions(dtype: str = "uint8") -> np.ndarray:
+    """40 labels in blocks."""
+    return np.kron(np.arange(40).reshape(5, 4, 2), np.ones((6, 6, 4))).astype(dtype)
+
+
+def test_anatomy_of_any_type_is_a_scan(tmp_path: Path) -> None:
+    for dtype in ("uint8", "int16", "uint16", "float32", "float64"):
+        values = anatomy(top=200).astype(dtype)
+        assert not_a_scan(image(values, tmp_path / f"{dtype}.nii.gz")) == ""
+    assert not_a_scan(image(anatomy(top=200).astype("int16") - 50, tmp_path / "signed.nii")) == ""
+    nibabel.save(nibabel.MGHImage(anatomy().astype("float32"), np.eye(4)), tmp_path / "T1.mgz")
+    assert not_a_scan(tmp_path / "T1.mgz") == ""
+    assert not_a_scan(DICOM / "000.dcm") == ""
+    # names alone do not make a scan a mask or an output
+    assert not_a_scan(image(anatomy(), tmp_path / "sub-1_desc-sr_T2w.nii")) == ""
+    assert not_a_scan(image(anatomy(), tmp_path / "mask_of_gre.nii")) == ""
+    (tmp_path / "broken.nii").write_bytes(b"nothing")
+    assert not_a_scan(tmp_path / "broken.nii") == "", "the reader says what is wrong"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sub-1_dseg.nii.gz", "sub-1_desc-brain_mask.nii.gz", "sub-1_label-GM_probseg.nii", "lesion_seg.nii", "aseg.mgz"],
+)
+def test_a_mask_is_known_by_its_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    assert "mask or label image" in not_a_scan(tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int32", "float32", "float64"])
+def test_a_label_image_is_known_by_its_voxels(tmp_path: Path, dtype: str) -> None:
+    assert "few integers" in not_a_scan(image(regions(dtype), tmp_path / "a.nii.gz"))
+    two = (anatomy() > 500).astype(dtype)
+    assert "mask (its voxels have two values)" in not_a_scan(image(two, tmp_path / "b.nii"))
+    four = np.random.default_rng(0).integers(0, 4, (20, 16, 5)).astype(dtype)
+    assert "few integers" in not_a_scan(image(four, tmp_path / "c.nii"))
+    if dtype != "float64" and dtype != "int16":
+        nibabel.save(nibabel.MGHImage(regions(dtype), np.eye(4)), tmp_path / "regions.mgz")
+        assert "few integers" in not_a_scan(tmp_path / "regions.mgz")
+
+
+def test_headers_and_files_beside_tell(tmp_path: Path) -> None:
+    shutil.copy(CASES / "nifti" / "label.nii.gz", tmp_path / "t2.nii.gz")
+    assert "intent LABEL" in not_a_scan(tmp_path / "t2.nii.gz")
+    assert "intent code 3" in not_a_scan(image(anatomy(), tmp_path / "t.nii", intent_code=3))
+    assert "its header" in not_a_scan(image(anatomy(), tmp_path / "o.nii", descrip=b"deformmamba sr 0.1.0 ixi-4x"))
+    for name, said, reason in (
+        ("made", {"GeneratedBy": [{"Name": "deformmamba"}]}, "an output of this package"),
+        ("angle", {"ImageType": ["ORIGINAL", "PRIMARY", "P", "ND"]}, "a phase image"),
+        ("fine", {"ImageType": ["ORIGINAL", "PRIMARY", "M", "ND"], "GeneratedBy": [{"Name": "fmriprep"}]}, ""),
+        ("odd", ["no dictionary"], ""),
+    ):
+        path = image(anatomy(), tmp_path / f"{name}.nii.gz")
+        (tmp_path / f"{name}.json").write_text(json.dumps(said))
+        assert not_a_scan(path).startswith(reason)
+        assert bool(not_a_scan(path)) == bool(reason)
+
+
+def test_phase_images(tmp_path: Path) -> None:
+    angle = np.random.default_rng(0).uniform(-np.pi, np.pi, (40, 40, 8)).astype("float32")
+    angle.flat[:2] = -np.pi, np.pi
+    assert "-pi to pi" in not_a_scan(image(angle, tmp_path / "a.nii.gz"))
+    siemens = np.random.default_rng(0).integers(-4096, 4095, (40, 40, 8)).astype("int16")
+    siemens.flat[:2] = -4096, 4094
+    assert "-4096" in not_a_scan(image(siemens, tmp_path / "b.nii.gz"))
+    assert "phase image" in not_a_scan(image(anatomy(), tmp_path / "sub-1_part-phase_bold.nii.gz"))
+    assert "phase image" in not_a_scan(image(anatomy(), tmp_path / "sub-1_phasediff.nii.gz"))
+
+
+def test_a_tree_is_walked_once_and_each_file_that_is_passed_over_is_named(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for folder in ("b", "derivatives/fsl", ".git", "series", "two"):
+        (tree / folder).mkdir(parents=True)
+    image(anatomy(), tree / "a_T2w.NII.GZ")
+    image(regions(), tree / "b" / "atlas.nii.gz")
+    image(anatomy(), tree / "derivatives" / "fsl" / "bet.nii.gz")
+    image(anatomy(), tree / ".git" / "hidden.nii.gz")
+    (tree / "b" / "notes.txt").write_text("no scan")
+    (tree / "b" / "again").symlink_to(tree)
+    (tree / "elsewhere").symlink_to(tmp_path / "other")
+    (tmp_path / "other").mkdir()
+    image(anatomy(), tmp_path / "other" / "x.mgh.nii")
+    shutil.copytree(DICOM, tree / "series", dirs_exist_ok=True)
+    shutil.copy(str(get_testdata_file("DICOMDIR", download=False)), tree / "DICOMDIR")
+    shutil.copy(DICOM / "000.dcm", tree / "two" / "0.dcm")
+    shutil.copy(CASES / "dicom" / "localiser" / "0_000.dcm", tree / "two" / "1.dcm")
+    found = {(str(c.path.relative_to(tree)), c.series is not None): c.reason for c in scans_below(tree)}
+    assert {name for name, reason in found.items() if not reason} == {
+        ("a_T2w.NII.GZ", False), ("elsewhere/x.mgh.nii", False), ("series", False), ("two", True)
+    }  # fmt: skip
+    passed = {name: reason for (name, _), reason in found.items() if reason}
+    assert set(passed) == {"b/atlas.nii.gz", "derivatives/fsl/bet.nii.gz"}
+    assert "derivatives" in passed["derivatives/fsl/bet.nii.gz"]
+    assert sum(c.path == tree / "two" for c in scans_below(tree)) == 2, "each series is a scan of its own"
+    inside = [str(c.path.relative_to(tree)) for c in scans_below(tree, skip=tree / "b", outside=False)]
+    assert inside == ["a_T2w.NII.GZ", "derivatives/fsl/bet.nii.gz", "series", "two", "two"]
