@@ -10,6 +10,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
+import deformmamba.deform.cpu
+import deformmamba.scan  # noqa: F401  the operators must exist before they get a formula
+
 
 def _of_scan(u: Any, A: Any, mix: Any) -> int:
     """9 for each image, direction, pixel, channel and state, as VMamba counts it; arguments are shapes.

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from deformmamba.flops import count_flops
@@ -51,16 +52,16 @@ def test_shape_and_memory_format_do_not_matter(name, size):
     y = block(x)
     assert y.shape == x.shape
     assert y.dtype == x.dtype
-    torch.testing.assert_close(block(x.contiguous(memory_format=torch.channels_last)), y)
+    assert_close(block(x.contiguous(memory_format=torch.channels_last)), y)
     wide = feature_map(2, 16, *size)
-    torch.testing.assert_close(block(wide[:, ::2]), block(wide[:, ::2].contiguous()))
+    assert_close(block(wide[:, ::2]), block(wide[:, ::2].contiguous()))
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_one_sample_does_not_see_another(name):
     block = BLOCKS[name]().eval()
     x = feature_map(3, 8, 6, 7)
-    torch.testing.assert_close(block(x)[1:2], block(x[1:2]))
+    assert_close(block(x)[1:2], block(x[1:2]))
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -183,14 +184,14 @@ def test_ss2d_is_its_definition_in_value_and_gradient(directions, discretization
     x = feature_map(2, 6, 3, 5, dtype=torch.float64).requires_grad_()
     weight = feature_map(2, 6, 3, 5, dtype=torch.float64, seed=1)
     got, wanted = block(x), plain_ss2d(block, x)
-    torch.testing.assert_close(got, wanted)
+    assert_close(got, wanted)
     inputs = [x, *block.parameters()]
     for a, b in zip(
         torch.autograd.grad((got * weight).sum(), inputs),
         torch.autograd.grad((wanted * weight).sum(), inputs),
         strict=True,
     ):
-        torch.testing.assert_close(a, b)
+        assert_close(a, b)
 
 
 def test_ss2d_starts_as_mamba_does():
@@ -199,7 +200,7 @@ def test_ss2d_starts_as_mamba_does():
     assert step.min() >= 1e-3 * 0.999
     assert step.max() <= 0.1 * 1.001
     assert step.log().std() > 0.9  # log-uniform over two decades: 4.6 / sqrt(12) = 1.33
-    torch.testing.assert_close(-block.A_log.exp()[0], -torch.arange(1.0, 17))
+    assert_close(-block.A_log.exp()[0], -torch.arange(1.0, 17))
     assert block.D.eq(1).all()
     shapes = {name: tuple(p.shape) for name, p in block.named_parameters()}
     assert shapes == {
@@ -221,7 +222,7 @@ def test_the_deform_block_starts_as_half_a_convolution():
     block = ModulatedDeformBlock(4, 6, stride=2, dilation=2)
     x = feature_map(1, 4, 9, 8)
     wanted = F.conv2d(x, block.weight / 2, block.bias, stride=2, padding=2, dilation=2)
-    torch.testing.assert_close(block(x), wanted)
+    assert_close(block(x), wanted)
 
 
 def test_offsets_move_the_samples_dy_before_dx():
@@ -231,7 +232,7 @@ def test_offsets_move_the_samples_dy_before_dx():
         block.offset_mask.bias[18:] = 100  # all masks 1
         block.weight.zero_()[0, 0, 1, 1] = 1
     x = feature_map(1, 1, 5, 5)
-    torch.testing.assert_close(block(x)[0, 0, :4], x[0, 0, 1:])
+    assert_close(block(x)[0, 0, :4], x[0, 0, 1:])
 
 
 @pytest.mark.parametrize(
@@ -273,8 +274,8 @@ def test_deformable_groups_have_offsets_of_their_own():
         block.weight.zero_()[:, 0, 1, 1] = 1
     x = feature_map(1, 2, 5, 5)
     y = block(x)
-    torch.testing.assert_close(y[0, 0, :, :4], x[0, 0, :, 1:])
-    torch.testing.assert_close(y[0, 1], x[0, 1])
+    assert_close(y[0, 0, :, :4], x[0, 0, :, 1:])
+    assert_close(y[0, 1], x[0, 1])
 
 
 @pytest.mark.parametrize("options", [
@@ -321,7 +322,7 @@ def test_the_mamba_block_is_gated_and_residual():
     with torch.no_grad():
         block.gate.weight.zero_()
         block.gate.bias.zero_()  # a closed gate: only the bias of the last linear layer is left, which is zero too
-    torch.testing.assert_close(block(x), x + block.attention(block.out.bias[:, None, None].expand(1, 8, 4, 4)))
+    assert_close(block(x), x + block.attention(block.out.bias[:, None, None].expand(1, 8, 4, 4)))
 
 
 @pytest.mark.parametrize("options", [
@@ -356,7 +357,7 @@ def test_options_of_a_deform_mamba_block_reach_their_branch(options):
 def test_the_branches_of_a_deform_mamba_block_are_summed():
     block = DeformMambaBlock(8)
     x = feature_map(1, 8, 6, 6)
-    torch.testing.assert_close(block(x), block.mamba(x) + block.deform(x))
+    assert_close(block(x), block.mamba(x) + block.deform(x))
     plain = DeformMambaBlock(8, deform=False)
     assert not any("deform" in name for name, _ in plain.named_parameters())
 
@@ -368,13 +369,13 @@ def test_all_context_branches_cost_at_most_one_convolution():
     wide = MultiViewContext(8, rates=(1, 6), branch_channels=8, activation=torch.nn.Identity())
     assert [(b.weight.shape[0], b.dilation) for b in wide.branches] == [(8, (1, 1)), (8, (6, 6))]
     x, y = feature_map(2, 8, 5, 6)  # without an activation it is affine, so it commutes with means
-    torch.testing.assert_close(wide((x + y)[None] / 2), (wide(x[None]) + wide(y[None])) / 2)
+    assert_close(wide((x + y)[None] / 2), (wide(x[None]) + wide(y[None])) / 2)
 
 
 def test_drop_path_keeps_the_mean_and_only_drops_in_training():
     drop = DropPath(0.25)
     x = torch.ones(4000, 1, 1, 1)
-    torch.testing.assert_close(drop(x).unique(), torch.tensor([0, 4 / 3]))
+    assert_close(drop(x).unique(), torch.tensor([0, 4 / 3]))
     assert drop(x).mean().item() == pytest.approx(1, abs=0.05)
     assert drop.eval()(x) is x
     with pytest.raises(ValueError, match="DropPath"):
@@ -390,7 +391,7 @@ def test_patches_are_rearranged_and_back():
     expand.norm = torch.nn.Identity()
     with torch.no_grad():
         expand.expand.weight.copy_(torch.tensor([[1.0], [2], [3], [4]]))
-    torch.testing.assert_close(expand(torch.ones(1, 1, 1, 1))[0, 0], torch.tensor([[1.0, 2], [3, 4]]))
+    assert_close(expand(torch.ones(1, 1, 1, 1))[0, 0], torch.tensor([[1.0, 2], [3, 4]]))
 
 
 def test_dt_rank_is_a_sixteenth_rounded_up():

@@ -6,6 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from tolerances import assert_close
 
 from deformmamba.data import patches as data
 from deformmamba.data.patches import PatchDataset, Scan, find_scans, load_slices, subjects
@@ -104,7 +105,7 @@ def test_lr_hr_and_base_lie_on_one_origin_aligned_grid(dataset):
     for sample in dataset:
         lr, hr, base = sample
         assert (lr.shape, hr.shape, base.shape) == ((1, 8, 8), (1, 16, 16), (1, 16, 16))
-        torch.testing.assert_close(base[:, ::2, ::2], lr)  # zero-filling passes through the samples
+        assert_close(base[:, ::2, ::2], lr)  # zero-filling passes through the samples
         error = (hr - base).abs().mean()
         assert error < (hr - base.roll(1, -1)).abs().mean()
         assert error < (hr - base.roll(1, -2)).abs().mean()
@@ -131,7 +132,7 @@ def test_inverted_samples_are_the_negatives_of_the_others(tmp_path, phantom):
     settings: dict = {"scale": 2, "patch": 20, "length": 40, "flips": False}
     plain, all_of_them, some = (PatchDataset([scan], **settings, invert=share) for share in (0.0, 1.0, 0.5))
     for index in range(3):  # the patch is the whole slice, so that no position is drawn
-        torch.testing.assert_close(all_of_them[index].hr, (1 - plain[index].hr).clamp(min=0))
+        assert_close(all_of_them[index].hr, (1 - plain[index].hr).clamp(min=0))
     turned = [not torch.equal(some[index].hr, plain[index].hr) for index in range(40)]
     assert 10 < sum(turned) < 30
 
@@ -232,7 +233,7 @@ def test_a_patch_larger_than_a_coarse_slice_goes_on_at_the_opposite_edge(tmp_pat
         hr = data.resize(drawn.image / drawn.unit, (h, w)).abs()
         lr = dataset.degradation(hr)
         assert sample.hr.shape == (1, 40, 40)
-        torch.testing.assert_close(sample.hr[0, :, : 40 - w], sample.hr[0, :, w:])
+        assert_close(sample.hr[0, :, : 40 - w], sample.hr[0, :, w:])
         # somewhere on the slice as a torus, LR and HR at the same place
         places = [
             (y, x)
@@ -243,7 +244,7 @@ def test_a_patch_larger_than_a_coarse_slice_goes_on_at_the_opposite_edge(tmp_pat
         assert len(places) == 1
         y, x = places[0]
         rolled = hr.roll((-2 * y, -2 * x), (0, 1))[: min(h, 40), : min(w, 40)]
-        torch.testing.assert_close(sample.hr[0, : rolled.shape[0], : rolled.shape[1]], rolled)
+        assert_close(sample.hr[0, : rolled.shape[0], : rolled.shape[1]], rolled)
     assert wrapped > 5
 
 
@@ -307,7 +308,7 @@ def test_any_degradation_makes_the_low_resolution(tmp_path, phantom, degradation
         torch.testing.assert_close(
             sample.lr[0, 4:-4, 4:-4], found, rtol=0, atol=0.12 if "k-space" in str(made) else 1e-5
         )
-        torch.testing.assert_close(sample.base[:, ::2, ::2], sample.lr)
+        assert_close(sample.base[:, ::2, ::2], sample.lr)
 
 
 def test_noise_is_drawn_anew_for_each_sample_and_follows_the_seed(tmp_path, phantom):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import assert_close
 
 from deformmamba import deform
 from deformmamba.deform import IMPLEMENTATIONS, modulated_deform_conv2d
@@ -180,7 +181,7 @@ def test_zero_offsets_and_unit_masks_make_it_a_convolution(case: Case, implement
         y = modulated_deform_conv2d(
             x, torch.zeros_like(offset), m, weight, bias, **case.geometry, implementation=implementation
         )
-        torch.testing.assert_close(y, expected)
+        assert_close(y, expected)
 
 
 @pytest.mark.parametrize("implementation", USABLE)
@@ -188,7 +189,7 @@ def test_whole_offsets_shift_the_image(implementation: str) -> None:
     x, weight = torch.randn(1, 3, 6, 7), torch.eye(3).view(3, 3, 1, 1)
     offset = torch.tensor([2.0, -1.0]).view(1, 2, 1, 1).expand(1, 2, 6, 7)  # (dy, dx)
     y = modulated_deform_conv2d(x, offset, None, weight, implementation=implementation)
-    torch.testing.assert_close(y, F.pad(x, (1, -1, -2, 2)))
+    assert_close(y, F.pad(x, (1, -1, -2, 2)))
 
 
 @needs_torchvision
@@ -255,7 +256,7 @@ def test_third_derivatives_of_the_cpu_path_are_those_of_gather() -> None:
             y = sum(g.pow(2).sum() for g in torch.autograd.grad(y.pow(2).sum(), leaves[:3], create_graph=True))
         thirds.append(torch.autograd.grad(y, leaves[:4]))
     for found, wanted in zip(*thirds, strict=True):
-        torch.testing.assert_close(found, wanted)
+        assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "gather"])
@@ -271,7 +272,7 @@ def test_at_an_integer_the_offset_gradient_is_the_one_to_the_right_and_below(imp
     for axis in range(2):
         step = torch.zeros_like(offset)
         step[:, axis] = 0.25
-        torch.testing.assert_close(found[:, axis : axis + 1], (run(offset + step) - run(offset)) / 0.25)
+        assert_close(found[:, axis : axis + 1], (run(offset + step) - run(offset)) / 0.25)
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "gather"])
@@ -290,7 +291,7 @@ def test_any_subset_of_the_tensors_can_want_gradients(mask: bool, implementation
             modulated_deform_conv2d(*given, padding=1, implementation=implementation).backward(grad)
             for i in present:
                 if i in subset:
-                    torch.testing.assert_close(given[i].grad, everything[i])
+                    assert_close(given[i].grad, everything[i])
                 else:
                     assert given[i].grad is None
 
@@ -325,13 +326,13 @@ def test_layout_follows_x_and_values_ignore_it(implementation: str) -> None:
     last = [t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
     y = modulated_deform_conv2d(*last, padding=1, implementation=implementation)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(y, expected)
+    assert_close(y, expected)
     # every second element of something larger, and a transposed copy
     strided = [torch.stack([t, t + 1], dim=-1)[..., 0] for t in tensors]
     turned = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in tensors]
     for given in (strided, turned):
         assert not given[0].is_contiguous()
-        torch.testing.assert_close(modulated_deform_conv2d(*given, padding=1, implementation=implementation), expected)
+        assert_close(modulated_deform_conv2d(*given, padding=1, implementation=implementation), expected)
         grad = torch.randn_like(expected)
         for found, wanted in zip(
             gradients(lambda *t: modulated_deform_conv2d(*t, padding=1, implementation=implementation), given, grad),
@@ -355,7 +356,7 @@ def test_autocast_computes_in_float32_and_returns_the_autocast_dtype(low: torch.
         assert F.conv2d(leaves[0], leaves[3], padding=1).dtype == low
         y = run(*leaves)
         assert y.dtype == low
-        torch.testing.assert_close(y, expected)
+        assert_close(y, expected)
         y.float().square().sum().backward()
         assert run(*(t.double() for t in tensors)).dtype == torch.float64
     assert all(t.grad.dtype == t.dtype and t.grad.isfinite().all() for t in leaves)
@@ -473,8 +474,8 @@ def test_threads_work_in_every_mode_of_torch(mode: Callable, small_pieces: None)
     expected = modulated_deform_conv2d(*tensors, padding=1, implementation="gather")
     with mode():
         inside = [t.clone() for t in tensors]
-        torch.testing.assert_close(modulated_deform_conv2d(*inside, padding=1, implementation="cpu"), expected)
-        torch.testing.assert_close(modulated_deform_conv2d(*tensors, padding=1, implementation="cpu"), expected)
+        assert_close(modulated_deform_conv2d(*inside, padding=1, implementation="cpu"), expected)
+        assert_close(modulated_deform_conv2d(*tensors, padding=1, implementation="cpu"), expected)
 
 
 def test_every_part_is_done_once() -> None:
@@ -589,7 +590,7 @@ def test_an_export_of_a_named_implementation_obeys_the_name() -> None:
     program = torch.export.export(block, (torch.randn(2, 6, 7, 9),))
     assert [node for node in program.graph.nodes if "deformmamba" in str(node.target)]
     x = torch.randn(2, 6, 7, 9)
-    torch.testing.assert_close(program.module()(x), block(x))
+    assert_close(program.module()(x), block(x))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own, on importing its rules of forward mode
@@ -604,7 +605,7 @@ def test_gather_serves_vmap_and_forward_mode() -> None:
     step = 1e-6
     torch.testing.assert_close(slope, (run(x, offset + step * direction) - value) / step, rtol=1e-4, atol=1e-4)
     several = torch.randn(3, *x.shape, dtype=x.dtype)
-    torch.testing.assert_close(
+    assert_close(
         torch.func.vmap(run, in_dims=(0, None))(several, offset), torch.stack([run(s, offset) for s in several])
     )
 
@@ -624,7 +625,7 @@ def test_torch_func_takes_gather_by_itself() -> None:
 
     tangent = torch.randn_like(offset)
     found = torch.func.jvp(run, (offset,), (tangent,))
-    torch.testing.assert_close(found, torch.func.jvp(lambda at: run(at, "gather"), (offset,), (tangent,)))
+    assert_close(found, torch.func.jvp(lambda at: run(at, "gather"), (offset,), (tangent,)))
     assert found[1].abs().max() > 0.1
     gradient = torch.func.grad(lambda at: run(at).square().sum())(offset)
     leaf = offset.clone().requires_grad_()
@@ -764,6 +765,6 @@ def test_on_a_gpu_equals_the_cpu(case: Case) -> None:
             return modulated_deform_conv2d(*t, **case.geometry, implementation=implementation)
 
         there = [t if t is None else t.cuda() for t in tensors]
-        torch.testing.assert_close(run(*there).cpu(), run(*tensors))
+        assert_close(run(*there).cpu(), run(*tensors))
         for found, wanted in zip(gradients(run, there, grad), gradients(run, tensors, grad), strict=True):
-            torch.testing.assert_close(found.cpu(), wanted)
+            assert_close(found.cpu(), wanted)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tolerances import assert_close
 
 from deformmamba.cli import main
 from deformmamba.data.patches import Scan, load_slices
@@ -59,7 +60,7 @@ def test_a_row_is_the_scores_of_what_upscale_gives(scans: list[Scan]) -> None:
     ((scan, given, result),) = seen
     assert scan == scans[0]
     assert torch.equal(given, hr)
-    torch.testing.assert_close(result, sr)
+    assert_close(result, sr)
 
 
 def test_means_are_over_subjects(scans: list[Scan]) -> None:

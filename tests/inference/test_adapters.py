@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tolerances import assert_close
 
 from deformmamba.inference import upscale
 from deformmamba.inference.adapters import UpscaleInferer, UpscaleTransform
@@ -34,10 +35,10 @@ def test_an_inferer_takes_batches_of_slices_and_volumes() -> None:
     volumes = image(2, 2, 6, 8, 3)
     sharp = inferer(volumes, model)
     assert sharp.shape == (2, 2, 12, 16, 3)
-    torch.testing.assert_close(sharp[1, 0], upscale(model, volumes[1, 0]))
+    assert_close(sharp[1, 0], upscale(model, volumes[1, 0]))
     slices = inferer(inputs=volumes[..., 0], network=model)
     assert slices.shape == (2, 2, 12, 16)
-    torch.testing.assert_close(slices[0, 1], upscale(model, volumes[0, 1, :, :, 0]))
+    assert_close(slices[0, 1], upscale(model, volumes[0, 1, :, :, 0]))
     assert UpscaleInferer(axis=0)(volumes, model).shape == (2, 2, 6, 16, 6)
     with pytest.raises(TypeError, match="one of deformmamba's models, not Linear"):
         inferer(volumes, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
@@ -51,7 +52,7 @@ def test_plain_arrays_and_dictionaries() -> None:
     transform = UpscaleTransform(ZeroFill(scale=2), keys=("t2",))
     volume = image(1, 6, 8, 3)
     sharp = transform(volume)
-    torch.testing.assert_close(sharp[0], upscale(ZeroFill(scale=2), volume[0]))
+    assert_close(sharp[0], upscale(ZeroFill(scale=2), volume[0]))
     np.testing.assert_array_equal(transform(volume.numpy()), sharp.numpy())
     data = {"t2": volume, "label": 3}
     made = transform(data)
@@ -89,11 +90,11 @@ def check_meta_tensors(kind: Any) -> None:
     made = UpscaleTransform(ZeroFill(scale=2))(given)
     assert type(made) is type(given)
     assert made.meta["kept"] == 7
-    np.testing.assert_allclose(made.affine.numpy(), expected(scans[0]).affine)
+    assert_close(made.affine.numpy(), expected(scans[0]).affine)
     np.testing.assert_array_equal(made.as_tensor()[1].numpy(), expected(scans[1]).array)
     flat = UpscaleTransform(ZeroFill(scale=2))(kind(scans[..., 0], affine=torch.from_numpy(AFFINE), meta={}))
     assert flat.shape == (2, 12, 16)
-    np.testing.assert_allclose(flat.affine.numpy(), expected(scans[0]).affine)
+    assert_close(flat.affine.numpy(), expected(scans[0]).affine)
     assert type(UpscaleInferer()(given[None], ZeroFill(scale=2))) is torch.Tensor
 
 
@@ -112,7 +113,7 @@ def test_monai() -> None:
     made = pipeline({"t2": data.MetaTensor(scan, affine=torch.from_numpy(AFFINE)), "name": "x"})
     assert made["t2"].shape == (1, 12, 16, 3)
     assert made["name"] == "x"
-    np.testing.assert_allclose(made["t2"].affine.numpy(), expected(scan[0]).affine)
+    assert_close(made["t2"].affine.numpy(), expected(scan[0]).affine)
 
 
 def test_torchio() -> None:
@@ -127,7 +128,7 @@ def test_torchio() -> None:
     made = tio.Compose([transform, tio.RescaleIntensity(percentiles=(0, 100), masking_method=None)])(subject)
     assert type(made) is tio.Subject
     assert (made.age, made.mask.spatial_shape, made.t2.spatial_shape) == (40, (6, 8, 3), (12, 16, 3))
-    np.testing.assert_allclose(made.t2.affine, expected(scans[0]).affine)
+    assert_close(made.t2.affine, expected(scans[0]).affine)
     assert subject.t2.spatial_shape == (6, 8, 3)
     alone = transform(subject.t2)
     assert type(alone) is tio.ScalarImage

@@ -11,6 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from tolerances import assert_close
 
 from deformmamba import __version__
 from deformmamba.inference import (
@@ -113,7 +114,7 @@ def test_slices_are_whole_and_of_any_axis(wobble: Wobble, axis: int) -> None:
     n = volume.array.shape[axis]
     assert [seen[0] for seen in wobble.seen] == [(6, 1, *in_plane), (n - 6, 1, *in_plane)]
     assert sharp.array.shape == tuple(n if a == axis else 2 * n for a, n in enumerate(volume.array.shape))
-    np.testing.assert_allclose(sharp.spacing, [s if a == axis else s / 2 for a, s in enumerate(volume.spacing)])
+    assert_close(sharp.spacing, [s if a == axis else s / 2 for a, s in enumerate(volume.spacing)])
 
 
 def test_batches_do_not_show(wobble: Wobble) -> None:
@@ -264,7 +265,7 @@ def test_without_air_nothing_is_said_of_noise() -> None:
     everywhere = 1000 + 100 * torch.sin(torch.arange(96) * 0.3) * torch.ones(96, 1)
     lr = parse("k-space >> rician:snr=20, reference=900", scale=2)(everywhere)
     off, exact, inside = with_consistency(everywhere, lr)
-    torch.testing.assert_close(inside, exact)
+    assert_close(inside, exact)
     assert not inside.equal(off)
 
 
@@ -411,9 +412,9 @@ def test_a_coarser_scan_and_back(axis: int) -> None:
     hr = Volume(blob((shape[0], shape[1], shape[2]), affine, centre, 3.0), affine)
     lr = coarsen(hr, 4, axis=axis, crop=True)
     assert lr.array.shape == tuple(n if a == axis else n // 4 for a, n in enumerate(shape))
-    np.testing.assert_allclose(lr.spacing, [s if a == axis else 4 * s for a, s in enumerate(hr.spacing)])
+    assert_close(lr.spacing, [s if a == axis else 4 * s for a, s in enumerate(hr.spacing)])
     again = upscale(ZeroFill(scale=4), lr, axis=axis)
-    np.testing.assert_allclose(again.affine, hr.affine)
+    assert_close(again.affine, hr.affine)
     assert np.abs(centroid(again) - centroid(hr)).max() < 0.15  # the ends that were cut off take weight with them
     view = hr.array[tuple(slice(n) for n in again.array.shape)]
     assert np.abs(again.array - view).max() < 0.05 * view.max()
@@ -428,7 +429,7 @@ def test_coarsening_equals_degrading_each_slice() -> None:
         unit = intensity_scale(volume.array)
         expected = np.moveaxis((made(slices / unit, seed=5) * unit).numpy(), 0, 2)
         np.testing.assert_allclose(lr.array, expected, rtol=1e-5, atol=1e-4)
-        np.testing.assert_allclose(lr.affine, upscaled_affine(volume.affine, 1 / made.scale, (0, 1), made.grid))
+        assert_close(lr.affine, upscaled_affine(volume.affine, 1 / made.scale, (0, 1), made.grid))
     expected = np.moveaxis(degrade(slices, 2).numpy(), 0, 2)
     np.testing.assert_allclose(coarsen(volume, 2).array, expected, rtol=1e-5, atol=1e-4)
     noisy = [coarsen(volume, parse("rician:snr=20"), seed=seed).array for seed in (5, 5, 6)]
@@ -673,7 +674,7 @@ def test_the_effective_matrix_is_what_was_measured(axis: int) -> None:
     filled = upscale(ZeroFill(scale=2), measured, axis=axis)
     back = to_effective(filled, axis=axis, matrix=(19, 17))
     np.testing.assert_allclose(back.array, measured.array, rtol=1e-4)
-    np.testing.assert_allclose(back.affine, measured.affine)
+    assert_close(back.affine, measured.affine)
     assert to_effective(filled, axis=axis, matrix=(38, 34)) is filled
     with pytest.raises(VolumeError, match="a matrix of 41x34 does not lie in slices of 38x34"):
         to_effective(filled, axis=axis, matrix=(41, 34))
@@ -698,4 +699,4 @@ def test_the_effective_matrix_is_found(tmp_path: Path) -> None:
     assert done.shape == (2 * found.array.shape[0], 2 * found.array.shape[1], 4)
     np.testing.assert_allclose(read_volume(tmp_path / "out.nii").affine, done.place.affine, atol=1e-5)
     assert all(abs(n - 96) <= 4 for n in found.array.shape[:2])
-    np.testing.assert_allclose(found.spacing, [192 / n / 2 if n != 4 else 4 for n in found.array.shape])
+    assert_close(found.spacing, [192 / n / 2 if n != 4 else 4 for n in found.array.shape])

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import assert_close
 from torch import nn
 
 from deformmamba.extras import MissingExtra
@@ -144,7 +145,7 @@ def test_vdsr_without_its_residual_is_bicubic_on_its_grid(grid: Any, scale: int)
     model, lr = build("VDSR", scale=scale, layers=3, width=4, grid=grid), torch.rand(1, 1, 9, 8)
     model.convolutions[-1].weight.data.zero_()  # type: ignore[index,union-attr]
     assert model.grid == model.config["grid"] == grid
-    torch.testing.assert_close(model(lr), Bicubic(scale=scale, grid=grid)(lr))
+    assert_close(model(lr), Bicubic(scale=scale, grid=grid)(lr))
 
 
 def test_srcnn_of_unit_kernels_is_bicubic() -> None:
@@ -153,14 +154,14 @@ def test_srcnn_of_unit_kernels_is_bicubic() -> None:
         layer.weight.data.zero_()  # type: ignore[union-attr,operator]
         middle = layer.kernel_size[0] // 2  # type: ignore[union-attr,index]
         layer.weight.data[..., middle, middle] = 1  # type: ignore[union-attr,index]
-    torch.testing.assert_close(model(lr), Bicubic(scale=3)(lr).clamp(min=0))
+    assert_close(model(lr), Bicubic(scale=3)(lr).clamp(min=0))
 
 
 def test_interpolation_before_a_network_stays_in_full_precision() -> None:
     model, lr = build("VDSR", scale=2, layers=3, width=4), torch.rand(1, 1, 8, 8)
     model.convolutions[-1].weight.data.zero_()  # type: ignore[index,union-attr]
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(model(lr).float(), Bicubic(scale=2)(lr))
+        assert_close(model(lr).float(), Bicubic(scale=2)(lr))
 
 
 def naive_attention(query: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -187,16 +188,16 @@ def test_task_attention_finds_the_most_similar_patch(entries: int, monkeypatch: 
     relevance, found = task_attention(query, source)
     for k in range(2):
         expected = naive_attention(query[k], source[k])
-        torch.testing.assert_close(relevance[k], expected[0])
-        torch.testing.assert_close(found[k], expected[1])
+        assert_close(relevance[k], expected[0])
+        assert_close(found[k], expected[1])
 
 
 def test_an_image_finds_itself() -> None:
     torch.manual_seed(0)
     image = torch.randn(1, 4, 6, 6)
     relevance, found = task_attention(image, image)
-    torch.testing.assert_close(relevance, torch.ones(1, 1, 6, 6))
-    torch.testing.assert_close(found[..., 1:-1, 1:-1], image[..., 1:-1, 1:-1])
+    assert_close(relevance, torch.ones(1, 1, 6, 6))
+    assert_close(found[..., 1:-1, 1:-1], image[..., 1:-1, 1:-1])
 
 
 def test_the_reconstruction_branch_of_t2net_learns_from_super_resolution() -> None:
@@ -232,7 +233,7 @@ def test_it_learns_one_slice_far_better_than_bicubic(name: str) -> None:
 @pytest.mark.parametrize("scale", [2, 4])
 def test_with_a_skip_training_starts_from_zero_filling(name: str, scale: int) -> None:
     model, lr = build(name, scale=scale, skip="zero-fill", **SMALL[name]).eval(), torch.rand(2, 1, 8, 10)
-    torch.testing.assert_close(model(lr), zero_fill(lr, scale))
+    assert_close(model(lr), zero_fill(lr, scale))
     base = torch.rand(2, 1, scale * 8, scale * 10)
     assert torch.equal(model(lr, base), base), "a patch adds to its cut of the whole slice"
     with pytest.raises(ValueError, match=rf"{name}: base is \(2, 1, 8, 10\); wanted \(2, 1, {scale * 8}"):
@@ -246,7 +247,7 @@ def test_with_a_skip_training_starts_from_zero_filling(name: str, scale: int) ->
 def test_swinir_of_the_lightweight_kind_starts_from_zero_filling_too() -> None:
     small = {**SMALL["SwinIR"], "upsampler": "pixelshuffledirect"}
     lr = torch.rand(1, 1, 8, 8)
-    torch.testing.assert_close(build("SwinIR", scale=2, skip="zero-fill", **small)(lr), zero_fill(lr, 2))
+    assert_close(build("SwinIR", scale=2, skip="zero-fill", **small)(lr), zero_fill(lr, 2))
 
 
 # ------------------------------------------------------------------------------------------------------ refusals

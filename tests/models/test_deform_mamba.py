@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tolerances import assert_close
 
 from deformmamba.models.deform_mamba import PRESETS, DeformMambaSR
 from deformmamba.physics.kspace import zero_fill
@@ -60,9 +61,9 @@ def test_each_ablation_removes_its_own_parameters_and_nothing_else():
 def test_the_skip_starts_as_zero_filling_and_takes_a_given_base():
     model = network(skip="zero-fill")
     lr = image(9, 10)
-    torch.testing.assert_close(model(lr), zero_fill(lr, 4))
+    assert_close(model(lr), zero_fill(lr, 4))
     base = torch.rand(1, 1, 36, 40)
-    torch.testing.assert_close(model(lr, base), base)
+    assert_close(model(lr, base), base)
     with pytest.raises(ValueError, match="base is"):
         model(lr, base[..., :-1])
     assert not torch.allclose(network()(lr), zero_fill(lr, 4), atol=0.1)
@@ -84,7 +85,7 @@ def test_checkpointing_changes_memory_only():
     for model in (plain, saving):
         model(lr).square().sum().backward()
     for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
+        assert_close(a.grad, b.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

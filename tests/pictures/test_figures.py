@@ -7,6 +7,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+from tolerances import assert_close
 
 from deformmamba.pictures import figures
 from deformmamba.pictures.figures import STATEMENT, before_after, comparison, oriented
@@ -141,7 +142,7 @@ def test_comparison_with_the_truth(tmp_path: Path, drawn: list[Any]) -> None:
     assert len({axes.images[0].get_clim() for axes in panels[:2].flat}) == 1
     errors = panels[2, 1:]
     assert errors[0].images[0].get_clim() == errors[1].images[0].get_clim()
-    np.testing.assert_allclose(errors[1].images[0].get_array(), np.abs(5 * noise) / hr.max())
+    assert_close(errors[1].images[0].get_array(), np.abs(5 * noise) / hr.max())
     assert [len(axes.patches) for axes in panels[0]] == [1, 0, 0], "the zoomed square is marked in the truth"
     under = [[t for t in axes.texts if t.get_text() != "/"] for axes in errors]
     assert [{t.get_fontweight() for t in scores} for scores in under] == [{"normal"}, {"bold"}], "the best"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import assert_close
 
 from deformmamba.scan import BACKENDS, ScanBackendError, operator, selective_scan, selective_scan_2d
 
@@ -397,13 +398,11 @@ def test_any_memory_layout(place: Place) -> None:
         return torch.stack([x, torch.full_like(x, math.nan)], -1)[..., 0]
 
     for layout in (scattered, sliced):
-        torch.testing.assert_close(
-            selective_scan_2d(**{k: layout(x) for k, x in given.items()}, backend=place.backend), y
-        )
+        assert_close(selective_scan_2d(**{k: layout(x) for k, x in given.items()}, backend=place.backend), y)
     given["u"] = given["u"][:, :1, :1].expand(2, 7, 6, 18)
     solid = {k: x.contiguous() for k, x in given.items()}
     expanded, usual = (selective_scan_2d(**x, backend=place.backend) for x in (given, solid))
-    torch.testing.assert_close(expanded, usual)
+    assert_close(expanded, usual)
 
     line: Any = moved(sequence(2, 33, 65, 5, 1), place, torch.float32)
     line.pop("initial_state")
@@ -411,7 +410,7 @@ def test_any_memory_layout(place: Place) -> None:
     for layout in (scattered, sliced):
         laid_out: Any = {k: layout(x) for k, x in line.items()}
         y = selective_scan(**laid_out, delta_softplus=True, backend=place.backend)
-        torch.testing.assert_close(y, y_line)
+        assert_close(y, y_line)
 
 
 @pytest.mark.parametrize("discretization", ["euler", "zoh"])
@@ -441,7 +440,7 @@ def test_gradients_of_some(place: Place, wanted: str) -> None:
     _, everything = run(selective_scan_2d, given, backend=place.backend)
     rest: Any = {k: x for k, x in given.items() if k != wanted}
     _, alone = run(lambda **x: selective_scan_2d(**x, **rest, backend=place.backend), {wanted: given[wanted]})
-    torch.testing.assert_close(alone[wanted], everything[wanted])
+    assert_close(alone[wanted], everything[wanted])
 
 
 def test_nothing_optional(place: Place) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import assert_close
 
 from deformmamba.scan import (
     BACKENDS,
@@ -219,7 +220,7 @@ def test_mamba_ssm_gets_and_gives_the_right_layout(kind: str, monkeypatch: pytes
     else:
         given = arguments_2d(D=torch.rand(24), delta_bias=torch.rand(24))
         results = [selective_scan_2d(**given, backend=name) for name in ("mamba_ssm", "reference")]
-    torch.testing.assert_close(*results)
+    assert_close(*results)
 
 
 # ------------------------------------------------------------------------------------------------------ bad arguments

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import assert_close
 from torch.utils.data import DataLoader, Dataset
 
 import deformmamba
@@ -126,7 +127,7 @@ def scan_in_workers(start: str) -> None:
     torch.set_num_threads(2)
     expected = [Scanned()[i] for i in range(4)]
     loader: Any = DataLoader(Scanned(), batch_size=None, num_workers=2, multiprocessing_context=start, timeout=120)
-    torch.testing.assert_close(list(loader), expected)
+    assert_close(list(loader), expected)
 
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import assert_close
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -77,7 +78,7 @@ def test_compiles_in_one_graph(line: tuple[torch.Tensor, ...], compiler: str) ->
         with warnings.catch_warnings():  # inductor warns about the machine, Python about inductor's own imports
             warnings.simplefilter("ignore")
             results = gradients(compiled, module, *inputs)
-        torch.testing.assert_close(results, gradients(module, module, *inputs))
+        assert_close(results, gradients(module, module, *inputs))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -101,7 +102,7 @@ def test_exports(line: tuple[torch.Tensor, ...]) -> None:
         for name in ("cpu", "eager"):
             with scan_backend(name):
                 exported = torch.export.export(module.eval(), inputs)
-            torch.testing.assert_close(exported.module()(*inputs), module(*inputs))
+            assert_close(exported.module()(*inputs), module(*inputs))
             inside = any("deformmamba" in str(node.target) for node in exported.graph.nodes)
             assert inside == (name == "cpu")
 
@@ -109,7 +110,7 @@ def test_exports(line: tuple[torch.Tensor, ...]) -> None:
 def test_functional_call(line: tuple[torch.Tensor, ...]) -> None:
     module, other = Line(), Line()
     weights = dict(other.named_parameters())
-    torch.testing.assert_close(torch.func.functional_call(module, weights, line), other(*line))
+    assert_close(torch.func.functional_call(module, weights, line), other(*line))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own, in its forward mode
@@ -144,7 +145,7 @@ def test_checkpointing(line: tuple[torch.Tensor, ...], reentrant: bool) -> None:
         module.zero_grad()
         sum(x.square().sum() for x in call(*inputs)).backward()
         found.append([x.grad for x in (*inputs, *module.parameters())])
-    torch.testing.assert_close(*found)
+    assert_close(*found)
 
 
 def test_copies(line: tuple[torch.Tensor, ...]) -> None:
@@ -152,7 +153,7 @@ def test_copies(line: tuple[torch.Tensor, ...]) -> None:
     with scan_backend("eager"):
         expected = module(*line)
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        torch.testing.assert_close(twin(*line), expected)
+        assert_close(twin(*line), expected)
 
 
 def test_replicas_in_threads(line: tuple[torch.Tensor, ...]) -> None:
@@ -161,8 +162,8 @@ def test_replicas_in_threads(line: tuple[torch.Tensor, ...]) -> None:
     inputs = [tuple(x + i for x in line) for i in range(4)]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda given: gradients(replica := copy.deepcopy(module), replica, *given), inputs))
-    torch.testing.assert_close(found, [gradients(module, module, *given) for given in inputs])
-    torch.testing.assert_close(nn.DataParallel(module)(*line), module(*line))
+    assert_close(found, [gradients(module, module, *given) for given in inputs])
+    assert_close(nn.DataParallel(module)(*line), module(*line))
 
 
 @pytest.mark.slow
@@ -177,7 +178,7 @@ def test_distributed_data_parallel(line: tuple[torch.Tensor, ...]) -> None:
         alone = gradients(module, module, *line)[4:]
         parallel = nn.parallel.DistributedDataParallel(module)
         sum(x.square().sum() for x in parallel(*line)).backward()
-        torch.testing.assert_close([x.grad for x in module.parameters()], alone)
+        assert_close([x.grad for x in module.parameters()], alone)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from tolerances import assert_close
 
 from deformmamba.volume import (
     DTYPES,
@@ -87,24 +88,24 @@ def test_a_point_of_anatomy_keeps_its_world_coordinate(seed: int, scale: int, ax
     for grid, offset in (("origin", 0.0), ("half-pixel", (scale - 1) / 2)):
         fine = index.copy()
         fine[list(axes)] = scale * fine[list(axes)] + offset
-        np.testing.assert_allclose(world(upscaled_affine(affine, scale, axes, grid), *fine), world(affine, *index))
+        assert_close(world(upscaled_affine(affine, scale, axes, grid), *fine), world(affine, *index))
 
 
 def test_half_pixel_keeps_the_outer_edges_and_origin_the_translation() -> None:
     affine, shape, scale = oblique(1), np.array([6, 7, 5]), 4
     half = upscaled_affine(affine, scale, (0, 1, 2), "half-pixel")
-    np.testing.assert_allclose(world(half, -0.5, -0.5, -0.5), world(affine, -0.5, -0.5, -0.5))
-    np.testing.assert_allclose(world(half, *(shape * scale - 0.5)), world(affine, *(shape - 0.5)))
+    assert_close(world(half, -0.5, -0.5, -0.5), world(affine, -0.5, -0.5, -0.5))
+    assert_close(world(half, *(shape * scale - 0.5)), world(affine, *(shape - 0.5)))
     origin = upscaled_affine(affine, scale, (0, 1), "origin")
     np.testing.assert_array_equal(origin[:, 3], affine[:, 3])
-    np.testing.assert_allclose(np.linalg.norm(origin[:3, :3], axis=0), [0.9 / 4, 0.7 / 4, 4.0])
+    assert_close(np.linalg.norm(origin[:3, :3], axis=0), [0.9 / 4, 0.7 / 4, 4.0])
 
 
 @pytest.mark.parametrize("grid", ["origin", "half-pixel"])
 def test_a_fraction_undoes_a_scale(grid: str) -> None:
     affine = oblique(2)
     there = upscaled_affine(affine, 4, (0, 1), grid)
-    np.testing.assert_allclose(upscaled_affine(there, 1 / 4, (0, 1), grid), affine)
+    assert_close(upscaled_affine(there, 1 / 4, (0, 1), grid), affine)
 
 
 def test_an_unknown_grid_is_refused() -> None:
@@ -195,7 +196,7 @@ def test_intensity_is_a_robust_maximum_of_what_is_not_zero() -> None:
     array[0, 0, 0] = np.nan
     array[0, 0, 1] = np.inf
     assert intensity_scale(array, "max") == 1000
-    np.testing.assert_allclose(restore(normalise(array, 7.0), 7.0), array)
+    assert_close(restore(normalise(array, 7.0), 7.0), array)
 
 
 @pytest.mark.parametrize(("array", "scale"), [(np.zeros(9), 1.0), (np.full(9, 5.0), 5.0), (np.full(9, -5.0), 5.0)])
@@ -265,7 +266,7 @@ def test_a_file_that_knows_no_geometry_does_not_learn_one(tmp_path: Path) -> Non
     write_volume(path, volume.resampled(volume.array.repeat(2, 0).repeat(2, 1), 2, (0, 1), "origin"))
     again = nibabel.load(path)
     assert (int(again.header["qform_code"]), int(again.header["sform_code"])) == (0, 0)
-    np.testing.assert_allclose(again.header.get_zooms(), (1, 1, 5))
+    assert_close(again.header.get_zooms(), (1, 1, 5))
 
 
 def test_slope_and_intercept_are_applied_once(tmp_path: Path) -> None:
@@ -344,7 +345,7 @@ def test_other_units_of_length(tmp_path: Path) -> None:
     volume = read_volume(path)
     assert volume.spacing == pytest.approx((0.05, 0.05, 0.3))
     write_volume(path, volume)
-    np.testing.assert_allclose(nibabel.load(path).affine, image.affine)
+    assert_close(nibabel.load(path).affine, image.affine)
     assert nibabel.load(path).header.get_xyzt_units()[0] == "micron"
 
 
