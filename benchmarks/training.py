@@ -80,7 +80,7 @@ def parts_of_a_step(model: SRModel, dataset: PatchDataset, batch: int, steps: in
             spent.clear()
         with timed("loading"):
             samples = [dataset[(step * batch + k) % len(dataset)] for k in range(batch)]
-            lr, hr, base = (torch.stack(images) for images in zip(*samples, strict=True))
+            lr, hr, base, _ = (torch.stack(images) for images in zip(*samples, strict=True))
         with timed("forward"):
             sr = model(lr, base)
         with timed("loss"):
@@ -98,7 +98,7 @@ def parts_of_a_step(model: SRModel, dataset: PatchDataset, batch: int, steps: in
 
 def operations(model: SRModel, dataset: PatchDataset, batch: int) -> dict[str, float]:
     """The share of a step (without loading) that each kind of operation takes by itself, largest first."""
-    lr, hr, base = (torch.stack(images) for images in zip(*(dataset[k] for k in range(batch)), strict=True))
+    lr, hr, base, _ = (torch.stack(images) for images in zip(*(dataset[k] for k in range(batch)), strict=True))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         SRLoss()(model(lr, base), hr).backward()
     model.zero_grad(set_to_none=True)

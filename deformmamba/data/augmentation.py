@@ -38,12 +38,14 @@ class Augmentation:
     invert: float = 0.0
     lesions: float = 0.0
     gain: float = 1.0
+    markers: float = 0.0
 
     def __post_init__(self) -> None:
         check_range("contrast", self.contrast, 1)
         check_range("gain", self.gain, 1)
         check_range("invert", self.invert, 0, 1)
         check_range("lesions", self.lesions, 0, 1)
+        check_range("markers", self.markers, 0, 1)
 
     def __call__(self, hr: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         """A changed copy of `hr` (H, W), real or complex; the changes come in the order of the fields.
@@ -64,6 +66,9 @@ class Augmentation:
             hr = map_magnitude(hr, lambda magnitude: (magnitude + spots).clamp(min=0))
         if self.gain > 1:
             hr = hr * float(self.gain ** rng.uniform(-1, 1))
+        if self.markers and rng.random() < self.markers:
+            spots = bright_markers((hr.shape[-2], hr.shape[-1]), rng)
+            hr = map_magnitude(hr, lambda magnitude: magnitude + spots)
         return hr
 
 
@@ -72,6 +77,28 @@ def map_magnitude(image: torch.Tensor, curve: Callable[[torch.Tensor], torch.Ten
     if image.is_complex():
         return torch.polar(curve(image.abs()), image.angle())
     return curve(image.clamp(min=0))
+
+
+def bright_markers(size: tuple[int, int], rng: np.random.Generator) -> torch.Tensor:
+    """(H, W): Gaussian spots, 2 to 20 times as bright as bright tissue, on 0.05 to 0.5 % of the pixels, else zero.
+
+    Spots with a deviation below 2.5 pixels are at most 5 times as bright: in the LR image sharper ones would be
+    ringing above all.
+    """
+    h, w = size
+    image = torch.zeros(size)
+    left = h * w * float(np.exp(rng.uniform(np.log(0.0005), np.log(0.005))))
+    while left > 0:
+        deviation = float(np.exp(rng.uniform(np.log(1.0), np.log(5.0))))
+        height = float(np.exp(rng.uniform(np.log(2.0), np.log(20.0 if deviation >= 2.5 else 5.0))))
+        y, x = rng.uniform(0, h), rng.uniform(0, w)
+        rows, columns = (
+            torch.from_numpy(np.exp(-((np.arange(n) - at) ** 2) / (2 * deviation**2))).to(image.dtype)
+            for n, at in ((h, y), (w, x))
+        )
+        image += height * rows[:, None] * columns
+        left -= 2 * np.pi * deviation**2
+    return image
 
 
 def soft_ellipses(tissue: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:

@@ -9,12 +9,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from deformmamba.data.augmentation import Augmentation, check_range
+from deformmamba.data.augmentation import TISSUE, Augmentation, check_range
 from deformmamba.data.scans import Scan, Slices, find_scans, load_slices, load_volume, subjects
+from deformmamba.models.normalise import slice_range
+from deformmamba.models.skip import BASES
 from deformmamba.physics.degradations import Degradation, KSpaceCrop, parse
-from deformmamba.physics.kspace import resize, zero_fill
+from deformmamba.physics.edges import cubic
+from deformmamba.physics.kspace import resize
 from deformmamba.volume import VolumeError, intensity_scale
 
 __all__ = ["PatchDataset", "Sample", "Scan", "Slices", "find_scans", "load_slices", "load_volume", "subjects"]
@@ -24,11 +28,15 @@ EMPTY = 0.02  # of the intensity scale: a slice whose mean is lower is nearly em
 
 
 class Sample(NamedTuple):
-    """LR (1, p, p), HR (1, s * p, s * p) and zero-filled LR, of one place; about [0, 1] by the volume's LR scale."""
+    """LR (1, p, p), HR (1, s * p, s * p) and zero-filled LR, of one place; about [0, 1] by the volume's LR scale.
+
+    `norm` (1, 2) is the `slice_range` of the slice that the patch is cut from.
+    """
 
     lr: torch.Tensor
     hr: torch.Tensor
     base: torch.Tensor
+    norm: torch.Tensor
 
 
 class PatchDataset(Dataset[Sample]):
@@ -61,6 +69,12 @@ class PatchDataset(Dataset[Sample]):
             than 16 or the patch; 1 for none. A patch of a slice that has become smaller than itself goes on at the
             opposite edge, as images of a discrete Fourier transform do. `spacings` says what was reached.
         gain: largest factor of a random intensity scaling, log-uniform in [1/gain, gain].
+        markers: share of the samples with bright spots, 2 to 20 times as bright as bright tissue, on 0.05 to 0.5 % of
+            the slice's pixels.
+        masked: share of the samples whose background is set to 0 in LR and HR, as skull stripping leaves it.
+        cut: share of the samples that are fields of view of their own: `Sample.base` and `Sample.norm` are those of
+            the patch alone, as a model computes them of an image that ends there.
+        base: what `Sample.base` is, by the name of a skip (`models.skip.BASES`).
         seed: of everything random.
         progress: a bar while volumes are read, and a line that says how many slices were cropped.
 
@@ -90,14 +104,24 @@ class PatchDataset(Dataset[Sample]):
         lesions: float = 0.0,
         coarsest: float = 1.0,
         gain: float = 1.0,
+        markers: float = 0.0,
+        masked: float = 0.0,
+        cut: float = 0.0,
+        base: str = "zero-fill",
         seed: int = 0,
         progress: bool = False,
     ) -> None:
         check_range("patch", patch, 1)
+        check_range("masked", masked, 0, 1)
+        check_range("cut", cut, 0, 1)
+        if base not in BASES:
+            raise ValueError(f"PatchDataset: base is {base!r}; it must be one of {', '.join(BASES)}")
         check_range("coarsest", coarsest, 1)
         self.scale, self.patch, self.length, self.seed = scale, patch, length, seed
-        self.coarsest = coarsest
-        self.augmentation = Augmentation(flips=flips, contrast=contrast, invert=invert, lesions=lesions, gain=gain)
+        self.coarsest, self.masked, self.cut, self.base = coarsest, masked, cut, base
+        self.augmentation = Augmentation(
+            flips=flips, contrast=contrast, invert=invert, lesions=lesions, gain=gain, markers=markers
+        )
         self.degradation = _parsed_degradation(degradation, scale)
         self.jitter = _parsed_jitter(jitter or {}, self.degradation)
         _check_weights(weights)
@@ -173,12 +197,16 @@ class PatchDataset(Dataset[Sample]):
         drawn, factor, rng = self._drawn(index)
         hr = self._coarsened(self.augmentation(drawn.image / drawn.unit, rng), factor)
         lr = self._degradation(rng)(hr, seed=(self.seed, index))
-        base = zero_fill(lr, self.scale)
         hr = hr.abs() if hr.is_complex() else hr
+        if self.masked and rng.random() < self.masked:
+            mask = _head(lr, rng)
+            lr, hr = lr * mask, hr * (cubic(mask, self.scale) > 0.5)
         corner = [int(rng.integers(n - self.patch + 1 if n >= self.patch else n)) for n in lr.shape]
-        return Sample(
-            *(_cut(image, corner, self.patch, s) for image, s in ((lr, 1), (hr, self.scale), (base, self.scale)))
-        )
+        lr_patch, hr_patch = _cut(lr, corner, self.patch, 1), _cut(hr, corner, self.patch, self.scale)
+        if self.cut and min(lr.shape) > self.patch and rng.random() < self.cut:
+            return Sample(lr_patch, hr_patch, BASES[self.base](lr_patch, self.scale), slice_range(lr_patch))
+        base = _cut(BASES[self.base](lr, self.scale), corner, self.patch, self.scale)
+        return Sample(lr_patch, hr_patch, base, slice_range(lr)[None])
 
     def _degradation(self, rng: np.random.Generator) -> Degradation:
         if self.jitter:
@@ -209,6 +237,23 @@ def _cut(image: torch.Tensor, corner: Sequence[int], patch: int, scale: int) -> 
         (scale * start + torch.arange(scale * patch)) % n for start, n in zip(corner, image.shape, strict=True)
     )
     return image[rows[:, None], columns][None]
+
+
+def _head(lr: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """(h, w), 1 in what is left after skull stripping and 0 around it: the tissue without holes, its rim cut at random.
+
+    Half of the time an ellipse cuts through the tissue as well.
+    """
+    mask = (lr.abs() > TISSUE).to(lr.dtype)[None, None]
+    mask = -F.max_pool2d(-F.max_pool2d(mask, 7, 1, 3), 7, 1, 3)
+    rim = 2 * int(rng.integers(0, 4)) + 1
+    mask = -F.max_pool2d(-mask, rim, 1, rim // 2)[0, 0]
+    if rng.random() < 0.5:
+        axes = [
+            (torch.arange(n, dtype=lr.dtype) / n - rng.uniform(0.4, 0.6)) / rng.uniform(0.25, 0.45) for n in lr.shape
+        ]
+        mask = mask * (axes[0][:, None] ** 2 + axes[1] ** 2 < 1)
+    return mask
 
 
 class _Slice(NamedTuple):

@@ -53,6 +53,7 @@ class SRModel(nn.Module):
         minimum_size: the smallest h and w of an input.
         multiple: `forward` pads h and w to a multiple of this and crops back, so that any size works.
         channels: the c that `forward` takes; None for any.
+        any_intensity: whether `forward` takes images of any gain and offset; else they must be about [0, 1].
         precisions: the dtypes that `forward` may run in; "autocast" ones under `torch.autocast`, with float32 weights.
         tiles: how to cut a slice that does not fit into memory, in a sentence.
         provenance: where loaded weights come from (training data, split, degradation, scores); empty otherwise.
@@ -65,6 +66,7 @@ class SRModel(nn.Module):
     minimum_size: int = 1
     multiple: int = 1
     channels: int | None = None
+    any_intensity: bool = False
     precisions: tuple[str, ...] = ("float32", "float64", "bfloat16 autocast", "float16 autocast")
     tiles: str = "not needed: memory grows with the number of pixels only"
 
@@ -240,7 +242,7 @@ class SRModel(nn.Module):
                 f"{name}: the image is {lr.shape[-2]}x{lr.shape[-1]}, the smallest is "
                 f"{self.minimum_size}x{self.minimum_size}; pad it and crop the result"
             )
-        if self.training or torch.compiler.is_compiling() or torch.jit.is_tracing() or lr.is_meta:
+        if self.training or self.any_intensity or torch.compiler.is_compiling() or torch.jit.is_tracing() or lr.is_meta:
             return
         if lr.is_cuda and torch.cuda.is_current_stream_capturing():
             return

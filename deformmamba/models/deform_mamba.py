@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from deformmamba.layers import DeformMambaBlock, MultiViewContext, PatchEmbed, PatchExpand, PatchMerge, VisionMambaBlock
 from deformmamba.models.base import SRModel, crop, pad_to_multiple
-from deformmamba.models.skip import SKIPS, add_base, start_at_zero
+from deformmamba.models.normalise import NORMALISATIONS, keep_constant, normalised, slice_range
+from deformmamba.models.skip import SKIPS, add_base, base_image, start_at_zero
 
 # Constructor arguments that differ from the defaults (which are the paper's), by preset.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -51,7 +52,11 @@ class DeformMambaSR(SRModel):
         context: False is the paper's ablation "w/o MVC".
         context_rates: dilation rates of the multi-view context; not printed.
         skip: None is the paper's network. "zero-fill" adds the zero-filled input to the output, so that the network
-            learns only what zero-filling lacks; its last convolution then starts at zero.
+            learns only what zero-filling lacks; its last convolution then starts at zero. "zero-fill-edges" does the
+            same for fields of view that are cut at their edges, see `physics.edges`.
+        normalise: None is the paper's network, for images of about [0, 1]. "slice" takes images of any gain, offset
+            and outliers: each slice is normalised inside (`models.normalise`), and where the 5x5 neighbourhood of an
+            input pixel is constant, as in a masked background, the output is that constant.
         checkpointing: recompute each block's activations in the backward pass instead of keeping them.
         intensity: see `SRModel`.
 
@@ -86,6 +91,7 @@ class DeformMambaSR(SRModel):
         context: bool = True,
         context_rates: Sequence[int] = (1, 2, 3, 4),
         skip: str | None = None,
+        normalise: str | None = None,
         checkpointing: bool = False,
         intensity: str = "p99.9",
     ) -> None:
@@ -99,8 +105,12 @@ class DeformMambaSR(SRModel):
             raise ValueError(f"DeformMambaSR: depths={list(depths)}; each level needs at least one block")
         if skip not in SKIPS:
             raise ValueError(f"DeformMambaSR: skip is {skip!r}; it must be one of {SKIPS}")
+        if normalise not in NORMALISATIONS:
+            raise ValueError(f"DeformMambaSR: normalise is {normalise!r}; it must be one of {NORMALISATIONS}")
         self.channels = in_channels
         self.skip = skip
+        self.normalise = normalise
+        self.any_intensity = normalise is not None
         self.checkpointing = checkpointing
         hr_multiple = patch * 2 ** (len(dims) - 1)
         self.multiple = hr_multiple // math.gcd(hr_multiple, scale)
@@ -139,14 +149,44 @@ class DeformMambaSR(SRModel):
             raise ValueError(f"DeformMambaSR: no preset {name!r}; presets: {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
-    def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
-        """The SR image of `lr` (b, in_channels, h, w), values about [0, 1], on the origin-aligned grid.
+    def forward(
+        self, lr: torch.Tensor, base: torch.Tensor | None = None, norm: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The SR image of `lr` (b, in_channels, h, w) on the origin-aligned grid.
 
-        `base` (b, in_channels, scale * h, scale * w): with `skip="zero-fill"`, the image that the network adds to.
-        Zero-filling is global, so a caller who cuts patches or tiles passes the matching cut of the zero-filled WHOLE
-        slice; None takes `lr` for the whole slice. Ignored without a skip.
+        Values of `lr` are about [0, 1], or any with `normalise="slice"`.
+
+        A caller who cuts patches or tiles passes what belongs to the WHOLE slice (`whole_slice` computes both); None
+        takes `lr` for the whole slice.
+
+        `base` (b, in_channels, scale * h, scale * w): the matching cut of the image that a network with a skip adds to.
+        `norm` (b, in_channels, 2): with `normalise="slice"`, the `slice_range` of the whole slice.
         """
         self.check_lr(lr)
+        if self.normalise is None:
+            sr = self._network(lr)
+            return add_base("DeformMambaSR", sr, lr, base, self.scale, self.skip) if self.skip else sr.contiguous()
+        exact = lr.to(torch.promote_types(lr.dtype, torch.float32))
+        norm = slice_range(exact) if norm is None else norm.to(exact)
+        if norm.shape != (*lr.shape[:2], 2):
+            raise ValueError(f"DeformMambaSR: norm is {tuple(norm.shape)}; wanted {(*lr.shape[:2], 2)}")
+        centre, spread = norm[..., 0, None, None], norm[..., 1, None, None]
+        residual = self._network(normalised(exact, centre, spread)).to(exact.dtype) * spread
+        if self.skip:
+            centred = None if base is None else base.to(exact) - centre
+            sr = add_base("DeformMambaSR", residual, exact - centre, centred, self.scale, self.skip) + centre
+        else:
+            sr = residual + centre
+        return keep_constant(sr, exact, self.scale).to(lr.dtype).contiguous()
+
+    def whole_slice(self, lr: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The further arguments of `forward` for the whole slices `lr` (b, c, h, w); a tile gets its cut of `base`."""
+        exact = lr.to(torch.promote_types(lr.dtype, torch.float32))
+        arguments = {} if self.skip is None else {"base": base_image(exact, self.scale, self.skip)}
+        return arguments if self.normalise is None else {**arguments, "norm": slice_range(exact)}
+
+    def _network(self, lr: torch.Tensor) -> torch.Tensor:
+        """The network alone, without normalisation and skip."""
         padded, (h, w) = pad_to_multiple(lr, self.multiple)
         x = self.embed(F.pixel_shuffle(self.upsample(padded.contiguous(memory_format=torch.channels_last)), self.scale))
         skips = []
@@ -161,8 +201,7 @@ class DeformMambaSR(SRModel):
             if level:
                 x = self.expands[level - 1](x) + skips.pop()
             x = self._run(blocks, x)
-        sr = crop(self.project(self.final(x)), self.scale * h, self.scale * w)
-        return add_base("DeformMambaSR", sr, lr, base, self.scale) if self.skip else sr.contiguous()
+        return crop(self.project(self.final(x)), self.scale * h, self.scale * w)
 
     def _run(self, blocks: nn.Module, x: torch.Tensor) -> torch.Tensor:
         for block in blocks:  # type: ignore[attr-defined]

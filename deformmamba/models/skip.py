@@ -6,9 +6,12 @@ None of the papers has it; where a table compares networks after a short trainin
 import torch
 from torch import nn
 
+from deformmamba.physics.edges import zero_fill_edges
 from deformmamba.physics.kspace import Grid, zero_fill
 
-SKIPS = (None, "zero-fill")
+# name: the image that a network adds to, made of the WHOLE slice (see `physics.edges` for the second)
+BASES = {"zero-fill": zero_fill, "zero-fill-edges": zero_fill_edges}
+SKIPS = (None, *BASES)
 
 
 def checked_skip(name: str, skip: str | None, grid: Grid) -> str | None:
@@ -24,10 +27,17 @@ def start_at_zero(last: nn.Module) -> None:
         nn.init.zeros_(parameter)
 
 
-def add_base(name: str, sr: torch.Tensor, lr: torch.Tensor, base: torch.Tensor | None, scale: int) -> torch.Tensor:
-    """`sr` and `base`, the cut of the zero-filled whole slice at the place of `lr`; None takes `lr` for the whole."""
+def base_image(lr: torch.Tensor, scale: int, skip: str) -> torch.Tensor:
+    """What a network with this `skip` adds to: of the whole slices `lr` (..., h, w), at least float32."""
+    return BASES[skip](lr.to(torch.promote_types(lr.dtype, torch.float32)), scale)
+
+
+def add_base(
+    name: str, sr: torch.Tensor, lr: torch.Tensor, base: torch.Tensor | None, scale: int, skip: str = "zero-fill"
+) -> torch.Tensor:
+    """`sr` and `base`, the cut of the whole slice's `base_image` at the place of `lr`; None takes `lr` for the whole."""
     if base is None:
-        base = zero_fill(lr.to(torch.promote_types(lr.dtype, torch.float32)), scale)
+        base = base_image(lr, scale, skip)
     elif base.shape != sr.shape:
         raise ValueError(f"{name}: base is {tuple(base.shape)}; wanted {tuple(sr.shape)}")
     return (base + sr).to(lr.dtype).contiguous()

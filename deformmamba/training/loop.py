@@ -67,9 +67,9 @@ def fit(
     to rounding. The main process alone writes and validates, while the others wait.
 
     Args:
-        model: any module from lr to sr, or from (lr, base); saved by its own `save_pretrained` if it has one, as plain
+        model: any module from lr to sr, or from (lr, base) or (lr, base, norm); saved by its own `save_pretrained` if it has one, as plain
             safetensors otherwise.
-        dataset: map-style, of (lr, hr) or (lr, hr, base); `base` goes to a model that takes it. Passed over in shuffled
+        dataset: map-style, of (lr, hr), (lr, hr, base) or (lr, hr, base, norm); a model gets as many as it takes. Passed over in shuffled
             order, again and again, until `steps` batches have been seen. If it has `describe(index) -> str`, that
             names the samples of a batch whose loss is not finite.
         out: folder of this run alone.
@@ -140,7 +140,7 @@ def fit(
 
     if isinstance(loss, nn.Module):
         loss.to(accelerator.device)
-    takes_base = _takes_base(model)
+    n_further = _n_further(model)
     average = _Average(model, ema)
     network, optimizer = accelerator.prepare(
         model, torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
@@ -194,9 +194,9 @@ def fit(
             network.train()
             values, mine = [], batches.pieces(step)
             for number, piece in enumerate(mine, 1):
-                image, target, *base = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(pieces))
+                image, target, *further = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(pieces))
                 with accelerator.no_sync(network) if number < len(mine) else nullcontext():
-                    value = loss(network(image, *base[:takes_base]), target)
+                    value = loss(network(image, *further[:n_further]), target)
                     accelerator.backward(value * piece.weight)
                 values.append(value.detach().float())
             share = sum(value * piece.weight for value, piece in zip(values, mine, strict=True)) / processes
@@ -298,10 +298,11 @@ def _named(loss: Any) -> str:
     return str(getattr(loss, "__qualname__", type(loss).__name__))
 
 
-def _takes_base(model: nn.Module) -> bool:
+def _n_further(model: nn.Module) -> int | None:
+    """How many positional arguments a model takes beside lr; None: any number."""
     kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return inspect.Parameter.VAR_POSITIONAL in kinds or sum(kind in positional for kind in kinds) > 1
+    return None if inspect.Parameter.VAR_POSITIONAL in kinds else sum(kind in positional for kind in kinds) - 1
 
 
 def _check(schedule: str, milestones: Sequence[float], **numbers: float) -> None:

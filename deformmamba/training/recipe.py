@@ -72,7 +72,7 @@ def load_recipe(name: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
 
 
 _GIVEN_ELSEWHERE = (
-    "self", "model", "dataset", "out", "scans", "length", "intensity", "seed", "validate", "provenance", "progress",
+    "self", "model", "dataset", "out", "scans", "length", "intensity", "seed", "validate", "provenance", "progress", "base",
 )  # fmt: skip
 
 
@@ -153,6 +153,7 @@ def train_recipe(
         scale=model.scale,
         length=fitting.get("steps", 1) * batch,
         intensity=model.intensity,
+        base=getattr(model, "skip", None) or "zero-fill",
         seed=seed,
         progress=not quiet,
         **settings,

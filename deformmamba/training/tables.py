@@ -328,7 +328,7 @@ def seconds_a_step(
     while n < 2 or time.perf_counter() - start < at_least:
         if n == 0:
             start = time.perf_counter()
-        lr, hr, base = (
+        lr, hr, base, _ = (
             torch.stack(images).to(device) for images in zip(*(dataset[k] for k in range(batch)), strict=True)
         )
         optimizer.zero_grad(set_to_none=True)

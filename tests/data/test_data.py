@@ -103,7 +103,7 @@ def test_samples_depend_on_seed_and_index_alone(dataset):
 
 def test_lr_hr_and_base_lie_on_one_origin_aligned_grid(dataset):
     for sample in dataset:
-        lr, hr, base = sample
+        lr, hr, base, _ = sample
         assert (lr.shape, hr.shape, base.shape) == ((1, 8, 8), (1, 16, 16), (1, 16, 16))
         assert_close(base[:, ::2, ::2], lr)  # zero-filling passes through the samples
         error = (hr - base).abs().mean()

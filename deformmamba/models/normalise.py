@@ -1,0 +1,44 @@
+"""Normalisation inside a network: each slice by its own order statistics, so that units and outliers do not matter.
+
+The network sees clamp((x - centre) / spread, -0.25, 2), where `centre` is the 1st percentile of the slice and `spread`
+the distance from there to the 99th; its residual is multiplied by `spread`. So its output for a * x + b (a > 0) is
+a * output(x) + b, and up to half a percent of outlying pixels hardly move it.
+"""
+
+import torch
+import torch.nn.functional as F
+
+NORMALISATIONS = (None, "slice")
+LOWEST, HIGHEST = -0.25, 2.0  # of what the network sees; air is about 0 and bright tissue about 1
+REACH = 2  # LR pixels: a neighbourhood is 5x5
+
+
+def slice_range(lr: torch.Tensor) -> torch.Tensor:
+    """(..., 2): the 1st percentile of each slice of `lr` (..., h, w), and the distance from there to the 99th.
+
+    Both are values of the slice (sorted, at index n // 100 and n - 1 - n // 100), not interpolated between two.
+    """
+    ordered = lr.flatten(-2).sort(dim=-1).values
+    n = ordered.shape[-1]
+    low, high = ordered[..., n // 100], ordered[..., n - 1 - n // 100]
+    return torch.stack([low, high - low], dim=-1)
+
+
+def normalised(lr: torch.Tensor, centre: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """What the network sees of `lr`; zeros where `spread` is 0, as of a constant slice."""
+    known = spread > 0
+    image = (lr - centre) / torch.where(known, spread, torch.ones_like(spread))
+    return torch.where(known, image, torch.zeros_like(image)).clamp(LOWEST, HIGHEST)
+
+
+def constant_neighbourhood(lr: torch.Tensor) -> torch.Tensor:
+    """(b, c, h, w), bool: pixels whose 5x5 neighbourhood inside the image holds one value only."""
+    side = 2 * REACH + 1
+    return F.max_pool2d(lr, side, 1, REACH) == -F.max_pool2d(-lr, side, 1, REACH)
+
+
+def keep_constant(sr: torch.Tensor, lr: torch.Tensor, scale: int) -> torch.Tensor:
+    """`sr`, but the value of `lr` where its 5x5 neighbourhood is constant: a masked background stays as it is."""
+    kept = torch.where(constant_neighbourhood(lr), lr, torch.full_like(lr, torch.nan))
+    kept = F.interpolate(kept, scale_factor=float(scale), mode="nearest").to(sr.dtype)
+    return torch.where(kept.isnan(), sr, kept)
