@@ -35,7 +35,10 @@ def base_image(lr: torch.Tensor, scale: int, skip: str) -> torch.Tensor:
 def add_base(
     name: str, sr: torch.Tensor, lr: torch.Tensor, base: torch.Tensor | None, scale: int, skip: str = "zero-fill"
 ) -> torch.Tensor:
-    """`sr` and `base`, the cut of the whole slice's `base_image` at the place of `lr`; None takes `lr` for the whole."""
+    """`sr` plus `base`, the cut of the whole slice's `base_image` at the place of `lr`.
+
+    None takes `lr` for the whole slice.
+    """
     if base is None:
         base = base_image(lr, scale, skip)
     elif base.shape != sr.shape:

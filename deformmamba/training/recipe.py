@@ -72,7 +72,8 @@ def load_recipe(name: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
 
 
 _GIVEN_ELSEWHERE = (
-    "self", "model", "dataset", "out", "scans", "length", "intensity", "seed", "validate", "provenance", "progress", "base",
+    "self", "model", "dataset", "out", "scans", "length", "intensity", "seed", "validate", "provenance", "progress",
+    "base",
 )  # fmt: skip
 
 
