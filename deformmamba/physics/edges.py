@@ -12,10 +12,10 @@ Formula, for x of h x w pixels:
    + 2 cos(2 pi r / w) - 4), and S[0, 0] = 0.
 3. Result: zero_fill(x - s) + K_h s K_w^T, where K_n (scale * n, n) is Keys' cubic convolution on the origin grid.
 
-g_r and g_c (0 to 1) are 1 for a cut image and 0 for a periodic one, such as the k-space crop of a whole slice. There the
-step between the edges lies half an HR pixel from sample 0, so that this sample lies about midway between its neighbours
-across the edge; in a cut image it lies close to its inner neighbour. With a = x[0], b = x[1], c = x[-1] along an axis,
-summed over the edge: beta = sum (a - b) (c - b) / sum (c - b)^2, g = clamp((0.25 - beta) / 0.1, 0, 1).
+g_r and g_c (0 to 1) are 1 for a cut image and 0 for a periodic one, such as the k-space crop of a whole slice. There
+the step between the edges lies half an HR pixel from sample 0, so that this sample lies about midway between its
+neighbours across the edge; in a cut image it lies close to its inner neighbour. With a = x[0], b = x[1], c = x[-1]
+along an axis, summed over the edge: beta = sum (a - b) (c - b) / sum (c - b)^2, g = clamp((0.25 - beta) / 0.1, 0, 1).
 
 All of it commutes with a * x + b. Measured on 8 middle slices each of 22 scans of the training and validation splits,
 4x, PSNR less that of plain zero-filling: whole slices of brains 0.00 dB, of spines with tissue at the edges -0.04 dB on

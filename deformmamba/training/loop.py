@@ -70,8 +70,8 @@ def fit(
         model: any module from lr to sr, (lr, base) or (lr, base, norm); saved by its own `save_pretrained` if it
             has one, as plain safetensors otherwise.
         dataset: map-style, of (lr, hr), (lr, hr, base) or (lr, hr, base, norm); a model gets as many as it takes.
-            Passed over in shuffled order, again and again, until `steps` batches have been seen. If it has `describe(index) -> str`, that
-            names the samples of a batch whose loss is not finite.
+            Passed over in shuffled order, again and again, until `steps` batches have been seen. If it has
+            `describe(index) -> str`, that names the samples of a batch whose loss is not finite.
         out: folder of this run alone.
         steps, epochs: how long: updates of the weights, or passes over `dataset`; one of the two.
         batch: samples a step, over all processes and accumulated pieces.
