@@ -8,6 +8,7 @@ import torch
 
 from deformmamba.models.base import SRModel
 from deformmamba.physics.kspace import Grid, zero_fill
+from deformmamba.physics.slice_profile import spline_matrix
 
 
 class ZeroFill(SRModel):
@@ -93,16 +94,4 @@ class BSpline(_Separable):
         super().__init__(scale=scale, grid=grid, intensity=intensity)
 
     def matrix(self, n: int) -> torch.Tensor:
-        at_samples = self._basis(torch.arange(n, dtype=torch.float64), n)
-        return torch.linalg.solve(at_samples, self._basis(self.positions(n), n), left=False)
-
-    @staticmethod
-    def _basis(x: torch.Tensor, n: int) -> torch.Tensor:
-        """(len(x), n): the n mirrored cubic b-splines at the positions x."""
-        taps = x.floor()[:, None] + torch.arange(-1, 3, dtype=torch.float64)
-        d = (x[:, None] - taps).abs()
-        weights = torch.where(d < 1, (d / 2 - 1) * d**2 + 2 / 3, (2 - d).clamp(min=0) ** 3 / 6)
-        period = max(2 * (n - 1), 1)
-        index = taps.long().remainder(period)
-        index = torch.minimum(index, period - index).clamp(max=n - 1)
-        return torch.zeros(len(x), n, dtype=torch.float64).scatter_add_(1, index, weights)
+        return spline_matrix(n, self.positions(n))

@@ -28,8 +28,12 @@ def start_at_zero(last: nn.Module) -> None:
 
 
 def base_image(lr: torch.Tensor, scale: int, skip: str) -> torch.Tensor:
-    """What a network with this `skip` adds to: of the whole slices `lr` (..., h, w), at least float32."""
-    return BASES[skip](lr.to(torch.promote_types(lr.dtype, torch.float32)), scale)
+    """What a network with this `skip` adds to: of the whole slices `lr` (..., h, w), at least float32.
+
+    At scale 1 that is `lr` itself.
+    """
+    lr = lr.to(torch.promote_types(lr.dtype, torch.float32))
+    return BASES[skip](lr, scale) if scale > 1 else lr
 
 
 def add_base(

@@ -6,7 +6,7 @@ import math
 import os
 import tomllib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ import torch
 
 from deformmamba.annotations import described, fits
 from deformmamba.data.patches import PatchDataset, Scan, find_scans, load_slices, subjects
+from deformmamba.data.thick_slices import ThickSliceDataset, thick_cases
 from deformmamba.errors import one_line
 from deformmamba.evaluation.compare import evaluate, mean_scores
 from deformmamba.losses import LOSSES, SRLoss
+from deformmamba.metrics import psnr, ssim
 from deformmamba.models import MODELS
 from deformmamba.models.base import SRModel
 from deformmamba.training.curves import sample_picture
@@ -27,6 +29,8 @@ from deformmamba.weights import load_checkpoint
 from deformmamba.weights.checkpoint import Checkpoint
 
 SECTIONS = ("model", "data", "fit")
+# the data sets that a recipe can ask for
+KINDS: dict[str, type[PatchDataset] | type[ThickSliceDataset]] = {"in-plane": PatchDataset, "thick": ThickSliceDataset}
 SAMPLE = "sample.png"
 # what changes how a run is computed but not what comes out
 INDIFFERENT = ("workers",)
@@ -36,9 +40,9 @@ def load_recipe(name: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """A recipe: the name of one in the package ("ixi-4x"), or the path of a TOML file.
 
     Sections: [model] name (of MODELS), preset, init (a checkpoint's name or path whose weights to start from) and the
-    constructor's arguments; [data] arguments of `PatchDataset`, and `validation`, the groups to validate on; [fit]
-    arguments of `fit`, with `loss` by name (of LOSSES) and `beta`; `epochs` counts passes over the training slices, one
-    patch of each.
+    constructor's arguments; [data] `kind` ("in-plane", the default, or "thick", the slice direction), arguments of
+    `PatchDataset` or of `ThickSliceDataset`, and `validation`, the groups to validate on; [fit] arguments of `fit`,
+    with `loss` by name (of LOSSES) and `beta`; `epochs` counts passes over the training slices, one patch of each.
 
     Raises:
         ValueError: no such recipe, an unknown section or key (names the allowed ones), or a value of the wrong type.
@@ -61,7 +65,10 @@ def load_recipe(name: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     if model not in MODELS:
         raise ValueError(f"recipe {name}: no model {model!r}; models: {', '.join(MODELS)}")
     _check_keys(name, "model", recipe["model"], MODELS[model].__init__, extra={"name": str, "preset": str, "init": str})
-    _check_keys(name, "data", recipe["data"], PatchDataset.__init__, extra={"validation": Sequence[str]})
+    kind = recipe["data"].get("kind", "in-plane")
+    if kind not in KINDS:
+        raise ValueError(f"recipe {name}: kind in [data] is {kind!r}; wanted {' or '.join(map(repr, KINDS))}")
+    _check_keys(name, "data", recipe["data"], KINDS[kind].__init__, extra={"validation": Sequence[str], "kind": str})
     _check_keys(name, "fit", recipe["fit"], fit, extra={"loss": str, "beta": float})
     loss = recipe["fit"].get("loss", "sr")
     if loss not in LOSSES:
@@ -146,9 +153,24 @@ def train_recipe(
     model = _model(plan["model"], start)
 
     kind, beta = fitting.pop("loss", "sr"), fitting.pop("beta", 0.1)
+    loss = SRLoss(beta=beta) if kind == "sr" else LOSSES[kind]()
     batch, epochs = fitting.get("batch", 8), fitting.pop("epochs", None)
-    settings = {key: value for key, value in plan["data"].items() if key != "validation"}
+    settings = {key: value for key, value in plan["data"].items() if key not in ("validation", "kind")}
     quiet = os.environ.get("RANK", "0") != "0" or not progress
+    if plan["data"].get("kind") == "thick":
+        if model.scale != 1 or epochs is not None:
+            raise ValueError(f"recipe {recipe}: kind = 'thick' wants scale = 1 and steps, not epochs")
+        thick = ThickSliceDataset(train, length=fitting["steps"] * batch, seed=seed, progress=not quiet, **settings)
+        return fit(
+            model,
+            thick,
+            out=out,
+            loss=loss,
+            validate=_thick_scores(val),
+            provenance={**run, "spacings_mm": [round(spacing, 2) for spacing in thick.spacings]},
+            progress=progress,
+            **fitting,
+        )
     dataset = PatchDataset(
         train,
         scale=model.scale,
@@ -181,7 +203,7 @@ def train_recipe(
         model,
         dataset,
         out=out,
-        loss=SRLoss(beta=beta) if kind == "sr" else LOSSES[kind](),
+        loss=loss,
         validate=validate,
         provenance={**run, "spacings_mm": [round(spacing, 2) for spacing in dataset.spacings]},
         progress=progress,
@@ -227,8 +249,30 @@ def _described(scans: Sequence[Scan]) -> dict[str, Any]:
     return {"subjects": len(names), "volumes": len(scans), "subjects_sha256": digest}
 
 
+def _thick_scores(val: Sequence[Scan]) -> Callable[[SRModel], dict[str, float]]:
+    """What a network for the slice direction reaches on in-plane images of `val`, and the cubic spline beside it."""
+    cases = thick_cases(val)
+
+    def scores(model: SRModel) -> dict[str, float]:
+        rows = []
+        with torch.inference_mode():
+            for case in cases:
+                pair = [(model(case.lr), case.hr), (case.lr, case.hr)]
+                rows.append([f(sr[0], hr[0]) for f in (psnr, ssim) for sr, hr in pair])
+        names = ("psnr", "psnr_spline", "ssim", "ssim_spline")
+        return {name: float(value) for name, value in zip(names, torch.tensor(rows).mean(0), strict=True)}
+
+    return scores
+
+
 def _degradation(settings: Mapping[str, Any]) -> str:
     """What made the LR of a training, in words: "k-space crop, magnitude; 10 % k-space >> rician:snr=30"."""
+    if settings.get("kind") == "thick":
+        return "slice profiles, " + ", ".join(
+            f"{key} {'-'.join(f'{value:g}' for value in settings[key])}"
+            for key in ("ratio", "thickness")
+            if key in settings
+        )
     others = [f"{100 * share:g} % {text}" for text, share in settings.get("jitter", {}).items()]
     return "; ".join([settings.get("degradation", "k-space crop, magnitude"), *others])
 

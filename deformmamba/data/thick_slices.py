@@ -1,0 +1,279 @@
+"""Training data for the slice direction: in-plane images made as coarse along one axis as thick slices are.
+
+A scan is sharp within its slices and coarse across them. An in-plane image that a slice profile has made coarse along
+ONE axis, and that a cubic spline has brought back to its own grid, looks like a sagittal or coronal section through the
+interpolated scan; the image before is the answer. The coarse axis is always the first one, so that the network knows
+the direction.
+
+Source: Zhao et al., SMORE, IEEE TMI 40 (2021); Remedios et al., ECLARE, arXiv 2503.10822.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from deformmamba.data.patches import Scan, load_volume
+from deformmamba.physics.slice_profile import SliceProfile, ThickSlices, slice_positions, spline_matrix
+from deformmamba.volume import VolumeError, in_plane
+
+# percentiles of a volume that become 0 and 1; the second among voxels above the first
+LOW, HIGH = 0.5, 99.5
+EMPTY = 0.02  # an image whose mean is below this, in units of the range, teaches nothing
+FEWEST = 4  # thick slices across an image
+
+
+def robust_range(array: np.ndarray) -> tuple[float, float]:
+    """What becomes 0 and 1 before the network: a low percentile, and a high one of the voxels above it.
+
+    An offset, negative values, a few bright voxels and a background of any share change it little. Where all voxels are
+    alike the range is 1, so that nothing is divided by 0.
+    """
+    values = np.asarray(array, np.float32).ravel()
+    values = values[:: max(1, len(values) // 2_000_000)]  # as exact as any use needs
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return 0.0, 1.0
+    low = float(np.percentile(values, LOW))
+    above = values[values > low]
+    high = float(np.percentile(above, HIGH)) if len(above) else low
+    return low, high if high > low else low + 1.0
+
+
+def thick(
+    image: torch.Tensor, *, ratio: float, thickness: float, kind: str = "gaussian", phase: float = 0.0
+) -> torch.Tensor:
+    """`image` (n, w) as thick slices along its first axis see it, brought back to n rows by a cubic spline.
+
+    Args:
+        ratio: rows from one slice centre to the next; any number of 1 or more.
+        thickness: of a slice, in rows.
+        kind: of the slice profile, "gaussian" or "boxcar".
+        phase: row of the first slice centre.
+    """
+    return _matrix(image.shape[0], ratio, SliceProfile(kind, thickness), phase).to(image) @ image
+
+
+def thick_by(image: torch.Tensor, *, ratio: float, profile: SliceProfile, phase: float = 0.0) -> torch.Tensor:
+    """`thick` with a profile whose mm are rows."""
+    return _matrix(image.shape[0], ratio, profile, phase).to(image) @ image
+
+
+@lru_cache(maxsize=64)
+def _matrix(n: int, ratio: float, profile: SliceProfile, phase: float) -> torch.Tensor:
+    """(n, n), float32: the spline after the slices."""
+    at = slice_positions(n_slices(n, ratio, phase), ratio, phase)
+    rows = (torch.arange(n, dtype=torch.float64) - phase) / ratio
+    return (spline_matrix(len(at), rows) @ ThickSlices(n, 1.0, at, profile).matrix).float()
+
+
+def n_slices(n: int, ratio: float, phase: float = 0.0) -> int:
+    """How many slice centres fall on n rows."""
+    return int((n - 1 - phase) / ratio + 1e-9) + 1
+
+
+class ThickSample(NamedTuple):
+    """The interpolated thick slices (1, p, p), and the image that they were made of; about [0, 1]."""
+
+    lr: torch.Tensor
+    hr: torch.Tensor
+
+
+class _Stack(NamedTuple):
+    """Images (n, h, w) in scanner units, their range, and where they come from."""
+
+    images: torch.Tensor
+    low: float
+    high: float
+    place: str
+    full: np.ndarray  # numbers of the images that are not empty
+
+
+class ThickSliceDataset(Dataset[ThickSample]):
+    """Random patches of in-plane images, coarse along their first axis; each a function of (seed, index) alone.
+
+    Args:
+        scans: the volumes; kept in memory.
+        patch: rows and columns of a sample; smaller images are left out.
+        length: how many samples there are.
+        weights: share of each group (`Scan.group`), by name; groups left out do not count. None: as many volumes as
+            it has. Within a group every volume has the same share.
+        ratio: smallest and largest number of rows from slice to slice; log-uniform between them.
+        thickness: smallest and largest thickness as a share of that: below 1 slices have gaps, above 1 they overlap.
+        boxcar: share of the samples whose slice profile is a boxcar; the others have a Gaussian.
+        reformats: of volumes whose voxels' longest and shortest side differ by no more than this factor, half of the
+            samples are sections across the slices, coarse along the slice direction; 1 for exact cubes only.
+        flips: mirror at random.
+        contrast: largest exponent g of a random contrast curve x -> x^c, c log-uniform in [1/g, g].
+        gain: largest factor of a random intensity scaling, log-uniform in [1/gain, gain].
+        invert: share of the samples that become their negative, 1 - x.
+        seed: of everything random.
+        progress: a bar while volumes are read.
+
+    Raises:
+        VolumeError: nothing to train on.
+        ValueError: a number out of range.
+    """
+
+    def __init__(
+        self,
+        scans: Iterable[Scan],
+        *,
+        patch: int = 96,
+        length: int,
+        weights: Mapping[str, float] | None = None,
+        ratio: Sequence[float] = (2.0, 8.0),
+        thickness: Sequence[float] = (0.8, 1.2),
+        boxcar: float = 0.3,
+        reformats: float = 1.3,
+        flips: bool = True,
+        contrast: float = 1.0,
+        gain: float = 1.0,
+        invert: float = 0.0,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> None:
+        for name, value, lowest, highest in (
+            ("patch", patch, 8, math.inf), ("boxcar", boxcar, 0, 1), ("invert", invert, 0, 1),
+            ("reformats", reformats, 1, math.inf), ("contrast", contrast, 1, math.inf), ("gain", gain, 1, math.inf),
+        ):  # fmt: skip
+            if not lowest <= value <= highest or value == math.inf:
+                between = f"from {lowest} to {highest}" if highest < math.inf else f"of {lowest} or more"
+                raise ValueError(f"ThickSliceDataset: {name} is {value}; wanted a number {between}")
+        for name, pair, lowest in (("ratio", ratio, 1.0), ("thickness", thickness, 0.1)):
+            if len(pair) != 2 or not lowest <= pair[0] <= pair[1] < math.inf:
+                raise ValueError(
+                    f"ThickSliceDataset: {name} is {list(pair)}; wanted smallest and largest, {lowest:g} or more"
+                )
+        self.patch, self.length, self.seed = patch, length, seed
+        self.ratio, self.thickness, self.boxcar = tuple(ratio), tuple(thickness), boxcar
+        self.flips, self.contrast, self.gain, self.invert = flips, contrast, gain, invert
+        chosen = [scan for scan in scans if weights is None or scan.group in weights]
+        bar: Iterable[Scan] = chosen
+        if progress:
+            from tqdm import tqdm
+
+            bar = tqdm(chosen, desc="reading", unit="volume", disable=None)
+        # of each group the in-plane stacks, and the stacks of sections across the slices
+        self.groups: dict[str, tuple[list[_Stack], list[_Stack]]] = {}
+        spacings: list[float] = []
+        for scan in bar:
+            flat, sections = self._stacks(scan, reformats, spacings)
+            group = self.groups.setdefault(scan.group, ([], []))
+            group[0].extend(flat)
+            group[1].extend(sections)
+        self.groups = {name: group for name, group in self.groups.items() if group[0]}
+        if not self.groups:
+            raise VolumeError(
+                f"ThickSliceDataset: no volume to train on, of {len(chosen)}, has slices of {patch}x{patch} or more "
+                f"that are not empty; groups wanted: {', '.join(weights or ['any'])}"
+            )
+        self.spacings = (min(spacings), max(spacings))
+        shares = [weights[name] if weights else len(flat) for name, (flat, _) in self.groups.items()]
+        self.shares = np.cumsum(shares) / np.sum(shares)
+
+    def _stacks(self, scan: Scan, reformats: float, spacings: list[float]) -> tuple[list[_Stack], list[_Stack]]:
+        volume, axis = load_volume(scan.path)
+        low, high = robust_range(volume.array)
+        array = torch.from_numpy(np.ascontiguousarray(np.moveaxis(volume.array, axis, 0), np.float32))
+        flat = self._stack(array, low, high, f"{scan.path.name}, slice")
+        if not flat:
+            return [], []
+        size = volume.spacing
+        spacings += (size[a] for a in in_plane(axis))
+        sections: list[_Stack] = []
+        if max(size) <= reformats * min(size) * 1.001:  # (slices, h, w) to sections (k, slices, w) and (k, slices, h)
+            sections += self._stack(array.permute(1, 0, 2), low, high, f"{scan.path.name}, row")
+            sections += self._stack(array.permute(2, 0, 1), low, high, f"{scan.path.name}, column")
+        return flat, sections
+
+    def _stack(self, images: torch.Tensor, low: float, high: float, place: str) -> list[_Stack]:
+        if min(images.shape[1:]) < self.patch:
+            return []
+        means = ((images - low) / (high - low)).clamp(0, 1).mean((1, 2))
+        full = (means > EMPTY).nonzero()[:, 0].numpy()
+        return [_Stack(images, low, high, place, full)] if len(full) else []
+
+    def __len__(self) -> int:
+        return self.length
+
+    def describe(self, index: int) -> str:
+        """File and image that sample `index` is cut from."""
+        stack, k, _, _ = self._drawn(index)
+        return f"{stack.place} {k}"
+
+    def _drawn(self, index: int) -> tuple[_Stack, int, bool, np.random.Generator]:
+        """The stack of a sample, which image of it, whether it is a section, and the generator of all that follows."""
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        rng = np.random.default_rng((self.seed, index))
+        number = int(np.searchsorted(self.shares, rng.random(), side="right"))
+        flat, sections = list(self.groups.values())[number]
+        is_section = bool(sections) and rng.random() < 0.5
+        stacks = sections if is_section else flat
+        stack = stacks[rng.integers(len(stacks))]
+        return stack, int(stack.full[rng.integers(len(stack.full))]), is_section, rng
+
+    def __getitem__(self, index: int) -> ThickSample:
+        stack, k, is_section, rng = self._drawn(index)
+        image = (stack.images[k] - stack.low) / (stack.high - stack.low)
+        if not is_section and rng.random() < 0.5:
+            image = image.mT
+        if self.flips:
+            image = image.flip([axis for axis in (0, 1) if rng.random() < 0.5])
+        n, w = image.shape
+        left = int(rng.integers(w - self.patch + 1))
+        hr = self._recoloured(image[:, left : left + self.patch], rng)
+        smallest, largest = self.ratio
+        largest = max(min(largest, (n - 1) / FEWEST), smallest)
+        ratio = smallest * (largest / smallest) ** rng.random()
+        thickness = ratio * rng.uniform(*self.thickness)
+        kind = "boxcar" if rng.random() < self.boxcar else "gaussian"
+        # drawn once and never again, so it is not worth remembering
+        matrix = _matrix.__wrapped__(n, ratio, SliceProfile(kind, thickness), ratio * rng.random())
+        top = int(rng.integers(n - self.patch + 1))
+        rows = slice(top, top + self.patch)
+        return ThickSample((matrix[rows] @ hr)[None], hr[rows].contiguous()[None])
+
+    def _recoloured(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        if self.contrast > 1:
+            exponent = float(self.contrast ** rng.uniform(-1, 1))
+            image = image.sign() * image.abs() ** exponent  # below the low percentile stays below
+        if self.invert and rng.random() < self.invert:
+            image = 1 - image
+        if self.gain > 1:
+            image = image * float(self.gain ** rng.uniform(-1, 1))
+        return image
+
+
+class ThickCase(NamedTuple):
+    """A whole image for validation: interpolated thick slices (1, 1, n, w), the truth, and where it is from."""
+
+    lr: torch.Tensor
+    hr: torch.Tensor
+    place: str
+
+
+def thick_cases(
+    scans: Iterable[Scan], *, ratios: Sequence[float] = (2.7, 4.0, 5.5), images: int = 3, axis: int | None = None
+) -> list[ThickCase]:
+    """`images` in-plane images of each scan, one after the other made coarse by each of `ratios`, rows and columns by
+    turns; the same ones each time."""
+    cases: list[ThickCase] = []
+    for scan in scans:
+        volume, along = load_volume(scan.path)
+        low, high = robust_range(volume.array)
+        stack = np.moveaxis(volume.array, along, 0)
+        for number in range(images):
+            k = round((number + 1) / (images + 1) * (len(stack) - 1))
+            image = torch.from_numpy(np.ascontiguousarray((stack[k] - low) / (high - low), np.float32))
+            if axis == 1 or (axis is None and len(cases) % 2):
+                image = image.mT.contiguous()
+            ratio = ratios[number % len(ratios)]
+            base = thick(image, ratio=ratio, thickness=ratio, phase=0.3 * ratio)
+            cases.append(ThickCase(base[None, None], image[None, None], f"{scan.path.name}, slice {k}"))
+    return cases
