@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from deformmamba.data.patches import Scan, load_volume
+from deformmamba.data.scans import Scan, load_volume
 from deformmamba.physics.slice_profile import SliceProfile, ThickSlices, slice_positions, spline_matrix
 from deformmamba.volume import VolumeError, in_plane
 
