@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
+from deformmamba.errors import DeformMambaError
+
 PROFILES = ("gaussian", "boxcar")
 
 
-class SliceProfileError(ValueError):
+class SliceProfileError(DeformMambaError, ValueError):
     """A slice profile that cannot be read or used; the message is one line."""
 
 
@@ -89,7 +91,7 @@ class SliceProfile:
         """The integral of p up to z (mm), float64: 0 far below the slice, 1 far above it."""
         z = z.to(torch.float64)
         if self.table is not None:
-            at, weight = torch.tensor(self.table, dtype=torch.float64).unbind(1)
+            at, weight = torch.tensor(self.table, dtype=torch.float64).T.contiguous()
             area = torch.cat([at.new_zeros(1), torch.cumulative_trapezoid(weight, at)])
             k = (torch.searchsorted(at, z.contiguous(), right=True) - 1).clamp(0, len(at) - 2)
             d = (z.clamp(at[0], at[-1]) - at[k]).clamp(min=0)
@@ -104,7 +106,7 @@ class SliceProfile:
         """The full width at half maximum in mm."""
         if self.table is None:
             return float(self.thickness)
-        at, weight = torch.tensor(self.table, dtype=torch.float64).unbind(1)
+        at, weight = torch.tensor(self.table, dtype=torch.float64).T.contiguous()
         fine = torch.linspace(float(at[0]), float(at[-1]), 4001, dtype=torch.float64)
         k = (torch.searchsorted(at, fine, right=True) - 1).clamp(0, len(at) - 2)
         values = weight[k] + (fine - at[k]) / (at[k + 1] - at[k]) * (weight[k + 1] - weight[k])

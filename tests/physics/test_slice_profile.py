@@ -107,7 +107,9 @@ def test_spline_equals_scipy(n: int) -> None:
 
 def test_spline_of_the_baseline_is_the_same() -> None:
     model = MODELS["BSpline"](scale=3)
-    torch.testing.assert_close(model.matrix(9), spline_matrix(9, torch.arange(27) / 3), rtol=0, atol=0)
+    torch.testing.assert_close(
+        model.matrix(9), spline_matrix(9, torch.arange(27, dtype=torch.float64) / 3), rtol=0, atol=0
+    )
 
 
 def test_back_projection_gives_the_slices_back() -> None:
