@@ -138,6 +138,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help=f"a name, a path or org/repo (default: {DEFAULT_MODEL})")
 
 
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--subject",
+        metavar="REGEX",
+        help="what in a scan's path, below the folder, names its subject, such as 'patient[0-9]+' (default: sub-<label>, "
+        "else guessed from folders and files)",
+    )
+
+
 def add_running(parser: argparse.ArgumentParser) -> None:
     """The arguments of a command that runs a model."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")

@@ -4,7 +4,7 @@ import argparse
 import math
 from typing import Any
 
-from deformmamba.cli.arguments import add_command, positive, say
+from deformmamba.cli.arguments import add_command, add_subject, positive, say
 
 
 def add(commands: Any) -> None:
@@ -17,6 +17,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("table", choices=("table1", "table2"), help="table1: the ablation; table2: the methods")
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of volumes, split by subject")
+    add_subject(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="where all goes; goes on with what is there")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--steps", type=positive, help="training steps of each row and seed")
@@ -49,11 +50,11 @@ def _minutes(text: str) -> float:
 
 
 def _benchmark(args: argparse.Namespace) -> None:
-    from deformmamba.data.patches import find_scans
+    from deformmamba.data.scans import describe_splits, find_scans
     from deformmamba.training import load_recipe
     from deformmamba.training.tables import Plan, benchmark
 
-    scans = find_scans(args.data)
+    scans = find_scans(args.data, subject=args.subject)
     data = dict(load_recipe(args.recipe)["data"]) if args.recipe else {}
     data.pop("validation", None)
     if args.patch:
@@ -67,6 +68,8 @@ def _benchmark(args: argparse.Namespace) -> None:
             f"{args.data} has {len(train)} volumes to train on and {len(test)} of split {args.split!r} to score; "
             f"both needed; there are: {groups}"
         )
+    for line in describe_splits([*train, *test]):
+        say(line)
     plan = Plan(
         scale=args.scale,
         preset=args.preset,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from deformmamba.cli.arguments import (
     add_command,
     add_running,
+    add_subject,
     check_target,
     device_here,
     load_model,
@@ -56,6 +57,7 @@ def add(commands: Any) -> None:
 
 def add_volumes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", nargs="+", required=True, metavar="PATH", help="scans, or folders of scans")
+    add_subject(parser)
     parser.add_argument("--split", choices=("train", "val", "test", "external"), help="only this split of the folders")
     parser.add_argument("--group", metavar="NAME", help='only this contrast and anatomy, such as "T2 brain"')
 
@@ -72,14 +74,16 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen(data: list[str], split: str | None, group: str | None) -> "list[Scan | str]":
-    """The volumes that --data, --split and --group mean."""
+def chosen(data: list[str], split: str | None, group: str | None, subject: str | None = None) -> "list[Scan | str]":
+    """The volumes that --data, --split, --group and --subject mean."""
     from deformmamba.data.patches import find_scans
 
     scans: list[Scan | str] = []
     for path in data:
         if os.path.isdir(path):
-            scans += [s for s in find_scans(path) if split in (None, s.split) and group in (None, s.group)]
+            scans += [
+                s for s in find_scans(path, subject=subject) if split in (None, s.split) and group in (None, s.group)
+            ]
         else:
             scans.append(path)
     if not scans:
@@ -109,7 +113,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from deformmamba.evaluation.compare import compare
     from deformmamba.physics.degradations import parse
 
-    scans = chosen(args.data, args.split, args.group)
+    scans = chosen(args.data, args.split, args.group, args.subject)
     models = {name: load_model(name) for name in args.model}
     scales = sorted({model.scale for model in models.values()} | ({args.scale} if args.scale else set()))
     if not scales:

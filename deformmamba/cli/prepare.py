@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from deformmamba.cli.arguments import add_command, say
+from deformmamba.cli.arguments import add_command, add_subject, say
 
 
 def add(commands: Any) -> None:
@@ -44,6 +44,7 @@ def add(commands: Any) -> None:
     folder.add_argument(
         "--test", type=float, default=0.1, metavar="SHARE", help="of subjects to test on (default: 0.1)"
     )
+    add_subject(folder)
     folder.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
     for made in (ixi, folder):
         made.add_argument(
@@ -75,16 +76,18 @@ def _fastmri(args: argparse.Namespace) -> None:
 def _folder(args: argparse.Namespace) -> None:
     from deformmamba.data.prepare import plan_folder
 
-    options = {"axis": args.axis, "splits": args.splits, "test": args.test, "seed": args.seed}
+    options = {"axis": args.axis, "splits": args.splits, "test": args.test, "seed": args.seed, "subject": args.subject}
     _prepare(plan_folder(args.root, slices=args.slices, val=args.val, **options), args, None)
 
 
 def _prepare(plan: Any, args: argparse.Namespace, skip_unusable: bool | None) -> None:
     from deformmamba.data.prepare import prepare
+    from deformmamba.data.scans import describe_splits, find_scans
 
     manifest = prepare(plan, args.output, skip_unusable=skip_unusable, progress=True)
     volumes, skipped = manifest["volumes"], manifest["skipped"]
     slices = sum(row["slices"] for row in volumes)
     say(f"{args.output}: {slices} slices of {len(volumes)} volumes, {len(skipped)} files skipped; see manifest.json")
-    say("subjects: " + ", ".join(f"{len(names)} {split}" for split, names in manifest["subjects"].items()))
+    for line in describe_splits(find_scans(args.output)):
+        say(line)
     say(f"rule: {manifest['rule']}")

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from deformmamba.cli.arguments import add_command, positive, say
+from deformmamba.cli.arguments import add_command, add_subject, positive, say
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -31,6 +31,7 @@ def add(commands: Any) -> None:
         metavar="DIR",
         help="folder of volumes; volumes.tsv in it says whose they are and which subjects validate, else a tenth does",
     )
+    add_subject(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="where checkpoints go; resumes what is there")
     parser.add_argument("--init", metavar="WEIGHTS", help="a name or path of weights to start from")
     instead = parser.add_argument_group("instead of the recipe's")
@@ -53,6 +54,8 @@ def _train(args: argparse.Namespace) -> None:
     from deformmamba.training import train_recipe
 
     given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
-    best = train_recipe(args.recipe, args.data, args.out, init=args.init, **given)
-    if os.environ.get("RANK", "0") == "0":  # of several processes the first speaks
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that prints
+    told = say if first else None
+    best = train_recipe(args.recipe, args.data, args.out, init=args.init, subject=args.subject, say=told, **given)
+    if first:
         say(f"{best}: the best checkpoint on the validation split")

@@ -1,10 +1,7 @@
 """Volumes on disk: find them below a folder, say whose they are, read them as slices."""
 
-import csv
-import hashlib
 import os
-import re
-from collections import defaultdict
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from deformmamba.data.prepared import MANIFEST, SUFFIX, is_prepared, read_manifest, read_prepared
+from deformmamba.data.splits import SPLITS, by_share, check_shares, check_splits, read_table
+from deformmamba.data.subjects import name_subjects, patient_id
 from deformmamba.volume import Volume, VolumeError, holds_dicom, in_plane, read_volume, slice_axis
 
-SPLITS = ("train", "val", "test", "external")
 INDEX = "volumes.tsv"
 ENDINGS = (".nii", ".nii.gz", ".mgz")
 NO_IMAGES = (".json", ".tsv", ".csv", ".txt", ".bval", ".bvec", ".png", ".jpg", ".pdf", ".zip", ".h5", SUFFIX)
@@ -32,36 +30,69 @@ class Scan:
     group: str
 
 
-def find_scans(root: str | os.PathLike[str], *, val: float = 0.1, test: float = 0.1, seed: int = 0) -> list[Scan]:
-    """The volumes below `root`, sorted by path, each with the split of its subject.
+def find_scans(
+    root: str | os.PathLike[str],
+    *,
+    val: float = 0.1,
+    test: float = 0.1,
+    seed: int = 0,
+    subject: str | None = None,
+) -> list[Scan]:
+    """The volumes below `root`, sorted by path, each with its subject and the split of its subject.
 
-    A folder that `deformmamba prepare` made says all of it itself. Otherwise a `volumes.tsv` at the root (columns
-    participant_id, file, split; contrast and anatomy if there) decides. Without one, every NIfTI or MGZ file counts,
-    and every folder that holds DICOM files; a subject is the BIDS entity `sub-<label>` in the path (else the name of
-    the file or folder), and `val` and `test` are the fractions of SUBJECTS held out: those whose name, hashed with
-    `seed`, comes first, so that a new subject never moves another.
+    1. A folder that `deformmamba prepare` wrote: its manifest lists volumes, subjects and splits.
+    2. A folder with a `volumes.tsv` (columns participant_id, file and split; contrast and anatomy are optional): that
+       table decides.
+    3. Any other folder: every NIfTI or MGH file counts, and every folder that holds DICOM files. The subject is the
+       BIDS entity `sub-<label>`; without one it is guessed from the names of folders and files, with a warning that
+       says how (see `subjects.py`). Subjects are split by a hash, see `splits.by_share`.
+
+    Args:
+        root: the folder.
+        val, test: shares of the SUBJECTS that validate and test, for case 3.
+        seed: of the hash, for case 3.
+        subject: a regular expression that finds the subject in each path relative to `root`, for case 3; its first
+            group if it has one. Such as "patient[0-9]+".
 
     Raises:
-        VolumeError: no volume there, a subject in two splits, or a preparation that was interrupted.
+        VolumeError: no volume there, a subject in two splits, an expression that finds no subject in a path, or a
+            preparation that was interrupted.
+        ValueError: shares outside [0, 1] or above 1 together; `subject` for a folder whose table names the subjects.
     """
     root = Path(root)
+    check_shares(val, test)
     if not root.is_dir():
         raise VolumeError(f"{root}: no such folder of volumes")
-    if is_prepared(root):
+    table = MANIFEST if is_prepared(root) else INDEX if (root / INDEX).is_file() else None
+    if table and subject is not None:
+        raise ValueError(f"{root}: subject={subject!r} was given, but its {table} names the subjects; leave it out")
+    if table == MANIFEST:
         scans = _from_manifest(root)
+    elif table == INDEX:
+        scans = _from_index(root)
     else:
-        scans = _from_index(root) if (root / INDEX).is_file() else _from_tree(root, val, test, seed)
+        scans = _from_tree(root, val, test, seed, subject)
     if not scans:
         raise VolumeError(f"{root}: no volume there; wanted files ending in {', '.join(ENDINGS)}, DICOM, or {INDEX}")
-    splits = defaultdict(set)
-    for scan in scans:
-        splits[scan.subject].add(scan.split)
-    for subject, found in splits.items():
-        if len(found) > 1:
-            raise VolumeError(
-                f"{root / INDEX}: subject {subject} is in {' and '.join(sorted(found))}; wanted one split"
-            )
+    check_splits(((scan.subject, scan.split) for scan in scans), root / (table or ""))
     return sorted(scans, key=lambda scan: scan.path)
+
+
+def describe_splits(scans: Sequence[Scan], *, most: int = 40) -> list[str]:
+    """A line for each split that has scans: how many volumes and subjects, and the first `most` subjects' names."""
+    lines = []
+    for split in dict.fromkeys((*SPLITS, "")):
+        own = [scan for scan in scans if scan.split == split]
+        if own:
+            names = subjects(own)
+            shown = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+            counts = f"{_count(len(own), 'volume')} of {_count(len(names), 'subject')}"
+            lines.append(f"{split or 'no split'}: {counts}: {shown}")
+    return lines
+
+
+def _count(n: int, name: str) -> str:
+    return f"{n} {name}{'s' * (n != 1)}"
 
 
 def _from_manifest(root: Path) -> list[Scan]:
@@ -77,39 +108,39 @@ def _from_manifest(root: Path) -> list[Scan]:
 
 
 def _from_index(root: Path) -> list[Scan]:
+    table = root / INDEX
     scans = []
-    with open(root / INDEX, newline="") as file:
-        for row in csv.DictReader(file, delimiter="\t"):
-            try:
-                path, subject, split = root / row["file"], row["participant_id"], row["split"]
-            except KeyError as error:
-                raise VolumeError(f"{root / INDEX}: no column {error}; wanted participant_id, file, split") from None
-            if split not in SPLITS or not path.exists():  # a DICOM series is a folder
-                problem = f"split {split!r}" if split not in SPLITS else f"missing file {row['file']}"
-                raise VolumeError(f"{root / INDEX}: {problem} of {subject}; splits are {', '.join(SPLITS)}")
-            scans.append(Scan(path, subject, split, f"{row.get('contrast', '')} {row.get('anatomy', '')}".strip()))
+    for number, row in read_table(table, ("participant_id", "file", "split")):
+        subject, split = row["participant_id"], row["split"]
+        if split not in SPLITS:
+            raise VolumeError(f"{table}, line {number}: split {split!r} of {subject}; splits are {', '.join(SPLITS)}")
+        path = root / row["file"]
+        if not path.exists():  # a DICOM series is a folder
+            raise VolumeError(f"{table}, line {number}: missing file {row['file']} of {subject}")
+        scans.append(Scan(path, subject, split, f"{row.get('contrast', '')} {row.get('anatomy', '')}".strip()))
     return scans
 
 
-def _from_tree(root: Path, val: float, test: float, seed: int) -> list[Scan]:
+def _from_tree(root: Path, val: float, test: float, seed: int, pattern: str | None) -> list[Scan]:
     paths = []
     for folder, files in folders_below(root):
         paths += [path for path in files if path.name.endswith(ENDINGS)]
         if holds_dicom(path for path in files if not path.name.endswith((*ENDINGS, *NO_IMAGES))):
             paths.append(folder)
-
-    def subject(path: Path) -> str:
-        entity = re.search(r"sub-[A-Za-z0-9]+", str(path.relative_to(root)))
-        return entity[0] if entity else path.name.split(".")[0]
-
-    def position(name: str) -> float:
-        return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") / 2**64
-
-    def split(name: str) -> str:
-        where = position(name)
-        return "test" if where < test else "val" if where < test + val else "train"
-
-    return [Scan(path, subject(path), split(subject(path)), "") for path in paths]
+    if not paths:
+        return []
+    found = name_subjects(paths, root, pattern=pattern, patient_id=patient_id)
+    split = by_share(found.names.values(), val=val, test=test, seed=seed)
+    if not found.certain:
+        names = sorted(split)
+        shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        warnings.warn(
+            f"{root}: no {INDEX} and no sub-<label> says whose scans these are; subjects were guessed from "
+            f"{found.rule}: {shown}. If that is wrong, one person can be in two splits: give --subject REGEX (subject= "
+            f"in Python) or write a {INDEX}",
+            stacklevel=4,
+        )
+    return [Scan(path, found.names[path], split[found.names[path]], "") for path in paths]
 
 
 def folders_below(root: Path) -> Iterator[tuple[Path, list[Path]]]:

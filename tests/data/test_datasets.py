@@ -12,7 +12,6 @@ import torch
 from tolerances import assert_close
 
 from deformmamba.cli import main
-from deformmamba.data import prepare as datasets
 from deformmamba.data import prepared
 from deformmamba.data.patches import PatchDataset, find_scans, load_slices
 from deformmamba.data.prepare import (
@@ -24,6 +23,7 @@ from deformmamba.data.prepare import (
     plan_ixi,
     prepare,
     read_splits,
+    writing,
 )
 from deformmamba.data.prepared import read_manifest, read_prepared
 from deformmamba.volume import VolumeError, intensity_scale
@@ -113,7 +113,7 @@ def test_the_same_input_gives_the_same_bytes(ixi, tmp_path):
 def test_an_interrupted_preparation_goes_on_and_ends_the_same(ixi, tmp_path, monkeypatch):
     prepare(plan_ixi(ixi), tmp_path / "whole")
     out = tmp_path / "out"
-    write, made = datasets.write_prepared, []
+    write, made = writing.write_prepared, []
 
     def interrupted(path, *rest):
         if len(made) == 3:
@@ -121,7 +121,7 @@ def test_an_interrupted_preparation_goes_on_and_ends_the_same(ixi, tmp_path, mon
         made.append(path.name)
         return write(path, *rest)
 
-    monkeypatch.setattr(datasets, "write_prepared", interrupted)
+    monkeypatch.setattr(writing, "write_prepared", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(plan_ixi(ixi), out)
     with pytest.raises(VolumeError, match="was interrupted; run the same"):
@@ -129,7 +129,7 @@ def test_an_interrupted_preparation_goes_on_and_ends_the_same(ixi, tmp_path, mon
     (out / ".0123456789abcdef.safetensors").write_bytes(b"left by a run that was killed")
     (out / made[0]).write_bytes((out / made[0]).read_bytes()[:-5])  # damaged since
     before = (out / made[1]).stat().st_mtime_ns
-    monkeypatch.setattr(datasets, "write_prepared", write)
+    monkeypatch.setattr(writing, "write_prepared", write)
     prepare(plan_ixi(ixi), out)
     assert contents(out) == contents(tmp_path / "whole")
     assert (out / made[1]).stat().st_mtime_ns == before

@@ -1,0 +1,70 @@
+"""Any tree of NIfTI, MGH or DICOM."""
+
+import re
+
+from deformmamba.data.prepare.plan import (
+    PathLike,
+    Plan,
+    Source,
+    existing_folder,
+    relative_name,
+    text_digest,
+    volume_reader,
+)
+from deformmamba.data.scans import INDEX, find_scans
+from deformmamba.data.splits import read_splits
+
+
+def plan_folder(
+    root: PathLike,
+    *,
+    axis: int | None = None,
+    slices: str = "all",
+    val: float = 0.1,
+    test: float = 0.1,
+    seed: int = 0,
+    splits: PathLike | None = None,
+    subject: str | None = None,
+) -> Plan:
+    """Any tree of NIfTI, MGH or DICOM: what `deformmamba.data.patches.find_scans` finds, with its split by subject.
+
+    `val` and `test` are the shares of subjects held out, by a hash with `seed`; `splits` decides instead, see
+    `read_splits`. `subject` is a regular expression that finds the subject in a path, see `find_scans`.
+
+    Raises:
+        VolumeError, ValueError: as `find_scans`, or `splits` names a subject who is not there, or one twice.
+    """
+    root = existing_folder(root)
+    scans = find_scans(root, val=val, test=test, seed=seed, subject=subject)
+    split = read_splits(splits, {scan.subject for scan in scans}) if splits is not None else None
+    sources: list[Source] = []
+    skipped, names = [], set()
+    for scan in scans:
+        source = relative_name(scan.path, root)
+        if split is not None and scan.subject not in split:
+            skipped.append((source, "its subject is in no split"))
+            continue
+        name = re.sub(r"\.(nii(\.gz)?|mg[hz])$", "", source).replace("/", "__").strip(".") or "volume"
+        while name in names:
+            name += "-2"
+        names.add(name)
+        chosen = scan.split if split is None else split[scan.subject]
+        sources.append(
+            Source(scan.path, source, name, scan.subject, chosen, scan.group, volume_reader(scan.path, axis))
+        )
+    if split is not None:
+        rule = "as the split file says"
+    elif (root / INDEX).is_file():
+        rule = f"as the folder's {INDEX} says"
+    else:
+        rule = f"subjects by their hash with seed {seed}: the shares {test:g} test and {val:g} validate"
+    options = {
+        "axis": axis,
+        "slices": slices,
+        "val": val,
+        "test": test,
+        "seed": seed,
+        "splits": text_digest(splits),
+        **({} if subject is None else {"subject": subject}),
+    }
+    return Plan("folder", tuple(sources), tuple(skipped), rule, options)

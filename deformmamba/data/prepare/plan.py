@@ -1,0 +1,106 @@
+"""What a preparation is about to do, and what the kinds of data set share: finding files, choosing slices, hashes."""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deformmamba.data.scans import folders_below
+from deformmamba.data.splits import read_text
+from deformmamba.volume import VolumeError, chosen_axis, in_plane, read_volume
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One volume to prepare: where it is, as what the manifest knows it (relative to its root), and its file's name.
+
+    `read` gives all slices (n, H, W), float32 or complex64, the (height, width) of a pixel in mm, and the axis.
+    """
+
+    path: Path
+    source: str
+    name: str
+    subject: str
+    split: str
+    group: str
+    read: Callable[[], tuple[np.ndarray, tuple[float, float], int]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a preparation is about to do; `skipped` are the files that it leaves out, with the reason."""
+
+    kind: str
+    sources: tuple[Source, ...]
+    skipped: tuple[tuple[str, str], ...]
+    rule: str
+    options: Mapping[str, Any]
+
+
+class Unusable(VolumeError):
+    """A source that cannot be used, as opposed to a target that cannot be written."""
+
+
+def chosen_slices(rule: str, n: int) -> range:
+    """Which of n slices: "all"; "central:K", the K in the middle (all if there are fewer); "A:B", from A up to, not
+    including, B, counted from 0, negative ones from the end, either left out."""
+    if rule == "all":
+        return range(n)
+    central = re.fullmatch(r"central:([1-9]\d*)", rule)
+    if central:
+        k = min(int(central[1]), n)
+        return range((n - k) // 2, (n - k) // 2 + k)
+    part = re.fullmatch(r"(-?\d+)?:(-?\d+)?", rule)
+    if not part:
+        raise ValueError(f'slices: {rule!r} is no range; wanted "all", "central:100", or from:to such as "20:110"')
+    return range(n)[slice(*(None if end is None else int(end) for end in part.groups()))]
+
+
+def volume_reader(path: Path, axis: int | None) -> Callable[[], tuple[np.ndarray, tuple[float, float], int]]:
+    def read() -> tuple[np.ndarray, tuple[float, float], int]:
+        volume = read_volume(path)
+        along = chosen_axis(volume, axis)
+        height, width = (volume.spacing[a] for a in in_plane(along))
+        return np.moveaxis(volume.array, along, 0), (height, width), along
+
+    return read
+
+
+def existing_folder(root: PathLike) -> Path:
+    if not os.path.isdir(root):
+        raise VolumeError(f"{root}: no such folder")
+    return Path(root)
+
+
+def files_below(root: Path, endings: Sequence[str]) -> list[Path]:
+    found = (path for _, files in folders_below(root) for path in files)
+    return sorted(path for path in found if path.name.lower().endswith(tuple(endings)))
+
+
+def relative_name(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file; of a folder, that of its files' own in the order of their names."""
+    try:
+        if path.is_dir():
+            return hashlib.sha256(
+                "".join(file_digest(p) for p in sorted(path.iterdir()) if p.is_file()).encode()
+            ).hexdigest()
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise Unusable(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def text_digest(path: PathLike | None) -> str | None:
+    """What identifies a split file in the manifest: its content, not where it lies."""
+    return None if path is None else hashlib.sha256(read_text(path).encode()).hexdigest()

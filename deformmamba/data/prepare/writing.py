@@ -1,0 +1,123 @@
+"""Carries out a plan: reads each source, writes its slices and the manifest."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deformmamba import __version__
+from deformmamba.data.prepare.plan import PathLike, Plan, Source, Unusable, chosen_slices, file_digest
+from deformmamba.data.prepared import SUFFIX, begun, read_prepared, write_manifest, write_prepared
+from deformmamba.data.splits import SPLITS
+from deformmamba.volume import VolumeError, intensity_scale
+
+
+def prepare(plan: Plan, out: PathLike, *, skip_unusable: bool | None = None, progress: bool = False) -> dict[str, Any]:
+    """Carries out a plan into the folder `out`, and returns the manifest that is now there.
+
+    Volumes that are there already, made of the same file in the same way, are not made again: an interrupted
+    preparation goes on where it was. What was made of files that are gone is removed. A file that cannot be used ends
+    the preparation with one line, and what was finished stays; with `skip_unusable` it is left out instead, and the
+    manifest says why (None: so for "folder", whose files nobody promised to be scans).
+
+    Raises:
+        VolumeError: an unusable file, no usable one, `out` holding something else, or a disk that is full.
+    """
+    out = Path(out)
+    skip_unusable = plan.kind == "folder" if skip_unusable is None else skip_unusable
+    chosen_slices(plan.options["slices"], 1)  # a wrong rule is refused before anything is written
+    facts = {"version": __version__, "kind": plan.kind, "options": dict(plan.options), "rule": plan.rule}
+    _check_target(out, facts)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VolumeError(f"{out}: cannot be made: {error.strerror}; choose another folder") from None
+    for leftover in (*out.glob(f".*{SUFFIX}"), *out.glob(".*.json")):  # of a run that was killed
+        leftover.unlink(missing_ok=True)
+    write_manifest(out, {"complete": False, **facts})
+    skipped = list(plan.skipped)
+    rows = []
+    sources: Iterable[Source] = sorted(plan.sources, key=lambda source: source.name)
+    if progress:
+        from tqdm import tqdm
+
+        sources = tqdm(sources, desc=f"preparing {plan.kind}", unit="volume", disable=None)
+    for source in sources:
+        try:
+            rows.append(_prepare_one(source, out, plan))
+        except Unusable as error:
+            if not skip_unusable:
+                raise VolumeError(f"{error}; repair or remove it, and run again: what is finished stays") from None
+            skipped.append((source.source, str(error).replace(str(source.path), source.path.name)))
+    if not rows:
+        reason = f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+        raise VolumeError(f"{out}: no usable volume, {len(skipped)} skipped{reason}")
+    for orphan in set(out.glob(f"*{SUFFIX}")) - {out / row["file"] for row in rows}:
+        orphan.unlink(missing_ok=True)
+    manifest = {
+        "complete": True,
+        **facts,
+        "subjects": {
+            split: sorted({row["subject"] for row in rows if row["split"] == split})
+            for split in SPLITS
+            if any(row["split"] == split for row in rows)
+        },
+        "volumes": rows,
+        "skipped": [{"source": name, "reason": reason} for name, reason in sorted(skipped)],
+    }
+    write_manifest(out, manifest)
+    return manifest
+
+
+def _prepare_one(source: Source, out: Path, plan: Plan) -> dict[str, Any]:
+    """Its row of the manifest, after its file is there."""
+    target = out / f"{source.name}{SUFFIX}"
+    made_of = {"source": source.source, "source_sha256": file_digest(source.path), "options": dict(plan.options)}
+    if _is_made(target, made_of):
+        digest = file_digest(target)
+    else:
+        try:
+            slices, spacing, axis = source.read()
+            kept = chosen_slices(plan.options["slices"], len(slices))
+            if not len(kept):
+                raise VolumeError(f"{source.path}: {len(slices)} slices, none of them in {plan.options['slices']}")
+            slices = slices[kept.start : kept.stop]
+            unit = intensity_scale(np.abs(slices) if np.iscomplexobj(slices) else slices)
+        except VolumeError as error:
+            raise Unusable(str(error)) from None
+        facts = {
+            **made_of,
+            "axis": axis,
+            "first": kept.start,
+            "unit": unit,
+            "spacing_mm": [round(size, 6) for size in spacing],
+        }
+        digest = write_prepared(target, slices / np.float32(unit), facts)
+    read = read_prepared(target)
+    n, h, w = read.slices.shape
+    row = {"file": target.name, "subject": source.subject, "split": source.split, "group": source.group}
+    row |= {key: read.facts[key] for key in ("source", "source_sha256", "axis", "first", "unit", "spacing_mm")}
+    return row | {"slices": n, "size": [h, w], "complex": read.facts["complex"], "sha256": digest}
+
+
+def _is_made(target: Path, made_of: Mapping[str, Any]) -> bool:
+    try:
+        facts = read_prepared(target).facts
+    except VolumeError:
+        return False
+    return all(facts.get(key) == value for key, value in made_of.items())
+
+
+def _check_target(out: Path, facts: Mapping[str, Any]) -> None:
+    """Refuses a folder that holds a set prepared in another way, or anything else."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise VolumeError(f"{out}: is a file; name a folder")
+    known = begun(out)
+    if not known and any(out.iterdir()):
+        raise VolumeError(f"{out}: is not empty, and holds no prepared data set; name a new folder")
+    for key in ("kind", "options"):
+        if known and known.get(key) != facts[key]:
+            raise VolumeError(f"{out}: was prepared with {key} {known.get(key)}, not {facts[key]}; name a new folder")

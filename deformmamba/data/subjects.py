@@ -1,0 +1,250 @@
+"""Whose scan is it? Splits go by subject, so scans of one person must never count as two subjects.
+
+The name of a scan's subject comes from, in this order:
+
+1. a regular expression of the user's;
+2. the BIDS entity `sub-<label>`, in a folder or the file's name;
+3. an explicit number of a person in the path, such as `patient01`, `P001`, `case_3`, `TCGA-02-0003`;
+4. the topmost folder that differs between scans, where the same file names repeat over folders
+   (`anna/T1.nii.gz, anna/T2.nii.gz, ben/T1.nii.gz`);
+5. the first part of the file's name that differs between scans (`anna_T1.nii.gz, anna_T2.nii.gz`).
+
+Words for contrasts, sequences, sessions, dates and the like never name a person, and neither do upper and lower case
+distinguish two. Of DICOM series without a `sub-` label, those with the same PatientID are one subject as well.
+
+Where the rules cannot decide they join scans rather than separate them: too few subjects are seen at once, and a person
+in two splits is not.
+"""
+
+import hashlib
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deformmamba.volume import VolumeError
+
+_BIDS = re.compile(r"(?:^|[/_. -])(sub-[A-Za-z0-9]+)", re.IGNORECASE)
+
+# public data sets whose subject has several parts
+_KNOWN = re.compile(r"TCGA-\w{2}-\w{4}|\d{3}_S_\d{4,5}|OAS\d_\d{4,5}|IXI\d{3}", re.IGNORECASE)
+_NUMBERED = re.compile(
+    r"(?:^|[_. -])((?:pt|pat|patient|subj|subject|sub|case|volunteer|participant|person|donor|proband)[_ -]?\d+"
+    r"|p\d{2,})(?!\d)",
+    re.IGNORECASE,
+)
+
+# Words that say what, how, when or where was scanned, not who; a number may follow: `ses2`, `series12`.
+_CONTRASTS = (
+    "t1|t2|pd|2d|3d|fs|ax|t1w|t2w|t2s|t2star|t1c|t1ce|t1gd|weighted|pdw|flair|dwi|dti|adc|swi|bold|asl|cbf|"
+    "mra|mrv|tof|mprage|mpr|spgr|bravo|vibe|dixon|stir|tirm|tse|fse|gre|epi|haste|space|cube|fisp|trufi|ciss|"
+    "fiesta|dess|medic|fatsat|post|pre|contrast|nce|trace|echo|mag|magnitude|real|axial|tra|transversal|"
+    "transverse|sag|sagittal|cor|coronal|iso|hires|lowres"
+)
+_OTHER = (
+    "se|ir|gd|ce|fa|te|hr|lr|ses|session|visit|tp|timepoint|time|baseline|bl|followup|fu|follow|up|month|"
+    "months|week|year|day|date|scan|scans|series|ser|sequence|seq|study|std|exam|examination|acq|acquisition|"
+    "run|rep|repeat|rec|dir|part|stack|anat|anatomical|func|fmap|perf|raw|rawdata|source|sourcedata|"
+    "derivatives|orig|original|nii|nifti|niftis|dicom|dicoms|dcm|mgz|mri|mr|data|dataset|datasets|image|"
+    "images|img|im|file|files|volume|volumes|vol|slice|slices|brain|head|knee|spine|lumbar|prostate|heart|"
+    "pelvis|breast|neck|thorax|abdomen|train|training|val|valid|validation|test|testing|external|split|fold|"
+    "site|center|centre|hospital|scanner|batch|group|groups|cohort|patients|subjects|controls|cases|healthy|"
+    "ge|philips|siemens|3t|15t|7t|64mt|unknown"
+)
+_NO_PERSON = re.compile(rf"(?:(?:{_CONTRASTS})+|{_OTHER})\d*|[ebvmwydi]\d+", re.IGNORECASE)
+_DATE = re.compile(
+    r"(?<!\d)(?:(?:19[5-9]|20[0-3])\d(?:([-_.]?)(?:0[1-9]|1[0-2])\1(?:[0-2]\d|3[01])(?:\d{4}|\d{6})?)?"
+    r"|(?:[0-2]\d|3[01])([-_.])(?:0[1-9]|1[0-2])\2(?:19[5-9]|20[0-3])\d)(?!\d)"
+)
+_ATTACHED = re.compile(r"(.*\d)(?:t1|t2|pd|flair|dwi|adc|swi)(?:w|ce|c|gd|fs)?", re.IGNORECASE)
+# what an anonymiser writes for everybody
+_PLACEHOLDER = re.compile(
+    r"(anon\w*|unknown|none|null|na|n/a|no ?name|patient ?id|patient|id|test|phantom|x+|0+|\W*)", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """The subject of each scan, and where the names come from.
+
+    Attributes:
+        names: by path.
+        rule: in words, for a message.
+        certain: whether the user or BIDS named them; otherwise they were guessed from the names of files and folders.
+    """
+
+    names: Mapping[Path, str]
+    rule: str
+    certain: bool
+
+
+def name_subjects(
+    paths: Sequence[Path],
+    root: str | os.PathLike[str],
+    *,
+    pattern: str | None = None,
+    patient_id: Callable[[Path], str] | None = None,
+) -> Subjects:
+    """The subject of each of `paths` (files or folders of DICOM series) below `root`; see the top of this file.
+
+    Args:
+        pattern: a regular expression that is searched in the path relative to `root`, with `/` between folders; the
+            first group, or without groups the whole match, is the subject.
+        patient_id: reads the PatientID of a DICOM series; called for folders only.
+
+    Raises:
+        VolumeError: a `pattern` that is no regular expression, or a path without a match (names it).
+    """
+    relative = {path: _relative(path, Path(root)) for path in paths}
+    if pattern is not None:
+        return Subjects(_by_pattern(relative, pattern), f"the expression {pattern!r}", True)
+    names: dict[Path, str] = {}
+    for path, text in relative.items():
+        if found := _BIDS.search(text):
+            names[path] = found[1]
+    rest = {path: text for path, text in relative.items() if path not in names}
+    if not rest:
+        return Subjects(_one_case(names), "the BIDS entity sub-<label>", True)
+    guessed, rule = _guessed(rest)
+    if patient_id is not None:
+        guessed = _joined(guessed, {path: patient_id(path) for path in rest if path.is_dir()})
+    whole = Path(root).resolve().name or "all"
+    return Subjects(_one_case({path: names.get(path) or guessed[path] or whole for path in paths}), rule, False)
+
+
+def _relative(path: Path, root: Path) -> str:
+    try:
+        return path.relative_to(root).as_posix()
+    except ValueError:
+        return path.as_posix()
+
+
+def _by_pattern(relative: Mapping[Path, str], pattern: str) -> dict[Path, str]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise VolumeError(f"subject: {pattern!r} is no regular expression: {error}; such as 'patient[0-9]+'") from None
+    names = {}
+    for path, text in relative.items():
+        found = expression.search(text)
+        name = next((group for group in found.groups() if group), found[0]) if found else ""
+        if not name:
+            raise VolumeError(f"subject: {pattern!r} finds no subject in {text}; widen it, or list the scans by hand")
+        names[path] = name
+    return names
+
+
+def _guessed(relative: Mapping[Path, str]) -> tuple[dict[Path, str], str]:
+    """Rules 3 to 5: names, empty where the path tells nothing, and the rule in words."""
+    numbered = {path: _numbered(text) for path, text in relative.items()}
+    if all(numbered.values()):
+        return {path: name or "" for path, name in numbered.items()}, "the patient numbers in the paths"
+    parts = {path: text.split("/") for path, text in relative.items()}
+    stems = {path: _stem(names[-1]) for path, names in parts.items()}
+    folders = _first_difference({path: names[:-1] for path, names in parts.items()})
+    files = _person_parts(stems)
+    shapes = defaultdict(set)
+    for path, stem in stems.items():
+        if folders[path]:
+            shapes[_shape(stem)].add(_key(folders[path]))
+    if any(len(owners) > 1 for owners in shapes.values()):
+        return {path: folders[path] or files[path] for path in relative}, "the folders, over which file names repeat"
+    return {path: files[path] or folders[path] for path in relative}, "the file names"
+
+
+def _numbered(text: str) -> str | None:
+    """The topmost explicit number of a person in a path, such as `patient01`."""
+    for part in text.split("/"):
+        stem = _stem(part)
+        if found := _KNOWN.search(stem) or _NUMBERED.search(stem):
+            return re.sub(r"[_ -](?=\d+$)", "", found[1]) if found.lastindex else found[0]
+    return None
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"\.(nii|mg[hz]|gz|dcm|img|hdr)$", "", re.sub(r"\.gz$", "", name, flags=re.I), flags=re.I)
+
+
+def _tokens(text: str) -> list[str]:
+    """The parts of a name that may name a person: no contrasts, sessions or dates."""
+    kept = []
+    for token in re.split(r"[^0-9A-Za-z\u0080-\uffff^]+", _DATE.sub(" ", text)):
+        if token and not _NO_PERSON.fullmatch(token):
+            attached = _ATTACHED.fullmatch(token)  # P001T1
+            kept.append(attached[1] if attached else token)
+    return kept
+
+
+def _shape(stem: str) -> str:
+    """A file's name without what distinguishes scans of one series of names: contrasts, and the values of numbers."""
+    return re.sub(r"\d+", "#", " ".join(_tokens(stem))).lower()
+
+
+def _person_parts(names: Mapping[Path, str]) -> dict[Path, str]:
+    """Of each name the first part that may name a person and is not the same in all of them; empty where none is."""
+    tokens = {path: _tokens(name) for path, name in names.items()}
+    lists = [{token.lower() for token in found} for found in tokens.values()]
+    common = set.intersection(*lists) if len({*names.values()}) > 1 else set()
+    return {path: next((t for t in found if t.lower() not in common), "") for path, found in tokens.items()}
+
+
+def _key(name: str) -> str:
+    """What two spellings of a name share: upper and lower case, and zeros before a number, are not told apart."""
+    return re.sub(r"(?<!\d)0+(?=\d)", "", name.lower())
+
+
+def _first_difference(folders: Mapping[Path, Sequence[str]]) -> dict[Path, str]:
+    """Of each list of folders the topmost one that may name a person, at the first level where at least two do."""
+    depth = max(map(len, folders.values()))
+    levels = [
+        _person_parts({path: names[level] for path, names in folders.items() if level < len(names)})
+        for level in range(depth)
+    ]
+    while levels and len({_key(name) for name in levels[0].values() if name}) < 2:
+        levels.pop(0)
+    return {path: next((level[path] for level in levels if level.get(path)), "") for path in folders}
+
+
+def _joined(names: Mapping[Path, str], patients: Mapping[Path, str]) -> dict[Path, str]:
+    """`names`, where those that share a PatientID have become one; a name that was empty comes from the PatientID."""
+    usable = {path: text.strip() for path, text in patients.items() if not _PLACEHOLDER.fullmatch(text.strip())}
+    filled = {
+        path: name or (f"patient-{hashlib.sha256(usable[path].encode()).hexdigest()[:8]}" if path in usable else "")
+        for path, name in names.items()
+    }
+    same_as: dict[str, str] = {}  # by key of a name: the key that it has become
+
+    def final(key: str) -> str:
+        while key in same_as:
+            key = same_as[key]
+        return key
+
+    first: dict[str, str] = {}  # by PatientID
+    for path, patient in usable.items():
+        key = _key(filled[path])
+        mine, other = final(key), final(first.setdefault(patient, key))
+        if mine != other:
+            same_as[mine] = other
+    spelled = {_key(name): name for name in reversed(filled.values())}
+    return {path: spelled[final(_key(name))] for path, name in filled.items()}
+
+
+def _one_case(names: Mapping[Path, str]) -> dict[Path, str]:
+    """One spelling, the first, of names that `_key` does not tell apart."""
+    spelled: dict[str, str] = {}
+    return {path: spelled.setdefault(_key(name), name) for path, name in names.items()}
+
+
+def patient_id(folder: Path) -> str:
+    """The PatientID of the first readable DICOM file of a folder; empty where there is none."""
+    import pydicom
+
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        try:
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"], force=False)
+        except Exception:
+            continue
+        return str(header.get("PatientID", "") or "")
+    return ""

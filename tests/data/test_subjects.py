@@ -1,0 +1,132 @@
+"""Whose scan is it: layouts of folders as they are found, and what must never be split."""
+
+import warnings
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+
+from deformmamba.data.scans import find_scans
+from deformmamba.data.subjects import name_subjects, patient_id
+from deformmamba.volume import VolumeError
+
+ROOT = Path("/data/mine")
+
+# the layout, and the subject of each of its scans
+LAYOUTS = {
+    "a folder a patient": ("patient1/T1.nii.gz patient1/T2.nii.gz patient2/T1.nii.gz", "patient1 patient1 patient2"),
+    "first names": ("anna/T1.nii.gz anna/T2.nii.gz ben/T1.nii.gz", "anna anna ben"),
+    "below one folder": ("x/anna/tirm_foo.nii x/anna/bla.nii x/ben/tirm_foo.nii", "anna anna ben"),
+    "one flat folder": ("s/patient01_T1.nii s/patient01_T2.nii s/patient02_T1.nii", "patient01 patient01 patient02"),
+    "hyphens": ("P001-T1.nii P001-T2.nii P002-T1.nii", "P001 P001 P002"),
+    "nothing between": ("P1T1.nii P1T2.nii P2T1.nii", "P1 P1 P2"),
+    "contrast first": ("T1_anna.nii T2_anna.nii T1_ben.nii", "anna anna ben"),
+    "contrast folders": ("T1/anna.nii.gz T2/anna.nii.gz T1/ben.nii.gz", "anna anna ben"),
+    "sessions": ("P001/ses-1/T1.nii P001/ses-2/T1.nii P002/ses-1/T1.nii", "P001 P001 P002"),
+    "years": ("alice/2021/T1.nii alice/2022/T1.nii bob/2021/T1.nii", "alice alice bob"),
+    "dates": ("2021-03-04_anna.nii 2021-05-04_anna.nii 20210304_ben.nii", "anna anna ben"),
+    "visits": ("anna_v1.nii anna_v2.nii ben_v1.nii", "anna anna ben"),
+    "visits as folders": ("anna-baseline/T1.nii anna-followup/T1.nii ben-baseline/T1.nii", "anna anna ben"),
+    "visits on top": ("baseline/anna_T1.nii followup/anna_T1.nii baseline/ben_T1.nii", "anna anna ben"),
+    "runs": ("anna_1.nii anna_2.nii ben_1.nii", "anna anna ben"),
+    "upper and lower case": ("Anna/T1.nii anna/T2.nii BEN/T1.nii", "Anna Anna BEN"),
+    "zeros": ("Patient 1/T1.nii,patient_01/T2.nii,Patient 2/T1.nii", "Patient1 Patient1 Patient2"),
+    "hospitals": ("siteA/patient1/T1.nii siteA/patient2/T1.nii siteB/patient3/T1.nii", "patient1 patient2 patient3"),
+    "numbers": ("001/T1.nii 001/T2.nii 002/T1.nii", "001 001 002"),
+    "numbers and no folder": ("001_T1.nii 001_T2.nii 002_T1.nii", "001 001 002"),
+    "patient, study, series": ("anna/study1/series1 anna/study1/series2 ben/study1/series1", "anna anna ben"),
+    "different names": ("patient_A/T1.nii patient_A/T2.nii patient_B/FLAIR.nii", "A A B"),
+    "image numbers": ("anna/IM_001.nii anna/IM_002.nii ben/IM_003.nii", "anna anna ben"),
+    "FreeSurfer": ("bert/mri/T1.mgz bert/mri/orig.mgz ernie/mri/T1.mgz", "bert bert ernie"),
+    "BraTS": (
+        "b/BraTS20_Training_001/BraTS20_Training_001_t1.nii b/BraTS20_Training_001/BraTS20_Training_001_t2.nii "
+        "b/BraTS20_Training_002/BraTS20_Training_002_t1ce.nii",
+        "001 001 002",
+    ),
+    "HCP": ("100307/T1w/T1w.nii.gz 100307/3T/100307_3T_T2w.nii.gz 200109/T1w/T1w.nii.gz", "100307 100307 200109"),
+    "IXI": ("Guys/IXI002-Guys-0828-T2.nii HH/IXI013-HH-1212-T2.nii HH/IXI013-HH-1212-T1.nii", "IXI002 IXI013 IXI013"),
+    "TCGA": ("TCGA-02-0003/T1.nii TCGA-02-0003/T2.nii TCGA-02-0006/T1.nii", "TCGA-02-0003 TCGA-02-0003 TCGA-02-0006"),
+    "OASIS": ("OAS1_0001_MR1_mpr-1.nii OAS1_0001_MR2_mpr-1.nii OAS1_0002_MR1.nii", "OAS1_0001 OAS1_0001 OAS1_0002"),
+    "ADNI": ("ADNI_002_S_0295_MR.nii ADNI_002_S_0295_x.nii ADNI_005_S_0300.nii", "002_S_0295 002_S_0295 005_S_0300"),
+    "a name of nobody": ("series1/T1.nii series2/T1.nii", "mine mine"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "wanted"), LAYOUTS.values(), ids=LAYOUTS)
+def test_the_subject_of_a_scan_by_its_path(files, wanted):
+    paths = [ROOT / name for name in (files.split(",") if "," in files else files.split())]
+    found = name_subjects(paths, ROOT)
+    assert [found.names[path] for path in paths] == wanted.split()
+    assert not found.certain
+
+
+def test_bids_entities_come_first_and_are_certain():
+    paths = [ROOT / name for name in ("sub-01/anat/sub-01_T1w.nii.gz", "sub-02_ses-1_T1w.nii.gz", "SUB-02/T2w.nii.gz")]
+    found = name_subjects(paths, ROOT)
+    assert [*found.names.values()] == ["sub-01", "sub-02", "sub-02"]
+    assert found.certain
+    mixed = name_subjects([*paths, ROOT / "patient7.nii"], ROOT)
+    assert mixed.names[ROOT / "patient7.nii"] == "patient7"
+    assert not mixed.certain
+
+
+def test_an_expression_decides():
+    paths = [ROOT / name for name in ("a1b/x.nii", "a1c/y.nii", "a2b/x.nii")]
+    assert [*name_subjects(paths, ROOT, pattern="a[0-9]").names.values()] == ["a1", "a1", "a2"]
+    assert [*name_subjects(paths, ROOT, pattern="a([0-9])").names.values()] == ["1", "1", "2"]
+    assert name_subjects(paths, ROOT, pattern="a[0-9]").certain
+    with pytest.raises(VolumeError, match=r"'b/' finds no subject in a1c/y.nii"):
+        name_subjects(paths, ROOT, pattern="b/")
+    with pytest.raises(VolumeError, match="no regular expression"):
+        name_subjects(paths, ROOT, pattern="a(")
+
+
+def series(folder, patient):
+    folder.mkdir(parents=True)
+    header = pydicom.Dataset()
+    header.PatientID = patient
+    header.SOPClassUID, header.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.4", pydicom.uid.generate_uid()
+    header.file_meta = pydicom.dataset.FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    pydicom.dcmwrite(folder / "1.dcm", header, enforce_file_format=True)
+    return folder
+
+
+def test_series_of_one_patient_id_are_one_subject(tmp_path):
+    folders = [
+        series(tmp_path / "anna" / "one", "17"),
+        series(tmp_path / "ben" / "one", "18"),
+        series(tmp_path / "carl" / "one", "17"),  # exported twice
+        series(tmp_path / "dora" / "one", "anonymous"),
+        series(tmp_path / "emil" / "one", "ANONYMOUS"),
+    ]
+    assert patient_id(folders[0]) == "17"
+    found = name_subjects(folders, tmp_path, patient_id=patient_id).names
+    assert found[folders[0]] == found[folders[2]]
+    assert len({*found.values()}) == 4
+
+
+def test_a_patient_id_names_series_whose_path_names_nobody(tmp_path):
+    folders = [series(tmp_path / f"series{k}", patient) for k, patient in enumerate(("17", "18", "17"))]
+    found = [*name_subjects(folders, tmp_path, patient_id=patient_id).names.values()]
+    assert found[0] == found[2] != found[1]
+    assert "17" not in found[0]
+
+
+def test_a_patient_is_in_one_split_and_a_warning_lists_the_subjects(tmp_path):
+    for patient in range(6):
+        for contrast in ("T1", "T2", "FLAIR"):
+            path = tmp_path / f"patient{patient}" / f"{contrast}.nii.gz"
+            path.parent.mkdir(exist_ok=True)
+            nibabel.save(nibabel.Nifti1Image(np.ones((4, 4, 2), np.float32), np.eye(4)), path)
+    with pytest.warns(UserWarning, match=r"guessed from .*: patient0, patient1.* and 1 more.*--subject REGEX"):
+        scans = find_scans(tmp_path)
+    splits = {scan.subject: {other.split for other in scans if other.subject == scan.subject} for scan in scans}
+    assert len(splits) == 6
+    assert all(len(found) == 1 for found in splits.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        named = find_scans(tmp_path, subject="patient([0-9]+)")
+    assert {scan.subject for scan in named} == set("012345")
