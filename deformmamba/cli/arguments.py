@@ -142,8 +142,8 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--subject",
         metavar="REGEX",
-        help="what in a scan's path, below the folder, names its subject, such as 'patient[0-9]+' (default: sub-<label>, "
-        "else guessed from folders and files)",
+        help="finds the subject in a scan's path below the folder, such as 'patient[0-9]+' (default: sub-<label>, else "
+        "guessed from folders and files)",
     )
 
 

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from deformmamba.cli.arguments import add_command, add_subject, positive, say
+from deformmamba.errors import InvalidArgument
 
 
 def add(commands: Any) -> None:
@@ -64,7 +65,7 @@ def _benchmark(args: argparse.Namespace) -> None:
     test = [scan for scan in scans if scan.split == args.split and args.group in (None, scan.group)]
     if not train or not test:
         groups = ", ".join(sorted({f"{scan.group or 'no group'} ({scan.split})" for scan in scans}))
-        raise ValueError(
+        raise InvalidArgument(
             f"{args.data} has {len(train)} volumes to train on and {len(test)} of split {args.split!r} to score; "
             f"both needed; there are: {groups}"
         )

@@ -16,6 +16,7 @@ from deformmamba.cli.arguments import (
     say,
     short,
 )
+from deformmamba.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from deformmamba.data.patches import Scan
@@ -87,7 +88,9 @@ def chosen(data: list[str], split: str | None, group: str | None, subject: str |
         else:
             scans.append(path)
     if not scans:
-        raise ValueError(f"no volume of split {split or 'any'!r} and group {group or 'any'!r} in {', '.join(data)}")
+        raise InvalidArgument(
+            f"no volume of split {split or 'any'!r} and group {group or 'any'!r} in {', '.join(data)}"
+        )
     return scans
 
 
@@ -109,7 +112,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.figure:
         check_target(args.figure, "", figure=True)
     if args.slice is not None and not args.figure:
-        raise ValueError("--slice chooses the slice of --figure, which is not given")
+        raise InvalidArgument("--slice chooses the slice of --figure, which is not given")
     from deformmamba.evaluation.compare import compare
     from deformmamba.physics.degradations import parse
 
@@ -117,9 +120,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     models = {name: load_model(name) for name in args.model}
     scales = sorted({model.scale for model in models.values()} | ({args.scale} if args.scale else set()))
     if not scales:
-        raise ValueError("no MODEL to evaluate; name one or more, or give --scale S for the interpolations alone")
+        raise InvalidArgument("no MODEL to evaluate; name one or more, or give --scale S for the interpolations alone")
     if len(scales) > 1:
-        raise ValueError(f"one scale at a time: {scales} given by MODEL and --scale; evaluate them one by one")
+        raise InvalidArgument(f"one scale at a time: {scales} given by MODEL and --scale; evaluate them one by one")
     degradation = parse(args.degradation, scale=scales[0])
     models = interpolations(degradation) | models
     for model in models.values():

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from deformmamba.errors import InvalidArgument
+
 TISSUE = 0.15  # of the intensity scale: brighter pixels are tissue, darker ones air
 
 
@@ -22,7 +24,7 @@ def check_range(name: str, value: float, lowest: float, highest: float = math.in
     """
     if not lowest <= value <= highest or value == math.inf:
         between = f"from {lowest} to {highest}" if highest < math.inf else f"of {lowest} or more"
-        raise ValueError(f"PatchDataset: {name} is {value}; wanted a number {between}")
+        raise InvalidArgument(f"PatchDataset: {name} is {value}; wanted a number {between}")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from deformmamba.data.augmentation import TISSUE, Augmentation, check_range
 from deformmamba.data.scans import Scan, Slices, find_scans, load_slices, load_volume, subjects
+from deformmamba.errors import InvalidArgument
 from deformmamba.models.normalise import slice_range
 from deformmamba.models.skip import BASES
 from deformmamba.physics.degradations import Degradation, KSpaceCrop, parse
@@ -115,7 +116,7 @@ class PatchDataset(Dataset[Sample]):
         check_range("masked", masked, 0, 1)
         check_range("cut", cut, 0, 1)
         if base not in BASES:
-            raise ValueError(f"PatchDataset: base is {base!r}; it must be one of {', '.join(BASES)}")
+            raise InvalidArgument(f"PatchDataset: base is {base!r}; it must be one of {', '.join(BASES)}")
         check_range("coarsest", coarsest, 1)
         self.scale, self.patch, self.length, self.seed = scale, patch, length, seed
         self.coarsest, self.masked, self.cut, self.base = coarsest, masked, cut, base
@@ -269,7 +270,7 @@ def _parsed_degradation(degradation: Degradation | str | None, scale: int) -> De
         degradation = parse(degradation, scale=scale)
     degradation = degradation or KSpaceCrop(scale=scale)
     if degradation.scale != scale:
-        raise ValueError(f"PatchDataset: {degradation} shrinks by {degradation.scale}; wanted {scale}")
+        raise InvalidArgument(f"PatchDataset: {degradation} shrinks by {degradation.scale}; wanted {scale}")
     return degradation
 
 
@@ -278,12 +279,12 @@ def _parsed_jitter(jitter: Mapping[str, float], main: Degradation) -> dict[Degra
     parsed = {parse(text, scale=main.scale): share for text, share in jitter.items()}
     for other in parsed:
         if (other.scale, other.grid) != (main.scale, main.grid):
-            raise ValueError(
+            raise InvalidArgument(
                 f"PatchDataset: jitter {other} shrinks by {other.scale} to the {other.grid} grid; "
                 f"wanted {main.scale} and {main.grid}, as {main}"
             )
     if not sum(parsed.values()) <= 1 or any(not share >= 0 for share in parsed.values()):
-        raise ValueError(f"PatchDataset: jitter has the shares {list(parsed.values())}; wanted at most 1 in all")
+        raise InvalidArgument(f"PatchDataset: jitter has the shares {list(parsed.values())}; wanted at most 1 in all")
     return parsed
 
 
@@ -291,7 +292,7 @@ def _check_weights(weights: Mapping[str, float] | None) -> None:
     for name, share in (weights or {}).items():
         check_range(f"the weight of {name}", share, 0)
     if weights and not sum(weights.values()):
-        raise ValueError("PatchDataset: all weights are 0; wanted one above 0")
+        raise InvalidArgument("PatchDataset: all weights are 0; wanted one above 0")
 
 
 def _with_bar(scans: Sequence[Scan], progress: bool) -> Iterable[Scan]:

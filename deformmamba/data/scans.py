@@ -12,6 +12,7 @@ import numpy as np
 from deformmamba.data.prepared import MANIFEST, SUFFIX, is_prepared, read_manifest, read_prepared
 from deformmamba.data.splits import SPLITS, by_share, check_shares, check_splits, read_table
 from deformmamba.data.subjects import name_subjects, patient_id
+from deformmamba.errors import InvalidArgument
 from deformmamba.volume import Volume, VolumeError, holds_dicom, in_plane, read_volume, slice_axis
 
 INDEX = "volumes.tsv"
@@ -65,7 +66,9 @@ def find_scans(
         raise VolumeError(f"{root}: no such folder of volumes")
     table = MANIFEST if is_prepared(root) else INDEX if (root / INDEX).is_file() else None
     if table and subject is not None:
-        raise ValueError(f"{root}: subject={subject!r} was given, but its {table} names the subjects; leave it out")
+        raise InvalidArgument(
+            f"{root}: subject={subject!r} was given, but its {table} names the subjects; leave it out"
+        )
     if table == MANIFEST:
         scans = _from_manifest(root)
     elif table == INDEX:

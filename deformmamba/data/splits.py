@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.volume import VolumeError
 
 SPLITS = ("train", "val", "test", "external")
@@ -24,9 +25,13 @@ def check_shares(val: float, test: float = 0.0) -> None:
     """
     for name, share in (("val", val), ("test", test)):
         if not 0 <= share <= 1:
-            raise ValueError(f"{name}: the share of subjects is {share:g}; wanted a number from 0 to 1, such as 0.1")
+            raise InvalidArgument(
+                f"{name}: the share of subjects is {share:g}; wanted a number from 0 to 1, such as 0.1"
+            )
     if val + test > 1:
-        raise ValueError(f"val and test: shares of {val:g} and {test:g} are more than all subjects; wanted at most 1")
+        raise InvalidArgument(
+            f"val and test: shares of {val:g} and {test:g} are more than all subjects; wanted at most 1"
+        )
 
 
 def check_splits(pairs: Iterable[tuple[str, str]], where: str | os.PathLike[str]) -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from deformmamba.data.patches import Scan, load_slices
+from deformmamba.errors import InvalidArgument
 from deformmamba.inference import upscale
 from deformmamba.metrics import psnr, ssim
 from deformmamba.metrics.statistics import summarise
@@ -379,9 +380,9 @@ def assess(
     """
     meant = [scan for scan in scans if groups is None or scan.group in groups]
     if not meant:
-        raise ValueError(f"assess: no scan is of {', '.join(groups or ['any group'])}; {len(scans)} were given")
+        raise InvalidArgument(f"assess: no scan is of {', '.join(groups or ['any group'])}; {len(scans)} were given")
     if model.grid != "origin":
-        raise ValueError(f"assess: {type(model).__name__} is on the {model.grid} grid; wanted the origin grid")
+        raise InvalidArgument(f"assess: {type(model).__name__} is on the {model.grid} grid; wanted the origin grid")
     return {
         "by_spacing": by_spacing(model, meant, slices=slices),
         "out_of_domain": out_of_domain(model, scans, groups=groups, slices=slices, seed=seed),

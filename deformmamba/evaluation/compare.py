@@ -19,6 +19,7 @@ import torch
 
 from deformmamba import __version__
 from deformmamba.data.patches import Scan, load_slices, load_volume
+from deformmamba.errors import InvalidArgument
 from deformmamba.inference import upscale
 from deformmamba.metrics import METRICS, ON_REQUEST, Protocol, by_slice
 from deformmamba.metrics.statistics import FEWEST, Spread, paired_difference, subject_means, summarise
@@ -71,9 +72,9 @@ def evaluate(
     degradation = degradation or KSpaceCrop(model.scale)
     unknown = [name for name in metrics if name not in ON_REQUEST]
     if unknown:
-        raise ValueError(f"evaluate: no metric {unknown[0]!r} to ask for; there are: {', '.join(ON_REQUEST)}")
+        raise InvalidArgument(f"evaluate: no metric {unknown[0]!r} to ask for; there are: {', '.join(ON_REQUEST)}")
     if (degradation.scale, degradation.grid) != (model.scale, model.grid):
-        raise ValueError(
+        raise InvalidArgument(
             f"evaluate: {degradation} shrinks by {degradation.scale} on the {degradation.grid} grid, but "
             f"{type(model).__name__} enlarges by {model.scale} on the {model.grid} grid: they do not fit"
         )
@@ -218,7 +219,7 @@ class Shown:
         """`index`: along the slice axis, from 0; None: the middle one. ValueError where there is no such slice."""
         self._index = len(hr) // 2 if index is None else index
         if not 0 <= self._index < len(hr):
-            raise ValueError(f"{scan.path}: no slice {index}; there are {len(hr)}, from 0")
+            raise InvalidArgument(f"{scan.path}: no slice {index}; there are {len(hr)}, from 0")
         self._volume, self._axis = load_volume(scan.path)
         self.hr, self.spacing, _ = self._seen(hr)
         self.results: dict[str, np.ndarray] = {}
@@ -261,12 +262,12 @@ def compare(
     volumes = list(volumes)
     scales = {model.scale for model in models.values()}
     if not volumes or len(scales) != 1:
-        raise ValueError(
+        raise InvalidArgument(
             f"compare: {len(volumes)} volumes and models of the scales {sorted(scales)}; a volume and one scale needed"
         )
     against = next(iter(models)) if against is None else against
     if against not in models:
-        raise ValueError(f"compare: nothing called {against!r} to compare with; there are: {', '.join(models)}")
+        raise InvalidArgument(f"compare: nothing called {against!r} to compare with; there are: {', '.join(models)}")
     degradation = degradation or KSpaceCrop(scales.pop())
     shown: Shown | None = None
     rows: dict[str, list[dict[str, Any]]] = {}

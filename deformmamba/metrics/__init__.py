@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.extras import MissingExtra, require
 
 Protocol = Literal["volume", "slice", "foreground"]
@@ -49,11 +50,11 @@ def _tensor(x: Array) -> torch.Tensor:
 def _pair(sr: Array, hr: Array, protocol: str) -> _Pair:
     a, b = _tensor(sr), _tensor(hr)
     if a.shape != b.shape or a.ndim not in (2, 3):
-        raise ValueError(
+        raise InvalidArgument(
             f"metrics: sr is {tuple(a.shape)} and hr {tuple(b.shape)}; both must be (slices, H, W) or (H, W), the same"
         )
     if protocol not in PROTOCOLS:
-        raise ValueError(f"metrics: no protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
+        raise InvalidArgument(f"metrics: no protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
     a, b = (x.double().reshape(-1, *x.shape[-2:]) for x in (a, b))
     peak = b.amax((-2, -1))
     if protocol == "slice":
@@ -61,7 +62,7 @@ def _pair(sr: Array, hr: Array, protocol: str) -> _Pair:
     else:
         peak = peak.max().expand(len(b))
     if not len(b) or (peak <= 0).any():
-        raise ValueError("metrics: hr has no positive value, so it has no data range")
+        raise InvalidArgument("metrics: hr has no positive value, so it has no data range")
     return _Pair(a, b, peak, foreground(b) if protocol == "foreground" else None)
 
 
@@ -105,7 +106,9 @@ def psnr(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
 def _similarity(pair: _Pair) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Of a few slices at a time: `_sums` of the map of SSIM."""
     if min(pair.hr.shape[-2:]) < WINDOW:
-        raise ValueError(f"ssim: slices are {tuple(pair.hr.shape[-2:])}, smaller than the {WINDOW}x{WINDOW} window")
+        raise InvalidArgument(
+            f"ssim: slices are {tuple(pair.hr.shape[-2:])}, smaller than the {WINDOW}x{WINDOW} window"
+        )
 
     def window_mean(x: torch.Tensor) -> torch.Tensor:
         return F.avg_pool2d(x[:, None], WINDOW, stride=1)[:, 0]
@@ -127,7 +130,7 @@ def ssim(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
     """Structural similarity, 1 for equal volumes. Slices must be at least 7x7."""
     total, n = map(torch.cat, zip(*_similarity(_pair(sr, hr, protocol)), strict=True))
     if not n.any():
-        raise ValueError("ssim: no foreground pixel whose 7x7 window lies inside the image")
+        raise InvalidArgument("ssim: no foreground pixel whose 7x7 window lies inside the image")
     return float(total.sum() / n.sum())  # without a mask every slice has as many pixels: the mean over slices
 
 
@@ -215,10 +218,10 @@ def lpips(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
         ValueError: slices smaller than 32x32, or the protocol "foreground".
     """
     if protocol == "foreground":
-        raise ValueError('lpips: a network sees whole slices; protocol "volume" or "slice", not "foreground"')
+        raise InvalidArgument('lpips: a network sees whole slices; protocol "volume" or "slice", not "foreground"')
     a, b, peak, _ = _pair(sr, hr, protocol)
     if min(b.shape[-2:]) < 32:
-        raise ValueError(f"lpips: slices are {tuple(b.shape[-2:])}; AlexNet needs 32x32 or more")
+        raise InvalidArgument(f"lpips: slices are {tuple(b.shape[-2:])}; AlexNet needs 32x32 or more")
     network = _lpips_network()
     images = [(x / peak[:, None, None]).clamp(0, 1).float().cpu()[:, None].expand(-1, 3, -1, -1) for x in (a, b)]
     with torch.inference_mode():

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from deformmamba.errors import InvalidArgument
+
 # below this many values a bootstrap has too few distinct samples to say anything
 FEWEST = 5
 RESAMPLES = 10_000
@@ -85,9 +87,11 @@ def spread(
     """
     numbers = np.array([values[name] for name in sorted(values)] if isinstance(values, Mapping) else values, float)
     if not numbers.size or numbers.ndim != 1 or np.isnan(numbers).any():
-        raise ValueError(f"spread: wanted a list of numbers over {over}, at least one and none NaN, not {values!r}")
+        raise InvalidArgument(
+            f"spread: wanted a list of numbers over {over}, at least one and none NaN, not {values!r}"
+        )
     if not 0 < level < 1:
-        raise ValueError(f"spread: level must lie between 0 and 1, such as 0.95, not {level!r}")
+        raise InvalidArgument(f"spread: level must lie between 0 and 1, such as 0.95, not {level!r}")
     n = numbers.size
     if not np.isfinite(numbers).all():  # an infinite PSNR: equal volumes
         return Spread(float(numbers.sum()), None, n, over, None, level)
@@ -132,6 +136,6 @@ def paired_difference(a: Mapping[str, float], b: Mapping[str, float], *, level: 
     """
     if set(a) != set(b):
         odd = sorted(set(a) ^ set(b))
-        raise ValueError(f"paired_difference: both need the same subjects; in one only: {', '.join(odd[:5])}")
+        raise InvalidArgument(f"paired_difference: both need the same subjects; in one only: {', '.join(odd[:5])}")
     # equal infinities have no difference: two methods that are both perfect on a subject are equal there
     return spread({name: 0.0 if a[name] == b[name] else a[name] - b[name] for name in a}, level=level, seed=seed)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deformmamba.errors import one_line
+from deformmamba.errors import InvalidArgument, one_line
 from deformmamba.training.curves import training_curve
 from deformmamba.volume import replacing, write_text
 
@@ -42,7 +42,7 @@ class RunFolder:
         if not (self.path / RUN).is_file():
             strangers = [name for name in (STATE, BEST, LAST) if (self.path / name).exists()]
             if strangers:
-                raise ValueError(
+                raise InvalidArgument(
                     f"fit: {self.path} holds {', '.join(strangers)} of a run that it does not describe "
                     f"(no {RUN}); choose another folder"
                 )
@@ -52,7 +52,9 @@ class RunFolder:
         try:
             known = dict(_flat(json.loads((self.path / RUN).read_text("utf-8"))))
         except ValueError as error:
-            raise ValueError(f"fit: {self.path / RUN} cannot be read ({one_line(error)}); delete the folder") from None
+            raise InvalidArgument(
+                f"fit: {self.path / RUN} cannot be read ({one_line(error)}); delete the folder"
+            ) from None
         wanted = dict(_flat(_plain(run)))
         compared = known.keys() | wanted.keys() if whole else wanted.keys()
         different = sorted(key for key in compared if known.get(key, "not given") != wanted.get(key, "not given"))
@@ -61,7 +63,7 @@ class RunFolder:
                 f"{key} is {_short(known, key)} there and {_short(wanted, key)} here" for key in different[:3]
             )
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-            raise ValueError(
+            raise InvalidArgument(
                 f"fit: {self.path} holds another run: {shown}{more}; choose another folder, or delete that one"
             )
 
@@ -78,7 +80,9 @@ class RunFolder:
                 state = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
                 state["step"]
             except Exception as error:  # torch.load's errors are of many kinds
-                raise ValueError(f"fit: {self.path / STATE} cannot be read ({one_line(error)}); delete it") from None
+                raise InvalidArgument(
+                    f"fit: {self.path / STATE} cannot be read ({one_line(error)}); delete it"
+                ) from None
         if writes:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / RUN, json.dumps(_plain(run), indent=2) + "\n")
@@ -98,7 +102,7 @@ class RunFolder:
         with open(self.path / LOG, newline="") as file:
             rows = list(csv.DictReader(file))
         if not all((row.get("step") or "").isdigit() for row in rows):
-            raise ValueError(f"fit: {self.path / LOG} is no log of a run (no column of steps); move it away")
+            raise InvalidArgument(f"fit: {self.path / LOG} is no log of a run (no column of steps); move it away")
         return rows
 
     def log(self, row: Mapping[str, float]) -> None:

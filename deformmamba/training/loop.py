@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.extras import require
 from deformmamba.losses import SRLoss
 from deformmamba.training.batches import Batches
@@ -130,7 +131,7 @@ def fit(
     )
     _refuse_sharding(accelerator)
     if accelerator.num_processes == 1 and os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ValueError(
+        raise InvalidArgument(
             f"fit: started as one of {os.environ['WORLD_SIZE']} processes, but accelerate trains in one; without a GPU "
             "set ACCELERATE_USE_CPU=true"
         )
@@ -157,7 +158,9 @@ def fit(
             part.load_state_dict(state[name])
         step, best, recent, seen = (state[name] for name in ("step", "best", "recent", "seen"))
     if len(set(accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist())) > 1:
-        raise ValueError(f"fit: not every process sees the same {folder.path}; it must be on a disk that all share")
+        raise InvalidArgument(
+            f"fit: not every process sees the same {folder.path}; it must be on a disk that all share"
+        )
 
     processes, rank = accelerator.num_processes, accelerator.process_index
     if processes > 1:  # the weights of depthwise convolutions: for one channel both layouts are the same memory
@@ -307,13 +310,13 @@ def _n_further(model: nn.Module) -> int | None:
 
 def _check(schedule: str, milestones: Sequence[float], **numbers: float) -> None:
     if schedule not in SCHEDULES:
-        raise ValueError(f"fit: schedule is {schedule!r}; it must be one of {', '.join(SCHEDULES)}")
+        raise InvalidArgument(f"fit: schedule is {schedule!r}; it must be one of {', '.join(SCHEDULES)}")
     if not all(0 < milestone < 1 for milestone in milestones):
-        raise ValueError(f"fit: milestones are {list(milestones)}; they are fractions of the run, between 0 and 1")
+        raise InvalidArgument(f"fit: milestones are {list(milestones)}; they are fractions of the run, between 0 and 1")
     lowest = {"batch": 1, "accumulate": 1, "every": 1}
     for name, value in numbers.items():
         if not lowest.get(name, 0) <= value < (1 if name == "ema" else math.inf):
-            raise ValueError(
+            raise InvalidArgument(
                 f"fit: {name} is {value}; it must be {lowest.get(name, 0)} or more{', and below 1' * (name == 'ema')}"
             )
 
@@ -321,19 +324,19 @@ def _check(schedule: str, milestones: Sequence[float], **numbers: float) -> None
 def _samples(n: int, steps: int | None, epochs: float | None, batch: int) -> int:
     """How many samples a run sees."""
     if not n:
-        raise ValueError("fit: the data set is empty")
+        raise InvalidArgument("fit: the data set is empty")
     if (steps is None) == (epochs is None):
-        raise ValueError(f"fit: steps is {steps} and epochs is {epochs}; give one of the two")
+        raise InvalidArgument(f"fit: steps is {steps} and epochs is {epochs}; give one of the two")
     samples = steps * batch if steps is not None else round(epochs * n)  # type: ignore[operator]
     if samples < 1:
-        raise ValueError(f"fit: steps is {steps} and epochs is {epochs}; there is nothing to train")
+        raise InvalidArgument(f"fit: steps is {steps} and epochs is {epochs}; there is nothing to train")
     return samples
 
 
 def _refuse_sharding(accelerator: Any) -> None:
     kind = str(accelerator.distributed_type).rpartition(".")[2]
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
-        raise ValueError(
+        raise InvalidArgument(
             f"fit: accelerate is configured for {kind}; fit keeps whole models: use MULTI_GPU or MULTI_CPU"
         )
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from deformmamba.annotations import described, fits
-from deformmamba.data.patches import PatchDataset, Scan, find_scans, load_slices, subjects
+from deformmamba.data.patches import PatchDataset
+from deformmamba.data.scans import Scan, describe_splits, find_scans, load_slices, subjects
 from deformmamba.data.thick_slices import ThickSliceDataset, thick_cases
-from deformmamba.errors import one_line
+from deformmamba.errors import InvalidArgument, one_line
 from deformmamba.evaluation.compare import evaluate, mean_scores
 from deformmamba.losses import LOSSES, SRLoss
 from deformmamba.metrics import psnr, ssim
@@ -53,28 +54,30 @@ def load_recipe(name: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     elif Path(name).is_file():
         text = Path(name).read_text("utf-8")
     else:
-        raise ValueError(f"no recipe {str(name)!r}; recipes: {', '.join(sorted(packaged))}, or the path of a TOML file")
+        raise InvalidArgument(
+            f"no recipe {str(name)!r}; recipes: {', '.join(sorted(packaged))}, or the path of a TOML file"
+        )
     try:
         recipe = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"recipe {name}: not TOML: {error}") from None
+        raise InvalidArgument(f"recipe {name}: not TOML: {error}") from None
     for section in [*recipe, *SECTIONS]:
         if section not in SECTIONS or not isinstance(recipe.setdefault(section, {}), dict):
-            raise ValueError(f"recipe {name}: no section [{section}]; sections: {', '.join(SECTIONS)}")
+            raise InvalidArgument(f"recipe {name}: no section [{section}]; sections: {', '.join(SECTIONS)}")
     model = recipe["model"].get("name", "DeformMambaSR")
     if model not in MODELS:
-        raise ValueError(f"recipe {name}: no model {model!r}; models: {', '.join(MODELS)}")
+        raise InvalidArgument(f"recipe {name}: no model {model!r}; models: {', '.join(MODELS)}")
     _check_keys(name, "model", recipe["model"], MODELS[model].__init__, extra={"name": str, "preset": str, "init": str})
     kind = recipe["data"].get("kind", "in-plane")
     if kind not in KINDS:
-        raise ValueError(f"recipe {name}: kind in [data] is {kind!r}; wanted {' or '.join(map(repr, KINDS))}")
+        raise InvalidArgument(f"recipe {name}: kind in [data] is {kind!r}; wanted {' or '.join(map(repr, KINDS))}")
     _check_keys(name, "data", recipe["data"], KINDS[kind].__init__, extra={"validation": Sequence[str], "kind": str})
     _check_keys(name, "fit", recipe["fit"], fit, extra={"loss": str, "beta": float})
     loss = recipe["fit"].get("loss", "sr")
     if loss not in LOSSES:
-        raise ValueError(f"recipe {name}: no loss {loss!r}; losses: {', '.join(LOSSES)}")
+        raise InvalidArgument(f"recipe {name}: no loss {loss!r}; losses: {', '.join(LOSSES)}")
     if loss != "sr" and "beta" in recipe["fit"]:
-        raise ValueError(f"recipe {name}: beta in [fit] weighs the edges of loss = 'sr', and loss is {loss!r}")
+        raise InvalidArgument(f"recipe {name}: beta in [fit] weighs the edges of loss = 'sr', and loss is {loss!r}")
     return recipe
 
 
@@ -93,9 +96,9 @@ def _check_keys(name: Any, section: str, values: Mapping[str, Any], of: Any, ext
     kinds.update(extra)
     for key, value in values.items():
         if key not in kinds:
-            raise ValueError(f"recipe {name}: no key {key!r} in [{section}]; keys: {', '.join(sorted(kinds))}")
+            raise InvalidArgument(f"recipe {name}: no key {key!r} in [{section}]; keys: {', '.join(sorted(kinds))}")
         if not fits(value, kinds[key]):
-            raise ValueError(f"recipe {name}: {key} in [{section}] is {value!r}; wanted {described(kinds[key])}")
+            raise InvalidArgument(f"recipe {name}: {key} in [{section}] is {value!r}; wanted {described(kinds[key])}")
 
 
 def train_recipe(
@@ -104,6 +107,8 @@ def train_recipe(
     out: str | os.PathLike[str],
     *,
     init: str | None = None,
+    subject: str | None = None,
+    say: Callable[[str], None] | None = None,
     progress: bool = True,
     **overrides: Any,
 ) -> Path:
@@ -114,6 +119,8 @@ def train_recipe(
         data: see `deformmamba.data.patches.find_scans`.
         out: see `fit`; a picture of a validation slice, `sample.png`, comes there as well.
         init: see `load_recipe`; instead of the recipe's.
+        subject: a regular expression that finds the subject in the path of a scan, see `find_scans`.
+        say: called with a line for each split: its subjects.
         progress: see `fit`.
         overrides: replace [fit] keys if they are not None, such as `steps` (which replaces `epochs`) or `seed`.
 
@@ -131,11 +138,14 @@ def train_recipe(
     if init is not None:
         plan["model"]["init"] = init
     if ("steps" in plan["fit"]) == ("epochs" in plan["fit"]):
-        raise ValueError(f"recipe {recipe}: [fit] needs either steps or epochs")
+        raise InvalidArgument(f"recipe {recipe}: [fit] needs either steps or epochs")
     for key in ("steps", "epochs"):
         if key in plan["fit"] and not 0 < plan["fit"][key] < math.inf:
-            raise ValueError(f"recipe {recipe}: {key} in [fit] is {plan['fit'][key]}; wanted a number above 0")
-    train, val = _split(find_scans(data), plan, data)
+            raise InvalidArgument(f"recipe {recipe}: {key} in [fit] is {plan['fit'][key]}; wanted a number above 0")
+    train, val = _split(find_scans(data, subject=subject), plan, data)
+    if say is not None:
+        for line in describe_splits([*train, *val]):
+            say(line)
     fitting = dict(plan["fit"])
     start = load_checkpoint(plan["model"]["init"]) if "init" in plan["model"] else None
     named = {**plan["model"], "init": Path(plan["model"]["init"]).name} if start is not None else plan["model"]
@@ -159,7 +169,7 @@ def train_recipe(
     quiet = os.environ.get("RANK", "0") != "0" or not progress
     if plan["data"].get("kind") == "thick":
         if model.scale != 1 or epochs is not None:
-            raise ValueError(f"recipe {recipe}: kind = 'thick' wants scale = 1 and steps, not epochs")
+            raise InvalidArgument(f"recipe {recipe}: kind = 'thick' wants scale = 1 and steps, not epochs")
         thick = ThickSliceDataset(train, length=fitting["steps"] * batch, seed=seed, progress=not quiet, **settings)
         return fit(
             model,
@@ -185,7 +195,7 @@ def train_recipe(
         fitting["steps"] = math.ceil(epochs * sum(len(slices) for slices in dataset.groups) / batch)
         dataset.length = fitting["steps"] * batch
     if (dataset.degradation.scale, dataset.degradation.grid) != (model.scale, model.grid):
-        raise ValueError(
+        raise InvalidArgument(
             f"recipe {recipe}: degradation {dataset.degradation} gives the {dataset.degradation.grid} grid, and "
             f"{type(model).__name__} works on the {model.grid} grid"
         )
@@ -233,7 +243,7 @@ def _split(scans: Sequence[Scan], plan: dict[str, dict[str, Any]], data: Any) ->
         )
     if not train or not val:
         groups = ", ".join(sorted({f"{scan.group or 'no group'} ({scan.split})" for scan in scans}))
-        raise ValueError(
+        raise InvalidArgument(
             f"train: {data} has {len(train)} volumes to train on and {len(val)} to validate on, both needed, of "
             f"different subjects; the recipe wants {', '.join(weights or ['any'])} and {', '.join(wanted or ['any'])}; "
             f"there are: {groups}"
@@ -290,13 +300,13 @@ def _model(arguments: Mapping[str, Any], start: Checkpoint | None) -> SRModel:
     plain = {key: value for key, value in arguments.items() if key != "init"}
     made, preset = MODELS[plain.pop("name", "DeformMambaSR")], plain.pop("preset", None)
     if preset is not None and not hasattr(made, "from_preset"):
-        raise ValueError(f"train: {made.__name__} has no presets; leave `preset` out")
+        raise InvalidArgument(f"train: {made.__name__} has no presets; leave `preset` out")
     model: SRModel = made.from_preset(preset, **plain) if preset is not None else made(**plain)  # type: ignore[attr-defined]
     if start is not None:
         try:
             model.load_state_dict(start.tensors, strict=True)
         except RuntimeError as error:
-            raise ValueError(
+            raise InvalidArgument(
                 f"train: init = {str(arguments['init'])!r} ({start.class_name}) does not fit the recipe's "
                 f"{type(model).__name__}: {one_line(error)}"
             ) from None

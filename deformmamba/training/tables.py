@@ -20,6 +20,7 @@ import torch
 
 from deformmamba import __version__
 from deformmamba.data.patches import PatchDataset, Scan, subjects
+from deformmamba.errors import InvalidArgument
 from deformmamba.evaluation.compare import compare, counted, evaluate, mean_scores
 from deformmamba.extras import MissingExtra, require
 from deformmamba.losses import SRLoss
@@ -205,7 +206,7 @@ def benchmark(
             path = folder / "rows" / f"{_slug(row)}-{seed}.json"
             if path.exists():
                 if json.loads(path.read_text("utf-8"))["config"] != config:
-                    raise ValueError(
+                    raise InvalidArgument(
                         f"{path} is of another network than {row.name} is now; delete it and {folder}/runs"
                     )
                 continue
@@ -225,24 +226,26 @@ def _check(
 ) -> list[Row]:
     if table not in TABLES or plan.preset not in SIZES:
         tables, presets = ", ".join(TABLES), ", ".join(SIZES)
-        raise ValueError(f"benchmark: no {table!r} or preset {plan.preset!r}; tables: {tables}; presets: {presets}")
+        raise InvalidArgument(
+            f"benchmark: no {table!r} or preset {plan.preset!r}; tables: {tables}; presets: {presets}"
+        )
     names = [row.name for row in TABLES[table]]
     unknown = [name for name in rows or () if name not in names]
     if unknown:
-        raise ValueError(f"benchmark: {table} has no row {unknown[0]!r}; rows: {', '.join(names)}")
+        raise InvalidArgument(f"benchmark: {table} has no row {unknown[0]!r}; rows: {', '.join(names)}")
     budget = [n for n in (plan.steps, plan.minutes) if n is not None]
     if len(budget) != 1 or not 0 < budget[0] < math.inf or plan.seeds < 1 or plan.batch < 1:
-        raise ValueError(
+        raise InvalidArgument(
             f"benchmark: steps={plan.steps}, minutes={plan.minutes}, seeds={plan.seeds}, batch={plan.batch}; one of "
             "steps and minutes is needed, and all must be positive"
         )
     if (degradation := plan.degradation()).grid != "origin":
-        raise ValueError(
+        raise InvalidArgument(
             f"benchmark: {degradation} is on the {degradation.grid} grid; the networks are on the origin grid"
         )
     both = sorted({*subjects(train)} & {*subjects(test)})
     if both or not train or not test:
-        raise ValueError(
+        raise InvalidArgument(
             f"benchmark: {len(train)} volumes to train on and {len(test)} to score, both needed, of different subjects"
             + (f"; in both: {', '.join(both[:5])}" if both else "")
         )
@@ -505,7 +508,7 @@ def _same(path: Path, facts: Mapping[str, Any]) -> None:
             if isinstance(ours, dict) and isinstance(theirs, dict):
                 key = next(k for k in ours if ours[k] != theirs.get(k))
                 part, ours, theirs = f"{part} {key}", ours[key], theirs.get(key)
-            raise ValueError(
+            raise InvalidArgument(
                 f"{path.parent} holds another benchmark: {part} is {_brief(theirs)} there and {_brief(ours)} here; "
                 "choose another folder, or delete it"
             )

@@ -19,6 +19,7 @@ from deformmamba.data.prepare.plan import (
     text_digest,
 )
 from deformmamba.data.splits import by_count, check_shares, read_text, validating
+from deformmamba.errors import InvalidArgument
 from deformmamba.extras import require
 from deformmamba.volume import VolumeError
 
@@ -62,7 +63,9 @@ def plan_fastmri(
     """
     check_shares(val)
     if crop < 1:
-        raise ValueError(f"fastmri: crop is {crop}; wanted the pixels a side that are kept, 1 or more, such as 320")
+        raise InvalidArgument(
+            f"fastmri: crop is {crop}; wanted the pixels a side that are kept, 1 or more, such as 320"
+        )
     root = existing_folder(root)
     require("h5py", extra="data", what="fastMRI")
     if (train_list is None) != (test_list is None):
@@ -228,7 +231,7 @@ def ismrmrd_spacing(header: bytes | str, path: PathLike) -> tuple[float, float]:
             for axis in "xy"
         )
         if not (0 < height < math.inf and 0 < width < math.inf):
-            raise ValueError(header)
+            raise InvalidArgument(header)
     except (ElementTree.ParseError, AttributeError, ValueError, ZeroDivisionError):
         raise Unusable(f"{path}: its ISMRMRD header has no field of view and matrix of the encoded space") from None
     return height, width

@@ -12,6 +12,7 @@ import numpy as np
 
 from deformmamba.data.scans import folders_below
 from deformmamba.data.splits import read_text
+from deformmamba.errors import InvalidArgument
 from deformmamba.volume import VolumeError, chosen_axis, in_plane, read_volume
 
 PathLike = str | os.PathLike[str]
@@ -59,7 +60,7 @@ def chosen_slices(rule: str, n: int) -> range:
         return range((n - k) // 2, (n - k) // 2 + k)
     part = re.fullmatch(r"(-?\d+)?:(-?\d+)?", rule)
     if not part:
-        raise ValueError(f'slices: {rule!r} is no range; wanted "all", "central:100", or from:to such as "20:110"')
+        raise InvalidArgument(f'slices: {rule!r} is no range; wanted "all", "central:100", or from:to such as "20:110"')
     return range(n)[slice(*(None if end is None else int(end) for end in part.groups()))]
 
 
