@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from deformmamba.inference.tiling import tiled
-from deformmamba.physics.kspace import Grid, zero_fill
+from deformmamba.physics.kspace import Grid
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
@@ -27,13 +27,18 @@ def predict(
     standard deviation (otherwise None). On the origin-aligned grid an image is reflected about index 0, i to -i mod n:
     plain reversal would move LR and HR apart by scale - 1 HR pixels.
 
-    With `tile`: each of them is computed tile by tile. Every tile gets its cut of the zero-filled whole slice.
+    With `tile`: each of them is computed tile by tile. Every tile gets its cut of the base image of the whole slice,
+    and the intensity range of the whole slice (`SRModel.whole_slice`).
     """
+    # of the slice as it lies: a reflection moves one row of a cut field of view to the opposite edge
+    whole = model.whole_slice(lr) if model.any_intensity else {}
     if not ensemble:
-        return _once(model, lr, tile, overlap), None
+        return _once(model, lr, whole, tile, overlap), None
     mean = squares = None
     for k in range(N_MEMBERS):
-        sr = _transformed(_once(model, _transformed(lr, k, model.grid), tile, overlap), k, model.grid, back=True)
+        of_member = {**whole, "base": _transformed(whole["base"], k, model.grid)} if whole else {}
+        sr = _once(model, _transformed(lr, k, model.grid), of_member, tile, overlap)
+        sr = _transformed(sr, k, model.grid, back=True)
         if mean is None or squares is None:
             mean, squares = sr.clone(), torch.zeros_like(sr)
         else:  # Welford's update: no difference of large squares
@@ -45,19 +50,23 @@ def predict(
     return mean, (squares / N_MEMBERS).sqrt()
 
 
-def _once(model: "SRModel", image: torch.Tensor, tile: int | None, overlap: int | None) -> torch.Tensor:
+def _once(
+    model: "SRModel", image: torch.Tensor, whole: dict[str, torch.Tensor], tile: int | None, overlap: int | None
+) -> torch.Tensor:
+    """`whole`: what `model.whole_slice` gave, where it was asked already."""
     precise = torch.promote_types(image.dtype, torch.float32)
     if tile is None:
-        return model(image).to(precise)
-    base = zero_fill(image.to(precise), model.scale)
+        return model(image, **whole).to(precise)
+    further = dict(whole or model.whole_slice(image))
+    base = further.pop("base", None)
     return tiled(
-        lambda cut, base_cut: model(cut, base=base_cut).to(base),
+        lambda cut, base_cut: model(cut, base=base_cut, **further).to(precise),
         image,
         model.scale,
         tile=tile,
         overlap=overlap,
         multiple=model.multiple,
-        base=base if model.grid == "origin" else None,
+        base=base,
     )
 
 

@@ -13,6 +13,12 @@ from deformmamba.volume import Volume, VolumeError, from_nibabel, to_nibabel
 # Turns (geometry and header of the result, its voxels) into an object of the kind that was given.
 Back = Callable[[Volume, np.ndarray], Any]
 
+# Share of voxels that may be negative in a magnitude image (interpolation makes some).
+MOST_NEGATIVE = 0.01
+# Mean difference of neighbours over the range of values: 1/3 for uniform noise, at most 0.1 for LR magnitude images of
+# the validation split.
+PHASE_STEP = 0.2
+
 
 def opened(scan: Any, settings: Settings) -> tuple[Volume, Back, Settings]:
     """The scan as a volume, the way back to its kind, and the settings that fit the volume.
@@ -51,3 +57,24 @@ def check_voxels(array: np.ndarray) -> None:
         raise VolumeError(f"the scan holds {array.dtype}, not real numbers; of complex ones take the magnitude first")
     if not np.isfinite(array).all():
         raise VolumeError("the scan holds NaN or infinite voxels; replace them first")
+
+
+def no_magnitude(array: np.ndarray) -> str | None:
+    """Why a scan looks like something else than a magnitude image, in a sentence; None where it does not.
+
+    Negative values: more than 1 % of the voxels (a t-map, a signed or negated image). Phase: values that fill the range
+    of a phase, in radians or in a scanner's 12-bit units, and neighbours that differ by a fifth of it on average, as
+    the uniform noise of a phase image in air does (magnitude images: by a tenth or less).
+    """
+    negative = float(np.mean(array < 0))
+    lowest, highest = float(array.min()), float(array.max())
+    spans = ((-np.pi, np.pi), (0.0, 2 * np.pi), (-4096.0, 4095.0), (0.0, 4095.0), (-2048.0, 2047.0))
+    for low, high in spans:
+        near = 0.02 * (high - low)
+        if low - near < lowest < low + near and high - near < highest < high + near:
+            axis = int(np.argmax(array.shape))
+            if np.abs(np.diff(array.astype(np.float32), axis=axis)).mean() > PHASE_STEP * (high - low):
+                return f"its values fill {low:.4g} to {high:.4g} like noise, as those of a phase image do"
+    if negative > MOST_NEGATIVE:
+        return f"{100 * negative:.0f} % of its voxels are negative, as in a t-map or in a signed or negated image"
+    return None

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from deformmamba.annotations import described, fits
 from deformmamba.errors import one_line, shown
 from deformmamba.physics.consistency import Consistency, stored_consistency
-from deformmamba.physics.kspace import Grid
+from deformmamba.physics.kspace import Grid, zero_fill
 from deformmamba.weights import load_checkpoint
 from deformmamba.weights.checkpoint import Checkpoint, WeightsError, check_config, write_checkpoint
 
@@ -219,6 +219,15 @@ class SRModel(nn.Module):
             "spacings_mm": self.provenance.get("spacings_mm"),
             "source": self.source,
         }
+
+    def whole_slice(self, lr: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The arguments of `forward` that depend on the WHOLE slices `lr` (b, c, h, w), for a caller who cuts tiles.
+
+        A tile gets its cut of "base" (b, c, scale * h, scale * w), and everything else as it is.
+        """
+        if self.grid != "origin":
+            return {}
+        return {"base": zero_fill(lr.to(torch.promote_types(lr.dtype, torch.float32)), self.scale)}
 
     def check_lr(self, lr: torch.Tensor) -> None:
         """Checks the input of `forward`, and in eval mode warns where it is far from [0, 1].

@@ -182,7 +182,7 @@ class DeformMambaSR(SRModel):
     def whole_slice(self, lr: torch.Tensor) -> dict[str, torch.Tensor]:
         """The further arguments of `forward` for the whole slices `lr` (b, c, h, w); a tile gets its cut of `base`."""
         exact = lr.to(torch.promote_types(lr.dtype, torch.float32))
-        arguments = {} if self.skip is None else {"base": base_image(exact, self.scale, self.skip)}
+        arguments = {"base": base_image(exact, self.scale, self.skip or "zero-fill")}
         return arguments if self.normalise is None else {**arguments, "norm": slice_range(exact)}
 
     def _network(self, lr: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 
+from deformmamba.physics.edges import cubic, cut_edges, smooth_part
 from deformmamba.physics.kspace import fft2c, ifft2c, lowpass, pad_spectrum
 
 Consistency = Literal["exact", "object", "off"]
@@ -39,15 +40,33 @@ def stored_consistency(value: Any) -> Consistency:
     return "exact" if value else "off"
 
 
-def corrected(sr: torch.Tensor, lr: torch.Tensor, scale: int, how: Consistency, *, magnitude: bool) -> torch.Tensor:
-    """`sr` after the data consistency named `how`; arguments as `data_consistency`, values about [0, 1]."""
+def corrected(
+    sr: torch.Tensor, lr: torch.Tensor, scale: int, how: Consistency, *, magnitude: bool, edges: bool = False
+) -> torch.Tensor:
+    """`sr` after the data consistency named `how`; arguments as `data_consistency`, values about [0, 1].
+
+    `edges`: with "object", opposite edges of `lr` that do not fit together are treated as `physics.edges` does, and
+    pixels stay as they are where the 5x5 neighbourhood in `lr` is constant, as in a masked background.
+    """
     if how == "off":
         return sr
-    within = object_share(sr, lr, scale, magnitude=magnitude) if how == "object" else None
-    return data_consistency(sr, lr, scale, magnitude=magnitude, within=within)
+    if how == "exact":
+        return data_consistency(sr, lr, scale, magnitude=magnitude)
+    cut = cut_edges(lr) if edges else None
+    within = object_share(sr, lr, scale, magnitude=magnitude, cut=cut)
+    if edges:
+        within = within * F.interpolate(_varying(lr), scale_factor=float(scale), mode="nearest")
+    return data_consistency(sr, lr, scale, magnitude=magnitude, within=within, cut=cut)
 
 
-def object_share(sr: torch.Tensor, lr: torch.Tensor, scale: int, *, magnitude: bool) -> torch.Tensor:
+def _varying(lr: torch.Tensor) -> torch.Tensor:
+    """1 where the 5x5 neighbourhood of a pixel of `lr` (b, c, h, w) holds more than one value, else 0."""
+    return (F.max_pool2d(lr, 5, 1, 2) != -F.max_pool2d(-lr, 5, 1, 2)).to(lr.dtype)
+
+
+def object_share(
+    sr: torch.Tensor, lr: torch.Tensor, scale: int, *, magnitude: bool, cut: torch.Tensor | None = None
+) -> torch.Tensor:
     """The share, 0 to 1 for each pixel of `sr`, of the correction that consistency "object" applies.
 
     In air it is 0. Air is every pixel more than two pixels away from signal, which is a tenth of the intensity scale;
@@ -59,7 +78,7 @@ def object_share(sr: torch.Tensor, lr: torch.Tensor, scale: int, *, magnitude: b
     """
     near = F.max_pool2d((sr.abs() > SIGNAL).to(sr.dtype), 5, 1, 2)
     within = F.avg_pool2d(near, 5, 1, 2, count_include_pad=False)
-    low = lowpass(sr, scale)
+    low = _lowpass(sr, scale, cut)
     difference = (lr - (low.abs() if magnitude else low.real)) ** 2
     at_samples = within[..., ::scale, ::scale]
 
@@ -74,7 +93,13 @@ def object_share(sr: torch.Tensor, lr: torch.Tensor, scale: int, *, magnitude: b
 
 
 def data_consistency(
-    sr: torch.Tensor, lr: torch.Tensor, scale: int, *, magnitude: bool = True, within: torch.Tensor | None = None
+    sr: torch.Tensor,
+    lr: torch.Tensor,
+    scale: int,
+    *,
+    magnitude: bool = True,
+    within: torch.Tensor | None = None,
+    cut: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`sr` (..., H, W) corrected so that degrading it gives `lr` (..., H / scale, W / scale) back.
 
@@ -92,6 +117,9 @@ def data_consistency(
     `within` (broadcastable to `sr`) is the share of the correction that each pixel takes, in [0, 1]; where it is not 1
     everywhere, degrading the result gives `lr` back only nearly.
 
+    `cut` (..., 2): how far the edges of `lr` are cut (`physics.edges.cut_edges`). Where they are, the jump across them
+    is taken out before each Fourier transform, as a smooth part that is sampled or interpolated directly.
+
     Source: ours, not in the paper.
 
     Raises:
@@ -102,7 +130,7 @@ def data_consistency(
             f"data_consistency: at scale {scale} an sr of {tuple(sr.shape[-2:])} needs an lr {scale} times smaller, "
             f"not {tuple(lr.shape[-2:])}"
         )
-    low = lowpass(sr, scale)
+    low = _lowpass(sr, scale, cut)
     if magnitude:
         real, imag = low.real, low.imag
         rounding = 8 * torch.finfo(lr.dtype).eps * lr.abs().amax((-2, -1), keepdim=True)
@@ -112,8 +140,20 @@ def data_consistency(
         residual = torch.complex(sign * (lr**2 - imag**2).clamp(min=0).sqrt(), imag) - low
     else:
         residual = lr - low.real
-    correction = _backproject(residual, scale)
+    if cut is None:
+        correction = _backproject(residual, scale)
+    else:
+        smooth = smooth_part(residual.real if residual.is_complex() else residual, gate=cut)
+        correction = _backproject(residual - smooth, scale) + cubic(smooth, scale)
     return sr + (correction if within is None else within * correction)
+
+
+def _lowpass(sr: torch.Tensor, scale: int, cut: torch.Tensor | None) -> torch.Tensor:
+    """`lowpass`, without the jump across cut edges; see `data_consistency`."""
+    if cut is None:
+        return lowpass(sr, scale)
+    smooth = smooth_part(sr, gate=cut)
+    return lowpass(sr - smooth, scale) + smooth[..., ::scale, ::scale]
 
 
 def _backproject(residual: torch.Tensor, scale: int) -> torch.Tensor:
