@@ -9,9 +9,12 @@ the text of a parser, which may quote one: patients are in there.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -22,6 +25,7 @@ from deformmamba.volume.files import (
     MGH_DTYPES,
     MGH_SUFFIXES,
     NIFTI_SUFFIXES,
+    ChoiceNeeded,
     PathLike,
     check_folder_of,
     kept,
@@ -53,11 +57,13 @@ __all__ = [
     "MGH_SUFFIXES",
     "NIFTI_SUFFIXES",
     "Candidate",
+    "ChoiceNeeded",
     "PathLike",
     "Volume",
     "VolumeError",
     "check_output",
     "chosen_axis",
+    "count_volumes",
     "from_nibabel",
     "holds_dicom",
     "in_plane",
@@ -65,6 +71,7 @@ __all__ = [
     "normalise",
     "not_a_scan",
     "read_volume",
+    "read_volumes",
     "replacing",
     "restore",
     "scans_below",
@@ -77,10 +84,20 @@ __all__ = [
 ]
 
 
-def read_volume(path: PathLike, *, volume: int | None = None, series: int | str | None = None) -> Volume:
+def read_volume(
+    path: PathLike,
+    *,
+    volume: int | None = None,
+    series: int | str | None = None,
+    stack: int | None = None,
+    nan: Literal["refuse", "zero"] = "refuse",
+    partial: bool = False,
+) -> Volume:
     """Read NIfTI (.nii, .nii.gz), MGH (.mgh, .mgz), one DICOM file, or a folder that holds DICOM.
 
-    DICOM images may be classic or enhanced, compressed too where a decoder is installed (the extra `dicom`).
+    DICOM images may be classic, enhanced or Siemens mosaics, compressed too where a decoder is installed (the extra
+    `dicom`). Gzip is recognised by content, whatever the name. What the reader has to say about the file is warned of,
+    and stands in `Volume.notes`.
 
     Args:
         path: of the file or folder.
@@ -88,32 +105,101 @@ def read_volume(path: PathLike, *, volume: int | None = None, series: int | str 
             b-values, magnitude and phase, time points: in this order); from 0. Must be given for these.
         series: which DICOM series of a folder that holds several: from 0 in the order of their series numbers, or its
             SeriesInstanceUID. Must be given for these.
+        stack: which stack of a DICOM series whose slices have several orientations or sizes (a localiser), from 0. Must
+            be given for these.
+        nan: "zero" replaces NaN and infinite voxels by 0.
+        partial: read a DICOM folder although some of its files are empty or damaged.
 
     Raises:
+        ChoiceNeeded: `volume`, `series` or `stack` must be given, or there is no such.
         VolumeError: the file is missing, damaged or of another kind; or it holds complex numbers, colours, NaN or
-            infinite voxels, nothing but zeros, or a geometry that is no geometry; or `volume` or `series` must be given
-            or there is no such.
+            infinite voxels, nothing but zeros, or a geometry that is no geometry.
     """
+    if nan not in ("refuse", "zero"):
+        raise VolumeError(f'nan must be "refuse" or "zero", not {nan!r}')
     path = Path(path)
+    with silenced():
+        if (choice := _dicom_choice(path, series, stack, partial)) is not None:
+            made = dicom.read(path, volume, choice)
+        else:
+            made = nifti.read(path, volume)
+    made = _checked_voxels(made, path, nan)
+    for note in made.notes:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
+    return made
+
+
+def count_volumes(
+    path: PathLike, *, series: int | str | None = None, stack: int | None = None, partial: bool = False
+) -> int:
+    """How many 3-D volumes a file or a DICOM series holds; arguments and errors as `read_volume`."""
+    path = Path(path)
+    with silenced():
+        choice = _dicom_choice(path, series, stack, partial)
+        return nifti.count(path) if choice is None else dicom.count(path, choice)
+
+
+def read_volumes(
+    path: PathLike,
+    *,
+    series: int | str | None = None,
+    stack: int | None = None,
+    nan: Literal["refuse", "zero"] = "refuse",
+    partial: bool = False,
+) -> Iterator[Volume]:
+    """Every 3-D volume of a file or a DICOM series, one at a time in memory; arguments and errors as `read_volume`."""
+    path = Path(path)
+    with silenced():
+        choice = _dicom_choice(path, series, stack, partial)
+        volumes = nifti.each(path) if choice is None else dicom.each(path, choice)
+    while True:
+        with silenced():
+            made = next(volumes, None)
+        if made is None:
+            return
+        yield _checked_voxels(made, path, nan)
+
+
+def _dicom_choice(path: Path, series: int | str | None, stack: int | None, partial: bool) -> dicom.Choice | None:
+    """What to read of a DICOM file or folder; None for NIfTI and MGH."""
     with parsing(path, "cannot be read"):
         if not os.path.exists(path):
             raise VolumeError(f"{path}: no such file or folder")
         if not path.is_dir() and not path.is_file():
             raise VolumeError(f"{path}: neither a file nor a folder")
-    with silenced():
-        if path.is_dir() or (suffix(path) not in NIFTI_SUFFIXES + MGH_SUFFIXES and dicom.is_dicom(path)):
-            return _checked_voxels(dicom.read(path, volume, series), path)
-        if suffix(path) not in NIFTI_SUFFIXES + MGH_SUFFIXES:
-            raise VolumeError(f"{path}: not a scan that can be read; give .nii, .nii.gz, .mgh, .mgz or DICOM")
-        if series is not None:
-            raise VolumeError(f"{path}: is one file; series chooses among the DICOM series of a folder")
-        return _checked_voxels(nifti.read(path, volume), path)
+        known = suffix(path) in NIFTI_SUFFIXES + MGH_SUFFIXES
+        if path.is_dir() or (not known and dicom.is_dicom(path)):
+            return dicom.Choice(series, stack, partial)
+        if not known:
+            raise VolumeError(f"{path}: {_other_kind(path)}; give .nii, .nii.gz, .mgh, .mgz or DICOM")
+    if series is not None or stack is not None:
+        raise VolumeError(f"{path}: is one file; series and stack choose among the DICOM files of a folder")
+    return None
 
 
-def _checked_voxels(volume: Volume, path: Path) -> Volume:
+def _other_kind(path: Path) -> str:
+    """What a file is that cannot be read, as far as its name and first bytes tell."""
+    if dicom.lacks_preamble(path):
+        return 'DICOM without the preamble ("DICM" after 128 bytes), which is not read; convert it with dcm2niix'
+    if path.suffix.lower() in (".hdr", ".img"):
+        return "half of a pair .hdr and .img (NIfTI or Analyze), which is not read; convert it to one .nii file"
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start == b"\x1f\x8b":
+        return "a gzip file under an unknown name; a compressed NIfTI file ends in .nii.gz"
+    return "not a scan that can be read"
+
+
+def _checked_voxels(volume: Volume, path: Path, nan: str) -> Volume:
     bad = volume.array.size - np.count_nonzero(np.isfinite(volume.array))
-    if bad:
-        raise VolumeError(f"{path}: {bad} of {volume.array.size} voxels are NaN or infinite; replace them first")
+    if bad and nan == "zero":
+        array = np.nan_to_num(volume.array, nan=0.0, posinf=0.0, neginf=0.0)
+        note = f"{bad} of {volume.array.size} voxels were NaN or infinite and are 0 now"
+        volume = replace(volume, array=array, notes=(*volume.notes, note))
+    elif bad:
+        raise VolumeError(
+            f'{path}: {bad} of {volume.array.size} voxels are NaN or infinite; nan="zero" (--nan zero) makes them 0'
+        )
     if not volume.array.any():
         raise VolumeError(f"{path}: every voxel is zero; there is nothing in this volume")
     return volume

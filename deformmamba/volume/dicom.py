@@ -6,13 +6,14 @@ Every slice is a `Frame`, wherever it came from; frames are sorted by their posi
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deformmamba.volume.files import Bounded, parsing, volume_index
+from deformmamba.volume import mosaic
+from deformmamba.volume.files import Bounded, ChoiceNeeded, parsing, volume_index
 from deformmamba.volume.image import Volume, VolumeError
 
 # slices nearer to each other than this, in mm, lie at the same place
@@ -26,10 +27,11 @@ LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 class Frame:
     """One slice: `index` is its frame in the file at `path`, lengths are in mm, directions LPS+ as DICOM has them.
 
-    `axes` are the directions along a row and along a column, `spacing` is between rows and between columns, `step` what
-    the header says of the distance between slices (one that is alone has nothing else).
+    `axes` are the directions along a row and along a column, `spacing` is between rows and between columns, `step` the
+    header's distance between slices (used for a single slice), `size` is (columns, rows).
     `parameters` tell images apart that lie at the same place: echo time, b-value, kind (magnitude, phase). `order` is
     how those with the same parameters follow each other: in time, then as numbered.
+    `box` is the part of a mosaic's image: first row, end row, first column, end column.
     """
 
     path: Path
@@ -42,6 +44,8 @@ class Frame:
     intercept: float
     parameters: tuple[float, float, str]
     order: tuple[float, ...]
+    size: tuple[int, int]
+    box: tuple[int, int, int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,35 +94,159 @@ def not_an_image(dataset: Any) -> str:
     return ""
 
 
-def read(path: Path, volume: int | None, series: int | str | None) -> Volume:
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Which part of a folder is read; see `deformmamba.volume.read_volume`."""
+
+    series: int | str | None = None
+    stack: int | None = None
+    partial: bool = False
+
+
+def read(path: Path, volume: int | None, choice: Choice) -> Volume:
     """The volume (column, row, slice) of a file or of one series in a folder."""
-    if path.is_dir():
-        with parsing(path, "cannot be read"):
-            files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".") and is_dicom(p))
-    else:
-        files = [path]
-    datasets = {file: dataset for file in files if "Rows" in (dataset := _dataset(file))}  # a report is no image
+    source = _Series(path, choice)
+    return source.volume(volume_index(path, source.n_volumes, volume))
+
+
+def count(path: Path, choice: Choice) -> int:
+    """How many volumes a file or series holds: echoes, b-values, time points."""
+    return _Series(path, choice).n_volumes
+
+
+def each(path: Path, choice: Choice) -> Iterator[Volume]:
+    """Every volume of a file or series, one at a time."""
+    source = _Series(path, choice)
+    for index in range(source.n_volumes):
+        yield source.volume(index)
+
+
+class _Series:
+    """The headers of one series, sorted into places; pixels are decoded volume by volume."""
+
+    def __init__(self, path: Path, choice: Choice) -> None:
+        self._path = path
+        datasets, self._notes = _images(path, choice.partial)
+        with parsing(path, "DICOM geometry that cannot be understood"):
+            datasets = _one_series(path, datasets, choice.series)
+            for file, dataset in datasets.items():
+                if reason := not_an_image(dataset):
+                    raise VolumeError(f"{file}: {reason}, not a scan")
+            self._datasets = datasets
+            frames = [frame for file, dataset in datasets.items() for frame in _frames(file, dataset)]
+            self._places = _places(path, _one_stack(path, frames, choice.stack))
+        self.n_volumes = len(self._places[0])
+        modalities = {str(dataset.get("Modality")) for dataset in datasets.values()}
+        self._notes += [_OTHER_MODALITIES[name] for name in sorted(modalities) if name in _OTHER_MODALITIES]
+
+    def volume(self, index: int) -> Volume:
+        path = self._path
+        frames = [place[index] for place in self._places]
+        with parsing(path, "DICOM geometry that cannot be understood"):
+            affine = _affine(path, frames)
+        used = {frame.path: self._datasets[frame.path] for frame in frames}
+        for file, dataset in used.items():
+            with parsing(file, "a damaged DICOM file"):
+                _check_pixels(file, dataset)
+        with parsing(path, "its pixels cannot be decoded"):
+            array = np.empty((*frames[0].size, len(frames)), np.float32, order="F")
+        for file, dataset in used.items():
+            with parsing(file, "its pixels cannot be decoded: damaged, or compressed in an unusual way"):
+                places = [k for k, frame in enumerate(frames) if frame.path == file]
+                # the tiles of a mosaic are all in one frame
+                indices = list(dict.fromkeys(frames[k].index for k in places))
+                decoded = dict(zip(indices, _pixels(file, dataset, indices), strict=True))
+                for k in places:
+                    top, bottom, left, right = frames[k].box or (0, frames[k].size[1], 0, frames[k].size[0])
+                    pixels = decoded[frames[k].index][top:bottom, left:right]
+                    array[:, :, k] = pixels.T * frames[k].slope + frames[k].intercept
+        with parsing(path, "DICOM geometry that cannot be understood"):
+            header = DicomSeries(tuple(frames), used, affine)
+            return Volume(array, affine, header=header, slices=2, notes=tuple(self._notes))
+
+
+_OTHER_MODALITIES = {
+    "CT": "this is a CT scan, and the weights are for MR images",
+    "PT": "this is a PET scan, and the weights are for MR images",
+    "NM": "this is a nuclear medicine scan, and the weights are for MR images",
+    "US": "this is an ultrasound image, and the weights are for MR images",
+    "XA": "this is an angiogram, and the weights are for MR images",
+}
+_MOST_NAMES = 20
+
+
+def _images(path: Path, partial: bool) -> tuple[dict[Path, Any], list[str]]:
+    """The data sets of a file, or of all DICOM images of a folder; and a note that names the files passed over.
+
+    Raises:
+        VolumeError: no image; or, unless `partial`, an empty or damaged file beside the images.
+    """
+    if not path.is_dir():
+        dataset = _dataset(path)
+        if "Rows" not in dataset:
+            raise VolumeError(f"{path}: {_kind_without_pixels(dataset)}; give the images themselves, or their folder")
+        return {path: dataset}, []
+    datasets: dict[Path, Any] = {}
+    other: list[str] = []
+    damaged: list[str] = []
+    with parsing(path, "cannot be read"):
+        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    for file in files:
+        try:
+            if not is_dicom(file):
+                (damaged if _should_be_dicom(file) else other).append(file.name)
+            elif "Rows" in (dataset := _dataset(file)):
+                datasets[file] = dataset
+            else:
+                (damaged if "Image Storage" in _class_name(dataset) else other).append(file.name)
+        except VolumeError as error:
+            if "permission denied" in str(error):
+                raise
+            damaged.append(file.name)
     if not datasets:
-        raise VolumeError(f"{path}: holds no DICOM image; give a NIfTI file, a DICOM file or a folder of one series")
-    with parsing(path, "DICOM geometry that cannot be understood"):
-        datasets = _one_series(path, datasets, series)
-        frames = [frame for file, dataset in datasets.items() for frame in _frames(file, dataset)]
-        frames = _one_volume(path, frames, volume)
-        affine = _affine(path, frames)
-        size = _one_size(path, datasets)
-    used = {frame.path: datasets[frame.path] for frame in frames}
-    for file, dataset in used.items():
-        with parsing(file, "a damaged DICOM file"):
-            _check_pixels(file, dataset)
-    with parsing(path, "its pixels cannot be decoded"):
-        array = np.empty((*size, len(frames)), np.float32, order="F")
-    for file, dataset in used.items():
-        with parsing(file, "its pixels cannot be decoded: damaged, or compressed in an unusual way"):
-            places = [k for k, frame in enumerate(frames) if frame.path == file]
-            for k, pixels in zip(places, _pixels(file, dataset, [frames[k].index for k in places]), strict=True):
-                array[:, :, k] = pixels.T * frames[k].slope + frames[k].intercept
-    with parsing(path, "DICOM geometry that cannot be understood"):
-        return Volume(array, affine, header=DicomSeries(tuple(frames), used, affine))
+        what = f"no DICOM image, only damaged files ({_listed(damaged)})" if damaged else "no DICOM image"
+        raise VolumeError(f"{path}: holds {what}; give a NIfTI file, a DICOM file or a folder of one series")
+    if damaged and not partial:
+        raise VolumeError(
+            f"{path}: {len(damaged)} of {len(files)} files are empty or damaged ({_listed(damaged)}); copy them again, "
+            "or read the others alone with partial=True (--partial)"
+        )
+    notes = []
+    if damaged:
+        notes.append(f"damaged files passed over: {_listed(damaged)}")
+    if other:
+        notes.append(f"files passed over, which are no DICOM images: {_listed(other)}")
+    return datasets, notes
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
+
+
+def _should_be_dicom(path: Path) -> bool:
+    """Of a file that is no DICOM: whether it was one, by its name, or as an empty file without a known ending."""
+    ending = path.suffix.lower()
+    return ending in (".dcm", ".ima", ".dicom") or lacks_preamble(path) or (not ending and not path.stat().st_size)
+
+
+def lacks_preamble(path: Path) -> bool:
+    """Whether a file starts with a DICOM data set, without the 128 bytes and "DICM" that a DICOM file has before it."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    group, element = (int.from_bytes(start[at : at + 2], "little") for at in (0, 2))
+    return len(start) == 8 and group in (0x0002, 0x0008) and element in (0x0000, 0x0001, 0x0005, 0x0008, 0x0016)
+
+
+def _class_name(dataset: Any) -> str:
+    uid = dataset.file_meta.get("MediaStorageSOPClassUID") or dataset.get("SOPClassUID")
+    return str(getattr(uid, "name", ""))
+
+
+def _kind_without_pixels(dataset: Any) -> str:
+    if "Directory" in _class_name(dataset):
+        return "a DICOMDIR, a table of contents"
+    return "a DICOM object without pixels"
 
 
 def _dataset(path: Path) -> Any:
@@ -151,10 +279,50 @@ def _one_series(source: Path, datasets: dict[Path, Any], series: int | str | Non
         for first in [next(iter(by_uid[uid].values()))]
     ]
     wrong = "" if series is None else f" but no series {series}" if isinstance(series, int) else " but not this one"
-    raise VolumeError(
-        f"{source}: holds {len(uids)} DICOM series{wrong}; choose one with series=K (--series K), counted in the order "
-        f"of their numbers ({', '.join(listed)}{', ...' if len(uids) > 10 else ''}), or by its SeriesInstanceUID"
+    raise ChoiceNeeded(
+        f"{source}: holds {len(uids)} DICOM series{wrong}",
+        "series",
+        f"counted in the order of their numbers ({', '.join(listed)}{', ...' if len(uids) > 10 else ''}), or by its "
+        "SeriesInstanceUID",
     )
+
+
+def _one_stack(source: Path, frames: list[Frame], stack: int | None) -> list[Frame]:
+    """The frames of one orientation, pixel size and image size; a localiser holds several such stacks."""
+    stacks: list[list[Frame]] = []
+    for frame in sorted(frames, key=lambda frame: (frame.order[-2], frame.order[-1], str(frame.path))):
+        for found in stacks:
+            if _belong_together(found[0], frame):
+                found.append(frame)
+                break
+        else:
+            stacks.append([frame])
+    if stack is not None and 0 <= stack < len(stacks):
+        return stacks[stack]
+    if stack is None and len(stacks) == 1:
+        return frames
+    listed = [
+        f"{k}: {len(found)} {_plane(found[0])} slices of {found[0].size[0]}x{found[0].size[1]}"
+        for k, found in enumerate(stacks[:10])
+    ]
+    wrong = "" if stack is None else f" but no stack {stack}"
+    raise ChoiceNeeded(
+        f"{source}: the slices differ in orientation, pixel spacing or image size: {len(stacks)} stacks{wrong}",
+        "stack",
+        f"from 0 ({'; '.join(listed)}{'; ...' if len(stacks) > 10 else ''})",
+    )
+
+
+def _belong_together(a: Frame, b: Frame) -> bool:
+    return (
+        a.size == b.size
+        and np.allclose(a.axes, b.axes, rtol=0, atol=1e-4)
+        and np.allclose(a.spacing, b.spacing, rtol=1e-4)
+    )
+
+
+def _plane(frame: Frame) -> str:
+    return ("sagittal", "coronal", "axial")[int(np.argmax(np.abs(np.cross(*frame.axes))))]
 
 
 def _frames(path: Path, dataset: Any) -> Iterator[Frame]:
@@ -191,14 +359,15 @@ def _frames(path: Path, dataset: Any) -> Iterator[Frame]:
             if value is None:
                 raise VolumeError(f"{path}: has no {field}, so its place in the patient is unknown")
         position, axes, spacing = (np.array(value, dtype=float) for value in geometry.values())
+        position, axes = position.reshape(3), axes.reshape(2, 3)
         between = get("PixelMeasuresSequence", "SpacingBetweenSlices")
         kind = get("MRImageFrameTypeSequence", "FrameType") or dataset.get("ImageType") or ()
         echo = get("MREchoSequence", "EffectiveEchoTime")
-        yield Frame(
+        frame = Frame(
             path,
             index,
-            position.reshape(3),
-            axes.reshape(2, 3),
+            position,
+            axes,
             (float(spacing[0]), float(spacing[1])),
             number(between) or number(get("PixelMeasuresSequence", "SliceThickness")) or 1.0,
             float(get("PixelValueTransformationSequence", "RescaleSlope") or 1),
@@ -216,7 +385,17 @@ def _frames(path: Path, dataset: Any) -> Iterator[Frame]:
                 number(dataset.get("InstanceNumber")),
                 float(index),
             ),
+            (int(dataset.Columns), int(dataset.Rows)),
         )
+        if min(frame.size) < 1:
+            raise VolumeError(f"{path}: its images have no pixels")
+        if not mosaic.is_mosaic(dataset) and "MOSAIC" not in frame.parameters[2]:
+            yield frame
+            continue
+        if "PerFrameFunctionalGroupsSequence" in dataset:
+            raise VolumeError(f"{path}: an enhanced Siemens mosaic, which is not read; convert it with dcm2niix")
+        for box, where in mosaic.tiles(path, dataset, position, axes, frame.spacing):
+            yield replace(frame, position=where, box=box, size=(box[3] - box[2], box[1] - box[0]))
 
 
 def number(value: Any) -> float:
@@ -226,25 +405,9 @@ def number(value: Any) -> float:
         return 0.0
 
 
-def _one_size(source: Path, datasets: dict[Path, Any]) -> tuple[int, int]:
-    sizes = {(int(dataset.Columns), int(dataset.Rows)) for dataset in datasets.values()}
-    if len(sizes) > 1:
-        raise VolumeError(f"{source}: the files of this series differ in image size; they are no single volume")
-    size = sizes.pop()
-    if min(size) < 1:
-        raise VolumeError(f"{source}: its images have no pixels")
-    return size
-
-
-def _one_volume(source: Path, frames: list[Frame], volume: int | None) -> list[Frame]:
-    """The frames of one volume, along the normal of the slices."""
+def _places(source: Path, frames: list[Frame]) -> list[list[Frame]]:
+    """The frames at each position, along the normal of the slices; those of volume k stand k-th at each."""
     first = frames[0]
-    for what, same in (
-        ("orientation", all(np.allclose(f.axes, first.axes, rtol=0, atol=1e-4) for f in frames)),
-        ("pixel spacing", all(np.allclose(f.spacing, first.spacing, rtol=1e-4) for f in frames)),
-    ):
-        if not same:
-            raise VolumeError(f"{source}: the files of this series differ in {what}; they are no single volume")
     normal = np.cross(*first.axes)
     along = sorted(frames, key=lambda frame: float(normal @ frame.position))
     places: list[list[Frame]] = []
@@ -264,8 +427,7 @@ def _one_volume(source: Path, frames: list[Frame], volume: int | None) -> list[F
     # a copy of a file under another name: nothing but the name differs
     if any(a.parameters == b.parameters and a.order == b.order for p in places for a, b in itertools.pairwise(p)):
         raise VolumeError(f"{source}: {apart} and one number: files are there twice; keep one of each")
-    index = volume_index(source, n, volume)
-    return [place[index] for place in places]
+    return places
 
 
 def _affine(source: Path, frames: list[Frame]) -> np.ndarray:

@@ -59,6 +59,8 @@ def check_target(path: PathLike, source: Volume, dtype: str | None) -> None:
     series = source.header
     if not isinstance(series, DicomSeries):
         raise VolumeError(f"{path}: DICOM is written of what came as DICOM only; name a file ending in .nii.gz")
+    if any(frame.box for frame in series.frames):
+        raise VolumeError(f"{path}: a Siemens mosaic cannot be written as DICOM; name a file ending in .nii.gz")
     if dtype not in (None, *DICOM_DTYPES):
         raise VolumeError(
             f"{path}: DICOM voxels are 16-bit integers with a slope (no dtype), or {', '.join(DICOM_DTYPES)} without "

@@ -7,11 +7,13 @@ import os
 import secrets
 import shutil
 import tempfile
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -26,20 +28,54 @@ MGH_DTYPES = ("float32", "int16", "int32", "uint8")
 DICOM_DTYPES = ("int16", "uint16")
 
 
+class _Silence(logging.Filter):
+    """Drops the log records of the threads that are inside `silenced`."""
+
+    threads: ClassVar[Counter[int]] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not self.threads[record.thread or 0]
+
+
+_SILENCE = _Silence()
+_silence_lock = threading.Lock()
+# the lists of filters that got the entries of `silenced`, and these entries
+_silent_filters: list[tuple[list[Any], list[Any]]] = []
+
+
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Nothing from nibabel and pydicom on the terminal: they quote header fields, a patient's among them."""
+    """Nothing from nibabel and pydicom on the terminal: they quote header fields, a patient's among them.
+
+    Any number of threads may be inside. Warnings of other modules and log records of other threads pass, and the
+    filters of `warnings` and of the loggers are as before once the last thread has left.
+    """
     loggers = [logging.getLogger(name) for name in ("nibabel.global", "pydicom")]
-    before = [logger.disabled for logger in loggers]
+    me = threading.get_ident()
+    with _silence_lock:
+        if not +_Silence.threads:
+            for logger in loggers:
+                logger.addFilter(_SILENCE)
+            filters: list[Any] = warnings.filters  # type: ignore[assignment]
+            before = list(filters)
+            for module in ("pydicom", "nibabel", "numpy", "gzip", r"deformmamba\.volume"):
+                warnings.filterwarnings("ignore", module=module)
+            _silent_filters.append((filters, [entry for entry in filters if entry not in before]))
+        _Silence.threads[me] += 1
     try:
-        for logger in loggers:
-            logger.disabled = True
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        for logger, disabled in zip(loggers, before, strict=True):
-            logger.disabled = disabled
+        with _silence_lock:
+            _Silence.threads[me] -= 1
+            if not +_Silence.threads:
+                _Silence.threads.clear()
+                for logger in loggers:
+                    logger.removeFilter(_SILENCE)
+                for filters, added in _silent_filters:
+                    # a `catch_warnings` of another thread may have put a copy in the place of the list
+                    for entries in (filters, warnings.filters):
+                        entries[:] = [entry for entry in entries if entry not in added]  # type: ignore[index]
+                _silent_filters.clear()
 
 
 @contextmanager
@@ -47,6 +83,8 @@ def parsing(path: Path, what: str) -> Iterator[None]:
     """Any exception of a foreign parser becomes a VolumeError that does not quote it."""
     try:
         yield
+    except ChoiceNeeded:
+        raise
     except VolumeError as error:
         raise VolumeError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
     except PermissionError:
@@ -92,10 +130,27 @@ def suffix(path: Path) -> str:
     return ".nii.gz" if name.endswith(".nii.gz") else path.suffix.lower()
 
 
+class ChoiceNeeded(VolumeError):
+    """A file or folder holds several volumes, series or stacks, and one must be chosen.
+
+    The message names the argument of `read_volume`; `for_command` names the option of a command that has it.
+    """
+
+    def __init__(self, problem: str, argument: str, which: str) -> None:
+        super().__init__(f"{problem}; choose one with {argument}=K, {which}")
+        self.problem, self.argument, self.which = problem, argument, which
+
+    def for_command(self, options: Mapping[str, Any]) -> str:
+        """The message for a command with these options."""
+        if self.argument in options:
+            return f"{self.problem}; choose one with --{self.argument} K, {self.which}"
+        return f"{self.problem}; this command takes a single volume: save the one that you want as a file of its own"
+
+
 def volume_index(path: Path, n: int, volume: int | None) -> int:
     if volume is None:
         if n > 1:
-            raise VolumeError(f"{path}: holds {n} volumes; choose one with volume=K (--volume K), 0 to {n - 1}")
+            raise ChoiceNeeded(f"{path}: holds {n} volumes", "volume", f"0 to {n - 1}")
         return 0
     if not 0 <= volume < n:
         allowed = f"0 to {n - 1}" if n > 1 else "only volume 0"

@@ -25,8 +25,10 @@ class Volume:
         qform: the file's qform in mm where it has one; None: the same as `affine`.
         codes: NIfTI's (qform_code, sform_code): 0 unknown, 1 scanner, 2 aligned, 3 Talairach, 4 MNI. (0, 0) says that
             nobody knows how the image lies in the patient: no left or right may be printed on it.
-        header: what came with it, source of units, descriptions and tags when it is written back: a nibabel header, or
-            of DICOM a `dicom.DicomSeries`.
+        header: the source of units, descriptions and tags when it is written back: a nibabel header, or of DICOM a
+            `dicom.DicomSeries`.
+        slices: the axis along which the file says that slices are stacked; None: it does not say.
+        notes: what the reader has to say about the file, one line each: inconsistent fields, files passed over.
 
     Raises:
         VolumeError: the array is not 3-D, or the affine is no invertible 4x4.
@@ -37,6 +39,8 @@ class Volume:
     qform: np.ndarray | None = None
     codes: tuple[int, int] = (1, 1)
     header: Any = None
+    slices: int | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.array.ndim != 3 or 0 in self.array.shape:
@@ -91,12 +95,15 @@ def upscaled_affine(affine: npt.ArrayLike, scale: float, axes: Sequence[int], gr
 
 
 def slice_axis(volume: Volume) -> int:
-    """The axis along which slices are stacked, where the pixels of a slice are taken to be square.
+    """The axis along which slices are stacked: `volume.slices`, else a guess from shape and voxel size.
 
-    The only axis of length 1 if there is just one; else the one axis whose spacing differs, by more than 1 %, from that
+    A DICOM series always states it, NIfTI in its field dim_info. The guess takes the pixels of a slice to be square:
+    the only axis of length 1 if there is just one; else the one axis whose spacing differs, by more than 1 %, from that
     of the two others (it may be the smaller: a scan of coarse pixels in thin slices); else the axis of the largest
     spacing, the later one of equals: the last axis of an isotropic volume.
     """
+    if volume.slices is not None:
+        return volume.slices
     if volume.array.shape.count(1) == 1:
         return volume.array.shape.index(1)
     spacing = np.array(volume.spacing)

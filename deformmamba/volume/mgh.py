@@ -13,9 +13,17 @@ def image_class() -> Any:
     return nibabel.freesurfer.mghformat.MGHImage
 
 
-def placed(array: np.ndarray, image: Any) -> Volume:
-    """`array` at the place of an MGH image."""
-    return Volume(array, image.affine, header=image.header)
+# where the flag stands in the file, a big-endian 16-bit integer
+FLAG = slice(28, 30)
+
+
+def placed(array: np.ndarray, header: Any, flag: int = 1) -> Volume:
+    """`array` at the place that an MGH header states.
+
+    With goodRASFlag 0 it states none: nibabel and FreeSurfer then take coronal slices of 1 mm voxels around the origin,
+    and the volume has no orientation. nibabel sets the flag to 1, so `flag` is the one in the file.
+    """
+    return Volume(array, header.get_affine(), codes=(1, 1) if flag > 0 else (0, 0), header=header)
 
 
 def image(voxels: np.ndarray, volume: Volume, kind: Any = None) -> Any:

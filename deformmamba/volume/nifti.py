@@ -1,4 +1,10 @@
-"""NIfTI, through nibabel; and what nibabel reads and writes the same way for MGH (`mgh.py`)."""
+"""NIfTI, through nibabel's headers; and the parts of reading and writing that MGH shares (`mgh.py`).
+
+How a file states its place. sform_code > 0: the sform. Else qform_code > 0: the qform. With both codes 0 the file
+states none, and each program computes a place from voxel size and shape: nibabel puts the middle of the volume at the
+origin, ITK its first voxel. Such a volume has `codes` (0, 0), nibabel's place as its `affine` and ITK's as its `qform`.
+It is written with explicit codes, because a place computed from another shape would be another place.
+"""
 
 import gzip
 from collections.abc import Callable, Iterator
@@ -14,51 +20,125 @@ from deformmamba.volume.image import Volume, VolumeError
 
 # nibabel's spatial unit in mm
 _MM = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
+# The codes for a place that the source did not state: ITK reads the qform of these two, nibabel the sform.
+_UNSTATED_CODES = (1, 2)
+# in the header's `aux_file`, so that an output does not claim a left and a right that its source did not have
+_UNSTATED = b"orientation unknown"
+# a gzip file cannot unpack to more than this many times its size
+_MOST_UNPACKED = 1032
+_SPACING_TOLERANCE = 0.005
 
 
 def read(path: Path, volume: int | None) -> Volume:
-    from nibabel.openers import ImageOpener
+    """One 3-D volume of a NIfTI or MGH file; `volume` as `volume_index`."""
+    with _voxels_of(path) as (source, n_volumes):
+        index = volume_index(path, n_volumes, volume)
+        return source.volume(index)
 
+
+def count(path: Path) -> int:
+    """How many 3-D volumes a NIfTI or MGH file holds."""
+    with _voxels_of(path) as (_, n_volumes):
+        return n_volumes
+
+
+def each(path: Path) -> Iterator[Volume]:
+    """Every 3-D volume of a NIfTI or MGH file, in order; one at a time is in memory, and a gzip file is read once."""
+    with _voxels_of(path) as (source, n_volumes):
+        for index in range(n_volumes):
+            with parsing(path, "a damaged file"):
+                made = source.volume(index)
+            yield made
+
+
+@contextmanager
+def _voxels_of(path: Path) -> Iterator[tuple["_Source", int]]:
     kind = "MGH" if suffix(path) in MGH_SUFFIXES else "NIfTI"
     with parsing(path, f"not a {kind} file, or a damaged one"):
-        n_bytes = _uncompressed_size(path)
-        with ImageOpener(str(path)) as file:
-            return _read(path, Bounded(file, n_bytes), n_bytes, volume)
+        n_bytes = path.stat().st_size
+        with path.open("rb") as raw:
+            start = raw.read(132)
+        packed = start[:2] == b"\x1f\x8b"
+        if start[128:] == b"DICM":
+            raise VolumeError(f"{path}: a DICOM file under a {kind} name; rename it to end in .dcm")
+        with gzip.open(path) if packed else path.open("rb") as file:
+            source = _Source(path, file, n_bytes * (_MOST_UNPACKED if packed else 1), kind == "MGH")
+            yield source, source.n_volumes
 
 
-def _read(path: Path, file: Bounded, n_bytes: int, volume: int | None) -> Volume:
-    import nibabel
-    from nibabel.fileholders import FileHolder
+class _Source:
+    """An open file: its header, and its voxels volume by volume."""
 
-    is_mgh = suffix(path) in MGH_SUFFIXES
-    made: Any = mgh.image_class()
-    if not is_mgh:
-        block = file.read(nibabel.Nifti2Header.sizeof_hdr)
-        is_nifti2 = nibabel.Nifti2Header.sizeof_hdr in (int.from_bytes(block[:4], end) for end in ("little", "big"))
-        made = nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image
-        raw = made.header_class(block[: made.header_class.sizeof_hdr], check=False)
-        # nibabel turns a pixdim of 0 into 1; an sform does not need it
-        if raw["sform_code"] == 0 and not np.all(np.abs(raw["pixdim"][1:4]) > 0):
-            raise VolumeError(f"{path}: the voxel spacing in the header is zero or missing")
+    def __init__(self, path: Path, file: Any, n_bytes: int, is_mgh: bool) -> None:
+        self._path, self._file = path, file
+        self._flag = int.from_bytes(file.read(mgh.FLAG.stop)[mgh.FLAG], "big", signed=True) if is_mgh else None
         file.seek(0)
-    image = made.from_file_map({"image": FileHolder(fileobj=file)}, mmap=False)
-    header = image.header
-    dtype = np.dtype(header.get_data_dtype())
-    if dtype.kind not in "iuf":
-        cure = "complex numbers: take the magnitude" if dtype.kind == "c" else "colours: take one channel"
-        raise VolumeError(f"{path}: voxels are {cure} first")
-    if image.dataobj.offset + int(np.prod(image.shape, dtype=object)) * dtype.itemsize > n_bytes:
-        raise VolumeError(f"{path}: truncated: shorter than its header says")
-    extra = [n for n in image.shape[3:] if n != 1]
-    if len(extra) > 1:
-        raise VolumeError(f"{path}: has {len(image.shape)} dimensions {image.shape}; at most 4 can be read")
-    n_volumes = extra[0] if extra else 1
-    index = volume_index(path, n_volumes, volume)
-    within = tuple(index if n != 1 else 0 for n in image.shape[3:])
-    with np.errstate(over="ignore", invalid="ignore"):
-        array = np.asarray(image.dataobj[(..., *within)] if within else image.dataobj).astype(np.float32)
-    array = array.reshape(array.shape + (1,) * (3 - array.ndim))
-    return _placed(array, image)
+        self._header = _header(path, Bounded(file, n_bytes), is_mgh)
+        self._dtype = np.dtype(self._header.get_data_dtype())
+        if self._dtype.kind not in "iuf":
+            cure = "complex numbers: take the magnitude" if self._dtype.kind == "c" else "colours: take one channel"
+            raise VolumeError(f"{path}: voxels are {cure} first")
+        shape = tuple(int(n) for n in self._header.get_data_shape())
+        extra = [n for n in shape[3:] if n != 1]
+        if len(extra) > 1:
+            raise VolumeError(f"{path}: has {len(shape)} dimensions {shape}; at most 4 can be read")
+        self.n_volumes = extra[0] if extra else 1
+        self._shape = (*shape[:3], *[1] * (3 - len(shape)))
+        if min(self._shape) < 1:
+            raise VolumeError(f"{path}: a volume is a 3-D array, not one of shape {self._shape}")
+        self._offset = int(self._header.get_data_offset())
+        if self._offset + self._n_bytes * self.n_volumes > n_bytes:
+            raise VolumeError(f"{path}: truncated: shorter than its header says")
+
+    @property
+    def _n_bytes(self) -> int:
+        return int(np.prod(self._shape, dtype=object)) * self._dtype.itemsize
+
+    def volume(self, index: int) -> Volume:
+        self._file.seek(self._offset + index * self._n_bytes)
+        slope, intercept = (None, None) if not _is_nifti(self._header) else self._header.get_slope_inter()
+        array = np.empty(self._shape, np.float32, order="F")
+        n = self._shape[0] * self._shape[1]
+        for k in range(self._shape[2]):
+            block = self._file.read(n * self._dtype.itemsize)
+            if len(block) < n * self._dtype.itemsize:
+                raise VolumeError(f"{self._path}: truncated: shorter than its header says")
+            plane = np.frombuffer(block, self._dtype).reshape(self._shape[:2], order="F")
+            with np.errstate(over="ignore", invalid="ignore"):
+                if slope is not None and (slope, intercept) != (1, 0):
+                    plane = plane.astype(np.float64) * slope + intercept
+                array[:, :, k] = plane
+        if index == self.n_volumes - 1:
+            while self._file.read(1 << 20):  # to the end, where gzip compares its checksum
+                pass
+        return _placed(array, self._header) if self._flag is None else mgh.placed(array, self._header, self._flag)
+
+
+def _header(path: Path, file: Bounded, is_mgh: bool) -> Any:
+    import nibabel
+
+    if is_mgh:
+        return mgh.image_class().header_class.from_fileobj(file)
+    block = file.read(nibabel.Nifti2Header.sizeof_hdr)
+    sizes = [int.from_bytes(block[:4], end) for end in ("little", "big")]
+    is_nifti2 = nibabel.Nifti2Header.sizeof_hdr in sizes
+    kind = nibabel.Nifti2Header if is_nifti2 else nibabel.Nifti1Header
+    if kind.sizeof_hdr in sizes and len(block) >= kind.sizeof_hdr:
+        raw = kind(block[: kind.sizeof_hdr], check=False)
+        if not is_nifti2 and raw["magic"] in (b"ni1", b""):
+            what = "the .hdr half of a pair .hdr and .img" if raw["magic"] == b"ni1" else "an Analyze 7.5 header"
+            raise VolumeError(f"{path}: {what}; convert it to one .nii file")
+        _check_pixdim(path, raw)
+    file.seek(0)
+    return kind.from_fileobj(file)
+
+
+def _check_pixdim(path: Path, raw: Any) -> None:
+    """Refuses a missing voxel size; an sform has its own, and a single slice needs none across itself."""
+    shape = [int(n) for n in raw["dim"][1 : 1 + int(np.clip(raw["dim"][0], 0, 3))]]
+    needed = [axis for axis, n in enumerate(shape) if n > 1]
+    if raw["sform_code"] <= 0 and not all(np.abs(raw["pixdim"][1 + axis]) > 0 for axis in needed):
+        raise VolumeError(f"{path}: the voxel spacing in the header is zero or missing")
 
 
 def from_nibabel(image: Any) -> Volume:
@@ -70,7 +150,7 @@ def from_nibabel(image: Any) -> Volume:
     if len(image.shape) != 3:
         raise VolumeError(f"the image has shape {image.shape}; give one 3-D volume, such as image.slicer[..., 0]")
     array = np.asarray(image.dataobj)
-    return _placed(array.astype(np.float32) if array.dtype.kind in "iuf" else array, image)
+    return _placed(array.astype(np.float32) if array.dtype.kind in "iuf" else array, image.header, image.affine)
 
 
 def to_nibabel(volume: Volume, kind: Any) -> Any:
@@ -87,31 +167,77 @@ def _is_nifti(header: Any) -> bool:
     return hasattr(header, "get_xyzt_units")
 
 
-def _placed(array: np.ndarray, image: Any) -> Volume:
-    """`array` where a nibabel image lies."""
-    header = image.header
+def _placed(array: np.ndarray, header: Any, affine: np.ndarray | None = None) -> Volume:
+    """`array` at the place that a header states; `affine` is nibabel's, where it is known."""
     if not _is_nifti(header):
-        return mgh.placed(array, image)
-    to_mm = np.diag([*[_mm(header)] * 3, 1.0])
+        return mgh.placed(array, header)
     codes = (int(header["qform_code"]), int(header["sform_code"]))
-    qform = to_mm @ header.get_qform() if codes[0] else None
-    return Volume(array, to_mm @ image.affine, qform=qform, codes=codes, header=header)
+    sizes = _voxel_sizes(header)
+    qform = _qform(header, sizes)
+    if affine is None:
+        affine = header.get_sform() if codes[1] > 0 else qform if codes[0] > 0 else _centred(header, sizes)
+    notes = []
+    if codes[1] > 0 and _sizes_differ(affine, sizes):
+        by_sform, by_pixdim = (
+            " x ".join(f"{mm:.3g}" for mm in values) for values in (np.linalg.norm(affine[:3, :3], axis=0), sizes)
+        )
+        notes.append(f"the header has two voxel sizes: {by_sform} (sform, used) and {by_pixdim} (pixdim)")
+    if codes == (0, 0):
+        qform = np.diag([-sizes[0], -sizes[1], sizes[2], 1.0])
+    elif header["aux_file"].item().startswith(_UNSTATED):
+        codes = (0, 0)
+    to_mm = np.diag([*[_mm(header)] * 3, 1.0])
+    return Volume(
+        array,
+        to_mm @ affine,
+        qform=to_mm @ qform if np.isfinite(qform).all() else None,
+        codes=codes,
+        header=header,
+        slices=header.get_dim_info()[2],
+        notes=tuple(notes),
+    )
+
+
+def _voxel_sizes(header: Any) -> np.ndarray:
+    """pixdim, 1 where there is none, as a single slice has it."""
+    sizes = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
+    sizes[int(header["dim"][0]) :] = 1.0
+    return np.where(np.isfinite(sizes) & (sizes > 0), sizes, 1.0)
+
+
+def _sizes_differ(affine: np.ndarray, sizes: np.ndarray) -> bool:
+    return bool((np.abs(np.linalg.norm(affine[:3, :3], axis=0) / sizes - 1) > _SPACING_TOLERANCE).any())
+
+
+def _qform(header: Any, sizes: np.ndarray) -> np.ndarray:
+    """The qform, whatever its code. A quaternion that rounding made longer than 1 is scaled to 1, as NIfTI's own C
+    library does; nibabel refuses it."""
+    from nibabel.quaternions import quat2mat
+
+    vector = np.array([float(header[f"quatern_{name}"]) for name in "bcd"])
+    rest = 1.0 - vector @ vector
+    first = np.sqrt(rest) if rest > 1e-7 else 0.0
+    if rest <= 1e-7:
+        vector = vector / np.linalg.norm(vector)
+    made = np.eye(4)
+    flip = -1.0 if header["pixdim"][0] < 0 else 1.0
+    made[:3, :3] = quat2mat(np.array([first, *vector])) @ np.diag(sizes * [1.0, 1.0, flip])
+    made[:3, 3] = [float(header[f"qoffset_{name}"]) for name in "xyz"]
+    return made
+
+
+def _centred(header: Any, sizes: np.ndarray) -> np.ndarray:
+    """nibabel's place of a file that states none: the middle of the volume at the origin, the first axis mirrored."""
+    shape = [int(n) for n in header.get_data_shape()[:3]]
+    shape += [1] * (3 - len(shape))
+    made = np.diag([-sizes[0], sizes[1], sizes[2], 1.0])
+    made[:3, 3] = -made[:3, :3] @ ((np.array(shape) - 1) / 2)
+    return made
 
 
 def _mm(header: Any) -> float:
     """The spatial unit of a NIfTI header in mm."""
     return _MM.get(header.get_xyzt_units()[0], 1.0)
-
-
-def _uncompressed_size(path: Path) -> int:
-    """Bytes in the file once unpacked; reads a gzip file to its end, which is where its checksum is compared."""
-    if path.suffix.lower() not in (".gz", ".mgz"):
-        return path.stat().st_size
-    n = 0
-    with gzip.open(path) as file:
-        while chunk := file.read(1 << 20):
-            n += len(chunk)
-    return n
 
 
 @contextmanager
@@ -168,6 +294,10 @@ def _nifti_image(voxels: np.ndarray, volume: Volume, kind: Any = None) -> Any:
     image = (kind or (nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image))(voxels, None, header)
     from_mm = np.diag([*[1 / _mm(header)] * 3, 1.0])
     qform = volume.affine if volume.qform is None else volume.qform
-    image.set_qform(from_mm @ qform, volume.codes[0], update_affine=False)
-    image.set_sform(from_mm @ volume.affine, volume.codes[1])
+    unstated = volume.codes == (0, 0)
+    if unstated:
+        image.header["aux_file"] = _UNSTATED
+    qform_code, sform_code = _UNSTATED_CODES if unstated else volume.codes
+    image.set_qform(from_mm @ qform, qform_code, update_affine=False)
+    image.set_sform(from_mm @ volume.affine, sform_code)
     return image

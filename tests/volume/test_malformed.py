@@ -150,6 +150,7 @@ def test_names_that_lie(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("traced")
+@pytest.mark.filterwarnings("ignore:.*and the weights are for MR images")
 def test_the_headers_of_pydicoms_files_end_no_reading(tmp_path: Path) -> None:
     """Colour, ultrasound, dose, waveforms, reports, broken and compressed files: volumes or a line."""
     folder = Path(get_testdata_file("MR_small.dcm", download=False)).parent
