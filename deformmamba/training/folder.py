@@ -3,8 +3,10 @@
 import csv
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,9 @@ STATE, RUN, LOG, CURVE, BEST, LAST = (
     "last.safetensors",
 )
 
+# what a longer run of the same kind differs in
+LENGTHS = ("fit.samples", "data.length", "provenance.recipe.fit.steps", "provenance.recipe.fit.epochs")
+
 
 class RunFolder:
     """The folder of one run: `run.json` says which, `state.pt` how far it is; a log, a curve, two checkpoints."""
@@ -33,11 +38,32 @@ class RunFolder:
         self.path = Path(path)
         self._writer: Any = None
 
+    def known(self) -> dict[str, Any]:
+        """The description of the run that the folder holds, flat: "fit.lr" and so on; empty without one.
+
+        Raises:
+            InvalidArgument: it cannot be read.
+        """
+        if not (self.path / RUN).is_file() or not any((self.path / name).exists() for name in (STATE, BEST, LAST)):
+            return {}  # none, or begun and stopped before there was anything to lose
+        try:
+            return dict(_flat(json.loads((self.path / RUN).read_text("utf-8"))))
+        except ValueError as error:
+            raise InvalidArgument(
+                f"fit: {self.path / RUN} cannot be read ({one_line(error)}); delete the folder"
+            ) from None
+
+    def describes(self, key: str) -> bool:
+        """Whether the description of the run there has an entry such as "fit.lr"."""
+        return key in self.known()
+
     def check(self, run: Mapping[str, Any], *, whole: bool = True) -> None:
         """Compares the run that the folder holds, if any, with `run`, or (not `whole`) with those facts of it alone.
 
+        A finished run may be continued by one that is longer and otherwise the same.
+
         Raises:
-            ValueError: it holds another run (names what differs), or checkpoints of which nobody knows the run.
+            InvalidArgument: it holds another run (names what differs), or checkpoints without a description.
         """
         if not (self.path / RUN).is_file():
             strangers = [name for name in (STATE, BEST, LAST) if (self.path / name).exists()]
@@ -47,18 +73,13 @@ class RunFolder:
                     f"(no {RUN}); choose another folder"
                 )
             return
-        if not any((self.path / name).exists() for name in (STATE, BEST, LAST)):
-            return  # begun, and stopped before there was anything to lose
-        try:
-            known = dict(_flat(json.loads((self.path / RUN).read_text("utf-8"))))
-        except ValueError as error:
-            raise InvalidArgument(
-                f"fit: {self.path / RUN} cannot be read ({one_line(error)}); delete the folder"
-            ) from None
+        known = self.known()
+        if not known:
+            return
         wanted = dict(_flat(_plain(run)))
         compared = known.keys() | wanted.keys() if whole else wanted.keys()
         different = sorted(key for key in compared if known.get(key, "not given") != wanted.get(key, "not given"))
-        if different:
+        if different and not (_is_longer(known, wanted, different) and self._finished(known)):
             shown = "; ".join(
                 f"{key} is {_short(known, key)} there and {_short(wanted, key)} here" for key in different[:3]
             )
@@ -66,6 +87,13 @@ class RunFolder:
             raise InvalidArgument(
                 f"fit: {self.path} holds another run: {shown}{more}; choose another folder, or delete that one"
             )
+
+    def _finished(self, known: Mapping[str, Any]) -> bool:
+        """Whether the run there reached its last step: that one is always logged."""
+        rows, samples, batch = self.rows(), known.get("fit.samples"), known.get("fit.batch")
+        if not rows or not isinstance(samples, int) or not isinstance(batch, int):
+            return False
+        return int(rows[-1]["step"]) >= math.ceil(samples / batch) and (self.path / STATE).is_file()
 
     def begin(self, run: Mapping[str, Any], *, writes: bool) -> dict[str, Any] | None:
         """Checks the folder, writes `run.json` if it is new, and returns the state to go on from, if there is one.
@@ -86,13 +114,13 @@ class RunFolder:
         if writes:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / RUN, json.dumps(_plain(run), indent=2) + "\n")
-            step = state["step"] if state else 0
+            step = state["step"] if state else -1  # step 0 is the score of the start
             if (self.path / LOG).is_file():
                 self._write_rows([row for row in self.rows() if int(row["step"]) <= step])
             if find_spec("tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+                self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=max(step, 0) + 1)
         return state
 
     def rows(self) -> list[dict[str, Any]]:
@@ -112,7 +140,7 @@ class RunFolder:
         training_curve(rows, self.path / CURVE)
         if self._writer is not None:
             for name, value in row.items():
-                if name != "step":
+                if name != "step" and isinstance(value, (int, float)):
                     self._writer.add_scalar(name, value, row["step"])
             self._writer.flush()
 
@@ -120,13 +148,28 @@ class RunFolder:
         with replacing(self.path / STATE) as temporary:
             torch.save(dict(state), temporary)
 
-    def keep(self, model: nn.Module, facts: Mapping[str, Any], score: float, best: float) -> float:
-        """Saves `model` as the last one, and as the best if none scored higher; returns the best score so far."""
+    def keep(self, model: nn.Module, facts: Mapping[str, Any], score: float | None, best: float) -> float:
+        """Saves `model` as the last one, and as the best unless another scored higher; returns the best score so far.
+
+        Without a score (None) every model is the best. One that is not finite compares with nothing: it is kept as the
+        best only where there is none yet.
+        """
         self.save_model(model, LAST, facts)
-        if score < best:
+        if score is not None and not math.isfinite(score):
+            warnings.warn(f"fit: the validation score is {score}, which cannot be compared with others", stacklevel=4)
+            if not (self.path / BEST).exists():
+                self.save_model(model, BEST, facts)
             return best
-        self.save_model(model, BEST, facts)
-        return score
+        if score is None or score >= best:
+            self.save_model(model, BEST, facts)
+            return best if score is None else score
+        return best
+
+    def keep_unscored(self, model: nn.Module, facts: Mapping[str, Any]) -> None:
+        """Saves `model` as the last one, and as the best where there is none yet."""
+        self.save_model(model, LAST, facts)
+        if not (self.path / BEST).exists():
+            self.save_model(model, BEST, facts)
 
     def save_model(self, model: nn.Module, name: str, facts: Mapping[str, Any]) -> None:
         """`save_pretrained` where the model has it, else its plain state as safetensors with `facts` in the header."""
@@ -171,6 +214,21 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(item, f"{name}.{key}" if name else str(key))
     else:
         yield name, value
+
+
+def _is_longer(known: Mapping[str, Any], wanted: Mapping[str, Any], different: Sequence[str]) -> bool:
+    """Whether `wanted` differs from `known` in its length alone, and is the longer one.
+
+    A data set that is as long as its run (an endless stream, such as `PatchDataset`) grows with it; no other may.
+    """
+    for key in different:
+        before, after = known.get(key), wanted.get(key)
+        if key not in LENGTHS or not (isinstance(before, (int, float)) and isinstance(after, (int, float))):
+            return False
+        stream = key != "data.length" or (before == known.get("fit.samples") and after == wanted.get("fit.samples"))
+        if after <= before or not stream:
+            return False
+    return True
 
 
 def _short(facts: Mapping[str, Any], key: str) -> str:

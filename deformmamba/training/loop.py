@@ -1,4 +1,4 @@
-"""`fit`: the training loop, in one process or several, that goes on exactly where it was stopped."""
+"""`fit`: the training loop, in one process or several, that resumes exactly where it was stopped."""
 
 import copy
 import inspect
@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,21 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import DeformMambaError, InvalidArgument
 from deformmamba.extras import require
 from deformmamba.losses import SRLoss
-from deformmamba.training.batches import Batches
+from deformmamba.training.batches import Batches, Piece
 from deformmamba.training.folder import BEST, RunFolder, described
+from deformmamba.training.optimizer import MakeOptimizer, build_optimizer, optimizer_facts, parameter_groups
+from deformmamba.training.settings import FitSettings, n_samples
 
 Scores = Mapping[str, float]
-SCHEDULES = ("cosine", "step", "constant")
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 LONGEST_VALIDATION = timedelta(hours=6)
+
+
+class NotFinite(DeformMambaError, FloatingPointError):
+    """A loss or its gradient is NaN or infinite."""
 
 
 def fit(
@@ -41,6 +48,7 @@ def fit(
     accumulate: int = 1,
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     lr: float = 1e-3,
+    optimizer: torch.optim.Optimizer | MakeOptimizer | None = None,
     weight_decay: float = 0.0,
     warmup: int = 100,
     schedule: str = "cosine",
@@ -51,6 +59,7 @@ def fit(
     precision: str = "no",
     validate: Callable[[Any], Scores] | None = None,
     every: int = 500,
+    score_start: bool = False,
     workers: int = 0,
     seed: int = 0,
     provenance: Mapping[str, Any] | None = None,
@@ -63,6 +72,10 @@ def fit(
     that is installed, and `state.pt`, from which it goes on exactly: every `every` steps, at the end, and on ctrl-C or
     SIGTERM, which end the step first (a second ctrl-C does not). On the CPU in float32 a run that was stopped, however
     it was, ends in the same bits as one that was not, if samples are functions of their index alone.
+
+    A finished run that is started again with more steps or epochs goes on from its end, with the schedule of the longer
+    run. The global random state and the mode (training or evaluation) of each module are left as they were; submodules
+    that are in evaluation mode while the model is in training mode stay so.
 
     Under `accelerate launch` each process computes its share of every batch and the result is that of one process, up
     to rounding. The main process alone writes and validates, while the others wait.
@@ -78,53 +91,49 @@ def fit(
         batch: samples a step, over all processes and accumulated pieces.
         accumulate: in how many pieces a process computes its share of a batch, which saves memory.
         loss: from (sr, hr) to a scalar, a mean over samples; `SRLoss()`, the paper's, by default.
-        lr, weight_decay: of AdamW (with no weight decay that is the paper's Adam).
+        lr, weight_decay: of AdamW (with no weight decay that is the paper's Adam). Biases, normalisations, and `A_log`
+            and `D` of a scan do not decay, see `optimizer.decays`.
+        optimizer: another optimiser: one of this model's parameters, or a function that makes one from parameter groups
+            (dictionaries of params, lr and weight_decay). `schedule` multiplies the rate of each of its groups.
         warmup: steps over which the learning rate rises linearly.
         schedule: "cosine" falls to zero at the last step; "step" is multiplied by `gamma` at each of `milestones`,
             fractions of the run; "constant" stays.
         clip: largest norm of the gradient; 0 for no limit.
         ema: decay of the exponential moving average of the weights, which is what is validated and saved; 0 for none.
         precision: accelerate's mixed precision: "no", "bf16", "fp16"; accelerate allows one a process.
-        validate: scores a model, higher "psnr" is better; called every `every` steps.
+        validate: scores a model, which is in evaluation mode; higher "psnr" is better, and one that is not finite is
+            never the best. Called every `every` steps.
+        score_start: also validates the model before the first step, as step 0, so that fine-tuning never returns worse
+            weights than it started from: `best.safetensors` then holds the start's weights, and a warning says so.
         workers: processes that load data; 0 loads in this one.
         seed: of the order of samples and of dropped paths.
         provenance: written into every checkpoint beside the steps and scores.
         progress: a bar on the terminal, with the loss and samples per second.
 
     Raises:
-        ValueError: an argument out of range, or `out` holds another run (names what differs).
+        InvalidArgument: an argument out of range, or `out` holds another run (names what differs).
         MissingExtra: accelerate is not installed.
-        FloatingPointError: the loss or its gradient is not finite; names step and samples. The last saved state is
+        NotFinite: the loss or its gradient is not finite; names step and samples. The last saved state is
             left as it was.
     """
     accelerate = require("accelerate", extra="train", what="fit")
-    from tqdm import tqdm
-
-    numbers = {"accumulate": accumulate, "clip": clip, "ema": ema, "lr": lr, "seed": seed, "warmup": warmup}
-    _check(schedule, milestones, batch=batch, every=every, weight_decay=weight_decay, workers=workers, **numbers)
-    n = len(dataset)  # type: ignore[arg-type]
-    samples = _samples(n, steps, epochs, batch)
-    loss = loss or SRLoss()
-    run = {
-        "model": described(model),
-        "fit": {
-            "samples": samples,
-            "batch": batch,
-            "accumulate": accumulate,
-            "loss": _named(loss),
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "warmup": warmup,
-            "schedule": [schedule, *([list(milestones), gamma] if schedule == "step" else [])],
-            "clip": clip,
-            "ema": ema,
-            "precision": precision,
-            "every": every,
-            "seed": seed,
-        },
-        "data": {"class": type(dataset).__name__, "length": n},
-        "provenance": provenance,
-    }
+    settings = FitSettings(
+        samples=n_samples(len(dataset), steps, epochs, max(batch, 1)),  # type: ignore[arg-type]
+        batch=batch,
+        accumulate=accumulate,
+        lr=lr,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        schedule=schedule,
+        milestones=milestones,
+        gamma=gamma,
+        clip=clip,
+        ema=ema,
+        precision=precision,
+        every=every,
+        workers=workers,
+        seed=seed,
+    )
     accelerator = accelerate.Accelerator(
         mixed_precision=precision,
         kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=LONGEST_VALIDATION)],
@@ -135,114 +144,256 @@ def fit(
             f"fit: started as one of {os.environ['WORLD_SIZE']} processes, but accelerate trains in one; without a GPU "
             "set ACCELERATE_USE_CPU=true"
         )
-    main = accelerator.is_main_process
+    loss = loss or SRLoss()
     folder = RunFolder(out)
-    state = folder.begin(run, writes=main)
-
-    if isinstance(loss, nn.Module):
-        loss.to(accelerator.device)
-    n_further = _n_further(model)
-    average = _Average(model, ema)
-    network, optimizer = accelerator.prepare(
-        model, torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
-    )
-    average.model.to(accelerator.device)
-    kept: dict[str, Any] = {"model": model, "optimizer": optimizer}
-    if ema:
-        kept["average"] = average.model
-    if accelerator.scaler is not None:
-        kept["scaler"] = accelerator.scaler
-    step, best, recent, seen = 0, -math.inf, 0.0, 0
-    if state is not None:
-        for name, part in kept.items():
-            part.load_state_dict(state[name])
-        step, best, recent, seen = (state[name] for name in ("step", "best", "recent", "seen"))
-    if len(set(accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist())) > 1:
-        raise InvalidArgument(
-            f"fit: not every process sees the same {folder.path}; it must be on a disk that all share"
+    # runs of earlier versions, whose description does not mention it, decayed every parameter
+    all_decay = folder.describes("fit.weight_decay") and not folder.describes("fit.undecayed")
+    groups = parameter_groups(model, lr=lr, weight_decay=weight_decay, all_decay=all_decay)
+    made = build_optimizer(model, optimizer, groups)
+    run = {
+        "model": described(model),
+        "fit": {
+            **settings.facts(),
+            "loss": _named(loss),
+            **({"undecayed": True} if weight_decay and not all_decay else {}),
+            **({"optimizer": optimizer_facts(made)} if optimizer is not None else {}),
+            **({"score_start": True} if score_start else {}),
+        },
+        "data": {"class": type(dataset).__name__, "length": len(dataset)},  # type: ignore[arg-type]
+        "provenance": provenance,
+    }
+    state = folder.begin(run, writes=accelerator.is_main_process)
+    with _random_state_kept(accelerator.device), _modes_kept(model):
+        training = _Training(
+            accelerator, model, dataset, loss, made, settings, folder, validate, provenance or {}, progress
         )
-
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    if processes > 1:  # the weights of depthwise convolutions: for one channel both layouts are the same memory
-        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    batches = Batches(
-        n,
-        samples=samples,
-        batch=batch,
-        seed=seed,
-        accumulate=accumulate,
-        processes=processes,
-        rank=rank,
-        start=step,
-    )
-    loader = DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, pin_memory=accelerator.device.type == "cuda"
-    )
-    pieces = iter(loader)
-
-    def save() -> None:
-        if main:
-            facts = {"step": step, "best": best, "recent": recent, "seen": seen}
-            folder.save_state({**{name: part.state_dict() for name, part in kept.items()}, **facts})
-
-    bar = tqdm(
-        total=samples, initial=step * batch, unit="image", disable=None if progress and main else True, smoothing=0.05
-    )
-    began, computed = time.perf_counter(), 0
-    with closing(folder), bar, _asked_to_stop() as asked, ExitStack() as stack:
-        # accelerate's autocast would stay on the model otherwise
-        stack.callback(accelerator.unwrap_model, network, keep_fp32_wrapper=False)
-        while step < batches.n_steps:
-            torch.manual_seed((seed * 1_000_003 + step) * processes + rank)
-            network.train()
-            values, mine = [], batches.pieces(step)
-            for number, piece in enumerate(mine, 1):
-                image, target, *further = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(pieces))
-                with accelerator.no_sync(network) if number < len(mine) else nullcontext():
-                    value = loss(network(image, *further[:n_further]), target)
-                    accelerator.backward(value * piece.weight)
-                values.append(value.detach().float())
-            share = sum(value * piece.weight for value, piece in zip(values, mine, strict=True)) / processes
-            shared = torch.stack([share, share.new_tensor(float(asked.is_set()))])
-            total, stopping = accelerator.reduce(shared, "sum").tolist()
-            norm = float(accelerator.clip_grad_norm_(network.parameters(), clip or math.inf))
-            if not math.isfinite(total):
-                wrong = [i for v, piece in zip(values, mine, strict=True) if not v.isfinite() for i in piece.indices]
-                raise FloatingPointError(_not_finite(f"the loss is {total}", step, wrong, dataset))
-            if not math.isfinite(norm) and accelerator.scaler is None:  # a scaler leaves such a step out
-                what = f"the norm of the gradient is {norm}"
-                raise FloatingPointError(_not_finite(what, step, batches.indices(step), dataset))
-            rate = lr * _rate(step, warmup, batches.n_steps, schedule, milestones, gamma)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            average.update(model, step)
-            images = min(batch, samples - step * batch)
-            step, recent, seen, computed = step + 1, recent + total, seen + 1, computed + images
-            bar.set_postfix(step=step, loss=f"{total:.4f}", refresh=False)
-            bar.update(images)
-
-            if step % every == 0 or step == batches.n_steps:
-                speed = round(computed / (time.perf_counter() - began), 2)
-                if main:
-                    scores = dict(validate(average.model)) if validate else {}
-                    folder.log({"step": step, "loss": recent / seen, "lr": rate, "images_per_second": speed, **scores})
-                    facts = {**(provenance or {}), "steps": step, "batch": batch, "seed": seed, "validation": scores}
-                    best = folder.keep(average.model, facts, scores.get("psnr", math.inf), best)
-                    if scores and progress:
-                        bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
-                recent, seen = 0.0, 0
-                save()
-                accelerator.wait_for_everyone()
-                began, computed = time.perf_counter(), 0
-            elif stopping:
-                save()
-            if stopping and step < batches.n_steps:
-                if main and progress:
-                    bar.write(f"stopped after step {step}; started again on {folder.path}, it goes on there")
-                raise KeyboardInterrupt
+        training.restore(state)
+        training.run(score_start=score_start and state is None)
     return folder.path / BEST
+
+
+@dataclass
+class _Progress:
+    """How far a run is; a part of its saved state.
+
+    Attributes:
+        step: how many steps are done.
+        best: the highest score so far; -inf without one.
+        best_step: the step that has it; None without one.
+        recent, seen: sum and number of the losses since the last validation.
+    """
+
+    step: int = 0
+    best: float = -math.inf
+    best_step: int | None = None
+    recent: float = 0.0
+    seen: int = 0
+
+
+class _Training:
+    """One run of `fit`: the loop, what it computes, and what it keeps."""
+
+    def __init__(
+        self,
+        accelerator: Any,
+        model: nn.Module,
+        dataset: Dataset[Any],
+        loss: Loss,
+        optimizer: torch.optim.Optimizer,
+        settings: FitSettings,
+        folder: RunFolder,
+        validate: Callable[[Any], Scores] | None,
+        provenance: Mapping[str, Any],
+        progress: bool,
+    ) -> None:
+        if isinstance(loss, nn.Module):
+            loss.to(accelerator.device)
+        self.accelerator, self.model, self.dataset, self.loss = accelerator, model, dataset, loss
+        self.settings, self.folder, self.validate = settings, folder, validate
+        self.provenance, self.progress = provenance, progress
+        self.main: bool = accelerator.is_main_process
+        self.n_further = _n_further(model)
+        self.largest_rates = [group["lr"] for group in optimizer.param_groups]
+        self.average = _Average(model, settings.ema)
+        self.network, self.optimizer = accelerator.prepare(model, optimizer)
+        self.average.model.to(accelerator.device)
+        self.at = _Progress()
+        self.speed = _Speed()
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What is saved beside the progress: everything that has a `state_dict`."""
+        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
+        if self.average.model is not self.model:
+            parts["average"] = self.average.model
+        if self.accelerator.scaler is not None:
+            parts["scaler"] = self.accelerator.scaler
+        return parts
+
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """Goes back to a saved state; every process must see the same one."""
+        if state is not None:
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            known = ("step", "best", "best_step", "recent", "seen")
+            self.at = _Progress(**{name: state[name] for name in known if name in state})
+        steps = self.accelerator.gather(torch.tensor([self.at.step], device=self.accelerator.device))
+        if len(set(steps.tolist())) > 1:
+            raise InvalidArgument(
+                f"fit: not every process sees the same {self.folder.path}; it must be on a disk that all share"
+            )
+
+    def save(self) -> None:
+        if self.main:
+            self.folder.save_state({**{name: part.state_dict() for name, part in self.parts.items()}, **vars(self.at)})
+
+    def run(self, *, score_start: bool) -> None:
+        """All steps that are left.
+
+        Raises:
+            KeyboardInterrupt: asked to stop, after the step was ended and saved.
+        """
+        from tqdm import tqdm
+
+        settings, processes, rank = self.settings, self.accelerator.num_processes, self.accelerator.process_index
+        if processes > 1:  # the weights of depthwise convolutions: for one channel both layouts are the same memory
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        batches = Batches(
+            len(self.dataset),  # type: ignore[arg-type]
+            samples=settings.samples,
+            batch=settings.batch,
+            seed=settings.seed,
+            accumulate=settings.accumulate,
+            processes=processes,
+            rank=rank,
+            start=self.at.step,
+        )
+        pinned = self.accelerator.device.type == "cuda"
+        loader = DataLoader(self.dataset, batch_sampler=batches, num_workers=settings.workers, pin_memory=pinned)
+        bar = tqdm(
+            total=settings.samples,
+            initial=min(self.at.step * settings.batch, settings.samples),
+            unit="image",
+            disable=None if self.progress and self.main else True,
+            smoothing=0.05,
+        )
+        if not self.model.training:
+            self.model.train()
+        with closing(self.folder), bar, _asked_to_stop() as asked, ExitStack() as stack:
+            # accelerate's autocast would stay on the model otherwise
+            stack.callback(self.accelerator.unwrap_model, self.network, keep_fp32_wrapper=False)
+            if score_start:
+                self.validated(bar)
+            samples = iter(loader)
+            while self.at.step < batches.n_steps:
+                torch.manual_seed((settings.seed * 1_000_003 + self.at.step) * processes + rank)
+                loss, stopping = self.step(samples, batches, asked)
+                images = min(settings.batch, settings.samples - (self.at.step - 1) * settings.batch)
+                self.speed.count(images)
+                bar.set_postfix(step=self.at.step, loss=f"{loss:.4f}", refresh=False)
+                bar.update(images)
+                last = self.at.step == batches.n_steps
+                if last or self.at.step % settings.every == 0:
+                    self.validated(bar)
+                    self.save()
+                    self.accelerator.wait_for_everyone()
+                    self.speed = _Speed()
+                elif stopping:
+                    self.save()
+                if stopping and not last:
+                    self.stopped(bar)
+        if self.at.best_step == 0 and self.main:
+            warnings.warn(
+                f"fit: no validation was better than the start's ({self.at.best:.4g}); {self.folder.path / BEST} holds "
+                "the weights that the training started from",
+                stacklevel=3,
+            )
+
+    def step(self, samples: Iterator[Any], batches: Batches, asked: threading.Event) -> tuple[float, bool]:
+        """One update of the weights; the mean loss, and whether some process was asked to stop."""
+        accelerator, step = self.accelerator, self.at.step
+        pieces = batches.pieces(step)
+        values = []
+        for number, piece in enumerate(pieces, 1):
+            with accelerator.no_sync(self.network) if number < len(pieces) else nullcontext():
+                values.append(self.gradient(next(samples), piece))
+        processes = accelerator.num_processes
+        share = sum(value * piece.weight for value, piece in zip(values, pieces, strict=True)) / processes
+        shared = torch.stack([share, share.new_tensor(float(asked.is_set()))])
+        loss, stopping = accelerator.reduce(shared, "sum").tolist()
+        norm = float(accelerator.clip_grad_norm_(self.network.parameters(), self.settings.clip or math.inf))
+        if not math.isfinite(loss):
+            wrong = [i for v, piece in zip(values, pieces, strict=True) if not v.isfinite() for i in piece.indices]
+            raise NotFinite(_not_finite(f"the loss is {loss}", step, wrong, self.dataset))
+        if not math.isfinite(norm) and accelerator.scaler is None:  # a scaler leaves such a step out
+            what = f"the norm of the gradient is {norm}"
+            raise NotFinite(_not_finite(what, step, batches.indices(step), self.dataset))
+        for group, largest in zip(self.optimizer.param_groups, self.largest_rates, strict=True):
+            group["lr"] = largest * self.settings.rate(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(self.model, step)
+        self.at.step, self.at.recent, self.at.seen = step + 1, self.at.recent + loss, self.at.seen + 1
+        return loss, bool(stopping)
+
+    def gradient(self, sample: Any, piece: Piece) -> torch.Tensor:
+        """Adds the gradient of a piece; its mean loss."""
+        lr, target, *further = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in sample)
+        value = self.loss(self.network(lr, *further[: self.n_further]), target)
+        self.accelerator.backward(value * piece.weight)
+        return value.detach().float()
+
+    def validated(self, bar: Any) -> None:
+        """Scores the averaged weights, logs the row, and keeps them as the last and, if so, as the best."""
+        at = self.at
+        if self.main:
+            try:
+                with _in_eval_mode(self.average.model):
+                    scores = dict(self.validate(self.average.model)) if self.validate else {}
+            except Exception:
+                if at.step:  # what was trained stays, and the same call goes on after it
+                    self.save()
+                raise
+            row: dict[str, Any] = {"step": at.step, "loss": "", "lr": "", "images_per_second": ""}
+            if at.seen:
+                row |= {"loss": at.recent / at.seen, "lr": self.optimizer.param_groups[0]["lr"]}
+                row["images_per_second"] = self.speed.per_second()
+            self.folder.log({**row, **scores})
+            before = at.best
+            at.best = self.folder.keep(self.average.model, self.facts(scores), scores.get("psnr"), before)
+            if at.best != before or (scores.get("psnr") == at.best and self.validate):
+                at.best_step = at.step
+            if scores and self.progress:
+                bar.write(f"step {at.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+        at.recent, at.seen = 0.0, 0
+
+    def stopped(self, bar: Any) -> None:
+        """Ends a run that was asked to stop: the weights are kept even if none was validated yet."""
+        if self.main:
+            self.folder.keep_unscored(self.average.model, self.facts({}))
+            if self.progress:
+                bar.write(f"stopped after step {self.at.step}; the same call on {self.folder.path} resumes")
+        raise KeyboardInterrupt
+
+    def facts(self, scores: Scores) -> dict[str, Any]:
+        """What a checkpoint says of itself; JSON has no infinity."""
+        plain = {name: value if math.isfinite(value) else str(value) for name, value in scores.items()}
+        settings = self.settings
+        own = {"steps": self.at.step, "batch": settings.batch, "seed": settings.seed, "validation": plain}
+        return {**self.provenance, **own}
+
+
+class _Speed:
+    """Images per second since it was made."""
+
+    def __init__(self) -> None:
+        self.began, self.images = time.perf_counter(), 0
+
+    def count(self, images: int) -> None:
+        self.images += images
+
+    def per_second(self) -> float:
+        return round(self.images / (time.perf_counter() - self.began), 2)
 
 
 class _Average:
@@ -262,15 +413,30 @@ class _Average:
             mine.copy_(current)
 
 
-def _rate(step: int, warmup: int, steps: int, schedule: str, milestones: Sequence[float], gamma: float) -> float:
-    """The learning rate at `step` as a share of its largest."""
-    if step < warmup:
-        return (step + 1) / warmup
-    if schedule == "step":
-        return float(gamma ** sum(step >= milestone * steps for milestone in milestones))
-    if schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards each module has the mode that it had."""
+    with _modes_kept(model):
+        model.eval()
+        yield
+
+
+@contextmanager
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """The global random state, of the CPU and of CUDA devices in use, is afterwards what it was."""
+    cuda = device.type == "cuda" or torch.cuda.is_initialized()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []):
+        yield
 
 
 @contextmanager
@@ -306,31 +472,6 @@ def _n_further(model: nn.Module) -> int | None:
     kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return None if inspect.Parameter.VAR_POSITIONAL in kinds else sum(kind in positional for kind in kinds) - 1
-
-
-def _check(schedule: str, milestones: Sequence[float], **numbers: float) -> None:
-    if schedule not in SCHEDULES:
-        raise InvalidArgument(f"fit: schedule is {schedule!r}; it must be one of {', '.join(SCHEDULES)}")
-    if not all(0 < milestone < 1 for milestone in milestones):
-        raise InvalidArgument(f"fit: milestones are {list(milestones)}; they are fractions of the run, between 0 and 1")
-    lowest = {"batch": 1, "accumulate": 1, "every": 1}
-    for name, value in numbers.items():
-        if not lowest.get(name, 0) <= value < (1 if name == "ema" else math.inf):
-            raise InvalidArgument(
-                f"fit: {name} is {value}; it must be {lowest.get(name, 0)} or more{', and below 1' * (name == 'ema')}"
-            )
-
-
-def _samples(n: int, steps: int | None, epochs: float | None, batch: int) -> int:
-    """How many samples a run sees."""
-    if not n:
-        raise InvalidArgument("fit: the data set is empty")
-    if (steps is None) == (epochs is None):
-        raise InvalidArgument(f"fit: steps is {steps} and epochs is {epochs}; give one of the two")
-    samples = steps * batch if steps is not None else round(epochs * n)  # type: ignore[operator]
-    if samples < 1:
-        raise InvalidArgument(f"fit: steps is {steps} and epochs is {epochs}; there is nothing to train")
-    return samples
 
 
 def _refuse_sharding(accelerator: Any) -> None:

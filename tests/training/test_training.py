@@ -22,7 +22,7 @@ from deformmamba.models.deform_mamba import DeformMambaSR
 from deformmamba.physics.kspace import degrade, zero_fill
 from deformmamba.training import fit
 from deformmamba.training.batches import Batches
-from deformmamba.training.loop import _rate
+from deformmamba.training.settings import FitSettings
 
 accelerate_state = pytest.importorskip("accelerate.state")
 
@@ -223,8 +223,13 @@ def test_the_average_follows_the_weights(tmp_path):
 
 
 def test_schedules():
+    numbers = {"batch": 1, "accumulate": 1, "lr": 1.0, "weight_decay": 0, "clip": 1, "ema": 0, "every": 1, "workers": 0}
+
     def rates(schedule):
-        return [_rate(step, 2, 10, schedule, (0.5, 0.8), 0.1) for step in range(10)]
+        settings = FitSettings(
+            samples=10, warmup=2, schedule=schedule, milestones=(0.5, 0.8), gamma=0.1, precision="no", seed=0, **numbers
+        )
+        return [settings.rate(step) for step in range(10)]
 
     assert rates("constant") == [0.5] + [1.0] * 9
     assert rates("step") == pytest.approx([0.5, 1, 1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
@@ -261,7 +266,7 @@ def test_tensorboard_gets_the_log(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 8}, r"fit\.samples is 12 there and 16 here"),
+        ({"steps": 4}, r"fit\.samples is 12 there and 8 here"),
         ({"lr": 2e-3}, r"fit\.lr is 0\.001 there and 0\.002 here"),
         ({"accumulate": 2}, r"fit\.accumulate is 1 there"),
         ({"schedule": "step"}, r"fit\.schedule is \[\"cosine\"\] there"),

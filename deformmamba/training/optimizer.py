@@ -1,0 +1,72 @@
+"""The optimiser of a training: which parameters decay, and one of the user's own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from deformmamba.errors import InvalidArgument, InvalidType
+
+Groups = list[dict[str, Any]]
+MakeOptimizer = Callable[[Groups], torch.optim.Optimizer]
+
+# parameters of a selective scan that are rates and gains, not weights of a sum
+_UNDECAYED = ("A_log", "D", "dt_bias")
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay is applied to a parameter.
+
+    It is not applied to parameters that their layer marks (`_no_weight_decay`, as Mamba's code does), to `A_log`, `D`
+    and `dt_bias` of a selective scan, to biases, and to parameters of one dimension, which are gains and offsets of
+    normalisations.
+    """
+    last = name.rpartition(".")[2]
+    marked = getattr(parameter, "_no_weight_decay", False)
+    return not (marked or last in _UNDECAYED or last.endswith("bias") or parameter.ndim <= 1)
+
+
+def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float, all_decay: bool = False) -> Groups:
+    """The model's parameters as groups for an optimiser: those that decay and those that do not, see `decays`.
+
+    One group where there is nothing to distinguish: no weight decay, or `all_decay`.
+    """
+    named = list(model.named_parameters())
+    if all_decay or not weight_decay:
+        return [{"params": [parameter for _, parameter in named], "lr": lr, "weight_decay": weight_decay}]
+    chosen = [(parameter, decays(name, parameter)) for name, parameter in named]
+    groups: Groups = [
+        {"params": [p for p, decay in chosen if decay], "lr": lr, "weight_decay": weight_decay},
+        {"params": [p for p, decay in chosen if not decay], "lr": lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    model: nn.Module, given: torch.optim.Optimizer | MakeOptimizer | None, groups: Groups
+) -> torch.optim.Optimizer:
+    """AdamW over `groups`, or the optimiser that the user gave or makes of them.
+
+    Raises:
+        InvalidType: `given` is neither an optimiser nor a function that returns one.
+        InvalidArgument: an optimiser of other parameters than the model's.
+    """
+    if given is None:
+        return torch.optim.AdamW(groups)
+    made = given if isinstance(given, torch.optim.Optimizer) else given(groups) if callable(given) else given
+    if not isinstance(made, torch.optim.Optimizer):
+        raise InvalidType(
+            f"fit: optimizer is a {type(made).__name__}; wanted a torch.optim.Optimizer, or a function that makes one "
+            "from parameter groups, such as lambda groups: torch.optim.SGD(groups)"
+        )
+    own = {id(parameter) for parameter in model.parameters()}
+    if any(id(parameter) not in own for group in made.param_groups for parameter in group["params"]):
+        raise InvalidArgument("fit: optimizer holds parameters that are not the model's; build it from this model's")
+    return made
+
+
+def optimizer_facts(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimiser of the user's is, for comparison: its class, its settings, the rate of each group."""
+    plain = {key: value for key, value in optimizer.defaults.items() if isinstance(value, (bool, int, float, str))}
+    return {"class": type(optimizer).__name__, **plain, "rates": [group["lr"] for group in optimizer.param_groups]}

@@ -1,0 +1,89 @@
+"""The numbers of a training, checked once, and the learning rate that follows from them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deformmamba.errors import InvalidArgument
+
+SCHEDULES = ("cosine", "step", "constant")
+_LOWEST = {"batch": 1, "accumulate": 1, "every": 1}
+_NUMBERS = ("batch", "accumulate", "lr", "weight_decay", "warmup", "clip", "ema", "every", "workers", "seed")
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What `fit` was asked for; `fit` documents each field.
+
+    `samples` is how many samples the whole run sees: steps times batch, or epochs times the length of the data set.
+
+    Raises:
+        InvalidArgument: an unknown schedule, or a number out of range.
+    """
+
+    samples: int
+    batch: int
+    accumulate: int
+    lr: float
+    weight_decay: float
+    warmup: int
+    schedule: str
+    milestones: Sequence[float]
+    gamma: float
+    clip: float
+    ema: float
+    precision: str
+    every: int
+    workers: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise InvalidArgument(f"fit: schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
+        if not all(0 < milestone < 1 for milestone in self.milestones):
+            raise InvalidArgument(
+                f"fit: milestones are {list(self.milestones)}; they are fractions of the run, between 0 and 1"
+            )
+        for name in _NUMBERS:
+            value, lowest = getattr(self, name), _LOWEST.get(name, 0)
+            if not lowest <= value < (1 if name == "ema" else math.inf):
+                raise InvalidArgument(
+                    f"fit: {name} is {value}; it must be {lowest} or more{', and below 1' * (name == 'ema')}"
+                )
+
+    @property
+    def n_steps(self) -> int:
+        return math.ceil(self.samples / self.batch)
+
+    def rate(self, step: int) -> float:
+        """The learning rate at `step` as a share of the largest one."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if self.schedule == "step":
+            return float(self.gamma ** sum(step >= milestone * self.n_steps for milestone in self.milestones))
+        if self.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(self.n_steps - self.warmup, 1)))
+
+    def facts(self) -> dict[str, Any]:
+        """What two runs must share to be the same run. `workers` changes how a run is computed and not its result."""
+        plain = ("samples", "batch", "accumulate", "lr", "weight_decay", "warmup", "clip", "ema", "precision", "every")
+        schedule = [self.schedule, *([list(self.milestones), self.gamma] if self.schedule == "step" else [])]
+        return {**{name: getattr(self, name) for name in plain}, "schedule": schedule, "seed": self.seed}
+
+
+def n_samples(n: int, steps: int | None, epochs: float | None, batch: int) -> int:
+    """How many samples a run over a data set of `n` sees, from the number of steps or of epochs.
+
+    Raises:
+        InvalidArgument: an empty data set, both numbers or none, or nothing to train.
+    """
+    if not n:
+        raise InvalidArgument("fit: the data set is empty")
+    if (steps is None) == (epochs is None):
+        raise InvalidArgument(f"fit: steps is {steps} and epochs is {epochs}; give one of the two")
+    samples = steps * batch if steps is not None else round(epochs * n)  # type: ignore[operator]
+    if samples < 1:
+        raise InvalidArgument(f"fit: steps is {steps} and epochs is {epochs}; there is nothing to train")
+    return samples
