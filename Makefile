@@ -1,36 +1,54 @@
-# Every target makes what it needs. TORCH chooses the build: `make test TORCH="torch==2.13.0 torchvision==0.28.0"`.
-PYTHON ?= python3.11
+# Every target makes what it needs. Python: the newest of 3.13, 3.12 and 3.11 that runs here, or the one that you name:
+# `make test PYTHON=/path/to/python3.12`. TORCH chooses the build of PyTorch; on Linux the registry's has CUDA inside.
+# A smaller one for the CPU alone comes from PyTorch's own index:
+# `make test TORCH="torch torchvision --index-url https://download.pytorch.org/whl/cpu"`.
+PYTHON ?= $(shell for v in 3.13 3.12 3.11; do python$$v -c "import ensurepip, venv" >/dev/null 2>&1 && { echo python$$v; exit; }; done; echo python3)
 VENV ?= .venv
 TORCH ?= torch torchvision
 BIN := $(VENV)/bin
+WORKERS ?= 2
 
-.PHONY: setup demo test check bench docs clean
+.PHONY: setup demo test test-fast test-generic check lint bench docs dist clean
 
 setup: $(BIN)/.installed-dev  ## environment with everything for development
 
+# before anything is downloaded
 $(BIN)/python:
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" || { echo "deformmamba needs Python 3.11, 3.12 or 3.13; $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -1). Install one of them, or name it: make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
+# PyTorch first and alone, because an index that TORCH names has not all the other packages
 $(BIN)/.installed: $(BIN)/python setup.cfg pyproject.toml
-	$(BIN)/python -m pip install $(TORCH) --editable .
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install --editable .
 	touch $@
 
-$(BIN)/.installed-dev: $(BIN)/.installed
-	$(BIN)/python -m pip install $(TORCH) --editable '.[dev]'
+$(BIN)/.installed-%: $(BIN)/.installed
+	$(BIN)/python -m pip install --editable '.[$*]'
 	touch $@
 
-demo: $(BIN)/.installed  ## a real scan in, a sharper scan and a picture out, in demo-output/
+demo: $(BIN)/.installed  ## a scan with its truth, a real scan, and what to type next; pictures in demo-output/
 	$(BIN)/deformmamba demo -o demo-output
 
-test: $(BIN)/.installed-dev  ## the tests, as CI runs them
-	$(BIN)/python -m pytest
+test: $(BIN)/.installed-dev  ## all tests
+	$(BIN)/python -m pytest -n $(WORKERS)
 
-check: $(BIN)/.installed-dev  ## style, types, tests
+test-fast: $(BIN)/.installed-test  ## the tests that take less than a few seconds each
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+# the oldest instructions that each library has code for: another rounding of the same sums
+test-generic: $(BIN)/.installed-test  ## the numerical tests, as another processor would compute them
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 NUMBA_CPU_NAME=generic OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests/scan tests/deform tests/models tests/physics tests/inference \
+	tests/test_layers.py tests/test_losses.py tests/test_precision.py
+
+lint: $(BIN)/.installed-dev  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+
+check: lint test  ## style, types, tests
 
 bench: $(BIN)/.installed-dev  ## every benchmark; each verifies its result before it times it
 	set -e; for script in benchmarks/*.py; do grep -q "__main__" $$script && $(BIN)/python $$script; done
@@ -38,9 +56,10 @@ bench: $(BIN)/.installed-dev  ## every benchmark; each verifies its result befor
 docs: $(BIN)/.installed-docs  ## the documentation, in build/site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-$(BIN)/.installed-docs: $(BIN)/.installed
-	$(BIN)/python -m pip install $(TORCH) --editable '.[docs]'
-	touch $@
+dist: $(BIN)/.installed-dev  ## sdist and wheel in dist/, checked as a package index checks them
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf $(VENV) build dist demo-output *.egg-info

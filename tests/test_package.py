@@ -53,7 +53,7 @@ class Built(NamedTuple):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    pytest.importorskip("build", reason="`build` is in the extra dev")
+    pytest.importorskip("build", reason="`build` is in the extra dist")
     folder = tmp_path_factory.mktemp("built")
     copy = folder / "checkout"
     left_out = shutil.ignore_patterns(".*", "build", "dist", "runs", "demo-output", "*.egg-info", "__pycache__")
@@ -97,7 +97,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Built) -> None:
     assert {"deformmamba/py.typed", "deformmamba/weights_manifest.json", "deformmamba/recipes/ixi-4x.toml"} <= set(
         inside
     )
-    assert info + "licenses/LICENSE" in inside
+    for name in ("LICENSE", "NOTICE", "LICENSES/CC-BY-4.0.txt"):
+        assert inside[f"{info}licenses/{name}"] == hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
     for entry in list_weights():
         if not entry["repo"]:
             assert inside[f"deformmamba/checkpoints/{entry['file']}"] == entry["sha256"]
@@ -113,7 +114,18 @@ def test_the_sdist_builds_the_same_wheel(built: Built) -> None:
     assert {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "setup.cfg"} <= set(members)
     assert members["deformmamba/weights_manifest.json"].isfile(), "no link, which Windows would not unpack"
     assert not any(member.issym() or member.islnk() for member in members.values())
-    assert not any(name.startswith(("tests", "docs", "benchmarks", ".")) for name in members)
+    assert {"tests/test_package.py", "tests/scan/test_scan.py", "docs/index.md", "Makefile", "NOTICE"} <= set(members)
+    assert not any("__pycache__" in name or name.startswith(".git/") for name in members)
+
+
+@pytest.mark.slow
+def test_a_package_index_takes_both(built: Built) -> None:
+    pytest.importorskip("twine", reason="twine is in the extra dist")
+    files = [str(built.sdist), str(built.wheel)]
+    command = [sys.executable, "-m", "twine", "check", "--strict", *files]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("PASSED") == 2
 
 
 @pytest.mark.slow
@@ -124,7 +136,9 @@ def test_the_metadata(built: Built) -> None:
         commands = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
     assert metadata["Name"] == "deformmamba"
     assert metadata["Version"] == deformmamba.__version__
-    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["License-Expression"] == "Apache-2.0 AND CC-BY-4.0"
+    urls = metadata.get_all("Project-URL") or []
+    assert urls == [], "no address is known before the release, which adds those of its own repository"
     assert metadata["Requires-Python"] == f">={PYTHONS[0]}"
     assert "deformmamba = deformmamba.cli:main" in commands
     versions = re.findall(r"Python :: (3\.\d+)", str(metadata.get_all("Classifier")))
@@ -157,7 +171,7 @@ def test_the_wheel_works_where_there_is_no_checkout(built: Built, tmp_path: Path
 
     away = tmp_path / "away"
     away.mkdir()
-    for name in ("conftest.py", "physics/test_kspace.py", "test_losses.py"):
+    for name in ("conftest.py", "tolerances.py", "physics/test_kspace.py", "test_losses.py"):
         shutil.copy(ROOT / "tests" / name, away)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "DEFORMMAMBA"))}
 
@@ -234,7 +248,7 @@ def test_everything_that_is_imported_is_declared() -> None:
     """A package that our code imports is a dependency or in an extra, or one that such a package cannot do without."""
     brought_by = {
         "skimage": "scikit-image",
-        "PIL": "matplotlib",
+        "PIL": "pillow",
         "llvmlite": "numba",
         "selective_scan_cuda": "mamba-ssm",
         "triton": "torch",
@@ -253,6 +267,29 @@ def test_everything_that_is_imported_is_declared() -> None:
                 if brought_by.get(root, root).lower().replace("_", "-") not in names:
                     missing[root] = str(path.relative_to(ROOT))
     assert missing == {}
+
+
+def test_the_licences_of_the_weights_are_declared() -> None:
+    expression = settings()["metadata"]["license_expression"].lower()
+    notice = (ROOT / "NOTICE").read_text("utf-8")
+    for entry in list_weights():
+        assert entry["license"] in expression.split(" and ")
+        for source in entry["trained_on"]:
+            assert source["source"] in notice, f"NOTICE does not name {source['source']} of {entry['name']}"
+    for licence in expression.split(" and ")[1:]:
+        assert (ROOT / "LICENSES" / f"{licence.upper()}.txt").is_file()
+
+
+def test_dev_names_the_other_extras_and_tools_are_pinned() -> None:
+    extras = {name: lines(text) for name, text in settings()["options.extras_require"].items()}
+    (dev,) = extras.pop("dev")
+    named = re.fullmatch(r"deformmamba\[([\w,]+)\]", dev)
+    assert named
+    assert set(named[1].split(",")) == set(extras) - {"cuda"}, "all but what needs a CUDA compiler"
+    seen = [re.split(r"[ <>=\[;]", line)[0].lower() for lines_ in extras.values() for line in lines_]
+    assert len(seen) == len(set(seen)), "a package stands in one extra only"
+    for extra in ("lint", "docs"):
+        assert all("==" in line for line in extras[extra])
 
 
 def test_extras_that_messages_name_exist() -> None:
@@ -304,7 +341,8 @@ def test_public_names_are_documented_and_nothing_else_is() -> None:
 
 def test_workflows_and_hooks_call_what_make_check_calls() -> None:
     make = (ROOT / "Makefile").read_text("utf-8")
-    recipe = make.split("\ncheck:")[1].split("\n\n")[0]
+    recipe = make.split("\nlint:")[1].split("\n\n")[0]
+    assert "\ncheck: lint test" in make
     for path in (ROOT / ".github" / "workflows").glob("*.yml"):
         steps = [step for job in yaml.safe_load(path.read_text("utf-8"))["jobs"].values() for step in job["steps"]]
         commands = [step["run"] for step in steps if "run" in step]
