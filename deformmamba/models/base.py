@@ -37,7 +37,8 @@ class SRModel(nn.Module):
     `super().__init__(scale=scale, intensity=intensity)` in its first line. `config` is recorded from the call itself:
     it has exactly the keys of the subclass's signature, defaults included, and `type(model)(**model.config)` builds the
     same model with fresh weights. (A subclass may name its other arguments again in that line; this adds nothing.) A
-    value that does not fit its annotation is a ValueError.
+    value that does not fit its annotation is a ValueError. A class with other arguments, such as a tensor, works, and
+    cannot be saved.
 
     The constructor must work on the meta device, where tensors have shapes but no values. Buffers that are not stored
     (`persistent=False`) are allowed, but make loading build the model twice.
@@ -76,7 +77,7 @@ class SRModel(nn.Module):
         model.__dict__["_arguments"] = args, arguments
         return model
 
-    def __init__(self, *, scale: int, intensity: str = "p99.9", **_named_again: Any) -> None:
+    def __init__(self, *, scale: int, intensity: str = "p99.9", **named_again: Any) -> None:
         args, arguments = self.__dict__.pop("_arguments")
         super().__init__()
         name = type(self).__name__
@@ -86,13 +87,27 @@ class SRModel(nn.Module):
             raise TypeError(f'{name}: intensity must be the name of a rule such as "p99.9", not {intensity!r}')
         given = _bound(type(self), args, arguments)
         given = {key: given[key] for key in ("scale", "intensity") if key in given} | given  # these two first
+        self.config: dict[str, Any] = {}
+        self._not_plain: dict[str, Any] = {}  # arguments of a user's class that no file can hold
+        for key, value in given.items():
+            try:
+                # through JSON, so that a tuple is a list before it is saved as well as after
+                self.config[key] = json.loads(json.dumps(value, allow_nan=False, default=_plain))
+            except TypeError:
+                self._not_plain[key] = value
+            except ValueError as error:
+                raise ValueError(
+                    f"{name}: arguments must be plain values that JSON can hold: {key}: {error}"
+                ) from error
         try:
-            # through JSON, so that a tuple is a list before it is saved as well as after
-            self.config: dict[str, Any] = json.loads(json.dumps(given, allow_nan=False, default=_plain))
             check_config(self.config)
-        except (TypeError, ValueError, WeightsError) as error:
+        except WeightsError as error:
             raise ValueError(f"{name}: arguments must be plain values that JSON can hold: {error}") from error
-        mistyped = _mistyped(type(self), self.config)
+        for key in named_again.keys() & self._not_plain.keys():
+            raise ValueError(
+                f"{name}: arguments must be plain values that JSON can hold, not {key}={shown(given[key])}"
+            )
+        mistyped = _mistyped(type(self), {**self.config, **self._not_plain})
         if mistyped:
             raise ValueError(f"{name}: {mistyped}")
         self.scale = scale
@@ -176,6 +191,11 @@ class SRModel(nn.Module):
             WeightsError: the path cannot be written, or the model is not as its config builds it (half precision,
                 added or removed layers, NaN), so that it could not be loaded again.
         """
+        for key, value in self._not_plain.items():
+            raise WeightsError(
+                f"{type(self).__name__} cannot be saved: its argument {key} is a {type(value).__name__}; a checkpoint "
+                "holds numbers, texts, and lists and dictionaries of them"
+            )
         tensors = {name: tensor.detach() for name, tensor in self.state_dict().items()}
         with torch.device("meta"):
             fresh = type(self)(**self.config)

@@ -186,9 +186,20 @@ def test_arguments_that_json_cannot_hold_are_refused() -> None:
     for intensity in (None, 99.9):
         with pytest.raises(TypeError, match="intensity"):
             ZeroFill(scale=2, intensity=intensity)  # type: ignore[arg-type]
-    for rate in (float("nan"), torch.device("cpu"), np.float32(1), {1, 2}):
-        with pytest.raises(ValueError, match="plain values"):
-            Rated(rate=rate)
+    with pytest.raises(ValueError, match="plain values that JSON can hold: rate"):
+        Rated(rate=float("nan"))
+    with pytest.raises(ValueError, match="plain values"):
+        Rated(rate=1 << 40)
+    with pytest.raises(ValueError, match="dims must be a list of int, not tensor"):
+        DeformMambaSR(dims=torch.tensor([8]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rate", [torch.zeros(2), torch.device("cpu"), np.float32(1), {1, 2}])
+def test_a_class_with_other_arguments_works_and_is_not_saved(rate: Any, tmp_path: Path) -> None:
+    model = Rated(rate=rate)
+    assert model.config == {"names": ["a", "b"]}
+    with pytest.raises(WeightsError, match="cannot be saved: its argument rate is a"):
+        model.save_pretrained(tmp_path / "x.safetensors")
 
 
 class Rated(SRModel):
