@@ -10,7 +10,6 @@ Source: Zhao et al., SMORE, IEEE TMI 40 (2021); Remedios et al., ECLARE, arXiv 2
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -44,28 +43,19 @@ def robust_range(array: np.ndarray) -> tuple[float, float]:
     return low, high if high > low else low + 1.0
 
 
-def thick(
-    image: torch.Tensor, *, ratio: float, thickness: float, kind: str = "gaussian", phase: float = 0.0
-) -> torch.Tensor:
+def thick(image: torch.Tensor, *, ratio: float, profile: SliceProfile, phase: float = 0.0) -> torch.Tensor:
     """`image` (n, w) as thick slices along its first axis see it, brought back to n rows by a cubic spline.
 
     Args:
         ratio: rows from one slice centre to the next; any number of 1 or more.
-        thickness: of a slice, in rows.
-        kind: of the slice profile, "gaussian" or "boxcar".
+        profile: of a slice, its mm being rows.
         phase: row of the first slice centre.
     """
-    return _matrix(image.shape[0], ratio, SliceProfile(kind, thickness), phase).to(image) @ image
+    return thick_matrix(image.shape[0], ratio, profile, phase).to(image) @ image
 
 
-def thick_by(image: torch.Tensor, *, ratio: float, profile: SliceProfile, phase: float = 0.0) -> torch.Tensor:
-    """`thick` with a profile whose mm are rows."""
-    return _matrix(image.shape[0], ratio, profile, phase).to(image) @ image
-
-
-@lru_cache(maxsize=64)
-def _matrix(n: int, ratio: float, profile: SliceProfile, phase: float) -> torch.Tensor:
-    """(n, n), float32: the spline after the slices."""
+def thick_matrix(n: int, ratio: float, profile: SliceProfile, phase: float) -> torch.Tensor:
+    """(n, n), float32: what `thick` does to each column of an image, the spline after the slices."""
     at = slice_positions(n_slices(n, ratio, phase), ratio, phase)
     rows = (torch.arange(n, dtype=torch.float64) - phase) / ratio
     return (spline_matrix(len(at), rows) @ ThickSlices(n, 1.0, at, profile).matrix).float()
@@ -233,8 +223,7 @@ class ThickSliceDataset(Dataset[ThickSample]):
         ratio = smallest * (largest / smallest) ** rng.random()
         thickness = ratio * rng.uniform(*self.thickness)
         kind = "boxcar" if rng.random() < self.boxcar else "gaussian"
-        # drawn once and never again, so it is not worth remembering
-        matrix = _matrix.__wrapped__(n, ratio, SliceProfile(kind, thickness), ratio * rng.random())
+        matrix = thick_matrix(n, ratio, SliceProfile(kind, thickness), ratio * rng.random())
         top = int(rng.integers(n - self.patch + 1))
         rows = slice(top, top + self.patch)
         return ThickSample((matrix[rows] @ hr)[None], hr[rows].contiguous()[None])
@@ -274,6 +263,6 @@ def thick_cases(
             if axis == 1 or (axis is None and len(cases) % 2):
                 image = image.mT.contiguous()
             ratio = ratios[number % len(ratios)]
-            base = thick(image, ratio=ratio, thickness=ratio, phase=0.3 * ratio)
+            base = thick(image, ratio=ratio, profile=SliceProfile("gaussian", ratio), phase=0.3 * ratio)
             cases.append(ThickCase(base[None, None], image[None, None], f"{scan.path.name}, slice {k}"))
     return cases

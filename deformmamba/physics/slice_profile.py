@@ -13,7 +13,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -192,30 +191,34 @@ def _spline_basis(x: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def back_projected(
-    image: torch.Tensor, slices: torch.Tensor, operator: ThickSlices, *, axis: int = -1, steps: int = 5
+    image: torch.Tensor,
+    slices: torch.Tensor,
+    operator: ThickSlices,
+    *,
+    axis: int = -1,
+    steps: int = 5,
+    until: float = 0.0,
 ) -> tuple[torch.Tensor, list[float]]:
     """`image` corrected so that `operator` gives `slices`: the smallest change in the sense of least squares.
 
-    Conjugate gradients on A A^T: after enough steps A x = y holds exactly where the slices allow it; fewer steps leave
-    the part that only noise explains. Returns the image and the root mean square of A x - y before each step and after.
+    Conjugate gradients on A A^T. After enough steps A x = y holds exactly, where the slices allow it. They end early
+    once the root mean square of A x - y is `until` or less: a larger agreement would only bring back noise.
+
+    Returns the image, and the root mean square of A x - y before the first step and after each.
     """
     residual = slices - operator(image, axis)
     errors = [float(residual.square().mean().sqrt())]
     multipliers = torch.zeros_like(residual)
     direction, power = residual.clone(), float((residual**2).sum())
+    negligible = 1e-20 * float((slices**2).sum())
     for _ in range(steps):
-        if power <= 1e-20 * max(float((slices**2).sum()), 1e-30):
+        if power <= negligible or errors[-1] <= until:
             break
         back = operator.adjoint(direction, axis)
-        step = power / max(float((back**2).sum()), 1e-30)
+        step = power / float((back**2).sum())
         multipliers += step * direction
         residual = residual - step * operator(back, axis)
         after = float((residual**2).sum())
         direction, power = residual + after / power * direction, after
         errors.append(float(residual.square().mean().sqrt()))
     return image + operator.adjoint(multipliers, axis), errors
-
-
-def describe(profile: SliceProfile) -> dict[str, Any]:
-    """The profile in JSON-able facts."""
-    return {"kind": profile.kind, "thickness_mm": round(profile.width(), 4)}

@@ -6,6 +6,7 @@ import torch
 
 from deformmamba.data.scans import Scan
 from deformmamba.data.thick_slices import ThickSliceDataset, n_slices, robust_range, thick, thick_cases
+from deformmamba.physics.slice_profile import SliceProfile
 from deformmamba.volume import Volume, VolumeError, write_volume
 
 
@@ -59,7 +60,7 @@ def test_isotropic_volumes_give_sections_too(scans: list[Scan]) -> None:
 def test_thick_keeps_a_constant_and_a_smooth_curve() -> None:
     rows = torch.arange(60.0)
     image = torch.stack([torch.ones(60), torch.sin(rows / 12)], dim=1)
-    got = thick(image, ratio=3.5, thickness=3.5, phase=1.2)
+    got = thick(image, ratio=3.5, profile=SliceProfile("gaussian", 3.5), phase=1.2)
     torch.testing.assert_close(got[:, 0], image[:, 0], atol=1e-5, rtol=0)
     # a mean over 3.5 rows takes 1 - exp(-(sigma / 12)^2 / 2) = 0.8 % of this curve; the ends are mirrored
     torch.testing.assert_close(got[8:-8, 1], image[8:-8, 1], atol=0.012, rtol=0)
