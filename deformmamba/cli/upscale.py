@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -158,10 +159,20 @@ def _draw(path: str | Path, done: "Upscaled", model: "SRModel", title: str, name
 
 
 def _upscale_folder(args: argparse.Namespace) -> int:
-    from deformmamba.inference.cohort import SUMMARY, upscale_cohort
+    from deformmamba.inference.cohort import upscale_cohort
+
+    check_folder(args, ("figure", "uncertainty", "report", "series"))
+    model = load_model(args.model)
+    return run_folder(
+        args, "sr", lambda told: upscale_cohort(model, args.input, args.output, told=told, **_options(args))
+    )
+
+
+def check_folder(args: argparse.Namespace, for_one_scan: Sequence[str]) -> None:
+    """Refuses options that are for one scan, and an output that is no folder."""
     from deformmamba.volume import VolumeError
 
-    for option in ("figure", "uncertainty", "report", "series"):
+    for option in for_one_scan:
         if getattr(args, option):
             raise VolumeError(f"{args.input}: is a folder of scans, and --{option} is for one scan; leave it out")
     if os.path.splitext(args.output)[1] and not os.path.isdir(args.output):
@@ -170,27 +181,27 @@ def _upscale_folder(args: argparse.Namespace) -> int:
             f"not {args.output}"
         )
 
+
+def run_folder(
+    args: argparse.Namespace, kind: str, made: Callable[[Callable[["Outcome"], None]], list["Outcome"]]
+) -> int:
+    """Runs `made` over a folder of scans and prints what became of each; the exit code."""
+    from deformmamba.inference.cohort import summary
+
     def told(outcome: "Outcome") -> None:
         if outcome.status != "failed":  # these come at the end, together
             took = f" in {outcome.seconds:.1f} s; {outcome.remark}" if outcome.status == "made" else ""
             say(f"{outcome.status}: {outcome.output}{took}")
 
-    model = load_model(args.model)
     # a scheduler's time limit ends as ctrl-C does: nothing half-written, and the summary of what was done
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        outcomes = upscale_cohort(
-            model,
-            args.input,
-            args.output,
-            told=told,
-            **_options(args),
-        )
+        outcomes = made(told)
         _wait_for_others()
     finally:
         signal.signal(signal.SIGTERM, before)
     count = {status: sum(o.status == status for o in outcomes) for status in ("made", "skipped", "failed")}
-    say(f"{args.output}: {', '.join(f'{n} {status}' for status, n in count.items())}; see {SUMMARY}*.csv")
+    say(f"{args.output}: {', '.join(f'{n} {status}' for status, n in count.items())}; see {summary(kind)}*.csv")
     for outcome in outcomes:
         if outcome.status == "failed":
             refuse(f"failed: {outcome.source}: {outcome.reason}")

@@ -26,7 +26,11 @@ from deformmamba.volume import MGH_SUFFIXES, NIFTI_SUFFIXES, PathLike, VolumeErr
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
 
-SUMMARY = "desc-sr_summary"
+# what a scan can be made into: the label of the BIDS entity `desc-`, and what it means
+KINDS = {
+    "sr": "Made by super-resolution: what the scanner did not measure is an estimate. No diagnosis.",
+    "iso": "Made isotropic: what the scanner did not measure between the slices is an estimate. No diagnosis.",
+}
 # the settings that change the result
 _SHAPING = ("axis", "consistency", "ensemble", "tile", "overlap")
 # sub-<label>, then entities, then the suffix that says what kind of image it is
@@ -95,20 +99,50 @@ def upscale_cohort(
         ValueError: an environment that names no valid share.
     """
     chosen = Settings(**settings)
-    source, target = Path(source), Path(target)
-    rank, world = processes(os.environ)
+    reading = {"volume": volume, "dtype": dtype, "effective": effective}
     made_by = {
-        "model": type(model).__name__,
-        "weights": weights_name(model),
-        "sha256": weights_hash(model) or _digest(model),
+        **describe_weights(model),
         "scale": model.scale,
-        "volume": volume,
-        "dtype": dtype,
-        "effective": effective,
+        **reading,
         **{key: value for key in _SHAPING if (value := getattr(chosen, key)) is not None},
         "consistency": chosen.consistency or model.consistency,
     }
-    tasks, refused = _tasks(source, target)
+
+    def make(scan: Path, output: Path) -> tuple[str, dict[str, Any]]:
+        return upscale_file(model, scan, output, **reading, **asdict(chosen)).remark, {}  # type: ignore[arg-type]
+
+    return run_cohort(source, target, "sr", made_by, make, told)
+
+
+def describe_weights(model: "SRModel") -> dict[str, Any]:
+    """Class, name and hash of a model, for a sidecar."""
+    return {
+        "model": type(model).__name__,
+        "weights": weights_name(model),
+        "sha256": weights_hash(model) or _digest(model),
+    }
+
+
+def run_cohort(
+    source: PathLike,
+    target: PathLike,
+    kind: str,
+    made_by: Mapping[str, Any],
+    make: Callable[[Path, Path], tuple[str, dict[str, Any]]],
+    told: Callable[[Outcome], None] | None = None,
+) -> list[Outcome]:
+    """What `upscale_cohort` does, with any function from scan to scan.
+
+    Args:
+        source, target, told: as `upscale_cohort`.
+        kind: one of `KINDS`, for names and descriptions.
+        made_by: what the outputs depend on, as JSON can hold it; another one makes them again.
+        make: from the paths of a scan and of its output; writes the output and returns a remark and further facts for
+            the sidecar.
+    """
+    source, target = Path(source), Path(target)
+    rank, world = processes(os.environ)
+    tasks, refused = _tasks(source, target, kind)
     if not tasks and not refused:
         raise VolumeError(f"{source}: holds no scan; wanted .nii, .nii.gz, .mgh, .mgz or folders of DICOM files")
     try:
@@ -121,16 +155,21 @@ def upscale_cohort(
     try:
         if rank == 0:
             _describe(source, target)
-        made = (_done_or_made(model, task, target, made_by, chosen) for task in tasks[rank::world])
+        made = (_done_or_made(task, target, kind, made_by, make) for task in tasks[rank::world])
         for outcome in itertools.chain(refused if rank == 0 else [], made):
             outcomes.append(outcome)
             if told:
                 told(outcome)
     finally:
-        name = f"{SUMMARY}.csv" if world == 1 else f"{SUMMARY}_rank-{rank}.csv"
+        name = f"{summary(kind)}.csv" if world == 1 else f"{summary(kind)}_rank-{rank}.csv"
         outcomes = sorted(outcomes, key=lambda outcome: outcome.source)
         write_text(target / name, _table(outcomes))
     return outcomes
+
+
+def summary(kind: str) -> str:
+    """The name of the table of outcomes, without its ending."""
+    return f"desc-{kind}_summary"
 
 
 def _digest(model: "SRModel") -> str:
@@ -166,15 +205,15 @@ def is_cohort(path: PathLike) -> bool:
     return path.is_dir() and not holds_dicom(file for file in path.iterdir() if not file.name.startswith("."))
 
 
-def sr_name(name: str) -> str:
-    """The name of the output: `desc-sr` as the last entity of a BIDS name (joined to a `desc-` that is there), and at
-    the end of any other name."""
+def output_name(name: str, kind: str = "sr") -> str:
+    """The name of the output: `desc-<kind>` as the last entity of a BIDS name (joined to a `desc-` that is there), and
+    at the end of any other name."""
     stem, ending = _split(name)
     if not _BIDS.fullmatch(stem):
-        return f"{stem}_desc-sr{ending}"
-    *entities, kind = stem.split("_")
+        return f"{stem}_desc-{kind}{ending}"
+    *entities, image = stem.split("_")
     last = entities.pop() if entities[-1].startswith("desc-") else "desc-"
-    return "_".join([*entities, f"{last}sr", kind]) + ending
+    return "_".join([*entities, f"{last}{kind}", image]) + ending
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -185,10 +224,10 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _is_ours(name: str) -> bool:
-    return bool(re.search(r"(^|_)desc-[A-Za-z0-9+]*sr(_|$)", _split(name)[0]))
+    return bool(re.search(rf"(^|_)desc-[A-Za-z0-9+]*({'|'.join(KINDS)})(_|$)", _split(name)[0]))
 
 
-def _tasks(root: Path, target: Path) -> tuple[list[_Task], list[Outcome]]:
+def _tasks(root: Path, target: Path, kind: str) -> tuple[list[_Task], list[Outcome]]:
     """What is to be upscaled, by name, and what is refused before it is opened."""
     if not root.is_dir():
         raise VolumeError(f"{root}: no such folder")
@@ -197,7 +236,7 @@ def _tasks(root: Path, target: Path) -> tuple[list[_Task], list[Outcome]]:
     found, refused, taken = [], [], set[Path]()
     for path in _scans(root, target.resolve()):
         name = path.relative_to(root)
-        task = _Task(path, name, name.with_name(sr_name(name.name)))
+        task = _Task(path, name, name.with_name(output_name(name.name, kind)))
         if not path.resolve().is_relative_to(root.resolve()):
             refused.append(Outcome(str(name), "", "failed", "a link that leads out of the folder; copy the scan"))
         elif task.sidecar in taken:
@@ -241,33 +280,33 @@ def _size(source: Path) -> int:
 
 
 def _done_or_made(
-    model: "SRModel",
     task: _Task,
     target: Path,
+    kind: str,
     made_by: Mapping[str, Any],
-    settings: Settings,
+    make: Callable[[Path, Path], tuple[str, dict[str, Any]]],
 ) -> Outcome:
     source, output = str(task.name), str(task.output)
     start = time.perf_counter()
     try:
         size, changed = _state(task.source)
         wanted = {
-            "Description": "Made by super-resolution: what the scanner did not measure is an estimate. No diagnosis.",
+            "Description": KINDS[kind],
             "Sources": [task.name.as_posix()],
             "SourceSize": size,
             "SourceModified": changed,
             "GeneratedBy": [{"Name": "deformmamba", "Version": __version__, **made_by}],
         }
         path, sidecar = target / task.output, target / task.sidecar
-        if path.exists() and _read(sidecar) == wanted:
+        known = _read(sidecar) if path.exists() else None
+        if isinstance(known, dict) and {key: known.get(key) for key in wanted} == wanted:
             return Outcome(source, output, "skipped", "done before")
         path.parent.mkdir(parents=True, exist_ok=True)
-        reading = {key: made_by[key] for key in ("volume", "dtype", "effective")}
-        done = upscale_file(model, task.source, path, **reading, **asdict(settings))
-        write_text(sidecar, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
+        remark, facts = make(task.source, path)
+        write_text(sidecar, json.dumps({**wanted, **facts}, indent=2, ensure_ascii=False) + "\n")
     except Exception as error:  # a scan that nobody foresaw is no reason to leave the others undone
         return Outcome(source, output, "failed", _reason(error), time.perf_counter() - start)
-    return Outcome(source, output, "made", "", time.perf_counter() - start, done.remark)
+    return Outcome(source, output, "made", "", time.perf_counter() - start, remark)
 
 
 def _reason(error: Exception) -> str:

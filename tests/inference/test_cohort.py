@@ -19,7 +19,7 @@ from pydicom import dcmread
 from pydicom.data import get_testdata_file
 
 from deformmamba.cli import main
-from deformmamba.inference.cohort import is_cohort, processes, sr_name, upscale_cohort
+from deformmamba.inference.cohort import is_cohort, output_name, processes, upscale_cohort
 from deformmamba.models import VDSR, ZeroFill
 from deformmamba.volume import VolumeError, read_volume
 
@@ -211,7 +211,7 @@ def test_ctrl_c_keeps_the_summary_of_what_was_done(tree: Path, tmp_path: Path) -
     ],
 )
 def test_names(name: str, expected: str) -> None:
-    assert sr_name(name) == expected
+    assert output_name(name) == expected
 
 
 def test_a_folder_of_dicom_is_a_scan_and_no_cohort(tree: Path, tmp_path: Path) -> None:
