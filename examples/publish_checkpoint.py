@@ -18,16 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from deformmamba.data.patches import Scan, find_scans, load_slices
+from deformmamba.data.patches import Scan, find_scans
 from deformmamba.evaluation.assessment import assess
 from deformmamba.evaluation.compare import evaluate, mean_scores
-from deformmamba.inference import upscale
-from deformmamba.metrics import by_slice
 from deformmamba.models import Bicubic, SRModel, ZeroFill, from_pretrained
 from deformmamba.physics.consistency import CONSISTENCIES, Consistency
-from deformmamba.physics.kspace import degrade
 from deformmamba.weights.cards import tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,47 +37,51 @@ def best_consistency(model: SRModel, scans: list[Scan]) -> tuple[Consistency, di
     return max(allowed, key=lambda kind: scores[kind]["psnr"]), {str(kind): found for kind, found in scores.items()}
 
 
-def spread(model: SRModel, scans: list[Scan]) -> dict[str, float]:
-    """Standard deviation over all slices of all scans."""
-    values: dict[str, list[float]] = defaultdict(list)
-    for scan in scans:
-        hr = torch.from_numpy(load_slices(scan.path, model.scale).array)
-        for name, of_slices in by_slice(upscale(model, degrade(hr, model.scale), axis=0), hr).items():
-            values[name] += of_slices
-    return {name: float(np.std(v, ddof=1)) for name, v in values.items()}
+def score(model: SRModel, scans: list[Scan], groups: list[str] | None) -> dict[str, list[dict[str, Any]]]:
+    """The model beside zero-filling and bicubic, volume protocol: a row a split and group, and a row a subject.
 
-
-def score(model: SRModel, scans: list[Scan]) -> list[dict[str, Any]]:
-    """One row a split and group: the model beside zero-filling and bicubic, volume protocol."""
-    groups = defaultdict(list)
+    `scores`: the mean over the volumes of a subject, then over subjects. `by_subject`: the subjects of `groups`.
+    """
+    members = defaultdict(list)
     for scan in scans:
-        groups[scan.split, scan.group].append(scan)
-    rows = []
-    for (split, group), members in sorted(groups.items()):
-        own = evaluate(model, members)
-        results = {"": mean_scores(own)} | {
-            name: mean_scores(evaluate(m, members))
-            for name, m in (
-                ("zero_fill_", ZeroFill(scale=model.scale)),
-                ("bicubic_", Bicubic(scale=model.scale)),
-            )
-        }
-        deviation = spread(model, members)
-        rows.append(
+        members[scan.split, scan.group].append(scan)
+    table, people = [], []
+    others = {"zero_fill_": ZeroFill(scale=model.scale), "bicubic_": Bicubic(scale=model.scale)}
+    for (split, group), chosen in sorted(members.items()):
+        own = evaluate(model, chosen, slices=True)
+        compared = {name: evaluate(made, chosen) for name, made in others.items()}
+        table.append(
             {
                 "split": split,
                 "group": group,
-                "subjects": len({scan.subject for scan in members}),
+                "subjects": len({scan.subject for scan in chosen}),
                 "slices": sum(row["slices"] for row in own),
                 "protocol": "volume",
-                **{
-                    f"{name}{metric}": round(v[metric], 4) for name, v in results.items() for metric in ("psnr", "ssim")
-                },
-                **{f"{metric}_sd_over_slices": round(v, 4) for metric, v in deviation.items()},
+                **_scores(own, compared),
+                **spread_over_slices(own),
             }
         )
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+        print(json.dumps(table[-1]), flush=True)
+        for subject in sorted({scan.subject for scan in chosen}) if groups is None or group in groups else ():
+            mine = [row for row in own if row["subject"] == subject]
+            theirs = {name: [row for row in rows if row["subject"] == subject] for name, rows in compared.items()}
+            facts = {"subject": subject, "group": group, "slices": sum(row["slices"] for row in mine)}
+            people.append({**facts, **_scores(mine, theirs)})
+    return {"scores": table, "by_subject": people}
+
+
+def _scores(own: list[dict[str, Any]], compared: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """PSNR and SSIM, rounded, of the model and of what it is compared with."""
+    means = {name: mean_scores(rows) for name, rows in {"": own, **compared}.items()}
+    return {f"{name}{metric}": round(mean[metric], 4) for name, mean in means.items() for metric in ("psnr", "ssim")}
+
+
+def spread_over_slices(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Standard deviation of each metric over all slices of all volumes."""
+    return {
+        f"{name}_sd_over_slices": round(float(np.std([v for row in rows for v in row["by_slice"][name]], ddof=1)), 4)
+        for name in rows[0]["by_slice"]
+    }
 
 
 COLUMNS = [
@@ -121,6 +121,8 @@ def as_logged(assessment: dict[str, list[dict[str, Any]]], groups: list[str] | N
 
 def trained_on(data: Path, model: SRModel) -> list[dict[str, Any]]:
     """Sources, licences and sizes of the training split, from volumes.tsv: of this training and of those before it."""
+    if "converted" in model.provenance:  # weights unchanged since another file was published with them
+        return list(model.provenance["trained_on"])
     stages = [model.provenance, *model.provenance.get("init", [])]
     shares = [stage.get("recipe", {}).get("data", {}).get("weights") for stage in stages]
     wanted = None if None in shares else {group for share in shares for group in share}
@@ -143,6 +145,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--machine", required=True, help="what it was trained on")
     parser.add_argument("--hours", type=float, required=True, help="how long")
+    parser.add_argument("--meant-for", default="", help="anatomy, contrast and voxel sizes, in a line (as before)")
     parser.add_argument("--summary", default="", help="what it is for, in a sentence (default: as before)")
     parser.add_argument("--license", default="", help="of the weights (default: as before)")
     parser.add_argument("--limits", required=True, help="what it was not trained or measured for; look at its numbers")
@@ -167,9 +170,11 @@ def main() -> None:
     sha256 = model.save_pretrained(path, provenance=facts)
 
     published = from_pretrained(path)
-    rows = score(published, [scan for scan in scans if scan.split in ("test", "external")])
-    log(rows, args.name, sha256)
-    assessment = assess(published, [scan for scan in scans if scan.split in ("test", "external")], groups=groups)
+    kept_aside = [scan for scan in scans if scan.split in ("test", "external")]
+    scored = score(published, kept_aside, groups)
+    log(scored["scores"], args.name, sha256)
+    log([{**row, "protocol": f"volume, {row['subject']}"} for row in scored["by_subject"]], args.name, sha256)
+    assessment = assess(published, kept_aside, groups=groups)
     log(as_logged(assessment, groups), args.name, sha256)
     print(tables(assessment))
     manifest_path = ROOT / "weights_manifest.json"
@@ -179,6 +184,7 @@ def main() -> None:
     path.replace(final)
     manifest["weights"][args.name] = {
         "license": args.license or before.get("license", ""),
+        "meant_for": args.meant_for or before.get("meant_for", ""),
         "limits": args.limits,
         "summary": args.summary or before.get("summary", ""),
         "file": final.name,
@@ -202,10 +208,11 @@ def main() -> None:
             {key: stage.get(key) for key in ("steps", "batch", "seed", "sha256")} for stage in facts.get("init", [])
         ]
         or None,
+        "converted": facts.get("converted"),
         "budget": facts["budget"],
         "consistency": consistency,
         "validation": validation,
-        "scores": rows,
+        **scored,
         **assessment,
     }
     manifest_path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -86,6 +86,6 @@ def test_a_run_becomes_an_entry(tmp_path, folder, publish, monkeypatch, capsys):
     with open(tmp_path / "docs" / "evaluations.csv", newline="") as file:
         logged = list(csv.DictReader(file))
     assert {row["sha256"] for row in logged} == {entry["sha256"]}
-    wanted = ("scores", "by_spacing", "out_of_domain", "lesions")
+    wanted = ("scores", "by_subject", "by_spacing", "out_of_domain", "lesions")
     assert len(logged) == sum(len(entry[name]) for name in wanted)
     assert "## Synthetic lesions" in capsys.readouterr().out

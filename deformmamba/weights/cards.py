@@ -9,9 +9,11 @@ TABLES = {
     "trained_on": ("Training data", "What the weights were fitted to, with its licences."),
     "scores": (
         "Scores",
-        "PSNR in dB and SSIM by the protocol that each row names, averaged over subjects, on scans that were not "
-        "trained on. `sd over slices` and `sd over subjects` are standard deviations, over what they say.",
+        "PSNR in dB / SSIM, averaged over the volumes of a subject and then over subjects, on scans that were not "
+        "trained on; protocol volume where none is named. `sd over slices`: standard deviation of the network's scores "
+        "over all slices.",
     ),
+    "by_subject": ("Scores by subject", "PSNR in dB / SSIM on the groups that the weights are for; protocol volume."),
     "by_spacing": (
         "Scores by voxel size",
         "Each volume was cropped in k-space to `truth mm`, and that degraded to `input mm`; protocol volume; gains are "
@@ -34,8 +36,23 @@ _USE = (
     "Research on the super-resolution of MR images that are coarse in the way that the facts below name. Not a medical "
     "device: not for diagnosis, and not for anything that a patient's care depends on."
 )
+# columns that share a cell, by the title of the column that they become
+_MERGED = {
+    "subjects / slices": ("subjects", "slices"),
+    "network": ("psnr", "ssim"),
+    "zero-filling": ("zero_fill_psnr", "zero_fill_ssim"),
+    "bicubic": ("bicubic_psnr", "bicubic_ssim"),
+    "gain": ("psnr_gain", "ssim_gain"),
+    "sd over slices": ("psnr_sd_over_slices", "ssim_sd_over_slices"),
+    "recovered: network / zero-filling / bicubic": ("recovered", "zero_fill_recovered", "bicubic_recovered"),
+    "invented: network / zero-filling / bicubic": ("invented", "zero_fill_invented", "bicubic_invented"),
+}
+# decimals of a number, by what its name contains
+_DECIMALS = {"psnr": 2, "ssim": 3, "nmse": 4, "recovered": 2, "invented": 2}
+# columns that the card leaves to the manifest
+_LEFT_OUT = ("nmse_sd_over_slices", "recovered_sd")
 # what has a place of its own in a card; anything else is a line under "Facts"
-_PLACED = ("name", "summary", "license", "repo", "revision", "intended_use", "limits", *TABLES)
+_PLACED = ("name", "meant_for", "summary", "license", "repo", "revision", "intended_use", "limits", *TABLES)
 
 
 def card(entry: Mapping[str, Any]) -> str:
@@ -59,6 +76,7 @@ def card(entry: Mapping[str, Any]) -> str:
         "",
         f"# {name}",
         "",
+        *([f"For: {entry['meant_for']}", ""] if entry.get("meant_for") else []),
         *([str(entry["summary"]), ""] if entry.get("summary") else []),
         "```python",
         "import deformmamba",
@@ -93,20 +111,42 @@ def tables(entry: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Sequence[Any]) -> list[str]:
-    """Lines of a Markdown table; the columns are the keys of all rows, in the order of their first use."""
+    """Lines of a Markdown table; the columns are the keys of all rows, in the order of their first use.
+
+    Columns of `_MERGED` share a cell; a protocol that all rows share stands in the heading's text instead.
+    """
     rows = [row if isinstance(row, Mapping) else {"": row} for row in rows]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in _LEFT_OUT]
+    if {str(row.get("protocol")) for row in rows} == {"volume"}:
+        keys.remove("protocol")
+    columns: dict[str, tuple[str, ...]] = {}
+    for key in keys:
+        shared = next((title for title, merged in _MERGED.items() if key in merged and set(merged) <= set(keys)), None)
+        columns[shared or key.replace("_", " ")] = _MERGED[shared] if shared else (key,)
     cells = [
-        [column.replace("_", " ") for column in columns],
+        list(columns),
         ["---"] * len(columns),
-        *([_prose(row.get(column, "")) for column in columns] for row in rows),
+        *(
+            [
+                " / ".join(shown for key in merged if (shown := _shown(key, row.get(key, ""))))
+                for merged in columns.values()
+            ]
+            for row in rows
+        ),
     ]
     return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in cells]
 
 
+def _shown(key: str, value: Any) -> str:
+    """A value of a table's cell: numbers of one kind with as many decimals everywhere."""
+    decimals = next((n for part, n in _DECIMALS.items() if part in key), None)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return f"{value:.{decimals}f}" if number and decimals is not None else _prose(value)
+
+
 def _prose(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key.replace('_', ' ')} {_prose(item)}" for key, item in value.items())
+        return ", ".join(f"{key.replace('_', ' ')} {_shown(str(key), item)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):
         return "; ".join(map(_prose, value))
     if isinstance(value, bool):

@@ -170,7 +170,7 @@ def test_the_whole_is_plain_and_readable(scans):
     assert found["by_spacing"][0]["slices"] == 2  # one of each of two volumes; T1 is not what it is meant for
     text = tables(found)
     assert text.count("\n## ") == 3
-    assert "| size mm | kind | lesions | recovered |" in text
+    assert "| size mm | kind | lesions | recovered: network / zero-filling / bicubic |" in text
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == sum(len(rows) + 2 for rows in found.values())
 

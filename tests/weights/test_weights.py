@@ -482,8 +482,8 @@ def test_the_card_is_markdown_with_the_facts(published: dict[str, Any]) -> None:
     assert "there is no repository on the Hub" in body
     assert "## Training data" in body
     assert "| more noise |" in body
-    assert "| data | psnr | ssim |" in body
-    assert "| noise | 28 |  |" in body
+    assert "| data | network |" in body
+    assert "| noise | 28.00 |" in body
     assert "Not a medical device" in body
     assert "\n\n\n" not in text
     assert text.isascii()
@@ -511,11 +511,12 @@ def test_the_card_has_a_table_for_each_list_of_an_assessment_and_loses_nothing()
     assert "- **preset**: small" in text
     assert "- **invented later**: a b 1; 2.346, c" in text
     assert (
-        "| spacing mm | psnr | zero fill psnr |\n| --- | --- | --- |\n| 0.9 | 30.12 | 28.5 |\n| 1.2 | 29 |  |" in text
+        "| spacing mm | psnr | zero fill psnr |\n| --- | --- | --- |\n| 0.9 | 30.12 | 28.50 |\n| 1.2 | 29.00 |  |"
+        in text
     )
     assert "## Other inputs" in text
     assert "- **consistency**: off\n" in text
-    assert "| rotated \\| by 10 degrees | 25 |" in text
+    assert "| rotated \\| by 10 degrees | 25.00 |" in text
     assert "| diameter mm | contrast recovered | bicubic |\n| --- | --- | --- |\n| 2 | 0.51 | 0.3 |" in text
 
 
