@@ -9,6 +9,7 @@ Names resolve when they are first used, so that `import deformmamba` costs nothi
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
@@ -23,6 +24,7 @@ _HOME = {
     "DeformMambaSR": "models",
     "from_pretrained": "models",
     "MODELS": "models",
+    "SRModel": "models",
     "ContrastiveEdgeLoss": "losses",
     "SRLoss": "losses",
     "selective_scan": "scan",
@@ -72,6 +74,7 @@ if TYPE_CHECKING:  # `as`: for type checkers, an import under its own name is an
     from deformmamba.metrics import ssim as ssim
     from deformmamba.models import MODELS as MODELS
     from deformmamba.models import DeformMambaSR as DeformMambaSR
+    from deformmamba.models import SRModel as SRModel
     from deformmamba.models import from_pretrained as from_pretrained
     from deformmamba.physics.consistency import data_consistency as data_consistency
     from deformmamba.physics.kspace import degrade as degrade
@@ -91,6 +94,8 @@ if TYPE_CHECKING:  # `as`: for type checkers, an import under its own name is an
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
+        if name.isidentifier() and not name.startswith("_") and find_spec(f"deformmamba.{name}") is not None:
+            return import_module(f"deformmamba.{name}")  # `deformmamba.models.SRCNN` works without a second import
         raise AttributeError(f"module 'deformmamba' has no attribute {name!r}; public names: {', '.join(__all__)}")
     value = getattr(import_module(f"deformmamba.{_HOME[name]}"), name)
     globals()[name] = value
@@ -98,4 +103,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted(__all__)

@@ -135,6 +135,12 @@ def test_public_names_resolve(name: str) -> None:
         assert getattr(value, "__doc__", None), f"{name} has no docstring"
 
 
+def test_dir_shows_the_public_names_and_modules_need_no_second_import() -> None:
+    assert dir(deformmamba) == sorted(deformmamba.__all__)
+    script = "import deformmamba; deformmamba.models.SRCNN; deformmamba.physics.kspace.degrade"
+    assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
+
+
 def test_type_checkers_see_the_same_names() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))

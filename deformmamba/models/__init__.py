@@ -2,6 +2,8 @@
 
 import os
 
+import torch
+
 from deformmamba.models.base import SRModel
 from deformmamba.models.deform_mamba import DeformMambaSR
 from deformmamba.models.fmisr import FMISR
@@ -45,21 +47,40 @@ MODELS: dict[str, type[SRModel]] = {
 def from_pretrained(
     name: str | os.PathLike[str],
     *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
 ) -> SRModel:
-    """The model of a checkpoint, whichever class it is, in eval mode on the CPU.
+    """The model of a checkpoint, whichever class it is, in eval mode.
 
-    `name`: a manifest name, a path, or `org/repo[@commit]`, see `deformmamba.weights.load_checkpoint`.
+    A class of your own is found after `deformmamba.MODELS["MyModel"] = MyModel`, or by `MyModel.from_pretrained`.
+
+    Args:
+        name: a manifest name, a path, or `org/repo[@commit]`.
+        device: where to put it; the CPU if None.
+        dtype: of its weights; float32 if None.
+        revision, cache_dir, token, local_files_only, force_download: see `deformmamba.weights.load_checkpoint`.
 
     Raises:
         WeightsError: no such weights, or a checkpoint that is not exactly what it says.
+        InvalidArgument: no such device here, or a dtype that the model does not run in.
     """
-    checkpoint = load_checkpoint(name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    checkpoint = load_checkpoint(
+        name,
+        revision=revision,
+        cache_dir=cache_dir,
+        token=token,
+        local_files_only=local_files_only,
+        force_download=force_download,
+    )
     if checkpoint.class_name not in MODELS:
+        made = checkpoint.class_name
         raise WeightsError(
-            f"{checkpoint.source} holds a {checkpoint.class_name}, which this version does not know "
-            f"({', '.join(MODELS)}); upgrade deformmamba"
+            f"{checkpoint.source} holds a {made}, which this version does not know ({', '.join(MODELS)}); upgrade "
+            f'deformmamba, or register a class of your own first: deformmamba.MODELS["{made}"] = {made}'
         )
-    return MODELS[checkpoint.class_name].from_checkpoint(checkpoint)
+    return MODELS[checkpoint.class_name].from_checkpoint(checkpoint).placed(device, dtype)

@@ -1,8 +1,10 @@
 """What every super-resolution model here has in common: one config, strict loading, one input check."""
 
 import inspect
+import itertools
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,10 +17,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from deformmamba.annotations import described, fits
-from deformmamba.errors import one_line, shown
+from deformmamba.errors import InvalidArgument, InvalidType, one_line, shown
 from deformmamba.physics.consistency import Consistency, stored_consistency
 from deformmamba.physics.kspace import Grid, zero_fill
-from deformmamba.weights import load_checkpoint
+from deformmamba.weights import Published, load_checkpoint, publish
 from deformmamba.weights.checkpoint import Checkpoint, WeightsError, check_config, write_checkpoint
 
 Model = TypeVar("Model", bound="SRModel")
@@ -82,9 +84,9 @@ class SRModel(nn.Module):
         super().__init__()
         name = type(self).__name__
         if not isinstance(scale, int) or isinstance(scale, bool) or not 1 <= scale <= 16:
-            raise ValueError(f"{name}: scale must be an integer from 1 to 16, not {scale!r}")
+            raise InvalidArgument(f"{name}: scale must be an integer from 1 to 16, not {scale!r}")
         if not isinstance(intensity, str):
-            raise TypeError(f'{name}: intensity must be the name of a rule such as "p99.9", not {intensity!r}')
+            raise InvalidType(f'{name}: intensity must be the name of a rule such as "p99.9", not {intensity!r}')
         given = _bound(type(self), args, arguments)
         given = {key: given[key] for key in ("scale", "intensity") if key in given} | given  # these two first
         self.config: dict[str, Any] = {}
@@ -96,20 +98,20 @@ class SRModel(nn.Module):
             except TypeError:
                 self._not_plain[key] = value
             except ValueError as error:
-                raise ValueError(
+                raise InvalidArgument(
                     f"{name}: arguments must be plain values that JSON can hold: {key}: {error}"
                 ) from error
         try:
             check_config(self.config)
         except WeightsError as error:
-            raise ValueError(f"{name}: arguments must be plain values that JSON can hold: {error}") from error
+            raise InvalidArgument(f"{name}: arguments must be plain values that JSON can hold: {error}") from error
         for key in named_again.keys() & self._not_plain.keys():
-            raise ValueError(
+            raise InvalidArgument(
                 f"{name}: arguments must be plain values that JSON can hold, not {key}={shown(given[key])}"
             )
         mistyped = _mistyped(type(self), {**self.config, **self._not_plain})
         if mistyped:
-            raise ValueError(f"{name}: {mistyped}")
+            raise InvalidArgument(f"{name}: {mistyped}")
         self.scale = scale
         self.intensity = intensity
         self.provenance: dict[str, Any] = {}
@@ -121,17 +123,36 @@ class SRModel(nn.Module):
         cls: type[Model],
         name: str | os.PathLike[str],
         *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
     ) -> Model:
-        """The model of a checkpoint, in eval mode on the CPU; arguments as `deformmamba.weights.load_checkpoint`.
+        """The model of a checkpoint, in eval mode.
+
+        Args:
+            name: a manifest name, a path, or `org/repo[@commit]`.
+            device: where to put it; the CPU if None.
+            dtype: of its weights, as in `Module.to`; float32 if None. For float16 and bfloat16 keep float32 weights and
+                run the model under `torch.autocast`, unless `supports_half` or `supports_bfloat16` is True.
+            revision, cache_dir, token, local_files_only, force_download: see `deformmamba.weights.load_checkpoint`.
 
         Raises:
             WeightsError: no such weights, an unusable file, or a checkpoint of another class than this one.
+            InvalidArgument: no such device here, or a dtype that the model does not run in.
         """
-        checkpoint = load_checkpoint(name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-        return cls.from_checkpoint(checkpoint)
+        checkpoint = load_checkpoint(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        return cls.from_checkpoint(checkpoint).placed(device, dtype)
 
     @classmethod
     def from_checkpoint(cls: type[Model], checkpoint: Checkpoint) -> Model:
@@ -213,6 +234,70 @@ class SRModel(nn.Module):
             provenance=self.provenance if provenance is None else provenance,
         )
 
+    def push_to_hub(self, repo: str, *, private: bool = False, dry_run: bool = False, **options: Any) -> Published:
+        """Saves the model and uploads it with its card as one commit to the Hub repository `repo` ("org/name").
+
+        Arguments and errors as in `deformmamba.weights.publish`, which does the same for a file.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return publish(folder, repo, private=private, dry_run=dry_run, **options)
+
+    def placed(self: Model, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Model:
+        """The model itself, moved to `device` and `dtype` as `Module.to` does; None changes nothing.
+
+        Raises:
+            InvalidArgument: no such device here, or a dtype that the model does not run in.
+        """
+        name = type(self).__name__
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise InvalidType(f"{name}: dtype must be a torch.dtype such as torch.float32, not {shown(dtype)}")
+        if dtype is not None and str(dtype).removeprefix("torch.") not in self.precisions:
+            raise InvalidArgument(
+                f"{name} does not run in {dtype}; it runs in {', '.join(self.precisions)} (autocast: weights stay in "
+                "float32, and the call stands under torch.autocast)"
+            )
+        try:
+            return self.to(device=device, dtype=dtype)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise InvalidArgument(
+                f"{name} cannot be put on device {shown(str(device))}: {one_line(error)}; here there are cpu"
+                + "".join(f", cuda:{k}" for k in range(torch.cuda.device_count()))
+            ) from None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; the CPU for a model without any, which follows its input."""
+        return next((tensor.device for tensor in self._floats()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights; float32 for a model without any, which follows its input."""
+        return next((tensor.dtype for tensor in self._floats()), torch.float32)
+
+    def _floats(self) -> Iterator[torch.Tensor]:
+        return (x for x in itertools.chain(self.parameters(), self.buffers()) if x.is_floating_point())
+
+    @property
+    def supports_half(self) -> bool:
+        """Whether `forward` runs with weights and images in float16; see `precisions` for autocast."""
+        return "float16" in self.precisions
+
+    @property
+    def supports_bfloat16(self) -> bool:
+        """Whether `forward` runs with weights and images in bfloat16; see `precisions` for autocast."""
+        return "bfloat16" in self.precisions
+
+    def extra_repr(self) -> str:
+        """The first line of the model's repr: name, scale, size, and the voxel sizes of its training data."""
+        n = self.num_parameters()
+        parts = [f"{shown(self.source)}"] if self.source else []
+        parts += [f"{self.scale}x", f"{n / 1e6:.2f} M parameters" if n >= 10_000 else f"{n} parameters"]
+        trained = self.provenance.get("spacings_mm")
+        if isinstance(trained, list) and len(trained) == 2 and all(isinstance(x, int | float) for x in trained):
+            parts.append(f"trained on pixels of {trained[0]:.3g} to {trained[1]:.3g} mm")
+        return ", ".join(parts)
+
     def num_parameters(self) -> int:
         """How many numbers training may change or has set: the elements of all parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -233,6 +318,8 @@ class SRModel(nn.Module):
             "minimum_size": self.minimum_size,
             "multiple": self.multiple,
             "precisions": list(self.precisions),
+            "supports_half": self.supports_half,
+            "supports_bfloat16": self.supports_bfloat16,
             "tiles": self.tiles,
             "intensity": self.intensity,
             "parameters": self.num_parameters(),
@@ -259,15 +346,15 @@ class SRModel(nn.Module):
         name = type(self).__name__
         if not isinstance(lr, torch.Tensor) or not lr.is_floating_point():
             given = lr.dtype if isinstance(lr, torch.Tensor) else type(lr).__name__
-            raise TypeError(f"{name}: the image must be a floating-point tensor, not {given}; see volume.normalise")
+            raise InvalidType(f"{name}: the image must be a floating-point tensor, not {given}; see volume.normalise")
         if lr.ndim != 4:
-            raise ValueError(f"{name}: the image must be (batch, channel, height, width), not {tuple(lr.shape)}")
+            raise InvalidArgument(f"{name}: the image must be (batch, channel, height, width), not {tuple(lr.shape)}")
         if not lr.numel():
-            raise ValueError(f"{name}: the image is empty, {tuple(lr.shape)}")
+            raise InvalidArgument(f"{name}: the image is empty, {tuple(lr.shape)}")
         if self.channels is not None and lr.shape[1] != self.channels:
-            raise ValueError(f"{name}: the image has {lr.shape[1]} channels, the model takes {self.channels}")
+            raise InvalidArgument(f"{name}: the image has {lr.shape[1]} channels, the model takes {self.channels}")
         if min(lr.shape[-2:]) < self.minimum_size:
-            raise ValueError(
+            raise InvalidArgument(
                 f"{name}: the image is {lr.shape[-2]}x{lr.shape[-1]}, the smallest is "
                 f"{self.minimum_size}x{self.minimum_size}; pad it and crop the result"
             )
@@ -324,7 +411,7 @@ def _bound(cls: type[nn.Module], args: Sequence[Any], arguments: Mapping[str, An
     for parameter in list(signature.parameters.values())[1:]:
         value = bound.arguments[parameter.name]
         if parameter.kind is parameter.VAR_POSITIONAL:
-            raise TypeError(f"{cls.__name__}: constructors take every argument by name, not as *{parameter.name}")
+            raise InvalidType(f"{cls.__name__}: constructors take every argument by name, not as *{parameter.name}")
         values |= value if parameter.kind is parameter.VAR_KEYWORD else {parameter.name: value}
     return values
 
@@ -333,7 +420,7 @@ def _plain(value: Any) -> list[Any]:
     """Sequences that JSON has no name for, such as a range, as lists."""
     if isinstance(value, Sequence):
         return list(value)
-    raise TypeError(f"{shown(value)} is a {type(value).__name__}")
+    raise InvalidType(f"{shown(value)} is a {type(value).__name__}")
 
 
 def _mistyped(cls: type[nn.Module], config: Mapping[str, Any]) -> str | None:
@@ -387,7 +474,7 @@ def _at_most(n_tensors: int) -> Iterator[None]:
             nonlocal count
             count += get_ident() == thread
             if count > limit:
-                raise ValueError(f"it asks for more than {limit} {what}, far more than the file holds")
+                raise InvalidArgument(f"it asks for more than {limit} {what}, far more than the file holds")
 
         handles.append(install(counted))
 

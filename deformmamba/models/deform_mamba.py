@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.layers import DeformMambaBlock, MultiViewContext, PatchEmbed, PatchExpand, PatchMerge, VisionMambaBlock
 from deformmamba.models.base import SRModel, crop, pad_to_multiple
 from deformmamba.models.normalise import NORMALISATIONS, keep_constant, normalised, slice_range
@@ -97,16 +98,16 @@ class DeformMambaSR(SRModel):
     ) -> None:
         super().__init__(scale=scale, intensity=intensity)
         if not 1 <= len(dims) == len(depths) <= 8 or min(dims) < patch or patch < 1 or not 1 <= sum(depths) <= 256:
-            raise ValueError(
+            raise InvalidArgument(
                 f"DeformMambaSR: dims={list(dims)}, depths={list(depths)}, patch={patch}; dims and depths need one "
                 "positive entry a level each (1 to 8 levels, 256 blocks), and dims at least the patch size"
             )
         if min(depths) < 1:
-            raise ValueError(f"DeformMambaSR: depths={list(depths)}; each level needs at least one block")
+            raise InvalidArgument(f"DeformMambaSR: depths={list(depths)}; each level needs at least one block")
         if skip not in SKIPS:
-            raise ValueError(f"DeformMambaSR: skip is {skip!r}; it must be one of {SKIPS}")
+            raise InvalidArgument(f"DeformMambaSR: skip is {skip!r}; it must be one of {SKIPS}")
         if normalise not in NORMALISATIONS:
-            raise ValueError(f"DeformMambaSR: normalise is {normalise!r}; it must be one of {NORMALISATIONS}")
+            raise InvalidArgument(f"DeformMambaSR: normalise is {normalise!r}; it must be one of {NORMALISATIONS}")
         self.channels = in_channels
         self.skip = skip
         self.normalise = normalise
@@ -146,7 +147,7 @@ class DeformMambaSR(SRModel):
     def from_preset(cls, name: str, **overrides: Any) -> "DeformMambaSR":
         """A new network with random weights: `PRESETS[name]` (paper, paper-literal, small, tiny), then `overrides`."""
         if name not in PRESETS:
-            raise ValueError(f"DeformMambaSR: no preset {name!r}; presets: {', '.join(PRESETS)}")
+            raise InvalidArgument(f"DeformMambaSR: no preset {name!r}; presets: {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
     def forward(
@@ -169,7 +170,7 @@ class DeformMambaSR(SRModel):
         exact = lr.to(torch.promote_types(lr.dtype, torch.float32))
         norm = slice_range(exact) if norm is None else norm.to(exact)
         if norm.shape != (*lr.shape[:2], 2):
-            raise ValueError(f"DeformMambaSR: norm is {tuple(norm.shape)}; wanted {(*lr.shape[:2], 2)}")
+            raise InvalidArgument(f"DeformMambaSR: norm is {tuple(norm.shape)}; wanted {(*lr.shape[:2], 2)}")
         centre, spread = norm[..., 0, None, None], norm[..., 1, None, None]
         residual = self._network(normalised(exact, centre, spread)).to(exact.dtype) * spread
         if self.skip:

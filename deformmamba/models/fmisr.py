@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.models.base import SRModel
 from deformmamba.models.skip import add_base, checked_skip, start_at_zero
 from deformmamba.physics.kspace import Grid
@@ -45,7 +46,9 @@ class FMISR(SRModel):
     ) -> None:
         super().__init__(scale=scale, intensity=intensity)
         if not 1 <= len(widths) <= 64 or min(widths) < 1:
-            raise ValueError(f"FMISR: widths={list(widths)}; one positive number of channels a hidden layer is needed")
+            raise InvalidArgument(
+                f"FMISR: widths={list(widths)}; one positive number of channels a hidden layer is needed"
+            )
         self.grid = grid
         self.skip = checked_skip("FMISR", skip, grid)
         self.hidden = nn.ModuleList(

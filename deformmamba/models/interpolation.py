@@ -6,6 +6,7 @@ All are linear and, on the origin-aligned grid, pass exactly through the LR samp
 
 import torch
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.models.base import SRModel
 from deformmamba.physics.kspace import Grid, zero_fill
 from deformmamba.physics.slice_profile import spline_matrix
@@ -69,7 +70,7 @@ class Bicubic(_Separable):
     def __init__(self, *, scale: int, a: float = -0.5, grid: Grid = "origin", intensity: str = "p99.9") -> None:
         super().__init__(scale=scale, grid=grid, intensity=intensity)
         if not -3 <= a <= 0:
-            raise ValueError(f"Bicubic: a must lie in [-3, 0], usually -0.5 or -0.75, not {a!r}")
+            raise InvalidArgument(f"Bicubic: a must lie in [-3, 0], usually -0.5 or -0.75, not {a!r}")
         self.a = float(a)
 
     def matrix(self, n: int) -> torch.Tensor:

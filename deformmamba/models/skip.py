@@ -6,6 +6,7 @@ None of the papers has it; where a table compares networks after a short trainin
 import torch
 from torch import nn
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.physics.edges import zero_fill_edges
 from deformmamba.physics.kspace import Grid, zero_fill
 
@@ -17,7 +18,9 @@ SKIPS = (None, *BASES)
 def checked_skip(name: str, skip: str | None, grid: Grid) -> str | None:
     """`skip`, or a ValueError that names the model `name`: zero-filling lies on the origin grid alone."""
     if skip not in SKIPS or (skip and grid != "origin"):
-        raise ValueError(f'{name}: skip must be one of {SKIPS}, and None unless grid="origin", not {skip!r} on {grid}')
+        raise InvalidArgument(
+            f'{name}: skip must be one of {SKIPS}, and None unless grid="origin", not {skip!r} on {grid}'
+        )
     return skip
 
 
@@ -46,5 +49,5 @@ def add_base(
     if base is None:
         base = base_image(lr, scale, skip)
     elif base.shape != sr.shape:
-        raise ValueError(f"{name}: base is {tuple(base.shape)}; wanted {tuple(sr.shape)}")
+        raise InvalidArgument(f"{name}: base is {tuple(base.shape)}; wanted {tuple(sr.shape)}")
     return (base + sr).to(lr.dtype).contiguous()

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.models.base import SRModel
 from deformmamba.models.interpolation import Bicubic
 from deformmamba.physics.kspace import Grid
@@ -40,7 +41,7 @@ class SRCNN(SRModel):
     ) -> None:
         super().__init__(scale=scale, intensity=intensity)
         if len(kernels) != 3 or len(widths) != 2 or min(*kernels, *widths) < 1 or not all(k % 2 for k in kernels):
-            raise ValueError(
+            raise InvalidArgument(
                 f"SRCNN: kernels={list(kernels)}, widths={list(widths)}; three odd kernels such as 9, 5, 5 and two "
                 "widths such as 64, 32 are needed"
             )

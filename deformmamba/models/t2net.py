@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.models.base import SRModel
 from deformmamba.models.skip import add_base, checked_skip, start_at_zero
 from deformmamba.physics.kspace import Grid
@@ -55,9 +56,9 @@ class T2Net(SRModel):
     ) -> None:
         super().__init__(scale=scale, intensity=intensity)
         if scale & (scale - 1) and scale != 3:
-            raise ValueError(f"T2Net: scale must be a power of two or 3, not {scale}")
+            raise InvalidArgument(f"T2Net: scale must be a power of two or 3, not {scale}")
         if width < 1 or not 1 <= blocks <= 128:
-            raise ValueError(
+            raise InvalidArgument(
                 f"T2Net: width={width}, blocks={blocks}; at least 1 channel and 1 to 128 blocks are needed"
             )
         self.grid = grid

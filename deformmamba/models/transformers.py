@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.extras import MissingExtra, require
 from deformmamba.models.base import SRModel, crop, pad_to_multiple
 from deformmamba.models.skip import add_base, checked_skip, start_at_zero
@@ -97,7 +98,9 @@ class SwinIR(_Windowed):
     ) -> None:
         super().__init__(scale=scale, in_channels=in_channels, window=window, grid=grid, skip=skip, intensity=intensity)
         if upsampler not in ("pixelshuffle", "pixelshuffledirect"):
-            raise ValueError(f'SwinIR: upsampler must be "pixelshuffle" or "pixelshuffledirect", not {upsampler!r}')
+            raise InvalidArgument(
+                f'SwinIR: upsampler must be "pixelshuffle" or "pixelshuffledirect", not {upsampler!r}'
+            )
         _check(self, width, depths, heads, window)
         self.network = self.build(
             _spandrel("SwinIR"),
@@ -148,7 +151,9 @@ class HAT(_Windowed):
         super().__init__(scale=scale, in_channels=in_channels, window=window, grid=grid, skip=skip, intensity=intensity)
         _check(self, width, depths, heads, window)
         if not 1 <= compress <= width or not 1 <= squeeze <= width:
-            raise ValueError(f"HAT: compress={compress}, squeeze={squeeze}; both must lie between 1 and width={width}")
+            raise InvalidArgument(
+                f"HAT: compress={compress}, squeeze={squeeze}; both must lie between 1 and width={width}"
+            )
         self.network = self.build(
             _spandrel("HAT"),
             embed_dim=width,
@@ -189,11 +194,11 @@ def _spandrel(name: str) -> Callable[..., nn.Module]:
 def _check(model: SRModel, width: int, depths: Sequence[int], heads: Sequence[int], window: int) -> None:
     name = type(model).__name__
     if model.scale & (model.scale - 1) and model.scale != 3:
-        raise ValueError(f"{name}: scale must be a power of two or 3, not {model.scale}")
+        raise InvalidArgument(f"{name}: scale must be a power of two or 3, not {model.scale}")
     if not 1 <= len(depths) == len(heads) <= 32 or min(*depths, *heads) < 1 or any(width % n for n in heads):
-        raise ValueError(
+        raise InvalidArgument(
             f"{name}: width={width}, depths={list(depths)}, heads={list(heads)}; depths and heads need one positive "
             "entry a group each, and width must be a multiple of every entry of heads"
         )
     if window < 2 or window % 2:
-        raise ValueError(f"{name}: window must be even and at least 2, not {window}")
+        raise InvalidArgument(f"{name}: window must be even and at least 2, not {window}")

@@ -5,6 +5,7 @@ import itertools
 import torch
 from torch import nn
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.models.base import SRModel
 from deformmamba.models.interpolation import Bicubic
 from deformmamba.models.srcnn import convolution
@@ -41,7 +42,9 @@ class VDSR(SRModel):
     ) -> None:
         super().__init__(scale=scale, intensity=intensity)
         if not 2 <= layers <= 256 or width < 1:
-            raise ValueError(f"VDSR: layers={layers}, width={width}; 2 to 256 layers of 1 channel or more are needed")
+            raise InvalidArgument(
+                f"VDSR: layers={layers}, width={width}; 2 to 256 layers of 1 channel or more are needed"
+            )
         self.grid = grid
         self.interpolate = Bicubic(scale=scale, grid=grid)
         widths = [1, *[width] * (layers - 1), 1]

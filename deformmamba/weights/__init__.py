@@ -125,7 +125,9 @@ def load_checkpoint(
     *,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
 ) -> Checkpoint:
     """Finds and reads a checkpoint.
 
@@ -135,13 +137,14 @@ def load_checkpoint(
     does). What comes from a repository that the manifest does not know is checked against the Hub's own hash of the
     file, and the commit stands in `source` and, as `hub`, in `provenance`.
 
-    `revision`: the same as `@commit`, for a Hub repository only. `cache_dir`, `local_files_only`: as in
+    `revision`: the same as `@commit`, for a Hub repository only. `cache_dir`, `token`, `local_files_only` and
+    `force_download` (fetch again what is in the cache; nothing else changes): as in
     huggingface_hub; its HF_HUB_OFFLINE=1, HF_HOME, HF_ENDPOINT and HF_TOKEN work here too.
 
     Raises:
         WeightsError: whatever goes wrong, in one line.
     """
-    return _find(name, revision, cache_dir, local_files_only).read()
+    return _find(name, revision, cache_dir, local_files_only, token=token, force_download=force_download).read()
 
 
 def fetch(
@@ -215,6 +218,8 @@ def _find(
     cache_dir: str | os.PathLike[str] | None,
     local_files_only: bool,
     with_card: bool = False,
+    token: str | bool | None = None,
+    force_download: bool = False,
 ) -> _Found:
     """Where a checkpoint is; brings it into the cache if it is on the Hub only."""
     text = os.fspath(name)
@@ -223,7 +228,12 @@ def _find(
         if revision is not None:
             raise WeightsError(f"revision {revision!r} was given, but {text} is a local path; leave the revision out")
         return _Found(Path(path), None, path)
-    where: Any = {"cache_dir": cache_dir, "local_files_only": local_files_only}
+    where: Any = {
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "token": token,
+        "force_download": force_download,
+    }
     match = _REPO.fullmatch(text)
     like_a_file = not isinstance(name, str) or text.lower().endswith((".safetensors", *PICKLE_SUFFIXES))
     if like_a_file or (match is None and ("/" in text or os.sep in text)):
@@ -235,7 +245,7 @@ def _find(
         repo = match["repo"]
         file, commit = download(repo, pinned or revision, with_card=with_card, **where)
         source = f"{repo}@{commit}"
-        digest = hub_hash(file, repo, commit, local_files_only=local_files_only)
+        digest = hub_hash(file, repo, commit, local_files_only=local_files_only, token=token)
         return _Found(file.parent, digest, source, hub=source)
     entry = weights_entry(text)
     if revision is not None:

@@ -22,6 +22,8 @@ def download(
     *,
     cache_dir: str | os.PathLike[str] | None,
     local_files_only: bool,
+    token: str | bool | None = None,
+    force_download: bool = False,
     with_card: bool = False,
 ) -> tuple[Path, str]:
     """Brings a checkpoint into the cache; returns its weights file, with its companions beside it, and the commit.
@@ -35,7 +37,16 @@ def download(
     cache = None if cache_dir is None else os.fspath(cache_dir)
 
     def get(file: str, revision: str | None) -> Path:
-        return Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache, local_files_only=local_files_only))
+        found = hf_hub_download(
+            repo,
+            file,
+            revision=revision,
+            cache_dir=cache,
+            local_files_only=local_files_only,
+            token=token,
+            force_download=force_download,
+        )
+        return Path(found)
 
     with _hub_errors(repo, revision, "fetch", cache):
         path = get(WEIGHTS_FILE, revision)
@@ -47,7 +58,9 @@ def download(
     return path, commit
 
 
-def hub_hash(path: Path, repo: str, commit: str, *, local_files_only: bool) -> str | None:
+def hub_hash(
+    path: Path, repo: str, commit: str, *, local_files_only: bool, token: str | bool | None = None
+) -> str | None:
     """The Hub's own hash of a cached file: SHA-256 of a large one, git's SHA-1 of a small one; None if it is not known.
 
     The cache links a file to a blob of that name. (That blob may be a link as well, into a store that is shared by
@@ -63,7 +76,8 @@ def hub_hash(path: Path, repo: str, commit: str, *, local_files_only: bool) -> s
 
         try:
             with _hub_errors(repo, commit, "fetch"):
-                name = get_hf_file_metadata(hf_hub_url(repo, WEIGHTS_FILE, revision=commit)).etag or ""
+                url = hf_hub_url(repo, WEIGHTS_FILE, revision=commit)
+                name = get_hf_file_metadata(url, token=token).etag or ""
         except WeightsError as error:
             if isinstance(error.__cause__, OfflineModeIsEnabled):
                 return None

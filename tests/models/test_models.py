@@ -4,6 +4,7 @@ import ast
 import copy
 import inspect
 import json
+import re
 import resource
 import textwrap
 import warnings
@@ -19,9 +20,10 @@ from tolerances import assert_close
 from torch import nn
 
 import deformmamba
+from deformmamba.errors import DeformMambaError
 from deformmamba.extras import MissingExtra
 from deformmamba.metrics import psnr
-from deformmamba.models import MODELS, Bicubic, BSpline, DeformMambaSR, SRModel, ZeroFill, from_pretrained
+from deformmamba.models import MODELS, SRCNN, Bicubic, BSpline, DeformMambaSR, SRModel, ZeroFill, from_pretrained
 from deformmamba.models.base import pad_to_multiple
 from deformmamba.physics.kspace import GRIDS, degrade, zero_fill
 from deformmamba.weights import WeightsError, write_checkpoint
@@ -282,8 +284,71 @@ def test_a_checkpoint_of_another_class_is_refused_and_both_are_named(tmp_path: P
     Toy().save_pretrained(tmp_path / "toy")
     with pytest.raises(WeightsError, match="holds a Toy, not a Grown"):
         Grown.from_pretrained(tmp_path / "toy")
-    with pytest.raises(WeightsError, match="holds a Toy, which this version does not know"):
+    with pytest.raises(WeightsError, match=r'holds a Toy, which this version does not know.*deformmamba.MODELS\["Toy"\] = Toy'):
         from_pretrained(tmp_path / "toy")
+
+
+def test_a_class_of_the_users_is_registered_saved_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(deformmamba.MODELS, "Toy", Toy)
+    toy = Toy(width=4).eval()
+    toy.save_pretrained(tmp_path / "toy")
+    again = deformmamba.from_pretrained(tmp_path / "toy")
+    assert isinstance(again, deformmamba.SRModel)
+    assert type(again) is Toy
+    assert again.config == toy.config
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), toy.state_dict().values(), strict=True))
+
+
+def test_a_device_and_a_dtype_are_obeyed_or_refused(tmp_path: Path) -> None:
+    build("SRCNN").save_pretrained(tmp_path / "x")
+    model = from_pretrained(tmp_path / "x", device="cpu", dtype=torch.float64)
+    assert model.dtype == torch.float64
+    assert model.device == torch.device("cpu")
+    assert SRCNN.from_pretrained(tmp_path / "x", device=torch.device("meta")).device.type == "meta"
+    assert ZeroFill(scale=2).dtype == torch.float32
+    for options, error, message in (
+        ({"dtype": torch.float16}, ValueError, r"does not run in torch\.float16; it runs in float32, .*autocast"),
+        ({"dtype": torch.int8}, ValueError, "does not run in torch.int8"),
+        ({"dtype": "float16"}, TypeError, "dtype must be a torch.dtype"),
+        ({"device": "gpu"}, ValueError, "cannot be put on device 'gpu'"),
+        ({"device": "cuda:99"}, ValueError, "cannot be put on device 'cuda:99'"),
+    ):
+        with pytest.raises(error, match=message) as caught:
+            from_pretrained(tmp_path / "x", **options)
+        assert isinstance(caught.value, DeformMambaError)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_a_model_supports_is_a_value(name: str) -> None:
+    model = build(name)
+    assert model.supports_half == model.info["supports_half"] == ("float16" in model.precisions)
+    assert model.supports_bfloat16 == model.info["supports_bfloat16"] == ("bfloat16" in model.precisions)
+
+
+def test_the_repr_names_weights_scale_size_and_training() -> None:
+    first, second = repr(from_pretrained("ixi-4x")).splitlines()[:2]
+    assert first == "DeformMambaSR("
+    assert re.fullmatch(r"  'ixi-4x', 4x, \d\.\d\d M parameters, trained on pixels of [\d.]+ to [\d.]+ mm", second)
+    assert repr(Bicubic(scale=3)) == "Bicubic(3x, 0 parameters)"
+
+
+def test_the_hub_gets_what_is_saved() -> None:
+    made = build("SRCNN").push_to_hub("org/name", dry_run=True)
+    assert set(made.files) == {"model.safetensors", "config.json", "README.md"}
+    assert made.revision is None
+
+
+@torch.no_grad()
+def test_shapes_without_values(name: str) -> None:
+    """On the meta device and under FakeTensor a model gives shapes, and reads no value."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = build(name)
+    h = max(9, model.minimum_size)
+    shape = (1, 1, model.scale * h, model.scale * (h + 2))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert model(torch.empty(1, 1, h, h + 2)).shape == shape
+    assert model.to("meta")(torch.empty(1, 1, h, h + 2, device="meta")).shape == shape
 
 
 def test_stored_and_computed_buffers_survive(tmp_path: Path) -> None:
