@@ -284,7 +284,9 @@ def test_a_checkpoint_of_another_class_is_refused_and_both_are_named(tmp_path: P
     Toy().save_pretrained(tmp_path / "toy")
     with pytest.raises(WeightsError, match="holds a Toy, not a Grown"):
         Grown.from_pretrained(tmp_path / "toy")
-    with pytest.raises(WeightsError, match=r'holds a Toy, which this version does not know.*deformmamba.MODELS\["Toy"\] = Toy'):
+    with pytest.raises(
+        WeightsError, match=r'holds a Toy, which this version does not know.*deformmamba.MODELS\["Toy"\] = Toy'
+    ):
         from_pretrained(tmp_path / "toy")
 
 
@@ -343,12 +345,13 @@ def test_shapes_without_values(name: str) -> None:
     """On the meta device and under FakeTensor a model gives shapes, and reads no value."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    pytest.importorskip("deformmamba.tensors")
     model = build(name)
     h = max(9, model.minimum_size)
     shape = (1, 1, model.scale * h, model.scale * (h + 2))
+    assert copy.deepcopy(model).to("meta")(torch.empty(1, 1, h, h + 2, device="meta")).shape == shape
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert model(torch.empty(1, 1, h, h + 2)).shape == shape
-    assert model.to("meta")(torch.empty(1, 1, h, h + 2, device="meta")).shape == shape
 
 
 def test_stored_and_computed_buffers_survive(tmp_path: Path) -> None:
