@@ -1,32 +1,78 @@
 """Atomic file writes: a file appears under its name complete, or not at all."""
 
+import hashlib
 import os
+import re
 import secrets
+import shutil
+import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PathLike = str | os.PathLike[str]
 
+# a temporary name: a dot, the machine (hashed), the process, a random part, and the ending of the target
+_TEMPORARY = re.compile(r"\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}(\..*)?")
+
+
+def temporary_name(target: Path, ending: str) -> Path:
+    """A hidden name in the folder of `target` that nothing has; `sweep` removes it if this process is killed."""
+    return target.with_name(f".{_machine()}-{os.getpid()}-{secrets.token_hex(4)}{ending}")
+
+
+def _machine() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def sweep(folder: PathLike) -> None:
+    """Removes the temporary files that killed processes of this machine left in `folder`."""
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            found = _TEMPORARY.fullmatch(entry.name)
+            if found is None or found["machine"] != _machine() or _is_alive(int(found["process"])):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    os.unlink(entry.path)
+
+
+def _is_alive(process: int) -> bool:
+    if os.name != "posix":  # signal 0 would end a process on Windows
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
 
 @contextmanager
 def renamed(path: PathLike) -> Iterator[Path]:
     """Yields a temporary name in the folder of `path`; the block writes a file of that name.
 
-    After the block the file is flushed to the disk (fsync) and renamed to `path`; an existing file is replaced. If the
-    block raises, the temporary file is removed and `path` is left as it was. A symbolic link at `path` stays, and the
-    file that it points to is replaced. The temporary name starts with a dot and keeps the ending of `path`.
+    After the block the file is flushed to the disk (fsync) and renamed to `path`; an existing file is replaced, and its
+    permissions stay. If the block raises, the temporary file is removed and `path` is left as it was. A symbolic link
+    at `path` stays, and the file that it points to is replaced. The temporary name starts with a dot and keeps the
+    ending of `path`.
 
     Raises:
         OSError: the operating system refused.
     """
     target = Path(os.path.realpath(path))
     ending = "".join(target.suffixes[-2:]) if target.name.endswith((".gz", ".bz2")) else target.suffix
-    temporary = target.with_name(f".{secrets.token_hex(8)}{ending}")
+    temporary = temporary_name(target, ending)
     try:
         yield temporary
         with open(temporary, "r+b") as file:  # writable: Windows flushes no other
             os.fsync(file.fileno())
+        with suppress(FileNotFoundError):
+            os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
         os.replace(temporary, target)
     finally:
         with suppress(OSError):

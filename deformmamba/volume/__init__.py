@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from deformmamba.volume.files import (
     MGH_SUFFIXES,
     NIFTI_SUFFIXES,
     ChoiceNeeded,
+    Kept,
     PathLike,
     check_folder_of,
     kept,
@@ -205,14 +206,20 @@ def _checked_voxels(volume: Volume, path: Path, nan: str) -> Volume:
     return volume
 
 
-def write_volume(path: PathLike, volume: Volume, *, dtype: str | None = None, derivation: str | None = None) -> None:
+def write_volume(
+    path: PathLike, volume: "Volume | Any", *, dtype: str | None = None, derivation: str | None = None
+) -> None:
     """Write NIfTI (.nii, .nii.gz), MGH (.mgh, .mgz) or DICOM, whole or not at all; an existing file is replaced.
 
-    What is written where, and every rule for headers, types and DICOM, is the same as with `writing`.
+    `volume` is a `Volume` or a 3-D nibabel image. The rules for headers, types and DICOM are those of `writing`.
 
     Raises:
         VolumeError: the path cannot be written, the format is not one of these, or values do not fit the `dtype`.
     """
+    if hasattr(volume, "dataobj") and hasattr(volume, "header"):
+        volume = from_nibabel(volume)
+    if not isinstance(volume, Volume):
+        raise VolumeError(f"write_volume takes a Volume or a nibabel image, not a {type(volume).__name__}")
     with writing(path, volume, volume.array.shape, dtype=dtype, derivation=derivation) as write:
         for k in range(volume.array.shape[2]):
             write(volume.array[:, :, k])
@@ -258,10 +265,11 @@ def writing(
             that holds nothing but what this function wrote (any name without a suffix, or with a / at its end), or,
             for what fits into one DICOM file, a name ending in .dcm or .ima.
         like: a volume with the geometry, codes and header to write; its array is not looked at.
-        shape: (i, j, k) of what is written.
+        shape: (i, j, k) of what is written; (i, j, k, volumes) for several volumes one after the other, in NIfTI only.
         axis: where the slices are stacked: slice k is `array.take(k, axis)` of what is to be in the file.
         dtype: of the voxels.
-        derivation: of DICOM: what made this (model, version, hash), for DerivationDescription; ASCII, 1024 characters.
+        derivation: what made this (model, version, hash): DICOM's DerivationDescription, 1024 characters of ASCII, and
+            the first 79 of them NIfTI's `descrip`, whose own text stays without it.
 
     Raises:
         VolumeError: as `check_output`, or values that do not fit the `dtype`, or the operating system refused.
@@ -271,9 +279,12 @@ def writing(
     as_dicom = _is_dicom_target(path)
     path = Path(path)
     shape = tuple(int(n) for n in shape)
-    if len(shape) != 3 or min(shape) < 1 or axis not in (0, 1, 2):
+    if len(shape) not in (3, 4) or min(shape) < 1 or axis not in (0, 1, 2):
         raise ValueError(f"a volume has three sizes and the axes 0, 1 and 2; not shape {shape} and axis {axis}")
+    if len(shape) == 4 and suffix(path) not in NIFTI_SUFFIXES:
+        raise VolumeError(f"{path}: several volumes are written as NIfTI only; name a file ending in .nii.gz")
     size = tuple(shape[a] for a in in_plane(axis))
+    n_slices = shape[axis] * (shape[3] if len(shape) == 4 else 1)
     done = 0
     with ExitStack() as stack:
         with refusals(path), silenced():
@@ -282,22 +293,22 @@ def writing(
             if as_dicom:
                 opened = dicom_out.slices(path, temporary, like, shape, axis, dtype, derivation)
             else:
-                opened = nifti.planes(temporary, like, shape, dtype or "float32")
+                opened = nifti.planes(temporary, like, shape, dtype or "float32", derivation)
                 if axis != 2:
-                    opened = _turned(opened, path, shape, axis, dtype or "float32")
+                    opened = _turned(opened, path, shape[:3], axis, dtype or "float32")
             put = stack.enter_context(opened)
 
         def write(image: np.ndarray) -> None:
             nonlocal done
-            if image.shape != size or done == shape[axis]:
-                raise ValueError(f"{shape[axis]} slices of {size} make {shape}; slice {done} has shape {image.shape}")
+            if image.shape != size or done == n_slices:
+                raise ValueError(f"{n_slices} slices of {size} make {shape}; slice {done} has shape {image.shape}")
             with refusals(path):
                 put(image)
             done += 1
 
         yield write
-        if done != shape[axis]:
-            raise ValueError(f"{shape[axis]} slices of {size} make {shape}; only {done} were written")
+        if done != n_slices:
+            raise ValueError(f"{n_slices} slices of {size} make {shape}; only {done} were written")
         with refusals(path), silenced():
             stack.close()
 
@@ -310,11 +321,25 @@ def _turned(
     axis: int,
     dtype: str,
 ) -> Iterator[Callable[[np.ndarray], None]]:
-    """Takes slices across `axis`, gives `planes` those across the last axis once all are there."""
-    with kept(path, shape, axis, dtype) as all_slices, planes as put_plane:
-        yield all_slices.put
-        for k in range(shape[2]):
-            put_plane(all_slices.plane(k))
+    """Takes slices across `axis`, volume after volume; gives `planes` those across the third axis of each volume."""
+    with planes as put_plane, ExitStack() as current:
+        slices: list[Kept] = []
+        n_put = 0
+
+        def put(image: np.ndarray) -> None:
+            nonlocal n_put
+            if not slices:
+                slices.append(current.enter_context(kept(path, shape, axis, dtype)))
+            slices[0].put(image)
+            n_put += 1
+            if n_put == shape[axis]:
+                for k in range(shape[2]):
+                    put_plane(slices[0].plane(k))
+                slices.clear()
+                current.close()
+                n_put = 0
+
+        yield put
 
 
 def _is_dicom_target(path: PathLike) -> bool:

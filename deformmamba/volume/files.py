@@ -4,7 +4,6 @@ import errno
 import io
 import logging
 import os
-import secrets
 import shutil
 import tempfile
 import threading
@@ -17,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from deformmamba.atomic import PathLike, renamed
+from deformmamba.atomic import PathLike, renamed, sweep, temporary_name
 from deformmamba.volume.image import VolumeError, in_plane
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -198,7 +197,7 @@ def renamed_folder(path: PathLike) -> Iterator[Path]:
     What was at `path` is gone only after the new folder is there.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.parent / f".{secrets.token_hex(8)}"
+    temporary = temporary_name(target, "")
     before = temporary.with_name(temporary.name + ".before")
     temporary.mkdir()
     try:
@@ -270,6 +269,7 @@ def check_folder_of(path: PathLike) -> None:
         raise VolumeError(f"{path}: there is no folder {folder}; make it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise VolumeError(f"{path}: the folder {folder} cannot be written to")
+    sweep(folder)
 
 
 def as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -15,7 +15,7 @@ class VolumeError(DeformMambaError, ValueError):
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Volume:
     """One 3-D image and its place in the world.
 
@@ -48,6 +48,25 @@ class Volume:
         for form in ("affine", "qform"):
             if (matrix := getattr(self, form)) is not None:
                 object.__setattr__(self, form, _checked_affine(matrix, form))
+
+    def __repr__(self) -> str:
+        """`Volume(64x64x20, 3.76x3.76x5 mm, RAS, int16)`; "?" where the file does not state how the image lies."""
+        shape = "x".join(map(str, self.array.shape))
+        return (
+            f"Volume({shape}, {'x'.join(f'{mm:.3g}' for mm in self.spacing)} mm, {self._towards()}, {self.array.dtype})"
+        )
+
+    def _towards(self) -> str:
+        """Where each axis points in the patient: R L A P S I, each letter once."""
+        if not any(self.codes):
+            return "?"
+        directions = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
+        letters, left = [""] * 3, [0, 1, 2]
+        for axis in np.argsort(-np.abs(directions).max(axis=0)):
+            world = max(left, key=lambda w: abs(directions[w, axis]))
+            left.remove(world)
+            letters[axis] = ("RL", "AP", "SI")[world][int(directions[world, axis] < 0)]
+        return "".join(letters)
 
     @property
     def spacing(self) -> tuple[float, float, float]:

@@ -241,10 +241,13 @@ def _mm(header: Any) -> float:
 
 
 @contextmanager
-def planes(path: Path, like: Volume, shape: tuple[int, ...], dtype: str) -> Iterator[Callable[[np.ndarray], None]]:
-    """Write the file plane by plane: yields a function that takes the next (i, j) plane of the last axis.
+def planes(
+    path: Path, like: Volume, shape: tuple[int, ...], dtype: str, description: str | None
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Write the file plane by plane: yields a function that takes the next (i, j) plane of the third axis.
 
-    Geometry and header are those of `like`. Nothing but one plane is held in memory.
+    Geometry and header are those of `like`; `description` takes the place of NIfTI's `descrip`. Nothing but one plane
+    is held in memory.
     """
     from nibabel.openers import ImageOpener
 
@@ -257,6 +260,8 @@ def planes(path: Path, like: Volume, shape: tuple[int, ...], dtype: str) -> Iter
         if is_mgh:
             header.writehdr_to(file)
         else:
+            if description is not None:
+                header["descrip"] = description.encode("ascii", "replace")[:79]
             header.write_to(file)
         file.write(bytes(header.get_data_offset() - file.tell()))
         yield lambda plane: file.write(as_dtype(plane, dtype).astype(file_dtype).tobytes(order="F"))

@@ -139,9 +139,13 @@ def _sidecar(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _is_own(description: str) -> bool:
+    """Whether `inference.derivation` wrote it; the output of `degrade` is input for `upscale`."""
+    return description.startswith(f"{PRODUCER} ") and ", degrade " not in description
+
+
 def _dicom_reason(dataset: Any) -> str:
-    description = str(dataset.get("DerivationDescription") or "")
-    if description.startswith(f"{PRODUCER} ") and ", degrade " not in description:
+    if _is_own(str(dataset.get("DerivationDescription") or "")):
         return "an output of this package (by its DerivationDescription)"
     if {"P", "PHASE"} & {str(kind).upper() for kind in list(dataset.get("ImageType") or [])[2:4]}:
         return "a phase image (by its ImageType)"
@@ -168,7 +172,7 @@ def _header_reason(path: Path) -> str:
                 return "a label image (NIfTI intent LABEL)"
             if intent in _OTHER_INTENTS:
                 return f"not an intensity image (NIfTI intent code {intent})"
-            if header["descrip"].item().decode("latin-1").startswith(f"{PRODUCER} sr "):
+            if _is_own(header["descrip"].item().decode("latin-1")):
                 return "an output of this package (by its header)"
         shape = tuple(int(n) for n in header.get_data_shape())
         dtype = header.get_data_dtype()

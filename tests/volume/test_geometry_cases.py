@@ -354,3 +354,11 @@ def test_eight_threads_leave_warnings_and_loggers_as_they_were(tmp_path: Path) -
         warnings.warn("still heard", stacklevel=1)
     assert len(caught) == 1
     assert os.path.exists(tmp_path)
+
+
+def test_a_short_description_of_a_volume() -> None:
+    plain = Volume(np.zeros((64, 64, 20), np.int16), np.diag([3.76, 3.76, 5, 1]))
+    assert repr(plain) == "Volume(64x64x20, 3.76x3.76x5 mm, RAS, int16)"
+    for axes in (np.diag([-1.0, 1, -1, 1]), rotated(0.4, (1, -1, 2), (0, 0, 0)), rotated(1.5, (1, 1, 1), (0, 0, 0))):
+        assert f", {''.join(nibabel.aff2axcodes(axes))}, " in repr(Volume(np.zeros((2, 3, 4), np.float32), axes))
+    assert ", ?, " in repr(replace(plain, codes=(0, 0)))

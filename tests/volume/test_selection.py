@@ -74,7 +74,9 @@ def test_headers_and_files_beside_tell(tmp_path: Path) -> None:
     shutil.copy(CASES / "nifti" / "label.nii.gz", tmp_path / "t2.nii.gz")
     assert "intent LABEL" in not_a_scan(tmp_path / "t2.nii.gz")
     assert "intent code 3" in not_a_scan(image(anatomy(), tmp_path / "t.nii", intent_code=3))
-    assert "its header" in not_a_scan(image(anatomy(), tmp_path / "o.nii", descrip=b"deformmamba sr 0.1.0 ixi-4x"))
+    assert "its header" in not_a_scan(
+        image(anatomy(), tmp_path / "o.nii", descrip=b"deformmamba 0.1.0, ZeroFill 2x, sha256 ab")
+    )
     for name, said, reason in (
         ("made", {"GeneratedBy": [{"Name": "deformmamba"}]}, "an output of this package"),
         ("angle", {"ImageType": ["ORIGINAL", "PRIMARY", "P", "ND"]}, "a phase image"),
