@@ -1,5 +1,6 @@
 """What `upscale` accepts: an object in memory becomes a `Volume`, and the result an object of the same kind."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -7,11 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from deformmamba.errors import InvalidType
 from deformmamba.inference.settings import Settings
-from deformmamba.volume import Volume, VolumeError, from_nibabel, to_nibabel
+from deformmamba.volume import Volume, VolumeError, from_nibabel, read_volume, to_nibabel
 
 # Turns (geometry and header of the result, its voxels) into an object of the kind that was given.
 Back = Callable[[Volume, np.ndarray], Any]
+
+# what float32 can hold, with room for squares and for overshoot
+LARGEST, SMALLEST = 1e18, 1e-18
 
 # Share of voxels that may be negative in a magnitude image (interpolation makes some).
 MOST_NEGATIVE = 0.01
@@ -24,8 +29,13 @@ def opened(scan: Any, settings: Settings) -> tuple[Volume, Back, Settings]:
     """The scan as a volume, the way back to its kind, and the settings that fit the volume.
 
     Raises:
-        VolumeError: not 2-D or 3-D, or an axis for a 2-D image.
+        VolumeError: not 2-D or 3-D, or an axis for a 2-D image; or as `read_volume`.
+        InvalidType: a model, because the arguments are swapped.
     """
+    if isinstance(scan, torch.nn.Module):
+        raise InvalidType("the scan is a model: the arguments are swapped; the order is upscale(model, scan)")
+    if isinstance(scan, (str, os.PathLike)):
+        scan = read_volume(scan)
     if isinstance(scan, Volume):
         return scan, lambda place, out: replace(place, array=out), settings
     if hasattr(scan, "dataobj") and hasattr(scan, "header"):
@@ -51,12 +61,35 @@ def opened(scan: Any, settings: Settings) -> tuple[Volume, Back, Settings]:
     return Volume(array, np.eye(4), codes=(0, 0)), back, settings
 
 
+def is_list(scan: Any) -> bool:
+    """Whether `scan` is a list or tuple of scans; a nested list of numbers is one image."""
+    kinds = (Volume, torch.Tensor, np.ndarray, str, os.PathLike)
+    return isinstance(scan, (list, tuple)) and any(isinstance(one, kinds) or hasattr(one, "dataobj") for one in scan)
+
+
+def of_list(scans: Any, upscaled: Callable[..., Any]) -> list[Any]:
+    """The results for a list. Slices (h, w) of one size and kind are one scan, stacked along axis 0."""
+    shapes = {tuple(one.shape) for one in scans if isinstance(one, (np.ndarray, torch.Tensor))}
+    kinds = {type(one) for one in scans}
+    if len(scans) > 1 and len(kinds) == 1 and len(shapes) == 1 and len(next(iter(shapes))) == 2:
+        is_tensor = isinstance(scans[0], torch.Tensor)
+        made = upscaled(torch.stack(tuple(scans)) if is_tensor else np.stack(scans), axis=0)
+        return list(zip(*made, strict=True)) if isinstance(made, tuple) else list(made)
+    return [upscaled(one) for one in scans]
+
+
 def check_voxels(array: np.ndarray) -> None:
-    """Raises VolumeError for voxels that are complex, NaN or infinite."""
+    """Raises VolumeError for voxels that are complex, NaN or infinite, or too large or too small for float32."""
     if array.dtype.kind not in "iuf":
         raise VolumeError(f"the scan holds {array.dtype}, not real numbers; of complex ones take the magnitude first")
     if not np.isfinite(array).all():
         raise VolumeError("the scan holds NaN or infinite voxels; replace them first")
+    largest = max(abs(float(array.max())), abs(float(array.min())))
+    if largest > LARGEST or 0 < largest < SMALLEST:
+        raise VolumeError(
+            f"the largest voxel is {largest:.3g}, and results are float32: scale the scan to between {SMALLEST:g} and "
+            f"{LARGEST:g} first"
+        )
 
 
 def no_magnitude(array: np.ndarray) -> str | None:

@@ -4,7 +4,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from contextvars import copy_context
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -13,14 +13,19 @@ import numpy as np
 import torch
 
 from deformmamba.inference.ensemble import predict
-from deformmamba.inference.inputs import check_voxels, no_magnitude, opened
+from deformmamba.inference.inputs import check_voxels, is_list, no_magnitude, of_list, opened
+from deformmamba.inference.networks import check_device, check_precision, evaluating, is_compiled, network
+from deformmamba.inference.progress import Progress
 from deformmamba.inference.settings import Settings
+from deformmamba.inference.sharing import shared_threads
 from deformmamba.inference.tiling import default_overlap, spans
 from deformmamba.physics.consistency import Consistency, corrected
-from deformmamba.volume import Volume, VolumeError, chosen_axis, in_plane, intensity_scale, normalise, restore
+from deformmamba.volume import PathLike, Volume, VolumeError, chosen_axis, in_plane, intensity_scale, normalise, restore
 from deformmamba.volume.inspection import is_far, trained_spacings
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from deformmamba.models.base import SRModel
 
 # a Volume, an array, a tensor or a nibabel image: the result is of the same kind
@@ -37,7 +42,7 @@ ABOVE_P99 = 1.3
 
 
 def upscale(
-    model: "SRModel",
+    model: "SRModel | nn.Module | PathLike",
     scan: Scan,
     *,
     axis: int | None = None,
@@ -57,9 +62,11 @@ def upscale(
     the scan has no negative value, and are kept if it has one.
 
     Args:
-        model: any SRModel; run in eval mode.
-        scan: a `Volume` or a nibabel image (NIfTI or MGH, 3-D), whose affine follows on the model's grid; or real
-            numbers (h, w) or 3-D as an array or tensor.
+        model: any SRModel, also inside of `DataParallel`, `torch.compile` or an averaged model; or the name of weights
+            as `from_pretrained` takes it. Run in eval mode; afterwards every module has the mode that it had.
+        scan: a `Volume` or a nibabel image (NIfTI or MGH, 3-D), whose affine follows on the model's grid; real numbers
+            (h, w) or 3-D as an array or tensor; a path, which gives a `Volume`; or a list of these, which gives a list.
+            Slices (h, w) of one size in a list are one scan.
         axis: where slices are stacked; None: `volume.slice_axis`, which for bare numbers, whose geometry nobody knows,
             is the last axis (or the only one of length 1). (slices, h, w) needs axis=0.
         batch_size: slices at once; None: as memory allows.
@@ -73,18 +80,23 @@ def upscale(
             into memory; None: on whole slices, as the networks want it.
         overlap: LR pixels that neighbouring tiles share; None: `tiling.default_overlap`.
         device: where to run; moves the model there. None: where the model is.
-        progress: a bar on stderr, if that is a terminal.
+        progress: a bar on a terminal and in a notebook; elsewhere a line on stderr every 30 s.
 
     Raises:
         VolumeError: voxels that are complex, NaN or infinite, not 2-D or 3-D, no such axis, or slices smaller than the
             model takes.
         ValueError: consistency asked of a model on the half-pixel grid; a tile that the model or the overlap is too
-            large for.
+            large for; a device that is not there.
+        TypeError: no model, or a model in half precision.
     """
     settings = Settings(
         axis=axis, batch_size=batch_size, consistency=consistency, ensemble=ensemble, tile=tile, overlap=overlap,
         device=device, progress=progress,
     )  # fmt: skip
+    model = network(model)
+    if is_list(scan):
+        made: Any = of_list(scan, lambda one, **other: upscale(model, one, **{**vars(settings), **other}))
+        return made  # type: ignore[no-any-return]
     volume, back, settings = opened(scan, settings)
     job = Upscaling(model, volume, settings)
     out = job.empty()
@@ -98,7 +110,7 @@ def upscale(
     return result
 
 
-def upscale_with_uncertainty(model: "SRModel", scan: Scan, **settings: Any) -> tuple[Scan, Scan]:
+def upscale_with_uncertainty(model: "SRModel | nn.Module | PathLike", scan: Scan, **settings: Any) -> tuple[Scan, Scan]:
     """`upscale(model, scan, ensemble=True)`, and the disagreement of its eight members.
 
     The second result has the shape, kind and units of the first: the standard deviation of the eight members in each
@@ -113,7 +125,12 @@ def upscale_with_uncertainty(model: "SRModel", scan: Scan, **settings: Any) -> t
         TypeError: an unknown setting.
         VolumeError, ValueError: as `upscale`.
     """
-    volume, back, chosen = opened(scan, Settings(**settings))
+    chosen = Settings(**settings)
+    if is_list(scan):
+        model = network(model)
+        pairs = of_list(scan, lambda one, **other: upscale_with_uncertainty(model, one, **{**settings, **other}))
+        return tuple(map(list, zip(*pairs, strict=True)))  # type: ignore[return-value]
+    volume, back, chosen = opened(scan, chosen)
     job = Upscaling(model, volume, replace(chosen, ensemble=True))
     outs = job.empty(), job.empty()
     sharp, spread = (np.moveaxis(out, job.axis, 0) for out in outs)
@@ -133,51 +150,56 @@ class Upscaling:
         shape: (i, j, k) of the result.
         place: the result's geometry and header; its array is still the input's.
         settings: as given, with `axis`, `consistency` and `overlap` filled in.
+        cautions: why the result may be worse than reported, a sentence each; warned of as well.
     """
 
-    def __init__(self, model: "SRModel", volume: Volume, settings: Settings) -> None:
-        axis = chosen_axis(volume, settings.axis)
-        consistency = settings.consistency or model.consistency
-        if consistency != "off" and model.grid != "origin":
-            raise ValueError(f'consistency is defined for the "origin" grid; {type(model).__name__} has {model.grid!r}')
-        overlap = None if settings.tile is None else _checked_overlap(model, settings.tile, settings.overlap)
-        _check_slices(model, volume, axis)
-        self.axis = axis
-        i, j, k = (n if a == axis else n * model.scale for a, n in enumerate(volume.array.shape))
-        self.shape = i, j, k
-        self.place = volume.resampled(volume.array, model.scale, in_plane(axis), model.grid)
-        self.settings = replace(settings, axis=axis, consistency=consistency, overlap=overlap)
-        self._model, self._volume = model, volume
+    def __init__(self, model: "SRModel | nn.Module | PathLike", volume: Volume, settings: Settings) -> None:
+        found: SRModel = network(model)
+        self._dtype = check_precision(found)
         if settings.device is not None:
-            model.to(settings.device)
-        self._device = next((p.device for p in model.parameters()), torch.device(settings.device or "cpu"))
+            check_device(settings.device)
+        axis = chosen_axis(volume, settings.axis)
+        consistency = settings.consistency or found.consistency
+        if consistency != "off" and found.grid != "origin":
+            raise ValueError(f'consistency is defined for the "origin" grid; {type(found).__name__} has {found.grid!r}')
+        overlap = None if settings.tile is None else _checked_overlap(found, settings.tile, settings.overlap)
+        _check_slices(found, volume, axis)
+        self.cautions = _cautions(found, volume, axis)
+        for caution in self.cautions:
+            warnings.warn(caution, stacklevel=3)  # the caller of `upscale`
+        self.axis = axis
+        i, j, k = (n if a == axis else n * found.scale for a, n in enumerate(volume.array.shape))
+        self.shape = i, j, k
+        self.place = volume.resampled(volume.array, found.scale, in_plane(axis), found.grid)
+        self.settings = replace(settings, axis=axis, consistency=consistency, overlap=overlap)
+        self._model, self._volume = found, volume
+        if settings.device is not None:
+            found.to(settings.device)
+        self._device = next((p.device for p in found.parameters()), torch.device(settings.device or "cpu"))
 
     def empty(self) -> np.ndarray:
         """Room for the result, in the order in which NIfTI is written: slices of the last axis are contiguous."""
         return np.empty(self.shape, np.float32, order="F")
 
-    def run(self, put: Callable[[int, np.ndarray, np.ndarray | None], None]) -> None:
-        """Calls put(k, slice (h, w), deviation of the ensemble or None) for each slice, in order, in scanner units."""
-        from tqdm import tqdm
+    def run(self, put: Callable[[int, np.ndarray, np.ndarray | None], None], progress: Progress | None = None) -> None:
+        """Calls put(k, slice (h, w), deviation of the ensemble or None) for each slice, in order, in scanner units.
 
+        `progress` counts the slices of several jobs; None: of this one, as the settings say.
+        """
         model = self._model
         slices = np.moveaxis(self._volume.array, self.axis, 0)
         units = _units(model, self._volume.array)
-        was_training = model.training
-        model.eval()
-        try:
-            with (
-                closing(self._batches(slices, units)) as batches,
-                tqdm(total=len(slices), unit="slice", disable=None if self.settings.progress else True) as bar,
-            ):
-                k = 0
-                for sharp, spread in batches:
-                    for image, deviation in zip(sharp, [None] * len(sharp) if spread is None else spread, strict=True):
-                        put(k, image, deviation)
-                        k += 1
-                    bar.update(len(sharp))
-        finally:
-            model.train(was_training)
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(model))
+            batches = stack.enter_context(closing(self._batches(slices, units)))
+            if progress is None:
+                progress = stack.enter_context(Progress(len(slices), shown=self.settings.progress))
+            k = 0
+            for sharp, spread in batches:
+                for image, deviation in zip(sharp, [None] * len(sharp) if spread is None else spread, strict=True):
+                    put(k, image, deviation)
+                    k += 1
+                progress.update(len(sharp))
 
     def _batches(
         self, slices: np.ndarray, units: "_Units"
@@ -198,37 +220,40 @@ class Upscaling:
                 yield sharpened(start, n)
                 start += n
             return
-        n = min(len(slices), self.settings.batch_size or self._batch(slices.shape[-2:], first=False))
-        starts = range(0, len(slices), n)
         threads = torch.get_num_threads()
+        # small slices or tiles: a batch for each thread, rather than one batch that all threads share
+        most = self.settings.batch_size or self._batch(slices.shape[-2:], first=False)
+        n = min(most, -(-len(slices) // threads)) if self.settings.batch_size is None else min(most, len(slices))
+        starts = range(0, len(slices), n)
         pixels = n * slices.shape[1] * slices.shape[2] * self._model.scale**2
         workers = min(threads, len(starts), max(1, CPU_PARALLEL_PIXELS // pixels))
-        if workers == 1 or torch.is_autocast_enabled("cpu"):  # autocast is a thread's own
+        # autocast belongs to a thread; a compiled model is traced by one thread at a time
+        if workers == 1 or torch.is_autocast_enabled("cpu") or is_compiled(self._model):
             for start in starts:
                 yield sharpened(start, n)
             return
         waiting: deque[Future[tuple[np.ndarray, np.ndarray | None]]] = deque()
-        torch.set_num_threads(threads // workers)  # of every thread that begins now
-        try:
-            with ThreadPoolExecutor(workers, "deformmamba-slices") as pool:
-                try:
-                    for start in starts:
-                        waiting.append(pool.submit(copy_context().run, sharpened, start, n))
-                        if len(waiting) > workers:
-                            yield waiting.popleft().result()
-                    while waiting:
+        with (
+            shared_threads(workers) as share,
+            ThreadPoolExecutor(workers, "deformmamba-slices", torch.set_num_threads, (share,)) as pool,
+        ):
+            try:
+                for start in starts:
+                    waiting.append(pool.submit(copy_context().run, sharpened, start, n))
+                    if len(waiting) > workers:
                         yield waiting.popleft().result()
-                finally:
-                    for future in waiting:
-                        future.cancel()
-        finally:
-            torch.set_num_threads(threads)
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
 
     def _sharpened(self, images: np.ndarray, units: "_Units") -> tuple[np.ndarray, np.ndarray | None]:
         """Some slices (n, h, w), in scanner units, sharper, and their deviation."""
         model = self._model
         with torch.inference_mode():
-            lr = normalise(torch.from_numpy(images).to(self._device) - units.zero, units.scale)[:, None]
+            image = torch.from_numpy(images).to(self._device, self._dtype)
+            lr = normalise(image - units.zero, units.scale)[:, None]
             settings, floor = self.settings, units.floor
             sr, spread = predict(model, lr, ensemble=settings.ensemble, tile=settings.tile, overlap=settings.overlap)
             assert settings.consistency is not None
@@ -240,7 +265,9 @@ class Upscaling:
                 sr = sr + floor
             sharp = restore(sr[:, 0], units.scale) + units.zero
             deviation = None if spread is None else restore(spread[:, 0], units.scale)
-            return sharp.cpu().numpy(), None if deviation is None else deviation.cpu().numpy()
+            made = [None if x is None else x.to("cpu", torch.float32).numpy() for x in (sharp, deviation)]
+            assert made[0] is not None
+            return made[0], made[1]
 
     def _batch(self, size: tuple[int, ...], *, first: bool) -> int:
         """How many slices of `size` to run at once."""
@@ -306,17 +333,22 @@ def _check_slices(model: "SRModel", volume: Volume, axis: int) -> None:
             f"slices across axis {axis} are {size[0]}x{size[1]} pixels, the smallest that {type(model).__name__} takes "
             f"is {model.minimum_size}x{model.minimum_size}; choose another axis or pad the scan"
         )
+
+
+def _cautions(model: "SRModel", volume: Volume, axis: int) -> tuple[str, ...]:
+    """Why the result may be worse than reported: no magnitude image, or pixels far from the trained ones."""
+    found = []
+    first, second = in_plane(axis)
     trains = next(model.parameters(), None) is not None  # interpolation takes any image
     if trains and (reason := no_magnitude(volume.array)) is not None:
-        warnings.warn(
+        found.append(
             f"the scan does not look like a magnitude image: {reason}; the weights were trained on magnitude images "
-            "only, so check the result before use",
-            stacklevel=4,  # whoever called `upscale`
+            "only, so check the result before use"
         )
     trained, pixel = trained_spacings(model), (volume.spacing[first], volume.spacing[second])
     if trained and any(volume.codes) and is_far(pixel, trained):
-        warnings.warn(
+        found.append(
             f"the pixels are {pixel[0]:.3g} x {pixel[1]:.3g} mm, the weights were trained on {trained[0]:.3g} to "
-            f"{trained[1]:.3g} mm: the result may be worse than reported",
-            stacklevel=4,  # whoever called `upscale`
+            f"{trained[1]:.3g} mm: the result may be worse than reported"
         )
+    return tuple(found)

@@ -42,6 +42,9 @@ from deformmamba.volume import (
     write_volume,
 )
 
+# signed images on purpose; test_intensity.py tests the warning
+pytestmark = pytest.mark.filterwarnings("ignore:the scan does not look like a magnitude image")
+
 
 class Wobble(SRModel):
     """Zero-fill plus an invented pattern: an estimate that is wrong in every frequency, above and below zero."""

@@ -1,0 +1,91 @@
+"""Which model `upscale` runs: a name is loaded, wrappers of PyTorch are looked through, wrong objects are named."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from deformmamba.errors import InvalidArgument, InvalidType
+from deformmamba.models import from_pretrained
+from deformmamba.models.base import SRModel
+from deformmamba.volume import MGH_SUFFIXES, NIFTI_SUFFIXES
+
+
+class _Wrapped:
+    """A wrapper (DataParallel, a compiled or an averaged model) with the attributes of the SRModel inside."""
+
+    def __init__(self, wrapper: nn.Module, inside: SRModel) -> None:
+        self._wrapper, self._inside = wrapper, inside
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapper(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inside, name)
+
+
+def network(model: Any) -> Any:
+    """An SRModel, or an object that behaves as one, of an SRModel, a wrapper of one, or a name as `from_pretrained`.
+
+    Raises:
+        InvalidType: no model; among others because the arguments are swapped.
+    """
+    if isinstance(model, _Wrapped):
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        if Path(model).name.lower().endswith((*NIFTI_SUFFIXES, *MGH_SUFFIXES, ".dcm")):
+            raise InvalidType(f"{model}: is a scan, where the model belongs; the order is upscale(model, scan)")
+        return from_pretrained(model)
+    inside = model
+    while isinstance(inside, nn.Module) and not isinstance(inside, SRModel):
+        inner = getattr(inside, "_orig_mod", None) or getattr(inside, "module", None)
+        if inner is None:
+            break
+        inside = inner
+    if not isinstance(inside, SRModel):
+        raise InvalidType(
+            f"the model is a {type(model).__name__}; give a model of deformmamba or the name of weights: "
+            "upscale(model, scan)"
+        )
+    return model if inside is model else _Wrapped(model, inside)
+
+
+def check_precision(model: Any) -> torch.dtype:
+    """The dtype in which the model computes. Raises InvalidType for half precision."""
+    dtype: torch.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if dtype not in (torch.float32, torch.float64):
+        raise InvalidType(
+            f"the model's weights are {str(dtype).removeprefix('torch.')}; upscale takes float32 or float64 "
+            "(model.float()); for half precision use torch.autocast around it"
+        )
+    return dtype
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raises InvalidArgument for a device that this machine does not have."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = f"cpu, cuda (0 to {torch.cuda.device_count() - 1})" if torch.cuda.is_available() else "cpu"
+        raise InvalidArgument(f"device {str(device)!r}: this machine has no such device; there is: {there}") from None
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Eval mode in the block; afterwards every module is in the mode that it had, also where these differ."""
+    wrapper = model._wrapper if isinstance(model, _Wrapped) else model
+    before = [(module, module.training) for module in wrapper.modules()]
+    wrapper.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def is_compiled(model: Any) -> bool:
+    return isinstance(model, _Wrapped) and hasattr(model._wrapper, "_orig_mod")
