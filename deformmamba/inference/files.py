@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deformmamba.inference.effective import to_effective
+from deformmamba.inference.networks import network
 from deformmamba.inference.provenance import derivation, report_facts
 from deformmamba.inference.settings import Settings
 from deformmamba.inference.upscaling import Upscaling
@@ -89,6 +90,7 @@ def upscale_file(
         ValueError: as `upscale`.
     """
     chosen = Settings(**settings)
+    model = network(model)
     named = [path for path in (source, target, uncertainty, report) if path is not None]
     if len({os.path.realpath(path) for path in named}) < len(named):
         raise VolumeError(f"{target}: is the input itself, or two outputs have one name; nothing is overwritten")

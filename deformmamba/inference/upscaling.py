@@ -96,7 +96,7 @@ def upscale(
     model = network(model)
     if is_list(scan):
         made: Any = of_list(scan, lambda one, **other: upscale(model, one, **{**vars(settings), **other}))
-        return made  # type: ignore[no-any-return]
+        return made
     volume, back, settings = opened(scan, settings)
     job = Upscaling(model, volume, settings)
     out = job.empty()
