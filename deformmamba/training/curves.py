@@ -1,18 +1,10 @@
-"""Pictures of a training run: its curves, and what the network makes of a slice that it was not trained on."""
+"""The curves of a training run."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-
-from deformmamba.data.patches import load_volume
-from deformmamba.inference import upscale
-from deformmamba.models import SRModel, ZeroFill
-from deformmamba.physics.degradations import Degradation, KSpaceCrop
-from deformmamba.pictures.figures import comparison, oriented_like
-from deformmamba.volume import PathLike, intensity_scale, replacing
+from deformmamba.volume import PathLike, replacing
 
 NOT_DRAWN = ("step", "lr", "images_per_second")
 
@@ -44,30 +36,3 @@ def training_curve(rows: Sequence[Mapping[str, Any]], path: PathLike) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
-
-
-def sample_picture(
-    model: SRModel, scan: PathLike, path: PathLike, *, degradation: Degradation | None = None, title: str = ""
-) -> None:
-    """The middle slice of `scan`, degraded and upscaled by `model`, beside the truth and, on its grid, zero-filling.
-
-    `degradation` is the k-space crop if not given. The slice is normalised by itself, where `evaluate` normalises the
-    volume.
-
-    Raises:
-        VolumeError: the scan cannot be read, or `path` not be written.
-    """
-    volume, axis = load_volume(scan)
-    middle = np.take(volume.array, volume.array.shape[axis] // 2, axis)
-    hr = torch.from_numpy(np.ascontiguousarray(middle[tuple(slice(n - n % model.scale) for n in middle.shape)]))
-    hr /= intensity_scale(hr.numpy())
-    lr = (degradation or KSpaceCrop(model.scale))(hr)
-
-    models = {"zero-fill": ZeroFill(scale=model.scale), "model": model}
-    results = {
-        name: oriented_like(upscale(made, lr[None], axis=0)[0].numpy(), volume, axis).image
-        for name, made in models.items()
-        if made.grid == model.grid
-    }
-    truth = oriented_like(hr.numpy(), volume, axis)
-    comparison(truth.image, results, path, spacing=truth.spacing, title=title)

@@ -5,7 +5,8 @@ import numpy as np
 
 from deformmamba.data.prepared import write_prepared
 from deformmamba.models import Bicubic
-from deformmamba.training.curves import sample_picture, training_curve
+from deformmamba.training.curves import training_curve
+from deformmamba.training.sample import sample_picture
 
 PNG = b"\x89PNG"
 

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 import os
 import random
 import signal
@@ -22,6 +23,7 @@ from deformmamba.models.deform_mamba import DeformMambaSR
 from deformmamba.physics.kspace import degrade, zero_fill
 from deformmamba.training import fit
 from deformmamba.training.batches import Batches
+from deformmamba.training.optimizer import parameter_groups
 from deformmamba.training.settings import FitSettings
 
 accelerate_state = pytest.importorskip("accelerate.state")
@@ -258,6 +260,172 @@ def test_tensorboard_gets_the_log(tmp_path):
     pytest.importorskip("tensorboard")
     run(tmp_path, steps=2)
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+# -------------------------------------------------------------------------------------------- starts, ends and the best
+
+
+def test_the_start_is_scored_and_can_win(tmp_path):
+    model = network()
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scores = iter([5.0, 1.0, 3.0, 2.0])
+    with pytest.warns(UserWarning, match=r"no validation was better than the start's \(5\)"):
+        best = run(tmp_path, model=model, validate=lambda model: {"psnr": next(scores)}, score_start=True)
+    kept = DeformMambaSR.from_pretrained(best)
+    assert kept.provenance["steps"] == 0
+    assert all(torch.equal(kept.state_dict()[name], tensor) for name, tensor in start.items())
+    assert [row["step"] for row in log(tmp_path)] == ["0", "2", "4", "6"]
+    assert log(tmp_path)[0]["psnr"] == "5.0"
+
+
+def test_a_better_validation_beats_the_start(tmp_path):
+    scores = iter([5.0, 6.0, 3.0, 2.0])
+    best = run(tmp_path, validate=lambda model: {"psnr": next(scores)}, score_start=True)
+    assert DeformMambaSR.from_pretrained(best).provenance["steps"] == 2
+
+
+@pytest.mark.parametrize("strange", [float("inf"), float("nan"), -float("inf")])
+def test_a_score_that_is_not_finite_ends_nothing_and_is_never_the_best(tmp_path, strange):
+    scores = iter([strange, 3.0, strange])
+    with pytest.warns(UserWarning, match="cannot be compared"):
+        best = run(tmp_path, validate=lambda model: {"psnr": next(scores)})
+    assert DeformMambaSR.from_pretrained(best).provenance["steps"] == 4
+    last = DeformMambaSR.from_pretrained(tmp_path / "last.safetensors").provenance
+    assert (last["steps"], last["validation"]["psnr"]) == (6, str(strange))
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 6
+
+
+def test_a_validation_that_fails_loses_no_step(tmp_path):
+    def failing(model):
+        raise RuntimeError("no disk")
+
+    with pytest.raises(RuntimeError, match="no disk"):
+        run(tmp_path, validate=failing)
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
+    run(tmp_path, validate=lambda model: {"psnr": 1.0})
+    assert [row["step"] for row in log(tmp_path)] == ["4", "6"]
+
+
+def test_an_interrupt_before_the_first_validation_keeps_the_weights(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, data=Signalling(3, signal.SIGINT), every=100)
+    for name in ("best", "last"):
+        assert DeformMambaSR.from_pretrained(tmp_path / f"{name}.safetensors").provenance["steps"] == 2
+
+
+def test_a_finished_run_that_is_made_longer_goes_on(tmp_path):
+    run(tmp_path, steps=4)
+    best = DeformMambaSR.from_pretrained(run(tmp_path, steps=8))
+    assert best.provenance["steps"] == 8
+    assert [row["step"] for row in log(tmp_path)] == ["2", "4", "6", "8"]
+    with pytest.raises(ValueError, match=r"fit\.samples is 16 there and 8 here"):
+        run(tmp_path, steps=4)
+
+
+def test_a_stopped_run_of_another_length_is_another_run(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, data=Signalling(3, signal.SIGINT))
+    with pytest.raises(ValueError, match=r"fit\.samples is 12 there and 16 here"):
+        run(tmp_path, data=Signalling(-1, 0), steps=8)
+
+
+# --------------------------------------------------------------------------------------------- what is left as it was
+
+
+def test_the_global_random_state_is_left_as_it_was(tmp_path):
+    model, data = network(), samples()
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    run(tmp_path, model=model, data=data, steps=2)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+@pytest.mark.parametrize("ema", [0, 0.9])
+def test_validation_sees_a_model_in_evaluation_mode_and_modes_are_restored(tmp_path, ema):
+    model, seen = Plain(), []
+    model.add_module("frozen", nn.Dropout().eval())
+    run(tmp_path, model=model, ema=ema, steps=2, validate=lambda m: seen.append(m.training) or {"psnr": 1.0})
+    assert seen == [False]
+    assert [module.training for module in model.modules()] == [True, True, False]
+    run(tmp_path / "again", model=model.eval(), ema=ema, steps=2)
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_frozen_submodule_stays_in_evaluation_mode(tmp_path):
+    class Watching(Plain):
+        def forward(self, lr):
+            seen.append((self.training, self.frozen.training))
+            return super().forward(lr)
+
+    model, seen = Watching(), []
+    model.add_module("frozen", nn.Dropout().eval())
+    run(tmp_path, model=model, ema=0, steps=1)
+    assert set(seen) == {(True, False)}
+
+
+# ----------------------------------------------------------------------------------------------------------- optimisers
+
+
+def test_rates_of_the_scan_norms_and_biases_do_not_decay():
+    model = network()
+    decaying, rest = parameter_groups(model, lr=1e-3, weight_decay=0.01)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    kept = {names[id(parameter)] for parameter in rest["params"]}
+    assert rest["weight_decay"] == 0
+    assert {name.rpartition(".")[2] for name in kept} >= {"A_log", "D", "bias"}
+    assert all(parameter.ndim > 1 for parameter in decaying["params"])
+    assert not any(names[id(p)].endswith(("A_log", ".D", "bias", "norm.weight")) for p in decaying["params"])
+    assert len(decaying["params"]) + len(rest["params"]) == len(names)
+    marked = Plain()
+    marked.conv.weight._no_weight_decay = True
+    (group,) = parameter_groups(marked, lr=1.0, weight_decay=0.01)
+    assert group["weight_decay"] == 0
+    assert len(parameter_groups(model, lr=1e-3, weight_decay=0.0)) == 1
+
+
+def test_weight_decay_moves_what_decays_alone(tmp_path):
+    plain, decayed = Plain(), Plain()
+    for name, model, decay in (("a", plain, 0.0), ("b", decayed, 0.5)):
+        run(tmp_path / name, model=model, lr=1e-2, weight_decay=decay, ema=0, steps=1, schedule="constant", warmup=0)
+    assert torch.equal(plain.conv.bias, decayed.conv.bias)
+    assert not torch.equal(plain.conv.weight, decayed.conv.weight)
+
+
+def test_an_optimiser_of_the_users_own(tmp_path):
+    model = Plain()
+    given = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    run(tmp_path, model=model, optimizer=given, ema=0, schedule="constant", warmup=0)
+    assert given.state
+    assert float(log(tmp_path)[-1]["lr"]) == 0.1
+    made = []
+
+    def make(groups):
+        made.append(groups)
+        return torch.optim.SGD(groups)
+
+    run(tmp_path / "made", model=Plain(), optimizer=make, lr=0.2, weight_decay=0.1, ema=0)
+    assert [group["weight_decay"] for group in made[0]] == [0.1, 0.0]
+    with pytest.raises(ValueError, match=r"holds another run: fit\.optimizer"):
+        run(tmp_path / "made", model=Plain(), lr=0.2, weight_decay=0.1, ema=0)
+    with pytest.raises(ValueError, match="parameters that are not the model's"):
+        run(tmp_path / "other", model=Plain(), optimizer=torch.optim.SGD(Plain().parameters()), ema=0)
+    with pytest.raises(TypeError, match=r"optimizer is a str; wanted a torch\.optim\.Optimizer, or a function"):
+        run(tmp_path / "text", model=Plain(), optimizer="adam", ema=0)
+
+
+def test_a_run_that_decayed_everything_goes_on_as_it_began(tmp_path):
+    options = {"steps": 4, "weight_decay": 0.1}
+    run(tmp_path, **options)
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["fit"].pop("undecayed")  # as versions wrote it that did not know of it
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    model, state = network(), torch.load(tmp_path / "state.pt", weights_only=True)
+    old = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    torch.save({**state, "step": 2, "optimizer": old.state_dict()}, tmp_path / "state.pt")
+    run(tmp_path, **options)
+    groups = torch.load(tmp_path / "state.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.1]
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes

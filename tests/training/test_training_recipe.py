@@ -125,6 +125,51 @@ def test_it_starts_from_other_weights(folder, tmp_path, recipe):
         train_recipe(recipe, folder, tmp_path / "out", init=str(tmp_path / "start.safetensors"), progress=False)
 
 
+def test_finetuning_takes_the_network_of_its_start_and_never_returns_worse(folder, tmp_path):
+    start = DeformMambaSR(scale=2, dims=[8, 16], depths=[1, 1], patch=2, d_state=2, skip="zero-fill")
+    start.save_pretrained(tmp_path / "start.safetensors", provenance={"consistency": "object", "license": "CC0-1.0"})
+    plan = load_recipe("finetune")
+    assert plan["model"] == {}
+    quick = {"steps": 2, "batch": 1, "every": 1, "lr": 10.0, "init": str(tmp_path / "start.safetensors")}
+    mine = tmp_path / "finetune.toml"
+    text = files("deformmamba").joinpath("recipes", "finetune.toml").read_text("utf-8")
+    mine.write_text(text.replace("patch = 32", "patch = 8").replace("warmup = 50", "warmup = 0\nema = 0.0"))
+    with pytest.warns(UserWarning, match="no validation was better than the start's"):  # such a rate ruins anything
+        best = train_recipe(mine, folder, tmp_path / "out", progress=False, **quick)
+    kept = DeformMambaSR.from_pretrained(best)
+    assert kept.config == start.config
+    assert kept.provenance["steps"] == 0
+    assert kept.consistency == "object"
+    assert kept.provenance["license"] == "CC0-1.0"
+    assert all(torch.equal(kept.state_dict()[name], tensor) for name, tensor in start.state_dict().items())
+    wanted = mean_scores(evaluate(kept, [folder / "2.nii.gz"]))["psnr"]
+    assert kept.provenance["validation"]["psnr"] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_finetuning_asks_for_weights(folder, tmp_path):
+    with pytest.raises(ValueError, match="no weights to start from; name them: --init"):
+        train_recipe("finetune", folder, tmp_path / "out")
+
+
+def test_a_longer_recipe_goes_on_from_a_finished_one(folder, tmp_path, recipe):
+    train_recipe(recipe, folder, tmp_path / "out", progress=False)
+    best = train_recipe(recipe, folder, tmp_path / "out", progress=False, steps=4)
+    assert DeformMambaSR.from_pretrained(tmp_path / "out" / "last.safetensors").provenance["steps"] == 4
+    assert best.is_file()
+    with pytest.raises(ValueError, match=r"provenance\.recipe\.fit\.steps is 4 there and 2 here"):
+        train_recipe(recipe, folder, tmp_path / "out", progress=False)
+
+
+def test_training_leaves_the_global_random_state_and_names_the_subjects(folder, tmp_path, recipe):
+    said = []
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    train_recipe(recipe, folder, tmp_path / "out", progress=False, say=said.append)
+    assert torch.equal(torch.rand(3), wanted)
+    assert said == ["train: 2 volumes of 2 subjects: sub-0, sub-1", "val: 1 volume of 1 subject: sub-2"]
+
+
 def test_weights_to_start_from_must_fit(folder, tmp_path, recipe):
     DeformMambaSR(scale=2, dims=[8, 16], depths=[1, 1], patch=2, d_state=2).save_pretrained(tmp_path / "a.safetensors")
     recipe.write_text(RECIPE.replace("[model]", f'[model]\ninit = "{tmp_path / "a.safetensors"}"'))
@@ -151,7 +196,7 @@ def test_other_workers_do_not_make_another_run(folder, tmp_path, recipe):
 
 def test_a_folder_without_groups_is_taken_whole_and_says_so(folder, tmp_path, recipe, monkeypatch):
     plain = [dataclasses.replace(scan, group="") for scan in find_scans(folder)]
-    monkeypatch.setattr("deformmamba.training.recipe.find_scans", lambda root, subject: plain)
+    monkeypatch.setattr("deformmamba.training.from_recipe.find_scans", lambda root, subject: plain)
     with pytest.warns(UserWarning, match="does not say what its volumes show"):
         best = train_recipe(recipe, folder, tmp_path / "out", progress=False)
     assert "weights" not in DeformMambaSR.from_pretrained(best).provenance["recipe"]["data"]

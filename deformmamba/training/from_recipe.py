@@ -1,0 +1,288 @@
+"""`train_recipe`: from a recipe and a folder of volumes to a call of `fit`."""
+
+import hashlib
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deformmamba.data.patches import PatchDataset
+from deformmamba.data.scans import INDEX, Scan, describe_splits, find_scans, load_slices, subjects
+from deformmamba.data.thick_slices import ThickSliceDataset, thick_cases
+from deformmamba.errors import InvalidArgument, one_line
+from deformmamba.evaluation.compare import evaluate, mean_scores
+from deformmamba.losses import LOSSES, SRLoss
+from deformmamba.metrics import psnr, ssim
+from deformmamba.models import MODELS
+from deformmamba.models.base import SRModel
+from deformmamba.training.folder import RunFolder
+from deformmamba.training.loop import fit
+from deformmamba.training.recipe import load_recipe
+from deformmamba.training.sample import sample_picture
+from deformmamba.weights import load_checkpoint
+from deformmamba.weights.checkpoint import Checkpoint
+
+SAMPLE = "sample.png"
+# what changes how a run is computed but not its result
+INDIFFERENT = ("workers",)
+# facts about the weights of a start that hold for what is trained from them
+INHERITED = ("consistency", "license")
+Plan = dict[str, dict[str, Any]]
+Validate = Callable[[Any], Mapping[str, float]]
+
+
+def train_recipe(
+    recipe: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    init: str | None = None,
+    subject: str | None = None,
+    say: Callable[[str], None] | None = None,
+    progress: bool = True,
+    **overrides: Any,
+) -> Path:
+    """Trains by a recipe on the "train" split of the folder `data` and validates on its "val" split; see `load_recipe`.
+
+    Args:
+        recipe: see `load_recipe`.
+        data: see `deformmamba.data.scans.find_scans`.
+        out: see `fit`; a picture of a validation slice, `sample.png`, comes there as well.
+        init: see `load_recipe`; instead of the recipe's.
+        subject: a regular expression that finds the subject in the path of a scan, see `find_scans`.
+        say: called with a line for each split: its subjects.
+        progress: see `fit`.
+        overrides: replace [fit] keys if they are not None, such as `steps` (which replaces `epochs`) or `seed`.
+
+    With weights to start from, these are validated first, as step 0: they stay the best checkpoint until a validation
+    scores higher. Their data consistency is inherited.
+
+    Returns the best checkpoint.
+
+    Raises:
+        InvalidArgument: a recipe, data, weights to start from, or a folder that do not fit; before anything is
+            computed.
+    """
+    plan = _plan(recipe, init, overrides)
+    train, val = _split(find_scans(data, subject=subject), plan, data)
+    if say is not None:
+        for line in describe_splits([*train, *val]):
+            say(line)
+    start = load_checkpoint(plan["model"]["init"]) if "init" in plan["model"] else None
+    folder = RunFolder(out)
+    # a run that an earlier version began goes on as it was begun
+    scored = start is not None and not (folder.describes("fit.samples") and not folder.describes("fit.score_start"))
+    run = _run_facts(plan, train, val, start if scored else None)
+    if start is not None:
+        run["init"] = _inherited(start)
+    folder.check({"provenance": run}, whole=False)
+
+    seed = plan["fit"].get("seed", 0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _model(recipe, plan["model"], start)
+    model.provenance = {key: run[key] for key in INHERITED if key in run}
+    quiet = os.environ.get("RANK", "0") != "0" or not progress
+    dataset, validate = _data(recipe, plan, model, train, val, Path(out) / SAMPLE, progress=not quiet)
+    fitting = {key: value for key, value in plan["fit"].items() if key not in ("loss", "beta", "steps", "epochs")}
+    kind, beta = plan["fit"].get("loss", "sr"), plan["fit"].get("beta", 0.1)
+    return fit(
+        model,
+        dataset,
+        out=out,
+        steps=math.ceil(len(dataset) / fitting.get("batch", 8)),
+        loss=SRLoss(beta=beta) if kind == "sr" else LOSSES[kind](),
+        validate=validate,
+        score_start=scored,
+        provenance={**run, "spacings_mm": [round(spacing, 2) for spacing in dataset.spacings]},
+        progress=progress,
+        **fitting,
+    )
+
+
+def _plan(recipe: str | os.PathLike[str], init: str | None, overrides: Mapping[str, Any]) -> Plan:
+    """The recipe with what the caller replaces in it; its length is checked."""
+    plan = load_recipe(recipe)
+    given = {key: value for key, value in overrides.items() if value is not None}
+    for key, other in (("steps", "epochs"), ("epochs", "steps")):
+        if key in given:
+            plan["fit"].pop(other, None)
+    plan["fit"].update(given)
+    if init is not None:
+        plan["model"]["init"] = init
+    if not plan["model"]:
+        raise InvalidArgument(f"recipe {recipe}: no weights to start from; name them: --init ixi-4x (init= in Python)")
+    if ("steps" in plan["fit"]) == ("epochs" in plan["fit"]):
+        raise InvalidArgument(f"recipe {recipe}: [fit] needs either steps or epochs")
+    for key in ("steps", "epochs"):
+        if key in plan["fit"] and not 0 < plan["fit"][key] < math.inf:
+            raise InvalidArgument(f"recipe {recipe}: {key} in [fit] is {plan['fit'][key]}; wanted a number above 0")
+    return plan
+
+
+def _run_facts(plan: Plan, train: Sequence[Scan], val: Sequence[Scan], start: Checkpoint | None) -> dict[str, Any]:
+    """What a checkpoint says of its training, and what two runs in one folder must share."""
+    model = dict(plan["model"])
+    if "init" in model:
+        model["init"] = Path(model["init"]).name  # a path may name a person
+    return {
+        "recipe": {
+            "model": model,
+            "data": plan["data"],
+            "fit": {key: value for key, value in plan["fit"].items() if key not in INDIFFERENT},
+        },
+        "train": _described(train),
+        "val": _described(val),
+        "degradation": _degradation(plan["data"]),
+        **({key: start.provenance[key] for key in INHERITED if key in start.provenance} if start else {}),
+    }
+
+
+def _data(
+    recipe: str | os.PathLike[str],
+    plan: Plan,
+    model: SRModel,
+    train: Sequence[Scan],
+    val: Sequence[Scan],
+    picture: Path,
+    *,
+    progress: bool,
+) -> tuple[PatchDataset | ThickSliceDataset, Validate]:
+    """The samples of a run, as many as it sees, and what scores a model; `picture` is drawn at each validation."""
+    batch, epochs, seed = plan["fit"].get("batch", 8), plan["fit"].get("epochs"), plan["fit"].get("seed", 0)
+    length = plan["fit"].get("steps", 1) * batch
+    settings = {key: value for key, value in plan["data"].items() if key not in ("validation", "kind")}
+    if plan["data"].get("kind") == "thick":
+        if model.scale != 1 or epochs is not None:
+            raise InvalidArgument(f"recipe {recipe}: kind = 'thick' wants scale = 1 and steps, not epochs")
+        thick = ThickSliceDataset(train, length=length, seed=seed, progress=progress, **settings)
+        return thick, _thick_scores(val)
+    dataset = PatchDataset(
+        train,
+        scale=model.scale,
+        length=length,
+        intensity=model.intensity,
+        base=getattr(model, "skip", None) or "zero-fill",
+        seed=seed,
+        progress=progress,
+        **settings,
+    )
+    if epochs is not None:
+        dataset.length = math.ceil(epochs * sum(len(slices) for slices in dataset.groups) / batch) * batch
+    degradation = dataset.degradation
+    if (degradation.scale, degradation.grid) != (model.scale, model.grid):
+        raise InvalidArgument(
+            f"recipe {recipe}: degradation {degradation} gives the {degradation.grid} grid, and "
+            f"{type(model).__name__} works on the {model.grid} grid"
+        )
+    for scan in val:  # or a damaged one would end the training at its first validation
+        load_slices(scan.path, model.scale)
+
+    def validate(candidate: SRModel) -> dict[str, float]:
+        title = f"{val[0].subject}, validation"
+        sample_picture(candidate, val[0].path, picture, degradation=degradation, title=title)
+        return mean_scores(evaluate(candidate, val, degradation=degradation))
+
+    return dataset, validate
+
+
+def _split(scans: Sequence[Scan], plan: dict[str, dict[str, Any]], data: Any) -> tuple[list[Scan], list[Scan]]:
+    """The scans to train and to validate on; a folder that names no groups is taken whole, and `plan` says so then."""
+    settings = plan["data"]
+    if not any(scan.group for scan in scans) and (settings.get("weights") or settings.get("validation")):
+        warnings.warn(
+            f"{data} does not say what its volumes show (no contrast and anatomy in a volumes.tsv): all count alike, "
+            "where the recipe has shares of groups",
+            stacklevel=3,
+        )
+        settings.pop("weights", None)
+        settings.pop("validation", None)
+    weights, wanted = settings.get("weights"), settings.get("validation")
+    train = [scan for scan in scans if scan.split == "train" and (weights is None or scan.group in weights)]
+    val = [scan for scan in scans if scan.split == "val" and (wanted is None or scan.group in wanted)]
+    missing = sorted(set(weights or ()) - {scan.group for scan in train})
+    if missing and train:
+        warnings.warn(
+            f"{data} has no training volumes of {', '.join(missing)}; the recipe's other groups take their share",
+            stacklevel=3,
+        )
+    if not train or not val:
+        groups = ", ".join(sorted({f"{scan.group or 'no group'} ({scan.split})" for scan in scans}))
+        raise InvalidArgument(
+            f"train: {data} has {len(train)} volumes to train on and {len(val)} to validate on, both needed, of "
+            f"different subjects; the recipe wants {', '.join(weights or ['any'])} and {', '.join(wanted or ['any'])}; "
+            f"there are: {groups}. A {INDEX} in the folder (columns participant_id, file, split) decides who does what"
+        )
+    return train, val
+
+
+def _described(scans: Sequence[Scan]) -> dict[str, Any]:
+    """How many subjects and volumes, and a hash of the subjects' names: a name may be a person's, and checkpoints are
+    given away."""
+    names = subjects(scans)
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    return {"subjects": len(names), "volumes": len(scans), "subjects_sha256": digest}
+
+
+def _thick_scores(val: Sequence[Scan]) -> Callable[[SRModel], dict[str, float]]:
+    """What a network for the slice direction reaches on in-plane images of `val`, and the cubic spline beside it."""
+    cases = thick_cases(val)
+
+    def scores(model: SRModel) -> dict[str, float]:
+        rows = []
+        with torch.inference_mode():
+            for case in cases:
+                pair = [(model(case.lr), case.hr), (case.lr, case.hr)]
+                rows.append([f(sr[0], hr[0]) for f in (psnr, ssim) for sr, hr in pair])
+        names = ("psnr", "psnr_spline", "ssim", "ssim_spline")
+        return {name: float(value) for name, value in zip(names, torch.tensor(rows).mean(0), strict=True)}
+
+    return scores
+
+
+def _degradation(settings: Mapping[str, Any]) -> str:
+    """What made the LR of a training, in words: "k-space crop, magnitude; 10 % k-space >> rician:snr=30"."""
+    if settings.get("kind") == "thick":
+        return "slice profiles, " + ", ".join(
+            f"{key} {'-'.join(f'{value:g}' for value in settings[key])}"
+            for key in ("ratio", "thickness")
+            if key in settings
+        )
+    others = [f"{100 * share:g} % {text}" for text, share in settings.get("jitter", {}).items()]
+    return "; ".join([settings.get("degradation", "k-space crop, magnitude"), *others])
+
+
+def _inherited(start: Checkpoint) -> list[dict[str, Any]]:
+    """What is known of the weights that a training began with, and of those before them, oldest first."""
+    kept = ("name", "steps", "batch", "seed", "spacings_mm", "recipe")
+    before = start.provenance.get("init")
+    own = {"sha256": start.sha256, **{key: start.provenance[key] for key in kept if key in start.provenance}}
+    return [*(before if isinstance(before, list) else []), own]
+
+
+def _model(recipe: str | os.PathLike[str], arguments: Mapping[str, Any], start: Checkpoint | None) -> SRModel:
+    """The model of a recipe's [model] section, with new weights or those of `start`."""
+    if start is not None and arguments.keys() == {"init"}:
+        if start.class_name not in MODELS:
+            raise InvalidArgument(
+                f"recipe {recipe}: {start.source} is a {start.class_name}; known: {', '.join(MODELS)}"
+            )
+        return MODELS[start.class_name].from_checkpoint(start)
+    plain = {key: value for key, value in arguments.items() if key != "init"}
+    made, preset = MODELS[plain.pop("name", "DeformMambaSR")], plain.pop("preset", None)
+    if preset is not None and not hasattr(made, "from_preset"):
+        raise InvalidArgument(f"train: {made.__name__} has no presets; leave `preset` out")
+    model: SRModel = made.from_preset(preset, **plain) if preset is not None else made(**plain)  # type: ignore[attr-defined]
+    if start is not None:
+        try:
+            model.load_state_dict(start.tensors, strict=True)
+        except RuntimeError as error:
+            raise InvalidArgument(
+                f"train: init = {str(arguments['init'])!r} ({start.class_name}) does not fit the recipe's "
+                f"{type(model).__name__}: {one_line(error)}"
+            ) from None
+    return model

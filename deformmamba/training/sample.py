@@ -1,0 +1,38 @@
+"""A picture of what a network makes of a slice that it was not trained on."""
+
+import numpy as np
+import torch
+
+from deformmamba.data.scans import load_volume
+from deformmamba.inference import upscale
+from deformmamba.models import SRModel, ZeroFill
+from deformmamba.physics.degradations import Degradation, KSpaceCrop
+from deformmamba.pictures.figures import comparison, oriented_like
+from deformmamba.volume import PathLike, intensity_scale
+
+
+def sample_picture(
+    model: SRModel, scan: PathLike, path: PathLike, *, degradation: Degradation | None = None, title: str = ""
+) -> None:
+    """The middle slice of `scan`, degraded and upscaled by `model`, beside the truth and, on its grid, zero-filling.
+
+    `degradation` is the k-space crop if not given. The slice is normalised by itself, where `evaluate` normalises the
+    volume.
+
+    Raises:
+        VolumeError: the scan cannot be read, or `path` not be written.
+    """
+    volume, axis = load_volume(scan)
+    middle = np.take(volume.array, volume.array.shape[axis] // 2, axis)
+    hr = torch.from_numpy(np.ascontiguousarray(middle[tuple(slice(n - n % model.scale) for n in middle.shape)]))
+    hr /= intensity_scale(hr.numpy())
+    lr = (degradation or KSpaceCrop(model.scale))(hr)
+
+    models = {"zero-fill": ZeroFill(scale=model.scale), "model": model}
+    results = {
+        name: oriented_like(upscale(made, lr[None], axis=0)[0].numpy(), volume, axis).image
+        for name, made in models.items()
+        if made.grid == model.grid
+    }
+    truth = oriented_like(hr.numpy(), volume, axis)
+    comparison(truth.image, results, path, spacing=truth.spacing, title=title)
