@@ -1,0 +1,267 @@
+"""Mamba's short convolution: depthwise, along time, causal. The interface is that of the package causal-conv1d.
+
+    y[b, d, t] = bias[d] + sum over k of weight[d, k] x[b, d, t - (width - 1) + k]
+
+`causal_conv1d_ref` and `causal_conv1d_update_ref` are the definitions, a loop over steps each; the other functions
+equal them. Half-precision inputs are computed in float32.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from deformmamba.mamba import causal_conv_cpu
+from deformmamba.scan import transformed
+
+_ACTIVATIONS = (None, "silu", "swish")
+
+
+def causal_conv1d_fn(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    initial_states: torch.Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> Any:
+    """The convolution of whole sequences.
+
+    Args:
+        x: (b, d, l), with time or channels consecutive in memory (other layouts are copied).
+        weight: (d, width). bias: (d,) or None.
+        seq_idx: (b, l) integers; a step sees steps with its own number only, and gives 0 where the number is
+            negative (padding). Not together with states. (Old callers pass the activation here; that works.)
+        initial_states: (b, d, width - 1), the steps before the first; zero by default.
+        return_final_states: also return (b, d, width - 1), the last steps, to go on from.
+        final_states_out: a tensor to write the final states to.
+        activation: None, "silu" or "swish" (another word for "silu").
+
+    Returns:
+        y (b, d, l) in x's dtype, or (y, final states).
+
+    Raises:
+        ValueError, TypeError: a shape or dtype that does not fit, naming the argument and the rule.
+    """
+    if isinstance(seq_idx, str):  # causal-conv1d before 1.1 had the activation in this place
+        seq_idx, activation = None, seq_idx
+    b, d, length = _check(x, weight, bias, activation)
+    width = weight.shape[1]
+    full = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    kernel, offset = weight.to(full), None if bias is None else bias.to(full)
+    if seq_idx is not None:
+        if initial_states is not None or return_final_states:
+            raise ValueError("seq_idx cannot be combined with initial_states or return_final_states; leave one out")
+        if seq_idx.shape != (b, length):
+            raise ValueError(f"seq_idx must have shape (b, l) = {(b, length)}, got {tuple(seq_idx.shape)}")
+        y = _packed(x.to(full), kernel, offset, seq_idx)
+    elif initial_states is not None:
+        if initial_states.shape != (b, d, width - 1):
+            wanted = (b, d, width - 1)
+            raise ValueError(
+                f"initial_states must have shape (b, d, width - 1) = {wanted}, got {tuple(initial_states.shape)}"
+            )
+        extended = torch.cat([initial_states.to(full), x.to(full)], -1)
+        y = _convolve(extended, kernel, offset)[..., width - 1 :]
+    else:
+        y = _convolve(x.to(full), kernel, offset)
+    y = y if activation is None else F.silu(y)
+    if seq_idx is not None:
+        y = y.masked_fill((seq_idx < 0)[:, None], 0)
+    y = y.to(x.dtype)
+    if not return_final_states:
+        return y
+    before = x.new_zeros(b, d, width - 1) if initial_states is None else initial_states.to(x.dtype)
+    last = torch.cat([before, x[..., max(length - width + 1, 0) :]], -1)[..., -(width - 1) :] if width > 1 else before
+    return y, last if final_states_out is None else final_states_out.copy_(last)
+
+
+def causal_conv1d_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    initial_states: torch.Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> Any:
+    """`causal_conv1d_fn` as it is defined: step by step, in the dtype of the weight."""
+    b, d, length = _check(x, weight, bias, activation)
+    width = weight.shape[1]
+    state = x.new_zeros(b, d, width - 1) if initial_states is None else initial_states
+    seen = torch.cat([state, x], -1).to(weight.dtype)
+    y = seen.new_zeros(b, d, length) if bias is None else bias[:, None].expand(b, d, length)
+    for t in range(length):
+        step = (weight * seen[..., t : t + width]).sum(-1)
+        y = y.index_add(2, torch.tensor([t], device=x.device), step[..., None])
+    y = (y if activation is None else F.silu(y)).to(x.dtype)
+    if not return_final_states:
+        return y
+    last = seen[..., length:].to(x.dtype)
+    return y, last if final_states_out is None else final_states_out.copy_(last)
+
+
+def causal_conv1d_update(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: torch.Tensor | None = None,
+    conv_state_indices: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The convolution of the next steps, and `conv_state` brought up to date in place.
+
+    Args:
+        x: (b, d) or (b, d, l), the next steps.
+        conv_state: (b, d, s) with s >= width - 1, the last steps; written to.
+        weight: (d, width). bias: (d,) or None. activation: None, "silu" or "swish".
+        cache_seqlens: (b,) integers: conv_state is a ring, and the next step goes to place cache_seqlens % s.
+        conv_state_indices: (b,) integers: the rows of a larger conv_state that belong to the rows of x; a negative
+            one gives 0 and leaves the states alone.
+
+    Returns:
+        y like x.
+    """
+    steps = x[..., None] if x.ndim == 2 else x
+    _check(steps, weight, bias, activation)
+    if conv_state.ndim != 3 or conv_state.shape[1] != steps.shape[1] or conv_state.shape[2] < weight.shape[1] - 1:
+        raise ValueError(
+            f"conv_state must have shape (b, d, s) with d = {steps.shape[1]} and s >= width - 1 = "
+            f"{weight.shape[1] - 1}, got {tuple(conv_state.shape)}"
+        )
+    if conv_state_indices is None:
+        y = _update(steps, conv_state, weight, bias, activation, cache_seqlens)
+    else:
+        rows = conv_state_indices.long()
+        used = (rows >= 0).nonzero()[:, 0]
+        picked = conv_state[rows[used]]
+        lengths = None if cache_seqlens is None else cache_seqlens[used]
+        y = torch.zeros_like(steps).index_copy(0, used, _update(steps[used], picked, weight, bias, activation, lengths))
+        conv_state[rows[used]] = picked
+    return y[..., 0] if x.ndim == 2 else y
+
+
+def causal_conv1d_update_ref(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`causal_conv1d_update` as it is defined: one step after the other, one image after the other."""
+    steps = x[..., None] if x.ndim == 2 else x
+    width, size = weight.shape[1], conv_state.shape[2]
+    rows = []
+    for b in range(len(steps)):
+        start = 0 if cache_seqlens is None else int(cache_seqlens[b])
+        # the oldest step first: in a ring the next place to write is the oldest
+        ring = conv_state[b] if cache_seqlens is None else conv_state[b].roll(-(start % size), -1)
+        outputs = []
+        for t in range(steps.shape[2]):
+            seen = torch.cat([ring, steps[b, :, t : t + 1].to(ring.dtype)], -1)
+            outputs.append((seen[:, -width:].to(weight.dtype) * weight).sum(-1))
+            ring = seen[:, 1:]
+        turned = 0 if cache_seqlens is None else (start + steps.shape[2]) % size
+        conv_state[b].copy_(ring.roll(turned, -1))
+        rows.append(torch.stack(outputs, -1))
+    y = torch.stack(rows) if rows else steps.to(weight.dtype)
+    y = y if bias is None else y + bias[:, None]
+    y = (y if activation is None else F.silu(y)).to(x.dtype)
+    return y[..., 0] if x.ndim == 2 else y
+
+
+def causal_conv1d_varlen_states(x: torch.Tensor, cu_seqlens: torch.Tensor, state_len: int) -> torch.Tensor:
+    """The last `state_len` steps of every sequence in a pack, zero before its start.
+
+    Args:
+        x: (total length, d), sequences one after the other.
+        cu_seqlens: (sequences + 1,) integers, sorted: where each begins, and the total length.
+        state_len: steps to keep.
+
+    Returns:
+        (sequences, d, state_len).
+    """
+    starts, ends = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
+    steps = ends - state_len + torch.arange(state_len, device=x.device)
+    states = x[steps.clamp(min=0)] if len(x) else x.new_zeros(*steps.shape, x.shape[1])
+    return states.masked_fill((steps < starts)[..., None], 0).transpose(1, 2)
+
+
+def causal_conv1d_varlen_states_ref(x: torch.Tensor, cu_seqlens: torch.Tensor, state_len: int) -> torch.Tensor:
+    """`causal_conv1d_varlen_states` as it is defined, one sequence after the other."""
+    ends = cu_seqlens.tolist()
+    states = x.new_zeros(len(ends) - 1, x.shape[1], state_len)
+    for i, (start, end) in enumerate(itertools.pairwise(ends)):
+        for place in range(1, min(state_len, end - start) + 1):
+            states[i, :, -place] = x[end - place]
+    return states
+
+
+def _check(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
+) -> tuple[int, int, int]:
+    if activation not in _ACTIVATIONS:
+        raise NotImplementedError(f"activation must be None, 'silu' or 'swish', got {activation!r}")
+    if x.ndim != 3:
+        raise ValueError(f"x must have shape (b, d, l), got {tuple(x.shape)}")
+    b, d, length = x.shape
+    if weight.ndim != 2 or weight.shape[0] != d or not weight.shape[1]:
+        raise ValueError(f"weight must have shape (d, width) with d = {d}, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != (d,):
+        raise ValueError(f"bias must have shape (d,) = ({d},), got {tuple(bias.shape)}")
+    for name, tensor in (("x", x), ("weight", weight)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}; convert it, for example with .float()")
+    return b, d, length
+
+
+def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """y (b, d, l) of x (b, d, l), all in one dtype."""
+    if causal_conv_cpu.usable(x) and not transformed():
+        return causal_conv_cpu.causal_conv(x, weight, bias)
+    return F.conv1d(F.pad(x, (weight.shape[1] - 1, 0)), weight[:, None], bias, groups=len(weight))
+
+
+def _packed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, seq_idx: torch.Tensor) -> torch.Tensor:
+    """The same where a step sees only steps whose number in seq_idx equals its own."""
+    width = weight.shape[1]
+    y = x * weight[:, -1:]
+    for back in range(1, min(width, x.shape[-1])):
+        same = (seq_idx[:, back:] == seq_idx[:, :-back])[:, None]
+        y = y + F.pad(x[..., :-back] * same, (back, 0)) * weight[:, width - 1 - back, None]
+    return y if bias is None else y + bias[:, None]
+
+
+def _update(
+    x: torch.Tensor,
+    state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    cache_seqlens: torch.Tensor | None,
+) -> torch.Tensor:
+    """y (b, d, l) of x (b, d, l); writes to state."""
+    b, d, length = x.shape
+    width, size = weight.shape[1], state.shape[2]
+    full = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    if cache_seqlens is None:
+        seen = torch.cat([state, x.to(state.dtype)], -1)
+        state.copy_(seen[..., seen.shape[-1] - size :])
+    else:
+        steps = torch.arange(1 - width, length, device=x.device) + cache_seqlens[:, None]
+        places = steps.remainder(size)[:, None].expand(b, d, -1).long()
+        seen = torch.cat([state.gather(2, places[..., : width - 1]), x.to(state.dtype)], -1)
+        newest = slice(max(length - size, 0), None)  # the others would be overwritten at once
+        state.scatter_(2, places[..., width - 1 :][..., newest], x[..., newest].to(state.dtype))
+    seen, kernel = seen[..., seen.shape[-1] - (length + width - 1) :].to(full), weight.to(full)
+    if length == 1:
+        y = (seen * kernel).sum(-1, keepdim=True)
+        y = y if bias is None else y + bias.to(full)[:, None]
+    else:
+        y = F.conv1d(seen, kernel[:, None], None if bias is None else bias.to(full), groups=d)
+    return (y if activation is None else F.silu(y)).to(x.dtype)

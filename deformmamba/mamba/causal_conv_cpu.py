@@ -1,0 +1,171 @@
+"""The causal depthwise convolution on a CPU: an operator around the loops of `causal_conv_kernels`.
+
+Memory traffic bounds this operation. PyTorch's depthwise convolution takes several times as long, forwards and
+backwards, and wants its input padded.
+"""
+
+import functools
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deformmamba.threads import together
+
+_BLOCK = 256  # channels of a job: its rows of x and y stay in the first-level cache
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the kernels run on tensors like `x`: on the CPU, float32 or float64, where numba can be imported."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and _numba()
+
+
+@functools.cache
+def _numba() -> bool:
+    try:
+        import numba  # noqa: F401
+    except Exception:  # a numpy that numba does not know yet raises ImportError, a broken llvmlite OSError
+        return False
+    return True
+
+
+_numba._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# `Optional`, because the schema is read from the annotations and older PyTorch does not know `Tensor | None`
+@torch.library.custom_op("deformmamba::causal_conv", mutates_args=())
+def causal_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045
+    """y[b, d, t] = bias[d] + sum over k of weight[d, k] x[b, d, t - (width - 1) + k], x before the start being 0.
+
+    x (b, d, l), weight (d, width) and bias (d,) of one dtype; y has the memory format of x: time or channels last."""
+    b, d, length = x.shape
+    x, by_channel = _readable(x)
+    y = _empty(b, d, length, by_channel, x)
+    given = weight.t().contiguous() if by_channel else weight.contiguous()
+    bias = x.new_zeros(d) if bias is None else bias.contiguous()
+    arrays = (_flat(x), given.numpy(), bias.numpy(), _flat(y), length, _strides(x, by_channel))
+    _share("forward", by_channel, x.dtype, arrays, b, d)
+    return y
+
+
+@causal_conv.register_fake
+def _(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+    b, d, length = x.shape
+    return _empty(b, d, length, _by_channel(x), x)
+
+
+@torch.library.custom_op("deformmamba::causal_conv_backward", mutates_args=())
+def causal_conv_backward(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and bias."""
+    b, d, length = x.shape
+    x, by_channel = _readable(x)
+    dy = dy.transpose(1, 2).contiguous().transpose(1, 2) if by_channel else dy.contiguous()
+    dx = _empty(b, d, length, by_channel, x)
+    given = weight.t().contiguous() if by_channel else weight.contiguous()
+    dweight, dbias = x.new_empty(b, *given.shape), x.new_empty(b, d)
+    arrays = (
+        _flat(x), given.numpy(), _flat(dy), _flat(dx), dweight.numpy(), dbias.numpy(), length, _strides(x, by_channel)
+    )  # fmt: skip
+    _share("backward", by_channel, x.dtype, arrays, b, d)
+    dweight = dweight.sum(0)
+    return dx, dweight.t().contiguous() if by_channel else dweight, dbias.sum(0)
+
+
+@causal_conv_backward.register_fake
+def _(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    b, d, length = x.shape
+    return _empty(b, d, length, _by_channel(x), x), weight.new_empty(weight.shape), weight.new_empty(len(weight))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.has_bias = bias is not None
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    dx, dweight, dbias = causal_conv_backward(*ctx.saved_tensors, dy)
+    return dx, dweight, dbias if ctx.has_bias else None
+
+
+torch.library.register_autograd("deformmamba::causal_conv", _differentiate, setup_context=_save)
+
+
+def _by_channel(x: Tensor) -> bool:
+    """Whether channels, not time steps, lie side by side in memory."""
+    return x.stride(1) == 1 and x.stride(2) != 1
+
+
+def _readable(x: Tensor) -> tuple[Tensor, bool]:
+    x = x.detach()
+    if 1 not in x.stride()[1:] or min(x.stride(), default=1) < 0:
+        x = x.contiguous()
+    return x, _by_channel(x)
+
+
+def _empty(b: int, d: int, length: int, by_channel: bool, like: Tensor) -> Tensor:
+    return like.new_empty(b, length, d).transpose(1, 2) if by_channel else like.new_empty(b, d, length)
+
+
+def _flat(x: Tensor) -> np.ndarray:
+    """All numbers from the first of x to its last, in the order of the memory."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    return x.as_strided((extent,), (1,)).numpy()
+
+
+def _strides(x: Tensor, by_channel: bool) -> tuple[int, int]:
+    return x.stride(0), x.stride(2 if by_channel else 1)
+
+
+def _share(
+    name: str, by_channel: bool, dtype: torch.dtype, arrays: tuple[Any, ...], images: int, channels: int
+) -> None:
+    """Run the kernel on torch.get_num_threads() threads, each with its part of the jobs."""
+    starts = range(0, channels, _BLOCK)
+    jobs = np.array([(b, d, min(d + _BLOCK, channels)) for b in range(images) for d in starts], np.int64)
+    if not len(jobs) or not arrays[-2]:
+        for array in arrays[4:6] if name == "backward" else ():
+            array[...] = 0
+        return
+    kernel = _kernel(f"{name}_{'channels' if by_channel else 'time'}", dtype)
+    # a thread that finds nothing left does nothing: fewer threads than asked for may come
+    parts = [part for part in np.array_split(jobs, min(len(jobs), torch.get_num_threads())) if len(part)]
+    left = list(parts)
+
+    def work() -> None:
+        while True:
+            try:
+                part = left.pop()
+            except IndexError:
+                return
+            kernel(*arrays, part)
+
+    together(work, len(parts))
+
+
+@functools.cache
+def _kernel(name: str, dtype: torch.dtype) -> Any:
+    """The compiled kernel, from disk or made now."""
+    from numba import float32, float64, int64, njit, types
+
+    from deformmamba.mamba import causal_conv_kernels
+
+    real = float32 if dtype == torch.float32 else float64
+    flat, rows, pair = real[::1], real[:, ::1], types.UniTuple(int64, 2)
+    arguments: tuple[Any, ...] = (flat, rows, flat, flat)
+    if name.startswith("backward"):
+        arguments = (flat, rows, flat, flat, real[:, :, ::1], rows)
+
+    def compiled(cache: bool) -> Any:
+        # sums may be reordered to use vectors; NaN and infinity are data
+        flags = {"reassoc", "contract", "nsz"}
+        kernel = njit(nogil=True, error_model="numpy", fastmath=flags, cache=cache)(getattr(causal_conv_kernels, name))
+        kernel.compile(types.void(*arguments, int64, pair, int64[:, ::1]))
+        kernel.disable_compile()
+        return kernel
+
+    try:
+        return compiled(cache=True)
+    except Exception:  # of the cache: nowhere to write, a full disk, a damaged file; any other comes again here
+        return compiled(cache=False)

@@ -1,0 +1,126 @@
+"""One step of a selective scan, for generating a sequence element by element: mamba-ssm's `selective_state_update`.
+
+state = exp(dt A) state + dt B x        y = (C . state + D x) silu(z)        dt = softplus(dt + dt_bias)
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def selective_state_update(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The next y; `state` is brought up to date in place. Computed in float32 (float64 for a float64 state).
+
+    Args:
+        state: (b, d, n), or (b, heads, d, n); written to.
+        x, dt, z: (b, d), or (b, heads, d).
+        A: (d, n), or (heads, d, n). D, dt_bias: (d,), or (heads, d), or None.
+        B, C: (b, n), or (b, g, n); head i belongs to group i // (heads / g).
+        dt_softplus: dt = softplus(dt + dt_bias), else without softplus.
+        state_batch_indices: (b,) integers: the rows of a larger state that belong to the rows of x; a negative one
+            gives 0 and leaves the state alone.
+
+    Returns:
+        y like x.
+
+    Raises:
+        ValueError: a shape that does not fit, naming the argument and the rule.
+    """
+    if state_batch_indices is not None:
+        rows = state_batch_indices.long()
+        used = (rows >= 0).nonzero()[:, 0]
+        picked = state[rows[used]]
+        x_, dt_, B_, C_ = (tensor[used] for tensor in (x, dt, B, C))
+        z_ = None if z is None else z[used]
+        y = selective_state_update(picked, x_, dt_, A, B_, C_, D, z_, dt_bias, dt_softplus)
+        state[rows[used]] = picked
+        return torch.zeros_like(x).index_copy(0, used, y)
+    heads = state if state.ndim == 4 else state[:, None]
+    u, step, gate, A_, D_, bias, B_, C_ = _with_heads(heads, x, dt, z, A, D, dt_bias, B, C)
+    full = torch.promote_types(torch.promote_types(state.dtype, x.dtype), torch.float32)
+    # Mamba-2 has one rate and one dt a head, expanded: one exponential does for all its states
+    narrow = (A_, step) if bias is None else (A_, step, bias)
+    if all(tensor.stride(-1) == 0 for tensor in narrow) and A_.stride(-2) == 0:
+        A_, step = A_[..., :1, :1], step[..., :1]
+        bias = None if bias is None else bias[..., :1]
+    step = step.to(full) if bias is None else step.to(full) + bias.to(full)
+    step = F.softplus(step) if dt_softplus else step
+    u, per_group = u.to(full), heads.shape[1] // B_.shape[1]
+    B_, C_ = B_.to(full), C_.to(full)
+    if per_group > 1:
+        B_, C_ = B_.repeat_interleave(per_group, 1), C_.repeat_interleave(per_group, 1)
+    given = (state, u, step, A_, B_)
+    before = heads.clone() if torch.is_grad_enabled() and any(t.requires_grad for t in given) else heads
+    new = torch.addcmul(before * torch.exp(step[..., None] * A_), (step * u)[..., None], B_[:, :, None])
+    heads.copy_(new)
+    y = torch.matmul(new, C_[..., None])[..., 0]
+    y = y if D_ is None else torch.addcmul(y, u, D_.to(full))
+    y = (y if gate is None else y * F.silu(gate.to(full))).to(x.dtype)
+    return y if state.ndim == 4 else y[:, 0]
+
+
+def selective_state_update_ref(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    dt_bias: torch.Tensor | None = None,
+    dt_softplus: bool = False,
+) -> torch.Tensor:
+    """`selective_state_update` as it is defined, head by head."""
+    heads = state if state.ndim == 4 else state[:, None]
+    x_, dt_, z_, A_, D_, bias, B_, C_ = _with_heads(heads, x, dt, z, A, D, dt_bias, B, C)
+    outputs = []
+    for i in range(heads.shape[1]):
+        group = i // (heads.shape[1] // B_.shape[1])
+        step = dt_[:, i] if bias is None else dt_[:, i] + bias[i]
+        step = F.softplus(step) if dt_softplus else step
+        h = torch.exp(step[..., None] * A_[i]) * heads[:, i] + (step * x_[:, i])[..., None] * B_[:, group, None]
+        heads[:, i] = h.to(heads.dtype)
+        y = (h * C_[:, group, None]).sum(-1)
+        y = y if D_ is None else y + D_[i] * x_[:, i]
+        outputs.append(y if z_ is None else y * F.silu(z_[:, i]))
+    y = torch.stack(outputs, 1).to(x.dtype)
+    return y if state.ndim == 4 else y[:, 0]
+
+
+def _with_heads(
+    state: torch.Tensor, x: torch.Tensor, dt: torch.Tensor, z: torch.Tensor | None, A: torch.Tensor,
+    D: torch.Tensor | None, dt_bias: torch.Tensor | None, B: torch.Tensor, C: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None,
+           torch.Tensor, torch.Tensor]:  # fmt: skip
+    """All arguments with an axis of heads (or groups), their shapes checked."""
+    b, heads, d, n = len(x), *state.shape[1:]
+    wanted = {"x": (b, heads, d), "dt": (b, heads, d), "z": (b, heads, d), "A": (heads, d, n), "D": (heads, d)}
+    wanted |= {"dt_bias": (heads, d), "B": (b, 0, n), "C": (b, 0, n), "state": (b, heads, d, n)}
+    shaped: dict[str, torch.Tensor | None] = {"state": state}
+    given = {"x": x, "dt": dt, "z": z, "A": A, "D": D, "dt_bias": dt_bias, "B": B, "C": C}
+    for name, tensor in given.items():
+        if tensor is not None and tensor.ndim == len(wanted[name]) - 1:
+            tensor = tensor[None] if name in ("A", "D", "dt_bias") else tensor[:, None]
+        shaped[name] = tensor
+    groups = shaped["B"].shape[1] if shaped["B"] is not None and shaped["B"].ndim == 3 else 0
+    if not groups or heads % groups:
+        raise ValueError(
+            f"B must have shape (b, n) or (b, g, n) with g a divisor of {heads} heads, got {tuple(B.shape)}"
+        )
+    for name, shaped_tensor in shaped.items():
+        shape = tuple(size or groups for size in wanted[name]) if name in ("B", "C") else wanted[name]
+        if shaped_tensor is not None and shaped_tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape} with its axis of heads, got {tuple(shaped_tensor.shape)}")
+    return tuple(shaped[name] for name in ("x", "dt", "z", "A", "D", "dt_bias", "B", "C"))  # type: ignore[return-value]
