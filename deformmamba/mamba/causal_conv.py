@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from deformmamba.errors import InvalidArgument, InvalidType
 from deformmamba.mamba import causal_conv_cpu
 from deformmamba.scan import transformed
 
@@ -44,7 +45,7 @@ def causal_conv1d_fn(
         y (b, d, l) in x's dtype, or (y, final states).
 
     Raises:
-        ValueError, TypeError: a shape or dtype that does not fit, naming the argument and the rule.
+        InvalidArgument, InvalidType: a shape or dtype that does not fit, naming the argument and the rule.
     """
     if isinstance(seq_idx, str):  # causal-conv1d before 1.1 had the activation in this place
         seq_idx, activation = None, seq_idx
@@ -54,14 +55,14 @@ def causal_conv1d_fn(
     kernel, offset = weight.to(full), None if bias is None else bias.to(full)
     if seq_idx is not None:
         if initial_states is not None or return_final_states:
-            raise ValueError("seq_idx cannot be combined with initial_states or return_final_states; leave one out")
+            raise InvalidArgument("seq_idx cannot be combined with initial_states or return_final_states")
         if seq_idx.shape != (b, length):
-            raise ValueError(f"seq_idx must have shape (b, l) = {(b, length)}, got {tuple(seq_idx.shape)}")
+            raise InvalidArgument(f"seq_idx must have shape (b, l) = {(b, length)}, got {tuple(seq_idx.shape)}")
         y = _packed(x.to(full), kernel, offset, seq_idx)
     elif initial_states is not None:
         if initial_states.shape != (b, d, width - 1):
             wanted = (b, d, width - 1)
-            raise ValueError(
+            raise InvalidArgument(
                 f"initial_states must have shape (b, d, width - 1) = {wanted}, got {tuple(initial_states.shape)}"
             )
         extended = torch.cat([initial_states.to(full), x.to(full)], -1)
@@ -129,7 +130,7 @@ def causal_conv1d_update(
     steps = x[..., None] if x.ndim == 2 else x
     _check(steps, weight, bias, activation)
     if conv_state.ndim != 3 or conv_state.shape[1] != steps.shape[1] or conv_state.shape[2] < weight.shape[1] - 1:
-        raise ValueError(
+        raise InvalidArgument(
             f"conv_state must have shape (b, d, s) with d = {steps.shape[1]} and s >= width - 1 = "
             f"{weight.shape[1] - 1}, got {tuple(conv_state.shape)}"
         )
@@ -206,23 +207,23 @@ def _check(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
 ) -> tuple[int, int, int]:
     if activation not in _ACTIVATIONS:
-        raise NotImplementedError(f"activation must be None, 'silu' or 'swish', got {activation!r}")
+        raise InvalidArgument(f"activation must be None, 'silu' or 'swish', got {activation!r}")
     if x.ndim != 3:
-        raise ValueError(f"x must have shape (b, d, l), got {tuple(x.shape)}")
+        raise InvalidArgument(f"x must have shape (b, d, l), got {tuple(x.shape)}")
     b, d, length = x.shape
     if weight.ndim != 2 or weight.shape[0] != d or not weight.shape[1]:
-        raise ValueError(f"weight must have shape (d, width) with d = {d}, got {tuple(weight.shape)}")
+        raise InvalidArgument(f"weight must have shape (d, width) with d = {d}, got {tuple(weight.shape)}")
     if bias is not None and bias.shape != (d,):
-        raise ValueError(f"bias must have shape (d,) = ({d},), got {tuple(bias.shape)}")
+        raise InvalidArgument(f"bias must have shape (d,) = ({d},), got {tuple(bias.shape)}")
     for name, tensor in (("x", x), ("weight", weight)):
         if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}; convert it, for example with .float()")
+            raise InvalidType(f"{name} must be floating point, got {tensor.dtype}; convert it with .float()")
     return b, d, length
 
 
 def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """y (b, d, l) of x (b, d, l), all in one dtype."""
-    if causal_conv_cpu.usable(x) and not transformed():
+    if causal_conv_cpu.usable(x) and (torch.compiler.is_dynamo_compiling() or not transformed()):
         return causal_conv_cpu.causal_conv(x, weight, bias)
     return F.conv1d(F.pad(x, (weight.shape[1] - 1, 0)), weight[:, None], bias, groups=len(weight))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from deformmamba.errors import InvalidType
 from deformmamba.mamba.causal_conv import causal_conv1d_fn, causal_conv1d_update
 from deformmamba.mamba.selective_scan import selective_scan_fn
 
@@ -80,7 +81,7 @@ def conv_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *
 def _conv_arguments(rest: tuple[Any, ...]) -> tuple[Any, Any, Any, Any]:
     """(seq_idx, initial states, out, final states) among the arguments after bias."""
     if len(rest) not in (1, 2, 4, 5):
-        raise TypeError(f"causal_conv1d_fwd takes 4, 5, 7 or 8 arguments, got {3 + len(rest)}")
+        raise InvalidType(f"causal_conv1d_fwd takes 4, 5, 7 or 8 arguments, got {3 + len(rest)}")
     given = dict(
         zip(
             {1: (), 2: ("seq_idx",), 4: ("seq_idx", "initial", "final"), 5: ("seq_idx", "initial", "out", "final")}[
@@ -100,7 +101,7 @@ def conv_bwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, d
     returns [dx, dweight, dbias], and the gradient of the initial states in the last form.
     """
     if len(rest) not in (2, 3, 6):
-        raise TypeError(f"causal_conv1d_bwd takes 6, 7 or 10 arguments, got {4 + len(rest)}")
+        raise InvalidType(f"causal_conv1d_bwd takes 6, 7 or 10 arguments, got {4 + len(rest)}")
     seq_idx = rest[0] if len(rest) > 2 else None
     initial, dfinal = rest[1:3] if len(rest) == 6 else (None, None)
     dx_given = rest[{2: 0, 3: 1, 6: 3}[len(rest)]]

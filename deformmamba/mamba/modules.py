@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deformmamba.errors import InvalidArgument, UnsupportedCall
 from deformmamba.mamba.causal_conv import causal_conv1d_fn, causal_conv1d_update, causal_conv1d_varlen_states
 from deformmamba.mamba.norm import RMSNormGated
 from deformmamba.mamba.selective_scan import mamba_inner_fn_no_out_proj, selective_scan_fn
@@ -24,6 +25,11 @@ def _initial_dt(channels: int, dt_min: float, dt_max: float, floor: float, devic
     span = math.log(dt_max) - math.log(dt_min)
     dt = torch.exp(torch.rand(channels, device=device, dtype=dtype) * span + math.log(dt_min)).clamp(min=floor)
     return dt + torch.log(-torch.expm1(-dt))
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """x in float32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Mamba(nn.Module):
@@ -77,9 +83,9 @@ class Mamba(nn.Module):
     ) -> None:
         super().__init__()
         if dt_init not in ("random", "constant"):
-            raise NotImplementedError(f"Mamba: dt_init is {dt_init!r}; it must be 'random' or 'constant'")
+            raise InvalidArgument(f"Mamba: dt_init is {dt_init!r}; it must be 'random' or 'constant'")
         if bimamba_type not in BIMAMBA_TYPES:
-            raise ValueError(f"Mamba: bimamba_type is {bimamba_type!r}; it must be one of {BIMAMBA_TYPES}")
+            raise InvalidArgument(f"Mamba: bimamba_type is {bimamba_type!r}; it must be one of {BIMAMBA_TYPES}")
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
@@ -130,7 +136,7 @@ class Mamba(nn.Module):
             y = y + self._scan(xz.flip(-1), "_b").flip(-1)
         if self.bimamba_type == "v3":
             if xz.shape[-1] % self.nslices:
-                raise ValueError(
+                raise InvalidArgument(
                     f"Mamba: a sequence of {xz.shape[-1]} steps does not divide into {self.nslices} slices"
                 )
             across = xz.unflatten(-1, (self.nslices, -1)).transpose(-1, -2).flatten(-2)
@@ -142,15 +148,15 @@ class Mamba(nn.Module):
     def _scan(self, xz: torch.Tensor, suffix: str) -> torch.Tensor:
         """(b, 2 d, l) to (b, d, l) with the weights of one direction."""
         conv, x_proj, dt_proj, D = (getattr(self, f"{name}{suffix}") for name in ("conv1d", "x_proj", "dt_proj", "D"))
-        A = -torch.exp(getattr(self, f"A{suffix}_log").float())
-        bias = dt_proj.bias.float()
+        A = -torch.exp(_wide(getattr(self, f"A{suffix}_log")))
+        bias = _wide(dt_proj.bias)
         return mamba_inner_fn_no_out_proj(
-            xz, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, A, D=D.float(), delta_bias=bias
+            xz, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, A, D=_wide(D), delta_bias=bias
         )
 
     def _fill(self, xz: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> torch.Tensor:
         if self.bimamba_type != "none":
-            raise NotImplementedError("Mamba: a scan in both directions has no states to go on from")
+            raise UnsupportedCall("Mamba: a scan in both directions has no states to go on from")
         x, z = xz.chunk(2, 1)
         conv_state.copy_(F.pad(x, (self.d_conv - x.shape[-1], 0)))
         x = causal_conv1d_fn(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation=self.activation)
@@ -158,12 +164,12 @@ class Mamba(nn.Module):
         y, last = selective_scan_fn(
             x,
             self.dt_proj.weight @ dt.transpose(1, 2),
-            -torch.exp(self.A_log.float()),
+            -torch.exp(_wide(self.A_log)),
             B.transpose(1, 2),
             C.transpose(1, 2),
-            self.D.float(),
+            _wide(self.D),
             z=z,
-            delta_bias=self.dt_proj.bias.float(),
+            delta_bias=_wide(self.dt_proj.bias),
             delta_softplus=True,
             return_last_state=True,
         )
@@ -175,14 +181,14 @@ class Mamba(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The next element: (b, 1, d_model), and the states, which are brought up to date in place."""
         if hidden_states.shape[1] != 1:
-            raise ValueError(
+            raise InvalidArgument(
                 f"Mamba.step takes one element at a time, (b, 1, d_model), got {tuple(hidden_states.shape)}"
             )
         x, z = self.in_proj(hidden_states[:, 0]).chunk(2, -1)
         x = causal_conv1d_update(x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
         dt = F.linear(dt, self.dt_proj.weight)
-        A = -torch.exp(self.A_log.float())
+        A = -torch.exp(_wide(self.A_log))
         bias = self.dt_proj.bias
         y = selective_state_update(ssm_state, x, dt, A, B, C, self.D, z=z, dt_bias=bias, dt_softplus=True)
         return self.out_proj(y)[:, None], conv_state, ssm_state
@@ -205,7 +211,7 @@ def _states(
     block: Any, inference_params: Any, batch_size: int, initialize_states: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if block.layer_idx is None:
-        raise ValueError(f"{type(block).__name__}: inference_params needs a block that was made with layer_idx")
+        raise InvalidArgument(f"{type(block).__name__}: inference_params needs a block that was made with layer_idx")
     kept = inference_params.key_value_memory_dict
     if block.layer_idx not in kept:
         kept[block.layer_idx] = block.allocate_inference_cache(batch_size, 0)
@@ -267,7 +273,7 @@ class Mamba2(nn.Module):
     ) -> None:
         super().__init__()
         if process_group is not None:
-            raise NotImplementedError("Mamba2: process_group is not supported; leave it out")
+            raise UnsupportedCall("Mamba2: process_group is not supported; leave it out")
         self.d_model, self.d_state, self.d_conv, self.conv_init, self.expand = (
             d_model, d_state, d_conv, conv_init, expand
         )  # fmt: skip
@@ -275,12 +281,12 @@ class Mamba2(nn.Module):
         self.headdim, self.ngroups, self.D_has_hdim = headdim, ngroups, D_has_hdim
         self.d_ssm = self.d_inner if d_ssm is None else d_ssm
         if self.d_ssm % headdim or (self.d_ssm // headdim) % ngroups or self.d_ssm > self.d_inner:
-            raise ValueError(
+            raise InvalidArgument(
                 f"Mamba2: d_ssm {self.d_ssm}, headdim {headdim}, ngroups {ngroups}: headdim must divide d_ssm, ngroups "
                 f"the number of heads, and d_ssm be at most {self.d_inner}"
             )
         if not 0 < A_init_range[0] <= A_init_range[1]:
-            raise ValueError(f"Mamba2: A_init_range is {A_init_range}; it must be positive and in order")
+            raise InvalidArgument(f"Mamba2: A_init_range is {A_init_range}; it must be positive and in order")
         self.nheads = self.d_ssm // headdim
         self.rmsnorm, self.norm_before_gate, self.dt_limit = rmsnorm, norm_before_gate, dt_limit
         self.chunk_size, self.use_mem_eff_path, self.layer_idx = chunk_size, use_mem_eff_path, layer_idx
@@ -334,7 +340,7 @@ class Mamba2(nn.Module):
                 self.conv1d.weight.squeeze(1),
                 self.conv1d.bias,
                 self.dt_bias,
-                -torch.exp(self.A_log.float()),
+                -torch.exp(_wide(self.A_log)),
                 self._D(),
                 self.chunk_size,
                 seq_idx=seq_idx,
@@ -379,7 +385,7 @@ class Mamba2(nn.Module):
         y, *states = mamba_chunk_scan_combined(
             x,
             dt,
-            -torch.exp(self.A_log.float()),
+            -torch.exp(_wide(self.A_log)),
             B,
             C,
             self.chunk_size,
@@ -414,17 +420,17 @@ class Mamba2(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The next element: (b, 1, d_model), and the states, which are brought up to date in place."""
         if hidden_states.shape[1] != 1:
-            raise ValueError(
+            raise InvalidArgument(
                 f"Mamba2.step takes one element at a time, (b, 1, d_model), got {tuple(hidden_states.shape)}"
             )
         z0, x0, z, xBC, dt = self._parts(self.in_proj(hidden_states[:, 0]))
         xBC = causal_conv1d_update(xBC, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation)
         x, B, C = self._split_conv(xBC)
-        A = -torch.exp(self.A_log.float())[:, None, None].expand(-1, self.headdim, self.d_state)
+        A = -torch.exp(_wide(self.A_log))[:, None, None].expand(-1, self.headdim, self.d_state)
         dt = dt[..., None].expand(-1, -1, self.headdim)
         bias: torch.Tensor | None = self.dt_bias[:, None].expand(-1, self.headdim)
         if tuple(self.dt_limit) != (0.0, math.inf):
-            dt, bias = F.softplus(dt.float() + self.dt_bias.float()[:, None]).clamp(*self.dt_limit), None
+            dt, bias = F.softplus(_wide(dt) + _wide(self.dt_bias)[:, None]).clamp(*self.dt_limit), None
         D = self._D() if self.D_has_hdim else self.D[:, None].expand(-1, self.headdim)
         gate = None if self.rmsnorm else self._by_head(z)
         y = selective_state_update(ssm_state, x, dt, A, B, C, D, z=gate, dt_bias=bias, dt_softplus=bias is not None)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deformmamba.errors import InvalidArgument, UnsupportedCall
+
 
 def rms_norm_ref(
     x: torch.Tensor,
@@ -98,7 +100,7 @@ def layer_norm_fn(
 def _refuse(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:
-            raise NotImplementedError(f"{name} is not supported here; leave it out")
+            raise UnsupportedCall(f"{name} is not supported here; leave it out")
 
 
 def _normalise(
@@ -208,9 +210,9 @@ def layernorm_fn(
     d = x.shape[-1]
     size = group_size or d
     if d % size:
-        raise ValueError(f"group_size is {group_size}; it must divide the {d} channels of x")
+        raise InvalidArgument(f"group_size is {group_size}; it must divide the {d} channels of x")
     if z is not None and z.shape != x.shape:
-        raise ValueError(f"z must have the shape of x, {tuple(x.shape)}, got {tuple(z.shape)}")
+        raise InvalidArgument(f"z must have the shape of x, {tuple(x.shape)}, got {tuple(z.shape)}")
     full = torch.promote_types(x.dtype, torch.float32)
     y = x.to(full)
     gate = None if z is None else F.silu(z.to(full))

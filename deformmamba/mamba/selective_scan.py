@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.mamba.causal_conv import causal_conv1d_fn, causal_conv1d_ref
 from deformmamba.mamba.norm import rms_norm_ref
 from deformmamba.scan import selective_scan
@@ -50,7 +51,7 @@ def selective_scan_fn(
     the memory of u.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device that does not fit, naming the argument and the rule.
+        InvalidArgument, InvalidType: a shape, dtype or device that does not fit, naming the argument and the rule.
     """
     if A.is_complex():
         return selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
@@ -116,7 +117,7 @@ def _scan_of_states(
     full = torch.promote_types(u.dtype, torch.float32)
     for name, weights in (("B", B), ("C", C)):
         if weights.ndim == 2 and weights.shape != (d, n):
-            raise ValueError(f"{name} must have shape (d, n) = {(d, n)}, got {tuple(weights.shape)}")
+            raise InvalidArgument(f"{name} must have shape (d, n) = {(d, n)}, got {tuple(weights.shape)}")
 
     x = u.to(full)
     dt = delta.to(full) if delta_bias is None else delta.to(full) + delta_bias[:, None].to(full)

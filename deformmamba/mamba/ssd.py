@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from deformmamba.errors import InvalidArgument, InvalidType
 from deformmamba.mamba import ssd_chunks
 from deformmamba.mamba.causal_conv import causal_conv1d_fn, causal_conv1d_ref
 from deformmamba.mamba.norm import gated_norm_ref, rmsnorm_fn
@@ -63,7 +64,7 @@ def mamba_chunk_scan_combined(
         y (b, l, h, p) in x's dtype, or a tuple of it and the states that were asked for, in this order.
 
     Raises:
-        ValueError, TypeError: a shape or dtype that does not fit, naming the argument and the rule.
+        InvalidArgument, InvalidType: a shape or dtype that does not fit, naming the argument and the rule.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
     full = torch.promote_types(x.dtype, torch.float32)
@@ -77,7 +78,7 @@ def mamba_chunk_scan_combined(
         states.append(last)
     if return_varlen_states:
         if cu_seqlens is None or len(x) != 1:
-            raise ValueError(f"return_varlen_states needs cu_seqlens and a batch of 1 (one pack), x has {len(x)}")
+            raise InvalidArgument(f"return_varlen_states needs cu_seqlens and a batch of 1 (one pack), x has {len(x)}")
         states.append(_states_at(u[0], step[0], A, B[0], state, cu_seqlens))
     return (y, *(s if state_dtype is None else s.to(state_dtype) for s in states)) if states else y
 
@@ -225,11 +226,11 @@ def _split(
     """The parts of an input projection: MLP, gate, inputs of the convolution, dt; and the channels of a head."""
     p = D.shape[1] if D.ndim == 2 else headdim
     if p is None:
-        raise ValueError("headdim must be given where D has one axis")
+        raise InvalidArgument("headdim must be given where D has one axis")
     heads, d = len(D), len(D) * p
     mlp = zxbcdt.shape[-1] - d - len(conv1d_weight) - heads
     if heads % ngroups or mlp < 0 or mlp % 2 or (len(conv1d_weight) - d) % (2 * ngroups):
-        raise ValueError(
+        raise InvalidArgument(
             f"zxbcdt {tuple(zxbcdt.shape)}, conv1d_weight {tuple(conv1d_weight.shape)} and D {tuple(D.shape)} do not "
             f"fit together: with headdim {p} and ngroups {ngroups}, zxbcdt has 2 m + 2 d + 2 g n + h channels"
         )
@@ -270,7 +271,7 @@ def _scan(
     if seq_idx is not None and seq_idx.shape[1]:
         run = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long().cumsum(1), (1, 0))
     with torch.autocast(x.device.type, enabled=False):
-        if transformed():
+        if not torch.compiler.is_dynamo_compiling() and transformed():
             return ssd_chunks.scan_eager(x, dt, A, B, C, state, run)
         keep = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, dt, A, B, C, state)
@@ -311,12 +312,12 @@ def _check(
     seq_idx: torch.Tensor | None,
 ) -> None:  # fmt: skip
     if x.ndim != 4 or B.ndim != 4:
-        raise ValueError(
+        raise InvalidArgument(
             f"x must have shape (b, l, h, p) and B (b, l, g, n), got {tuple(x.shape)} and {tuple(B.shape)}"
         )
     (b, length, heads, p), (groups, n) = x.shape, B.shape[2:]
     if not groups or heads % groups:
-        raise ValueError(f"B has {groups} groups (shape {tuple(B.shape)}), which must divide the {heads} heads of x")
+        raise InvalidArgument(f"B {tuple(B.shape)} has {groups} groups; they must divide the {heads} heads of x")
     wanted: dict[str, tuple[torch.Tensor | None, tuple[int, ...]]] = {
         "dt": (dt, (b, length, heads)), "A": (A, (heads,)), "B": (B, (b, length, groups, n)),
         "C": (C, (b, length, groups, n)), "D": (D, (heads,) if D is None or D.ndim == 1 else (heads, p)),
@@ -325,6 +326,6 @@ def _check(
     }  # fmt: skip
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+            raise InvalidArgument(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
         if tensor is not None and name != "seq_idx" and not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}; convert it, for example with .float()")
+            raise InvalidType(f"{name} must be floating point, got {tensor.dtype}; convert it with .float()")

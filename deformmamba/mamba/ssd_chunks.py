@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deformmamba.errors import UnsupportedCall
+
 SPAN = 512  # steps between kept states: a backward pass computes the states of a span once more
 _CHUNKS = (128, 64, 32, 16)
 _CHUNK_EAGER = 32
@@ -116,7 +118,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, dy: Tensor | None, dlast: Tensor | None, dkept: Tensor | None) -> tuple[Any, ...]:
     x, dt, A, B, C, run, y, kept = ctx.saved_tensors
     if not ctx.keep:
-        raise RuntimeError("deformmamba::ssd was called with keep=False and cannot be differentiated; pass keep=True")
+        raise UnsupportedCall("deformmamba::ssd with keep=False cannot be differentiated; pass keep=True")
     dy = torch.zeros_like(y) if dy is None else dy
     dlast = x.new_zeros(ctx.last_shape) if dlast is None else dlast
     dx, ddt, dA, dB, dC, dstate = scan_backward(x, dt, A, B, C, run, y, kept, dy, dlast)

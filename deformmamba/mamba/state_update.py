@@ -6,6 +6,8 @@ state = exp(dt A) state + dt B x        y = (C . state + D x) silu(z)        dt 
 import torch
 import torch.nn.functional as F
 
+from deformmamba.errors import InvalidArgument
+
 
 def selective_state_update(
     state: torch.Tensor,
@@ -35,7 +37,7 @@ def selective_state_update(
         y like x.
 
     Raises:
-        ValueError: a shape that does not fit, naming the argument and the rule.
+        InvalidArgument: a shape that does not fit, naming the argument and the rule.
     """
     if state_batch_indices is not None:
         rows = state_batch_indices.long()
@@ -116,11 +118,11 @@ def _with_heads(
         shaped[name] = tensor
     groups = shaped["B"].shape[1] if shaped["B"] is not None and shaped["B"].ndim == 3 else 0
     if not groups or heads % groups:
-        raise ValueError(
+        raise InvalidArgument(
             f"B must have shape (b, n) or (b, g, n) with g a divisor of {heads} heads, got {tuple(B.shape)}"
         )
     for name, shaped_tensor in shaped.items():
         shape = tuple(size or groups for size in wanted[name]) if name in ("B", "C") else wanted[name]
         if shaped_tensor is not None and shaped_tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {shape} with its axis of heads, got {tuple(shaped_tensor.shape)}")
+            raise InvalidArgument(f"{name} must have shape {shape} (with heads), got {tuple(shaped_tensor.shape)}")
     return tuple(shaped[name] for name in ("x", "dt", "z", "A", "D", "dt_bias", "B", "C"))  # type: ignore[return-value]

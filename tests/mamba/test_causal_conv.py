@@ -94,7 +94,9 @@ def test_half_precision_is_rounded_once() -> None:
     x, weight, bias = torch.randn(2, 3, 9).bfloat16(), torch.randn(3, 4), torch.randn(3)
     y = causal_conv1d_fn(x, weight, bias, activation="silu")
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), causal_conv1d_fn(x.float(), weight, bias, activation="silu"), rtol=4e-3, atol=0)
+    torch.testing.assert_close(
+        y.float(), causal_conv1d_fn(x.float(), weight, bias, activation="silu"), rtol=4e-3, atol=0
+    )
 
 
 @pytest.mark.parametrize("length", [1, 2, 9])

@@ -132,7 +132,7 @@ def test_threads_do_not_disturb_each_other() -> None:
             torch.testing.assert_close(y, expected, rtol=0, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------------- the fused block
+# ------------------------------------------------------------------------------------------------------ the fused block
 
 
 def block(d: int = 6, n: int = 3, rank: int = 2, length: int = 7, **kind: Any) -> list[Tensor]:
@@ -208,14 +208,14 @@ def test_steps_continue_a_scan() -> None:
     start = selective_scan_fn(u[..., :4], delta[..., :4], A, B[..., :4], C[..., :4], D, z[..., :4], bias, True, True)
     state = start[1].clone()
     for t in (4, 5):
-        y = selective_state_update(
-            state, u[..., t], delta[..., t], A, B[..., t], C[..., t], D, z[..., t], bias, True
-        )
+        y = selective_state_update(state, u[..., t], delta[..., t], A, B[..., t], C[..., t], D, z[..., t], bias, True)
         torch.testing.assert_close(y, expected[..., t])
 
 
 def test_a_step_has_gradients() -> None:
-    u, delta, A, B, C, D, z, bias = (t[..., 0] if t.ndim == 3 else t for t in arguments(2, 4, 3, 1, dtype=torch.float64))
+    u, delta, A, B, C, D, z, bias = (
+        t[..., 0] if t.ndim == 3 else t for t in arguments(2, 4, 3, 1, dtype=torch.float64)
+    )
     given = [t.clone().requires_grad_() for t in (torch.randn(2, 4, 3).double(), u, delta, A, B, C, D, z, bias)]
     assert torch.autograd.gradcheck(lambda s, *t: selective_state_update(s.clone(), *t, True), given)
 

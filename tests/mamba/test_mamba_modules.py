@@ -1,0 +1,177 @@
+"""The blocks Mamba and Mamba2 and the norms: parameters as in mamba-ssm, sequences, steps, packs."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_close
+
+from deformmamba.errors import DeformMambaError
+from deformmamba.mamba import (
+    LayerNormGated,
+    Mamba,
+    Mamba2,
+    RMSNorm,
+    RMSNormGated,
+    gated_norm_ref,
+    layer_norm_fn,
+    rms_norm_fn,
+    rms_norm_ref,
+    rmsnorm_fn,
+)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+# names and shapes as mamba-ssm 2.3 has them, for d_model=8
+MAMBA = {
+    "A_log": (16, 4), "D": (16,), "in_proj.weight": (32, 8), "conv1d.weight": (16, 1, 4), "conv1d.bias": (16,),
+    "x_proj.weight": (9, 16), "dt_proj.weight": (16, 1), "dt_proj.bias": (16,), "out_proj.weight": (8, 16),
+}  # fmt: skip
+MAMBA2 = {
+    "dt_bias": (4,), "A_log": (4,), "D": (4,), "in_proj.weight": (52, 8), "conv1d.weight": (32, 1, 4),
+    "conv1d.bias": (32,), "norm.weight": (16,), "out_proj.weight": (8, 16),
+}  # fmt: skip
+
+
+def test_parameters_have_the_names_and_shapes_of_mamba_ssm() -> None:
+    block = Mamba(8, d_state=4)
+    assert {name: tuple(t.shape) for name, t in block.state_dict().items()} == MAMBA
+    small = Mamba2(8, d_state=4, headdim=4, ngroups=2)
+    assert {name: tuple(t.shape) for name, t in small.state_dict().items()} == MAMBA2
+    added = {name for name in Mamba(8, bimamba_type="v3", nslices=2).state_dict() if name not in MAMBA}
+    parts = ("conv1d_{}.weight", "conv1d_{}.bias", "x_proj_{}.weight", "dt_proj_{}.weight", "dt_proj_{}.bias")
+    assert added == {name.format(way) for way in "bs" for name in (*parts, "A_{}_log", "D_{}")}
+
+
+def test_initial_values_are_mambas() -> None:
+    block = Mamba(32, dt_min=0.01, dt_max=0.02)
+    steps = F.softplus(block.dt_proj.bias)
+    assert ((steps > 0.0099) & (steps < 0.0201)).all()
+    assert_close(block.A_log.exp(), torch.arange(1.0, 17).expand(64, -1))
+    heads = Mamba2(32, headdim=8, A_init_range=(2, 3))
+    assert ((heads.A_log.exp() >= 2 - 1e-5) & (heads.A_log.exp() <= 3 + 1e-5)).all()
+    assert heads.A_log._no_weight_decay  # type: ignore[attr-defined]
+
+
+BLOCKS: dict[str, Any] = {
+    "Mamba": lambda: Mamba(8, d_state=4, layer_idx=0),
+    "Mamba2": lambda: Mamba2(8, d_state=4, headdim=4, ngroups=2, layer_idx=0),
+    "Mamba2 with an MLP": lambda: Mamba2(8, d_state=4, headdim=4, d_ssm=8, rmsnorm=False, layer_idx=0),
+    "Mamba2 with limits": lambda: Mamba2(8, d_state=4, headdim=4, dt_limit=(0.01, 0.05), D_has_hdim=True, layer_idx=0),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_filling_and_steps_give_what_the_whole_sequence_gives(name: str) -> None:
+    block = BLOCKS[name]().double()
+    x = torch.randn(2, 9, 8).double()
+    whole = block(x)
+    assert whole.shape == x.shape
+    params = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
+    with torch.no_grad():
+        parts = [block(x[:, :6], inference_params=params)]
+        for t in range(6, 9):
+            params.seqlen_offset = t
+            parts.append(block(x[:, t : t + 1], inference_params=params))
+    assert_close(torch.cat(parts, 1), whole)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_every_parameter_has_a_gradient(name: str) -> None:
+    block = BLOCKS[name]()
+    block(torch.randn(2, 9, 8)).square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() and (p.grad != 0).any() for p in block.parameters())
+
+
+def test_a_pack_of_sequences_gives_what_each_gives() -> None:
+    block = Mamba2(8, d_state=4, headdim=4, layer_idx=0).double()
+    x, starts = torch.randn(1, 10, 8).double(), torch.tensor([0, 4, 10])
+    seq_idx = torch.tensor([[0] * 4 + [1] * 6])
+    expected = torch.cat([block(part) for part in x.split([4, 6], 1)], 1)
+    assert_close(block(x, seq_idx=seq_idx), expected)
+    assert_close(block(x[0], seqlen=10, seq_idx=seq_idx), expected[0])
+    params = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
+    with torch.no_grad():
+        block(x, seq_idx=seq_idx, cu_seqlens=starts, inference_params=params)
+        params.seqlen_offset = 1
+        following = torch.randn(2, 1, 8).double()
+        y = block(following, inference_params=params)
+        alone = [
+            block(torch.cat([part[0], step])[None])[:, -1:]
+            for part, step in zip(x.split([4, 6], 1), following, strict=True)
+        ]
+    assert_close(y, torch.cat(alone))
+
+
+def test_both_directions_and_slices() -> None:
+    block = Mamba(8, d_state=4, bimamba_type="v2")
+    twin = {name: value for name, value in block.state_dict().items() if "_b" not in name or name == "dt_proj.bias"}
+    block.load_state_dict(twin | {f"{n.split('.')[0]}_b.{n.split('.')[1]}": v for n, v in twin.items()
+                                  if n.split(".")[0] in ("conv1d", "x_proj", "dt_proj")}
+                          | {"A_b_log": twin["A_log"], "D_b": twin["D"]})  # fmt: skip
+    x = torch.randn(1, 6, 8)
+    # the same weights both ways: reversing the sequence reverses the output
+    assert_close(block(x.flip(1)), block(x).flip(1))
+    sliced = Mamba(8, d_state=4, bimamba_type="v3", nslices=3)
+    assert sliced(x).shape == x.shape
+    with pytest.raises(ValueError, match="7 steps does not divide into 3 slices"):
+        sliced(torch.randn(1, 7, 8))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Mamba(8, bimamba_type="v9"),
+        lambda: Mamba(8, dt_init="zero"),
+        lambda: Mamba2(8, headdim=3),
+        lambda: Mamba2(8, headdim=4, process_group=object()),
+        lambda: Mamba2(8, headdim=4, A_init_range=(0, 1)),
+        lambda: Mamba(8)(torch.zeros(1, 1, 8), SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)),
+        lambda: Mamba(8).step(torch.zeros(1, 2, 8), torch.zeros(1), torch.zeros(1)),
+        lambda: rms_norm_fn(torch.zeros(1, 2), torch.ones(2), None, x1=torch.zeros(1)),
+        lambda: rmsnorm_fn(torch.zeros(1, 4), torch.ones(4), None, group_size=3),
+        lambda: rmsnorm_fn(torch.zeros(1, 4), torch.ones(4), None, z=torch.zeros(1, 3)),
+    ],
+)
+def test_what_is_not_supported_is_refused(make: Any) -> None:
+    with pytest.raises(DeformMambaError):
+        make()
+
+
+# ---------------------------------------------------------------------------------------------------------------- norms
+
+
+def test_norms_are_pytorchs() -> None:
+    x, weight, bias = torch.randn(3, 8), torch.randn(8), torch.randn(8)
+    assert_close(rms_norm_fn(x, weight, None, eps=1e-5), F.rms_norm(x, (8,), weight, 1e-5))
+    assert_close(layer_norm_fn(x, weight, bias, eps=1e-5), F.layer_norm(x, (8,), weight, bias, 1e-5))
+    assert_close(LayerNormGated(8)(x), F.layer_norm(x, (8,)))
+
+
+def test_a_residual_is_added_first_and_returned() -> None:
+    x, residual, weight = torch.randn(3, 8).bfloat16(), torch.randn(3, 8), torch.randn(8)
+    y, total = rms_norm_fn(x, weight, None, residual, prenorm=True)
+    assert (y.dtype, total.dtype) == (torch.bfloat16, torch.float32)
+    assert_close(total, x.float() + residual)
+    assert_close(y.float(), rms_norm_ref(x.float() + residual, weight, None).bfloat16().float())
+    assert RMSNorm(8)(x, prenorm=True, residual_in_fp32=True)[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("size", [None, 4])
+def test_the_gated_norm_equals_its_definition(before: bool, size: int | None) -> None:
+    given = [torch.randn(3, 8, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    norm = RMSNormGated(8, group_size=size, norm_before_gate=before).double()
+    torch.nn.init.normal_(norm.weight)
+    y = norm(*given)
+    expected = gated_norm_ref(given[0], norm.weight, None, given[1], 1e-5, size, before)
+    assert_close(y, expected)
+    dy = torch.randn_like(y)
+    wanted = [*given, norm.weight]
+    assert_close(list(torch.autograd.grad(y, wanted, dy)), list(torch.autograd.grad(expected, wanted, dy)))
