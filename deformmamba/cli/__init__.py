@@ -1,17 +1,22 @@
 """The command `deformmamba`: scans in, sharper scans out, and what belongs to that.
 
 One file per command, or per family of them; each has `add(commands)`, which declares its arguments, and is listed in
-COMMANDS. What a user did wrong ends in one line on stderr and exit code 2, with no output file left behind and an
-existing one untouched; ctrl-C ends in exit code 130 on the same terms. Results go to stdout, everything else to
-stderr. Nothing here imports torch until a command needs it.
+COMMANDS. A mistake of the user (`DeformMambaError`, OSError) ends in one line on stderr and exit code 2, with no output
+file left behind and an existing one untouched. Ctrl-C ends in exit code 130 on the same terms. Any other exception is a
+bug: its traceback is printed with a request to report it. Results go to stdout, everything else to stderr. Nothing here
+imports torch until a command needs it.
 """
 
 import argparse
 import contextlib
 import os
+import platform
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 from deformmamba import __version__
@@ -28,7 +33,8 @@ from deformmamba.cli import (
     upscale,
     weights,
 )
-from deformmamba.cli.arguments import Parser, printable, refuse
+from deformmamba.cli.arguments import Parser, add_common, printable, quiet_if, refuse
+from deformmamba.cli.cores import use_threads
 from deformmamba.errors import DeformMambaError
 
 COMMANDS = (upscale, degrade, inspect, prepare, evaluate, benchmark, train, weights, backends, export, demo)
@@ -40,25 +46,68 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next
         _complete(parser)
     try:
-        args = parser.parse_args(argv)
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:  # the command's own parser knows what was meant
+            getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     except SystemExit as stopped:
         return int(stopped.code or 0)
-    with warnings.catch_warnings():
+    start = time.monotonic()
+    use_threads(args.threads)
+    with warnings.catch_warnings(), quiet_if(args.quiet):
         warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = _show_warning
+        warnings.showwarning = _ShowOnce()
         try:
+            if args.verbose:
+                _describe_machine()
             code = args.run(args)
         except KeyboardInterrupt:
             return refuse("interrupted; no half-written file is left", 130)
-        except OSError as error:
-            return refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         except Exception as error:
-            if _out_of_memory(error):
-                return refuse("out of memory; try --batch-size 1, --device cpu or a machine with more of it")
-            if not isinstance(error, _user_errors()):
+            if args.traceback:
+                traceback.print_exc()
+            message = _message(error)
+            if message is None:
+                print(f"deformmamba: {_PLEA}", file=sys.stderr)
                 raise
-            return refuse(str(error))
+            return refuse(message)
+        finally:
+            if args.verbose:
+                print(f"deformmamba: {time.monotonic() - start:.1f} s in all", file=sys.stderr)
     return int(code or 0)
+
+
+_PLEA = (
+    f"this is a bug in deformmamba {__version__}; please report it, with the lines below and the first lines that the "
+    "same command prints with --verbose"
+)
+
+
+def _message(error: Exception) -> str | None:
+    """One line for an error that a user can do something about; None for a bug."""
+    if _out_of_memory(error):
+        return "out of memory; try --batch-size 1, --device cpu or a machine with more of it"
+    if isinstance(error, DeformMambaError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    return None
+
+
+def _describe_machine() -> None:
+    """Versions, threads and the scan's backend, for a bug report, on stderr."""
+    import torch
+
+    from deformmamba.scan import backend_report
+
+    names = ("torch", "numpy", "numba", "nibabel", "pydicom")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    lines = [
+        f"deformmamba {__version__}, Python {platform.python_version()}, {platform.platform()}",
+        versions,
+        f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        *(f"scan backend {name}: {'yes' if usable else 'no'}, {why}" for name, usable, why, _ in backend_report()),
+    ]
+    print(*(f"deformmamba: {line}" for line in lines), sep="\n", file=sys.stderr)
 
 
 def _complete(parser: argparse.ArgumentParser) -> None:
@@ -68,19 +117,23 @@ def _complete(parser: argparse.ArgumentParser) -> None:
         argcomplete.autocomplete(parser)
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    """What this package raises about its user's arguments and files; anything else is a bug and keeps its traceback."""
-    return DeformMambaError, ValueError, FloatingPointError
-
-
 def _out_of_memory(error: Exception) -> bool:
     # torch has a class of its own for a GPU, and a plain RuntimeError for the CPU
     cuda = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
     return isinstance(error, (MemoryError, cuda)) or "DefaultCPUAllocator" in str(error)
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"deformmamba: warning: {printable(str(message))}", file=sys.stderr)
+class _ShowOnce:
+    """Shows each warning as one line, once a command, wherever it comes from."""
+
+    def __init__(self) -> None:
+        self._shown: set[str] = set()
+
+    def __call__(self, message: Warning | str, *_: Any, **__: Any) -> None:
+        text = printable(str(message))
+        if text not in self._shown:
+            self._shown.add(text)
+            print(f"deformmamba: warning: {text}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,4 +146,15 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add(commands)
+    add_common(parser, listed=True)
+    parser.set_defaults(threads=None, quiet=False, verbose=False, traceback=False)
+    for leaf in leaves(parser):
+        add_common(leaf, listed=False)
     return parser
+
+
+def leaves(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """The parsers of all commands that run something: those below `parser` that have none below them."""
+    families = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    below = [child for family in families for child in family.choices.values()]
+    return [leaf for child in below for leaf in (leaves(child) or [child])]

@@ -1,11 +1,17 @@
 """What the commands share: words on the terminal, arguments that several take, checks before anything is computed."""
 
 import argparse
+import difflib
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from deformmamba.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from deformmamba.models import SRModel
@@ -25,7 +31,32 @@ def refuse(message: str, code: int = 2) -> int:
     return code
 
 
+_quiet: ContextVar[bool] = ContextVar("deformmamba_quiet", default=False)
+
+
+@contextmanager
+def quiet_if(quiet: bool) -> Iterator[None]:
+    """Within the block a quiet command prints no progress and no messages; warnings and errors stay."""
+    token = _quiet.set(quiet)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
+
+
+def is_quiet() -> bool:
+    """Whether progress and messages are left out."""
+    return _quiet.get()
+
+
 def say(text: str) -> None:
+    """Prints a message about the work, which --quiet leaves out. What a command was called to find out: `tell`."""
+    if not is_quiet():
+        tell(text)
+
+
+def tell(text: str) -> None:
+    """Prints a result, with --quiet too."""
     print(printable(text), flush=True)
 
 
@@ -54,7 +85,7 @@ def device_here(name: str) -> str:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError):
         available = "cpu" + (f", cuda (0 to {torch.cuda.device_count() - 1})" if torch.cuda.is_available() else "")
-        raise ValueError(f"--device {name}: no such device here; there are: {available}") from None
+        raise InvalidArgument(f"--device {name}: no such device here; there are: {available}") from None
     return name
 
 
@@ -100,10 +131,52 @@ def positive(text: str) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one line for an error."""
+    """argparse with one line for an error, and a suggestion for a mistyped command, option or choice."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(refuse(f"{message}; see {self.prog} --help"))
+        self.exit(refuse(f"{message}{self._suggestion(message)}; see {self.prog} --help"))
+
+    def _suggestion(self, message: str) -> str:
+        if choice := re.search(r"invalid choice: '?([^' ]+)'? \(choose from (.*)\)$", message):
+            known = [name.strip(" '\"") for name in choice[2].split(",")]
+            return _nearest(choice[1], known)
+        if unknown := re.match(r"unrecognized arguments: (.*)$", message):
+            options = [option for action in self._actions for option in action.option_strings]
+            words = unknown[1].split()
+            found = (_nearest(word.split("=")[0], options) for word in words if word.startswith("-"))
+            return next(filter(None, found), "")
+        return ""
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+COMMON: dict[str, dict[str, Any]] = {
+    "--threads": {"metavar": "N", "help": "threads of the CPU (default: as many as process and container may use)"},
+    "--quiet": {
+        "action": "store_true",
+        "help": "no progress, no messages about the work; results and warnings stay",
+    },
+    "--verbose": {"action": "store_true", "help": "also print versions, threads, the scan's backend and the time"},
+    "--traceback": {"action": "store_true", "help": "show the Python traceback of an error"},
+}
+
+
+def add_common(parser: argparse.ArgumentParser, *, listed: bool) -> None:
+    """The options that every command takes; one that is not given leaves the value of an outer parser.
+
+    `listed`: whether the parser's help describes them, or only names them in its last line.
+    """
+    group = parser.add_argument_group("every command takes") if listed else parser
+    for name, options in COMMON.items():
+        own = options if listed else {**options, "help": argparse.SUPPRESS}
+        if name == "--threads":
+            own = {**own, "type": positive}
+        group.add_argument(name, default=argparse.SUPPRESS, **own)
+    if not listed:
+        parser.epilog = f"{parser.epilog or ''} (every command also takes {', '.join(COMMON)}; see deformmamba --help)"
 
 
 def add_command(
@@ -113,7 +186,7 @@ def add_command(
     made: argparse.ArgumentParser = commands.add_parser(
         name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: deformmamba {example}"
     )
-    made.set_defaults(run=run)
+    made.set_defaults(run=run, parser=made)
     return made
 
 
@@ -160,4 +233,4 @@ def add_running(parser: argparse.ArgumentParser) -> None:
 
 def running(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `add_running` as settings of `inference.upscale`, with a bar of progress."""
-    return {"device": device_here(args.device), "consistency": args.consistency, "progress": True}
+    return {"device": device_here(args.device), "consistency": args.consistency, "progress": not is_quiet()}

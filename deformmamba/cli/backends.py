@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from deformmamba.cli.arguments import add_command, say
+from deformmamba.cli.arguments import add_command, tell
 
 
 def add(commands: Any) -> None:
@@ -18,7 +18,7 @@ def _backends(args: argparse.Namespace) -> None:
     rows = backend_report()
     if args.json:
         keys = ("name", "usable", "why", "cure")
-        say(json.dumps([dict(zip(keys, row, strict=True)) for row in rows]))
+        tell(json.dumps([dict(zip(keys, row, strict=True)) for row in rows]))
         return
     for name, usable, why, cure in rows:
-        say(f"{name:12} {'yes' if usable else 'no':4} {why}{f'; {cure}' if cure else ''}")
+        tell(f"{name:12} {'yes' if usable else 'no':4} {why}{f'; {cure}' if cure else ''}")

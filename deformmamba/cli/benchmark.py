@@ -4,7 +4,7 @@ import argparse
 import math
 from typing import Any
 
-from deformmamba.cli.arguments import add_command, add_subject, positive, say
+from deformmamba.cli.arguments import add_command, add_subject, positive, tell
 from deformmamba.errors import InvalidArgument
 
 
@@ -70,7 +70,7 @@ def _benchmark(args: argparse.Namespace) -> None:
             f"both needed; there are: {groups}"
         )
     for line in describe_splits([*train, *test]):
-        say(line)
+        tell(line)
     plan = Plan(
         scale=args.scale,
         preset=args.preset,
@@ -81,5 +81,5 @@ def _benchmark(args: argparse.Namespace) -> None:
         data=data,
         protocol=args.protocol,
     )
-    document = benchmark(args.table, train, test, args.out, plan, rows=args.rows, say=say)
-    say(f"{document}: the table")
+    document = benchmark(args.table, train, test, args.out, plan, rows=args.rows, say=tell)
+    tell(f"{document}: the table")

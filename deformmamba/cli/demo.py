@@ -6,6 +6,7 @@ from typing import Any
 
 from deformmamba.cli.arguments import add_command, add_model, add_running, load_model, running, short
 from deformmamba.cli.upscale import upscale_and_draw
+from deformmamba.errors import InvalidArgument
 
 
 def add(commands: Any) -> None:
@@ -24,14 +25,14 @@ def _demo(args: argparse.Namespace) -> None:
     brain = Path(nibabel.__file__).parent / "tests" / "data" / "example4d.nii.gz"
     samples = [(Path(str(get_testdata_file("MR_small.dcm", download=False))), None), (brain, 0)]
     if not all(path.is_file() for path, _ in samples):
-        raise ValueError(
+        raise InvalidArgument(
             "the test scans that pydicom and nibabel bring along are not installed; reinstall both with pip"
         )
     folder = Path(args.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be made: {error.strerror}; choose another folder with -o") from None
+        raise InvalidArgument(f"{folder}: cannot be made: {error.strerror}; choose another folder with -o") from None
     model = load_model(args.model)
     for path, index in samples:
         stem = folder / f"{path.name.split('.')[0]}_{short(args.model)}"

@@ -13,8 +13,8 @@ from deformmamba.cli.arguments import (
     device_here,
     load_model,
     positive,
-    say,
     short,
+    tell,
 )
 from deformmamba.errors import InvalidArgument
 
@@ -141,7 +141,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         progress=True,
     )
     for line in result.table().splitlines():
-        say(line)
+        tell(line)
     if args.json:
         write_text(args.json, json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n")
     if args.csv:

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from deformmamba.cli.arguments import add_command, load_model, say, sizes
+from deformmamba.cli.arguments import add_command, load_model, sizes, tell
 
 if TYPE_CHECKING:
     from deformmamba.volume.inspection import Inspection
@@ -16,14 +16,14 @@ _PLANES = {"R": "sagittal", "L": "sagittal", "A": "coronal", "P": "coronal", "S"
 
 def add(commands: Any) -> None:
     parser = add_command(
-        commands, "inspect", _inspect, "say what a scan holds and how fine it really is", "inspect scan.nii.gz"
+        commands, "inspect", _inspect, "tell what a scan holds and how fine it really is", "inspect scan.nii.gz"
     )
     parser.add_argument("input", metavar="FILE", help=".nii, .nii.gz, .mgz, DICOM file, or folder of one DICOM series")
     parser.add_argument("--volume", type=int, metavar="K", help="which volume of a 4-D file, from 0")
     parser.add_argument(
         "--axis", type=int, choices=(0, 1, 2), help="where slices are stacked (default: as the geometry says)"
     )
-    parser.add_argument("--model", metavar="NAME", help="also say whether the scan is like those it was trained on")
+    parser.add_argument("--model", metavar="NAME", help="also tell whether the scan is like those it was trained on")
     parser.add_argument("--json", action="store_true", help="for programs")
 
 
@@ -35,13 +35,13 @@ def _inspect(args: argparse.Namespace) -> None:
     model = load_model(args.model) if args.model else None
     found = inspect_volume(volume, axis=args.axis, model=model)
     if args.json:
-        say(json.dumps(asdict(found)))
+        tell(json.dumps(asdict(found)))
         return
-    say(f"{args.input}: {sizes(volume)}")
+    tell(f"{args.input}: {sizes(volume)}")
     for sentence in (_placed(found), _values(found), found.filling, *found.remarks):
-        say(f"  {sentence[0].upper()}{sentence[1:]}.")
+        tell(f"  {sentence[0].upper()}{sentence[1:]}.")
     if found.interpolated:
-        say("  deformmamba upscale --effective starts from what was resolved.")
+        tell("  deformmamba upscale --effective starts from what was resolved.")
 
 
 def _placed(found: "Inspection") -> str:

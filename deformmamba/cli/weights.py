@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from deformmamba.cli.arguments import add_command, say
+from deformmamba.cli.arguments import add_command, tell
 
 
 def add(commands: Any) -> None:
@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
     publish.add_argument("source", metavar="DIR|FILE|NAME", help="a folder written by save_pretrained, a file, a name")
     publish.add_argument("repo", metavar="ORG/NAME", help="made if it is missing")
     publish.add_argument("--private", action="store_true", help="make a missing repository private")
-    publish.add_argument("--dry-run", action="store_true", help="say what would be uploaded, and send nothing")
+    publish.add_argument("--dry-run", action="store_true", help="tell what would be uploaded, and send nothing")
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -44,13 +44,13 @@ def _list(args: argparse.Namespace) -> None:
 
     entries = list_weights()
     if args.json:
-        say(json.dumps(entries))
+        tell(json.dumps(entries))
         return
     for entry in entries:
         size = f"{entry['parameters'] / 1e6:6.2f} M parameters  {entry['size'] / 1e6:6.2f} MB"
-        say(f"{entry['name']:16} {entry['scale']}x  {size}  {entry['summary']}")
+        tell(f"{entry['name']:16} {entry['scale']}x  {size}  {entry['summary']}")
     for name, plan in manifest()["planned"].items():
-        say(f"{name:16} planned: {plan['why']}")
+        tell(f"{name:16} planned: {plan['why']}")
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -58,22 +58,24 @@ def _show(args: argparse.Namespace) -> None:
 
     entry = weights_entry(args.name)
     for line in (json.dumps(entry, indent=2) if args.json else card(entry)).splitlines():
-        say(line)
+        tell(line)
 
 
 def _verify(args: argparse.Namespace) -> None:
     from deformmamba.weights import list_weights, verify
 
     for name in args.name or [entry["name"] for entry in list_weights() if not entry["repo"]]:
-        say(f"{name}: ok, sha256 {verify(name)}")
+        tell(f"{name}: ok, sha256 {verify(name)}")
 
 
 def _fetch(args: argparse.Namespace) -> None:
     from deformmamba.weights import fetch
 
-    say(f"{args.name}: verified, {fetch(args.name, args.to)}")
+    tell(f"{args.name}: verified, {fetch(args.name, args.to)}")
     if args.to:
-        say(f"carry the folder where it is needed, and there: deformmamba upscale scan.nii.gz --model {args.to} -o ...")
+        tell(
+            f"carry the folder where it is needed, and there: deformmamba upscale scan.nii.gz --model {args.to} -o ..."
+        )
 
 
 def _publish(args: argparse.Namespace) -> None:
@@ -81,8 +83,8 @@ def _publish(args: argparse.Namespace) -> None:
 
     made = publish(args.source, args.repo, dry_run=args.dry_run, private=args.private)
     for name, (size, sha256) in made.files.items():
-        say(f"{'would upload' if args.dry_run else 'uploaded'} {name:18} {size:10d} bytes  sha256 {sha256}")
+        tell(f"{'would upload' if args.dry_run else 'uploaded'} {name:18} {size:10d} bytes  sha256 {sha256}")
     if args.dry_run:
-        say(f"nothing was sent to {made.repo}; leave --dry-run out to send it")
+        tell(f"nothing was sent to {made.repo}; leave --dry-run out to send it")
     else:
-        say(f"published {made.repo}@{made.revision}")
+        tell(f"published {made.repo}@{made.revision}")

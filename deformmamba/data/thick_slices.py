@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from deformmamba.data.scans import Scan, load_volume
+from deformmamba.errors import InvalidArgument
 from deformmamba.physics.slice_profile import SliceProfile, ThickSlices, slice_positions, spline_matrix
 from deformmamba.volume import VolumeError, in_plane
 
@@ -133,10 +134,10 @@ class ThickSliceDataset(Dataset[ThickSample]):
         ):  # fmt: skip
             if not lowest <= value <= highest or value == math.inf:
                 between = f"from {lowest} to {highest}" if highest < math.inf else f"of {lowest} or more"
-                raise ValueError(f"ThickSliceDataset: {name} is {value}; wanted a number {between}")
+                raise InvalidArgument(f"ThickSliceDataset: {name} is {value}; wanted a number {between}")
         for name, pair, lowest in (("ratio", ratio, 1.0), ("thickness", thickness, 0.1)):
             if len(pair) != 2 or not lowest <= pair[0] <= pair[1] < math.inf:
-                raise ValueError(
+                raise InvalidArgument(
                     f"ThickSliceDataset: {name} is {list(pair)}; wanted smallest and largest, {lowest:g} or more"
                 )
         self.patch, self.length, self.seed = patch, length, seed

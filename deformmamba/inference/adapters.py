@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from deformmamba.errors import InvalidType
 from deformmamba.inference import Settings, upscale
 from deformmamba.volume import Volume, VolumeError
 
@@ -38,9 +39,9 @@ class UpscaleInferer:
     def __call__(self, inputs: torch.Tensor, network: "SRModel", *args: Any, **kwargs: Any) -> torch.Tensor:
         """Raises TypeError for a network that is no SRModel, or further arguments, which no SRModel takes."""
         if not hasattr(network, "intensity") or not hasattr(network, "scale"):
-            raise TypeError(f"the network must be one of deformmamba's models, not {type(network).__name__}")
+            raise InvalidType(f"the network must be one of deformmamba's models, not {type(network).__name__}")
         if args or kwargs:
-            raise TypeError("a super-resolution model takes the image and nothing else")
+            raise InvalidType("a super-resolution model takes the image and nothing else")
         if inputs.ndim not in (4, 5):
             raise VolumeError(f"inputs are (b, c, h, w) or (b, c, i, j, k), not {tuple(inputs.shape)}")
         plain = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from deformmamba import __version__
+from deformmamba.errors import InvalidArgument
 from deformmamba.inference import Settings, upscale_file, weights_hash, weights_name
 from deformmamba.volume import MGH_SUFFIXES, NIFTI_SUFFIXES, PathLike, VolumeError, holds_dicom, write_text
 
@@ -194,7 +195,7 @@ def processes(environment: Mapping[str, str]) -> tuple[int, int]:
         if given[0] is None or given[1] is None:
             continue
         if not (given[0].isdecimal() and given[1].isdecimal() and int(given[0]) < int(given[1])):
-            raise ValueError(f"{rank}={given[0]} and {world}={given[1]} name no share of the work; unset both")
+            raise InvalidArgument(f"{rank}={given[0]} and {world}={given[1]} name no share of the work; unset both")
         return int(given[0]), int(given[1])
     return 0, 1
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.inference.inputs import check_voxels
 from deformmamba.physics.degradations import Degradation, KSpaceCrop
 from deformmamba.physics.kspace import resize
@@ -42,7 +43,7 @@ def coarsen(
     if min(h, w) < scale:
         raise VolumeError(f"slices across axis {axis} are {h}x{w}, too small for 1/{scale}")
     if (h % scale or w % scale) and not crop:
-        raise ValueError(
+        raise InvalidArgument(
             f"slices across axis {axis} are {h}x{w}, which {scale} does not divide; give crop=True (--crop) to leave "
             f"out what is beyond {h - h % scale}x{w - w % scale}"
         )

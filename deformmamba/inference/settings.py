@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from deformmamba.errors import InvalidArgument, InvalidType
 from deformmamba.physics.consistency import Consistency, check_consistency
 from deformmamba.volume import VolumeError
 
@@ -36,12 +37,12 @@ class Settings:
         for name, least in (("batch_size", 1), ("tile", 1), ("overlap", 0)):
             value = getattr(self, name)
             if value is not None and (_not_integer(value) or value < least):
-                raise ValueError(f"{name} must be an integer of {least} or more, or None, not {value!r}")
+                raise InvalidArgument(f"{name} must be an integer of {least} or more, or None, not {value!r}")
         for name in ("ensemble", "progress"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+                raise InvalidType(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.tile is None and self.overlap is not None:
-            raise ValueError(f"an overlap of {self.overlap} needs tiles: give tile=N (--tile N) as well")
+            raise InvalidArgument(f"an overlap of {self.overlap} needs tiles: give tile=N (--tile N) as well")
 
 
 def _not_integer(value: Any) -> bool:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from deformmamba.errors import InvalidArgument
+
 # LR pixels, see `default_overlap`
 OVERLAP = 16
 
@@ -46,7 +48,7 @@ def spans(n: int, tile: int, overlap: int, multiple: int = 1) -> list[tuple[int,
     """
     stride = (tile - overlap) // multiple * multiple
     if overlap < 0 or stride < 1:
-        raise ValueError(
+        raise InvalidArgument(
             f"an overlap of {overlap} does not go with tiles of {tile}: it must lie between 0 and {tile - multiple}"
         )
     if n <= tile:
@@ -112,6 +114,6 @@ def tiled(
             sr = model(lr[..., top:bottom, left:right], None if base is None else base[here])
             weight = (vertical[:, None] * horizontal).to(sr)
             if sr.shape != out[here].shape:
-                raise ValueError(f"a tile came out as {tuple(sr.shape)}; wanted {tuple(out[here].shape)}")
+                raise InvalidArgument(f"a tile came out as {tuple(sr.shape)}; wanted {tuple(out[here].shape)}")
             out[here] += weight * sr
     return out

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.inference.ensemble import predict
 from deformmamba.inference.inputs import check_voxels, is_list, no_magnitude, of_list, opened
 from deformmamba.inference.networks import check_device, check_precision, evaluating, is_compiled, network
@@ -161,7 +162,9 @@ class Upscaling:
         axis = chosen_axis(volume, settings.axis)
         consistency = settings.consistency or found.consistency
         if consistency != "off" and found.grid != "origin":
-            raise ValueError(f'consistency is defined for the "origin" grid; {type(found).__name__} has {found.grid!r}')
+            raise InvalidArgument(
+                f'consistency is defined for the "origin" grid; {type(found).__name__} has {found.grid!r}'
+            )
         overlap = None if settings.tile is None else _checked_overlap(found, settings.tile, settings.overlap)
         _check_slices(found, volume, axis)
         self.cautions = _cautions(found, volume, axis)
@@ -315,7 +318,7 @@ def _checked_overlap(model: "SRModel", tile: int, overlap: int | None) -> int:
     """The overlap of tiles; the default where none is given. Raises ValueError where tile, overlap and model do not go
     together."""
     if tile < model.minimum_size:
-        raise ValueError(
+        raise InvalidArgument(
             f"tiles of {tile} are too small: the smallest image that {type(model).__name__} takes is "
             f"{model.minimum_size}x{model.minimum_size}"
         )

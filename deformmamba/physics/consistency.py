@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.physics.edges import cubic, cut_edges, smooth_part
 from deformmamba.physics.kspace import fft2c, ifft2c, lowpass, pad_spectrum
 
@@ -29,7 +30,7 @@ def check_consistency(name: Any) -> Consistency:
         ValueError: it is not.
     """
     if not isinstance(name, str) or name not in CONSISTENCIES:
-        raise ValueError(f'consistency must be "exact", "object" or "off", not {name!r}')
+        raise InvalidArgument(f'consistency must be "exact", "object" or "off", not {name!r}')
     return name
 
 
@@ -126,7 +127,7 @@ def data_consistency(
         ValueError: `lr` does not have the size of `sr` divided by `scale`.
     """
     if tuple(lr.shape[-2:]) != tuple(n // scale for n in sr.shape[-2:]) or any(n % scale for n in sr.shape[-2:]):
-        raise ValueError(
+        raise InvalidArgument(
             f"data_consistency: at scale {scale} an sr of {tuple(sr.shape[-2:])} needs an lr {scale} times smaller, "
             f"not {tuple(lr.shape[-2:])}"
         )

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.physics.kspace import Grid, crop_spectrum, degrade, fft2c, ifft2c, pad_spectrum, zero_fill
 
 Seed = int | tuple[int, ...]
@@ -65,7 +66,7 @@ class Degradation(ABC):
         """
         if hr.ndim < 2 or hr.dtype not in self._dtypes:
             wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in self._dtypes)
-            raise ValueError(f"{self}: wanted {wanted} (..., H, W), not {hr.dtype} {tuple(hr.shape)}")
+            raise InvalidArgument(f"{self}: wanted {wanted} (..., H, W), not {hr.dtype} {tuple(hr.shape)}")
         self.size(*hr.shape[-2:])
         return self._apply(hr, (seed,) if isinstance(seed, int) else seed, first)
 
@@ -76,7 +77,7 @@ class Degradation(ABC):
         """The size of the result of an image of h x w; ValueError where it does not work out."""
         s = self.scale
         if h % s or w % s or not h or not w:
-            raise ValueError(
+            raise InvalidArgument(
                 f"{self.kind}: scale {s} does not divide the image size {h}x{w}; "
                 f"crop the image to {h - h % s}x{w - w % s} first"
             )
@@ -89,7 +90,7 @@ class Degradation(ABC):
             ValueError: there is none: the degradation is not linear; `no_adjoint` says why.
         """
         if self.no_adjoint:
-            raise ValueError(f"{self}: has no adjoint: {self.no_adjoint}")
+            raise InvalidArgument(f"{self}: has no adjoint: {self.no_adjoint}")
         return self._adjoint(lr)
 
     def _adjoint(self, lr: torch.Tensor) -> torch.Tensor:
@@ -106,7 +107,7 @@ class Degradation(ABC):
 
 def _check(valid: bool, owner: str, name: str, value: Any, wanted: str) -> None:
     if not valid:
-        raise ValueError(f"{owner}: {name} must be {wanted}, not {value!r}")
+        raise InvalidArgument(f"{owner}: {name} must be {wanted}, not {value!r}")
 
 
 def _check_factor(owner: str, name: str, value: Any) -> None:
@@ -383,10 +384,12 @@ class Compose(Degradation):
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", tuple(self.parts))
         if not self.parts:
-            raise ValueError(f"compose: wanted one degradation or more; known: {', '.join(DEGRADATIONS)}")
+            raise InvalidArgument(f"compose: wanted one degradation or more; known: {', '.join(DEGRADATIONS)}")
         grids = {part.grid for part in self.parts if part.scale > 1}
         if len(grids) > 1:
-            raise ValueError(f"{self}: some parts lie on the origin grid, some on the half-pixel grid; wanted one grid")
+            raise InvalidArgument(
+                f"{self}: some parts lie on the origin grid, some on the half-pixel grid; wanted one grid"
+            )
         object.__setattr__(self, "scale", int(np.prod([part.scale for part in self.parts])))
         object.__setattr__(self, "grid", grids.pop() if grids else "origin")
 
@@ -451,7 +454,7 @@ def parse(text: str, *, scale: int | None = None) -> Degradation:
 def _parse_part(text: str, scale: int | None) -> Degradation:
     name, _, rest = text.partition(":")
     if name not in DEGRADATIONS:
-        raise ValueError(f"degradation {text!r}: no {name!r}; known: {', '.join(DEGRADATIONS)}")
+        raise InvalidArgument(f"degradation {text!r}: no {name!r}; known: {', '.join(DEGRADATIONS)}")
     made = DEGRADATIONS[name]
     fields = {f.name: f for f in dataclasses.fields(made)}  # type: ignore[arg-type]
     types = get_type_hints(made)
@@ -459,13 +462,13 @@ def _parse_part(text: str, scale: int | None) -> Degradation:
     for item in filter(None, rest.split(",")):
         key, equals, value = (piece.strip() for piece in item.partition("="))
         if key not in fields or not equals:
-            raise ValueError(f"degradation {text!r}: no argument {item!r}; {name} takes {', '.join(fields)}")
+            raise InvalidArgument(f"degradation {text!r}: no argument {item!r}; {name} takes {', '.join(fields)}")
         try:
             values[key] = types[key](value) if types[key] in (int, float) else value
         except ValueError:
             kind = "an integer" if types[key] is int else "a number"
-            raise ValueError(f"degradation {text!r}: {key} must be {kind}, not {value!r}") from None
+            raise InvalidArgument(f"degradation {text!r}: {key} must be {kind}, not {value!r}") from None
     missing = [key for key, f in fields.items() if f.default is dataclasses.MISSING and key not in values]
     if missing:
-        raise ValueError(f"degradation {text!r}: give {missing[0]}, as in {name}:{missing[0]}=...")
+        raise InvalidArgument(f"degradation {text!r}: give {missing[0]}, as in {name}:{missing[0]}=...")
     return made(**values)

@@ -13,6 +13,8 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 
+from deformmamba.errors import InvalidArgument
+
 # "origin": LR[i] lies on HR[scale * i] (k-space crop, strided sampling).
 # "half-pixel": pixel areas nest, LR[i] lies on HR[scale * i + (scale - 1) / 2] (averaging, F.interpolate's default).
 Grid = Literal["origin", "half-pixel"]
@@ -56,7 +58,7 @@ def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """
     (n_rows, n_columns), (h, w) = image.shape[-2:], size
     if not (0 < h <= n_rows and 0 < w <= n_columns):
-        raise ValueError(f"resize: wanted at most the image's own {n_rows}x{n_columns} frequencies, not {h}x{w}")
+        raise InvalidArgument(f"resize: wanted at most the image's own {n_rows}x{n_columns} frequencies, not {h}x{w}")
 
     def central(n: int, m: int) -> torch.Tensor:
         """Where the central m of n frequencies stand in a spectrum that was not shifted: 0, 1, ... -2, -1."""
@@ -84,7 +86,7 @@ def lowpass(hr: torch.Tensor, scale: int) -> torch.Tensor:
     """
     h, w = hr.shape[-2:]
     if scale < 1 or h % scale or w % scale:
-        raise ValueError(
+        raise InvalidArgument(
             f"degrade: scale {scale} does not divide the image size {h}x{w}; "
             f"crop the image to {h - h % max(scale, 1)}x{w - w % max(scale, 1)} first"
         )
@@ -100,7 +102,7 @@ def degrade(hr: torch.Tensor, scale: int, *, output: Literal["magnitude", "real"
     Source: section 3.1 ("implemented in the frequency domain", Lyu et al. 2020); the paper gives no formula.
     """
     if output not in ("magnitude", "real"):
-        raise ValueError(f'degrade: output must be "magnitude" or "real", not {output!r}')
+        raise InvalidArgument(f'degrade: output must be "magnitude" or "real", not {output!r}')
     low = lowpass(hr, scale)
     return low.abs() if output == "magnitude" else low.real
 

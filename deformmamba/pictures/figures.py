@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.metrics import psnr, ssim
 from deformmamba.volume import PathLike, Volume, check_output, in_plane, replacing
 
@@ -100,7 +101,7 @@ def before_after(
     """
     check_output(path, SUFFIXES)
     if not results:
-        raise ValueError("before_after: there is no result to show")
+        raise InvalidArgument("before_after: there is no result to show")
     region = zoom or _busiest(list(results.values())[-1], lr.shape)
     images = {"input": lr, **results}
     figure, panels = _figure(len(images), 2, lr.shape, spacing)
@@ -144,7 +145,7 @@ def comparison(
     """
     check_output(path, SUFFIXES)
     if not results or any(image.shape != hr.shape for image in results.values()):
-        raise ValueError(f"comparison: every result must have the size {hr.shape} of hr, and there must be one")
+        raise InvalidArgument(f"comparison: every result must have the size {hr.shape} of hr, and there must be one")
     region = zoom or _busiest(hr, hr.shape)
     figure, panels = _figure(len(results) + 1, 3, hr.shape, spacing, bottom=_BOTTOM + 0.35)
     window, peak = grey_window(hr), float(hr.max()) or 1.0

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.volume import dicom, dicom_out, nifti
 from deformmamba.volume.dicom import holds_dicom
 from deformmamba.volume.files import (
@@ -280,7 +281,7 @@ def writing(
     path = Path(path)
     shape = tuple(int(n) for n in shape)
     if len(shape) not in (3, 4) or min(shape) < 1 or axis not in (0, 1, 2):
-        raise ValueError(f"a volume has three sizes and the axes 0, 1 and 2; not shape {shape} and axis {axis}")
+        raise InvalidArgument(f"a volume has three sizes and the axes 0, 1 and 2; not shape {shape} and axis {axis}")
     if len(shape) == 4 and suffix(path) not in NIFTI_SUFFIXES:
         raise VolumeError(f"{path}: several volumes are written as NIfTI only; name a file ending in .nii.gz")
     size = tuple(shape[a] for a in in_plane(axis))
@@ -301,14 +302,14 @@ def writing(
         def write(image: np.ndarray) -> None:
             nonlocal done
             if image.shape != size or done == n_slices:
-                raise ValueError(f"{n_slices} slices of {size} make {shape}; slice {done} has shape {image.shape}")
+                raise InvalidArgument(f"{n_slices} slices of {size} make {shape}; slice {done} has shape {image.shape}")
             with refusals(path):
                 put(image)
             done += 1
 
         yield write
         if done != n_slices:
-            raise ValueError(f"{n_slices} slices of {size} make {shape}; only {done} were written")
+            raise InvalidArgument(f"{n_slices} slices of {size} make {shape}; only {done} were written")
         with refusals(path), silenced():
             stack.close()
 

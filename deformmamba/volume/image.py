@@ -7,7 +7,7 @@ from typing import Any, TypeVar, final
 import numpy as np
 import numpy.typing as npt
 
-from deformmamba.errors import DeformMambaError
+from deformmamba.errors import DeformMambaError, InvalidArgument
 
 
 class VolumeError(DeformMambaError, ValueError):
@@ -104,7 +104,7 @@ def upscaled_affine(affine: npt.ArrayLike, scale: float, axes: Sequence[int], gr
         ValueError: `grid` is neither of the two.
     """
     if grid not in ("origin", "half-pixel"):
-        raise ValueError(f'grid must be "origin" or "half-pixel", not {grid!r}')
+        raise InvalidArgument(f'grid must be "origin" or "half-pixel", not {grid!r}')
     coarse_from_fine = np.eye(4)
     for axis in axes:
         coarse_from_fine[axis, axis] = 1 / scale
@@ -170,7 +170,7 @@ def intensity_scale(array: npt.ArrayLike, rule: str = "p99.9") -> float:
     except ValueError:
         percentile = -1.0
     if not 0 < percentile <= 100:
-        raise ValueError(f'intensity rule must be "max" or a percentile such as "p99.9", not {rule!r}')
+        raise InvalidArgument(f'intensity rule must be "max" or a percentile such as "p99.9", not {rule!r}')
     values = np.asarray(array)
     values = values[np.isfinite(values) & (values != 0)]
     if values.size == 0:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deformmamba import atomic
-from deformmamba.errors import DeformMambaError, one_line, shown
+from deformmamba.errors import DeformMambaError, InvalidArgument, one_line, shown
 
 if TYPE_CHECKING:
     import torch
@@ -353,11 +353,11 @@ def _tensors(data: bytes) -> "dict[str, torch.Tensor]":
 def _load_json(text: bytes, what: str) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(pairs) != len({key for key, _ in pairs}):
-            raise ValueError("a key stands twice")
+            raise InvalidArgument("a key stands twice")
         return dict(pairs)
 
     def refuse(constant: str) -> float:
-        raise ValueError(f"{constant} is not JSON")
+        raise InvalidArgument(f"{constant} is not JSON")
 
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)

@@ -1,0 +1,76 @@
+"""How many threads a command may use: the CPU affinity of the process and the CPU quota of its container."""
+
+import math
+import os
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def affinity() -> int:
+    """The number of CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def quota(root: Path = CGROUP, own: Path = Path("/proc/self/cgroup")) -> float:
+    """The CPUs' time that the control groups of this process allow, in CPUs; infinity without a limit.
+
+    Version 2 writes "quota period" or "max period" into `cpu.max`, version 1 the two numbers into two files. The limit
+    of every group from the process's own up to the root counts. In a container the root is the container's own group.
+    """
+    limit = math.inf
+    for folder in _groups(root, own):
+        try:
+            if (folder / "cpu.max").is_file():
+                allowed, period = (folder / "cpu.max").read_text("ascii").split()
+            else:
+                allowed, period = (
+                    (folder / f"cpu.cfs_{name}_us").read_text("ascii").strip() for name in ("quota", "period")
+                )
+            if allowed not in ("max", "-1"):
+                limit = min(limit, int(allowed) / int(period))
+        except (OSError, ValueError, ZeroDivisionError):  # not there, or of a form that is not known
+            continue
+    return limit
+
+
+def _groups(root: Path, own: Path) -> list[Path]:
+    """The folders of the control groups that the process is in, and of all groups above them."""
+    try:
+        lines = own.read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    found = [root, root / "cpu"]
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not controllers or "cpu" in controllers.split(","):
+            folder = (root if not controllers else root / "cpu") / path.lstrip("/")
+            found += [folder, *(parent for parent in folder.parents if root in parent.parents)]
+    return found
+
+
+def allowed_threads() -> int:
+    """As many threads as there are CPUs for this process, rounded up, and at least 1."""
+    return max(1, min(affinity(), math.ceil(quota()) if quota() < math.inf else affinity()))
+
+
+def use_threads(n: int | None) -> int | None:
+    """Lets PyTorch and the kernels here use `n` threads; None: what affinity and quota allow.
+
+    Without `n` a number in OMP_NUM_THREADS is obeyed. Returns what is set, or None where nothing had to be.
+    """
+    import sys
+
+    if n is None:
+        if os.environ.get("OMP_NUM_THREADS") or allowed_threads() >= affinity():
+            return None
+        n = allowed_threads()
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(n)
+    else:  # the libraries read these when they are imported
+        os.environ.update(dict.fromkeys(VARIABLES, str(n)))
+    return n

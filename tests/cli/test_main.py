@@ -1,0 +1,178 @@
+"""What every command shares: suggestions, threads, --quiet, --verbose, --traceback, warnings, bugs."""
+
+import math
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deformmamba.cli import _parser, cores, leaves, main
+from deformmamba.cli.arguments import is_quiet, say, tell
+from deformmamba.errors import InvalidArgument
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts a function in the place of what `deformmamba backends` runs."""
+
+    def install(run: Any) -> None:
+        def add(commands: Any) -> None:
+            from deformmamba.cli.arguments import add_command
+
+            add_command(commands, "backends", run, "a test", "backends")
+
+        monkeypatch.setattr("deformmamba.cli.backends.add", add)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["upscal", "x.nii"], "did you mean upscale?"),
+        (["weights", "lst"], "did you mean list?"),
+        (["backends", "--jsn"], "unrecognized arguments: --jsn, did you mean --json?; see deformmamba backends --help"),
+        (["upscale", "a.nii", "-o", "b.nii", "--figur", "x", "--modle=ixi-2x"], "did you mean --model?"),
+        (["upscale", "a.nii", "-o", "b.nii", "--consistency", "objct"], "did you mean object?"),
+        (["backends", "--threads", "0"], "argument --threads: must be 1 or more, not 0"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+    ],
+)
+def test_what_is_mistyped_gets_a_suggestion(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    errors = capsys.readouterr().err
+    assert said in errors
+    assert errors.count("\n") == 1
+
+
+def test_every_command_takes_the_common_options_before_and_after_its_name() -> None:
+    parser = _parser()
+    assert len(leaves(parser)) >= 15
+    for leaf in leaves(parser):
+        known = {option for action in leaf._actions for option in action.option_strings}
+        assert {"--threads", "--quiet", "--verbose", "--traceback"} <= known, leaf.prog
+    for words in (["--threads", "2", "--quiet", "backends"], ["backends", "--quiet", "--threads", "2"]):
+        args = parser.parse_args(words)
+        assert (args.threads, args.quiet, args.verbose) == (2, True, False)
+    assert parser.parse_args(["--threads", "2", "backends", "--threads", "3"]).threads == 3
+
+
+def test_quiet_leaves_results_and_warnings(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(_: Any) -> None:
+        assert is_quiet()
+        say("about the work")
+        tell("a result")
+        warnings.warn("look out", stacklevel=1)
+
+    command(run)
+    assert main(["backends", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "a result\n"
+    assert err == "deformmamba: warning: look out\n"
+    assert not is_quiet()
+
+
+def test_a_warning_is_shown_once_wherever_it_comes_from(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(_: Any) -> None:
+        for level in (1, 2, 1):
+            warnings.warn("far from the training", stacklevel=level)
+        warnings.warn("another one", stacklevel=1)
+
+    command(run)
+    assert main(["backends"]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "deformmamba: warning: far from the training",
+        "deformmamba: warning: another one",
+    ]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyError("x"), RuntimeError("?"), ZeroDivisionError()])
+def test_what_we_did_not_raise_on_purpose_is_a_bug(
+    error: Exception, command: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: Any) -> None:
+        raise error
+
+    command(run)
+    with pytest.raises(type(error)):
+        main(["backends"])
+    assert "this is a bug in deformmamba" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [InvalidArgument("a mistake"), OSError(2, "No such file", "x.nii")])
+def test_a_traceback_only_on_request(error: Exception, command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(_: Any) -> None:
+        raise error
+
+    command(run)
+    assert main(["backends"]) == 2
+    plain = capsys.readouterr().err
+    assert plain.count("\n") == 1
+    assert main(["backends", "--traceback"]) == 2
+    long = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in long
+    assert long.endswith(plain)
+
+
+def test_verbose_describes_the_machine(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    command(lambda _: None)
+    assert main(["backends", "--verbose"]) == 0
+    err = capsys.readouterr().err
+    for part in (
+        f"torch {torch.__version__}",
+        f"{torch.get_num_threads()} threads",
+        "scan backend eager: yes",
+        "s in all",
+    ):
+        assert part in err
+
+
+def test_threads_are_obeyed(command: Any) -> None:
+    seen = []
+    command(lambda _: seen.append(torch.get_num_threads()))
+    main(["backends", "--threads", "2"])
+    torch.set_num_threads(1)
+    main(["--threads", "3", "backends"])
+    assert seen == [2, 3]
+    code = "from deformmamba.cli import main, cores; cores.use_threads(2); import torch; print(torch.get_num_threads())"
+    environment = {**os.environ, "OMP_NUM_THREADS": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "2", done.stderr
+
+
+def test_the_default_is_what_the_container_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(cores, "affinity", lambda: 64)
+    for limit, threads in ((math.inf, None), (2.0, 2), (1.5, 2), (0.1, 1), (100.0, None)):
+        monkeypatch.setattr(cores, "quota", lambda limit=limit: limit)
+        assert cores.use_threads(None) == threads
+    monkeypatch.setattr(cores, "quota", lambda: 2.0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert cores.use_threads(None) is None, "a user who set it is obeyed"
+
+
+@pytest.mark.parametrize(
+    ("files", "own", "limit"),
+    [
+        ({}, "0::/", math.inf),
+        ({"cpu.max": "max 100000"}, "0::/", math.inf),
+        ({"cpu.max": "150000 100000"}, "0::/", 1.5),
+        ({"cpu.max": "max 100000", "a/cpu.max": "400000 100000", "a/b/cpu.max": "max 100000"}, "0::/a/b", 4.0),
+        ({"a/cpu.max": "400000 100000", "a/b/cpu.max": "50000 100000"}, "0::/a/b", 0.5),
+        ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, "4:cpu,cpuacct:/", 2.0),
+        ({"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"}, "4:cpu:/x", math.inf),
+        ({"cpu.max": "garbage"}, "0::/", math.inf),
+    ],
+)
+def test_the_quota_of_a_container(files: dict[str, str], own: str, limit: float, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cgroup" / name).write_text(text + "\n")
+    (tmp_path / "own").write_text(own + "\n")
+    assert cores.quota(tmp_path / "cgroup", tmp_path / "own") == limit
+    assert cores.quota(tmp_path / "no", tmp_path / "no") == math.inf
