@@ -28,6 +28,7 @@ from deformmamba.cli import (
     evaluate,
     export,
     inspect,
+    isotropic,
     prepare,
     train,
     upscale,
@@ -37,7 +38,7 @@ from deformmamba.cli.arguments import Parser, add_common, printable, quiet_if, r
 from deformmamba.cli.cores import use_threads
 from deformmamba.errors import DeformMambaError
 
-COMMANDS = (upscale, degrade, inspect, prepare, evaluate, benchmark, train, weights, backends, export, demo)
+COMMANDS = (upscale, isotropic, degrade, inspect, prepare, evaluate, benchmark, train, weights, backends, export, demo)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -243,6 +243,13 @@ def isotropic(
     return back(job.place, out), report
 
 
+def cubic_spline(volume: Volume, **geometry: Any) -> np.ndarray:
+    """The voxels of the result by cubic interpolation alone; `geometry` as `Stack.of`."""
+    job = Stack.of(volume, **geometry)
+    fine = along(job.spline(), torch.from_numpy(np.ascontiguousarray(job.slices)), 0).numpy()
+    return np.moveaxis(np.maximum(fine, 0) if volume.array.min() >= 0 else fine, 0, job.axis)
+
+
 def parse_adapt(adapt: float | str) -> tuple[float, int | None]:
     """(minutes, steps) of "3", 3, "400 steps"; steps None where minutes were given.
 
@@ -520,9 +527,13 @@ def measured(network: "SRModel", held: torch.Tensor, job: Stack) -> Gain:
     return Gain(len(held), a, b, c, d)
 
 
+def _device(network: "SRModel") -> torch.device:
+    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+
+
 def run(network: "SRModel", images: torch.Tensor) -> torch.Tensor:
     """The network on images (k, n, w), whose second axis is the coarse one."""
-    device = next(network.parameters()).device
+    device = _device(network)
     with torch.inference_mode():
         return torch.cat([network(image[None, None].to(device))[0].cpu() for image in images])
 
@@ -542,7 +553,7 @@ def adapted_to(
     """
     from tqdm import tqdm
 
-    device = next(network.parameters()).device
+    device = _device(network)
     tuned = copy.deepcopy(network).train()
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=RATE, weight_decay=0.01)
 
@@ -597,7 +608,7 @@ def by_sections(network: "SRModel", fine: torch.Tensor, progress: bool) -> tuple
     """
     from tqdm import tqdm
 
-    device = next(network.parameters()).device
+    device = _device(network)
     outs = fine.clone(), fine.clone()
     # (n, h) sections of `fine` at each w, and (n, w) sections at each h
     views = [(fine.permute(2, 0, 1), outs[0].permute(2, 0, 1)), (fine.permute(1, 0, 2), outs[1].permute(1, 0, 2))]

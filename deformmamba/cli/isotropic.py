@@ -1,0 +1,125 @@
+"""isotropic: voxels as fine across the slices of a scan as within them."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from deformmamba.cli.arguments import (
+    CONSISTENCIES,
+    add_command,
+    add_reading,
+    check_target,
+    device_here,
+    say,
+    series_of,
+    short,
+    sizes,
+)
+
+DEFAULT = "thick"
+
+
+def add(commands: Any) -> None:
+    parser = add_command(
+        commands,
+        "isotropic",
+        _isotropic,
+        "make a scan of thick slices isotropic, or every such scan in a folder",
+        "isotropic scan.nii.gz -o iso.nii.gz --adapt 3 --figure look.png",
+    )
+    add_reading(parser)
+    parser.add_argument("--to", type=float, metavar="MM", help="voxel size (default: the in-plane pixel)")
+    parser.add_argument(
+        "--thickness", type=float, metavar="MM", help="of a slice (default: DICOM's SliceThickness, else the spacing)"
+    )
+    parser.add_argument(
+        "--profile",
+        default="gaussian",
+        metavar="PROFILE",
+        help="gaussian (default), boxcar, or a file of two columns: mm from the slice centre, weight",
+    )
+    parser.add_argument(
+        "--adapt",
+        default="0",
+        metavar="MINUTES",
+        help='adapt the network to this scan for so long, such as 3, or "400 steps" (default: 0, no adaptation)',
+    )
+    parser.add_argument("--model", default=DEFAULT, help=f"a name, a path or org/repo (default: {DEFAULT})")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    parser.add_argument(
+        "--consistency",
+        choices=CONSISTENCIES,
+        default="object",
+        help="correct the output so that its slices are the input's: exact, or inside the anatomy only and reduced by "
+        "the estimated noise (object, the default)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the adaptation (default: 0)")
+    parser.add_argument("--uncertainty", metavar="FILE", help="also write where the two orientations disagree")
+    parser.add_argument("--report", metavar="HTML", help="also write a page for visual checks")
+    parser.add_argument("--figure", metavar="PNG", help="also draw the sections before and after (.png, .pdf or .svg)")
+
+
+def _isotropic(args: argparse.Namespace) -> int | None:
+    from deformmamba.cli.upscale import check_folder, run_folder
+    from deformmamba.inference.cohort import is_cohort
+    from deformmamba.inference.isotropic_files import isotropic_cohort, isotropic_file
+
+    settings: dict[str, Any] = {
+        "volume": args.volume,
+        "dtype": args.dtype,
+        "to": args.to,
+        "thickness": args.thickness,
+        "profile": args.profile,
+        "adapt": args.adapt,
+        "model": args.model,
+        "seed": args.seed,
+        "consistency": args.consistency,
+        "axis": args.axis,
+        "device": device_here(args.device),
+        "progress": True,
+    }
+    if is_cohort(args.input):
+        check_folder(args, ("figure", "uncertainty", "report", "series"))
+        return run_folder(args, "iso", lambda told: isotropic_cohort(args.input, args.output, told=told, **settings))
+    if args.figure:
+        check_target(args.figure, args.input, figure=True)
+    done = isotropic_file(
+        args.input,
+        args.output,
+        series=series_of(args.series),
+        uncertainty=args.uncertainty,
+        report=args.report,
+        **settings,
+    )
+    made = done.report
+    how = short(args.model) if made.method == "network" else "cubic spline"
+    adapted = f", adapted for {made.adapted} steps" if made.adapted else ""
+    what = f"{sizes(done.result)}, from {sizes(done.source)}"
+    say(f"{args.output}: {what}; {how}{adapted} on {settings['device']} in {made.seconds:.1f} s")
+    say(f"{args.output}: {made}")
+    say(f"{args.input}: slice thickness {made.thickness:.3g} mm, {made.thickness_from}; {made.profile} profile")
+    for remark in made.remarks:
+        say(f"{args.input}: {remark}")
+    if args.uncertainty:
+        say(f"{args.uncertainty}: half the difference of the two orientations")
+    if args.figure:
+        _draw(args, done)
+        say(f"{args.figure}: sections before and after")
+    if args.report:
+        say(f"{args.report}: a page for visual checks; open it in a browser")
+    return None
+
+
+def _draw(args: argparse.Namespace, done: Any) -> None:
+    import numpy as np
+
+    from deformmamba.inference.isotropic import cubic_spline
+    from deformmamba.pictures.sections import section_figure
+
+    made = done.report
+    plain = cubic_spline(done.source, to=args.to, thickness=args.thickness, profile=args.profile, axis=args.axis)
+    volumes = {"input": done.source, "cubic spline": replace(done.result, array=np.asarray(plain))}
+    if made.method == "network":
+        volumes[short(args.model)] = done.result
+    section_figure(volumes, args.figure, axis=made.axis, title=f"{Path(args.input).name}: {made}")

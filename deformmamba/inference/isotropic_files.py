@@ -1,0 +1,149 @@
+"""Isotropic scans from file to file, one or a folder of them, with a report and a figure."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from deformmamba import __version__
+from deformmamba.inference.cohort import Outcome, describe_weights, run_cohort
+from deformmamba.inference.isotropic import (
+    MODEL,
+    IsotropicReport,
+    Stack,
+    derivation,
+    isotropic,
+    loaded,
+    parse_adapt,
+    without_spread,
+)
+from deformmamba.pictures.report import SUFFIXES as REPORT_SUFFIXES
+from deformmamba.pictures.report import write_report
+from deformmamba.volume import PathLike, Volume, VolumeError, check_output, in_plane, read_volume, write_volume
+
+if TYPE_CHECKING:
+    from deformmamba.models.base import SRModel
+
+# keyword arguments of `isotropic` that change the result
+SHAPING = ("to", "thickness", "profile", "adapt", "seed", "consistency", "axis")
+
+
+class Isotropic(NamedTuple):
+    """The result of `isotropic_file`: the scan as it was read, the result, and its report without the uncertainty."""
+
+    source: Volume
+    result: Volume
+    report: IsotropicReport
+
+
+def isotropic_file(
+    source: PathLike,
+    target: PathLike,
+    *,
+    volume: int | None = None,
+    series: int | str | None = None,
+    dtype: str | None = None,
+    uncertainty: PathLike | None = None,
+    report: PathLike | None = None,
+    **settings: Any,
+) -> Isotropic:
+    """Read `source`, make it isotropic, write `target`, which appears when it is complete.
+
+    Args:
+        source, volume, series: as `read_volume`.
+        target, dtype: as `volume.writing`; a scan that came as DICOM can be written as DICOM, a series of more slices.
+        uncertainty: another file, for half the difference of the two orientations, in the scan's units.
+        report: .html, a page for visual checks, see `report.write_report`: sections across the slices.
+        settings: as `isotropic`.
+
+    Raises:
+        VolumeError, InvalidArgument: as the functions named above; or one of the files is another one of them.
+    """
+    named = [path for path in (source, target, uncertainty, report) if path is not None]
+    if len({os.path.realpath(path) for path in named}) < len(named):
+        raise VolumeError(f"{target}: is the input itself, or two outputs have one name; nothing is overwritten")
+    if report is not None:
+        check_output(report, REPORT_SUFFIXES)
+    parse_adapt(settings.get("adapt", 0))
+    scan = read_volume(source, volume=volume, series=series)
+    check_output(target, source=scan, dtype=dtype)
+    if uncertainty is not None:
+        check_output(uncertainty, source=scan)
+    result, made = isotropic(scan, **settings)
+    write_volume(target, result, dtype=dtype, derivation=derivation(made))
+    spread = np.zeros_like(result.array) if made.uncertainty is None else made.uncertainty
+    if uncertainty is not None:
+        write_volume(uncertainty, replace(result, array=spread), derivation=derivation(made))
+    if report is not None:
+        before = in_plane_as(result, scan, settings)
+        across = in_plane(made.axis)[0]
+        write_report(
+            report,
+            before,
+            result,
+            axis=across,
+            grid="origin",
+            facts=report_facts(made),
+            uncertainty=replace(result, array=spread) if made.uncertainty is not None else None,
+        )
+    return Isotropic(scan, result, without_spread(made))
+
+
+def in_plane_as(result: Volume, scan: Volume, settings: dict[str, Any]) -> Volume:
+    """The scan with the in-plane pixels of the result, so that both have the same sections."""
+    keys = ("to", "thickness", "profile", "axis")
+    job = Stack.of(scan, **{key: settings[key] for key in keys if key in settings})
+    array = np.moveaxis(job.slices, 0, job.axis)
+    return result.resampled(array, 1 / job.ratio, (job.axis,), "origin")
+
+
+def report_facts(made: IsotropicReport) -> dict[str, str]:
+    """Name and value of what ran, for a report."""
+    weights = f"{made.weights or 'weights without a file'}, sha256 {made.sha256 or 'none: adapted or without a file'}"
+    facts = {
+        "result": str(made),
+        "method": f"network, {weights}" if made.method == "network" else "cubic spline: the network was not better",
+        "adaptation": f"{made.adapted} steps on this scan, seed {made.seed}" if made.adapted else "none",
+        "slice profile": f"{made.profile}, {made.thickness:.3g} mm ({made.thickness_from})",
+        "slices": f"{made.spacing:.3g} mm apart before, {made.to:.3g} mm after",
+        "consistency": f"the slices of the result differ from the input's by {made.inconsistency[1]:.2%} of the range",
+        "orientations": f"differ by {made.disagreement:.2%} of the range inside the anatomy",
+        "version": f"deformmamba {__version__}",
+        "date": datetime.now().astimezone().isoformat(" ", "minutes"),
+        "time taken": f"{made.seconds:.1f} s",
+    }
+    return facts | {f"remark {number}": remark for number, remark in enumerate(made.remarks, 1)}
+
+
+def isotropic_cohort(
+    source: PathLike,
+    target: PathLike,
+    *,
+    model: "str | os.PathLike[str] | SRModel" = MODEL,
+    volume: int | None = None,
+    dtype: str | None = None,
+    told: Callable[[Outcome], None] | None = None,
+    **settings: Any,
+) -> list[Outcome]:
+    """Every scan below `source` made isotropic, in the same places below `target`, named `desc-iso`.
+
+    Everything else is as with `cohort.upscale_cohort`: resuming, several processes, the table of outcomes. The sidecar
+    of each scan holds the facts of its `IsotropicReport` under "Isotropic".
+    """
+    network = loaded(model, settings.get("device"))
+    made_by = {
+        **describe_weights(network),
+        "volume": volume,
+        "dtype": dtype,
+        **{key: str(value) for key in SHAPING if (value := settings.get(key)) is not None},
+    }
+
+    def make(scan: Path, output: Path) -> tuple[str, dict[str, Any]]:
+        done = isotropic_file(scan, output, volume=volume, dtype=dtype, model=network, **settings)
+        return str(done.report), {"Isotropic": done.report.facts()}
+
+    return run_cohort(source, target, "iso", made_by, make, told)
