@@ -59,8 +59,9 @@ FEWEST_ACROSS = 4  # thick slices across an in-plane image, else it says nothing
 BATCH_PIXELS = 1 << 17  # of the sections that the network gets at once, on each thread
 # adaptation
 PATCH, BATCH, RATE = 96, 4, 4e-4
-CONSISTENCY_STEPS = 3  # of conjugate gradients: what is left is a thousandth of the range
+CONSISTENCY_STEPS = 3  # of conjugate gradients: about a twentieth of the difference is left
 TISSUE = 0.1  # of the intensity range: brighter than air
+MARGIN = 8  # pixels of air around the anatomy that the network sees
 NOISE_BLOCK = 8  # wavelet details, so 16 pixels
 
 
@@ -207,6 +208,8 @@ def isotropic(
     before = float((operator(result, 0) - slices).square().mean().sqrt())
     if two is not None:
         result = consistent(result, slices, operator, consistency)
+    if volume.array.min() >= 0:  # a magnitude image stays one
+        result = result.clamp(min=-low / (high - low))
     after = float((operator(result, 0) - slices).square().mean().sqrt())
     spread = disagreement = None
     if two is not None:
@@ -214,8 +217,6 @@ def isotropic(
         disagreement = float(difference[result > EMPTY].mean()) if bool((result > EMPTY).any()) else 0.0
         spread = np.moveaxis((difference / 2 * (high - low)).numpy(), 0, job.axis)
     array = result.numpy() * np.float32(high - low) + np.float32(low)
-    if volume.array.min() >= 0:
-        array = np.maximum(array, 0)
     out = np.asfortranarray(np.moveaxis(array, 0, job.axis), np.float32)
     i, j, k = out.shape
     report = IsotropicReport(
@@ -372,7 +373,7 @@ class Stack:
         place = volume.resampled(volume.array, spacing / to, (axis,), "origin")
         for a, n, side in zip((first, second), array.shape[1:], sides, strict=True):
             m = max(1, round(n * side / to))
-            if m == n or max(side, to) <= SQUARE * min(side, to):
+            if m == n or max(side, to) <= SQUARE * min(side, to):  # as fine as asked for, almost
                 continue
             array = resampled(array, 1 if a == first else 2, m)
             place = place.resampled(place.array, m / n, (a,), "origin")
@@ -437,9 +438,9 @@ def _resolved(slices: np.ndarray, sides: Sequence[float], remarks: list[str]) ->
         return list(sides)
     remarks.append(
         f"the slices were interpolated by the scanner: k-space is filled to {filled[0]}x{filled[1]} of "
-        f"{slices.shape[1]}x{slices.shape[2]}, so voxels of {max(found):.3g} mm are made; to (--to) asks for others"
+        f"{slices.shape[1]}x{slices.shape[2]}, so voxels of {min(found):.3g} mm are made; to (--to) asks for others"
     )
-    return [max(found)] * 2
+    return [min(found)] * 2  # what either side resolves is kept
 
 
 def _dicom_thickness(volume: Volume) -> float | None:
@@ -604,14 +605,17 @@ def patches(own: torch.Tensor, job: Stack, seed: int, number: int) -> tuple[torc
 def by_sections(network: "SRModel", fine: torch.Tensor, progress: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The network on the two kinds of sections through an interpolated stack (n, h, w): along w, and along h.
 
-    Empty sections stay as they are. On a CPU several batches run at once, each with its share of torch's threads.
+    The air around the anatomy and empty sections stay as they are. On a CPU several batches run at once, each with its
+    share of torch's threads.
     """
     from tqdm import tqdm
 
     device = _device(network)
     outs = fine.clone(), fine.clone()
-    # (n, h) sections of `fine` at each w, and (n, w) sections at each h
-    views = [(fine.permute(2, 0, 1), outs[0].permute(2, 0, 1)), (fine.permute(1, 0, 2), outs[1].permute(1, 0, 2))]
+    rows, columns = _box(fine)
+    inner, into = fine[:, rows, columns], [out[:, rows, columns] for out in outs]
+    # (n, h) sections at each w, and (n, w) sections at each h
+    views = [(inner.permute(2, 0, 1), into[0].permute(2, 0, 1)), (inner.permute(1, 0, 2), into[1].permute(1, 0, 2))]
     work: list[tuple[torch.Tensor, torch.Tensor, list[int]]] = []
     for source, target in views:
         full = (source.clamp(0, 1).mean((1, 2)) > EMPTY / 4).nonzero()[:, 0].tolist()
@@ -629,6 +633,17 @@ def by_sections(network: "SRModel", fine: torch.Tensor, progress: bool) -> tuple
         for done in _in_parallel(sharpen, work, device):
             bar.update(done)
     return outs
+
+
+def _box(fine: torch.Tensor) -> tuple[slice, slice]:
+    """Rows and columns of (n, h, w) that hold anything but air, and MARGIN more on each side."""
+    signal = (fine > TISSUE / 2).float().mean(0)
+    spans = []
+    for profile in (signal.mean(1), signal.mean(0)):
+        full = (profile > 0.002).nonzero()[:, 0]
+        first, last = (int(full[0]), int(full[-1])) if len(full) else (0, len(profile) - 1)
+        spans.append(slice(max(0, first - MARGIN), last + MARGIN + 1))
+    return spans[0], spans[1]
 
 
 def _in_parallel(job: Callable[[Any], int], work: Sequence[Any], device: torch.device) -> Any:

@@ -1,0 +1,340 @@
+"""Thick slices made isotropic: geometry, what is refused, the choice between network and spline, consistency."""
+
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from deformmamba.cli import main
+from deformmamba.errors import InvalidArgument
+from deformmamba.inference import isotropic as module
+from deformmamba.inference.isotropic import Stack, isotropic, noise_level, parse_adapt, resampled
+from deformmamba.inference.isotropic_files import isotropic_cohort, isotropic_file
+from deformmamba.metrics import psnr
+from deformmamba.models import MODELS, DeformMambaSR
+from deformmamba.models.base import SRModel
+from deformmamba.physics.slice_profile import SliceProfile, SliceProfileError, ThickSlices, slice_positions
+from deformmamba.volume import Volume, VolumeError, read_volume, write_volume
+
+SIZE = 48
+
+
+class Sharpen(SRModel):
+    """Stands in for a trained network: rows are sharpened, by `strength`."""
+
+    def __init__(self, *, strength: float = 0.35, scale: int = 1) -> None:
+        super().__init__(scale=scale)
+        self.strength = torch.nn.Parameter(torch.tensor(float(strength)))
+
+    def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
+        padded = F.pad(lr, (0, 0, 2, 2), mode="replicate")
+        kernel = torch.tensor([0.25, 0.0, 0.5, 0.0, 0.25]).reshape(1, 1, 5, 1)
+        return lr + self.strength * (lr - F.conv2d(padded, kernel))
+
+
+@pytest.fixture(scope="module")
+def truth() -> np.ndarray:
+    """Smooth random texture inside a ball, zero outside: SIZE voxels of 1 mm."""
+    rng = np.random.default_rng(0)
+    field = torch.from_numpy(rng.standard_normal((1, 1, SIZE, SIZE, SIZE), np.float32))
+    for _ in range(2):
+        field = F.avg_pool3d(F.pad(field, (1,) * 6, mode="replicate"), 3, 1)
+    field = field[0, 0] / field.std()
+    at = torch.linspace(-1, 1, SIZE)
+    ball = (at[:, None, None] ** 2 + at[:, None] ** 2 + at**2) < 0.85
+    return ((500 + 100 * field) * ball).clamp(min=0).numpy()
+
+
+def thick_scan(truth: np.ndarray, *, axis: int = 2, spacing: float = 3.0, first: float = 1.0) -> Volume:
+    n = int((SIZE - 1 - first) / spacing) + 1
+    operator = ThickSlices(SIZE, 1.0, slice_positions(n, spacing, first), SliceProfile("gaussian", spacing))
+    array = operator(torch.from_numpy(truth), axis).numpy()
+    affine = np.diag([1.0, 1.0, 1.0, 1.0])
+    affine[axis, axis] = spacing
+    affine[:3, 3] = (-20, 15, 7)
+    affine[axis, 3] += first
+    return Volume(array, affine)
+
+
+@pytest.mark.parametrize(("axis", "spacing"), [(2, 3.0), (0, 3.3), (1, 4.0)])
+def test_the_first_slice_stays_and_the_affine_follows(truth: np.ndarray, axis: int, spacing: float) -> None:
+    scan = thick_scan(truth, axis=axis, spacing=spacing)
+    out, report = isotropic(scan, model=Sharpen(), to=1.0)
+    assert out.array.shape[axis] == round(scan.array.shape[axis] * spacing) == report.shape[axis]
+    assert out.spacing == pytest.approx((1, 1, 1))
+    # corner voxels: the first slice's centres are where they were; the last slice's centre is where it was
+    corner = [0, 0, 0]
+    np.testing.assert_allclose(out.affine @ [*corner, 1], scan.affine @ [*corner, 1], atol=1e-9)
+    corner[axis] = scan.array.shape[axis] - 1
+    fine = list(map(float, corner))
+    fine[axis] *= spacing
+    np.testing.assert_allclose(out.affine @ [*fine, 1], scan.affine @ [*corner, 1], atol=1e-9)
+    assert report.axis == axis
+    assert report.spacing == pytest.approx(spacing)
+    assert report.ratio == pytest.approx(spacing)
+
+
+def test_a_better_network_is_used_and_beats_the_spline(truth: np.ndarray) -> None:
+    scan = thick_scan(truth)
+    out, report = isotropic(scan, model=Sharpen())
+    plain, other = isotropic(scan, model=Sharpen(strength=-0.35))
+    assert report.method == "network"
+    assert other.method == "spline"
+    assert report.expected is not None
+    assert report.expected.db > 0.2
+    n = out.array.shape[2]
+    reference = truth[:, :, 1 : 1 + n]
+    gain = psnr(out.array[:, :, : reference.shape[2]], reference) - psnr(
+        plain.array[:, :, : reference.shape[2]], reference
+    )
+    assert gain > 0.2
+    assert "expected gain over cubic interpolation +" in str(report)
+    assert "the cubic spline was written" in str(other)
+    assert report.uncertainty is not None
+    assert report.uncertainty.shape == out.array.shape
+    assert other.uncertainty is None
+
+
+def test_the_spline_passes_through_the_slices(truth: np.ndarray) -> None:
+    scan = thick_scan(truth)
+    out, _ = isotropic(scan, model=Sharpen(strength=-0.35))
+    # float32 of about 800
+    np.testing.assert_allclose(out.array[:, :, ::3], scan.array, atol=2e-3)
+
+
+@pytest.mark.parametrize(("how", "share"), [("exact", 0.1), ("object", 1.0), ("off", 1.0)])
+def test_consistency(truth: np.ndarray, how: str, share: float) -> None:
+    """Exact: averaged by the profile, the output gives the slices."""
+    scan = thick_scan(truth + 300)  # or negative values, which become 0, would be a difference
+    out, report = isotropic(scan, model=Sharpen(strength=0.6), consistency=how)
+    job = Stack.of(scan)
+    back = job.operator()(torch.from_numpy(out.array.copy()), 2).numpy()
+    error = np.sqrt(np.mean((back - scan.array) ** 2)) / np.ptp(scan.array)
+    assert report.inconsistency[1] <= share * report.inconsistency[0] + 1e-6
+    assert error < (0.002 if how == "exact" else 0.03)
+    if how == "object":
+        assert report.inconsistency[1] < report.inconsistency[0]
+    if how == "off":
+        assert report.inconsistency[1] == report.inconsistency[0]
+
+
+@pytest.mark.parametrize(("gain", "offset"), [(0.001, 0.0), (50.0, 0.0), (1.0, -1000.0)])
+def test_intensity_changes_nothing_but_the_units(truth: np.ndarray, gain: float, offset: float) -> None:
+    scan = thick_scan(truth)
+    plain, _ = isotropic(scan, model=Sharpen(), consistency="off")
+    moved, _ = isotropic(
+        Volume(scan.array * np.float32(gain) + np.float32(offset), scan.affine), model=Sharpen(), consistency="off"
+    )
+    wanted = plain.array * gain + offset
+    inside = plain.array > 1  # negative values become 0 in a scan without any
+    np.testing.assert_allclose(moved.array[inside], wanted[inside], atol=2e-4 * gain * 800 + 1e-6 * abs(offset))
+
+
+def test_adaptation_learns_and_repeats(truth: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RATE", 0.2)
+    scan, weak = thick_scan(truth), Sharpen(strength=0.0)
+    first, a = isotropic(scan, model=weak, adapt="8 steps", seed=4)
+    second, b = isotropic(scan, model=weak, adapt="8 steps", seed=4)
+    assert a.adapted == 8
+    assert a.expected is not None
+    assert a.expected.db > 0.2
+    assert weak.strength.item() == 0  # the network that was given is not changed
+    assert a.expected == b.expected
+    np.testing.assert_array_equal(first.array, second.array)
+    timed, c = isotropic(scan, model=weak, adapt=0.0005)
+    assert c.adapted >= 1 or c.method == "spline"
+    assert timed.array.shape == first.array.shape
+
+
+def test_a_network_that_adaptation_spoils_is_left_out(truth: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RATE", 3e4)
+    _, report = isotropic(thick_scan(truth), model=Sharpen(), adapt="2 steps")
+    assert report.method == "network"
+    assert report.adapted == 0
+
+
+def test_nibabel_and_path(truth: np.ndarray, tmp_path: Path) -> None:
+    scan = thick_scan(truth)
+    path = tmp_path / "scan.nii.gz"
+    write_volume(path, scan)
+    image = nibabel.load(path)
+    out, _ = isotropic(image, model=Sharpen())
+    assert isinstance(out, type(image))
+    read, _ = isotropic(path, model=Sharpen())
+    np.testing.assert_allclose(np.asarray(out.dataobj), read.array, atol=1e-3)
+
+
+def test_to_another_voxel_size(truth: np.ndarray) -> None:
+    scan = thick_scan(truth)
+    out, report = isotropic(scan, model=Sharpen(), to=1.5)
+    assert out.array.shape == (32, 32, 32)
+    assert out.spacing == pytest.approx((1.5, 1.5, 1.5))
+    np.testing.assert_allclose(out.affine[:3, 3], scan.affine[:3, 3])
+    assert report.to == 1.5
+    finer, _ = isotropic(scan, model=Sharpen(), to=0.75)
+    assert finer.spacing == pytest.approx((0.75, 0.75, 0.75))
+
+
+def test_resampling_through_k_space_keeps_a_wave() -> None:
+    x = np.cos(2 * np.pi * 3 * np.arange(24) / 24)[None].astype(np.float32) - 2
+    finer = resampled(x, 1, 36)
+    np.testing.assert_allclose(finer[0], np.cos(2 * np.pi * 3 * np.arange(36) / 36) - 2, atol=1e-5)
+    np.testing.assert_allclose(resampled(finer, 1, 24), x, atol=1e-5)
+
+
+def test_interpolated_slices_are_taken_at_what_they_resolve(truth: np.ndarray) -> None:
+    rng = np.random.default_rng(1)
+    grain = truth + 40 * rng.standard_normal(truth.shape).astype(np.float32)  # white noise fills k-space to its border
+    scan = thick_scan(grain, spacing=4.0)
+    fine = Volume(resampled(resampled(scan.array, 0, 96), 1, 96), scan.affine @ np.diag([0.5, 0.5, 1, 1]))
+    _, report = isotropic(fine, model=Sharpen())
+    assert report.to == pytest.approx(1.0, rel=0.06)
+    assert "interpolated by the scanner" in report.remarks[0]
+    _, asked = isotropic(fine, model=Sharpen(), to=0.5)
+    assert asked.to == 0.5
+
+
+def test_thickness_profile_and_gap(truth: np.ndarray, tmp_path: Path) -> None:
+    scan = thick_scan(truth)
+    assert Stack.of(scan).thickness_from.startswith("the spacing")
+    assert Stack.of(scan, thickness=2.4).profile.width() == 2.4
+    assert Stack.of(scan, thickness=2.4, profile="boxcar").in_rows == SliceProfile("boxcar", 2.4)
+    path = tmp_path / "profile.txt"
+    path.write_text("-2 0\n0 1\n2 0\n")
+    assert Stack.of(scan, profile=path).profile.width() == pytest.approx(2.0, abs=0.01)
+    with pytest.raises(SliceProfileError, match="gaussian or boxcar"):
+        Stack.of(scan, profile="sinc")
+    with pytest.raises(InvalidArgument, match="do not fit"):
+        Stack.of(scan, thickness=40)
+
+
+def sheared(scan: Volume) -> Volume:
+    affine = scan.affine.copy()
+    affine[1, 2] = 0.8
+    return Volume(scan.array, affine)
+
+
+def doubled(scan: Volume) -> Volume:
+    array = scan.array.copy()
+    array[:, :, 7] = array[:, :, 6]
+    return Volume(array, scan.affine)
+
+
+def missing(scan: Volume) -> Volume:
+    array = scan.array.copy()
+    array[:, :, 7] = 0
+    return Volume(array, scan.affine)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (sheared, "sheared"),
+        (doubled, "slices 6 and 7"),
+        (missing, "slice 7 .* missing"),
+        (lambda scan: Volume(scan.array[:, :, :7], scan.affine), "7 slices"),
+        (lambda scan: Volume(scan.array, np.diag([1, 1, 1.2, 1])), "isotropic already"),
+        (lambda scan: Volume(np.where(scan.array > 0, scan.array, np.nan), scan.affine), "NaN"),
+        (lambda scan: nibabel.Nifti1Image(np.zeros((4, 4, 4, 2), np.float32), np.eye(4)), "3-D"),
+        (lambda scan: scan.array, "no spacing|have no"),
+    ],
+)
+def test_what_is_refused(truth: np.ndarray, change: object, words: str) -> None:
+    with pytest.raises(VolumeError, match=words) as caught:
+        isotropic(change(thick_scan(truth)), model=Sharpen())  # type: ignore[operator]
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_out_of_range(truth: np.ndarray) -> None:
+    scan = thick_scan(truth)
+    with pytest.raises(InvalidArgument, match="scale 1"):
+        isotropic(scan, model=MODELS["BSpline"](scale=2))
+    with pytest.raises(InvalidArgument, match="mm"):
+        isotropic(scan, model=Sharpen(), to=-1)
+    with pytest.raises(ValueError, match="consistency"):
+        isotropic(scan, model=Sharpen(), consistency="always")
+    for wrong in ("three", -1, "2.5 steps", "5 hours", float("nan")):
+        with pytest.raises(InvalidArgument, match="minutes"):
+            parse_adapt(wrong)
+    assert parse_adapt("2.5") == (2.5, None)
+    assert parse_adapt("40 steps") == (0.0, 40)
+
+
+def test_slices_too_small_to_compare_on(truth: np.ndarray) -> None:
+    scan = thick_scan(truth)
+    _, report = isotropic(Volume(scan.array[18:26, 18:26], scan.affine), model=Sharpen())
+    assert report.expected is None
+    assert "not measured" in str(report)
+
+
+def test_noise_is_that_of_flat_tissue() -> None:
+    generator = torch.Generator().manual_seed(0)
+    slices = 0.5 + 0.02 * torch.randn(8, 128, 128, generator=generator)
+    slices[:, 64:] += 0.3 * torch.sign(torch.randn(8, 64, 128, generator=generator))  # texture
+    # the twentieth of blocks of 64 details lies two standard errors, a fifth, below their mean
+    assert noise_level(slices) == pytest.approx(0.02, rel=0.25)
+
+
+def test_scale_one_is_one_of_the_zoo() -> None:
+    """The skip of a network at scale 1 is the input itself, so an untrained one changes nothing."""
+    network = DeformMambaSR.from_preset("tiny", scale=1, dims=[16, 24], depths=[1, 1]).eval()
+    image = torch.rand(1, 1, 21, 30)
+    with torch.inference_mode():
+        assert torch.equal(network(image), image)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A small network with random last weights, saved."""
+    torch.manual_seed(0)
+    network = DeformMambaSR.from_preset("tiny", scale=1, dims=[16, 24], depths=[1, 1])
+    torch.nn.init.normal_(network.project.weight, std=1e-3)
+    path = tmp_path / "small.safetensors"
+    network.save_pretrained(path)
+    return path
+
+
+@pytest.mark.slow
+def test_files_command_and_folder(
+    truth: np.ndarray, tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "scans" / "sub-01" / "anat"
+    folder.mkdir(parents=True)
+    source = folder / "sub-01_T2w.nii.gz"
+    write_volume(source, thick_scan(truth))
+    out, figure, page = (tmp_path / name for name in ("iso.nii.gz", "look.png", "page.html"))
+    spread = tmp_path / "spread.nii.gz"
+    given = ["isotropic", str(source), "-o", str(out), "--model", str(weights), "--adapt", "3 steps"]
+    assert main([*given, "--figure", str(figure), "--report", str(page), "--uncertainty", str(spread)]) == 0
+    said = capsys.readouterr().out
+    assert "over cubic interpolation" in said
+    assert "48 x 48 x 48 voxels of 1 x 1 x 1 mm" in said
+    image = nibabel.load(out)
+    assert image.shape == nibabel.load(spread).shape == (48, 48, 48)
+    np.testing.assert_allclose(image.affine[:3, 3], thick_scan(truth).affine[:3, 3], atol=1e-5)
+    assert figure.stat().st_size > 10_000
+    assert "over cubic interpolation" in page.read_text("utf-8")
+
+    made = isotropic_cohort(tmp_path / "scans", tmp_path / "out", model=weights)
+    assert [outcome.status for outcome in made] == ["made"]
+    assert made[0].output == "sub-01/anat/sub-01_desc-iso_T2w.nii.gz"
+    sidecar = json.loads((tmp_path / "out/sub-01/anat/sub-01_desc-iso_T2w.json").read_text("utf-8"))
+    assert sidecar["Isotropic"]["ratio"] == pytest.approx(3)
+    assert [o.status for o in isotropic_cohort(tmp_path / "scans", tmp_path / "out", model=weights)] == ["skipped"]
+
+
+def test_a_wrong_input_is_one_line_and_leaves_nothing(
+    truth: np.ndarray, tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "thin.nii.gz", tmp_path / "iso.nii.gz"
+    write_volume(source, Volume(truth, np.eye(4)))
+    assert main(["isotropic", str(source), "-o", str(out), "--model", str(weights)]) == 2
+    assert "isotropic already" in capsys.readouterr().err
+    assert not out.exists()
+    with pytest.raises(VolumeError, match="input itself"):
+        isotropic_file(source, source, model=weights)
+    assert read_volume(source).array.shape == truth.shape
