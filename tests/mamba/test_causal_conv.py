@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import assert_close
 
 from deformmamba.mamba import (
     causal_conv,
@@ -36,11 +37,11 @@ def test_it_equals_the_definition(channels_last: bool, width: int, length: int, 
     given = [t.requires_grad_() for t in (x, torch.randn(5, width).double(), torch.randn(5).double())]
     y = causal_conv1d_fn(*given, activation=activation)
     expected = causal_conv1d_ref(*given, activation=activation)
-    torch.testing.assert_close(y, expected)
+    assert_close(y, expected)
     assert y.stride() == x.stride() or length == 1
     dy = torch.randn_like(y)
     for ours, theirs in zip(*(torch.autograd.grad(t, given, dy) for t in (y, expected)), strict=True):
-        torch.testing.assert_close(ours, theirs)
+        assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -106,15 +107,15 @@ def test_states_carry_a_sequence_on(length: int) -> None:
     _, state = causal_conv1d_fn(x[..., :6], weight, bias, return_final_states=True)
     room = torch.empty_like(state)
     y, last = causal_conv1d_fn(x[..., 6:], weight, bias, None, state, True, room, "silu")
-    torch.testing.assert_close(y, whole[..., 6:])
+    assert_close(y, whole[..., 6:])
     assert last is room
-    torch.testing.assert_close(last, x[..., -3:])
+    assert_close(last, x[..., -3:])
     given = [t.clone().requires_grad_() for t in (x[..., 6:], weight, bias, state)]
     results = causal_conv1d_fn(*given[:3], None, given[3], True)
     expected = causal_conv1d_ref(*given, True)
     grads = [torch.randn_like(t) for t in results]
     for ours, theirs in zip(*(torch.autograd.grad(t, given, grads) for t in (results, expected)), strict=True):
-        torch.testing.assert_close(ours, theirs)
+        assert_close(ours, theirs)
 
 
 def test_packed_sequences_do_not_see_each_other() -> None:
@@ -122,7 +123,7 @@ def test_packed_sequences_do_not_see_each_other() -> None:
     seq_idx = torch.tensor([[0] * 4 + [1] * 1 + [2] * 3 + [-1] * 2])
     y = causal_conv1d_fn(x, weight, bias, seq_idx, activation="silu")
     parts = [causal_conv1d_ref(part, weight, bias, activation="silu") for part in x[..., :8].split([4, 1, 3], -1)]
-    torch.testing.assert_close(y[..., :8], torch.cat(parts, -1))
+    assert_close(y[..., :8], torch.cat(parts, -1))
     assert (y[..., 8:] == 0).all()
     with pytest.raises(ValueError, match="seq_idx cannot be combined with initial_states"):
         causal_conv1d_fn(x, weight, bias, seq_idx, torch.zeros(1, 3, 3))
@@ -143,7 +144,7 @@ def test_updates_equal_their_definition(ring: bool, size: int, length: int | Non
     seen = torch.tensor([4, 11]) if ring else None
     ours, theirs = state.clone(), state.clone()
     y = causal_conv1d_update(x, ours, weight, bias, "silu", seen)
-    torch.testing.assert_close(y, causal_conv1d_update_ref(x, theirs, weight, bias, "silu", seen))
+    assert_close(y, causal_conv1d_update_ref(x, theirs, weight, bias, "silu", seen))
     assert torch.equal(ours, theirs)
 
 
@@ -151,7 +152,7 @@ def test_updates_use_the_rows_they_are_given() -> None:
     x, states, weight = torch.randn(3, 4), torch.randn(9, 4, 3), torch.randn(4, 4)
     before, expected = states.clone(), states[[5, 0]].clone()
     y = causal_conv1d_update(x, states, weight, conv_state_indices=torch.tensor([5, -1, 0]))
-    torch.testing.assert_close(y[[0, 2]], causal_conv1d_update(x[[0, 2]], expected, weight))
+    assert_close(y[[0, 2]], causal_conv1d_update(x[[0, 2]], expected, weight))
     assert (y[1] == 0).all()
     assert torch.equal(states[[5, 0]], expected)
     assert torch.equal(states[1:5], before[1:5])
@@ -187,4 +188,4 @@ def test_transforms_take_the_plain_form() -> None:
     grad = torch.func.grad(lambda w: causal_conv1d_fn(x, w, activation="silu").sum())(weight)
     leaf = weight.clone().requires_grad_()
     causal_conv1d_ref(x, leaf, activation="silu").sum().backward()
-    torch.testing.assert_close(grad, leaf.grad)
+    assert_close(grad, leaf.grad)

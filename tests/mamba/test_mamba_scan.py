@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import assert_close
 from torch import Tensor
 
 from deformmamba.mamba import (
@@ -42,12 +43,12 @@ def test_it_equals_the_definition_in_every_layout(B: str, C: str) -> None:
     given = [t.requires_grad_() for t in arguments(2, 4, 3, 9, B, C, dtype=torch.float64)]
     y, last = selective_scan_fn(*given, True, True)
     expected, expected_last = selective_scan_ref(*given, True, True)
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(last, expected_last)
+    assert_close(y, expected)
+    assert_close(last, expected_last)
     dy, dlast = torch.randn_like(y), torch.randn_like(last)
     grads = torch.autograd.grad((y, last), given, (dy, dlast))
     for ours, theirs in zip(grads, torch.autograd.grad((expected, expected_last), given, (dy, dlast)), strict=True):
-        torch.testing.assert_close(ours, theirs)
+        assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(("B", "C"), [("bnl", "bgnl"), ("dn", "bnl")])
@@ -66,7 +67,7 @@ def test_a_complex_a_takes_the_definition() -> None:
     first = torch.view_as_complex(B.unflatten(-1, (5, 2)).contiguous())[:, None, :, 0]
     h = dt[..., None] * first * u[..., :1]
     expected = (2 * (C * h).sum(-1).real + D * u[..., 0]) * torch.nn.functional.silu(z[..., 0])
-    torch.testing.assert_close(y[..., 0], expected)
+    assert_close(y[..., 0], expected)
     assert last.is_complex()
 
 
@@ -94,7 +95,7 @@ def test_lengths_and_batches_at_the_ends(b: int, length: int) -> None:
     (y.sum() + last.sum()).backward()
     assert all(t.grad is not None and torch.isfinite(t.grad).all() for t in given)
     if length < 10:
-        torch.testing.assert_close(y, selective_scan_ref(*given, True))
+        assert_close(y, selective_scan_ref(*given, True))
 
 
 @pytest.mark.parametrize("size", [1e-7, 1e3])
@@ -149,10 +150,10 @@ def test_the_fused_block_equals_its_definition() -> None:
     keywords = {"D": given[8], "delta_bias": given[9]}
     y, expected = mamba_inner_fn(*given[:8], **keywords), mamba_inner_ref(*given[:8], **keywords)
     assert y.shape == (2, 7, 4)
-    torch.testing.assert_close(y, expected)
+    assert_close(y, expected)
     dy = torch.randn_like(y)
     for ours, theirs in zip(*(torch.autograd.grad(t, given, dy) for t in (y, expected)), strict=True):
-        torch.testing.assert_close(ours, theirs)
+        assert_close(ours, theirs)
 
 
 def test_the_fused_block_normalises_b_c_and_delta_as_asked() -> None:
@@ -164,7 +165,7 @@ def test_the_fused_block_normalises_b_c_and_delta_as_asked() -> None:
     # C with twice the weight gives twice y, without D and gate in between
     halved = mamba_inner_fn(*given[:8], b_rms_weight=rows["b_rms_weight"], c_rms_weight=torch.ones(3).double(),
                             b_c_dt_rms_eps=0.0)  # fmt: skip
-    torch.testing.assert_close(normed - given[6], 2 * (halved - given[6]))
+    assert_close(normed - given[6], 2 * (halved - given[6]))
 
 
 def test_both_directions_are_two_scans() -> None:
@@ -176,7 +177,7 @@ def test_both_directions_are_two_scans() -> None:
     # with rates so fast that nothing is remembered, both directions see one element: twice the same
     given[7] = A_b = torch.full((6, 3), -1e9).double()
     bias = given[6]
-    torch.testing.assert_close(bimamba_inner_fn(*given[:8], A_b) - bias, 2 * (mamba_inner_fn(*given[:8]) - bias))
+    assert_close(bimamba_inner_fn(*given[:8], A_b) - bias, 2 * (mamba_inner_fn(*given[:8]) - bias))
 
 
 # ------------------------------------------------------------------------------------------------------------- one step
@@ -198,8 +199,8 @@ def test_a_step_equals_its_definition(heads: int | None, tied: bool) -> None:
         dt, bias, A = torch.randn(b, *middle, d), torch.randn(*middle, d), -torch.rand(*middle, d, n)
     ours, theirs = state.clone(), state.clone()
     y = selective_state_update(ours, x, dt, A, B, C, D, z, bias, True)
-    torch.testing.assert_close(y, selective_state_update_ref(theirs, x, dt, A, B, C, D, z, bias, True))
-    torch.testing.assert_close(ours, theirs)
+    assert_close(y, selective_state_update_ref(theirs, x, dt, A, B, C, D, z, bias, True))
+    assert_close(ours, theirs)
 
 
 def test_steps_continue_a_scan() -> None:
@@ -209,7 +210,7 @@ def test_steps_continue_a_scan() -> None:
     state = start[1].clone()
     for t in (4, 5):
         y = selective_state_update(state, u[..., t], delta[..., t], A, B[..., t], C[..., t], D, z[..., t], bias, True)
-        torch.testing.assert_close(y, expected[..., t])
+        assert_close(y, expected[..., t])
 
 
 def test_a_step_has_gradients() -> None:
@@ -226,9 +227,9 @@ def test_a_step_uses_the_rows_it_is_given() -> None:
     expected, before = states[[7, 2]].clone(), states.clone()
     y = selective_state_update(states, u, delta, A, B, C, state_batch_indices=torch.tensor([7, -1, 2]))
     rows = [0, 2]
-    torch.testing.assert_close(y[rows], selective_state_update(expected, u[rows], delta[rows], A, B[rows], C[rows]))
+    assert_close(y[rows], selective_state_update(expected, u[rows], delta[rows], A, B[rows], C[rows]))
     assert (y[1] == 0).all()
-    torch.testing.assert_close(states[[7, 2]], expected)
+    assert_close(states[[7, 2]], expected)
     others = [0, 1, 3, 4, 5, 6, 8, 9]
     assert torch.equal(states[others], before[others])
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import assert_close
 from torch import Tensor
 
 from deformmamba.mamba import (
@@ -94,11 +95,11 @@ def test_plain_pytorch_agrees_and_serves_transforms() -> None:
     for given in ((None, None), (state, run)):
         ours = ssd_chunks.scan(x, dt, A, B, C, *given, False)
         for a, e in zip(ours[:2], ssd_chunks.scan_eager(x, dt, A, B, C, *given), strict=True):
-            torch.testing.assert_close(a, e)
+            assert_close(a, e)
     grad = torch.func.grad(lambda A: mamba_chunk_scan_combined(x, dt, A, B, C, 64).square().sum())(A)
     leaf = A.clone().requires_grad_()
     mamba_chunk_scan_combined(x, dt, leaf, B, C, 64).square().sum().backward()
-    torch.testing.assert_close(grad, leaf.grad)
+    assert_close(grad, leaf.grad)
 
 
 def test_options_of_steps_and_d() -> None:
@@ -144,8 +145,8 @@ def test_states_of_a_pack() -> None:
     for i in range(3):
         at = slice(starts[i], starts[i + 1])
         _, expected = ssd_ref(x[:, at], dt[:, at], A, B[:, at], C[:, at], dt_softplus=True)
-        torch.testing.assert_close(states[i : i + 1], expected)
-    torch.testing.assert_close(last, states[-1:])
+        assert_close(states[i : i + 1], expected)
+    assert_close(last, states[-1:])
     with pytest.raises(ValueError, match="needs cu_seqlens"):
         mamba_chunk_scan_combined(x, dt, A, B, C, 64, return_varlen_states=True)
 
@@ -166,11 +167,11 @@ def test_the_fused_block_equals_its_definition(norm: bool, mlp: int, project: bo
         options |= {"outproj_weight": torch.randn(5, h * p + m, **kind), "outproj_bias": torch.randn(5, **kind)}
     y = mamba_split_conv1d_scan_combined(*given, 64, **options)
     expected = mamba_split_conv1d_scan_ref(*given, 64, **options)
-    torch.testing.assert_close(y, expected)
+    assert_close(y, expected)
     assert y.shape == (2, 11, 5 if project else h * p + m)
     dy = torch.randn_like(y)
     for ours, theirs in zip(*(torch.autograd.grad(t, given, dy) for t in (y, expected)), strict=True):
-        torch.testing.assert_close(ours, theirs)
+        assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -204,4 +205,4 @@ def test_compiled_and_exported_it_is_one_operator(mode: str) -> None:
         y = torch.export.export(Scan(), given).module()(*given)
     else:
         y = torch.compile(Scan(), backend="aot_eager", fullgraph=True)(*given)
-    torch.testing.assert_close(y, expected)
+    assert_close(y, expected)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tolerances import assert_close
 
 from deformmamba.models import Bicubic
 from deformmamba.physics.consistency import corrected
@@ -24,8 +25,8 @@ def test_the_parts_add_up_and_the_smooth_part_takes_the_jump(size: tuple[int, in
     # the discrete Laplacian of the smooth part is the jump at the edges and zero inside (Moisan's equation)
     laplacian = sum(smooth.roll(k, d) for k in (1, -1) for d in (-2, -1)) - 4 * smooth
     assert laplacian[:, 1:-1, 1:-1].abs().max() < 1e-12
-    torch.testing.assert_close(laplacian[:, 0, 1:-1], (image[:, -1] - image[:, 0])[:, 1:-1])
-    torch.testing.assert_close(smooth.mean((-2, -1)), torch.zeros(3, dtype=torch.float64))
+    assert_close(laplacian[:, 0, 1:-1], (image[:, -1] - image[:, 0])[:, 1:-1])
+    assert_close(smooth.mean((-2, -1)), torch.zeros(3, dtype=torch.float64))
     assert smooth_part(image, gate=0 * CUT).abs().max() < 1e-12
 
 
@@ -33,9 +34,9 @@ def test_the_parts_add_up_and_the_smooth_part_takes_the_jump(size: tuple[int, in
 def test_it_passes_through_the_samples_and_commutes_with_gain_and_offset(scale: int) -> None:
     image = smooth_scene(18, 25)
     filled = zero_fill_edges(image, scale)
-    torch.testing.assert_close(filled[::scale, ::scale], image)
-    torch.testing.assert_close(zero_fill_edges(0.03 * image - 7, scale), 0.03 * filled - 7)
-    torch.testing.assert_close(cubic(image, scale), Bicubic(scale=scale).enlarge(image))
+    assert_close(filled[::scale, ::scale], image)
+    assert_close(zero_fill_edges(0.03 * image - 7, scale), 0.03 * filled - 7)
+    assert_close(cubic(image, scale), Bicubic(scale=scale).enlarge(image))
 
 
 def test_the_crop_of_a_whole_slice_counts_as_periodic_and_a_window_as_cut() -> None:

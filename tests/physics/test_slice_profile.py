@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tolerances import assert_close
 
 from deformmamba.models import MODELS
 from deformmamba.physics.slice_profile import (
@@ -62,7 +63,7 @@ def test_rows_are_the_integral_of_the_profile(kind: str) -> None:
 def test_whole_boxcar_is_the_block_mean() -> None:
     x = torch.arange(24, dtype=torch.float64).reshape(2, 12)
     operator = ThickSlices(12, 1.0, slice_positions(3, 4.0, 1.5), SliceProfile("boxcar", 4.0))
-    torch.testing.assert_close(operator(x), x.reshape(2, 3, 4).mean(2))
+    assert_close(operator(x), x.reshape(2, 3, 4).mean(2))
 
 
 def test_profile_from_a_file(tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_profile_from_a_file(tmp_path: Path) -> None:
     profile = slice_profile(str(path), 1.0)
     assert profile.width() == pytest.approx(3.0, abs=2e-3)
     cumulative = profile.cumulative(torch.tensor([-5.0, -2.0, 0.0, 2.0, 5.0]))
-    torch.testing.assert_close(cumulative, torch.tensor([0, 0, 0.5, 1, 1], dtype=torch.float64))
+    assert_close(cumulative, torch.tensor([0, 0, 0.5, 1, 1], dtype=torch.float64))
     # the area of a trapezoid up to -1 is that of its flank, a sixth
     assert profile.cumulative(torch.tensor([-1.0])).item() == pytest.approx(1 / 6)
 
