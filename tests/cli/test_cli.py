@@ -223,11 +223,24 @@ def test_demo(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]) 
     assert main(["demo", "-o", str(folder), "--model", weights, "--device", "cpu"]) == 0
     said, errors = capsys.readouterr()
     assert errors == "" or errors.startswith("deformmamba: warning")
-    names = ["MR_small_plain.nii.gz", "MR_small_plain.png", "example4d_plain.nii.gz", "example4d_plain.png"]
-    assert sorted(p.name for p in folder.iterdir()) == names
-    assert all(str(folder / name) in said for name in names)
-    assert read_volume(folder / names[0]).array.shape == (256, 256, 1)
-    assert read_volume(folder / names[2]).array.shape == (512, 384, 24)
+    kinds = ("coarse.nii.gz", "plain.nii.gz", "truth.nii.gz")
+    names = [f"{case}_{kind}" for case in ("brain", "phantom") for kind in kinds]
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*names, "brain.png", "phantom.png"])
+    assert all(str(folder / f"{case}.png") in said for case in ("brain", "phantom"))
+    assert read_volume(folder / "phantom_plain.nii.gz").array.shape == (256, 256, 1)
+    assert read_volume(folder / "brain_coarse.nii.gz").array.shape == (32, 24, 24)
+    assert said.count("PSNR against the truth: bicubic") == 2
+    assert "kernels ready in" in said
+    assert said.splitlines()[-1].split()[:3] == ["deformmamba", "upscale", "scan.nii.gz"]
+
+
+@pytest.mark.slow
+def test_the_demo_shows_a_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "-o", str(tmp_path), "--device", "cpu"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "PSNR against the truth" in line]
+    for line, network in zip(lines, ("ixi-4x", "ixi-2x"), strict=True):
+        scores = {name: float(value) for name, value in re.findall(r"([\w-]+) ([\d.]+) dB", line)}
+        assert scores[network] > max(scores["bicubic"], scores["zero-filled"]) + 0.5
 
 
 # ---------------------------------------------------------------------------------------------------------- help
