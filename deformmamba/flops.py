@@ -14,28 +14,28 @@ import deformmamba.deform.cpu
 import deformmamba.scan  # noqa: F401  the operators must exist before they get a formula
 
 
-def _of_scan(u: Any, A: Any, mix: Any) -> int:
-    """9 for each image, direction, pixel, channel and state, as VMamba counts it; arguments are shapes.
+def _of_scan(u: Any, A: Any, delta_weight: Any) -> int:
+    """9 for each image, direction, pixel, channel and state, as in VMamba's count; arguments are shapes.
 
-    Step sizes of low rank add the product that makes them."""
-    return math.prod(u) * int(A[0]) * (9 * int(A[-1]) + (2 * int(mix[-1]) if mix else 0))
+    Step sizes of low rank add the operations of their product."""
+    return math.prod(u) * int(A[0]) * (9 * int(A[-1]) + (2 * int(delta_weight[-1]) if delta_weight else 0))
 
 
 @register_flop_formula(torch.ops.deformmamba.scan)
 def _scan(
-    backend: str, u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, bias: Any, state: Any,
-    height: int, width: int, softplus: bool, zoh: bool, keep: bool, mix: Any = None, **_: Any,
+    backend: str, u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, delta_bias: Any, initial_state: Any,
+    height: int, width: int, delta_softplus: bool, zoh: bool, keep: bool, delta_weight: Any = None, **_: Any,
 ) -> int:  # fmt: skip
-    return _of_scan(u, A, mix)
+    return _of_scan(u, A, delta_weight)
 
 
 @register_flop_formula(torch.ops.deformmamba.scan_backward)
 def _scan_backward(
-    backend: str, u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, bias: Any, kept: Any, dy: Any, dlast: Any,
-    height: int, width: int, softplus: bool, zoh: bool, mix: Any = None, **_: Any,
+    backend: str, u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, delta_bias: Any, kept: Any, dy: Any, dlast: Any,
+    height: int, width: int, delta_softplus: bool, zoh: bool, delta_weight: Any = None, **_: Any,
 ) -> int:  # fmt: skip
     """Twice the forward pass, as for a product."""
-    return 2 * _of_scan(u, A, mix)
+    return 2 * _of_scan(u, A, delta_weight)
 
 
 @register_flop_formula(torch.ops.deformmamba.deform_conv2d)

@@ -3,12 +3,18 @@
 (B) `DeformMambaBlock` = (B-1) `ModulatedDeformBlock` + (B-2) `VisionMambaBlock` around (B-3) `SS2D`; (C)
 `MultiViewContext`; and the patch embedding, merging and expanding of the U-shaped shell (VM-UNet's).
 
-Memory format. Every block computes channels last: given a tensor in `torch.channels_last` format (what these blocks
-return) nothing is copied; any other format is accepted, at the price of one copy.
+Memory format. Every block computes channels last. A tensor in `torch.channels_last` format, which these blocks return,
+is not copied; a tensor in any other format is copied once.
+
+Every block takes `device` and `dtype` for its parameters, as PyTorch's own layers do; None: PyTorch's defaults.
+
+Weight decay. Parameters that are usually left out of it (`A_log`, `D`, `dt_bias`, and everything with one axis: norms
+and biases) have the attribute `_no_weight_decay`, as in Mamba. `deformmamba.fit` honours it.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +22,47 @@ from einops import rearrange
 from torch import nn
 
 from deformmamba.deform import modulated_deform_conv2d
+from deformmamba.errors import InvalidArgument, InvalidType
 from deformmamba.scan import Discretization, selective_scan_2d
+from deformmamba.tensors import overridable, refuse_tracing, without_autocast
+from deformmamba.torch_private import NotScriptable
+
+Device = torch.device | str | int | None
+Dtype = torch.dtype | None
+Module = TypeVar("Module", bound=nn.Module)
+
+torch.fx.wrap("rearrange")  # einops does not know a symbolic value
 
 DIRECTIONS = (1, 2, 4)
-# of dilation: the padding grows with it, and a checkpoint may come from anybody
+# largest dilation rate: the padding grows with it, and the config of a checkpoint is not trusted
 LARGEST_RATE = 256
+NO_WEIGHT_DECAY = ("A_log", "D", "dt_bias")
+
+
+def exempt_from_weight_decay(module: Module) -> Module:
+    """Sets `_no_weight_decay` on every parameter named in `NO_WEIGHT_DECAY` or with fewer than two axes."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim < 2 or name.rpartition(".")[2] in NO_WEIGHT_DECAY:
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+    return module
+
+
+class Block(NotScriptable, nn.Module):
+    """A module whose parameters keep their attribute `_no_weight_decay` in copies and pickles."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        exempt_from_weight_decay(self)
 
 
 def check_map(block: nn.Module, x: torch.Tensor, channels: int, *, multiple: int = 1) -> None:
-    """Refuse what is not a floating point (b, channels, h, w) map, in one line that names the block.
+    """Checks that `x` is a floating point (b, channels, h, w) map with h and w multiples of `multiple`, and not 0.
 
-    h and w must be multiples of `multiple`, and not 0.
+    Raises:
+        InvalidArgument: it is not; one line that names the block.
     """
+    if isinstance(x, torch.fx.Proxy):  # a symbolic trace has no shapes
+        return
     if (
         not isinstance(x, torch.Tensor)
         or x.ndim != 4
@@ -37,13 +72,15 @@ def check_map(block: nn.Module, x: torch.Tensor, channels: int, *, multiple: int
     ):
         given = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
         sizes = f"h and w multiples of {multiple}" if multiple > 1 else "h and w at least 1"
-        raise ValueError(f"{type(block).__name__}: given {given}; wanted floating point (b, {channels}, h, w), {sizes}")
+        raise InvalidArgument(
+            f"{type(block).__name__}: given {given}; wanted floating point (b, {channels}, h, w), {sizes}"
+        )
 
 
 def _check_positive(block: str, **arguments: float | None) -> None:
     for name, value in arguments.items():
         if value is not None and not value > 0:
-            raise ValueError(f"{block}: {name} is {value}; it must be greater than 0")
+            raise InvalidArgument(f"{block}: {name} is {value}; it must be greater than 0")
 
 
 def _last(x: torch.Tensor) -> torch.Tensor:
@@ -69,7 +106,7 @@ class DropPath(nn.Module):
     def __init__(self, p: float = 0.0) -> None:
         super().__init__()
         if not 0 <= p < 1:
-            raise ValueError(f"DropPath: p is {p}; it must be in [0, 1)")
+            raise InvalidArgument(f"DropPath: p is {p}; it must be in [0, 1)")
         self.p = p
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -82,20 +119,21 @@ class DropPath(nn.Module):
         return f"p={self.p}"
 
 
-class ChannelAttention(nn.Module):
-    """Weights for the channels from their means: pool, 1x1, ReLU, 1x1, sigmoid. (b, c, h, w) to (b, c, h, w).
+class ChannelAttention(Block):
+    """A factor for each channel from the channel means: pool, 1x1, ReLU, 1x1, sigmoid. Keeps (b, channels, h, w).
 
-    Source: section 2.2 names channel attention only; the form is RCAN's (Zhang et al. 2018), squeezed 16 times but to
-    no fewer than 4 channels.
+    Source: section 2.2 names channel attention only. The form is RCAN's (Zhang et al. 2018), with channels / reduction
+    inner channels, at least 4.
     """
 
-    def __init__(self, channels: int, reduction: int = 16) -> None:
+    def __init__(self, channels: int, reduction: int = 16, *, device: Device = None, dtype: Dtype = None) -> None:
         super().__init__()
         _check_positive("ChannelAttention", channels=channels, reduction=reduction)
         self.channels = channels
         squeezed = max(channels // reduction, 4)
-        self.squeeze = nn.Linear(channels, squeezed)
-        self.excite = nn.Linear(squeezed, channels)
+        self.squeeze = nn.Linear(channels, squeezed, device=device, dtype=dtype)
+        self.excite = nn.Linear(squeezed, channels, device=device, dtype=dtype)
+        exempt_from_weight_decay(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_map(self, x, self.channels)
@@ -103,7 +141,7 @@ class ChannelAttention(nn.Module):
         return x * weight[:, :, None, None]
 
 
-class ModulatedDeformBlock(nn.Module):
+class ModulatedDeformBlock(Block):
     """Figure 1 (B-1): a convolution that learns, from the image, where to sample and how much each sample counts.
 
     Y(p) = sum over k of w_k * X(p + p_k + dp_k) * dm_k, the offsets dp (2 a tap, in pixels, ordered dy, dx) and
@@ -137,6 +175,8 @@ class ModulatedDeformBlock(nn.Module):
         bias: bool = True,
         norm: str | Callable[[int], nn.Module] | None = None,
         activation: nn.Module | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__()
         out_channels = channels if out_channels is None else out_channels
@@ -151,28 +191,35 @@ class ModulatedDeformBlock(nn.Module):
             deform_groups=deform_groups,
         )
         if channels % deform_groups or channels % groups or out_channels % groups or kernel_size % 2 == 0:
-            raise ValueError(
+            raise InvalidArgument(
                 f"ModulatedDeformBlock: channels={channels}, out_channels={out_channels}, groups={groups}, "
                 f"deform_groups={deform_groups}, kernel_size={kernel_size}; groups must divide both channel counts, "
                 "deform_groups divide channels, kernel_size be odd"
             )
         if not (norm is None or norm == "layer" or callable(norm)):
-            raise ValueError(f'ModulatedDeformBlock: norm is {norm!r}; it must be "layer", a callable or None')
+            raise InvalidArgument(f'ModulatedDeformBlock: norm is {norm!r}; it must be "layer", a callable or None')
         if not (activation is None or isinstance(activation, nn.Module)):
-            raise TypeError(f"ModulatedDeformBlock: activation is {activation!r}; it must be a module or None")
+            raise InvalidType(f"ModulatedDeformBlock: activation is {activation!r}; it must be a module or None")
         self.channels = channels
         self.stride, self.dilation, self.padding = stride, dilation, dilation * (kernel_size // 2)
         self.taps = deform_groups * kernel_size**2
-        self.weight = nn.Parameter(torch.empty(out_channels, channels // groups, kernel_size, kernel_size))
-        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        shape = (out_channels, channels // groups, kernel_size, kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape, **factory))
+        self.bias = nn.Parameter(torch.zeros(out_channels, **factory)) if bias else None
         self.offset_mask = nn.Conv2d(
-            channels, 3 * self.taps, kernel_size, stride=stride, padding=self.padding, dilation=dilation
+            channels, 3 * self.taps, kernel_size, stride=stride, padding=self.padding, dilation=dilation, **factory
         )
-        self.norm = _ChannelNorm(out_channels) if norm == "layer" else norm(out_channels) if callable(norm) else None
+        self.norm: nn.Module | None = None
+        if norm == "layer":
+            self.norm = _ChannelNorm(out_channels, **factory)
+        elif callable(norm):
+            self.norm = norm(out_channels).to(device=device, dtype=dtype)
         self.activation = activation
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         nn.init.zeros_(self.offset_mask.weight)
         nn.init.zeros_(self.offset_mask.bias)  # type: ignore[arg-type]
+        exempt_from_weight_decay(self)
 
     def offsets_and_mask(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """dp (b, 2 * groups * taps, h', w') in pixels and dm (b, groups * taps, h', w') that `forward` uses for `x`."""
@@ -180,6 +227,7 @@ class ModulatedDeformBlock(nn.Module):
         return offset, mask.sigmoid()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        refuse_tracing("ModulatedDeformBlock")
         check_map(self, x, self.channels)
         offset, mask = self.offsets_and_mask(x)
         y = modulated_deform_conv2d(
@@ -190,7 +238,41 @@ class ModulatedDeformBlock(nn.Module):
         return y if self.activation is None else self.activation(y)
 
 
-class SS2D(nn.Module):
+@overridable
+def scan_map(
+    x: torch.Tensor,
+    x_proj: torch.Tensor,
+    dt_proj: torch.Tensor,
+    dt_bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+    *,
+    discretization: Discretization = "euler",
+    backend: str | None = None,
+) -> torch.Tensor:
+    """What `SS2D` computes from a (b, channels, h, w) map and its parameters."""
+    k, n, r = x_proj.shape[0], A_log.shape[1], dt_proj.shape[2]
+    with without_autocast(x.device.type):
+        u = _last(x.to(torch.promote_types(x.dtype, torch.float32)))
+        projected = F.linear(u, x_proj.flatten(0, 1).to(u.dtype)).unflatten(-1, (k, r + 2 * n))
+        dt, B, C = projected.split([r, n, n], dim=-1)
+        y = selective_scan_2d(
+            u,
+            dt.permute(3, 0, 1, 2, 4),
+            -A_log.to(u.dtype).exp(),
+            B,
+            C,
+            D.to(u.dtype),
+            dt_bias.flatten().to(u.dtype),
+            delta_softplus=True,
+            delta_weight=dt_proj.flatten(0, 1).to(u.dtype),
+            discretization=discretization,
+            backend=backend,
+        )
+    return _first(y.to(x.dtype))
+
+
+class SS2D(Block):
     """Figure 1 (B-3): scan expanding, S6 in each direction, scan merging. (b, channels, h, w) to (b, channels, h, w).
 
     Every pixel sees every other along rows and columns, forwards and backwards, at a cost linear in their number. No
@@ -224,51 +306,43 @@ class SS2D(nn.Module):
         dt_max: float = 0.1,
         discretization: Discretization = "euler",
         backend: str | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__()
         if directions not in DIRECTIONS:
-            raise ValueError(f"SS2D: directions is {directions}; it must be one of {DIRECTIONS}")
+            raise InvalidArgument(f"SS2D: directions is {directions}; it must be one of {DIRECTIONS}")
         _check_positive("SS2D", channels=channels, d_state=d_state, dt_rank=dt_rank, dt_min=dt_min)
         if dt_max < dt_min:
-            raise ValueError(f"SS2D: dt_min is {dt_min} and dt_max {dt_max}; dt_max must be at least dt_min")
+            raise InvalidArgument(f"SS2D: dt_min is {dt_min} and dt_max {dt_max}; dt_max must be at least dt_min")
         if discretization not in ("euler", "zoh"):
-            raise ValueError(f'SS2D: discretization is {discretization!r}; it must be "euler" or "zoh"')
+            raise InvalidArgument(f'SS2D: discretization is {discretization!r}; it must be "euler" or "zoh"')
         self.channels, self.d_state, self.directions = channels, d_state, directions
         self.dt_rank = dt_rank or math.ceil(channels / 16)
         self.discretization: Discretization = discretization
         self.backend = backend
         k, n, r = directions, d_state, self.dt_rank
-        self.x_proj = nn.Parameter(torch.empty(k, r + 2 * n, channels))
-        self.dt_proj = nn.Parameter(torch.empty(k, channels, r))
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.x_proj = nn.Parameter(torch.empty(k, r + 2 * n, channels, **factory))
+        self.dt_proj = nn.Parameter(torch.empty(k, channels, r, **factory))
         bound = 1 / math.sqrt(channels)
         nn.init.uniform_(self.x_proj, -bound, bound)
         nn.init.uniform_(self.dt_proj, -(r**-0.5), r**-0.5)
-        dt = torch.exp(torch.rand(k, channels) * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(min=1e-4)
-        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        self.A_log = nn.Parameter(torch.arange(1, n + 1).float().log().repeat(k * channels, 1))
-        self.D = nn.Parameter(torch.ones(k * channels))
+        wide = torch.promote_types(self.x_proj.dtype, torch.float32)  # rounded once, at the end
+        uniform = torch.rand(k, channels, device=device, dtype=wide)
+        dt = torch.exp(uniform * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(min=1e-4)
+        inverse_softplus = dt + torch.log(-torch.expm1(-dt))
+        self.dt_bias = nn.Parameter(inverse_softplus.to(self.x_proj.dtype))
+        log_rates = torch.arange(1, n + 1, device=device, dtype=wide).log().repeat(k * channels, 1)
+        self.A_log = nn.Parameter(log_rates.to(self.x_proj.dtype))
+        self.D = nn.Parameter(torch.ones(k * channels, **factory))
+        exempt_from_weight_decay(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        refuse_tracing("SS2D")
         check_map(self, x, self.channels)
-        k, n, r = self.directions, self.d_state, self.dt_rank
-        with torch.autocast(x.device.type, enabled=False):
-            u = _last(x.to(torch.promote_types(x.dtype, torch.float32)))
-            projected = F.linear(u, self.x_proj.flatten(0, 1).to(u.dtype)).unflatten(-1, (k, r + 2 * n))
-            dt, B, C = projected.split([r, n, n], dim=-1)
-            y = selective_scan_2d(
-                u,
-                dt.permute(3, 0, 1, 2, 4),
-                -self.A_log.to(u.dtype).exp(),
-                B,
-                C,
-                self.D.to(u.dtype),
-                self.dt_bias.flatten().to(u.dtype),
-                delta_softplus=True,
-                delta_weight=self.dt_proj.flatten(0, 1).to(u.dtype),
-                discretization=self.discretization,
-                backend=self.backend,
-            )
-        return _first(y.to(x.dtype))
+        weights = self.x_proj, self.dt_proj, self.dt_bias, self.A_log, self.D
+        return scan_map(x, *weights, discretization=self.discretization, backend=self.backend)
 
     def extra_repr(self) -> str:
         return (
@@ -277,7 +351,7 @@ class SS2D(nn.Module):
         )
 
 
-class VisionMambaBlock(nn.Module):
+class VisionMambaBlock(Block):
     """Figure 1 (B-2): global context by SS2D, gated, with channel attention and a residual. Keeps (b, channels, h, w).
 
     LayerNorm -> (Linear, SiLU) * (Linear, depthwise 3x3, SiLU, SS2D, LayerNorm) -> Linear -> channel attention -> + x.
@@ -287,6 +361,7 @@ class VisionMambaBlock(nn.Module):
         d_state, dt_rank, directions, discretization, backend: as in `SS2D`.
         expand: inner channels = round(expand * channels).
         kernel_size: of the depthwise convolution before the scan; odd.
+        separable: a 1x1 convolution follows the depthwise one (a depthwise separable convolution, as the text prints).
         channel_attention: whether the channel attention is there.
         drop_path: probability of stochastic depth.
 
@@ -305,18 +380,23 @@ class VisionMambaBlock(nn.Module):
         discretization: Discretization = "euler",
         channel_attention: bool = True,
         drop_path: float = 0.0,
+        separable: bool = False,
         backend: str | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = round(expand * channels)
         _check_positive("VisionMambaBlock", channels=channels, expand=expand, inner_channels=inner)
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"VisionMambaBlock: kernel_size is {kernel_size}; it must be odd")
+            raise InvalidArgument(f"VisionMambaBlock: kernel_size is {kernel_size}; it must be odd")
         self.channels = channels
-        self.norm = nn.LayerNorm(channels)
-        self.gate = nn.Linear(channels, inner)
-        self.inner = nn.Linear(channels, inner)
-        self.depthwise = nn.Conv2d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner)
+        self.norm = nn.LayerNorm(channels, **factory)
+        self.gate = nn.Linear(channels, inner, **factory)
+        self.inner = nn.Linear(channels, inner, **factory)
+        self.depthwise = nn.Conv2d(inner, inner, kernel_size, padding=kernel_size // 2, groups=inner, **factory)
+        self.pointwise = nn.Conv2d(inner, inner, 1, **factory) if separable else nn.Identity()
         self.ss2d = SS2D(
             inner,
             d_state=d_state,
@@ -324,28 +404,34 @@ class VisionMambaBlock(nn.Module):
             directions=directions,
             discretization=discretization,
             backend=backend,
+            **factory,
         )
-        self.inner_norm = nn.LayerNorm(inner)
-        self.out = nn.Linear(inner, channels)
-        self.attention = ChannelAttention(channels) if channel_attention else nn.Identity()
+        self.inner_norm = nn.LayerNorm(inner, **factory)
+        self.out = nn.Linear(inner, channels, **factory)
+        self.attention = ChannelAttention(channels, **factory) if channel_attention else nn.Identity()
         self.drop_path = DropPath(drop_path)
+        exempt_from_weight_decay(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        refuse_tracing("VisionMambaBlock")
         check_map(self, x, self.channels)
         z = self.norm(_last(x))
-        context = self.ss2d(F.silu(self.depthwise(_first(self.inner(z)))))
+        context = self.ss2d(F.silu(self.pointwise(self.depthwise(_first(self.inner(z))))))
         mixed = self.out(self.inner_norm(_last(context)) * F.silu(self.gate(z)))
         return x + self.drop_path(self.attention(_first(mixed)))
 
 
-class DeformMambaBlock(nn.Module):
+class DeformMambaBlock(Block):
     """Figure 1 (B): the modulated deform block and the vision Mamba block side by side, summed. Keeps (b, c, h, w).
 
-    `deform=False` is the paper's ablation "w/o Deform": the vision Mamba block alone. `deform_groups` as in
-    `ModulatedDeformBlock`, the other arguments as in `VisionMambaBlock`.
+    Args:
+        deform: False is the paper's ablation "w/o Deform": the vision Mamba block alone.
+        deform_groups: as in `ModulatedDeformBlock`.
+        activation: whether a SiLU follows the deformable convolution; False is the paper as printed.
+        others: as in `VisionMambaBlock`.
 
-    Source: section 2.2, "we add output features of two branches". The SiLU of the deform branch is ours: without it the
-    branch is linear, and what zero-filling lacks cannot be predicted linearly (training stood still for 200 steps).
+    Source: section 2.2, "we add output features of two branches". Departure: the SiLU of the deform branch. Without it
+    the branch is linear, and training made no progress in the first 200 steps.
     """
 
     def __init__(
@@ -361,13 +447,23 @@ class DeformMambaBlock(nn.Module):
         discretization: Discretization = "euler",
         channel_attention: bool = True,
         drop_path: float = 0.0,
+        activation: bool = True,
+        separable: bool = False,
         backend: str | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__()
         self.channels = channels
-        self.deform = (
-            ModulatedDeformBlock(channels, deform_groups=deform_groups, activation=nn.SiLU()) if deform else None
-        )
+        self.deform = None
+        if deform:
+            self.deform = ModulatedDeformBlock(
+                channels,
+                deform_groups=deform_groups,
+                activation=nn.SiLU() if activation else None,
+                device=device,
+                dtype=dtype,
+            )
         self.mamba = VisionMambaBlock(
             channels,
             d_state=d_state,
@@ -377,16 +473,20 @@ class DeformMambaBlock(nn.Module):
             discretization=discretization,
             channel_attention=channel_attention,
             drop_path=drop_path,
+            separable=separable,
             backend=backend,
+            device=device,
+            dtype=dtype,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        refuse_tracing("DeformMambaBlock")
         check_map(self, x, self.channels)
         y = self.mamba(x)
         return y if self.deform is None else y + self.deform(x)
 
 
-class MultiViewContext(nn.Module):
+class MultiViewContext(Block):
     """Figure 1 (C): parallel atrous 3x3 convolutions, concatenated, fused by a 1x1, added to the input.
 
     Args:
@@ -394,10 +494,10 @@ class MultiViewContext(nn.Module):
         rates: one dilation rate a branch. A rate near the size of the map sees only padding: choose rates that fit.
         branch_channels: channels of a branch; channels / len(rates) by default, so that all branches together cost no
             more than one plain 3x3 convolution ("without increasing the number of parameters").
-        activation: a module before the fusion; None: SiLU. `nn.Identity()` is the paper's, which prints none.
+        activation: a module before the fusion; None: SiLU. `nn.Identity()` is the paper as printed.
 
-    Source: section 2.2 after DeepLab. The rates are not printed; DeepLab's 6, 12, 18 do not fit an 8x8 bottleneck. The
-    SiLU before the fusion is ours: without it all branches together would be one linear filter.
+    Source: section 2.2 after DeepLab. The rates are not printed; DeepLab's 6, 12, 18 do not fit an 8x8 bottleneck.
+    Departure: the SiLU before the fusion. Without it the module is one linear filter.
     """
 
     def __init__(
@@ -407,61 +507,82 @@ class MultiViewContext(nn.Module):
         rates: Sequence[int] = (1, 2, 3, 4),
         branch_channels: int | None = None,
         activation: nn.Module | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__()
         _check_positive("MultiViewContext", channels=channels, branch_channels=branch_channels)
         if not rates or not 1 <= min(rates) <= max(rates) <= LARGEST_RATE:
-            raise ValueError(
+            raise InvalidArgument(
                 f"MultiViewContext: rates is {tuple(rates)}; it must hold at least one rate, from 1 to {LARGEST_RATE}"
             )
         width = branch_channels or max(channels // len(rates), 1)
         self.channels = channels
-        self.branches = nn.ModuleList(nn.Conv2d(channels, width, 3, padding=rate, dilation=rate) for rate in rates)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.branches = nn.ModuleList(
+            nn.Conv2d(channels, width, 3, padding=rate, dilation=rate, **factory) for rate in rates
+        )
         self.activation = nn.SiLU() if activation is None else activation
-        self.fuse = nn.Conv2d(width * len(rates), channels, 1)
+        self.fuse = nn.Conv2d(width * len(rates), channels, 1, **factory)
+        exempt_from_weight_decay(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_map(self, x, self.channels)
         return x + self.fuse(self.activation(torch.cat([branch(x) for branch in self.branches], dim=1)))
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(Block):
     """Non-overlapping patches to vectors: convolution with kernel = stride = patch, LayerNorm. h and w / patch,
     which must divide them."""
 
-    def __init__(self, in_channels: int, channels: int, patch: int) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, patch: int, *, device: Device = None, dtype: Dtype = None
+    ) -> None:
         super().__init__()
         self.in_channels, self.patch = in_channels, patch
-        self.project = nn.Conv2d(in_channels, channels, patch, stride=patch)
-        self.norm = nn.LayerNorm(channels)
+        self.project = nn.Conv2d(in_channels, channels, patch, stride=patch, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(channels, device=device, dtype=dtype)
+        exempt_from_weight_decay(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_map(self, x, self.in_channels, multiple=self.patch)
         return _first(self.norm(_last(self.project(x))))
 
 
-class PatchMerge(nn.Module):
+class PatchMerge(Block):
     """Half the size: four neighbours concatenated, LayerNorm, Linear without bias. h and w must be even."""
 
-    def __init__(self, channels: int, out_channels: int) -> None:
+    def __init__(self, channels: int, out_channels: int, *, device: Device = None, dtype: Dtype = None) -> None:
         super().__init__()
         self.channels = channels
-        self.norm = nn.LayerNorm(4 * channels)
-        self.reduce = nn.Linear(4 * channels, out_channels, bias=False)
+        self.norm = nn.LayerNorm(4 * channels, device=device, dtype=dtype)
+        self.reduce = nn.Linear(4 * channels, out_channels, bias=False, device=device, dtype=dtype)
+        exempt_from_weight_decay(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_map(self, x, self.channels, multiple=2)
         return _first(self.reduce(self.norm(rearrange(x, "b c (h i) (w j) -> b h w (i j c)", i=2, j=2))))
 
 
-class PatchExpand(nn.Module):
+class PatchExpand(Block):
     """`factor` times the size: Linear without bias, channels rearranged to space, LayerNorm (unless `norm=False`)."""
 
-    def __init__(self, channels: int, out_channels: int, factor: int = 2, *, norm: bool = True) -> None:
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        factor: int = 2,
+        *,
+        norm: bool = True,
+        device: Device = None,
+        dtype: Dtype = None,
+    ) -> None:
         super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.channels, self.factor = channels, factor
-        self.expand = nn.Linear(channels, factor**2 * out_channels, bias=False)
-        self.norm = nn.LayerNorm(out_channels) if norm else nn.Identity()
+        self.expand = nn.Linear(channels, factor**2 * out_channels, bias=False, **factory)
+        self.norm = nn.LayerNorm(out_channels, **factory) if norm else nn.Identity()
+        exempt_from_weight_decay(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_map(self, x, self.channels)

@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deformmamba.errors import InvalidArgument
+from deformmamba.tensors import without_autocast
+
 EDGE_KERNELS = (
     ((0.0, -1.0, 0.0), (-1.0, 4.0, -1.0), (0.0, -1.0, 0.0)),  # E1: 4-neighbour Laplacian
     ((-1.0, 0.0, -1.0), (0.0, 4.0, 0.0), (-1.0, 0.0, -1.0)),  # E2: diagonal Laplacian
@@ -13,7 +16,7 @@ EDGE_KERNELS = (
 
 def _check_pair(name: str, sr: torch.Tensor, hr: torch.Tensor) -> None:
     if sr.shape != hr.shape or sr.ndim != 4 or not (sr.is_floating_point() and hr.is_floating_point()):
-        raise ValueError(
+        raise InvalidArgument(
             f"{name}: sr is {sr.dtype} {tuple(sr.shape)} and hr {hr.dtype} {tuple(hr.shape)}; "
             "both must be floating point (batch, channel, height, width) of one shape"
         )
@@ -22,14 +25,14 @@ def _check_pair(name: str, sr: torch.Tensor, hr: torch.Tensor) -> None:
 class ContrastiveEdgeLoss(nn.Module):
     """CELoss: the difference between the edges of two images, under three Laplacian kernels.
 
-    sum over i of mean((E_i * (sr - hr))^2), each kernel applied to every channel alone, borders replicated, so that a
-    constant difference costs nothing anywhere.
+    The sum over i of mean((E_i * (sr - hr))^2). Each kernel is applied to every channel separately. Borders are
+    replicated, so a constant difference costs nothing.
 
     `sr`, `hr`: (b, c, h, w), any channel count. Returns a scalar.
 
-    Source: equation 6. The kernels are not printed; they are those of the authors' follow-up (arXiv 2504.10105,
-    equation 14). Departure: the mean square, where equation 6 prints the sum, which would drown L1 and grow with the
-    image. The three kernels add up to zero, so the third adds a weight to the first two rather than a new direction.
+    Source: equation 6. The kernels are not printed; these are from the authors' follow-up (arXiv 2504.10105, equation
+    14). Departure: the mean square instead of the printed sum, which grows with the image and would dominate L1. The
+    three kernels add up to zero, so the third one only changes the weights of the first two.
     """
 
     kernels: torch.Tensor
@@ -41,7 +44,7 @@ class ContrastiveEdgeLoss(nn.Module):
     def forward(self, sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
         _check_pair("ContrastiveEdgeLoss", sr, hr)
         difference = F.pad((sr - hr).flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
-        with torch.autocast(difference.device.type, enabled=False):  # a bf16 Laplacian of a small difference is noise
+        with without_autocast(difference.device.type):  # a bf16 Laplacian of a small difference is noise
             edges = F.conv2d(difference, self.kernels.to(difference.dtype))
         return edges.to(torch.promote_types(edges.dtype, torch.float32)).square().mean() * len(self.kernels)
 

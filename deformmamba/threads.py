@@ -1,31 +1,28 @@
-"""Work on several threads of the CPU: those of PyTorch where they can be had, else some of our own.
+"""Run one function on several CPU threads: PyTorch's own OpenMP threads if possible, else a thread pool.
 
-After each of its operations PyTorch's OpenMP threads spin for milliseconds, in case another follows. Threads of our own
-would have to share the cores with them; so the spinning threads are given the work, through the function that compilers
-call for a parallel region. They do not survive a fork, and what is no GNU OpenMP is left alone: there a pool works.
+PyTorch's OpenMP threads spin for milliseconds after each operation. A second set of threads would share the cores with
+them. So the function runs on the spinning threads, as an OpenMP parallel region. The pool is used after a fork (OpenMP
+threads do not survive it) and with an OpenMP library other than GNU's.
 """
 
-import ctypes
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 
-_REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+from deformmamba.torch_private import PARALLEL_REGION, gomp_parallel
 
 
-def together(work: Callable[[], None], n: int) -> None:
-    """Run `work()` on `n` threads at once and wait for all of them; in each of several, torch uses no further ones.
+def run_on_threads(work: Callable[[], None], n: int) -> None:
+    """Runs `work()` on `n` threads at once and waits for all of them. With n > 1, torch uses one thread in each.
 
-    Fewer threads may come, at least one does: `work` takes what there is to do from where all of them look, until there
-    is nothing left. Torch's modes (inference mode, autocast) belong to a thread; `work` sets those that it needs.
+    The system may provide fewer threads, at least one. So `work` takes its tasks from a shared queue until it is empty.
+    Torch's modes (inference mode, autocast) are per thread; `work` sets the ones it needs.
 
-    Raises what `work` raised, on whichever thread.
+    Raises the first exception that `work` raised on any thread.
     """
     if n == 1:
         return work()
@@ -37,8 +34,8 @@ def together(work: Callable[[], None], n: int) -> None:
         except BaseException as error:
             errors.append(error)
 
-    if region := _region():
-        region(_REGION(lambda _: one()), None, n, 0)
+    if region := _parallel_region():
+        region(PARALLEL_REGION(lambda _: one()), None, n, 0)
     else:
         for done in [_workers(n).submit(one) for _ in range(n)]:
             done.result()
@@ -46,20 +43,12 @@ def together(work: Callable[[], None], n: int) -> None:
         raise errors[0]
 
 
-def _region() -> Callable[..., None] | None:
-    """GOMP_parallel(function, its argument, threads, flags) of the library whose threads PyTorch uses, if it does."""
-    return None if _forked else _found()
+def _parallel_region() -> Callable[..., None] | None:
+    """GOMP_parallel, unless this process is a fork, which has none of PyTorch's threads."""
+    return None if _forked else _gomp_parallel()
 
 
-@cache
-def _found() -> Callable[..., None] | None:
-    library = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
-    try:  # only if PyTorch has loaded it
-        region: Any = ctypes.CDLL(str(library), mode=os.RTLD_NOW | os.RTLD_NOLOAD).GOMP_parallel
-    except (OSError, AttributeError):  # not loaded, or a system without such a thing
-        return None
-    region.argtypes, region.restype = (_REGION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-    return region
+_gomp_parallel = cache(gomp_parallel)
 
 
 _lock = threading.Lock()
@@ -68,7 +57,7 @@ _forked = False
 
 
 def _after_fork() -> None:
-    """A forked process has the objects, but none of the threads, and a lock may be held by one of them."""
+    """A forked process has the objects but no threads, and a lock may be held for ever."""
     global _lock, _pool, _forked
     _lock, _pool, _forked = threading.Lock(), None, True
 
@@ -97,3 +86,19 @@ def _workers(n: int) -> ThreadPoolExecutor:
             torch.set_num_threads(before)
             _pool = n, pool
         return _pool[1]
+
+
+def environment_warnings() -> list[str]:
+    """One line for each OpenMP setting in the environment that makes PyTorch's own operations unsafe or slow."""
+    found = []
+    if os.environ.get("OMP_DYNAMIC", "").strip().lower() in ("true", "1"):
+        found.append(
+            "OMP_DYNAMIC is set: OpenMP may start fewer threads than PyTorch asks for, and then PyTorch's own "
+            "convolutions can return wrong results; unset it"
+        )
+    if "OMP_THREAD_LIMIT" in os.environ:
+        found.append(
+            f"OMP_THREAD_LIMIT={os.environ['OMP_THREAD_LIMIT']}: OpenMP may start fewer threads than PyTorch asks for, "
+            "and then PyTorch's own convolutions can return wrong results; unset it and use OMP_NUM_THREADS"
+        )
+    return found

@@ -1,7 +1,6 @@
-"""What a CPU runs for `modulated_deform_conv2d`: sampling fused by numba, matrix products by BLAS, in bounded memory.
+"""Modulated deformable convolution on the CPU: numba kernels sample, BLAS multiplies, in bounded memory.
 
-Importing this module imports numba, so `deformmamba.deform` imports it where it is used. Shapes are as there for its
-channels-last part.
+Importing this module imports numba, so `deformmamba.deform` imports it where it is used. Shapes are as in `gather.py`.
 
 Threads share the output pixels, and each works through its own in chunks: a kernel samples a chunk into `columns`
 (groups, n, taps, c_in), and a product with the weight follows. In the backward pass they share the channels instead, so
@@ -21,8 +20,10 @@ import torch
 from numba import njit, uintp
 from torch import Tensor
 
-from deformmamba.deform import gather
-from deformmamba.threads import together
+from deformmamba.deform.gather import gather
+from deformmamba.errors import InvalidArgument
+from deformmamba.tensors import as_array, loop_over_batch, plain
+from deformmamba.threads import run_on_threads
 
 _CHUNK_BYTES = 2 << 20  # of columns: they stay in a core's cache between the kernel and the product
 _CHUNK_PIXELS = 512  # or at least this many, so that reading a large weight again pays
@@ -224,7 +225,7 @@ def _scatter(  # type: ignore[no-untyped-def]
                         grad_offset[p, d, k, 1] = m * (has_right * after - has_left * before)
 
 
-def _share(work: Callable[[int, int], None], parts: list[tuple[int, int]]) -> None:
+def _run_parts(work: Callable[[int, int], None], parts: list[tuple[int, int]]) -> None:
     """work(start, stop) for each of the parts, at the same time."""
     waiting = deque(parts)
 
@@ -237,7 +238,7 @@ def _share(work: Callable[[int, int], None], parts: list[tuple[int, int]]) -> No
                 return
             work(*part)
 
-    together(some, len(parts))
+    run_on_threads(some, len(parts))
 
 
 def _parts(n: int, n_parts: int, multiple: int = 1) -> list[tuple[int, int]]:
@@ -257,7 +258,8 @@ class _Call:
         self.offset = offset.contiguous().view(self.pixels, n_deform, self.taps, 2)
         self.mask = x.new_empty(0, 0, 0) if mask is None else mask.contiguous().view(self.pixels, n_deform, self.taps)
         self.weight = weight.contiguous().view(self.groups, c_out // self.groups, self.taps, c_in)
-        self.arrays = (self.x.numpy(), self.offset.numpy(), self.mask.numpy(), (h, w, h_out, w_out, kh, kw, *geometry))
+        arrays = map(as_array, (self.x, self.offset, self.mask))
+        self.arrays = (*arrays, (h, w, h_out, w_out, kh, kw, *geometry))
         self.threads = min(torch.get_num_threads(), self.pixels * self.taps * c // _TASK_ELEMENTS)
 
     def chunks(self, start: int, stop: int, groups: int, c_in: int) -> Iterator[tuple[int, int, Tensor]]:
@@ -274,6 +276,71 @@ class _Call:
         return pixels.view(len(pixels), self.groups, -1).transpose(0, 1)
 
 
+def _check(
+    operator: str,
+    x: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Sequence[int],
+    grad: Tensor | None = None,
+) -> None:
+    """Compares every shape, dtype, device and layout with every other: kernels get pointers.
+
+    Raises:
+        InvalidArgument: something does not fit.
+    """
+    name = f"deformmamba::{operator}"
+    if x.ndim != 4 or weight.ndim != 4 or offset.ndim != 4 or min(x.shape[1:]) < 1 or min(weight.shape) < 1:
+        raise InvalidArgument(
+            f"{name}: x is {tuple(x.shape)}, offset {tuple(offset.shape)}, weight {tuple(weight.shape)}; wanted "
+            "(b, h, w, c), (b, h_out, w_out, 2 * G * K) and (c_out, kh, kw, c_in) without empty axes but b"
+        )
+    if x.dtype not in (torch.float32, torch.float64):
+        raise InvalidArgument(f"{name}: x is {x.dtype}; wanted torch.float32 or torch.float64")
+    if len(geometry) != 6 or min(geometry[0:2]) < 1 or min(geometry[2:4]) < 0 or min(geometry[4:6]) < 1:
+        raise InvalidArgument(f"{name}: geometry is {list(geometry)}; wanted stride, padding and dilation, two each")
+    if max(geometry) >= 1 << 31:
+        raise InvalidArgument(f"{name}: geometry is {list(geometry)}; numbers must be below 2^31")
+    (b, h, w, c), (c_out, kh, kw, c_in) = x.shape, weight.shape
+    if c % c_in or c_out % (c // c_in):
+        raise InvalidArgument(
+            f"{name}: weight is {tuple(weight.shape)} and x has {c} channels; c_in must divide them, and the number of "
+            "groups must divide c_out"
+        )
+    stride, padding, dilation = geometry[0:2], geometry[2:4], geometry[4:6]
+    h_out, w_out = (
+        (size + 2 * pad - step * (taps - 1) - 1) // by + 1
+        for size, taps, by, pad, step in zip((h, w), (kh, kw), stride, padding, dilation, strict=True)
+    )
+    n_taps = kh * kw
+    n_deform = offset.shape[3] // (2 * n_taps)
+    if h_out < 1 or w_out < 1 or n_deform < 1 or c % n_deform:
+        raise InvalidArgument(
+            f"{name}: offset has {offset.shape[3]} channels and the output {h_out}x{w_out} pixels; wanted 2 * G * "
+            f"{n_taps} with G dividing the {c} channels of x, and at least one pixel"
+        )
+    for what, tensor, shape in (
+        ("x", x, (b, h, w, c)),
+        ("offset", offset, (b, h_out, w_out, 2 * n_deform * n_taps)),
+        ("mask", mask, (b, h_out, w_out, n_deform * n_taps)),
+        ("weight", weight, (c_out, kh, kw, c_in)),
+        ("bias", bias, (c_out,)),
+        ("grad", grad, (b, h_out, w_out, c_out)),
+    ):
+        if tensor is not None and not (
+            tuple(tensor.shape) == shape
+            and tensor.dtype == x.dtype
+            and tensor.device.type == "cpu"
+            and tensor.layout == torch.strided
+        ):
+            raise InvalidArgument(
+                f"{name}: {what} is {tensor.dtype} {tuple(tensor.shape)} ({tensor.layout}) on {tensor.device}; wanted "
+                f"{x.dtype} {shape} (torch.strided) on the CPU"
+            )
+
+
 # Registered operators: a compiler sees one node each, and not the threads behind them. Results are contiguous.
 
 
@@ -283,6 +350,8 @@ def deform_conv2d(
     x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]
 ) -> Tensor:
     """`gather`, fused: the same arguments and the same result."""
+    x, offset, mask, weight, bias = map(plain, (x, offset, mask, weight, bias))
+    _check("deform_conv2d", x, offset, mask, weight, bias, geometry)
     call = _Call(x, offset, mask, weight, geometry)
     out = x.new_zeros(call.pixels, len(weight))
     if bias is not None:
@@ -291,10 +360,10 @@ def deform_conv2d(
 
     def work(start: int, stop: int) -> None:
         for first, last, columns in call.chunks(start, stop, call.groups, weight.shape[-1]):
-            _sample(*call.arrays, columns.numpy(), first)
+            _sample(*call.arrays, as_array(columns), first)
             call.by_group(out[first:last]).baddbmm_(columns.flatten(2), matrix)
 
-    _share(work, _parts(call.pixels, call.threads))
+    _run_parts(work, _parts(call.pixels, call.threads))
     return out.view(*offset.shape[:3], len(weight))
 
 
@@ -317,6 +386,10 @@ def deform_conv2d_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, offset, mask and weight in their shapes; empty where not wanted."""
+    x, offset, mask, weight, grad = map(plain, (x, offset, mask, weight, grad))
+    _check("deform_conv2d_backward", x, offset, mask, weight, None, geometry, grad)
+    if len(wanted) != 4:
+        raise InvalidArgument(f"deformmamba::deform_conv2d_backward: wanted has {len(wanted)} entries; it must have 4")
     call = _Call(x, offset, mask, weight, geometry)
     grad = grad.contiguous().view(call.pixels, len(weight))
     c, c_in = x.shape[-1], weight.shape[-1]
@@ -332,19 +405,19 @@ def deform_conv2d_backward(
         groups, low = slice(start // c_in, -(-stop // c_in)), start % c_in
         here = groups, slice(None), slice(None), slice(low, low + min(stop - start, c_in))
         part = parts.index((start, stop))
-        into = grad_x.numpy(), grad_offset[part].numpy(), grad_mask[part].numpy()
+        into = tuple(map(as_array, (grad_x, grad_offset[part], grad_mask[part])))
         matrix = call.weight[here].flatten(2)
         grad_matrix = torch.zeros_like(matrix) if wanted[3] else None
         for first, last, columns in call.chunks(0, call.pixels, len(matrix), here[-1].stop - low):
             rows = call.by_group(grad[first:last])[groups]
             torch.bmm(rows, matrix, out=columns.flatten(2))
-            _scatter(*call.arrays, columns.numpy(), first, *into, start)
+            _scatter(*call.arrays, as_array(columns), first, *into, start)
             if grad_matrix is not None:
                 grad_matrix.baddbmm_(rows.transpose(1, 2), columns.flatten(2))
         if grad_matrix is not None:
             grad_weight[here] = grad_matrix.unflatten(2, (call.taps, -1))
 
-    _share(work, parts)
+    _run_parts(work, parts)
     return (
         grad_x.view(x.shape if wanted[0] else 0),
         grad_offset.sum(0).view(offset.shape if wanted[1] else 0),
@@ -373,7 +446,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, offset, mask, weight, _ = ctx.saved_tensors
+    x, offset, mask, weight, _ = map(plain, ctx.saved_tensors)
+    grad = plain(grad)
     *wanted, wants_bias, _ = ctx.needs_input_grad
     grads: list[Tensor | None] = [None] * 4
     if any(wanted):
@@ -414,3 +488,5 @@ def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ..
 
 deform_conv2d.register_autograd(_differentiate, setup_context=_save)
 deform_conv2d_backward.register_autograd(_differentiate_backward, setup_context=_save_backward)
+torch.library.register_vmap("deformmamba::deform_conv2d", loop_over_batch(deform_conv2d))
+torch.library.register_vmap("deformmamba::deform_conv2d_backward", loop_over_batch(deform_conv2d_backward))

@@ -9,10 +9,8 @@ Numba's own thread layers are not used: one of them aborts the process when two 
 not survive a fork. The kernels release the GIL instead, and jobs run on PyTorch's threads (`deformmamba.threads`).
 """
 
-import ctypes
 import itertools
 import math
-import mmap
 import os
 import sys
 import threading
@@ -23,12 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from deformmamba.threads import together
+from deformmamba.scan.backend import Abilities
+from deformmamba.tensors import as_array
+from deformmamba.threads import run_on_threads
+from deformmamba.torch_private import with_huge_pages
 
 # Steps between kept states. They take 1/8 of the memory of u at 16 states; a chunk's states (264 kB) fit an L2 cache.
 CHUNK = 128
 
-LOW_RANK = True  # step sizes are mixed in registers
+ABILITIES = Abilities(low_rank=True)
 
 _DTYPES: dict[torch.dtype, Any] = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
 
@@ -38,9 +39,11 @@ def unusable(tensor: torch.Tensor | None = None) -> str | None:
     if tensor is not None and tensor.device.type != "cpu":
         return f"it runs on CPU tensors only, the tensor is on {tensor.device}; move it to the CPU"
     try:
-        import numba  # noqa: F401
+        from numba import config
     except Exception as error:  # a numpy that numba does not know yet raises ImportError, a broken llvmlite OSError
         return f"numba cannot be imported ({error}); pip install --upgrade numba"
+    if config.DISABLE_JIT:
+        return "numba compiles nothing because NUMBA_DISABLE_JIT is set; unset it, or use backend 'eager'"
     return None
 
 
@@ -51,33 +54,34 @@ def forward(
     B: torch.Tensor,
     C: torch.Tensor,
     D: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    state: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
     height: int,
     width: int,
-    softplus: bool,
+    delta_softplus: bool,
     zoh: bool,
     keep: bool,
-    mix: torch.Tensor | None = None,
+    delta_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, last state, kept states): see `operator`."""
+    """(y, last state, kept states): see `backend`."""
     images, groups, length, channels = u.shape
     directions, n = A.shape[0], A.shape[-1]
-    y = _large(torch.empty_like(u))
+    y = with_huge_pages(torch.empty_like(u))
     last = A.new_empty(directions, images, groups, channels, n)
     chunks = -(-length // CHUNK) if keep else 0
-    kept = _large(A.new_empty(directions, images, groups, chunks, n, channels))
-    state = torch.zeros_like(last) if state is None else state
-    D, bias, mix = _weights(A, D, bias, mix)
-    q = mix.shape[-1]
-    given = (_readable(u, directions), _readable(delta, directions), A, B, C, D, bias, mix, state)
+    kept = with_huge_pages(A.new_empty(directions, images, groups, chunks, n, channels))
+    initial_state = torch.zeros_like(last) if initial_state is None else initial_state
+    D, delta_bias, delta_weight = _four_axes(A, D, delta_bias, delta_weight)
+    q = delta_weight.shape[-1]
+    weights = A, B, C, D, delta_bias, delta_weight, initial_state
+    given = (_readable(u, directions), _readable(delta, directions), *weights)
     jobs = _jobs(images, groups, channels, torch.get_num_threads())
 
     def scratch(tiles: int) -> tuple[Any, ...]:
         shapes = (3, CHUNK, 1), (3, tiles, n, 1), (2, tiles, 1, 1), (2, CHUNK, _vectors(n))
         return _scratch(u, *shapes, (1, tiles, q, 1), (1, CHUNK, _vectors(q)))
 
-    _share("forward", zoh, given, (y, last, kept), scratch, jobs, (height, width), softplus)
+    _run_kernel("forward", zoh, given, (y, last, kept), scratch, jobs, (height, width), delta_softplus)
     return y, last, kept
 
 
@@ -88,53 +92,60 @@ def backward(
     B: torch.Tensor,
     C: torch.Tensor,
     D: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
     kept: torch.Tensor,
     dy: torch.Tensor,
     dlast: torch.Tensor,
     height: int,
     width: int,
-    softplus: bool,
+    delta_softplus: bool,
     zoh: bool,
-    mix: torch.Tensor | None = None,
+    delta_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """The gradients of u, delta, A, B, C, D, bias (empty where there is none), state, and mix if there is one."""
+    """The gradients of u, delta, A, B, C, D, delta_bias (empty where there is none), initial_state, and delta_weight if
+    there is one."""
     images, groups, _, channels = u.shape
     directions, n = A.shape[0], A.shape[-1]
     jobs = _jobs(images, groups, channels, torch.get_num_threads())
     parts = 1 + max(jobs[:, 0], default=0)
-    low = mix is not None
-    D, bias, mix = _weights(A, D, bias, mix)
-    q = mix.shape[-1]
-    du, dstate = _large(torch.empty_like(u)), torch.empty_like(dlast)
+    low_rank = delta_weight is not None
+    D, delta_bias, delta_weight = _four_axes(A, D, delta_bias, delta_weight)
+    q = delta_weight.shape[-1]
+    du, dstate = with_huge_pages(torch.empty_like(u)), torch.empty_like(dlast)
     # what sums over channels has a place for every part of the channels; what sums over images, for every image
     dB, dC = (B.new_empty(parts, *x.shape) for x in (B, C))
-    ddelta = delta.new_empty(parts, *delta.shape) if low else _large(torch.empty_like(delta))[None]
-    dA, dD, dbias, dmix = (x.new_empty(images, *x.shape) for x in (A, D, bias, mix))
-    given = (_readable(u, directions), _readable(delta, directions), A, B, C, D, bias, mix)
-    results = (du, ddelta, dA, dB, dC, dD, dbias, dmix, dstate)
+    ddelta = delta.new_empty(parts, *delta.shape) if low_rank else with_huge_pages(torch.empty_like(delta))[None]
+    dA, dD, dbias, dweight = (x.new_empty(images, *x.shape) for x in (A, D, delta_bias, delta_weight))
+    given = (_readable(u, directions), _readable(delta, directions), A, B, C, D, delta_bias, delta_weight)
+    results = (du, ddelta, dA, dB, dC, dD, dbias, dweight, dstate)
 
     def scratch(tiles: int) -> tuple[Any, ...]:
         shapes = (6, CHUNK, 1), (4, tiles, n, 1), (4, tiles, 1, 1), (4, CHUNK, _vectors(n))
         return _scratch(u, *shapes, (2, tiles, q, 1), (2, CHUNK, _vectors(q)), (2, CHUNK + 1, n, 1))
 
     arrays = (*given, kept, _readable(dy, directions), dlast), results
-    _share("backward", zoh, *arrays, scratch, jobs, (height, width), softplus)
+    _run_kernel("backward", zoh, *arrays, scratch, jobs, (height, width), delta_softplus)
 
     def total(parts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return torch.sum(parts[: len(parts) if len(jobs) else 0], 0, out=torch.empty_like(like))
 
-    ddelta = total(ddelta, delta) if low else ddelta[0]
+    ddelta = total(ddelta, delta) if low_rank else ddelta[0]
     dD, dbias = (x.sum(0).squeeze(-1) for x in (dD, dbias))
-    rest = (dstate, total(dmix, mix)) if low else (dstate,)
+    rest = (dstate, total(dweight, delta_weight)) if low_rank else (dstate,)
     return du, ddelta, total(dA, A), total(dB, B), total(dC, C), dD, dbias, *rest
 
 
-def _weights(A: torch.Tensor, *weights: torch.Tensor | None) -> list[torch.Tensor]:
-    """D and bias (k, g, r) and mix (k, g, r, q) as kernels take them: four axes, and one of them empty for None."""
-    D, bias, mix = (None if x is None else x.reshape(*A.shape[:3], 1 if x.ndim == 3 else x.shape[3]) for x in weights)
-    none, unmixed = A.new_empty(*A.shape[:2], 0, 1), A.new_empty(*A.shape[:3], 0)
-    return [none if D is None else D, none if bias is None else bias, unmixed if mix is None else mix]
+def _four_axes(A: torch.Tensor, *weights: torch.Tensor | None) -> list[torch.Tensor]:
+    """D and delta_bias (k, g, r) and delta_weight (k, g, r, q) for kernels: four axes, one of them empty for None."""
+    D, delta_bias, delta_weight = (
+        None if x is None else x.reshape(*A.shape[:3], 1 if x.ndim == 3 else x.shape[3]) for x in weights
+    )
+    none, full_rank = A.new_empty(*A.shape[:2], 0, 1), A.new_empty(*A.shape[:3], 0)
+    return [
+        none if D is None else D,
+        none if delta_bias is None else delta_bias,
+        full_rank if delta_weight is None else delta_weight,
+    ]
 
 
 def _readable(rows: torch.Tensor, directions: int) -> torch.Tensor:
@@ -164,18 +175,6 @@ def _scratch(like: torch.Tensor, *shapes: tuple[int, ...]) -> tuple[Any, ...]:
     return tuple(x.reshape(*shape[:-1], shape[-1] * _lanes()) for x, shape in zip(pieces, shapes, strict=True))
 
 
-def _large(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, which is new and empty, on large pages if Linux has them and it is large.
-
-    Beyond 32 MB the C library takes memory from the system and gives it back every time. Faulting it in by pages of
-    4 KB then takes as long as the scan."""
-    if tensor.nbytes >= 32 << 20 and sys.platform == "linux":
-        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = tensor.data_ptr() + tensor.nbytes - start
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-    return tensor
-
-
 # ------------------------------------------------------------------------------------------------------------- threads
 
 
@@ -196,7 +195,7 @@ def _jobs(images: int, groups: int, channels: int, threads: int) -> np.ndarray:
     return np.stack([part, image, group, edges[part], edges[part + 1]], 1).astype(np.int64, copy=False)
 
 
-def _share(
+def _run_kernel(
     name: str,
     zoh: bool,
     inputs: tuple[torch.Tensor, ...],
@@ -210,14 +209,14 @@ def _share(
     if not len(jobs):
         return
     kernel = _kernel(name, inputs[0].dtype, zoh)
-    arrays = [tuple(tensor.detach().numpy() for tensor in tensors) for tensors in (inputs, outputs)]
+    arrays = [tuple(map(as_array, tensors)) for tensors in (inputs, outputs)]
     tiles, taken = _vectors(int((jobs[:, 4] - jobs[:, 3]).max())), np.zeros(1, np.int64)
 
     def work() -> None:
         if taken[0] < len(jobs):
             kernel(*arrays, scratch(tiles), jobs, taken, *rest, zoh or None)
 
-    together(work, min(torch.get_num_threads(), len(jobs)))
+    run_on_threads(work, min(torch.get_num_threads(), len(jobs)))
 
 
 # ----------------------------------------------------------------------------------------------------------- compiling
@@ -279,7 +278,7 @@ def _compile(name: str, dtype: torch.dtype, zoh: bool) -> Any:
     notice.daemon = True
 
     class Announce(event.Listener):
-        """Hears when numba compiles; it does not when the code comes from disk."""
+        """Called on compilation, not when the code comes from the disk cache."""
 
         def on_start(self, _: Any) -> None:
             if notice.ident is None:

@@ -352,8 +352,8 @@ def _avx512(builder: Any, name: str, element: Any, operands: list[Any], immediat
 
 def _magic(element: types.Float) -> tuple[int, int, float]:
     """Mantissa bits, exponent bias, and the number that rounds what is added to it to an integer in its lowest bits."""
-    mantissa, bias = (23, 127) if element == types.float32 else (52, 1023)
-    return mantissa, bias, 1.5 * 2.0**mantissa
+    mantissa, exponent_bias = (23, 127) if element == types.float32 else (52, 1023)
+    return mantissa, exponent_bias, 1.5 * 2.0**mantissa
 
 
 def _fraction(context: Any, builder: Any, kind: Vector, x: Any) -> tuple[Any, Any]:
@@ -362,8 +362,10 @@ def _fraction(context: Any, builder: Any, kind: Vector, x: Any) -> tuple[Any, An
     if _has_scalef(context):
         fraction = _avx512(builder, "reduce", element, [x], 0)
         return fraction, builder.fsub(x, fraction)
-    _, bias, magic = _magic(kind.element)
-    low, high, shift = (_splat(builder, ir.Constant(element, float(c))) for c in (-bias, bias + 1, magic))
+    _, exponent_bias, magic = _magic(kind.element)
+    low, high, shift = (
+        _splat(builder, ir.Constant(element, float(c))) for c in (-exponent_bias, exponent_bias + 1, magic)
+    )
     value = builder.select(builder.fcmp_ordered("<", x, low), low, x)
     value = builder.select(builder.fcmp_ordered(">", value, high), high, value)
     whole = builder.fadd(value, shift)
@@ -572,26 +574,28 @@ def scatter_all(target: Array, rows: Array, order: Array, count: int, straight: 
 
 # ------------------------------------------------------------------------------------------------- one chunk, one tile
 # A tile is LANES channels. us, deltas, ys (chunk, LANES); decay = A log2(e), inverse = 1 / A, h (n, LANES);
-# skip = D (1, LANES); Bs, Cs (chunk, n). `exact` is None or True: numba compiles the one that is asked for.
+# skip = D (1, LANES); Bs, Cs (chunk, n). `zoh` is None or True: numba compiles the one that is asked for.
 # `coming`: (lines as from `spread`, first channel) of the next tile, so that memory works while registers do.
 
 kernel: Any = njit(error_model="numpy")
 
 
 @kernel
-def step_sizes(deltas: Array, slopes: Array, lows: Array, mix: Array, bias: Array, count: int, positive: bool) -> None:
-    """deltas = dt and slopes = its derivative, from raw deltas, or from `lows` (chunk, q) by `mix` (q, LANES).
+def step_sizes(
+    deltas: Array, slopes: Array, lows: Array, delta_weight: Array, delta_bias: Array, count: int, delta_softplus: bool
+) -> None:
+    """deltas = dt and slopes = its derivative, from raw deltas, or from `lows` (chunk, q) by `delta_weight` (q, LANES).
 
     Apart from `advance`, whose steps would each wait for it. `slopes` may be None."""
     for t in range(count):
-        dt = get(bias, 0)
-        if mix.shape[0]:
-            for j in range(mix.shape[0]):
-                dt = fma(get(mix, j), like(dt, lows[t, j]), dt)
+        dt = get(delta_bias, 0)
+        if delta_weight.shape[0]:
+            for j in range(delta_weight.shape[0]):
+                dt = fma(get(delta_weight, j), like(dt, lows[t, j]), dt)
         else:
             dt = dt + get(deltas, t)
         slope = like(dt, 1.0)
-        if positive:
+        if delta_softplus:
             dt, slope = softplus(dt)
         put(deltas, t, dt)
         if slopes is not None:
@@ -600,10 +604,10 @@ def step_sizes(deltas: Array, slopes: Array, lows: Array, mix: Array, bias: Arra
 
 @inline
 def advance_state(
-    s: int, decay: Array, inverse: Array, B: Array, C: Array, u: Array, delta: Array, h: Array, y: Array, exact: Any
+    s: int, decay: Array, inverse: Array, B: Array, C: Array, u: Array, delta: Array, h: Array, y: Array, zoh: Any
 ) -> Array:
     """One state of one step of `advance`: y with what it adds."""
-    if exact is None:
+    if zoh is None:
         a, phi = exp2(delta * get(decay, s)), delta
     else:
         a, phi, _ = hold(delta, get(decay, s), get(inverse, s))
@@ -615,7 +619,7 @@ def advance_state(
 @kernel
 def advance(
     us: Array, deltas: Array, decay: Array, inverse: Array, Bs: Array, Cs: Array, skip: Array, h: Array, ys: Array,
-    count: int, exact: Any, coming: Any, next_u: Array, next_delta: Array, next_y: Array,
+    count: int, zoh: Any, coming: Any, next_u: Array, next_delta: Array, next_y: Array,
 ) -> None:  # fmt: skip
     """The scan itself: `count` steps from the state h, which they leave behind."""
     n = decay.shape[0]
@@ -628,17 +632,17 @@ def advance(
         y = get(skip, 0) * u if skip.shape[0] else like(u, 0.0)
         rest = like(u, 0.0)  # half of the sum: two short chains of additions instead of a long one
         for s in range(0, n - 1, 2):
-            y = advance_state(s, decay, inverse, Bs[t], Cs[t], u, delta, h, y, exact)
-            rest = advance_state(s + 1, decay, inverse, Bs[t], Cs[t], u, delta, h, rest, exact)
+            y = advance_state(s, decay, inverse, Bs[t], Cs[t], u, delta, h, y, zoh)
+            rest = advance_state(s + 1, decay, inverse, Bs[t], Cs[t], u, delta, h, rest, zoh)
         if n % 2:
-            y = advance_state(n - 1, decay, inverse, Bs[t], Cs[t], u, delta, h, y, exact)
+            y = advance_state(n - 1, decay, inverse, Bs[t], Cs[t], u, delta, h, y, zoh)
         put(ys, t, y + rest)
 
 
 @kernel
 def retrace(
     us: Array, deltas: Array, decay: Array, inverse: Array, Bs: Array, hs: Array, factors: Array, count: int,
-    exact: Any, coming: Any, next_u: Array, next_delta: Array, next_dy: Array,
+    zoh: Any, coming: Any, next_u: Array, next_delta: Array, next_dy: Array,
 ) -> None:  # fmt: skip
     """The same steps from hs[0], keeping all states hs (count + 1, n, LANES) and the factors between them."""
     for t in range(count):
@@ -648,7 +652,7 @@ def retrace(
         prefetch(next_dy, line)
         u, delta = get(us, t), get(deltas, t)
         for s in range(decay.shape[0]):
-            if exact is None:
+            if zoh is None:
                 a, phi = exp2(delta * get(decay, s)), delta
             else:
                 a, phi, _ = hold(delta, get(decay, s), get(inverse, s))
@@ -660,7 +664,7 @@ def retrace(
 def reverse_state(
     s: int, decay: Array, inverse: Array, B: Array, C: Array, before: Array, after: Array, factors: Array,
     u: Array, delta: Array, dy: Array, into_u: Array, into_delta: Array, into_exponent: Array,
-    g: Array, dA: Array, exact: Any,
+    g: Array, dA: Array, zoh: Any,
 ) -> Array:  # fmt: skip
     """One state of one step of `reverse`: into_u, into_delta, into_exponent after it, and what B[s] and C[s] get."""
     a, rate = get(factors, s), get(decay, s)
@@ -670,7 +674,7 @@ def reverse_state(
     change = carried * get(before, s)
     into_exponent = fma(change, rate, into_exponent)
     into_A = fma(change, delta, get(dA, s))
-    if exact is None:
+    if zoh is None:
         into_u = fma(dh, like(dh, B[s]), into_u)
         into_B = dh * (delta * u)
     else:
@@ -699,7 +703,7 @@ def reverse(
     us: Array, deltas: Array, decay: Array, inverse: Array, Bs: Array, Cs: Array, skip: Array,
     hs: Array, factors: Array, gs: Array, g: Array,
     dA: Array, dus: Array, ddeltas: Array, dBs: Array, dCs: Array, count: int,
-    exact: Any, edge: Any, coming: Any, next_du: Array, next_ddelta: Array,
+    zoh: Any, edge: Any, coming: Any, next_du: Array, next_ddelta: Array,
 ) -> None:  # fmt: skip
     """The adjoint of `advance`, from the last step to the first.
 
@@ -715,27 +719,27 @@ def reverse(
         into_u = into_delta = into_exponent = like(u, 0.0)  # in the Euler step into_u lacks its factor delta
         for s in range(0, n - 3, 4):
             into_u, into_delta, into_exponent, b0, c0 = reverse_state(
-                s, *rates, *states, into_u, into_delta, into_exponent, g, dA, exact
+                s, *rates, *states, into_u, into_delta, into_exponent, g, dA, zoh
             )
             into_u, into_delta, into_exponent, b1, c1 = reverse_state(
-                s + 1, *rates, *states, into_u, into_delta, into_exponent, g, dA, exact
+                s + 1, *rates, *states, into_u, into_delta, into_exponent, g, dA, zoh
             )
             into_u, into_delta, into_exponent, b2, c2 = reverse_state(
-                s + 2, *rates, *states, into_u, into_delta, into_exponent, g, dA, exact
+                s + 2, *rates, *states, into_u, into_delta, into_exponent, g, dA, zoh
             )
             into_u, into_delta, into_exponent, b3, c3 = reverse_state(
-                s + 3, *rates, *states, into_u, into_delta, into_exponent, g, dA, exact
+                s + 3, *rates, *states, into_u, into_delta, into_exponent, g, dA, zoh
             )
             sum4(inside(b0, edge), inside(b1, edge), inside(b2, edge), inside(b3, edge), dBs, (t, s))
             sum4(inside(c0, edge), inside(c1, edge), inside(c2, edge), inside(c3, edge), dCs, (t, s))
         for s in range(n // 4 * 4, n):
             into_u, into_delta, into_exponent, b0, c0 = reverse_state(
-                s, *rates, *states, into_u, into_delta, into_exponent, g, dA, exact
+                s, *rates, *states, into_u, into_delta, into_exponent, g, dA, zoh
             )
             dBs[t, s] += lane_sum(inside(b0, edge))
             dCs[t, s] += lane_sum(inside(c0, edge))
         direct = get(skip, 0) * dy if skip.shape[0] else like(u, 0.0)
-        if exact is None:
+        if zoh is None:
             into_u, into_delta = into_u * delta, into_u * u
         put(dus, t, into_u + direct)
         put(ddeltas, t, into_delta + into_exponent * LN2)
@@ -743,68 +747,68 @@ def reverse(
 
 @kernel
 def reverse_step_sizes(
-    ddeltas: Array, slopes: Array, lows: Array, mix: Array, dbias: Array, dmix: Array, dlows: Array, count: int,
-    edge: Any,
+    ddeltas: Array, slopes: Array, lows: Array, delta_weight: Array, dbias: Array, dweight: Array, dlows: Array,
+    count: int, edge: Any,
 ) -> None:  # fmt: skip
     """The adjoint of `step_sizes`: ddeltas = gradients of dt, then of raw deltas; the rest is added to."""
-    q = mix.shape[0]
+    q = delta_weight.shape[0]
     into_bias = get(dbias, 0)
     for t in range(count):
         into_delta = get(ddeltas, t) * get(slopes, t)
         put(ddeltas, t, into_delta)
         into_bias = into_bias + into_delta
         for j in range(q):
-            put(dmix, j, fma(into_delta, like(into_delta, lows[t, j]), get(dmix, j)))
+            put(dweight, j, fma(into_delta, like(into_delta, lows[t, j]), get(dweight, j)))
         counted = inside(into_delta, edge)
         for j in range(0, q - 3, 4):
             sum4(
-                counted * get(mix, j), counted * get(mix, j + 1),
-                counted * get(mix, j + 2), counted * get(mix, j + 3), dlows, (t, j),
+                counted * get(delta_weight, j), counted * get(delta_weight, j + 1),
+                counted * get(delta_weight, j + 2), counted * get(delta_weight, j + 3), dlows, (t, j),
             )  # fmt: skip
         for j in range(q // 4 * 4, q):
-            dlows[t, j] += lane_sum(counted * get(mix, j))
+            dlows[t, j] += lane_sum(counted * get(delta_weight, j))
     put(dbias, 0, into_bias)
 
 
 # -------------------------------------------------------------------------------------------------------- the two scans
 # Both work on the channels `first` to `end` of one image and one group, one direction after the other, chunk by chunk:
-#   u, y, dy (l, r); delta (k, l, r); A (k, r, n); B, C (k, l, n); D, bias (k, r, 1), or (k, 0, 1) for none;
-#   mix (k, r, q): if q is not 0, delta is (k, l, q) and the scan's is mix @ delta;
+#   u, y, dy (l, r); delta (k, l, r); A (k, r, n); B, C (k, l, n); D, delta_bias (k, r, 1), or (k, 0, 1) for none;
+#   delta_weight (k, r, q): if q is not 0, delta is (k, l, q) and the scan's is delta_weight @ delta;
 #   state, last, dlast (k, r, n); kept (k, chunks, n, r): the state before every chunk, or (k, 0, n, r) to keep none.
 # Scratch memory comes from the caller, who can align it: a vector that straddles two cache lines costs two accesses.
 #   rows (.., chunk, LANES), states (.., tiles, n, LANES), sides (.., tiles, 1, LANES), mixes (.., tiles, q, LANES),
 #   rates (.., chunk, n rounded up to vectors), lows (.., chunk, q rounded up to vectors).
-# `positive`: delta goes through softplus. `exact`: None for the Euler step, True for zero-order hold.
+# `delta_softplus`: delta goes through softplus. `zoh`: None for the Euler step, True for zero-order hold.
 
 
 @inline
 def prepare(
-    A: Array, D: Array, bias: Array, mix: Array, first: int, end: int,
-    decays: Array, inverses: Array, skips: Array, biases: Array, mixes: Array, exact: Any,
+    A: Array, D: Array, delta_bias: Array, delta_weight: Array, first: int, end: int,
+    decays: Array, inverses: Array, skips: Array, biases: Array, mixes: Array, zoh: Any,
 ) -> None:  # fmt: skip
-    """What every chunk needs of A, D, bias and mix, tile by tile."""
+    """What every chunk needs of A, D, delta_bias and delta_weight, tile by tile."""
     for tile in range(decays.shape[0]):
         c = first + tile * LANES
         lanes = min(LANES, end - c)
         columns(decays[tile], A, c, lanes, LOG2E)
-        if exact is not None:
+        if zoh is not None:
             for j in range(lanes):
                 for s in range(A.shape[1]):
                     inverses[tile, s, j] = 1.0 / A[c + j, s]
         if D.shape[0]:
             columns(skips[tile], D, c, lanes, 1.0)
-        if bias.shape[0]:
-            columns(biases[tile], bias, c, lanes, 1.0)
-        columns(mixes[tile], mix, c, lanes, 1.0)
+        if delta_bias.shape[0]:
+            columns(biases[tile], delta_bias, c, lanes, 1.0)
+        columns(mixes[tile], delta_weight, c, lanes, 1.0)
 
 
 @inline
 def of_job(inputs: Any, image: int, group: int) -> Any:
     """What both passes read, of one image and one group."""
-    u, delta, A, B, C, D, bias, mix = inputs
+    u, delta, A, B, C, D, delta_bias, delta_weight = inputs
     return (
         u[image, group], delta[:, image, group], A[:, group], B[:, image, group], C[:, image, group],
-        D[:, group], bias[:, group], mix[:, group],
+        D[:, group], delta_bias[:, group], delta_weight[:, group],
     )  # fmt: skip
 
 
@@ -818,7 +822,7 @@ def cleared(states: Array, sides: Array, mixes: Array, first: int, end: int) -> 
 
 
 def forward(
-    inputs: Any, outputs: Any, scratch: Any, jobs: Array, taken: Array, size: Any, positive: bool, exact: Any
+    inputs: Any, outputs: Any, scratch: Any, jobs: Array, taken: Array, size: Any, delta_softplus: bool, zoh: Any
 ) -> None:
     """y = the sum of the scans over directions, last = their last states: as many jobs as nobody else takes."""
     state = inputs[8]
@@ -831,13 +835,15 @@ def forward(
         forward_job(
             (*of_job(inputs[:8], image, group), state[:, image, group]),
             (y[image, group], last[:, image, group], kept[:, image, group]),
-            scratch, size, positive, (first, end), exact,
+            scratch, size, delta_softplus, (first, end), zoh,
         )  # fmt: skip
 
 
 @kernel
-def forward_job(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, channels: Any, exact: Any) -> None:
-    u, delta, A, B, C, D, bias, mix, state = inputs
+def forward_job(
+    inputs: Any, outputs: Any, scratch: Any, size: Any, delta_softplus: bool, channels: Any, zoh: Any
+) -> None:
+    u, delta, A, B, C, D, delta_bias, delta_weight, state = inputs
     y, last, kept = outputs
     rows, states, sides, rates, mixes, lows = scratch
     height, width = size
@@ -850,12 +856,12 @@ def forward_job(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bo
     Bs, Cs = rates[0], rates[1]
     order, lines, next_lines = np.empty(chunk, np.int64), np.empty((2, chunk), np.int64), np.empty((2, chunk), np.int64)
     directions, length, n = B.shape
-    low = mix.shape[2] > 0
+    low_rank = delta_weight.shape[2] > 0
     for k in range(directions):
         direction = 2 * k if directions == 2 else k
         straight = direction == 0
         along = straight and u.strides[1] != u.itemsize
-        prepare(A[k], D[k], bias[k], mix[k], first, end, decays, inverses, skips, biases, mixes[0], exact)
+        prepare(A[k], D[k], delta_bias[k], delta_weight[k], first, end, decays, inverses, skips, biases, mixes[0], zoh)
         for tile in range(hs.shape[0]):
             columns(hs[tile], state[k], first + tile * LANES, min(LANES, end - first - tile * LANES), 1.0)
         for start in range(0, length, chunk):
@@ -866,7 +872,7 @@ def forward_job(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bo
             spread(lines, order, along)
             gather_all(Bs, B[k], order, count, straight)
             gather_all(Cs, C[k], order, count, straight)
-            if low:
+            if low_rank:
                 gather_all(lows[0], delta[k], order, count, straight)
             for tile in range(hs.shape[0]):
                 c = first + tile * LANES
@@ -880,14 +886,14 @@ def forward_job(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bo
                             for j in range(lanes):
                                 at[s, c + j] = hs[tile, s, j]
                 gather(us, u, order, count, straight, c, lanes)
-                if not low:
+                if not low_rank:
                     gather(deltas, delta[k], order, count, straight, c, lanes)
-                step_sizes(deltas, None, lows[0], mixes[0, tile], biases[tile], count, positive)
+                step_sizes(deltas, None, lows[0], mixes[0, tile], biases[tile], count, delta_softplus)
                 skip = skips[tile, : min(1, D.shape[1])]
                 coming = (lines, c + LANES) if tile + 1 < hs.shape[0] else (next_lines, first)
                 advance(
                     us, deltas, decays[tile], inverses[tile], Bs, Cs, skip, hs[tile], ys,
-                    count, exact, coming, u, u if low else delta[k], y,
+                    count, zoh, coming, u, u if low_rank else delta[k], y,
                 )  # fmt: skip
                 scatter(y, ys, order, count, straight, c, lanes, k > 0)
         for tile in range(hs.shape[0]):
@@ -896,11 +902,11 @@ def forward_job(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bo
 
 
 def backward(
-    inputs: Any, outputs: Any, scratch: Any, jobs: Array, taken: Array, size: Any, positive: bool, exact: Any
+    inputs: Any, outputs: Any, scratch: Any, jobs: Array, taken: Array, size: Any, delta_softplus: bool, zoh: Any
 ) -> None:
     """The gradients of all inputs from dy and dlast; dB, dC and a low-rank ddelta are sums over a job's channels."""
     kept, dy, dlast = inputs[8:]
-    du, ddelta, dA, dB, dC, dD, dbias, dmix, dstate = outputs
+    du, ddelta, dA, dB, dC, dD, dbias, dweight, dstate = outputs
     while True:
         job = claim(taken)
         if job >= jobs.shape[0]:
@@ -911,16 +917,18 @@ def backward(
             (
                 du[image, group], ddelta[min(part, ddelta.shape[0] - 1), :, image, group], dA[image, :, group],
                 dB[part, :, image, group], dC[part, :, image, group],
-                dD[image, :, group], dbias[image, :, group], dmix[image, :, group], dstate[:, image, group],
+                dD[image, :, group], dbias[image, :, group], dweight[image, :, group], dstate[:, image, group],
             ),
-            scratch, size, positive, (first, end), exact,
+            scratch, size, delta_softplus, (first, end), zoh,
         )  # fmt: skip
 
 
 @kernel
-def backward_job(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: bool, channels: Any, exact: Any) -> None:
-    u, delta, A, B, C, D, bias, mix, kept, dy, dlast = inputs
-    du, ddelta, dA, dB, dC, dD, dbias, dmix, dstate = outputs
+def backward_job(
+    inputs: Any, outputs: Any, scratch: Any, size: Any, delta_softplus: bool, channels: Any, zoh: Any
+) -> None:
+    u, delta, A, B, C, D, delta_bias, delta_weight, kept, dy, dlast = inputs
+    du, ddelta, dA, dB, dC, dD, dbias, dweight, dstate = outputs
     rows, states, sides, rates, mixes, lows, trace = scratch
     height, width = size
     first, end = channels
@@ -935,12 +943,12 @@ def backward_job(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: b
     edge[0, : (end - first - 1) % LANES + 1] = 1
     order, lines, next_lines = np.empty(chunk, np.int64), np.empty((2, chunk), np.int64), np.empty((2, chunk), np.int64)
     directions, length, n = B.shape
-    low = mix.shape[2] > 0
+    low_rank = delta_weight.shape[2] > 0
     for k in range(directions):
         direction = 2 * k if directions == 2 else k
         straight = direction == 0
         along = straight and u.strides[1] != u.itemsize
-        prepare(A[k], D[k], bias[k], mix[k], first, end, decays, inverses, skips, biases, mixes[0], exact)
+        prepare(A[k], D[k], delta_bias[k], delta_weight[k], first, end, decays, inverses, skips, biases, mixes[0], zoh)
         dAs[:] = 0
         dDs[:] = 0
         dbiases[:] = 0
@@ -955,7 +963,7 @@ def backward_job(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: b
             spread(lines, order, along)
             gather_all(Bs, B[k], order, count, straight)
             gather_all(Cs, C[k], order, count, straight)
-            if low:
+            if low_rank:
                 gather_all(lows[0], delta[k], order, count, straight)
             dBs[:] = 0
             dCs[:] = 0
@@ -972,17 +980,17 @@ def backward_job(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: b
                             hs[0, s, j] = at[s, c + j] if j < lanes else 0.0
                 gather(us, u, order, count, straight, c, lanes)
                 gather(gs, dy, order, count, straight, c, lanes)
-                if not low:
+                if not low_rank:
                     gather(deltas, delta[k], order, count, straight, c, lanes)
-                step_sizes(deltas, slopes, lows[0], mixes[0, tile], biases[tile], count, positive)
+                step_sizes(deltas, slopes, lows[0], mixes[0, tile], biases[tile], count, delta_softplus)
                 skip = skips[tile, : min(1, D.shape[1])]
                 decay, inverse = decays[tile], inverses[tile]
                 coming = (lines, c + LANES) if tile + 1 < carried.shape[0] else (next_lines, first)
                 retrace(
-                    us, deltas, decay, inverse, Bs, hs, factors, count, exact, coming, u, u if low else delta[k], dy
+                    us, deltas, decay, inverse, Bs, hs, factors, count, zoh, coming, u, u if low_rank else delta[k], dy
                 )
-                own = hs, factors, gs, carried[tile], dAs[tile], dus, ddeltas, dBs, dCs, count, exact
-                ahead = coming, du, du if low else ddelta[k]
+                own = hs, factors, gs, carried[tile], dAs[tile], dus, ddeltas, dBs, dCs, count, zoh
+                ahead = coming, du, du if low_rank else ddelta[k]
                 of_steps = slopes, lows[0], mixes[0, tile], dbiases[tile], mixes[1, tile], lows[1], count
                 if lanes == LANES:
                     reverse(us, deltas, decay, inverse, Bs, Cs, skip, *own, None, *ahead)
@@ -995,9 +1003,9 @@ def backward_job(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: b
                     into_D = fma(get(gs, t), get(us, t), into_D)
                 put(dDs[tile], 0, into_D)
                 scatter(du, dus, order, count, straight, c, lanes, k > 0)
-                if not low:
+                if not low_rank:
                     scatter(ddelta[k], ddeltas, order, count, straight, c, lanes, False)
-            if low:
+            if low_rank:
                 scatter_all(ddelta[k], lows[1], order, count, straight)
             scatter_all(dB[k], dBs, order, count, straight)
             scatter_all(dC[k], dCs, order, count, straight)
@@ -1008,6 +1016,6 @@ def backward_job(inputs: Any, outputs: Any, scratch: Any, size: Any, positive: b
             from_columns(dstate[k], carried[tile], c, lanes)
             if D.shape[1]:
                 from_columns(dD[k], dDs[tile], c, lanes)
-            if bias.shape[1]:
+            if delta_bias.shape[1]:
                 from_columns(dbias[k], dbiases[tile], c, lanes)
-            from_columns(dmix[k], mixes[1, tile], c, lanes)
+            from_columns(dweight[k], mixes[1, tile], c, lanes)

@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from deformmamba.scan.backend import Abilities
 from deformmamba.scan.reference import discretize, orders, step_sizes
+from deformmamba.torch_private import transforms_are_active
+
+ABILITIES = Abilities(transforms=True)
 
 CHUNK = 128
 
@@ -28,25 +32,23 @@ def scan(
     B: torch.Tensor,
     C: torch.Tensor,
     D: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    state: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
     height: int,
     width: int,
-    softplus: bool,
+    delta_softplus: bool,
     zoh: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, last state); shapes as in `operator`, differentiable by autograd."""
+    """(y, last state); shapes as in `backend`, differentiable by autograd."""
     walks = orders(len(delta), height, width, u.device)
-    dt = step_sizes(delta, bias, softplus)
+    dt = step_sizes(delta, delta_bias, delta_softplus)
     us = torch.stack([u[:, :, walk] for walk in walks])
     dt, B, C = (torch.stack([x[k][:, :, walk] for k, walk in enumerate(walks)]) for x in (dt, B, C))
-    h = u.new_zeros(*us.shape[:3], u.shape[3], A.shape[-1]) if state is None else state
+    h = u.new_zeros(*us.shape[:3], u.shape[3], A.shape[-1]) if initial_state is None else initial_state
     # a chunk's states are needed once more in the backward pass: computing them again is cheaper than keeping them
     # (torch.func knows no checkpoints)
-    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    plain = torch.compiler.is_compiling() or transforms_are_active()
     remember = torch.is_grad_enabled() and not plain
-    if not u.shape[2]:
-        return u.clone(), h.clone()
     ys = []
     for pieces in zip(*(x.split(CHUNK, 3) for x in (us, dt, B, C)), strict=True):
         given: Any = (*pieces, A, h, zoh)

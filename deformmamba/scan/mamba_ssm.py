@@ -2,9 +2,12 @@
 
 import torch
 
+from deformmamba.scan.backend import Abilities
 from deformmamba.scan.reference import orders
 
-HALF = True  # takes float16 and bfloat16 as they are
+ABILITIES = Abilities(
+    dtypes=(torch.float32, torch.float16, torch.bfloat16), zoh=False, initial_state=False, max_states=256
+)
 
 _CURE = "pip install --no-build-isolation mamba-ssm, with nvcc of the CUDA version that PyTorch was built with"
 
@@ -29,17 +32,6 @@ def unusable(tensor: torch.Tensor | None = None) -> str | None:
     return None
 
 
-def refuses(n: int, zoh: bool, state: bool) -> str | None:
-    """What of our operation the kernel does not know."""
-    if n > 256:
-        return f"mamba-ssm's kernel has at most 256 states, A has {n}; use another backend"
-    if zoh:
-        return "mamba-ssm's kernel knows the Euler step only; use discretization='euler' or another backend"
-    if state:
-        return "mamba-ssm's kernel starts from zero; leave out initial_state or use another backend"
-    return None
-
-
 def scan(
     u: torch.Tensor,
     delta: torch.Tensor,
@@ -47,14 +39,14 @@ def scan(
     B: torch.Tensor,
     C: torch.Tensor,
     D: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    state: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
     height: int,
     width: int,
-    softplus: bool,
+    delta_softplus: bool,
     zoh: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, last state); shapes as in `operator`, differentiable by mamba-ssm's own backward, which leaves out the
+    """(y, last state); shapes as in `backend`, differentiable by mamba-ssm's own backward, which leaves out the
     gradient of the last state: asking for that is an error here."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
@@ -76,8 +68,8 @@ def scan(
         flat(walked(C)).reshape(b, k * g, n, length),
         None if D is None else D.reshape(-1),
         None,
-        None if bias is None else bias.reshape(-1),
-        softplus,
+        None if delta_bias is None else delta_bias.reshape(-1),
+        delta_softplus,
         True,
     )
     y = y.reshape(b, k, g, r, length).permute(1, 0, 2, 4, 3)

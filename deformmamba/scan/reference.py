@@ -2,12 +2,16 @@
 
     h[t] = exp(dt[t] A) h[t-1] + phi[t] B[t] u[t]        y[t] = C[t] . h[t] + D u[t]
 
-with dt = softplus(delta + bias) and phi = dt (the Euler step of released Mamba kernels) or (exp(dt A) - 1) / A (exact
-zero-order hold, equation 2 of the paper). Every other backend is tested against this one.
+with dt = softplus(delta + delta_bias) and phi = dt (the Euler step of released Mamba kernels) or (exp(dt A) - 1) / A
+(exact zero-order hold, equation 2 of the paper). Every other backend is tested against this one.
 """
 
 import torch
 import torch.nn.functional as F
+
+from deformmamba.scan.backend import Abilities
+
+ABILITIES = Abilities(transforms=True)
 
 
 def unusable(tensor: torch.Tensor | None = None) -> str | None:
@@ -25,10 +29,10 @@ def orders(directions: int, height: int, width: int, device: torch.device | None
     return {1: walks[:1], 2: walks[::2], 4: walks}[directions]
 
 
-def step_sizes(delta: torch.Tensor, bias: torch.Tensor | None, softplus: bool) -> torch.Tensor:
+def step_sizes(delta: torch.Tensor, delta_bias: torch.Tensor | None, delta_softplus: bool) -> torch.Tensor:
     """dt (k, b, g, l, r)."""
-    dt = delta if bias is None else delta + bias[:, None, :, None]
-    return F.softplus(dt) if softplus else dt
+    dt = delta if delta_bias is None else delta + delta_bias[:, None, :, None]
+    return F.softplus(dt) if delta_softplus else dt
 
 
 def discretize(dt: torch.Tensor, A: torch.Tensor, zoh: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,19 +55,19 @@ def scan(
     B: torch.Tensor,
     C: torch.Tensor,
     D: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    state: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
     height: int,
     width: int,
-    softplus: bool,
+    delta_softplus: bool,
     zoh: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, last state); shapes as in `operator`, differentiable by autograd."""
-    dt = step_sizes(delta, bias, softplus)
+    """(y, last state); shapes as in `backend`, differentiable by autograd."""
+    dt = step_sizes(delta, delta_bias, delta_softplus)
     total = torch.zeros_like(u)
     lasts = []
     for k, order in enumerate(orders(len(delta), height, width, u.device)):
-        h = u.new_zeros(*u.shape[:2], u.shape[3], A.shape[-1]) if state is None else state[k]
+        h = u.new_zeros(*u.shape[:2], u.shape[3], A.shape[-1]) if initial_state is None else initial_state[k]
         steps = []
         walked = (x[:, :, order].unbind(2) for x in (u, dt[k], B[k], C[k]))
         for u_t, dt_t, B_t, C_t in zip(*walked, strict=True):

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-HALF = True  # takes float16 and bfloat16 as they are
+from deformmamba.scan.backend import Abilities
+
+ABILITIES = Abilities(dtypes=(torch.float32, torch.float16, torch.bfloat16))
 CHUNK = 128  # steps between kept states: these take 1/8 of the memory of u at 16 states
 
 
@@ -50,24 +52,25 @@ def forward(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    bias: Tensor | None,
-    state: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
     height: int,
     width: int,
-    softplus: bool,
+    delta_softplus: bool,
     zoh: bool,
     keep: bool,
+    delta_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, last state, kept states): see `operator`."""
+    """(y, last state, kept states): see `backend`. `delta_weight` is None, since the abilities do not name it."""
     directions, images, groups, length, channels = delta.shape
     n = A.shape[-1]
     chunks = -(-length // CHUNK) if keep else 0
     y = torch.empty_like(u)
     kept = A.new_empty(directions, images, groups, chunks, n, channels)
-    edge = A.new_zeros(directions, images, groups, n, channels) if state is None else _swapped(state)
+    edge = A.new_zeros(directions, images, groups, n, channels) if initial_state is None else _swapped(initial_state)
     if not delta.numel():
         return y, _swapped(edge).clone(), kept
-    walk = _Walk(u, delta, A, B, C, D, bias, height, width, softplus, zoh)
+    walk = _Launches(u, delta, A, B, C, D, delta_bias, height, width, delta_softplus, zoh)
     cut = walk.cut(back=False)
     room = walk.room(y)
     carry = walk.carries(cut, edge, BACK=False)
@@ -86,23 +89,24 @@ def backward(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    bias: Tensor | None,
+    delta_bias: Tensor | None,
     kept: Tensor,
     dy: Tensor,
     dlast: Tensor,
     height: int,
     width: int,
-    softplus: bool,
+    delta_softplus: bool,
     zoh: bool,
+    delta_weight: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The gradients of u, delta, A, B, C, D, bias (empty where there is none) and the initial state."""
+    """The gradients of u, delta, A, B, C, D, delta_bias (empty where there is none) and the initial state."""
     directions, images, groups, _, channels = delta.shape
     n = A.shape[-1]
     du, ddelta, dA, dB, dC, dstate = (torch.empty_like(x) for x in (u, delta, A, B, C, dlast))
-    dD, dbias = (A.new_zeros(*A.shape[:2], 0 if x is None else channels) for x in (D, bias))
+    dD, dbias = (A.new_zeros(*A.shape[:2], 0 if x is None else channels) for x in (D, delta_bias))
     if not delta.numel():
         return du, ddelta, dA.zero_(), dB.zero_(), dC.zero_(), dD, dbias, dstate.copy_(dlast)
-    walk = _Walk(u, delta, A, B, C, D, bias, height, width, softplus, zoh)
+    walk = _Launches(u, delta, A, B, C, D, delta_bias, height, width, delta_softplus, zoh)
     cut = walk.cut(back=True)
     chunks = _Cut(cut.steps, cut.lanes, CHUNK // cut.steps, kept.shape[3])
     du_room, ddelta_room, dy = walk.room(du), walk.room(ddelta), walk.ordered(dy)
@@ -153,12 +157,12 @@ class _Cut(NamedTuple):
     splits: int
 
 
-class _Walk:
+class _Launches:
     """The inputs in a memory order that the kernels read, and launches over them."""
 
     def __init__(
-        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, bias: Tensor | None,
-        height: int, width: int, softplus: bool, zoh: bool,
+        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, delta_bias: Tensor | None,
+        height: int, width: int, delta_softplus: bool, zoh: bool,
     ) -> None:  # fmt: skip
         self.directions, self.images, self.groups, self.length, self.channels = delta.shape
         n = A.shape[-1]
@@ -170,11 +174,11 @@ class _Walk:
         near = (self.length - 1) * B.stride(3) + (n - 1) * B.stride(4) < 2**31
         self.B, self.C = (B, C) if near and B.stride() == C.stride() else (B.contiguous(), C.contiguous())
         self.A = _swapped(A)
-        self.D, self.bias = (None if x is None else x.contiguous() for x in (D, bias))
+        self.D, self.bias = (None if x is None else x.contiguous() for x in (D, delta_bias))
         self.constants: dict[str, Any] = {
             "images": self.images, "groups": self.groups, "channels": self.channels, "length": self.length,
             "height": height, "width": width, "turn": 2 if self.directions == 2 else 1, "unit": 1,
-            "N": n, "SEQUENCE": self.sequence, "SOFTPLUS": softplus, "ZOH": zoh, **_strides("b", self.B),
+            "N": n, "SEQUENCE": self.sequence, "SOFTPLUS": delta_softplus, "ZOH": zoh, **_strides("b", self.B),
         }  # fmt: skip
 
     def turned(self, x: Tensor) -> Tensor:

@@ -1,0 +1,152 @@
+"""What every operator of this package does with its tensors before it computes."""
+
+import functools
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from deformmamba.errors import UnsupportedCall
+from deformmamba.torch_private import transforms_are_active
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_TYPES: dict[torch.dtype, str] = {torch.float32: np.dtype(np.float32).str, torch.float64: np.dtype(np.float64).str}
+
+
+def plain(value: Any) -> Any:
+    """A tensor of a subclass as a `torch.Tensor` with the same memory and the same gradient; anything else as it is.
+
+    A subclass that computes in `__torch_dispatch__` (DTensor, fake tensors) stays, because its memory is elsewhere.
+    """
+    if type(value) in _PLAIN or not isinstance(value, Tensor) or _dispatches(value):
+        return value
+    return value.as_subclass(Tensor)
+
+
+def overridable(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes a public function treat tensor subclasses as PyTorch's own functions do.
+
+    - A class with `__torch_function__` (MONAI's MetaTensor, torchvision's tv_tensors, torch.fx's Proxy) is asked first.
+      It decides the type of the result.
+    - The function itself gets plain tensors.
+    - DTensors are gathered, computed with on every rank, and returned as replicated DTensors.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        given = (*args, *kwargs.values())
+        if has_torch_function(given):
+            return handle_torch_function(call, given, *args, **kwargs)  # type: ignore[no-any-return]
+        if all(type(x) in _PLAIN or not isinstance(x, Tensor) for x in given):
+            return function(*args, **kwargs)
+        module = sys.modules.get("torch.distributed.tensor")
+        if module is not None and any(isinstance(x, module.DTensor) for x in given):
+            return _replicated(module, function, args, kwargs)  # type: ignore[no-any-return]
+        return function(*map(plain, args), **{name: plain(x) for name, x in kwargs.items()})  # type: ignore[arg-type]
+
+    return call
+
+
+def _replicated(module: Any, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    meshes = [x.device_mesh for x in (*args, *kwargs.values()) if isinstance(x, module.DTensor)]
+
+    def local(x: Any) -> Any:
+        return x.full_tensor() if isinstance(x, module.DTensor) else plain(x)
+
+    def spread(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(map(spread, x))
+        return module.DTensor.from_local(x, meshes[0], [module.Replicate()] * meshes[0].ndim, run_check=False)
+
+    return spread(function(*map(local, args), **{name: local(x) for name, x in kwargs.items()}))
+
+
+def _dispatches(tensor: Tensor) -> bool:
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether Python can read numbers from it: not meta, not fake, not inside a transform of torch.func or a trace."""
+    return not (
+        tensor.is_meta
+        or (type(tensor) not in _PLAIN and _dispatches(tensor))
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or transforms_are_active()
+    )
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off in the block, on devices that have one (the meta device has none)."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def refuse_tracing(name: str) -> None:
+    """Raises where torch.jit.trace runs, which would keep height and width as constants and be wrong at other sizes.
+
+    Raises:
+        UnsupportedCall: always under torch.jit.trace, and under torch.onnx.export(dynamo=False), which uses it.
+    """
+    if torch.jit.is_tracing():
+        raise UnsupportedCall(
+            f"{name}: torch.jit.trace would record the image size as a constant and be wrong at any other size; "
+            "use torch.export.export, or torch.onnx.export(..., dynamo=True)"
+        )
+
+
+def loop_over_batch(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule for torch.vmap: the operator is called once for each entry of the batch, and the results are stacked."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        def entry(i: int) -> Any:
+            pairs = zip(args, in_dims, strict=True)
+            return operator(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in pairs))
+
+        results = [entry(i) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        kind = type(results[0])  # a tuple or a list
+        return kind(map(torch.stack, zip(*results, strict=True))), kind([0] * len(results[0]))
+
+    return rule
+
+
+class _Memory:
+    """Holds numpy's array interface to the memory of a tensor, and the tensor itself so that it stays alive."""
+
+    tensor: Tensor
+    __array_interface__: dict[str, Any]
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """The memory of a float32 or float64 CPU tensor as a numpy array.
+
+    `tensor.numpy()` would mark the storage as not resizable for good, which FSDP and `out=` refuse later.
+    """
+    size, pointer = tensor.element_size(), tensor.data_ptr()
+    if not tensor.numel():
+        return np.empty(tuple(tensor.shape), _TYPES[tensor.dtype])
+    if pointer % size:  # a view of bytes; kernels load whole numbers
+        return as_array(tensor.clone())
+    memory = _Memory()
+    memory.tensor = tensor
+    memory.__array_interface__ = {
+        "data": (pointer, False),
+        "shape": tuple(tensor.shape),
+        "strides": tuple([size * step for step in tensor.stride()]),
+        "typestr": _TYPES[tensor.dtype],
+        "version": 3,
+    }
+    return np.asarray(memory)

@@ -1,0 +1,134 @@
+"""Every private part of PyTorch, and of the libraries under it, that this package relies on.
+
+Each function here has a sentence that says why a public interface is not enough, and a test in
+`tests/test_torch_private.py` that fails when a release of PyTorch breaks it.
+"""
+
+import ctypes
+import mmap
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import get_ident
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.hooks import RemovableHandle
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+PARALLEL_REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """Marks a function as one that torch.compile calls once and does not trace; arguments and result are constants.
+
+    Why: `torch.compiler.assume_constant_result` does the same, but imports the whole compiler (about a second) even
+    where nothing is compiled.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def differentiates_by_transform() -> bool:
+    """Whether torch.func.grad, vjp, jvp or forward-mode differentiation is active.
+
+    Why: kernels have no rule for these, and PyTorch offers no public question. Without it their derivatives would be
+    zeros.
+    """
+    from torch._C._functorch import TransformType, get_interpreter_stack
+
+    levels = [interpreter.key() for interpreter in get_interpreter_stack() or ()]
+    return forward_ad._current_level >= 0 or any(key in (TransformType.Grad, TransformType.Jvp) for key in levels)
+
+
+def transforms_are_active() -> bool:
+    """Whether any transform of torch.func is active, vmap included.
+
+    Why: torch.utils.checkpoint does not work inside them, `.item()` does not inside vmap, and there is no public
+    question.
+    """
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def gomp_parallel() -> Callable[..., None] | None:
+    """GOMP_parallel(function, its argument, threads, flags) of the OpenMP library that PyTorch has loaded, or None.
+
+    Why: PyTorch's OpenMP threads spin for milliseconds after each operation. Other threads would have to share the
+    cores with them, and PyTorch has no public way to run Python code on its own threads.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
+    try:  # only if PyTorch has loaded it
+        region: Any = ctypes.CDLL(str(library), mode=os.RTLD_NOW | os.RTLD_NOLOAD).GOMP_parallel
+    except (OSError, AttributeError):  # not loaded, or a system without GNU OpenMP
+        return None
+    region.argtypes, region.restype = (PARALLEL_REGION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return region  # type: ignore[no-any-return]
+
+
+def with_huge_pages(tensor: torch.Tensor, smallest: int = 32 << 20) -> torch.Tensor:
+    """Asks Linux for huge pages behind a new, empty tensor of at least `smallest` bytes; returns the tensor.
+
+    Why: beyond 32 MB the C library takes memory from the system for each tensor and gives it back. Touching it first in
+    pages of 4 KB then takes as long as the scan. PyTorch and Python have no function for this.
+    """
+    if tensor.nbytes >= smallest and sys.platform == "linux":
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = tensor.data_ptr() + tensor.nbytes - start
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+    return tensor
+
+
+@contextmanager
+def limited_registration(**limits: int) -> Iterator[None]:
+    """Raises ValueError as soon as this thread registers more `parameters`, `buffers` or `modules` than the limits.
+
+    Why: a checkpoint's config may ask for a network of any size. Counting while it is built stops it before memory runs
+    out. The hooks see every module of the process, so each one ignores other threads.
+    """
+    thread = get_ident()
+    handles: list[RemovableHandle] = []
+    hooks = nn.modules.module
+    install: dict[str, Callable[..., RemovableHandle]] = {
+        "parameters": hooks.register_module_parameter_registration_hook,
+        "buffers": hooks.register_module_buffer_registration_hook,
+        "modules": hooks.register_module_module_registration_hook,
+    }
+
+    def watch(what: str, limit: int) -> None:
+        count = 0
+
+        def counted(module: nn.Module, name: str, member: object) -> None:
+            nonlocal count
+            count += get_ident() == thread
+            if count > limit:
+                raise ValueError(f"it asks for more than {limit} {what}, far more than the file holds")
+
+        handles.append(install[what](counted))
+
+    try:
+        for what, limit in limits.items():
+            watch(what, limit)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class NotScriptable:
+    """A base class for modules that torch.jit.script refuses in one line.
+
+    Why: TorchScript cannot compile these modules. It calls the method below first, so that the user reads the cure
+    instead of an error from inside its compiler.
+    """
+
+    def __prepare_scriptable__(self) -> Any:
+        from deformmamba.errors import UnsupportedCall
+
+        raise UnsupportedCall(
+            f"{type(self).__name__}: torch.jit.script does not support it; use torch.export.export instead"
+        )
