@@ -47,8 +47,16 @@ def exempt_from_weight_decay(module: Module) -> Module:
     return module
 
 
+def _exempt_again(module: nn.Module, _: object) -> None:
+    exempt_from_weight_decay(module)
+
+
 class Block(NotScriptable, nn.Module):
-    """A module whose parameters keep their attribute `_no_weight_decay` in copies and pickles."""
+    """A module whose parameters keep their attribute `_no_weight_decay` in copies, pickles and loaded states."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_post_hook(_exempt_again)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -19,6 +19,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
+from deformmamba.errors import InvalidArgument, UnsupportedCall
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 PARALLEL_REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -85,7 +87,7 @@ def with_huge_pages(tensor: torch.Tensor, smallest: int = 32 << 20) -> torch.Ten
 
 @contextmanager
 def limited_registration(**limits: int) -> Iterator[None]:
-    """Raises ValueError as soon as this thread registers more `parameters`, `buffers` or `modules` than the limits.
+    """Raises InvalidArgument once this thread registers more `parameters`, `buffers` or `modules` than the limits.
 
     Why: a checkpoint's config may ask for a network of any size. Counting while it is built stops it before memory runs
     out. The hooks see every module of the process, so each one ignores other threads.
@@ -106,7 +108,7 @@ def limited_registration(**limits: int) -> Iterator[None]:
             nonlocal count
             count += get_ident() == thread
             if count > limit:
-                raise ValueError(f"it asks for more than {limit} {what}, far more than the file holds")
+                raise InvalidArgument(f"it asks for more than {limit} {what}, far more than the file holds")
 
         handles.append(install[what](counted))
 
@@ -127,8 +129,6 @@ class NotScriptable:
     """
 
     def __prepare_scriptable__(self) -> Any:
-        from deformmamba.errors import UnsupportedCall
-
         raise UnsupportedCall(
             f"{type(self).__name__}: torch.jit.script does not support it; use torch.export.export instead"
         )

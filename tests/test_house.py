@@ -18,7 +18,9 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 # module; what it imports of itself is free. The public names (`__init__`) and `__main__` may import all.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("annotations", "atomic", "errors"),
-    ("extras", "threads", "torch_private"),
+    ("torch_private",),
+    ("tensors",),
+    ("extras", "threads"),
     ("scan", "losses", "metrics", "physics", "weights"),
     ("deform",),
     ("layers", "flops"),

@@ -16,8 +16,8 @@ from deformmamba import threads
 @pytest.fixture(params=["PyTorch's", "the pool's"], autouse=True)
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "the pool's":
-        monkeypatch.setattr(threads, "_region", lambda: None)
-    elif threads._region() is None:
+        monkeypatch.setattr(threads, "_parallel_region", lambda: None)
+    elif threads._parallel_region() is None:
         pytest.skip("PyTorch's threads are no GNU OpenMP here")
     torch.set_num_threads(3)
     return str(request.param)
@@ -34,7 +34,7 @@ def seen_by(n: int) -> list[tuple[int, int]]:
         inside.add_(1)  # would start threads of its own
         seen.append((threading.get_ident(), int(inside[0])))
 
-    threads.together(work, n)
+    threads.run_on_threads(work, n)
     return seen
 
 
@@ -78,14 +78,14 @@ def test_an_error_reaches_the_caller_when_all_are_done() -> None:
 
     for _ in range(3):
         with pytest.raises(ZeroDivisionError):
-            threads.together(work, 2)
+            threads.run_on_threads(work, 2)
     assert done == [True] * 3
 
 
 def test_python_threads_may_call_at_once() -> None:
     taken: list[int] = []
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: threads.together(lambda: taken.append(i), 2), range(100)))
+        list(pool.map(lambda i: threads.run_on_threads(lambda: taken.append(i), 2), range(100)))
     assert sorted(set(taken)) == list(range(100))
 
 
@@ -97,6 +97,17 @@ def test_a_forked_process_finds_threads_of_its_own() -> None:
     if child == 0:
         signal.alarm(20)
         runs: list[bool] = []
-        threads.together(lambda: runs.append(True), 2)
+        threads.run_on_threads(lambda: runs.append(True), 2)
         os._exit(0 if runs == [True, True] else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_settings_that_break_pytorchs_own_threads_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_DYNAMIC", "OMP_THREAD_LIMIT"):
+        monkeypatch.delenv(name, raising=False)
+    assert threads.environment_warnings() == []
+    monkeypatch.setenv("OMP_DYNAMIC", "TRUE")
+    monkeypatch.setenv("OMP_THREAD_LIMIT", "1")
+    dynamic, limit = threads.environment_warnings()
+    assert dynamic.startswith("OMP_DYNAMIC is set")
+    assert limit.startswith("OMP_THREAD_LIMIT=1")

@@ -132,7 +132,7 @@ def _check(
             raise InvalidType(f"modulated_deform_conv2d: {name} is {t.dtype}; wanted a floating point tensor")
         if t.device != x.device:
             raise InvalidArgument(
-                f"modulated_deform_conv2d: {name} is on {t.device} and x on {x.device}; move one of them"
+                f"modulated_deform_conv2d: {name} is on {t.device}, x on {x.device}; move one of them"
             )
         if t.dim() != (1 if name == "bias" else 4):
             raise _shape(name, t, "(c_out,)" if name == "bias" else "four dimensions, (b, c, h, w) for x")
@@ -149,8 +149,8 @@ def _check(
         )
     h_out = (h + 2 * padding[0] - dilation[0] * (kh - 1) - 1) // stride[0] + 1
     w_out = (w + 2 * padding[1] - dilation[1] * (kw - 1) - 1) // stride[1] + 1
-    if min(c, h, w) < 1:
-        raise _shape("x", x, "at least one channel and one pixel")
+    if c < 1 or h < 1 or w < 1:  # `min` of symbolic sizes would compare them with each other
+        raise _shape("x", x, "at least 1x1 pixels and one channel")
     if h_out < 1 or w_out < 1:
         wanted = (dilation[0] * (kh - 1) + 1 - 2 * padding[0], dilation[1] * (kw - 1) + 1 - 2 * padding[1])
         raise _shape("x", x, f"at least {wanted[0]}x{wanted[1]} pixels for this kernel, padding and dilation")
@@ -193,7 +193,7 @@ def _unusable(name: str, device: str) -> str | None:
     if name == "cpu":
         if device != "cpu":
             return f"it takes CPU tensors and x is on {device}"
-        return _missing("numba") or _without_compiler() or _missing("deformmamba.deform.cpu")
+        return _missing("deformmamba.deform.cpu") or _without_compiler()
     if name == "torchvision":
         if device not in ("cpu", "cuda"):
             return f"it takes CPU and CUDA tensors and x is on {device}"

@@ -6,20 +6,19 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from threading import get_ident
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from deformmamba.annotations import described, fits
 from deformmamba.errors import InvalidArgument, InvalidType, one_line, shown
 from deformmamba.physics.consistency import Consistency, stored_consistency
 from deformmamba.physics.kspace import Grid, zero_fill
+from deformmamba.tensors import has_values
+from deformmamba.torch_private import limited_registration
 from deformmamba.weights import Published, load_checkpoint, publish
 from deformmamba.weights.checkpoint import Checkpoint, WeightsError, check_config, write_checkpoint
 
@@ -175,8 +174,10 @@ class SRModel(nn.Module):
         mistyped = _mistyped(found, checkpoint.config)
         if mistyped:
             raise WeightsError(f"{checkpoint.source}: its config does not build a {checkpoint.class_name}: {mistyped}")
+        n = len(checkpoint.tensors)  # a constructor that registers far more asks for more than the file holds
+        limits = {"parameters": 2 * n + 64, "buffers": 2 * n + 64, "modules": 8 * n + 256}
         try:
-            with torch.device("meta"), _at_most(len(checkpoint.tensors)):
+            with torch.device("meta"), limited_registration(**limits):
                 model = found(**checkpoint.config)
         except Exception as error:  # whatever a constructor does with arguments that nobody meant
             raise WeightsError(
@@ -358,7 +359,7 @@ class SRModel(nn.Module):
                 f"{name}: the image is {lr.shape[-2]}x{lr.shape[-1]}, the smallest is "
                 f"{self.minimum_size}x{self.minimum_size}; pad it and crop the result"
             )
-        if self.training or self.any_intensity or torch.compiler.is_compiling() or torch.jit.is_tracing() or lr.is_meta:
+        if self.training or self.any_intensity or not has_values(lr):
             return
         if lr.is_cuda and torch.cuda.is_current_stream_capturing():
             return
@@ -459,31 +460,3 @@ def _difference(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> str | 
 def _unstored(model: nn.Module) -> Iterator[torch.Tensor]:
     stored = model.state_dict()
     return (buffer for name, buffer in model.named_buffers() if name not in stored)
-
-
-@contextmanager
-def _at_most(n_tensors: int) -> Iterator[None]:
-    """Stops a constructor of this thread that registers far more than a file of `n_tensors` tensors can fill."""
-    thread = get_ident()
-    handles = []
-
-    def watch(install: Callable[..., RemovableHandle], what: str, limit: int) -> None:
-        count = 0
-
-        def counted(module: nn.Module, name: str, member: object) -> None:
-            nonlocal count
-            count += get_ident() == thread
-            if count > limit:
-                raise InvalidArgument(f"it asks for more than {limit} {what}, far more than the file holds")
-
-        handles.append(install(counted))
-
-    hooks = nn.modules.module
-    try:
-        watch(hooks.register_module_parameter_registration_hook, "parameters", 2 * n_tensors + 64)
-        watch(hooks.register_module_buffer_registration_hook, "buffers", 2 * n_tensors + 64)
-        watch(hooks.register_module_module_registration_hook, "modules", 8 * n_tensors + 256)
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

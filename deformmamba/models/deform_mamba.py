@@ -11,7 +11,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from deformmamba.errors import InvalidArgument
-from deformmamba.layers import DeformMambaBlock, MultiViewContext, PatchEmbed, PatchExpand, PatchMerge, VisionMambaBlock
+from deformmamba.layers import (
+    Block,
+    DeformMambaBlock,
+    MultiViewContext,
+    PatchEmbed,
+    PatchExpand,
+    PatchMerge,
+    VisionMambaBlock,
+    exempt_from_weight_decay,
+)
 from deformmamba.models.base import SRModel, crop, pad_to_multiple
 from deformmamba.models.normalise import NORMALISATIONS, keep_constant, normalised, slice_range
 from deformmamba.models.skip import SKIPS, add_base, base_image, start_at_zero
@@ -19,7 +28,13 @@ from deformmamba.models.skip import SKIPS, add_base, base_image, start_at_zero
 # Constructor arguments that differ from the defaults (which are the paper's), by preset.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "paper-literal": {"dims": [96, 128, 384, 768]},
+    "paper-literal": {
+        "dims": [96, 128, 384, 768],
+        "discretization": "zoh",
+        "extra_activations": False,
+        "separable": True,
+        "final_norm": True,
+    },
     "small": {"dims": [64, 96, 160], "depths": [2, 2, 2], "stem_channels": 16, "skip": "zero-fill"},
     "tiny": {
         "dims": [40, 64, 96],
@@ -32,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class DeformMambaSR(SRModel):
+class DeformMambaSR(Block, SRModel):
     """The Deform-Mamba network: (b, in_channels, h, w) to (b, in_channels, scale * h, scale * w).
 
     Convolution and pixel shuffle to the HR grid; patch embedding; an encoder of Deform-Mamba blocks and patch merging;
@@ -49,6 +64,10 @@ class DeformMambaSR(SRModel):
         stem_channels: channels after the pixel shuffle; `in_channels` by default, the plainest reading.
         d_state, expand, directions, discretization, channel_attention, drop_path: as in `VisionMambaBlock`; drop_path
             grows linearly from 0 to this value over the blocks.
+        extra_activations: two SiLUs that the paper does not print, after the deform branch and in the multi-view
+            context, without which both are linear.
+        separable: a 1x1 convolution after each depthwise one, as the printed "depthwise separable convolution" has it.
+        final_norm: a LayerNorm in the final expansion, as in VM-UNet; it removes the local amplitude of the output.
         deform: False is the paper's ablation "w/o Deform".
         context: False is the paper's ablation "w/o MVC".
         context_rates: dilation rates of the multi-view context; not printed.
@@ -88,6 +107,9 @@ class DeformMambaSR(SRModel):
         discretization: str = "euler",
         channel_attention: bool = True,
         drop_path: float = 0.0,
+        extra_activations: bool = True,
+        separable: bool = False,
+        final_norm: bool = False,
         deform: bool = True,
         context: bool = True,
         context_rates: Sequence[int] = (1, 2, 3, 4),
@@ -125,23 +147,32 @@ class DeformMambaSR(SRModel):
             "directions": directions,
             "discretization": discretization,
             "channel_attention": channel_attention,
+            "separable": separable,
         }
-        drops = iter(torch.linspace(0, drop_path, 2 * sum(depths), device="cpu").tolist())
+        n_blocks = 2 * sum(depths)
+        drops = iter([drop_path * i / (n_blocks - 1) for i in range(n_blocks)])
         self.encoder = nn.ModuleList(
-            nn.ModuleList(DeformMambaBlock(dim, deform=deform, drop_path=next(drops), **mamba) for _ in range(depth))
+            nn.ModuleList(
+                DeformMambaBlock(dim, deform=deform, activation=extra_activations, drop_path=next(drops), **mamba)
+                for _ in range(depth)
+            )
             for dim, depth in zip(dims, depths, strict=True)
         )
         self.merges = nn.ModuleList(PatchMerge(a, b) for a, b in itertools.pairwise(dims))
-        self.context = MultiViewContext(dims[-1], rates=context_rates) if context else nn.Identity()
+        activation = None if extra_activations else nn.Identity()
+        self.context = (
+            MultiViewContext(dims[-1], rates=context_rates, activation=activation) if context else nn.Identity()
+        )
         self.decoder = nn.ModuleList(
             nn.ModuleList(VisionMambaBlock(dim, drop_path=next(drops), **mamba) for _ in range(depth))
             for dim, depth in zip(dims[::-1], depths[::-1], strict=True)
         )
         self.expands = nn.ModuleList(PatchExpand(b, a) for a, b in zip(dims[-2::-1], dims[:0:-1], strict=True))
-        self.final = PatchExpand(dims[0], dims[0] // patch, patch, norm=False)
+        self.final = PatchExpand(dims[0], dims[0] // patch, patch, norm=final_norm)
         self.project = nn.Conv2d(dims[0] // patch, in_channels, 3, padding=1)
         if skip is not None:
             start_at_zero(self.project)
+        exempt_from_weight_decay(self)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "DeformMambaSR":

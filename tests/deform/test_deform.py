@@ -9,7 +9,6 @@ import textwrap
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -481,7 +480,7 @@ def test_threads_work_in_every_mode_of_torch(mode: Callable, small_pieces: None)
 def test_every_part_is_done_once() -> None:
     seen: list[tuple[int, int]] = []
     parts = [(0, 1), (1, 2), (2, 3)]
-    deform_cpu._share(lambda start, stop: seen.append((start, stop)), parts)
+    deform_cpu._run_parts(lambda start, stop: seen.append((start, stop)), parts)
     assert sorted(seen) == parts
 
 
@@ -656,16 +655,74 @@ def test_the_tensors_device_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
             deform._choose(name, device)
 
 
-@pytest.mark.parametrize(
-    ("module", "question"), [(torch.compiler, "is_exporting"), (torch.jit, "is_tracing")], ids=["export", "trace"]
-)
-def test_what_leaves_the_process_holds_plain_pytorch(
-    module: ModuleType, question: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_holds_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert deform._choose(None, "cpu") == "cpu"
-    monkeypatch.setattr(module, question, lambda: True, raising=False)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True, raising=False)
     assert {deform._choose(None, device) for device in ("cpu", "cuda")} == {"gather"}
     assert deform._choose("cpu", "cpu") == "cpu"
+
+
+def test_without_numbas_compiler_gather_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
+    assert deform._choose(None, "cpu") == "gather"
+    with pytest.raises(ValueError, match="NUMBA_DISABLE_JIT is set"):
+        deform._choose("cpu", "cpu")
+
+
+def test_implementations_agree_on_infinite_and_nan_offsets_in_value_and_gradient() -> None:
+    x, offset, mask, weight, bias = Case(n_deform=2).tensors()
+    pairs = [(math.inf, 0.3), (0.3, -math.inf), (math.nan, 0.3), (0.3, math.nan), (math.nan, math.inf), (1e30, 0.3)]
+    for i, pair in enumerate(pairs):
+        offset[i % 2, 2 * i : 2 * i + 2, i % 5, i] = torch.tensor(pair, dtype=torch.float64)
+    results = []
+    for implementation in ("cpu", "gather"):
+        leaves = wanting([x, offset, mask, weight, bias])
+        y = modulated_deform_conv2d(*leaves, padding=1, implementation=implementation)
+        factor = torch.linspace(1, 2, y.numel(), dtype=y.dtype).view_as(y)
+        results.append([y, *torch.autograd.grad((y * factor).sum(), leaves)])
+    torch.testing.assert_close(*results, equal_nan=True)
+    assert results[0][2].isnan().sum() == 6, "both of each pair that holds NaN"
+
+
+def test_gather_keeps_the_fraction_of_a_position_far_from_the_origin() -> None:
+    """The absolute position in float32 would be off by 5e-4 pixels at 8192, times the slope of the image."""
+    x = torch.arange(8192.0)[None, None, None] % 2 * 10
+    offset = torch.full((1, 2, 1, 8192), 0.3)
+    offset[:, 0] = 0
+    results = [
+        modulated_deform_conv2d(x, offset, None, torch.ones(1, 1, 1, 1), implementation=name)
+        for name in ("cpu", "gather")
+    ]
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "form", [2, (2,), [2], (2, 2), np.int64(2), np.array(2), np.array([2, 2]), (np.int32(2), 2), torch.tensor([2, 2])]
+)
+def test_integers_in_any_form_are_taken(form: object) -> None:
+    x, offset, mask, weight, bias = Case(stride=(2, 2)).tensors()
+    y = modulated_deform_conv2d(x, offset, mask, weight, bias, stride=form, padding=1)
+    assert y.equal(modulated_deform_conv2d(x, offset, mask, weight, bias, stride=2, padding=1))
+
+
+@pytest.mark.parametrize(
+    ("form", "error"),
+    [
+        ((1, 1, 1), ValueError),
+        ((), ValueError),
+        (1.0, TypeError),
+        ((1, 2.5), TypeError),
+        ("1", TypeError),
+        ("same", TypeError),
+        (True, TypeError),
+        (None, TypeError),
+        (np.array([1.0, 1.0]), TypeError),
+    ],
+)
+def test_anything_else_is_refused_in_a_sentence(form: object, error: type[Exception]) -> None:
+    x, offset, mask, weight, bias = Case().tensors()
+    with pytest.raises(error, match=r"^modulated_deform_conv2d: padding .*wanted one integer, or \(y, x\)$"):
+        modulated_deform_conv2d(x, offset, mask, weight, bias, padding=form)
 
 
 @pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError])
@@ -736,7 +793,10 @@ def test_a_wrong_shape_is_named_with_the_right_one(change: dict, message: str, i
         ({"padding": -1}, ValueError, r"padding \(-1, -1\)"),
         ({"x": torch.zeros(X, dtype=torch.int64)}, TypeError, "x is torch.int64; wanted a floating point tensor"),
         ({"offset": torch.zeros(OFFSET, dtype=torch.complex64)}, TypeError, "offset is torch.complex64"),
-        ({"mask": torch.zeros(MASK, device="meta")}, ValueError, "mask is on meta and x on cpu"),
+        ({"mask": torch.zeros(MASK, device="meta")}, ValueError, "mask is on meta, x on cpu"),
+        ({"x": np.zeros(X)}, TypeError, "x is a ndarray; wanted a tensor"),
+        ({"offset": None}, TypeError, "offset is a NoneType; wanted a tensor"),
+        ({"x": torch.zeros(2, 4, 0, 6)}, ValueError, "at least 1x1 pixels and one channel"),
         ({"dilation": 4}, ValueError, r"x has shape \(2, 4, 5, 6\); wanted at least 7x7 pixels"),
     ],
 )

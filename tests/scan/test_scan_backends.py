@@ -38,6 +38,36 @@ def arguments_2d(**changes: Any) -> dict[str, Any]:
     return {name: torch.randn(shape, generator=make) for name, shape in shapes.items()} | changes
 
 
+@pytest.mark.parametrize("backend", ["cpu", "eager", "reference"])
+def test_no_steps_give_no_gradient_but_the_states(backend: str) -> None:
+    make = torch.Generator().manual_seed(0)
+    shapes = {"u": (2, 6, 0), "delta": (2, 6, 0), "A": (6, 3), "B": (2, 3, 0), "C": (2, 3, 0), "D": (6,)}
+    shapes |= {"delta_bias": (6,), "initial_state": (2, 6, 3)}
+    given = {name: torch.randn(shape, generator=make).requires_grad_() for name, shape in shapes.items()}
+    y, last = selective_scan(**given, return_last_state=True, backend=backend)
+    assert y.shape == (2, 6, 0)
+    assert last.equal(given["initial_state"])
+    *others, state = torch.autograd.grad(y.sum() + 2 * last.sum(), list(given.values()))
+    assert all(x.eq(0).all() for x in others)
+    assert state.eq(2).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager", "reference"])
+@pytest.mark.parametrize(("constant_B", "constant_C"), [(True, True), (True, False), (False, True)])
+def test_constant_matrices_are_those_of_every_step(backend: str, constant_B: bool, constant_C: bool) -> None:
+    """Mamba's other calling form: B and C (d, n), the same for all steps, another for each channel."""
+    make = torch.Generator().manual_seed(0)
+    shapes = {"u": (2, 6, 5), "delta": (2, 6, 5), "A": (6, 3), "B": (2, 2, 3, 5), "C": (2, 2, 3, 5)}
+    given = {name: torch.randn(shape, generator=make) for name, shape in shapes.items()}
+    wide = {name: given[name].repeat_interleave(3, 1) for name in "BC"}
+    for name, constant in (("B", constant_B), ("C", constant_C)):
+        if constant:
+            given[name] = torch.randn(6, 3, generator=make)
+            wide[name] = given[name][None, :, :, None].expand(2, 6, 3, 5)
+    expected = selective_scan(**{**given, **wide}, backend="reference")
+    assert_close(selective_scan(**given, backend=backend), expected)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The backends that run, in order."""
@@ -47,7 +77,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             if hasattr(module, function):
                 original = getattr(module, function)
                 monkeypatch.setattr(
-                    module, function, lambda *args, name=name, original=original: ran.append(name) or original(*args)
+                    module,
+                    function,
+                    lambda *args, name=name, original=original, **more: ran.append(name) or original(*args, **more),
                 )
     return ran
 
@@ -93,7 +125,7 @@ def test_backward_stays_on_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     given = arguments()
     u = given.pop("u").requires_grad_()
     backward, ran = cpu.backward, []
-    monkeypatch.setattr(cpu, "backward", lambda *args: ran.append("cpu") or backward(*args))
+    monkeypatch.setattr(cpu, "backward", lambda *args, **more: ran.append("cpu") or backward(*args, **more))
     y = selective_scan(u, **given)
     with scan_backend("reference"):
         y.sum().backward()
@@ -110,8 +142,9 @@ def test_an_unknown_name_is_refused() -> None:
 
 def test_a_backend_that_cannot_says_why() -> None:
     given = {name: x.to("meta") for name, x in arguments().items()}
-    with pytest.raises(ScanBackendError, match=r"'cpu' cannot run this: it runs on CPU tensors only, .* meta; move it"):
-        selective_scan(**given, backend="cpu")
+    assert "it runs on CPU tensors only, the tensor is on meta; move it" in str(cpu.unusable(given["u"]))
+    with pytest.raises(ScanBackendError, match=r"'mamba_ssm' cannot run this: it runs on CUDA only, .* meta; move it"):
+        selective_scan(**given, backend="mamba_ssm")
     with pytest.raises(ScanBackendError, match=r"'mamba_ssm' cannot run this: it runs on CUDA only, .* cpu; move it"):
         selective_scan(**arguments(), backend="mamba_ssm")
 
@@ -123,7 +156,7 @@ def test_auto_passes_over_what_cannot(monkeypatch: pytest.MonkeyPatch, calls: li
 
 
 def test_a_failing_kernel_is_not_retried_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **more: Any) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(cpu, "forward", fail)
@@ -145,6 +178,21 @@ def test_numba_that_cannot_be_imported_is_a_reason(monkeypatch: pytest.MonkeyPat
     assert "numba cannot be imported" in str(cpu.unusable())
     y = selective_scan(**arguments())
     assert isinstance(y, torch.Tensor)
+
+
+def test_numba_without_its_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch, calls: list[str]) -> None:
+    monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
+    assert "NUMBA_DISABLE_JIT is set" in str(cpu.unusable())
+    selective_scan(**arguments())
+    assert calls == ["eager"]
+
+
+def test_every_backend_declares_what_it_can() -> None:
+    for name, module in operator.MODULES.items():
+        assert module.ABILITIES.dtypes[0] == torch.float32, name
+        assert callable(module.unusable), name
+        assert (name in operator.KERNELS) != (name in operator.PLAIN), name
+    assert [name for name, module in operator.MODULES.items() if module.ABILITIES.transforms] == ["eager", "reference"]
 
 
 # ----------------------------------------------------------------------------------------------------------- mamba-ssm
@@ -183,10 +231,11 @@ def test_a_broken_triton_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mamba_ssm_refuses_what_it_does_not_know() -> None:
-    assert mamba_ssm.refuses(16, False, False) is None
-    assert "Euler step only" in str(mamba_ssm.refuses(16, True, False))
-    assert "initial_state" in str(mamba_ssm.refuses(16, False, True))
-    assert "256" in str(mamba_ssm.refuses(257, False, False))
+    missing = mamba_ssm.ABILITIES.missing
+    assert missing(16, False, False) is None
+    assert "Euler step only" in str(missing(16, True, False))
+    assert "initial_state" in str(missing(16, False, True))
+    assert "256" in str(missing(257, False, False))
 
 
 def test_mamba_ssm_refuses_zero_order_hold_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +291,7 @@ def test_mamba_ssm_gets_and_gives_the_right_layout(kind: str, monkeypatch: pytes
         ({"C": None}, TypeError, r"C must be a tensor \(b, g, n, l\), got NoneType"),
         ({"u": [1.0]}, TypeError, "u must be a tensor .* got list"),
         ({"A": torch.zeros(6, 3, dtype=torch.int64)}, TypeError, "A must be floating point, got torch.int64"),
-        ({"A": torch.zeros(6, 3, dtype=torch.complex64)}, TypeError, "A must be floating point, got torch.complex64"),
+        ({"A": torch.zeros(6, 3, dtype=torch.complex64)}, TypeError, "A is torch.complex64; complex numbers"),
         ({"D": torch.zeros(6, dtype=torch.float64)}, TypeError, "D is torch.float64 but u is torch.float32"),
         ({"D": torch.zeros(6, device="meta")}, ValueError, "D is on meta but u is on cpu"),
         ({"discretization": "bilinear"}, ValueError, "discretization must be 'euler' or 'zoh', got 'bilinear'"),

@@ -30,7 +30,8 @@ def given(seed: int = 0, d: int = 50) -> list[torch.Tensor]:
 
 def in_a_process(*command: str, **environment: str) -> str:
     """What `python command` says on stderr."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(deformmamba.__file__).parents[1]), **environment}
+    folders = Path(deformmamba.__file__).parents[1], Path(__file__).parents[1]  # the package, and what tests share
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), **environment}
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -63,8 +64,8 @@ def test_any_number_of_threads_agrees(images: int) -> None:
 
 def test_one_image_occupies_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[int] = []
-    share = cpu._share
-    monkeypatch.setattr(cpu, "_share", lambda *given: jobs.append(len(given[5])) or share(*given))
+    run = cpu._run_kernel
+    monkeypatch.setattr(cpu, "_run_kernel", lambda *given: jobs.append(len(given[5])) or run(*given))
     torch.set_num_threads(4)
     selective_scan_2d(*(x[:, :1] if x.ndim == 5 and x.shape[0] == 4 else x[:1] if x.ndim > 2 else x for x in given()))
     assert jobs == [4]

@@ -25,7 +25,7 @@ from deformmamba.scan import reference, selective_scan, selective_scan_2d, trito
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON = pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed, a CUDA build of torch brings it")
 
-NAMES = ("u", "delta", "A", "B", "C", "D", "bias", "state")
+NAMES = ("u", "delta", "A", "B", "C", "D", "delta_bias", "initial_state")
 
 
 def arguments(
@@ -37,7 +37,8 @@ def arguments(
     h, w = size
     make = torch.Generator().manual_seed(0)
     shapes = {"u": (b, g, r, h * w), "delta": (k, b, g, r, h * w), "A": (k, g, r, n), "B": (k, b, g, n, h * w),
-              "C": (k, b, g, n, h * w), "D": (k, g, r), "bias": (k, g, r), "state": (k, b, g, r, n)}  # fmt: skip
+              "C": (k, b, g, n, h * w), "D": (k, g, r), "delta_bias": (k, g, r),
+              "initial_state": (k, b, g, r, n)}  # fmt: skip
     given: dict[str, Any] = {name: torch.randn(shape, generator=make).to(device) for name, shape in shapes.items()}
     given["A"] = -torch.exp(given["A"])
     if not softplus:
@@ -47,8 +48,8 @@ def arguments(
         if not sequence:
             given[name] = given[name].contiguous()
     if bare:
-        given |= {"D": None, "bias": None, "state": None}
-    return {**given, "height": h, "width": w, "softplus": softplus, "zoh": False}
+        given |= {"D": None, "delta_bias": None, "initial_state": None}
+    return {**given, "height": h, "width": w, "delta_softplus": softplus, "zoh": False}
 
 
 def differences(given: dict[str, Any], seed: int = 1) -> dict[str, float]:
@@ -65,7 +66,7 @@ def differences(given: dict[str, Any], seed: int = 1) -> dict[str, float]:
     total = (exact_y * dy.double()).sum() + (exact_last * dlast.double()).sum()
     leaves = {k: exact[k] for k in NAMES if exact[k] is not None}
     wanted = dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
-    inputs = {k: x for k, x in given.items() if k != "state"}
+    inputs = {k: x for k, x in given.items() if k != "initial_state"}
     gradients = dict(zip(NAMES, triton.backward(**inputs, kept=kept, dy=dy, dlast=dlast), strict=True))
     for name in ("u", "delta", "A", "B", "C"):
         assert gradients[name].dtype == given[name].dtype
@@ -202,10 +203,10 @@ def check_small_rates_of_the_hold() -> None:
 def check_pieces_equal_the_whole() -> None:
     whole = arguments(1, 1, 1, (1, 30), 3, 2, sequence=True)
     y, last, _ = triton.forward(**whole, keep=False)
-    ys, state = [], whole["state"]
+    ys, state = [], whole["initial_state"]
     for part in (slice(0, 1), slice(1, 20), slice(20, 30)):
         steps = {k: whole[k][..., part, :] for k in ("u", "delta", "B", "C")}
-        piece = {**whole, **steps, "state": state, "width": steps["u"].shape[2]}
+        piece = {**whole, **steps, "initial_state": state, "width": steps["u"].shape[2]}
         y_piece, state, kept = triton.forward(**piece, keep=False)
         assert kept.shape[3] == 0
         ys.append(y_piece)
@@ -218,7 +219,7 @@ def check_kept_states() -> None:
     given = arguments(2, 1, 1, (20, 15), 2, 1)
     _, last, kept = triton.forward(**given, keep=True)
     assert kept.shape == (2, 1, 1, 3, 1, 2)
-    assert_close(kept[:, :, :, 0], given["state"].transpose(-1, -2))
+    assert_close(kept[:, :, :, 0], given["initial_state"].transpose(-1, -2))
     forth = {k: x[:1] if k in NAMES[1:] else x for k, x in given.items()}
     flat = {**forth, "height": 1, "width": 2 * triton.CHUNK} | {
         k: forth[k][..., : 2 * triton.CHUNK, :] for k in ("u", "delta", "B", "C")
@@ -243,7 +244,7 @@ def check_any_memory_layout() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def check_special_values_come_out_where_the_reference_lets_them(name: str) -> None:
-    for value, zoh in itertools.product((math.nan, math.inf, -math.inf), {False, name in ("delta", "A", "bias")}):
+    for value, zoh in itertools.product((math.nan, math.inf, -math.inf), {False, name in ("delta", "A", "delta_bias")}):
         if (name, value) == ("A", math.inf):
             continue  # a stretch that starts from zero meets a growth without end: 0 * inf
         given = {**arguments(1, 1, 1, (1, 40), 6, 2), "zoh": zoh}
@@ -262,7 +263,7 @@ def check_not_a_number_in_gradients() -> None:
     leaves = {k: given[k].requires_grad_() for k in ("u", "delta", "A", "B", "C")}
     exact = torch.autograd.grad((reference.scan(**given)[0] * dy).sum(), list(leaves.values()))
     given |= {k: x.detach() for k, x in leaves.items()}
-    got = triton.backward(**{k: x for k, x in given.items() if k != "state"}, kept=kept, dy=dy, dlast=0 * last)
+    got = triton.backward(**{k: x for k, x in given.items() if k != "initial_state"}, kept=kept, dy=dy, dlast=0 * last)
     for name, x, e in zip(leaves, got, exact, strict=False):
         assert x.isnan().equal(e.isnan()), name
         assert x.isnan().any(), name
@@ -276,7 +277,7 @@ def check_extremes_stay_finite() -> None:
         given["delta"].view(-1)[1::3] = -3e4
         given["A"].view(-1)[::2] = -1e6
         y, last, kept = triton.forward(**given, keep=True)
-        inputs = {k: x for k, x in given.items() if k != "state"}
+        inputs = {k: x for k, x in given.items() if k != "initial_state"}
         gradients = triton.backward(**inputs, kept=kept, dy=torch.ones_like(y), dlast=torch.ones_like(last))
         assert all(x.isfinite().all() for x in (y, last, kept, *gradients))
 
@@ -287,9 +288,9 @@ def check_empty(sizes: tuple[int, int, int]) -> None:
     given = arguments(1, b, 1, (1, length), r, 2)
     y, last, kept = triton.forward(**given, keep=True)
     assert y.shape == given["u"].shape
-    assert last.equal(given["state"])
+    assert last.equal(given["initial_state"])
     gradients = triton.backward(
-        **{k: x for k, x in given.items() if k != "state"}, kept=kept, dy=y, dlast=torch.ones_like(last)
+        **{k: x for k, x in given.items() if k != "initial_state"}, kept=kept, dy=y, dlast=torch.ones_like(last)
     )
     assert [x.shape for x in gradients] == [given[k].shape for k in NAMES]
     assert not any(x.any() for x in gradients[:-1])
@@ -340,7 +341,7 @@ def _launched(monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]) -> list[tu
         monkeypatch.setattr(triton_kernels, name, _Recorder(getattr(triton_kernels, name), launches))
     monkeypatch.setattr(triton, "_multiprocessors", lambda device: 132)
     y, last, kept = triton.forward(**given, keep=True)
-    triton.backward(**{k: x for k, x in given.items() if k != "state"}, kept=kept, dy=y, dlast=last)
+    triton.backward(**{k: x for k, x in given.items() if k != "initial_state"}, kept=kept, dy=y, dlast=last)
     return launches
 
 
@@ -436,7 +437,7 @@ def test_a_gpu_is_filled_and_nothing_left_out(monkeypatch: pytest.MonkeyPatch, i
     for channels, back in itertools.product((5, 32, 192), (False, True)):
         u = torch.empty(images, 1, length, channels, device="meta")
         A, B = torch.empty(1, 1, channels, 2, device="meta"), torch.empty(1, images, 1, length, 2, device="meta")
-        cut = triton._Walk(u, u[None], A, B, B, None, None, 1, length, True, False).cut(back=back)
+        cut = triton._Launches(u, u[None], A, B, B, None, None, 1, length, True, False).cut(back=back)
         assert cut.steps * cut.tiles * cut.splits >= length
         assert cut.steps * cut.tiles * (cut.splits - 1) < length
         programs = images * -(-channels // cut.lanes)
@@ -462,7 +463,7 @@ def test_rows_of_b_and_c_that_lie_too_far_apart_are_copied() -> None:
     u, A = torch.empty(1, 1, length, 8, device="meta"), torch.empty(1, 1, 8, n, device="meta")
     for apart, copied in ((512, False), (513, True)):
         B, C = torch.empty(1, 1, 1, length, apart, device="meta")[..., -2 * n :].split(n, -1)
-        walk = triton._Walk(u, u[None], A, B, C, None, None, 2**11, 2**11, True, False)
+        walk = triton._Launches(u, u[None], A, B, C, None, None, 2**11, 2**11, True, False)
         assert walk.B.is_contiguous() == walk.C.is_contiguous() == copied
 
 
@@ -494,6 +495,6 @@ def test_on_a_gpu(shape: Any, zoh: bool, dtype: torch.dtype) -> None:
         first, second = (triton.forward(**given, keep=True) for _ in range(2))
         assert all(x.equal(y) for x, y in zip(first, second, strict=True))
         dy, dlast = torch.randn_like(first[0]), torch.randn_like(first[1])
-        inputs = {k: x for k, x in given.items() if k != "state"}
+        inputs = {k: x for k, x in given.items() if k != "initial_state"}
         once, twice = (triton.backward(**inputs, kept=first[2], dy=dy, dlast=dlast) for _ in range(2))
         assert all(x.equal(y) for x, y in zip(once, twice, strict=True))

@@ -1,0 +1,97 @@
+"""A test for each private part of PyTorch that is used: it fails when a release of PyTorch breaks it."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+from deformmamba import torch_private
+from deformmamba.errors import UnsupportedCall
+
+
+def test_a_marked_function_is_a_constant_of_the_compiled_program() -> None:
+    calls = []
+
+    @torch_private.constant_when_compiled
+    def probe(n: int) -> int:
+        calls.append(sys.modules)  # torch.compile could not trace this
+        return n + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x * probe(2), backend="eager", fullgraph=True)
+    assert compiled(torch.ones(2)).tolist() == [3, 3]
+    assert calls
+    torch._dynamo.reset()
+
+
+def test_the_public_way_to_mark_a_function_still_imports_the_compiler() -> None:
+    """If it does not any more, `constant_when_compiled` can be replaced by it."""
+    code = "import sys, torch\ntorch.compiler.assume_constant_result(lambda: 1)\nassert 'torch._dynamo' in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own, in its forward mode
+def test_transforms_are_seen() -> None:
+    seen = []
+
+    def watch(x: torch.Tensor) -> torch.Tensor:
+        seen.append((torch_private.differentiates_by_transform(), torch_private.transforms_are_active()))
+        return x.square().sum()
+
+    x = torch.ones(3)
+    watch(x)
+    torch.func.grad(watch)(x)
+    torch.func.jvp(watch, (x,), (x,))
+    torch.func.vmap(watch)(x[None])
+    with forward_ad.dual_level():
+        watch(forward_ad.make_dual(x, x))
+    assert seen == [(False, False), (True, True), (True, True), (False, True), (True, False)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU OpenMP comes with PyTorch on Linux")
+def test_pytorch_brings_gnu_openmp_and_it_runs_our_function() -> None:
+    torch.ones(1 << 20).add_(1)
+    region = torch_private.gomp_parallel()
+    if region is None:
+        pytest.skip("this PyTorch has another OpenMP")
+    threads = []
+    region(torch_private.PARALLEL_REGION(lambda _: threads.append(threading.get_ident())), None, 2, 0)
+    assert 1 <= len(threads) <= 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has huge pages by madvise")
+def test_a_large_tensor_can_be_written_after_asking_for_huge_pages() -> None:
+    tensor = torch.empty(1 << 20)
+    assert torch_private.with_huge_pages(tensor, smallest=1) is tensor
+    assert tensor.fill_(3).sum() == 3 << 20
+
+
+def test_registration_is_counted_in_this_thread_and_only_in_the_block() -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))  # 4 parameters, 3 buffers, 2 modules
+
+    with torch_private.limited_registration(parameters=4, buffers=3, modules=2):
+        build()
+        other = threading.Thread(target=build)
+        other.start()
+        other.join()
+    for what, limit in (("parameters", 3), ("buffers", 2), ("modules", 1)):
+        with (
+            pytest.raises(ValueError, match=f"more than {limit} {what}"),
+            torch_private.limited_registration(**{what: limit}),
+        ):
+            build()
+    build()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # the function is deprecated
+def test_scripting_is_refused_by_a_module_inside_a_module() -> None:
+    class Ours(torch_private.NotScriptable, nn.Module):
+        pass
+
+    with pytest.raises(UnsupportedCall, match=r"^Ours: torch.jit.script does not support it; use torch.export.export"):
+        torch.jit.script(nn.Sequential(nn.Linear(2, 2), Ours()))
