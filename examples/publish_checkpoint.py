@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--machine", required=True, help="what it was trained on")
     parser.add_argument("--hours", type=float, required=True, help="how long")
     parser.add_argument("--meant-for", default="", help="anatomy, contrast and voxel sizes, in a line (as before)")
+    parser.add_argument("--slices", type=int, default=8, help="from the middle of each volume, for the assessment")
     parser.add_argument("--summary", default="", help="what it is for, in a sentence (default: as before)")
     parser.add_argument("--license", default="", help="of the weights (default: as before)")
     parser.add_argument("--limits", required=True, help="what it was not trained or measured for; look at its numbers")
@@ -174,7 +175,7 @@ def main() -> None:
     scored = score(published, kept_aside, groups)
     log(scored["scores"], args.name, sha256)
     log([{**row, "protocol": f"volume, {row['subject']}"} for row in scored["by_subject"]], args.name, sha256)
-    assessment = assess(published, kept_aside, groups=groups)
+    assessment = assess(published, kept_aside, groups=groups, slices=args.slices)
     log(as_logged(assessment, groups), args.name, sha256)
     print(tables(assessment))
     manifest_path = ROOT / "weights_manifest.json"

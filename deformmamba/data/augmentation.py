@@ -84,8 +84,8 @@ def map_magnitude(image: torch.Tensor, curve: Callable[[torch.Tensor], torch.Ten
 def bright_markers(size: tuple[int, int], rng: np.random.Generator) -> torch.Tensor:
     """(H, W): Gaussian spots, 2 to 20 times as bright as bright tissue, on 0.05 to 0.5 % of the pixels, else zero.
 
-    Spots with a deviation below 2.5 pixels are at most 5 times as bright: in the LR image sharper ones would be
-    ringing above all.
+    At least one spot, with a deviation of 1 to 5 pixels: on a small image it may cover more. Spots with a deviation
+    below 2.5 pixels are at most 5 times as bright: in the LR image sharper ones would be ringing above all.
     """
     h, w = size
     image = torch.zeros(size)

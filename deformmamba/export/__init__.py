@@ -23,7 +23,6 @@ from deformmamba import __version__
 from deformmamba.atomic import renamed
 from deformmamba.errors import DeformMambaError
 from deformmamba.models import SRModel
-from deformmamba.physics.kspace import zero_fill
 from deformmamba.scan import scan_backend
 from deformmamba.scan.reference import discretize, step_sizes
 
@@ -65,7 +64,7 @@ def export(
     """Writes the model to a file, runs the file on a real image, compares with the model, and keeps it if they agree.
 
     The file takes `lr` (b, c, h, w) and gives `sr` (b, c, scale * h, scale * w), float32. A model with a global skip
-    takes `base` (b, c, scale * h, scale * w) too, the zero-filled WHOLE slice (`deformmamba.zero_fill(lr, scale)`, a
+    takes `base` (b, c, scale * h, scale * w) too, the zero-filled WHOLE slice (`model.whole_slice(lr)["base"]`, a
     Fourier transform, which stays outside the file; see `DeformMambaSR.forward`).
 
     Args:
@@ -110,10 +109,16 @@ def export(
 def _facts(model: SRModel, size: tuple[int, int] | None, smallest: int) -> dict[str, str]:
     """Strings, as ONNX metadata wants; what is no string is JSON."""
     scaled = f"(b, c, {model.scale} * h, {model.scale} * w)"
-    inputs = {"lr": f"float32 (b, c, h, w) of about [0, 1]: divide by the intensity {model.intensity} of the LR volume"}
+    units = f"of about [0, 1]: divide by the intensity {model.intensity} of the LR volume"
+    inputs = {"lr": f"float32 (b, c, h, w) {'of any intensity' if model.any_intensity else units}"}
     if _takes_base(model):
         inputs["base"] = (
             f"float32 {scaled}: lr of the whole slice, zero-filled in k-space to {model.scale} times its size"
+            + (
+                " after its edges, see deformmamba.physics.edges"
+                if getattr(model, "skip", "") == "zero-fill-edges"
+                else ""
+            )
         )
     return {
         "producer": f"deformmamba {__version__}, torch {torch.__version__}",
@@ -150,7 +155,7 @@ def _inputs(model: SRModel, h: int, w: int, batch: int) -> dict[str, Tensor]:
     cut = slices[:, :, top : top + h, left : left + w]
     missing = [(0, 0), (0, 0), (0, h - cut.shape[2]), (0, w - cut.shape[3])]
     lr = torch.from_numpy(np.pad(cut, missing, mode="symmetric").astype(np.float32)).repeat(1, channels, 1, 1)
-    return {"lr": lr, "base": zero_fill(lr, model.scale)} if _takes_base(model) else {"lr": lr}
+    return {"lr": lr, "base": model.whole_slice(lr)["base"]} if _takes_base(model) else {"lr": lr}
 
 
 def _program(model: SRModel, inputs: dict[str, Tensor], smallest: int | None) -> torch.export.ExportedProgram:
