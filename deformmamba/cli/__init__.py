@@ -23,6 +23,7 @@ from deformmamba import __version__
 from deformmamba.cli import (
     backends,
     benchmark,
+    bids,
     degrade,
     demo,
     evaluate,
@@ -38,7 +39,21 @@ from deformmamba.cli.arguments import Parser, add_common, printable, quiet_if, r
 from deformmamba.cli.cores import use_threads
 from deformmamba.errors import DeformMambaError
 
-COMMANDS = (upscale, isotropic, degrade, inspect, prepare, evaluate, benchmark, train, weights, backends, export, demo)
+COMMANDS = (
+    upscale,
+    bids,
+    isotropic,
+    degrade,
+    inspect,
+    prepare,
+    evaluate,
+    benchmark,
+    train,
+    weights,
+    backends,
+    export,
+    demo,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

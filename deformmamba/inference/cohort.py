@@ -71,6 +71,7 @@ def upscale_cohort(
     dtype: str | None = None,
     effective: bool = False,
     told: Callable[[Outcome], None] | None = None,
+    only: Callable[[Path], bool] | None = None,
     **settings: Any,
 ) -> list[Outcome]:
     """Upscale every scan below `source` into the same places below `target`.
@@ -91,6 +92,7 @@ def upscale_cohort(
         target: the output folder; made if it is not there.
         volume, dtype, effective, settings: as `inference.upscale_file`.
         told: called with each outcome as it comes.
+        only: of a scan's path relative to `source`, whether to upscale it; None: all.
 
     Returns:
         The outcomes of this process, by source.
@@ -112,7 +114,7 @@ def upscale_cohort(
     def make(scan: Path, output: Path) -> tuple[str, dict[str, Any]]:
         return upscale_file(model, scan, output, **reading, **asdict(chosen)).remark, {}  # type: ignore[arg-type]
 
-    return run_cohort(source, target, "sr", made_by, make, told)
+    return run_cohort(source, target, "sr", made_by, make, told, only)
 
 
 def describe_weights(model: "SRModel") -> dict[str, Any]:
@@ -131,11 +133,12 @@ def run_cohort(
     made_by: Mapping[str, Any],
     make: Callable[[Path, Path], tuple[str, dict[str, Any]]],
     told: Callable[[Outcome], None] | None = None,
+    only: Callable[[Path], bool] | None = None,
 ) -> list[Outcome]:
     """What `upscale_cohort` does, with any function from scan to scan.
 
     Args:
-        source, target, told: as `upscale_cohort`.
+        source, target, told, only: as `upscale_cohort`.
         kind: one of `KINDS`, for names and descriptions.
         made_by: what the outputs depend on, as JSON can hold it; another one makes them again.
         make: from the paths of a scan and of its output; writes the output and returns a remark and further facts for
@@ -144,6 +147,11 @@ def run_cohort(
     source, target = Path(source), Path(target)
     rank, world = processes(os.environ)
     tasks, refused = _tasks(source, target, kind)
+    if only is not None:
+        tasks = [task for task in tasks if only(task.name)]
+        refused = [outcome for outcome in refused if only(Path(outcome.source))]
+        if not tasks and not refused:
+            raise VolumeError(f"{source}: holds no scan of those that were asked for")
     if not tasks and not refused:
         raise VolumeError(f"{source}: holds no scan; wanted .nii, .nii.gz, .mgh, .mgz or folders of DICOM files")
     try:
