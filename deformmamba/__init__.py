@@ -46,6 +46,7 @@ _HOME = {
     "upscale_file": "inference",
     "upscale_with_uncertainty": "inference",
     "upscale_cohort": "inference.cohort",
+    "isotropic": "inference.isotropic",
     "WeightsError": "weights",
     "list_weights": "weights",
     "fit": "training",
@@ -62,6 +63,7 @@ if TYPE_CHECKING:  # `as`: for type checkers, an import under its own name is an
     from deformmamba.inference import upscale_file as upscale_file
     from deformmamba.inference import upscale_with_uncertainty as upscale_with_uncertainty
     from deformmamba.inference.cohort import upscale_cohort as upscale_cohort
+    from deformmamba.inference.isotropic import isotropic as isotropic
     from deformmamba.layers import SS2D as SS2D
     from deformmamba.layers import DeformMambaBlock as DeformMambaBlock
     from deformmamba.layers import ModulatedDeformBlock as ModulatedDeformBlock

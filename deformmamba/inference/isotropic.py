@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from deformmamba.data.thick_slices import EMPTY, n_slices, robust_range, thick_matrix
 from deformmamba.errors import InvalidArgument, shown
 from deformmamba.inference.inputs import check_voxels, opened
+from deformmamba.inference.networks import network as known
 from deformmamba.inference.provenance import weights_hash, weights_name
 from deformmamba.inference.settings import Settings
 from deformmamba.metrics import psnr, ssim
@@ -278,9 +279,7 @@ def loaded(model: "str | os.PathLike[str] | SRModel", device: str | torch.device
         InvalidArgument: weights that change the size of an image.
     """
 
-    from deformmamba.models import from_pretrained
-
-    network = from_pretrained(model) if isinstance(model, (str, os.PathLike)) else model
+    network: SRModel = known(model)
     if network.scale != 1:
         name = weights_name(network) or type(network).__name__
         raise InvalidArgument(

@@ -156,6 +156,10 @@ class Upscaling:
 
     def __init__(self, model: "SRModel | nn.Module | PathLike", volume: Volume, settings: Settings) -> None:
         found: SRModel = network(model)
+        if found.provenance.get("recipe", {}).get("data", {}).get("kind") == "thick":
+            raise InvalidArgument(
+                "these weights are for the slice direction and make no slice finer; use deformmamba isotropic"
+            )
         self._dtype = check_precision(found)
         if settings.device is not None:
             check_device(settings.device)
