@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deformmamba.errors import InvalidArgument
-from deformmamba.tensors import without_autocast
+from deformmamba.tensors import overridable, without_autocast
 
 EDGE_KERNELS = (
     ((0.0, -1.0, 0.0), (-1.0, 4.0, -1.0), (0.0, -1.0, 0.0)),  # E1: 4-neighbour Laplacian
@@ -15,11 +15,22 @@ EDGE_KERNELS = (
 
 
 def _check_pair(name: str, sr: torch.Tensor, hr: torch.Tensor) -> None:
+    if isinstance(sr, torch.fx.Proxy):  # a symbolic trace has no shapes
+        return
     if sr.shape != hr.shape or sr.ndim != 4 or not (sr.is_floating_point() and hr.is_floating_point()):
         raise InvalidArgument(
             f"{name}: sr is {sr.dtype} {tuple(sr.shape)} and hr {hr.dtype} {tuple(hr.shape)}; "
             "both must be floating point (batch, channel, height, width) of one shape"
         )
+
+
+@overridable
+def edge_energy(difference: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+    """The sum over kernels (n, 1, 3, 3) of the mean square of `difference` (b, c, h, w) filtered with each."""
+    padded = F.pad(difference.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
+    with without_autocast(padded.device.type):  # a bf16 Laplacian of a small difference is noise
+        edges = F.conv2d(padded, kernels.to(padded.dtype))
+    return edges.to(torch.promote_types(edges.dtype, torch.float32)).square().mean() * len(kernels)
 
 
 class ContrastiveEdgeLoss(nn.Module):
@@ -43,10 +54,7 @@ class ContrastiveEdgeLoss(nn.Module):
 
     def forward(self, sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
         _check_pair("ContrastiveEdgeLoss", sr, hr)
-        difference = F.pad((sr - hr).flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
-        with without_autocast(difference.device.type):  # a bf16 Laplacian of a small difference is noise
-            edges = F.conv2d(difference, self.kernels.to(difference.dtype))
-        return edges.to(torch.promote_types(edges.dtype, torch.float32)).square().mean() * len(self.kernels)
+        return edge_energy(sr - hr, self.kernels)
 
 
 class SRLoss(nn.Module):

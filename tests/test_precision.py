@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import assert_close
 from torch import nn
 
+from deformmamba.errors import UnsupportedCall
 from deformmamba.export import portable_program
 from deformmamba.layers import SS2D, DeformMambaBlock, ModulatedDeformBlock, MultiViewContext, VisionMambaBlock
 from deformmamba.losses import ContrastiveEdgeLoss, SRLoss
@@ -164,6 +166,94 @@ def double_backward_eager(name: str) -> None:
         double_backward(name, "cpu")
 
 
+def traced(name: str) -> None:
+    block = make(name).eval()
+    program = torch.jit.trace(block, inputs(name), check_trace=False)
+    for size in ((9, 4), (5, 6)):
+        xs = inputs(name, *size)
+        torch.testing.assert_close(program(*xs), block(*xs))
+
+
+def trace_refused(name: str) -> None:
+    with pytest.raises(UnsupportedCall, match=r"torch\.jit\.trace .*torch\.export"):
+        torch.jit.trace(make(name).eval(), inputs(name))
+
+
+def fx(name: str) -> None:
+    block = make(name).eval()
+    network = nn.Sequential(nn.Identity(), block) if name != "ContrastiveEdgeLoss" else block
+    for program in (torch.fx.symbolic_trace(block), torch.fx.symbolic_trace(network)):
+        for size in ((6, 5), (9, 4)):
+            xs = inputs(name, *size)
+            torch.testing.assert_close(program(*xs), block(*xs), rtol=0, atol=0)
+
+
+def fx_refused(name: str) -> None:
+    with pytest.raises(TypeError, match="must be a floating-point tensor, not Proxy"):
+        torch.fx.symbolic_trace(make(name).eval())
+
+
+def fsdp(name: str) -> None:
+    """One process is enough: parameters are sharded, gathered for each pass, and freed again."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    block, sharded = make(name), make(name)
+    xs = inputs(name)
+    wanted = value_and_gradients(block, xs, list(block.parameters()))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        for _ in range(2):
+            sharded.zero_grad()
+            y = sharded(*xs)
+            y.square().mean().backward()
+        found = [y, *(p.grad.full_tensor() for p in sharded.parameters())]
+        assert_close(found, [wanted[0], *wanted[1 + len(xs) :]])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def none_to_shard(name: str) -> None:
+    assert not list(make(name).parameters())
+
+
+class MetaTensor(torch.Tensor):
+    """As MONAI's: results are of this class, and `new_empty` takes the sizes as one tuple."""
+
+    def new_empty(self, size: Any, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> Any:
+        return torch.empty(size, dtype=dtype or self.dtype, device=device or self.device).as_subclass(type(self))
+
+
+def metatensor(name: str) -> None:
+    block, xs = make(name), inputs(name)
+    given = [x.clone().requires_grad_() for x in xs]
+    y = block(*(x.as_subclass(MetaTensor) for x in given))
+    assert type(y) is MetaTensor
+    y.square().mean().backward()
+    found = [y.as_subclass(torch.Tensor), *(x.grad for x in (*given, *block.parameters()))]
+    assert_close(found, value_and_gradients(block, xs, list(block.parameters())))
+
+
+def meta_device(name: str) -> None:
+    block, xs = make(name), inputs(name)
+    y = block.to("meta")(*(x.to("meta").requires_grad_() for x in xs))
+    assert y.is_meta
+    assert y.shape == make(name)(*xs).shape
+    y.square().mean().backward()
+
+
+def vmapped(name: str) -> None:
+    block, (x, *rest) = make(name), inputs(name, 4, 4, b=1)
+
+    def rows(x: torch.Tensor) -> torch.Tensor:
+        y = block(x, *rest)
+        return y.sum((0, 1, 3)) if y.ndim else y[None]
+
+    one_by_one = torch.autograd.functional.jacobian(rows, x)
+    assert_close(torch.autograd.functional.jacobian(rows, x, vectorize=True), one_by_one)
+
+
 # (column, cell): what tries it, and whether it is slow
 CHECKS: dict[tuple[str, str], tuple[Callable[[str], None], bool]] = {
     ("fp32", "yes"): (fp32, False),
@@ -175,6 +265,15 @@ CHECKS: dict[tuple[str, str], tuple[Callable[[str], None], bool]] = {
     ("ONNX", "yes"): (onnx, True),
     ("double backward", "yes"): (double_backward, False),
     ("double backward", "eager scan"): (double_backward_eager, False),
+    ("jit.trace", "yes"): (traced, False),
+    ("jit.trace", "refused"): (trace_refused, False),
+    ("fx", "yes"): (fx, False),
+    ("fx", "refused"): (fx_refused, False),
+    ("FSDP", "yes"): (fsdp, True),
+    ("FSDP", "no parameters"): (none_to_shard, False),
+    ("MetaTensor", "yes"): (metatensor, False),
+    ("meta device", "yes"): (meta_device, False),
+    ("vmap", "yes"): (vmapped, False),
 }
 
 

@@ -14,6 +14,7 @@ def add(commands: Any) -> None:
 
 def _backends(args: argparse.Namespace) -> None:
     from deformmamba.scan import backend_report
+    from deformmamba.threads import environment_warnings
 
     rows = backend_report()
     if args.json:
@@ -22,3 +23,5 @@ def _backends(args: argparse.Namespace) -> None:
         return
     for name, usable, why, cure in rows:
         tell(f"{name:12} {'yes' if usable else 'no':4} {why}{f'; {cure}' if cure else ''}")
+    for line in environment_warnings():
+        tell(f"warning: {line}")

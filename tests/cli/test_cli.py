@@ -218,6 +218,14 @@ def test_backends(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(row["usable"] == (not row["why"]) == (not row["cure"]) for row in rows)
 
 
+def test_backends_names_settings_that_break_pytorch(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_THREAD_LIMIT", "1")
+    assert main(["backends"]) == 0
+    assert "warning: OMP_THREAD_LIMIT=1: OpenMP may start fewer threads" in capsys.readouterr().out
+
+
 def test_demo(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "look here" / "é"
     assert main(["demo", "-o", str(folder), "--model", weights, "--device", "cpu"]) == 0
