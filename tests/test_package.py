@@ -343,10 +343,8 @@ def test_workflows_and_hooks_call_what_make_check_calls() -> None:
     make = (ROOT / "Makefile").read_text("utf-8")
     recipe = make.split("\nlint:")[1].split("\n\n")[0]
     assert "\ncheck: lint test" in make
-    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
-        steps = [step for job in yaml.safe_load(path.read_text("utf-8"))["jobs"].values() for step in job["steps"]]
-        commands = [step["run"] for step in steps if "run" in step]
-        assert any(command.startswith("make check") for command in commands), path
+    check = yaml.safe_load((ROOT / ".github" / "workflows" / "check.yml").read_text("utf-8"))["jobs"]["check"]
+    assert any(step.get("run", "").startswith("make check") for step in check["steps"])
     matrix = yaml.safe_load((ROOT / ".github/workflows/check.yml").read_text("utf-8"))["jobs"]["check"]["strategy"]
     assert matrix["matrix"]["python"] == list(PYTHONS)
     for repository in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))["repos"]:

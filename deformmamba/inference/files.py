@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -149,6 +149,18 @@ def _write(
     return kept
 
 
+def _reserve(file: IO[bytes], n_bytes: int) -> None:
+    """Takes room on the disk for `n_bytes` of an empty file; OSError if there is none."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, n_bytes)
+        return
+    # macOS and Windows: written zeros take the room as well
+    zeros = bytes(1 << 20)
+    for start in range(0, n_bytes, len(zeros)):
+        file.write(zeros[: n_bytes - start])
+    file.flush()
+
+
 @contextmanager
 def _room(report: PathLike, job: Upscaling) -> Iterator[np.ndarray]:
     """An array for the result in a file without a name beside `report`, gone with the process."""
@@ -156,7 +168,7 @@ def _room(report: PathLike, job: Upscaling) -> Iterator[np.ndarray]:
         try:
             file = stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(report))))
             # now: a disk that is full when a mapped page is written kills the process
-            os.posix_fallocate(file.fileno(), 0, 4 * math.prod(job.shape))
+            _reserve(file, 4 * math.prod(job.shape))
         except OSError as error:
             raise VolumeError(f"{report}: no room beside it: {error.strerror or type(error).__name__}") from error
         h, w = (job.shape[a] for a in in_plane(job.axis))

@@ -250,7 +250,15 @@ class Kept:
     def _read(self, shape: tuple[int, int], start: int) -> np.ndarray:
         """Columns of a slice, counted through all slices from `start`."""
         columns = np.empty(shape, self._dtype)
-        if os.preadv(self._file.fileno(), [columns.data], start * shape[1] * columns.itemsize) != columns.nbytes:
+        offset = start * shape[1] * columns.itemsize
+        if hasattr(os, "preadv"):
+            n_read = os.preadv(self._file.fileno(), [columns.data], offset)
+        else:  # Windows
+            before = self._file.tell()
+            self._file.seek(offset)
+            n_read = self._file.readinto(columns.data)
+            self._file.seek(before)
+        if n_read != columns.nbytes:
             raise OSError(errno.EIO, "the temporary file is shorter than what was written to it")
         return columns
 
