@@ -65,7 +65,7 @@ def score(model: SRModel, scans: list[Scan], groups: list[str] | None) -> dict[s
         for subject in sorted({scan.subject for scan in chosen}) if groups is None or group in groups else ():
             mine = [row for row in own if row["subject"] == subject]
             theirs = {name: [row for row in rows if row["subject"] == subject] for name, rows in compared.items()}
-            facts = {"subject": subject, "group": group, "slices": sum(row["slices"] for row in mine)}
+            facts = {"split": split, "subject": subject, "group": group, "slices": sum(row["slices"] for row in mine)}
             people.append({**facts, **_scores(mine, theirs)})
     return {"scores": table, "by_subject": people}
 

@@ -49,14 +49,19 @@ def test_the_entry_is_true_of_the_file(entry, model):
     assert model.provenance["trained_on"] == entry["trained_on"]
 
 
-def test_the_card_says_what_it_was_trained_on_and_that_it_was_not_ixi(entry):
+def test_the_card_says_what_it_was_trained_on_and_whether_ixi_was_among_it(entry):
     text = card(entry)
     for source in entry["trained_on"]:
         assert source["source"] in text
         assert source["licence"] in text
         assert "NC" not in source["licence"]  # a published checkpoint must not be trained on non-commercial data
-    if entry["name"].startswith("ixi"):
+    if any("IXI" in source["source"] for source in entry["trained_on"]):
+        assert entry["license"] == "cc-by-sa-4.0"  # what IXI's CC BY-SA 3.0 asks of what is made of it
+        assert "brain-development.org" in text
+    else:
         assert "not trained on IXI" in text
+    assert text.split(f"# {entry['name']}\n\n")[1].startswith("For: ")
+    assert max(line.count(" | ") for line in text.splitlines() if line.startswith("|")) <= 6  # seven columns
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 13), (64, 64)])
