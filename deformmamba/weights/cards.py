@@ -51,6 +51,11 @@ _MERGED = {
 _DECIMALS = {"psnr": 2, "ssim": 3, "nmse": 4, "recovered": 2, "invented": 2}
 # columns that the card leaves to the manifest
 _LEFT_OUT = ("nmse_sd_over_slices", "recovered_sd")
+# what sources of training data ask to be said, by a part of their name
+_ACKNOWLEDGED = {
+    "IXI": "IXI data set, brain-development.org, CC BY-SA 3.0.",
+    "TCGA": "The results are in part based upon data of the TCGA Research Network (cancer.gov/tcga).",
+}
 # what has a place of its own in a card; anything else is a line under "Facts"
 _PLACED = ("name", "meant_for", "summary", "license", "repo", "revision", "intended_use", "limits", *TABLES)
 
@@ -88,6 +93,7 @@ def card(entry: Mapping[str, Any]) -> str:
         "",
         str(entry.get("intended_use") or _USE),
         *(["", f"Limits: {entry['limits']}"] if entry.get("limits") else []),
+        *_acknowledgements(entry.get("trained_on") or []),
         "",
         "## Facts",
         "",
@@ -99,6 +105,13 @@ def card(entry: Mapping[str, Any]) -> str:
     if "file" in entry and not repo:
         lines.append("- **source**: the file rides in the package; there is no repository on the Hub")
     return "\n".join(lines) + "\n" + tables(entry)
+
+
+def _acknowledgements(trained_on: Sequence[Any]) -> list[str]:
+    """Lines with what the sources of the training data ask to be said."""
+    sources = " ".join(str(row.get("source")) for row in trained_on if isinstance(row, Mapping))
+    asked = [text for name, text in _ACKNOWLEDGED.items() if name in sources]
+    return ["", f"Acknowledgements: {' '.join(asked)}"] if asked else []
 
 
 def tables(entry: Mapping[str, Any]) -> str:
