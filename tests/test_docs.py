@@ -33,6 +33,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phantom: np.ndarray)
     (tmp_path / "scans").mkdir()
     for path in (tmp_path / "scan.nii.gz", tmp_path / "scans" / "one.nii.gz"):
         nibabel.save(nibabel.Nifti1Image(phantom[:24, :20, :2], np.diag([3.6, 3.6, 5, 1])), path)
+    rows = np.linspace(-0.5, 3.5, 10)  # thick slices, no two alike
+    thick = np.stack([phantom[:24, :20, 2] * (1 + 0.1 * np.sin(z)) for z in rows], axis=2)
+    nibabel.save(nibabel.Nifti1Image(thick, np.diag([1, 1, 4, 1])), tmp_path / "thick.nii.gz")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -50,10 +53,14 @@ COMMANDS = [
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=lambda text: text)
 def test_commands_run(page: str, line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(line)[1:]
-    if words[0] in (
-        "train",
-        "demo",
-        "benchmark",
+    if (
+        words[0]
+        in (
+            "train",
+            "demo",
+            "benchmark",
+        )
+        or "--adapt" in words
     ):  # hours, or minutes; that they are spelled right is seen without running them
         monkeypatch.setattr("sys.stderr", sys.stdout)
         assert _parser().parse_args(words)
