@@ -1,25 +1,41 @@
 """From file to file: read a scan, upscale it, write the result, and describe it in a report."""
 
+import itertools
 import math
 import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import IO, TYPE_CHECKING, Any
+from functools import partial as partial_of
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from deformmamba.inference.effective import to_effective
 from deformmamba.inference.networks import network
-from deformmamba.inference.provenance import derivation, report_facts
+from deformmamba.inference.progress import Progress
+from deformmamba.inference.provenance import derivation, report_facts, write_sidecar
 from deformmamba.inference.settings import Settings
 from deformmamba.inference.upscaling import Upscaling
 from deformmamba.pictures.report import SUFFIXES as REPORT_SUFFIXES
 from deformmamba.pictures.report import write_report
-from deformmamba.volume import PathLike, Volume, VolumeError, check_output, in_plane, read_volume, writing
+from deformmamba.volume import (
+    NIFTI_SUFFIXES,
+    ChoiceNeeded,
+    PathLike,
+    Volume,
+    VolumeError,
+    check_output,
+    count_volumes,
+    in_plane,
+    no_scan,
+    read_volume,
+    read_volumes,
+    writing,
+)
 from deformmamba.volume.inspection import effective_matrix, spacing_remark
 
 if TYPE_CHECKING:
@@ -42,6 +58,9 @@ class Upscaled:
         remark: the scan's pixel size beside those that the weights were trained on, see `inspection.spacing_remark`.
         seconds: from the first slice to the whole file, without the report.
         settings: the settings of `upscale`, with defaults filled in.
+        n_volumes: how many volumes the output holds.
+        cautions: why the result may be worse than reported, a sentence each.
+        made_by: what stands in the output's header.
     """
 
     source: Volume
@@ -52,36 +71,51 @@ class Upscaled:
     remark: str
     seconds: float
     settings: Settings
+    n_volumes: int = 1
+    cautions: tuple[str, ...] = ()
+    made_by: str = ""
 
 
 def upscale_file(
-    model: "SRModel",
+    model: "SRModel | PathLike",
     source: PathLike,
     target: PathLike,
     *,
     volume: int | None = None,
     series: int | str | None = None,
+    stack: int | None = None,
+    nan: Literal["refuse", "zero"] = "refuse",
+    partial: bool = False,
+    as_image: bool = False,
     dtype: str | None = None,
     uncertainty: PathLike | None = None,
     report: PathLike | None = None,
+    sidecar: bool = True,
     effective: bool = False,
     keep: Callable[[int], Container[int]] = lambda n: (),
+    started: Callable[[Upscaling, int], None] = lambda job, n_volumes: None,
     **settings: Any,
 ) -> Upscaled:
     """Read `source`, upscale it, write `target`.
 
-    Slices are written as they are made, so that only the input is in memory, never the output. `target` appears when
-    it is complete.
+    Slices are written as they are made, so that only the input is in memory, never the output; of a 4-D scan only one
+    volume. `target` appears when it is complete. Model, version, hash and warnings stand in NIfTI's `descrip`, in
+    DICOM's DerivationDescription, and in a JSON file of the same name beside a NIfTI or MGH output.
 
     Args:
-        model: any SRModel.
-        source, volume, series: as `read_volume`.
+        model: any SRModel, or the name of weights.
+        source, volume, series, stack, nan, partial: as `read_volume`; but a source of several volumes without `volume`
+            gives them all, in one 4-D NIfTI file.
         target, dtype: as `volume.writing`; a scan that came as DICOM can be written as DICOM.
+        as_image: also take what `volume.not_a_scan` says is no scan: a mask, a phase image, an output of this package.
         uncertainty: another file, for the second result of `upscale_with_uncertainty`; turns the ensemble on.
-        report: .html, a page for visual checks, see `report.write_report`. Needs disk space for the output in float32
-            beside it, until the page is written.
+        report: .html, a page for visual checks, see `report.write_report`; of a 4-D scan its first volume. Needs disk
+            space for the output in float32 beside it, until the page is written.
+        sidecar: write the JSON file. One that this package did not write is left as it is.
         effective: start from the matrix that k-space fills, see `to_effective`.
-        keep: gets the number of slices and returns the indices to keep in memory, for pictures: `Upscaled.kept`.
+        keep: gets the number of slices and returns the indices to keep in memory, for pictures: `Upscaled.kept`; of a
+            4-D scan its first volume.
+        started: called with the job and the number of volumes before anything is computed.
         settings: as `upscale`.
 
     Raises:
@@ -90,62 +124,99 @@ def upscale_file(
         ValueError: as `upscale`.
     """
     chosen = Settings(**settings)
-    model = network(model)
+    found: SRModel = network(model)
     named = [path for path in (source, target, uncertainty, report) if path is not None]
     if len({os.path.realpath(path) for path in named}) < len(named):
         raise VolumeError(f"{target}: is the input itself, or two outputs have one name; nothing is overwritten")
     if report is not None:
         check_output(report, REPORT_SUFFIXES)
-    scan = read_volume(source, volume=volume, series=series)
+    scans, n_volumes = _scans(
+        source, target, volume, {"series": series, "stack": stack, "nan": nan, "partial": partial}
+    )
+    scan = next(scans)
+    if not as_image and (reason := no_scan(source, scan)):
+        raise VolumeError(f"{source}: {reason}; as_image=True (--as-image) upscales it all the same")
     check_output(target, source=scan, dtype=dtype)
     if uncertainty is not None:
         check_output(uncertainty, source=scan)
         chosen = replace(chosen, ensemble=True)
-    if effective:
-        scan = to_effective(scan, axis=chosen.axis)
-    job = Upscaling(model, scan, chosen)
+    prepared = partial_of(to_effective, axis=chosen.axis) if effective else (lambda one: one)
+    scan = prepared(scan)
+    job = Upscaling(found, scan, chosen)
     if not effective:
         _warn_if_filled(scan, job.axis)
+    started(job, n_volumes)
     start = time.perf_counter()
+    made_by = derivation(found, far=bool(job.cautions))
     outputs = [(target, dtype)] if uncertainty is None else [(target, dtype), (uncertainty, None)]
     with ExitStack() as until_reported:
         pages = [until_reported.enter_context(_room(report, job)) for _ in outputs] if report is not None else []
-        kept = _write(job, outputs, derivation(model), pages, keep(scan.array.shape[job.axis]))
+        jobs = itertools.chain([job], (Upscaling(found, prepared(one), chosen, warn=False) for one in scans))
+        kept = _write(jobs, n_volumes, job, outputs, made_by, pages, keep(scan.array.shape[job.axis]))
         seconds = time.perf_counter() - start
         if report is not None:
             after, *spread = (replace(job.place, array=page) for page in pages)
-            facts = report_facts(model, job.settings, seconds, effective)
+            facts = report_facts(found, job.settings, seconds, effective)
             deviation = spread[0] if spread else None
-            write_report(report, scan, after, axis=job.axis, grid=model.grid, facts=facts, uncertainty=deviation)
-    remark = spacing_remark(model, scan, job.axis)
-    return Upscaled(scan, job.place, job.shape, job.axis, kept, remark, seconds, job.settings)
+            write_report(
+                report, scan, after, axis=job.axis, grid=found.grid, facts=facts, uncertainty=deviation,
+                cautions=(*scan.notes, *job.cautions),
+            )  # fmt: skip
+    if sidecar:
+        write_sidecar(target, source, found, job, {"volume": volume, "dtype": dtype, "effective": effective})
+    remark = spacing_remark(found, scan, job.axis)
+    return Upscaled(
+        scan, job.place, job.shape, job.axis, kept, remark, seconds, job.settings, n_volumes, job.cautions, made_by
+    )
+
+
+def _scans(
+    source: PathLike, target: PathLike, volume: int | None, reading: dict[str, Any]
+) -> tuple[Iterator[Volume], int]:
+    """The volumes to upscale, and how many they are: one, or all of a source of several."""
+    try:
+        return iter([read_volume(source, volume=volume, **reading)]), 1
+    except ChoiceNeeded as choice:
+        in_one_file = str(target).lower().endswith(NIFTI_SUFFIXES)
+        if choice.argument != "volume" or volume is not None or not in_one_file:
+            raise
+    n_volumes = count_volumes(source, **{key: value for key, value in reading.items() if key != "nan"})
+    return read_volumes(source, **reading), n_volumes
 
 
 def _write(
-    job: Upscaling,
+    jobs: Iterable[Upscaling],
+    n_volumes: int,
+    first: Upscaling,
     outputs: Sequence[tuple[PathLike, str | None]],
     made_by: str,
     pages: Sequence[np.ndarray],
     wanted: Container[int],
 ) -> dict[int, Result]:
-    """Runs the job into the files `outputs` (path, dtype: the result, then its deviation) and the arrays `pages`.
-    Returns the `wanted` slices."""
+    """Runs the jobs, one for each volume, into the files `outputs` (path, dtype: the result, then its deviation), the
+    first of them into the arrays `pages` as well. Returns its `wanted` slices."""
     kept: dict[int, Result] = {}
+    shape = first.shape if n_volumes == 1 else (*first.shape, n_volumes)
     with ExitStack() as stack:
         writers = [
-            stack.enter_context(writing(path, job.place, job.shape, axis=job.axis, dtype=dtype, derivation=made_by))
+            stack.enter_context(writing(path, first.place, shape, axis=first.axis, dtype=dtype, derivation=made_by))
             for path, dtype in outputs
         ]
+        total = first.shape[first.axis] * n_volumes
+        progress = stack.enter_context(Progress(total, shown=first.settings.progress))
+        for job in jobs:
 
-        def put(k: int, image: np.ndarray, deviation: np.ndarray | None) -> None:
-            for write, values in zip(writers, (image, deviation), strict=False):
-                write(values)  # type: ignore[arg-type]
-            for page, values in zip(pages, (image, deviation), strict=False):
-                np.moveaxis(page, job.axis, 0)[k] = values
-            if k in wanted:
-                kept[k] = image, deviation
+            def put(k: int, image: np.ndarray, deviation: np.ndarray | None, job: Upscaling = job) -> None:
+                for write, values in zip(writers, (image, deviation), strict=False):
+                    write(values)  # type: ignore[arg-type]
+                if job is not first:
+                    return
+                for page, values in zip(pages, (image, deviation), strict=False):
+                    np.moveaxis(page, job.axis, 0)[k] = values
+                if k in wanted:
+                    kept[k] = image, deviation
 
-        job.run(put)
+            job.run(put, progress)
     return kept
 
 

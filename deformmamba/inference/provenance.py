@@ -1,16 +1,26 @@
 """Provenance of an output: package, model, weights and their hash, settings."""
 
+import contextlib
+import hashlib
+import json
 import os
+import warnings
+from collections.abc import Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from deformmamba import __version__
 from deformmamba.inference.settings import Settings
+from deformmamba.volume import MGH_SUFFIXES, NIFTI_SUFFIXES, PathLike, write_text
+from deformmamba.volume.files import suffix
+from deformmamba.volume.selection import PRODUCER
 from deformmamba.weights import WeightsError, load_checkpoint
 
 if TYPE_CHECKING:
+    from deformmamba.inference.upscaling import Upscaling
     from deformmamba.models.base import SRModel
 
 
@@ -25,7 +35,7 @@ def report_facts(model: "SRModel", settings: Settings, seconds: float, effective
     tile = settings.tile
     weights = weights_name(model) or "weights without a file"
     return {
-        "model": f"{type(model).__name__}, {model.scale}x, {weights}",
+        "model": f"{type_name(model)}, {model.scale}x, {weights}",
         "sha256 of the weights": weights_hash(model) or "none: weights without a file",
         "version": f"deformmamba {__version__}",
         "date": datetime.now().astimezone().isoformat(" ", "minutes"),
@@ -37,20 +47,101 @@ def report_facts(model: "SRModel", settings: Settings, seconds: float, effective
     }
 
 
-def derivation(model: "SRModel") -> str:
-    """One line of ASCII for an image header: this package, the network, its weights and their hash."""
+def derivation(model: "SRModel", *, far: bool = False) -> str:
+    """One line of ASCII for an image header: this package, the network, its weights and their hash; with `far`, that
+    the scan is unlike the training data."""
     digest = weights_hash(model)
     weights = f"{weights_name(model)}, sha256 {digest}" if digest else "weights without a file"
-    line = f"deformmamba {__version__}, {type(model).__name__} {model.scale}x, {weights}"
+    unlike = "UNLIKE TRAINING DATA, " if far else ""
+    line = f"{PRODUCER} {__version__}, {unlike}{type_name(model)} {model.scale}x, {weights}"
     return line.encode("ascii", "replace").decode()
 
 
+def type_name(model: Any) -> str:
+    """The class of a model, whatever wraps it."""
+    return type(getattr(model, "_inside", model)).__name__
+
+
+def generated_by(model: "SRModel", settings: Settings, reading: Mapping[str, Any]) -> dict[str, Any]:
+    """What an output depends on beside its source, as JSON holds it: an entry of BIDS' GeneratedBy."""
+    shaping = ("axis", "ensemble", "tile", "overlap")
+    return {
+        "Name": PRODUCER,
+        "Version": __version__,
+        "model": type_name(model),
+        "weights": weights_name(model),
+        "sha256": weights_hash(model) or f"no file: {tensor_digest(model)}",
+        "scale": model.scale,
+        **reading,
+        **{key: value for key in shaping if (value := getattr(settings, key)) is not None},
+        "consistency": settings.consistency or model.consistency,
+    }
+
+
+def write_sidecar(
+    target: PathLike, source: PathLike, model: "SRModel", job: "Upscaling", reading: Mapping[str, Any]
+) -> None:
+    """The JSON file beside a NIfTI or MGH output: how it was made, and why it may be worse than reported."""
+    path = Path(target)
+    if suffix(path) not in (*NIFTI_SUFFIXES, *MGH_SUFFIXES):
+        return  # DICOM has it in its own elements
+    beside = path.with_name(path.name[: -len(suffix(path))] + ".json")
+    if beside.exists() and not _is_own(beside):
+        warnings.warn(f"{beside}: is of another origin and stays; nothing is written to it", stacklevel=3)
+        return
+    made = {
+        "Description": "Made by super-resolution: what the scanner did not measure is an estimate. No diagnosis.",
+        "Sources": [shown_path(Path(source).name)],
+        "GeneratedBy": [generated_by(model, job.settings, reading)],
+        **({"Warnings": list(job.cautions)} if job.cautions else {}),
+    }
+    write_text(beside, json.dumps(made, indent=2, ensure_ascii=False) + "\n")
+
+
+def _is_own(path: Path) -> bool:
+    try:
+        producers = json.loads(path.read_text("utf-8"))["GeneratedBy"]
+        return any(producer.get("Name") == PRODUCER for producer in producers)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
+def shown_path(path: PathLike) -> str:
+    """A path as text that UTF-8 can hold: bytes that are no UTF-8 become escapes."""
+    return os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def tensor_digest(model: "SRModel") -> str:
+    """A hash of class, config and tensors."""
+    digest = hashlib.sha256(json.dumps([type_name(model), model.config], sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# the last comparison of a model with its file: (path, size, time of change, digest of the tensors) to the answer
+_compared: dict[tuple[Any, ...], str | None] = {}
+
+
 def weights_hash(model: "SRModel") -> str | None:
-    """The sha256 of the checkpoint that the model was loaded from; None for weights from nowhere, weights that were
-    changed since, and a file that is gone or another one by now."""
+    """The sha256 of the checkpoint that the model was loaded from; None for weights without a file, weights that were
+    changed since, and a file that is gone or another one by now. The file is read again only if either has changed."""
     if model.source is None or model.sha256 is None:
         return None
+    with contextlib.suppress(OSError):
+        state = os.stat(model.source) if os.path.exists(model.source) else None
+        key = (model.source, model.sha256, state and (state.st_size, state.st_mtime_ns), tensor_digest(model))
+        if key not in _compared:
+            _compared.clear()
+            _compared[key] = _hash_if_same(model)
+        return _compared[key]
+    return None
+
+
+def _hash_if_same(model: "SRModel") -> str | None:
     try:
+        assert model.source is not None
         checkpoint = load_checkpoint(model.source, local_files_only=True)
     except WeightsError:
         return None

@@ -154,7 +154,9 @@ class Upscaling:
         cautions: why the result may be worse than reported, a sentence each; warned of as well.
     """
 
-    def __init__(self, model: "SRModel | nn.Module | PathLike", volume: Volume, settings: Settings) -> None:
+    def __init__(
+        self, model: "SRModel | nn.Module | PathLike", volume: Volume, settings: Settings, *, warn: bool = True
+    ) -> None:
         found: SRModel = network(model)
         if found.provenance.get("recipe", {}).get("data", {}).get("kind") == "thick":
             raise InvalidArgument(
@@ -172,7 +174,7 @@ class Upscaling:
         overlap = None if settings.tile is None else _checked_overlap(found, settings.tile, settings.overlap)
         _check_slices(found, volume, axis)
         self.cautions = _cautions(found, volume, axis)
-        for caution in self.cautions:
+        for caution in self.cautions if warn else ():
             warnings.warn(caution, stacklevel=3)  # the caller of `upscale`
         self.axis = axis
         i, j, k = (n if a == axis else n * found.scale for a, n in enumerate(volume.array.shape))

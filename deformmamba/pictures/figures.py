@@ -83,6 +83,7 @@ def before_after(
     grid: str = "origin",
     zoom: tuple[float, float, float] | None = None,
     title: str = "",
+    note: str = "",
 ) -> None:
     """The input, pixels as measured, beside each of `results`, whole and zoomed into the same region.
 
@@ -94,6 +95,8 @@ def before_after(
         labels: see `Slice`.
         grid: how the results lie on the input, see `deformmamba.physics.kspace.Grid`.
         zoom: (row, column, size) of the zoomed square's centre and side in LR pixels; None: where the detail is.
+        title: above the panels.
+        note: below them: what made the results, and warnings.
 
     Raises:
         VolumeError: `path` cannot be written.
@@ -104,7 +107,7 @@ def before_after(
         raise InvalidArgument("before_after: there is no result to show")
     region = zoom or _busiest(list(results.values())[-1], lr.shape)
     images = {"input": lr, **results}
-    figure, panels = _figure(len(images), 2, lr.shape, spacing)
+    figure, panels = _figure(len(images), 2, lr.shape, spacing, bottom=_BOTTOM + (0.2 if note else 0))
     window = grey_window(lr)
     for column, (name, image) in enumerate(images.items()):
         scale = image.shape[0] / lr.shape[0]
@@ -114,7 +117,7 @@ def before_after(
         _caption(panels[0, column], name, f"{image.shape[1]} × {image.shape[0]} px, {columns:g} × {rows:g} mm")
         _edges(panels[0, column], labels)
         _zoom(panels[0, column], panels[1, column], region, lr.shape, spacing)
-    _save(figure, path, title)
+    _save(figure, path, title, note)
 
 
 def comparison(
@@ -301,10 +304,15 @@ def _busiest(image: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float, f
     return (float(row) + window / 2) / scale, (float(column) + window / 2) / scale, float(size)
 
 
-def _save(figure: "Figure", path: PathLike, title: str) -> None:
+def _save(figure: "Figure", path: PathLike, title: str, note: str = "") -> None:
     height = figure.get_figheight()
     left = _MARGIN / figure.get_figwidth()
-    figure.text(left, 1 - 0.14 / height, title, fontsize=12, color=_INK, va="top", fontweight="bold")
-    figure.text(left, 0.12 / height, STATEMENT, fontsize=7.5, color=_MUTED, va="bottom")
+    # a file's name may hold what is no text (bytes that are no UTF-8) or what looks like a formula (dollar signs)
+    words: dict[str, Any] = {"parse_math": False}
+    title, note = ("".join(c if c.isprintable() else "?" for c in text) for text in (title, note))
+    figure.text(left, 1 - 0.14 / height, title, fontsize=12, color=_INK, va="top", fontweight="bold", **words)
+    figure.text(left, 0.12 / height, STATEMENT, fontsize=7.5, color=_MUTED, va="bottom", **words)
+    if note:
+        figure.text(left, 0.26 / height, note, fontsize=7.5, color=_MUTED, va="bottom", wrap=True, **words)
     with replacing(path) as temporary:
         figure.savefig(temporary, facecolor=_PAPER)

@@ -42,6 +42,7 @@ def write_report(
     grid: str,
     facts: Mapping[str, str],
     uncertainty: Volume | None = None,
+    cautions: Sequence[str] = (),
 ) -> None:
     """Write the page: slices of input and output to scroll, compare and zoom, maps, k-space, and what ran.
 
@@ -58,6 +59,7 @@ def write_report(
         facts: what ran, a name and a value a line, in this order: model, version, hash, time, settings, and the file's
             name if it may be shown.
         uncertainty: a standard deviation for each voxel of the output, in its units.
+        cautions: why the output may be worse than reported; shown at the top, below "model" and "version".
 
     Raises:
         VolumeError: `path` cannot be written, or the three do not belong together.
@@ -76,6 +78,8 @@ def write_report(
     shown = "All" if len(chosen) == n else f"{len(chosen)} of"
     text = Template(files("deformmamba.pictures").joinpath("report.html").read_text("utf-8")).substitute(
         statement=escape(STATEMENT),
+        banner=escape(", ".join(facts[name] for name in ("model", "version") if name in facts)),
+        cautions="".join(f'<p class="statement" role="alert">Warning: {escape(text)}.</p>' for text in cautions),
         shown=escape(
             f"{shown} {n} slices, 8 bits, JPEG: pictures to look at; the result is the file itself. Input and output "
             f"share one grey window, {page.window[0]:.4g} to {page.window[1]:.4g}, set by the input."

@@ -52,7 +52,7 @@ from deformmamba.volume.image import (
     upscaled_affine,
 )
 from deformmamba.volume.nifti import from_nibabel, to_nibabel
-from deformmamba.volume.selection import Candidate, not_a_scan, scans_below
+from deformmamba.volume.selection import Candidate, no_scan, not_a_scan, scans_below
 
 __all__ = [
     "DTYPES",
@@ -70,6 +70,7 @@ __all__ = [
     "holds_dicom",
     "in_plane",
     "intensity_scale",
+    "no_scan",
     "normalise",
     "not_a_scan",
     "read_volume",
@@ -159,7 +160,7 @@ def read_volumes(
             made = next(volumes, None)
         if made is None:
             return
-        yield _checked_voxels(made, path, nan)
+        yield _checked_voxels(made, path, nan, zeros=True)
 
 
 def _dicom_choice(path: Path, series: int | str | None, stack: int | None, partial: bool) -> dicom.Choice | None:
@@ -192,7 +193,7 @@ def _other_kind(path: Path) -> str:
     return "not a scan that can be read"
 
 
-def _checked_voxels(volume: Volume, path: Path, nan: str) -> Volume:
+def _checked_voxels(volume: Volume, path: Path, nan: str, *, zeros: bool = False) -> Volume:
     bad = volume.array.size - np.count_nonzero(np.isfinite(volume.array))
     if bad and nan == "zero":
         array = np.nan_to_num(volume.array, nan=0.0, posinf=0.0, neginf=0.0)
@@ -202,7 +203,7 @@ def _checked_voxels(volume: Volume, path: Path, nan: str) -> Volume:
         raise VolumeError(
             f'{path}: {bad} of {volume.array.size} voxels are NaN or infinite; nan="zero" (--nan zero) makes them 0'
         )
-    if not volume.array.any():
+    if not zeros and not volume.array.any():
         raise VolumeError(f"{path}: every voxel is zero; there is nothing in this volume")
     return volume
 

@@ -117,6 +117,12 @@ def count(path: Path, choice: Choice) -> int:
 def each(path: Path, choice: Choice) -> Iterator[Volume]:
     """Every volume of a file or series, one at a time."""
     source = _Series(path, choice)
+    if len(source.kinds) > 1:
+        raise ChoiceNeeded(
+            f"{path}: holds {source.n_volumes} volumes of {len(source.kinds)} kinds, such as magnitude and phase",
+            "volume",
+            f"0 to {source.n_volumes - 1}",
+        )
     for index in range(source.n_volumes):
         yield source.volume(index)
 
@@ -136,6 +142,7 @@ class _Series:
             frames = [frame for file, dataset in datasets.items() for frame in _frames(file, dataset)]
             self._places = _places(path, _one_stack(path, frames, choice.stack))
         self.n_volumes = len(self._places[0])
+        self.kinds = {frame.parameters[2] for frame in self._places[0]}
         modalities = {str(dataset.get("Modality")) for dataset in datasets.values()}
         self._notes += [_OTHER_MODALITIES[name] for name in sorted(modalities) if name in _OTHER_MODALITIES]
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from deformmamba.volume import dicom
 from deformmamba.volume.files import MGH_SUFFIXES, NIFTI_SUFFIXES, PathLike, silenced, suffix
+from deformmamba.volume.image import Volume
 
 # the first word of NIfTI's `descrip` and of DICOM's DerivationDescription in an output of `upscale`
 PRODUCER = "deformmamba"
@@ -129,6 +130,13 @@ def not_a_scan(path: PathLike) -> str:
     with suppress(Exception), silenced():  # malformed bytes raise anything
         return _header_reason(path)
     return ""
+
+
+def no_scan(path: PathLike, volume: Volume) -> str:
+    """`not_a_scan` for what was read from `path`: a file, or a folder of DICOM files."""
+    if isinstance(volume.header, dicom.DicomSeries):
+        return _dicom_reason(next(iter(volume.header.datasets.values())))
+    return not_a_scan(path)
 
 
 def _sidecar(path: Path) -> dict[str, Any]:

@@ -625,7 +625,7 @@ def test_a_report_says_what_ran(wobble: Wobble, tmp_path: Path) -> None:
         text = page.read_text("utf-8")
         assert all(word in text for word in ("Wobble, 2x", "weights without a file", "whole slices"))
         assert ("spread of the estimates" in text) == (spread is not None)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["1.html", "2.html", "in.nii", "out.nii", "u.nii"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1.html", "2.html", "in.nii", "out.json", "out.nii", "u.nii"]
     with pytest.raises(VolumeError, match=r"\.html"):
         upscale_file(wobble, tmp_path / "in.nii", tmp_path / "out.nii", report=tmp_path / "a.pdf")
     with pytest.raises(VolumeError, match="two outputs have one name"):
