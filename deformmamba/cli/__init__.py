@@ -11,11 +11,12 @@ import argparse
 import contextlib
 import os
 import platform
+import signal
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -69,19 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stopped.code or 0)
     start = time.monotonic()
     use_threads(args.threads)
-    with warnings.catch_warnings(), quiet_if(args.quiet):
+    with warnings.catch_warnings(), quiet_if(args.quiet), stopped_cleanly():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = _ShowOnce()
         try:
             if args.verbose:
                 _describe_machine()
             code = args.run(args)
-        except KeyboardInterrupt:
-            return refuse("interrupted; no half-written file is left", 130)
+        except KeyboardInterrupt as stopped:
+            number = getattr(stopped, "number", int(signal.SIGINT))
+            return refuse("interrupted; no half-written file is left", 128 + number)
         except Exception as error:
             if args.traceback:
                 traceback.print_exc()
-            message = _message(error)
+            message = _message(error, vars(args))
             if message is None:
                 print(f"deformmamba: {_PLEA}", file=sys.stderr)
                 raise
@@ -98,12 +100,13 @@ _PLEA = (
 )
 
 
-def _message(error: Exception) -> str | None:
+def _message(error: Exception, options: Mapping[str, Any]) -> str | None:
     """One line for an error that a user can do something about; None for a bug."""
     if _out_of_memory(error):
         return "out of memory; try --batch-size 1, --device cpu or a machine with more of it"
     if isinstance(error, DeformMambaError):
-        return str(error)
+        for_command = getattr(error, "for_command", None)  # of volume.ChoiceNeeded
+        return str(for_command(options)) if for_command else str(error)
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error)
     return None
@@ -124,6 +127,36 @@ def _describe_machine() -> None:
         *(f"scan backend {name}: {'yes' if usable else 'no'}, {why}" for name, usable, why, _ in backend_report()),
     ]
     print(*(f"deformmamba: {line}" for line in lines), sep="\n", file=sys.stderr)
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal that ends the process, on the same terms as ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def stopped_cleanly() -> Iterator[None]:
+    """SIGTERM (a scheduler's time limit) and SIGHUP (a closed terminal) end a command as ctrl-C does, so that nothing
+    half-written is left. A handler that is there already, or `nohup`, stays."""
+    changed = []
+
+    def stop(number: int, _: object) -> None:
+        raise _Stopped(number)
+
+    try:
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            with contextlib.suppress(ValueError):  # not the main thread
+                if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                    signal.signal(number, stop)
+                    changed.append(number)
+        yield
+    finally:
+        for number in changed:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _complete(parser: argparse.ArgumentParser) -> None:

@@ -60,6 +60,12 @@ def tell(text: str) -> None:
     print(printable(text), flush=True)
 
 
+def note(text: str) -> None:
+    """Prints what a command is about to do, on stderr; --quiet leaves it out."""
+    if not is_quiet():
+        print(f"deformmamba: {printable(text)}", file=sys.stderr, flush=True)
+
+
 def load_model(name: str) -> "SRModel":
     from deformmamba.models import from_pretrained
 
@@ -192,23 +198,96 @@ def add_command(
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """The arguments of a command that makes one scan of another."""
-    parser.add_argument("input", metavar="INPUT", help=".nii, .nii.gz, .mgz, DICOM file, or folder of one DICOM series")
+    add_source(parser)
+    # the output may also stand behind the input; without it, this leaves what -o gave
+    parser.add_argument("output", metavar="OUTPUT", nargs="?", default=argparse.SUPPRESS, help="the same as -o OUTPUT")
     parser.add_argument(
         "-o",
         "--output",
-        required=True,
-        help=".nii, .nii.gz or .mgz, replaced if it exists; of DICOM also a folder, for a new series",
-    )
-    parser.add_argument("--volume", type=int, metavar="K", help="which volume of a 4-D file or series, from 0")
-    parser.add_argument("--series", metavar="K", help="which DICOM series of a folder, from 0, or its UID")
-    parser.add_argument(
-        "--axis", type=int, choices=(0, 1, 2), help="where slices are stacked (default: as the geometry says)"
+        dest="output",
+        metavar="OUTPUT",
+        help=".nii, .nii.gz or .mgz, replaced if it exists; FOLDER/ for a name made from the input's; of DICOM a "
+        "folder for a new series",
     )
     parser.add_argument("--dtype", help="float32 (default), float64, int16, uint16, int32 or uint8")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"a name, a path or org/repo (default: {DEFAULT_MODEL})")
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say what to read."""
+    parser.add_argument("input", metavar="INPUT", help=".nii, .nii.gz, .mgz, DICOM file, or folder of one DICOM series")
+    parser.add_argument("--volume", type=int, metavar="K", help="which volume of a 4-D file or series, from 0")
+    parser.add_argument("--series", metavar="K", help="which DICOM series of a folder, from 0, or its UID")
+    parser.add_argument("--stack", type=int, metavar="K", help="which stack of slices of a localiser, from 0")
+    parser.add_argument(
+        "--nan", choices=("refuse", "zero"), default="refuse", help="NaN and infinite voxels: refuse (default), or zero"
+    )
+    parser.add_argument(
+        "--partial", action="store_true", help="read a DICOM folder although files of it are empty or damaged"
+    )
+    parser.add_argument(
+        "--axis", type=int, choices=(0, 1, 2), help="where slices are stacked (default: as the file says)"
+    )
+
+
+def reading(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `add_source`, but for the axis, as `volume.read_volume` takes them."""
+    return {
+        "volume": args.volume,
+        "series": series_of(args.series),
+        "stack": args.stack,
+        "nan": args.nan,
+        "partial": args.partial,
+    }
+
+
+def output_for(args: argparse.Namespace, kind: str) -> str:
+    """The output that the arguments of `add_reading` name.
+
+    For a NIfTI or MGH file and a folder as the output (it exists, or ends in /): a name made from the input's, with
+    `desc-<kind>`, inside of it.
+
+    Raises:
+        InvalidArgument: no output.
+    """
+    from deformmamba.errors import InvalidArgument
+    from deformmamba.inference.cohort import output_name
+    from deformmamba.volume import MGH_SUFFIXES, NIFTI_SUFFIXES
+
+    output: str | None = args.output
+    if not output:
+        raise InvalidArgument("no output; name it with -o OUTPUT, or behind the input")
+    is_folder = output.endswith(os.sep) or os.path.isdir(output)
+    if is_folder and os.path.isfile(args.input) and args.input.lower().endswith((*NIFTI_SUFFIXES, *MGH_SUFFIXES)):
+        try:
+            os.makedirs(output, exist_ok=True)
+        except OSError as error:
+            raise InvalidArgument(f"{output}: cannot be made: {error.strerror}; choose another folder") from None
+        return os.path.join(output, output_name(os.path.basename(args.input), kind))
+    return output
+
+
+def sliced(volume: "Volume", axis: int, given: int | None) -> str:
+    """Which way slices are taken, and why, in a few words."""
+    planes = {"R": "sagittal", "L": "sagittal", "A": "coronal", "P": "coronal", "S": "axial", "I": "axial"}
+    toward = volume.towards[axis] if volume.towards != "?" else ""
+    plane = f" ({planes[toward]})" if toward else ""
+    why = (
+        "as --axis says"
+        if given is not None
+        else "as the file says"
+        if volume.slices is not None
+        else ("guessed from the voxel size; --axis N chooses another")
+    )
+    return f"slices taken along {'ijk'[axis]}{plane}, {why}"
+
+
+def add_model(parser: argparse.ArgumentParser, *, auto: bool = False) -> None:
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help=f"a name, a path or org/repo (default: {DEFAULT_MODEL})"
+        + ("; auto: the published weights that fit the scan best" if auto else ""),
+    )
 
 
 def add_subject(parser: argparse.ArgumentParser) -> None:

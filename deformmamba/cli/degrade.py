@@ -4,7 +4,17 @@ import argparse
 from typing import Any
 
 from deformmamba import __version__
-from deformmamba.cli.arguments import add_command, add_reading, check_not_input, positive, say, series_of, sizes
+from deformmamba.cli.arguments import (
+    add_command,
+    add_reading,
+    check_not_input,
+    output_for,
+    positive,
+    reading,
+    say,
+    sizes,
+)
+from deformmamba.errors import InvalidArgument
 
 
 def add(commands: Any) -> None:
@@ -34,7 +44,12 @@ def _degrade(args: argparse.Namespace) -> None:
     from deformmamba.volume import check_output, read_volume, write_volume
 
     degradation = parse(args.kind, scale=args.scale)
-    volume = read_volume(args.input, volume=args.volume, series=series_of(args.series))
+    if degradation.scale != args.scale:
+        raise InvalidArgument(
+            f"--scale {args.scale}, but --kind {args.kind!r} shrinks by {degradation.scale}; make them the same"
+        )
+    args.output = output_for(args, "degraded")
+    volume = read_volume(args.input, **reading(args))
     check_output(args.output, source=volume, dtype=args.dtype)
     check_not_input(args.output, args.input)
     coarse = coarsen(volume, degradation, axis=args.axis, crop=args.crop, seed=args.seed)

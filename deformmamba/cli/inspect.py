@@ -5,9 +5,10 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from deformmamba.cli.arguments import add_command, load_model, sizes, tell
+from deformmamba.cli.arguments import add_command, add_source, load_model, reading, sizes, sliced, tell
 
 if TYPE_CHECKING:
+    from deformmamba.volume import Volume
     from deformmamba.volume.inspection import Inspection
 
 _TOWARDS = {"R": "right", "L": "left", "A": "front", "P": "back", "S": "head", "I": "feet"}
@@ -18,30 +19,54 @@ def add(commands: Any) -> None:
     parser = add_command(
         commands, "inspect", _inspect, "tell what a scan holds and how fine it really is", "inspect scan.nii.gz"
     )
-    parser.add_argument("input", metavar="FILE", help=".nii, .nii.gz, .mgz, DICOM file, or folder of one DICOM series")
-    parser.add_argument("--volume", type=int, metavar="K", help="which volume of a 4-D file, from 0")
-    parser.add_argument(
-        "--axis", type=int, choices=(0, 1, 2), help="where slices are stacked (default: as the geometry says)"
-    )
+    add_source(parser)
     parser.add_argument("--model", metavar="NAME", help="also tell whether the scan is like those it was trained on")
     parser.add_argument("--json", action="store_true", help="for programs")
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from deformmamba.volume import read_volume
+    from deformmamba.inference.choice import ranked_weights
+    from deformmamba.volume import no_scan
     from deformmamba.volume.inspection import inspect_volume
 
-    volume = read_volume(args.input, volume=args.volume)
+    volume, n_volumes = _read(args)
     model = load_model(args.model) if args.model else None
     found = inspect_volume(volume, axis=args.axis, model=model)
+    fits = ranked_weights(volume, found.axis, path=args.input)
     if args.json:
-        tell(json.dumps(asdict(found)))
+        tell(json.dumps({**asdict(found), "volumes": n_volumes, "weights": [asdict(fit) for fit in fits]}))
         return
-    tell(f"{args.input}: {sizes(volume)}")
-    for sentence in (_placed(found), _values(found), found.filling, *found.remarks):
+    several = f"{n_volumes} volumes; of the first: " if n_volumes > 1 else ""
+    tell(f"{args.input}: {several}{sizes(volume)}")
+    kind = no_scan(args.input, volume)
+    taken = sliced(volume, found.axis, args.axis)
+    for sentence in (
+        *([f"not a scan: {kind}"] if kind else []),
+        _placed(found),
+        taken,
+        _values(found),
+        found.filling,
+        *found.remarks,
+    ):
         tell(f"  {sentence[0].upper()}{sentence[1:]}.")
     if found.interpolated:
         tell("  deformmamba upscale --effective starts from what was resolved.")
+    tell("  Published weights, best first:")
+    for fit in fits:
+        tell(f"    {fit.name}: {fit.reason}")
+
+
+def _read(args: argparse.Namespace) -> "tuple[Volume, int]":
+    """The volume to inspect, the first of several if none is chosen, and how many there are."""
+    from deformmamba.volume import ChoiceNeeded, count_volumes, read_volume
+
+    try:
+        return read_volume(args.input, **reading(args)), 1
+    except ChoiceNeeded as choice:
+        if choice.argument != "volume" or args.volume is not None:
+            raise
+    n_volumes = count_volumes(args.input, **{k: v for k, v in reading(args).items() if k not in ("nan", "volume")})
+    return read_volume(args.input, **{**reading(args), "volume": 0}), n_volumes
 
 
 def _placed(found: "Inspection") -> str:

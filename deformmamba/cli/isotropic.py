@@ -11,6 +11,7 @@ from deformmamba.cli.arguments import (
     add_reading,
     check_target,
     device_here,
+    output_for,
     say,
     series_of,
     short,
@@ -80,14 +81,18 @@ def _isotropic(args: argparse.Namespace) -> int | None:
         "progress": True,
     }
     if is_cohort(args.input):
-        check_folder(args, ("figure", "uncertainty", "report", "series"))
+        check_folder(args, ("figure", "uncertainty", "report", "series", "stack"))
         return run_folder(args, "iso", lambda told: isotropic_cohort(args.input, args.output, told=told, **settings))
+    args.output = output_for(args, "iso")
     if args.figure:
         check_target(args.figure, args.input, figure=True)
     done = isotropic_file(
         args.input,
         args.output,
         series=series_of(args.series),
+        stack=args.stack,
+        nan=args.nan,
+        partial=args.partial,
         uncertainty=args.uncertainty,
         report=args.report,
         **settings,

@@ -1,10 +1,10 @@
 """upscale: one scan, or every scan in a folder, at a finer resolution."""
 
 import argparse
+import math
 import os
-import signal
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,17 +16,21 @@ from deformmamba.cli.arguments import (
     add_running,
     check_target,
     load_model,
+    note,
+    output_for,
     positive,
+    reading,
     refuse,
     running,
     say,
-    series_of,
     short,
     sizes,
+    sliced,
 )
+from deformmamba.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from deformmamba.inference import Upscaled
+    from deformmamba.inference import Upscaling
     from deformmamba.inference.cohort import Outcome
     from deformmamba.models import SRModel
 
@@ -40,7 +44,7 @@ def add(commands: Any) -> None:
         "upscale scan.nii.gz -o sharper.nii.gz --figure look.png",
     )
     add_reading(parser)
-    add_model(parser)
+    add_model(parser, auto=True)
     add_running(parser)
     parser.add_argument(
         "--ensemble", action="store_true", help="mean over eight reflections and transposes; 8 x slower"
@@ -54,6 +58,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--tile", type=positive, metavar="N", help="cut slices into tiles of N pixels (default: whole)")
     parser.add_argument("--overlap", type=int, metavar="M", help="pixels that tiles share (default: 16, at most N / 2)")
     parser.add_argument("--batch-size", type=positive, metavar="N", help="slices at once (default: as memory allows)")
+    parser.add_argument(
+        "--as-image", action="store_true", help="also take a mask, a phase image or an output of this command"
+    )
     parser.add_argument("--report", metavar="HTML", help="also write a page for visual checks")
     parser.add_argument("--figure", metavar="PNG", help="also draw before and after (.png, .pdf or .svg)")
 
@@ -63,20 +70,42 @@ def _upscale(args: argparse.Namespace) -> int | None:
 
     if is_cohort(args.input):
         return _upscale_folder(args)
+    output = output_for(args, "sr")
     if args.figure:
         check_target(args.figure, args.input, figure=True)
+    if args.model == "auto":
+        args.model = _best_weights(args)
     upscale_and_draw(
         load_model(args.model),
         args.model,
         args.input,
-        args.output,
+        output,
         figure=args.figure,
         uncertainty=args.uncertainty,
         report=args.report,
-        series=series_of(args.series),
+        as_image=args.as_image,
         **_options(args),
+        **reading(args),
     )
     return None
+
+
+def _best_weights(args: argparse.Namespace) -> str:
+    """The published weights that fit the scan best; says which and why."""
+    from deformmamba.inference.choice import ranked_weights
+    from deformmamba.volume import ChoiceNeeded, chosen_axis, read_volume
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the scan is read again, and then they are shown
+        try:
+            volume = read_volume(args.input, **reading(args))
+        except ChoiceNeeded as choice:
+            if choice.argument != "volume" or args.volume is not None:
+                raise
+            volume = read_volume(args.input, **{**reading(args), "volume": 0})
+    best = ranked_weights(volume, chosen_axis(volume, args.axis), path=args.input)[0]
+    say(f"--model auto: {best.name}: {best.reason}")
+    return best.name
 
 
 def upscale_and_draw(
@@ -88,16 +117,27 @@ def upscale_and_draw(
     figure: str | Path | None = None,
     uncertainty: str | None = None,
     report: str | None = None,
+    axis: int | None = None,
     **options: Any,
 ) -> None:
     """Upscales one scan to a file and prints a line for each file.
 
     Args:
-        model, source, output, uncertainty, report, options: as `inference.upscale_file`.
+        model, source, output, uncertainty, report, axis, options: as `inference.upscale_file`.
         name: of the model, as the user gave it.
         figure: .png, .pdf or .svg: the middle slice before and after.
     """
-    from deformmamba.inference import upscale_file
+    from deformmamba.inference import Upscaling, upscale_file
+    from deformmamba.inference.drawing import draw_slice
+
+    def started(job: Upscaling, n_volumes: int) -> None:
+        size = math.prod(job.shape) * n_volumes * (1 if uncertainty is None else 2)
+        n_bytes = size * _itemsize(options.get("dtype"))
+        several = f"{n_volumes} volumes, " if n_volumes > 1 else ""
+        note(
+            f"{source}: {several}{job.shape[job.axis]} {sliced(job.place, job.axis, axis)}; on {_cores(job)}, writes "
+            f"{n_bytes / 1e6:.3g} MB before compression"
+        )
 
     done = upscale_file(
         model,
@@ -105,25 +145,40 @@ def upscale_and_draw(
         output,
         uncertainty=uncertainty,
         report=report,
+        axis=axis,
         keep=lambda n: (n // 2,) if figure else (),
+        started=started,
         **options,
     )
     what = f"{sizes(done.place, done.shape)}, from {sizes(done.source)}"
-    say(f"{output}: {what}; {short(name)} on {done.settings.device or 'cpu'} in {done.seconds:.1f} s")
+    several = f"{done.n_volumes} volumes of " if done.n_volumes > 1 else ""
+    say(f"{output}: {several}{what}; {short(name)} on {done.settings.device or 'cpu'} in {done.seconds:.1f} s")
     say(f"{source}: {done.remark}")
     if uncertainty:
         say(f"{uncertainty}: standard deviation of the eight")
     if figure:
-        _draw(figure, done, model, f"{Path(source).name}, slice", short(name))
+        draw_slice(figure, done, model, title=f"{Path(source).name}, slice", name=short(name))
         say(f"{figure}: before and after")
     if report:
         say(f"{report}: a page for visual checks; open it in a browser")
 
 
+def _itemsize(dtype: str | None) -> int:
+    import numpy as np
+
+    return np.dtype(dtype or "float32").itemsize
+
+
+def _cores(job: "Upscaling") -> str:
+    import torch
+
+    n = torch.get_num_threads()
+    return str(job.settings.device) if "cuda" in str(job.settings.device) else f"{n} core{'s' * (n > 1)}"
+
+
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that one scan and a folder share, as `upscale_file` takes them."""
     return {
-        "volume": args.volume,
         "dtype": args.dtype,
         "effective": args.effective,
         "axis": args.axis,
@@ -135,45 +190,30 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _draw(path: str | Path, done: "Upscaled", model: "SRModel", title: str, name: str) -> None:
-    """Before, bicubic and after, of the slice that was kept."""
-    from deformmamba.inference import upscale
-    from deformmamba.models import Bicubic
-    from deformmamba.pictures.figures import before_after, oriented, oriented_like
-
-    ((k, (image, _)),) = done.kept.items()
-    n = done.source.array.shape[done.axis]
-    lr = oriented(done.source, done.axis, k)
-    one = replace(done.source, array=done.source.array.take([k], done.axis))
-    plain = upscale(Bicubic(scale=model.scale, grid=model.grid), one, axis=done.axis)
-    sharp = oriented_like(image, done.place, done.axis)
-    before_after(
-        lr.image,
-        {"bicubic": oriented(plain, done.axis, 0).image, name: sharp.image},
-        path,
-        spacing=lr.spacing,
-        labels=lr.labels,
-        grid=model.grid,
-        title=f"{title} {k + 1} of {n}, {model.scale}×",
-    )
-
-
 def _upscale_folder(args: argparse.Namespace) -> int:
     from deformmamba.inference.cohort import upscale_cohort
 
-    check_folder(args, ("figure", "uncertainty", "report", "series"))
+    check_folder(args, ("series", "stack"))
+    if args.model == "auto":
+        raise InvalidArgument(f"{args.input}: is a folder of scans, and --model auto is for one scan; name the weights")
+    folders = {name: getattr(args, name) for name in ("uncertainty", "figure", "report")}
+    for name, path in folders.items():
+        if path and os.path.splitext(path)[1] and not os.path.isdir(path):
+            raise InvalidArgument(f"--{name} {path}: of a folder of scans this is a folder too; leave the ending out")
     model = load_model(args.model)
-    return run_folder(
-        args, "sr", lambda told: upscale_cohort(model, args.input, args.output, told=told, **_options(args))
-    )
+    options = {**_options(args), **folders, "progress": False}
+    options |= {name: value for name, value in reading(args).items() if name in ("volume", "nan", "partial")}
+    return run_folder(args, "sr", lambda told: upscale_cohort(model, args.input, args.output, told=told, **options))
 
 
 def check_folder(args: argparse.Namespace, for_one_scan: Sequence[str]) -> None:
     """Refuses options that are for one scan, and an output that is no folder."""
     from deformmamba.volume import VolumeError
 
+    if not args.output:
+        raise InvalidArgument("no output; name a folder with -o OUTPUT, or behind the input")
     for option in for_one_scan:
-        if getattr(args, option):
+        if getattr(args, option) is not None:
             raise VolumeError(f"{args.input}: is a folder of scans, and --{option} is for one scan; leave it out")
     if os.path.splitext(args.output)[1] and not os.path.isdir(args.output):
         raise VolumeError(
@@ -189,18 +229,17 @@ def run_folder(
     from deformmamba.inference.cohort import summary
 
     def told(outcome: "Outcome") -> None:
-        if outcome.status != "failed":  # these come at the end, together
+        if outcome.status == "passed over":
+            say(f"passed over: {outcome.source}: {outcome.reason}")
+        elif outcome.status != "failed":  # these come at the end, together
             took = f" in {outcome.seconds:.1f} s; {outcome.remark}" if outcome.status == "made" else ""
             say(f"{outcome.status}: {outcome.output}{took}")
 
-    # a scheduler's time limit ends as ctrl-C does: nothing half-written, and the summary of what was done
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        outcomes = made(told)
-        _wait_for_others()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    count = {status: sum(o.status == status for o in outcomes) for status in ("made", "skipped", "failed")}
+    outcomes = made(told)
+    _wait_for_others()
+    count = {
+        status: sum(o.status == status for o in outcomes) for status in ("made", "skipped", "failed", "passed over")
+    }
     say(f"{args.output}: {', '.join(f'{n} {status}' for status, n in count.items())}; see {summary(kind)}*.csv")
     for outcome in outcomes:
         if outcome.status == "failed":

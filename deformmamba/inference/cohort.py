@@ -14,15 +14,34 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from deformmamba import __version__
 from deformmamba.errors import InvalidArgument
-from deformmamba.inference import Settings, upscale_file, weights_hash, weights_name
-from deformmamba.volume import MGH_SUFFIXES, NIFTI_SUFFIXES, PathLike, VolumeError, holds_dicom, write_text
+from deformmamba.inference.drawing import draw_slice
+from deformmamba.inference.files import upscale_file
+from deformmamba.inference.networks import network
+from deformmamba.inference.provenance import (
+    generated_by,
+    shown_path,
+    tensor_digest,
+    type_name,
+    weights_hash,
+    weights_name,
+)
+from deformmamba.inference.settings import Settings
+from deformmamba.volume import (
+    MGH_SUFFIXES,
+    NIFTI_SUFFIXES,
+    PathLike,
+    VolumeError,
+    holds_dicom,
+    scans_below,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
@@ -32,8 +51,6 @@ KINDS = {
     "sr": "Made by super-resolution: what the scanner did not measure is an estimate. No diagnosis.",
     "iso": "Made isotropic: what the scanner did not measure between the slices is an estimate. No diagnosis.",
 }
-# the settings that change the result
-_SHAPING = ("axis", "consistency", "ensemble", "tile", "overlap")
 # sub-<label>, then entities, then the suffix that says what kind of image it is
 _BIDS = re.compile(r"sub-[A-Za-z0-9]+(_[a-z]+-[A-Za-z0-9+]+)*_[A-Za-z0-9]+")
 
@@ -45,7 +62,7 @@ class Outcome:
 
     source: str  # relative to the folder of scans
     output: str  # relative to the output folder
-    status: Literal["made", "skipped", "failed"]
+    status: Literal["made", "skipped", "failed", "passed over"]
     reason: str = ""
     seconds: float = 0.0
     remark: str = ""
@@ -56,6 +73,7 @@ class _Task:
     source: Path
     name: Path  # of the source, relative to the folder of scans
     output: Path  # relative to the output folder
+    series: str | None = None  # SeriesInstanceUID, where a folder holds several
 
     @property
     def sidecar(self) -> Path:
@@ -70,15 +88,21 @@ def upscale_cohort(
     volume: int | None = None,
     dtype: str | None = None,
     effective: bool = False,
+    nan: Literal["refuse", "zero"] = "refuse",
+    partial: bool = False,
+    uncertainty: PathLike | None = None,
+    figure: PathLike | None = None,
+    report: PathLike | None = None,
     told: Callable[[Outcome], None] | None = None,
     only: Callable[[Path], bool] | None = None,
     **settings: Any,
 ) -> list[Outcome]:
     """Upscale every scan below `source` into the same places below `target`.
 
-    A scan is a NIfTI or MGH file, or a folder that itself holds DICOM files (one series, which becomes a folder
-    again). Hidden names, outputs of this function and `target` itself are passed by; a link that leads out of `source`
-    fails. A scan that cannot be read or upscaled fails, and the others go on.
+    A scan is a NIfTI or MGH file, or a DICOM series in a folder (which becomes a folder again; each of several series
+    in a folder is a scan of its own). `volume.scans_below` decides: masks, label images, phase images and outputs of
+    this package are listed as passed over, with the reason. Hidden names and `target` itself are left out; a link that
+    leads out of `source` fails. A scan that cannot be read or upscaled fails, and the others go on.
 
     Under `torchrun`, `accelerate launch` or `srun` each process takes its share (see `processes`), the largest scans
     first; nothing is done twice, and no two processes write the same file. The folder must not change meanwhile.
@@ -90,7 +114,9 @@ def upscale_cohort(
         model: any SRModel.
         source: the folder of scans.
         target: the output folder; made if it is not there.
-        volume, dtype, effective, settings: as `inference.upscale_file`.
+        volume, dtype, effective, nan, partial, settings: as `inference.upscale_file`.
+        uncertainty, figure, report: folders, for a file of each scan: what `upscale_file` gives for `uncertainty`, the
+            middle slice before and after as .png, a page for visual checks as .html.
         told: called with each outcome as it comes.
         only: of a scan's path relative to `source`, whether to upscale it; None: all.
 
@@ -102,27 +128,47 @@ def upscale_cohort(
         ValueError: an environment that names no valid share.
     """
     chosen = Settings(**settings)
+    model = network(model)
     reading = {"volume": volume, "dtype": dtype, "effective": effective}
+    further = {"uncertainty": uncertainty, "figure": figure, "report": report}
     made_by = {
-        **describe_weights(model),
-        "scale": model.scale,
-        **reading,
-        **{key: value for key in _SHAPING if (value := getattr(chosen, key)) is not None},
-        "consistency": chosen.consistency or model.consistency,
+        **generated_by(model, chosen, reading),
+        **({"nan": nan} if nan != "refuse" else {}),
+        **{name: True for name, folder in further.items() if folder is not None},
     }
 
-    def make(scan: Path, output: Path) -> tuple[str, dict[str, Any]]:
-        return upscale_file(model, scan, output, **reading, **asdict(chosen)).remark, {}  # type: ignore[arg-type]
+    def make(scan: Path, output: Path, series: str | None = None) -> tuple[str, dict[str, Any]]:
+        name = output.relative_to(target)
+        places: dict[str, Any] = {
+            kind: _place(folder, name, kind) for kind, folder in further.items() if folder is not None
+        }
+        drawn = places.pop("figure", None)
+        options: dict[str, Any] = {**reading, **places, **vars(chosen), "nan": nan, "partial": partial}
+        middle = (lambda n: (n // 2,)) if drawn else (lambda n: ())
+        done = upscale_file(model, scan, output, series=series, sidecar=False, as_image=True, keep=middle, **options)
+        if drawn:
+            title = f"{shown_path(scan.name)}, slice"
+            draw_slice(drawn, done, model, title=title, name=weights_name(model) or "output")
+        return done.remark, {"Warnings": list(done.cautions)} if done.cautions else {}
 
     return run_cohort(source, target, "sr", made_by, make, told, only)
+
+
+def _place(folder: PathLike, name: Path, kind: str) -> Path:
+    """Where a further file of the output `name` goes; its folder is made."""
+    stem, ending = _split(name.name)
+    endings = {"figure": ".png", "report": ".html"}
+    path = Path(folder) / name.with_name(stem + endings[kind] if kind in endings else f"{stem}_uncertainty{ending}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def describe_weights(model: "SRModel") -> dict[str, Any]:
     """Class, name and hash of a model, for a sidecar."""
     return {
-        "model": type(model).__name__,
+        "model": type_name(model),
         "weights": weights_name(model),
-        "sha256": weights_hash(model) or _digest(model),
+        "sha256": weights_hash(model) or f"no file: {tensor_digest(model)}",
     }
 
 
@@ -131,7 +177,7 @@ def run_cohort(
     target: PathLike,
     kind: str,
     made_by: Mapping[str, Any],
-    make: Callable[[Path, Path], tuple[str, dict[str, Any]]],
+    make: Callable[..., tuple[str, dict[str, Any]]],
     told: Callable[[Outcome], None] | None = None,
     only: Callable[[Path], bool] | None = None,
 ) -> list[Outcome]:
@@ -141,8 +187,8 @@ def run_cohort(
         source, target, told, only: as `upscale_cohort`.
         kind: one of `KINDS`, for names and descriptions.
         made_by: what the outputs depend on, as JSON can hold it; another one makes them again.
-        make: from the paths of a scan and of its output; writes the output and returns a remark and further facts for
-            the sidecar.
+        make: called with the paths of a scan and of its output, and with `series` where a folder holds several DICOM
+            series; writes the output and returns a remark and further facts for the sidecar.
     """
     source, target = Path(source), Path(target)
     rank, world = processes(os.environ)
@@ -181,15 +227,6 @@ def summary(kind: str) -> str:
     return f"desc-{kind}_summary"
 
 
-def _digest(model: "SRModel") -> str:
-    """A hash of what a model is that no file holds: its config and its tensors."""
-    digest = hashlib.sha256(json.dumps([type(model).__name__, model.config], sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return f"no file: {digest.hexdigest()}"
-
-
 def processes(environment: Mapping[str, str]) -> tuple[int, int]:
     """(rank, number of processes): RANK and WORLD_SIZE, which torchrun and accelerate set; else those of `srun`; else
     (0, 1).
@@ -209,7 +246,7 @@ def processes(environment: Mapping[str, str]) -> tuple[int, int]:
 
 
 def is_cohort(path: PathLike) -> bool:
-    """Whether a path is a folder of scans: any folder but one that itself holds DICOM files, which is one scan."""
+    """Whether a path is a folder of scans: any folder but one that itself holds DICOM images, which is one scan."""
     path = Path(path)
     return path.is_dir() and not holds_dicom(file for file in path.iterdir() if not file.name.startswith("."))
 
@@ -232,47 +269,36 @@ def _split(name: str) -> tuple[str, str]:
     return name, ""
 
 
-def _is_ours(name: str) -> bool:
-    return bool(re.search(rf"(^|_)desc-[A-Za-z0-9+]*({'|'.join(KINDS)})(_|$)", _split(name)[0]))
-
-
 def _tasks(root: Path, target: Path, kind: str) -> tuple[list[_Task], list[Outcome]]:
-    """What is to be upscaled, by name, and what is refused before it is opened."""
+    """What is to be upscaled, by name, and what is passed over or refused before it is opened."""
     if not root.is_dir():
         raise VolumeError(f"{root}: no such folder")
     if not is_cohort(root):
         raise VolumeError(f"{root}: holds DICOM files itself, so it is one scan; give the folder above it")
     found, refused, taken = [], [], set[Path]()
-    for path in _scans(root, target.resolve()):
+    n_series: dict[Path, int] = {}
+    skip = None if target.resolve() == root.resolve() else target
+    for candidate in scans_below(root, skip=skip, outside=False):
+        path = candidate.path
         name = path.relative_to(root)
-        task = _Task(path, name, name.with_name(output_name(name.name, kind)))
+        shown = shown_path(name)
+        if candidate.reason:
+            refused.append(Outcome(shown, "", "passed over", candidate.reason))
+            continue
+        stem = name.name
+        if candidate.series is not None:
+            n_series[path] = n_series.get(path, -1) + 1
+            stem = f"{stem}_series-{n_series[path]}"
+        task = _Task(path, name, name.with_name(output_name(stem, kind)), candidate.series)
         if not path.resolve().is_relative_to(root.resolve()):
-            refused.append(Outcome(str(name), "", "failed", "a link that leads out of the folder; copy the scan"))
+            refused.append(Outcome(shown, "", "failed", "a link that leads out of the folder; copy the scan"))
         elif task.sidecar in taken:
-            refused.append(Outcome(str(name), "", "failed", f"another scan has the output {task.sidecar} already"))
+            shown_sidecar = shown_path(task.sidecar)
+            refused.append(Outcome(shown, "", "failed", f"another scan has the output {shown_sidecar} already"))
         else:
             taken.add(task.sidecar)
             found.append(task)
     return found, refused
-
-
-def _scans(folder: Path, target: Path) -> Iterator[Path]:
-    try:
-        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError:
-        yield folder  # to fail where it is read
-        return
-    for path in entries:
-        if _split(path.name)[1] and not _is_ours(path.name) and (path.is_file() or not path.exists()):
-            yield path  # a link to nothing is one, too, and fails
-    if holds_dicom(path for path in entries if path.is_file()):
-        if not _is_ours(folder.name):
-            yield folder
-        return
-    for path in entries:
-        # a link to a folder may lead back here
-        if path.is_dir() and not path.is_symlink() and path.resolve() != target:
-            yield from _scans(path, target)
 
 
 def _state(source: Path) -> tuple[int, float]:
@@ -293,29 +319,41 @@ def _done_or_made(
     target: Path,
     kind: str,
     made_by: Mapping[str, Any],
-    make: Callable[[Path, Path], tuple[str, dict[str, Any]]],
+    make: Callable[..., tuple[str, dict[str, Any]]],
 ) -> Outcome:
-    source, output = str(task.name), str(task.output)
+    source, output = shown_path(task.name), shown_path(task.output)
     start = time.perf_counter()
     try:
         size, changed = _state(task.source)
         wanted = {
             "Description": KINDS[kind],
-            "Sources": [task.name.as_posix()],
+            "Sources": [shown_path(task.name.as_posix())],
             "SourceSize": size,
             "SourceModified": changed,
             "GeneratedBy": [{"Name": "deformmamba", "Version": __version__, **made_by}],
         }
         path, sidecar = target / task.output, target / task.sidecar
         known = _read(sidecar) if path.exists() else None
-        if isinstance(known, dict) and {key: known.get(key) for key in wanted} == wanted:
+        found = known if isinstance(known, dict) else {}
+        same = {key: found.get(key) for key in wanted} == wanted
+        if same and found.get("OutputSha256") == _content_hash(path):
             return Outcome(source, output, "skipped", "done before")
         path.parent.mkdir(parents=True, exist_ok=True)
-        remark, facts = make(task.source, path)
-        write_text(sidecar, json.dumps({**wanted, **facts}, indent=2, ensure_ascii=False) + "\n")
+        remark, facts = make(task.source, path, **({"series": task.series} if task.series is not None else {}))
+        said = {**wanted, **facts, "OutputSha256": _content_hash(path)}
+        write_text(sidecar, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
     except Exception as error:  # a scan that nobody foresaw is no reason to leave the others undone
         return Outcome(source, output, "failed", _reason(error), time.perf_counter() - start)
     return Outcome(source, output, "made", "", time.perf_counter() - start, remark)
+
+
+def _content_hash(path: Path) -> str:
+    """Of a file, or of all files of a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _reason(error: Exception) -> str:
@@ -355,3 +393,5 @@ def _describe(source: Path, target: Path) -> None:
             "GeneratedBy": [{"Name": "deformmamba", "Version": __version__}],
         }
         write_text(path, json.dumps(described, indent=2) + "\n")
+        if not (ignored := target / ".bidsignore").exists():
+            write_text(ignored, "desc-*_summary*.csv\n")

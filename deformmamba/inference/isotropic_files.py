@@ -46,6 +46,9 @@ def isotropic_file(
     *,
     volume: int | None = None,
     series: int | str | None = None,
+    stack: int | None = None,
+    nan: Literal["refuse", "zero"] = "refuse",
+    partial: bool = False,
     dtype: str | None = None,
     uncertainty: PathLike | None = None,
     report: PathLike | None = None,
@@ -54,7 +57,7 @@ def isotropic_file(
     """Read `source`, make it isotropic, write `target`, which appears when it is complete.
 
     Args:
-        source, volume, series: as `read_volume`.
+        source, volume, series, stack, nan, partial: as `read_volume`.
         target, dtype: as `volume.writing`; a scan that came as DICOM can be written as DICOM, a series of more slices.
         uncertainty: another file, for half the difference of the two orientations, in the scan's units.
         report: .html, a page for visual checks, see `report.write_report`: sections across the slices.
@@ -69,7 +72,7 @@ def isotropic_file(
     if report is not None:
         check_output(report, REPORT_SUFFIXES)
     parse_adapt(settings.get("adapt", 0))
-    scan = read_volume(source, volume=volume, series=series)
+    scan = read_volume(source, volume=volume, series=series, stack=stack, nan=nan, partial=partial)
     check_output(target, source=scan, dtype=dtype)
     if uncertainty is not None:
         check_output(uncertainty, source=scan)

@@ -66,12 +66,8 @@ def is_dicom(path: Path) -> bool:
 
 
 def holds_dicom(paths: Iterable[Path]) -> bool:
-    """Whether one of them is a DICOM file; a folder is none, nor is what cannot be read."""
-    for path in paths:
-        with suppress(VolumeError):
-            if is_dicom(path):
-                return True
-    return False
+    """Whether one of them is a DICOM file that holds an image; a DICOMDIR and a report hold none."""
+    return any(image_header(path) is not None for path in paths)
 
 
 def image_header(path: Path) -> Any:

@@ -52,12 +52,11 @@ class Volume:
     def __repr__(self) -> str:
         """`Volume(64x64x20, 3.76x3.76x5 mm, RAS, int16)`; "?" where the file does not state how the image lies."""
         shape = "x".join(map(str, self.array.shape))
-        return (
-            f"Volume({shape}, {'x'.join(f'{mm:.3g}' for mm in self.spacing)} mm, {self._towards()}, {self.array.dtype})"
-        )
+        return f"Volume({shape}, {'x'.join(f'{mm:.3g}' for mm in self.spacing)} mm, {self.towards}, {self.array.dtype})"
 
-    def _towards(self) -> str:
-        """Where each axis points in the patient: R L A P S I, each letter once."""
+    @property
+    def towards(self) -> str:
+        """Where each axis points in the patient, such as "RAS"; "?" where the file does not state it."""
         if not any(self.codes):
             return "?"
         directions = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)

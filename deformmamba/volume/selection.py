@@ -63,7 +63,9 @@ def scans_below(root: PathLike, *, skip: PathLike | None = None, outside: bool =
     """
     top = os.path.realpath(root)
     seen = set() if skip is None else {os.path.realpath(skip)}
-    for folder, folders, names in os.walk(root, followlinks=True):
+    closed: list[Path] = []
+    walk = os.walk(root, followlinks=True, onerror=lambda error: closed.append(Path(error.filename)))
+    for folder, folders, names in walk:
         real = os.path.realpath(folder)
         if real in seen or not (outside or _is_below(real, top)):
             folders.clear()
@@ -72,6 +74,7 @@ def scans_below(root: PathLike, *, skip: PathLike | None = None, outside: bool =
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
         yield from _in_folder(Path(folder), files, Path(root))
+    yield from map(Candidate, closed)  # the reader says why it cannot be opened
 
 
 def _is_below(path: str, top: str) -> bool:

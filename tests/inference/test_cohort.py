@@ -151,12 +151,11 @@ def test_a_bad_file_does_not_stop_the_others(tree: Path, tmp_path: Path, weights
     out = tmp_path / "out"
     assert main(["upscale", str(tree), "-o", str(out), "--model", weights, "--device", "cpu"]) == 1
     said, errors = capsys.readouterr()
-    assert f"{out}: 6 made, 0 skipped, 5 failed; see desc-sr_summary*.csv" in said
+    assert f"{out}: 7 made, 0 skipped, 4 failed, 0 passed over; see desc-sr_summary*.csv" in said
     failed = {row["source"]: row["reason"] for row in table(out / "desc-sr_summary.csv") if row["status"] == "failed"}
     expected = {
         "broken.nii.gz": "not a NIfTI file",
         "dangling.nii": "No such file",
-        "four.nii": "--volume K",
         "link.nii": "leads out of the folder",
         "twice.nii.gz": "another scan has the output twice_desc-sr.json already",
     }
@@ -164,11 +163,11 @@ def test_a_bad_file_does_not_stop_the_others(tree: Path, tmp_path: Path, weights
     for name, words in expected.items():
         assert words in failed[name]
         assert f"deformmamba: failed: {name}: " in errors
-    assert errors.count("\n") == 5
+    assert errors.count("\n") == 4
     assert "Traceback" not in errors
     assert not (out / "broken_desc-sr.nii.gz").exists()
     assert main(["upscale", str(tree), "-o", str(out), "--model", weights, "--device", "cpu"]) == 1
-    assert "0 made, 6 skipped, 5 failed" in capsys.readouterr().out
+    assert "0 made, 7 skipped, 4 failed" in capsys.readouterr().out
 
 
 def test_a_bug_in_one_scan_is_named_but_not_quoted(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,8 +184,11 @@ def test_outputs_are_no_inputs(tree: Path) -> None:
     for out in (tree, tree / "derivatives" / "sr"):
         for _ in range(2):
             outcomes = upscale_cohort(ZeroFill(scale=2), tree, out)
-            assert [o.output for o in outcomes] == OUTPUTS
-        assert {o.status for o in outcomes} == {"skipped"}
+            assert [o.output for o in outcomes if o.status != "passed over"] == OUTPUTS
+        assert {o.status for o in outcomes} <= {"skipped", "passed over"}
+        own = [o for o in outcomes if o.status == "passed over"]
+        assert len(own) == 4, "what the first round wrote into the folder itself"
+        assert all("an output of this package" in o.reason for o in own)
 
 
 def test_ctrl_c_keeps_the_summary_of_what_was_done(tree: Path, tmp_path: Path) -> None:
@@ -231,11 +233,92 @@ def test_a_folder_of_dicom_is_a_scan_and_no_cohort(tree: Path, tmp_path: Path) -
 
 
 def test_options_for_one_scan_are_refused(tree: Path, tmp_path: Path, capsys: Any) -> None:
-    for option, value in (("--figure", "a.png"), ("--uncertainty", "u.nii"), ("--series", "0")):
+    for option, value, said in (
+        ("--figure", "a.png", "a folder too"),
+        ("--uncertainty", "u.nii", "a folder too"),
+        ("--report", "a.html", "a folder too"),
+        ("--series", "0", "--series is for one scan"),
+        ("--stack", "0", "--stack is for one scan"),
+        ("--model", "auto", "--model auto is for one scan"),
+    ):
         assert main(["upscale", str(tree), "-o", str(tmp_path / "out"), option, value]) == 2
-        assert f"{option} is for one scan" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
+    assert main(["upscale", str(tree)]) == 2
+    assert "no output" in capsys.readouterr().err
     assert main(["upscale", str(tree), "-o", str(tmp_path / "out.nii.gz")]) == 2
     assert "the output is a folder too" in capsys.readouterr().err
+
+
+def test_what_is_no_scan_is_listed_with_the_reason(tree: Path, tmp_path: Path, weights: str, capsys: Any) -> None:
+    labels = np.kron(np.arange(4).reshape(2, 2, 1), np.ones((4, 4, 3))).astype(np.uint8)
+    nibabel.save(nibabel.Nifti1Image(labels, np.eye(4)), tree / "sub-01" / "atlas.nii.gz")
+    scan(tree / "sub-01" / "sub-01_desc-brain_mask.nii.gz")
+    scan(tree / "derivatives" / "fsl" / "sub-01_T2w.nii.gz")
+    out = tmp_path / "out"
+    assert main(["upscale", str(tree), str(out), "--model", weights, "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "4 made, 0 skipped, 0 failed, 3 passed over" in said
+    rows = {
+        row["source"]: row["reason"] for row in table(out / "desc-sr_summary.csv") if row["status"] == "passed over"
+    }
+    assert "few integers" in rows["sub-01/atlas.nii.gz"]
+    assert "mask" in rows["sub-01/sub-01_desc-brain_mask.nii.gz"]
+    assert "derivatives" in rows["derivatives/fsl/sub-01_T2w.nii.gz"]
+
+
+def test_each_series_of_a_folder_is_a_scan_of_its_own(tree: Path, tmp_path: Path) -> None:
+    series = tree / "scanner" / "t2 tse"
+    dataset = dcmread(series / "IM0001")
+    dataset.SeriesInstanceUID, dataset.SeriesNumber = "1.2.3", 99
+    dataset.save_as(series / "IM0002")
+    (tree / "scanner" / "DICOMDIR").write_bytes(Path(str(get_testdata_file("DICOMDIR", download=False))).read_bytes())
+    outcomes = upscale_cohort(ZeroFill(scale=2), tree / "scanner", tmp_path / "out")
+    assert [(o.output, o.status) for o in outcomes] == [
+        ("t2 tse_series-0_desc-sr", "made"), ("t2 tse_series-1_desc-sr", "made")
+    ]  # fmt: skip
+
+
+def test_an_output_that_was_changed_is_made_again(tree: Path, tmp_path: Path) -> None:
+    out, model = tmp_path / "out", ZeroFill(scale=2)
+    upscale_cohort(model, tree, out)
+    whole = (out / OUTPUTS[1]).read_bytes()
+    for content in (b"", whole[:-9], whole[:-1] + bytes([whole[-1] ^ 1])):
+        (out / OUTPUTS[1]).write_bytes(content)
+        assert [o.output for o in upscale_cohort(model, tree, out) if o.status == "made"] == [OUTPUTS[1]]
+    next((out / OUTPUTS[0]).iterdir()).unlink()
+    assert [o.output for o in upscale_cohort(model, tree, out) if o.status == "made"] == [OUTPUTS[0]]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX only")
+def test_a_name_that_is_no_text_ends_nothing(tmp_path: Path, weights: str, capsys: Any) -> None:
+    root, out = tmp_path / "in", tmp_path / "out"
+    scan(root / "sub-1_T2w.nii")
+    name = os.path.join(os.fsencode(root), b"caf\xe9 $a$.nii")
+    try:
+        os.rename(scan(root / "x.nii", 1), name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    figures = tmp_path / "figures"
+    command = ["upscale", str(root), "-o", str(out), "--model", weights, "--device", "cpu", "--figure", str(figures)]
+    assert main(command) == 0
+    assert "2 made" in capsys.readouterr().out
+    assert [row["source"] for row in table(out / "desc-sr_summary.csv")] == ["caf\\xe9 $a$.nii", "sub-1_T2w.nii"]
+    assert len(list(figures.iterdir())) == 2
+    one = [os.fsdecode(name), "-o", str(tmp_path / "one.nii"), "--figure", str(tmp_path / "one.png")]
+    assert main(["upscale", *one, "--model", weights]) == 0
+
+
+def test_further_files_of_each_scan(tree: Path, tmp_path: Path) -> None:
+    places = {name: tmp_path / name for name in ("uncertainty", "figure", "report")}
+    upscale_cohort(ZeroFill(scale=2), tree, tmp_path / "out", **places)  # type: ignore[arg-type]
+    stem = "sub-01/ses-1/anat/sub-01_ses-1_desc-sr_T2w"
+    assert (tmp_path / "figure" / f"{stem}.png").stat().st_size > 1000
+    assert "Super-resolution report" in (tmp_path / "report" / f"{stem}.html").read_text("utf-8")
+    spread = read_volume(tmp_path / "uncertainty" / f"{stem}_uncertainty.nii.gz")
+    assert spread.array.shape == read_volume(tmp_path / "out" / f"{stem}.nii.gz").array.shape
+    # without them outputs are made again: the ensemble is another one
+    again = upscale_cohort(ZeroFill(scale=2), tree, tmp_path / "out", **places)  # type: ignore[arg-type]
+    assert {o.status for o in again} == {"skipped"}
 
 
 # ---------------------------------------------------------------------------------------------- several processes

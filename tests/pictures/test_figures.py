@@ -28,8 +28,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     kept: list[Any] = []
     save = figures._save
 
-    def keep(figure: Any, path: Path, title: str) -> None:
-        save(figure, path, title)
+    def keep(figure: Any, path: Path, title: str, note: str = "") -> None:
+        save(figure, path, title, note)
         kept.append(figure)
 
     monkeypatch.setattr(figures, "_save", keep)

@@ -1,0 +1,110 @@
+"""Which of the published weights fit a scan best: by pixel size, contrast and anatomy, as far as they are known."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deformmamba.volume import PathLike, Volume, in_plane
+from deformmamba.volume.dicom import DicomSeries
+from deformmamba.volume.files import suffix
+from deformmamba.weights import list_weights
+
+# words in names, protocols and body parts, as far as they are no part of another word
+_CONTRASTS = {"FLAIR": r"flair", "T2": r"t2w?", "T1": r"t1w?|mprage", "PD": r"pdw?"}
+_ANATOMIES = {
+    "brain": r"brain|head|cranium|skull",
+    "spine": r"l?spine|[lct]spine|lumbar|cervical|thoracic|sacrum",
+    "knee": r"knee",
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How weights fit a scan; the lower `distance`, the better.
+
+    Attributes:
+        name: of the weights.
+        distance: 0 where pixel size, contrast and anatomy are those of the training data.
+        reason: in a sentence, without a full stop.
+    """
+
+    name: str
+    distance: float
+    reason: str
+
+
+def ranked_weights(volume: Volume, axis: int, *, path: PathLike | None = None, scale: int | None = None) -> list[Fit]:
+    """The published weights, best first.
+
+    Pixel size counts by how far it lies outside of the trained range (its logarithm); another anatomy than that of the
+    training data counts as much as a factor of 2, another contrast as a factor of 1.5. Contrast and anatomy are taken
+    from the names of BIDS, from the JSON file beside the scan, or from DICOM's body part, protocol and description;
+    what nothing says does not count. Of equals the first of the manifest comes first.
+
+    Args:
+        volume: the scan.
+        axis: where its slices are stacked.
+        path: of the scan, for what its name says.
+        scale: only weights of this factor; None: all.
+    """
+    words = " ".join(_words(volume, path)).lower()
+    contrast, anatomy = _found(_CONTRASTS, words), _found(_ANATOMIES, words)
+    first, second = in_plane(axis)
+    pixel = volume.spacing[first], volume.spacing[second]
+    fits = [
+        _fit(entry, pixel if any(volume.codes) else None, contrast, anatomy)
+        for entry in list_weights()
+        if entry.get("class") == "DeformMambaSR" and entry.get("scale", 1) > 1 and scale in (None, entry.get("scale"))
+    ]
+    return sorted(fits, key=lambda fit: fit.distance)
+
+
+def _fit(entry: dict[str, Any], pixel: tuple[float, float] | None, contrast: str, anatomy: str) -> Fit:
+    trained = np.ravel(entry.get("spacings_mm") or [])
+    said, distance = [], 0.0
+    if pixel is not None and trained.size:
+        low, high = float(trained.min()), float(trained.max())
+        outside = max(np.log(low / min(pixel)), np.log(max(pixel) / high), 0.0)
+        distance += outside
+        where = "inside" if outside == 0 else "outside"
+        said.append(f"pixels of {pixel[0]:.3g} x {pixel[1]:.3g} mm are {where} the trained {low:.3g} to {high:.3g} mm")
+    made_for = str(entry.get("summary") or entry["name"]).split(".")[0].lower()
+    for kind, wanted, table, cost in (("contrast", contrast, _CONTRASTS, 1.5), ("anatomy", anatomy, _ANATOMIES, 2.0)):
+        theirs = _found(table, made_for)
+        if wanted and theirs:
+            distance += 0.0 if wanted == theirs else float(np.log(cost))
+            said.append(f"{kind} {wanted}" + ("" if wanted == theirs else f", trained for {theirs}"))
+        elif theirs:
+            said.append(f"trained for {theirs}, and the scan does not say its {kind}")
+    return Fit(str(entry["name"]), float(distance), "; ".join(said) or "nothing is known about its training data")
+
+
+def _found(table: dict[str, str], words: str) -> str:
+    for name, pattern in table.items():
+        if re.search(rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9])", words):
+            return name
+    return ""
+
+
+def _words(volume: Volume, path: PathLike | None) -> Iterator[str]:
+    """What may name contrast and anatomy. It is searched for the words above and shown to nobody."""
+    if isinstance(volume.header, DicomSeries):
+        dataset = next(iter(volume.header.datasets.values()))
+        for name in ("BodyPartExamined", "ProtocolName", "SeriesDescription", "StudyDescription"):
+            yield re.sub(r"[_\-.]", " ", str(dataset.get(name) or ""))
+    if path is None:
+        return
+    name = Path(path).name
+    stem = name[: -len(suffix(Path(path)))] if suffix(Path(path)) else name
+    yield re.sub(r"[_\-.]", " ", stem)
+    try:
+        beside = json.loads(Path(path).with_name(stem + ".json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return
+    if isinstance(beside, dict):
+        yield from (re.sub(r"[_\-.]", " ", str(beside.get(key) or "")) for key in ("BodyPartExamined", "ProtocolName"))
