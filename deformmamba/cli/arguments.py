@@ -243,8 +243,8 @@ def reading(args: argparse.Namespace) -> dict[str, Any]:
 def output_for(args: argparse.Namespace, kind: str) -> str:
     """The output that the arguments of `add_reading` name.
 
-    For a NIfTI or MGH file and a folder as the output (it exists, or ends in /): a name made from the input's, with
-    `desc-<kind>`, inside of it.
+    For a NIfTI or MGH file and an output that ends in /: a name made from the input's, with `desc-<kind>`, in that
+    folder, which is made.
 
     Raises:
         InvalidArgument: no output.
@@ -256,8 +256,11 @@ def output_for(args: argparse.Namespace, kind: str) -> str:
     output: str | None = args.output
     if not output:
         raise InvalidArgument("no output; name it with -o OUTPUT, or behind the input")
-    is_folder = output.endswith(os.sep) or os.path.isdir(output)
-    if is_folder and os.path.isfile(args.input) and args.input.lower().endswith((*NIFTI_SUFFIXES, *MGH_SUFFIXES)):
+    if (
+        output.endswith(os.sep)
+        and os.path.isfile(args.input)
+        and args.input.lower().endswith((*NIFTI_SUFFIXES, *MGH_SUFFIXES))
+    ):
         try:
             os.makedirs(output, exist_ok=True)
         except OSError as error:

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from deformmamba.models import SRModel
 
 
+# bytes of an output that is worth a word before it is computed
+LARGE = 20e6
+
+
 def add(commands: Any) -> None:
     parser = add_command(
         commands,
@@ -134,10 +138,8 @@ def upscale_and_draw(
         size = math.prod(job.shape) * n_volumes * (1 if uncertainty is None else 2)
         n_bytes = size * _itemsize(options.get("dtype"))
         several = f"{n_volumes} volumes, " if n_volumes > 1 else ""
-        note(
-            f"{source}: {several}{job.shape[job.axis]} {sliced(job.place, job.axis, axis)}; on {_cores(job)}, writes "
-            f"{n_bytes / 1e6:.3g} MB before compression"
-        )
+        if n_bytes > LARGE:
+            note(f"{source}: {several}{job.shape[job.axis]} slices, on {_cores(job)}; writes {n_bytes / 1e6:.0f} MB")
 
     done = upscale_file(
         model,
@@ -153,6 +155,7 @@ def upscale_and_draw(
     what = f"{sizes(done.place, done.shape)}, from {sizes(done.source)}"
     several = f"{done.n_volumes} volumes of " if done.n_volumes > 1 else ""
     say(f"{output}: {several}{what}; {short(name)} on {done.settings.device or 'cpu'} in {done.seconds:.1f} s")
+    say(f"{source}: {sliced(done.source, done.axis, axis)}")
     say(f"{source}: {done.remark}")
     if uncertainty:
         say(f"{uncertainty}: standard deviation of the eight")

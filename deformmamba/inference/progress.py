@@ -41,7 +41,7 @@ class Progress:
         first = self.done == n
         if self._lines and self.done < self.total and (first or now - self._last >= EVERY):
             left = (now - self._start) / self.done * (self.total - self.done)
-            if first and left < EVERY:
+            if first and left < EVERY / 3:
                 return
             print(f"{self.done} of {self.total} slices, about {left:.0f} s left", file=sys.stderr, flush=True)
             self._last = now
