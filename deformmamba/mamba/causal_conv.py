@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from deformmamba.errors import InvalidArgument, InvalidType
 from deformmamba.mamba import causal_conv_cpu
-from deformmamba.scan import transformed
+from deformmamba.torch_private import constant_when_compiled, differentiates_by_transform, transforms_are_active
 
 _ACTIVATIONS = (None, "silu", "swish")
 
@@ -221,9 +221,15 @@ def _check(
     return b, d, length
 
 
+@constant_when_compiled
+def needs_transforms() -> bool:
+    """Whether torch.func or forward-mode differentiation is active, for which the operators have no rules."""
+    return transforms_are_active() or differentiates_by_transform()
+
+
 def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """y (b, d, l) of x (b, d, l), all in one dtype."""
-    if causal_conv_cpu.usable(x) and (torch.compiler.is_dynamo_compiling() or not transformed()):
+    if causal_conv_cpu.usable(x) and not needs_transforms():
         return causal_conv_cpu.causal_conv(x, weight, bias)
     return F.conv1d(F.pad(x, (weight.shape[1] - 1, 0)), weight[:, None], bias, groups=len(weight))
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deformmamba.threads import together
+from deformmamba.threads import run_on_threads
 
 _BLOCK = 256  # channels of a job: its rows of x and y stay in the first-level cache
 
@@ -141,7 +141,7 @@ def _share(
                 return
             kernel(*arrays, part)
 
-    together(work, len(parts))
+    run_on_threads(work, len(parts))
 
 
 @functools.cache

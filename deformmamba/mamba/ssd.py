@@ -15,9 +15,8 @@ import torch.nn.functional as F
 
 from deformmamba.errors import InvalidArgument, InvalidType
 from deformmamba.mamba import ssd_chunks
-from deformmamba.mamba.causal_conv import causal_conv1d_fn, causal_conv1d_ref
+from deformmamba.mamba.causal_conv import causal_conv1d_fn, causal_conv1d_ref, needs_transforms
 from deformmamba.mamba.norm import gated_norm_ref, rmsnorm_fn
-from deformmamba.scan import transformed
 
 
 def mamba_chunk_scan_combined(
@@ -271,7 +270,7 @@ def _scan(
     if seq_idx is not None and seq_idx.shape[1]:
         run = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long().cumsum(1), (1, 0))
     with torch.autocast(x.device.type, enabled=False):
-        if not torch.compiler.is_dynamo_compiling() and transformed():
+        if needs_transforms():
             return ssd_chunks.scan_eager(x, dt, A, B, C, state, run)
         keep = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, dt, A, B, C, state)
