@@ -54,6 +54,7 @@ bench: $(BIN)/.installed-dev  ## every benchmark; each verifies its result befor
 	set -e; for script in benchmarks/*.py; do grep -q "__main__" $$script && $(BIN)/python $$script; done
 
 docs: $(BIN)/.installed-docs  ## the documentation, in build/site/; a broken link is an error
+	$(BIN)/python docs/command_line.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 dist: $(BIN)/.installed-dev  ## sdist and wheel in dist/, checked as a package index checks them

@@ -13,6 +13,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Puts model cards and the benchmarks' own page where a page asks for them."""
     if "<!-- model cards -->" in markdown:
         markdown = markdown.replace("<!-- model cards -->", "\n\n".join(map(_card, list_weights())))
+    if "<!-- weights table -->" in markdown:
+        markdown = markdown.replace("<!-- weights table -->", _table())
     if "<!-- benchmarks -->" in markdown:
         text = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
         markdown = markdown.replace("<!-- benchmarks -->", text.split("\n", 1)[1])  # the page has a title of its own
@@ -23,3 +25,13 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def _card(entry: Any) -> str:
     body = card(entry).split("---\n", 2)[2]
     return re.sub(r"^#", "##", body, flags=re.MULTILINE).replace("\n### #", "\n### ")
+
+
+def _table() -> str:
+    """Name, factor and trained pixel sizes of all weights, and what they were trained on."""
+    rows = ["| weights | factor | pixels of the input | trained on |", "|---|---|---|---|"]
+    for entry in list_weights():
+        low, high = entry["spacings_mm"]
+        groups = ", ".join(sorted({source["group"] for source in entry["trained_on"]}))
+        rows.append(f"| `{entry['name']}` | {entry['scale']}x | {low:.3g} to {high:.3g} mm | {groups} |")
+    return "\n".join(rows)

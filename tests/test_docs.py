@@ -1,5 +1,6 @@
 """Every Python block and command of docs/ runs, the site builds strictly, and it lists all that is public."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -53,15 +54,8 @@ COMMANDS = [
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=lambda text: text)
 def test_commands_run(page: str, line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(line)[1:]
-    if (
-        words[0]
-        in (
-            "train",
-            "demo",
-            "benchmark",
-        )
-        or "--adapt" in words
-    ):  # hours, or minutes; that they are spelled right is seen without running them
+    # hours, or minutes; that they are spelled right is seen without running them
+    if words[0] in ("train", "demo", "benchmark", "bids") or "--adapt" in words:
         monkeypatch.setattr("sys.stderr", sys.stdout)
         assert _parser().parse_args(words)
         return
@@ -69,6 +63,20 @@ def test_commands_run(page: str, line: str, folder: Path, monkeypatch: pytest.Mo
     for word in words:
         if word in ("sharper.nii.gz", "look.html"):
             assert (folder / word).is_file()
+
+
+def test_the_command_line_reference_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("command_line", ROOT / "docs" / "command_line.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text("utf-8") == module.page(), "run: python docs/command_line.py"
+
+
+def test_every_page_stands_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:")[2]
+    assert set(re.findall(r": ([\w-]+\.md)$", navigation, re.MULTILINE)) == {page.name for page in PAGES}
 
 
 def test_the_reference_lists_what_is_public() -> None:
@@ -92,5 +100,6 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     for path in (tmp_path / "site").glob("*.html"):
         text = path.read_text("utf-8")
         assert "<!-- model cards -->" not in text
+        assert "<!-- weights table -->" not in text
         for source in re.findall(r'<(?:script|img|iframe)[^>]*\ssrc="([^"]+)"', text):
             assert "//" not in source, f"{path.name} asks for {source}"
