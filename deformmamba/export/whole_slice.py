@@ -1,0 +1,224 @@
+"""A model together with what surrounds it in `upscale`, for one whole slice: intensity, global skip, consistency.
+
+Exported programs hold this module. All Fourier transforms are written as products with real matrices, because few
+runtimes have complex numbers. A size n enters through `torch.arange(n)` only, so that one program serves every size.
+
+Notation. t = j / s - i is the distance of HR sample j from LR sample i, for scale s and n LR samples along one axis. The
+k-space crop of n frequencies interpolates by Z[j, i] = D(t) - i E(t), where
+
+    D(t) = sin(pi t) / (n tan(pi t / n)) for even n, sin(pi t) / (n sin(pi t / n)) for odd n, D(0) = 1
+    E(t) = sin(pi t) / n = (-1)^i sin(pi j / s) / n for even n, 0 for odd n
+
+E belongs to the frequency -n/2, which an even n has without +n/2. The matrix of `kspace.lowpass` is Z^H / s.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deformmamba.models import SRModel
+from deformmamba.physics.consistency import ENOUGH_AIR, SIGNAL, Consistency
+from deformmamba.physics.edges import cut_edges
+
+
+@dataclass
+class Axis:
+    """The Fourier matrices of one axis, for n LR and s * n HR samples.
+
+    Attributes:
+        dirichlet: D, (s * n, n).
+        alternating: (n,), (-1)^i / n for even n, zeros for odd n: the amplitude of frequency -n/2.
+        sine, cosine: (s * n,), of pi j / s: frequency n/2 at the HR samples.
+    """
+
+    dirichlet: Tensor
+    alternating: Tensor
+    sine: Tensor
+    cosine: Tensor
+
+
+def axis(n: int, scale: int, like: Tensor) -> Axis:
+    """The matrices for n LR samples, in the dtype and on the device of `like`."""
+    i = torch.arange(n, device=like.device)
+    j = torch.arange(n * scale, device=like.device)
+    count = i[-1:] + 1
+    even = (count % 2 == 0).to(like.dtype)
+    length = count.to(like.dtype)
+    # t in units of 1 / scale, within half a period of 0, where the quotients below are precise
+    half = count * scale // 2
+    steps = (j[:, None] - scale * i + half) % (count * scale) - half
+    angle = steps.to(like.dtype) * (math.pi / scale) / length
+    sine, cosine = angle.sin(), angle.cos()
+    numerator = ((steps % (2 * scale)).to(like.dtype) * (math.pi / scale)).sin()
+    quotient = numerator * (even * cosine + (1 - even)) / torch.where(steps == 0, torch.ones_like(sine), sine)
+    dirichlet = torch.where(steps == 0, torch.ones_like(sine), quotient / length)
+    phase = (j % (2 * scale)).to(like.dtype) * (math.pi / scale)
+    return Axis(dirichlet, even * (1 - 2 * (i % 2)).to(like.dtype) / length, phase.sin(), phase.cos())
+
+
+def zero_fill(image: Tensor, rows: Axis, columns: Axis) -> Tensor:
+    """`kspace.zero_fill` of (..., h, w): D x D^T - E x E^T."""
+    corner = rows.alternating @ image @ columns.alternating
+    return rows.dirichlet @ image @ columns.dirichlet.mT - corner[..., None, None] * _outer(rows.sine, columns.sine)
+
+
+def lowpass(image: Tensor, rows: Axis, columns: Axis, scale: int) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of `kspace.lowpass` of (..., scale * h, scale * w)."""
+    half = rows.dirichlet.mT @ image  # (..., h, W)
+    across, down = rows.sine @ image, half @ columns.sine  # (..., W), (..., h)
+    corner = across @ columns.sine
+    real = half @ columns.dirichlet - corner[..., None, None] * _outer(rows.alternating, columns.alternating)
+    imaginary = _outer(rows.alternating, across @ columns.dirichlet) + _outer(down, columns.alternating)
+    return real / scale**2, imaginary / scale**2
+
+
+def back_projected(real: Tensor, imaginary: Tensor, rows: Axis, columns: Axis) -> Tensor:
+    """The correction of `consistency.data_consistency`: a real HR image whose `lowpass` is the given (..., h, w).
+
+    The frequencies -n/2 get their conjugates at +n/2 at full amplitude; all others are interpolated by D.
+    """
+    inner = [a.dirichlet - _outer(a.cosine, a.alternating) for a in (rows, columns)]
+    up, down = rows.alternating @ real, rows.alternating @ imaginary  # (..., w)
+    left, right = real @ columns.alternating, imaginary @ columns.alternating  # (..., h)
+    top = _outer(rows.cosine, up @ inner[1].mT) + _outer(rows.sine, down @ inner[1].mT)
+    side = _outer(left @ inner[0].mT, columns.cosine) + _outer(right @ inner[0].mT, columns.sine)
+    corner = (up @ columns.alternating)[..., None] * rows.cosine + (down @ columns.alternating)[..., None] * rows.sine
+    return inner[0] @ real @ inner[1].mT + 2 * top + 2 * side + 4 * _outer(corner, columns.cosine)
+
+
+def _outer(column: Tensor, row: Tensor) -> Tensor:
+    return column[..., :, None] * row[..., None, :]
+
+
+def smooth_part(image: Tensor) -> Tensor:
+    """`edges.smooth_part` of (..., h, w)."""
+    gate = cut_edges(image)
+    (cos_r, sin_r, end_r, n_r), (cos_c, sin_c, end_c, n_c) = (_waves(n, image) for n in image.shape[-2:])
+    across = gate[..., 0, None] * (image[..., -1, :] - image[..., 0, :])
+    down = gate[..., 1, None] * (image[..., :, -1] - image[..., :, 0])
+    jumps = _outer(end_r, across) + _outer(down, end_c)
+    divisor = 2 * cos_r[1:2].mT + 2 * cos_c[1:2] - 4
+    # frequency 0 alone has divisor 0 and is left out; the next one is far above rounding
+    divided = torch.where(divisor < -1e-5, 1 / torch.where(divisor < -1e-5, divisor, torch.ones_like(divisor)), 0.0)
+    c, s = cos_r @ jumps, sin_r @ jumps
+    real, minus_imaginary = (c @ cos_c - s @ sin_c) * divided, (s @ cos_c + c @ sin_c) * divided
+    a = cos_r @ real + sin_r @ minus_imaginary
+    b = sin_r @ real - cos_r @ minus_imaginary
+    return (a @ cos_c - b @ sin_c) / (n_r * n_c)
+
+
+def _waves(n: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """cos and sin of 2 pi q i / n (n, n), 1 and -1 at both ends and zeros between (n,), and n (1,)."""
+    i = torch.arange(n, device=like.device)
+    count = i[-1:] + 1
+    angle = ((i[:, None] * i) % count).to(like.dtype) * (2 * math.pi) / count.to(like.dtype)
+    ends = (i == 0).to(like.dtype) - (i == count - 1).to(like.dtype)
+    return angle.cos(), angle.sin(), ends, count.to(like.dtype)
+
+
+def cubic_matrix(n: int, scale: int, like: Tensor) -> Tensor:
+    """`edges.cubic_matrix`: (scale * n, n)."""
+    i = torch.arange(n, device=like.device).to(like.dtype)
+    x = (torch.arange(n * scale, device=like.device).to(like.dtype) / scale)[:, None]
+    last = i[-1:]
+
+    def weight(d: Tensor) -> Tensor:
+        near, far = (1.5 * d - 2.5) * d**2 + 1, -0.5 * (((d - 5) * d + 8) * d - 4)
+        return torch.where(d < 1, near, torch.where(d < 2, far, torch.zeros_like(d)))
+
+    beyond = weight(last + 1 - x) + weight(last + 2 - x)
+    return weight((x - i).abs()) + (i == 0) * weight(x + 1) + (i == last) * beyond
+
+
+def percentile(image: Tensor, share: float) -> Tensor:
+    """(b, 1, 1, 1): `volume.intensity_scale` of each image (b, c, h, w) by itself, for a percentile of 100 * share."""
+    values = image.flatten(1)
+    used = values != 0
+    ordered = torch.where(used, values, torch.full_like(values, math.inf)).sort(dim=1).values
+    at = (used.sum(1, keepdim=True) - 1).clamp(min=0).to(image.dtype) * share
+    below = at.floor()
+    low, high = ordered.gather(1, below.long()), ordered.gather(1, at.ceil().long())
+    found = low + torch.where(at > below, high - low, torch.zeros_like(low)) * (at - below)
+    largest = values.abs().amax(1, keepdim=True)
+    fallback = torch.where(largest > 0, largest, torch.ones_like(largest))
+    return torch.where(used.any(1, keepdim=True) & (found > 0), found, fallback)[..., None, None]
+
+
+class WholeSlice(nn.Module):
+    """What `upscale` does with one slice by itself: intensity, network, consistency, intensity again.
+
+    Args:
+        model: in eval mode.
+        consistency: as in `upscale`.
+    """
+
+    def __init__(self, model: SRModel, consistency: Consistency) -> None:
+        super().__init__()
+        self.model, self.consistency = model, consistency
+        self.share = 1.0 if model.intensity == "max" else float(model.intensity.removeprefix("p")) / 100
+
+    def forward(self, lr: Tensor, intensity: Tensor) -> Tensor:
+        """(b, c, h, w) to (b, c, scale * h, scale * w), both in the scanner's units.
+
+        `intensity` (1,): what the whole scan is divided by (`volume.intensity_scale`); 0 or less: each slice by its
+        own. Negative results become 0 for a slice that has no negative value.
+        """
+        model, scale = self.model, self.model.scale
+        intensity = intensity[:, None, None, None]
+        unit = torch.where(intensity > 0, intensity, percentile(lr, self.share))
+        x = lr / unit
+        skip = getattr(model, "skip", None)
+        rows, columns = (axis(n, scale, x) for n in x.shape[-2:])
+        if skip is None:
+            sr = model(x)
+        else:
+            smooth = smooth_part(x) if skip == "zero-fill-edges" else None
+            base = zero_fill(x if smooth is None else x - smooth, rows, columns)
+            if smooth is not None:
+                matrices = [cubic_matrix(n, scale, x) for n in x.shape[-2:]]
+                base = base + matrices[0] @ smooth @ matrices[1].mT
+            sr = model(x, base)
+        signed = (x < 0).flatten(1).any(1)[:, None, None, None]
+        if self.consistency != "off":
+            sr = self._corrected(sr, x, signed, rows, columns)
+        sr = torch.where(signed, sr, sr.clamp(min=0))
+        return cast(Tensor, sr * unit)
+
+    def _corrected(self, sr: Tensor, x: Tensor, signed: Tensor, rows: Axis, columns: Axis) -> Tensor:
+        """`consistency.corrected` in real arithmetic."""
+        scale = self.model.scale
+        real, imaginary = lowpass(sr, rows, columns, scale)
+        rounding = 8 * torch.finfo(x.dtype).eps * x.abs().amax((-2, -1), keepdim=True)
+        beyond = (imaginary.abs() > x.abs() + rounding).flatten(-2).any(-1)[..., None, None]
+        kept = torch.where(beyond, torch.zeros_like(imaginary), imaginary)
+        magnitude = (x**2 - kept**2).clamp(min=0).sqrt()
+        wanted = torch.where(real < 0, -magnitude, magnitude)
+        correction = back_projected(
+            torch.where(signed, x, wanted) - real,
+            torch.where(signed, torch.zeros_like(kept), kept - imaginary),
+            rows,
+            columns,
+        )
+        if self.consistency == "exact":
+            return sr + correction
+        low = torch.where(signed, real, (real**2 + imaginary**2).sqrt())
+        return sr + self._object_share(sr, (x - low) ** 2, signed) * correction
+
+    def _object_share(self, sr: Tensor, difference: Tensor, signed: Tensor) -> Tensor:
+        """`consistency.object_share`."""
+        near = F.max_pool2d((sr.abs() > SIGNAL).to(sr.dtype), 5, 1, 2)
+        within = F.avg_pool2d(near, 5, 1, 2, count_include_pad=False)
+        at_samples = within[..., :: self.model.scale, :: self.model.scale]
+
+        def mean(where: Tensor) -> Tensor:
+            return (difference * where).sum((-2, -1), keepdim=True) / where.sum((-2, -1), keepdim=True).clamp(min=1)
+
+        air, inside = (at_samples == 0).to(sr.dtype), (at_samples == 1).to(sr.dtype)
+        enough = (air.mean((-2, -1), keepdim=True) > ENOUGH_AIR).to(sr.dtype)
+        noise = mean(air) / torch.where(signed, 1.0, 2.0) * enough
+        found = mean(inside).clamp(min=torch.finfo(sr.dtype).tiny)
+        return within * (1 - noise / found).clamp(min=0)
