@@ -116,8 +116,8 @@ def write(
             result.name, result.shape, result.type = output.name, output.shape, output.type
             ir.convenience.replace_nodes_and_values(graph, node, [node], nodes.made, [output], [result])
     exported.model.opset_imports.pop(DOMAIN, None)
-    for value in [v for v in graph.initializers.values() if not v.uses() and v not in graph.outputs]:
-        del graph.initializers[value.name]
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        del graph.initializers[name]
     for value in graph.inputs:
         if value.name in defaults:
             value.const_value = ir.tensor(defaults[value.name], name=value.name)
@@ -181,9 +181,7 @@ class Nodes:
 
     def conv(self, x: Value, layer: nn.Conv2d) -> Value:
         """`layer` on (b, c, h, w)."""
-        pads, dilations, strides = (
-            [int(n) for n in t] for t in (layer.padding, layer.dilation, layer.stride)
-        )  # type: ignore[union-attr]
+        pads, dilations, strides = ([int(n) for n in t] for t in (layer.padding, layer.dilation, layer.stride))
         return self(
             "Conv", x, layer.weight, layer.bias, kernel_shape=list(layer.kernel_size), pads=pads * 2,
             dilations=dilations, strides=strides, group=layer.groups,
@@ -192,9 +190,7 @@ class Nodes:
 
 def _deform(nodes: Nodes, block: ModulatedDeformBlock, x: Value) -> Value:
     kernel = list(block.weight.shape[2:])
-    offset, mask = nodes(
-        "Split", nodes.conv(x, block.offset_mask), [2 * block.taps, block.taps], outputs=2, axis=1
-    )
+    offset, mask = nodes("Split", nodes.conv(x, block.offset_mask), [2 * block.taps, block.taps], outputs=2, axis=1)
     bias = torch.zeros(len(block.weight)) if block.bias is None else block.bias
     y = nodes(
         "DeformConv", x, block.weight, offset, bias, nodes("Sigmoid", mask), kernel_shape=kernel,

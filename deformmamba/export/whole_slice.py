@@ -3,8 +3,8 @@
 Exported programs hold this module. All Fourier transforms are written as products with real matrices, because few
 runtimes have complex numbers. A size n enters through `torch.arange(n)` only, so that one program serves every size.
 
-Notation. t = j / s - i is the distance of HR sample j from LR sample i, for scale s and n LR samples along one axis. The
-k-space crop of n frequencies interpolates by Z[j, i] = D(t) - i E(t), where
+Notation. t = j / s - i is the distance of HR sample j from LR sample i, for scale s and n LR samples along one axis.
+The k-space crop of n frequencies interpolates by Z[j, i] = D(t) - i E(t), where
 
     D(t) = sin(pi t) / (n tan(pi t / n)) for even n, sin(pi t) / (n sin(pi t / n)) for odd n, D(0) = 1
     E(t) = sin(pi t) / n = (-1)^i sin(pi j / s) / n for even n, 0 for odd n
@@ -14,15 +14,17 @@ E belongs to the frequency -n/2, which an even n has without +n/2. The matrix of
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deformmamba.inference.upscaling import ABOVE_P99
 from deformmamba.models import SRModel
 from deformmamba.physics.consistency import ENOUGH_AIR, SIGNAL, Consistency
 from deformmamba.physics.edges import cut_edges
+
+NO_FLOOR = -1e30  # the floor of data with a sign
 
 
 @dataclass
@@ -94,9 +96,8 @@ def _outer(column: Tensor, row: Tensor) -> Tensor:
     return column[..., :, None] * row[..., None, :]
 
 
-def smooth_part(image: Tensor) -> Tensor:
-    """`edges.smooth_part` of (..., h, w)."""
-    gate = cut_edges(image)
+def smooth_part(image: Tensor, gate: Tensor) -> Tensor:
+    """`edges.smooth_part` of (..., h, w) with the given gate (..., 2)."""
     (cos_r, sin_r, end_r, n_r), (cos_c, sin_c, end_c, n_c) = (_waves(n, image) for n in image.shape[-2:])
     across = gate[..., 0, None] * (image[..., -1, :] - image[..., 0, :])
     down = gate[..., 1, None] * (image[..., :, -1] - image[..., :, 0])
@@ -134,18 +135,19 @@ def cubic_matrix(n: int, scale: int, like: Tensor) -> Tensor:
     return weight((x - i).abs()) + (i == 0) * weight(x + 1) + (i == last) * beyond
 
 
-def percentile(image: Tensor, share: float) -> Tensor:
-    """(b, 1, 1, 1): `volume.intensity_scale` of each image (b, c, h, w) by itself, for a percentile of 100 * share."""
-    values = image.flatten(1)
-    used = values != 0
+def cubic(image: Tensor, scale: int) -> Tensor:
+    """`edges.cubic`."""
+    rows, columns = (cubic_matrix(n, scale, image) for n in image.shape[-2:])
+    return rows @ image @ columns.mT
+
+
+def percentile(values: Tensor, share: float, used: Tensor) -> Tensor:
+    """(b, 1): the percentile 100 * share of the `used` elements of each row of (b, n), interpolated as numpy does."""
     ordered = torch.where(used, values, torch.full_like(values, math.inf)).sort(dim=1).values
-    at = (used.sum(1, keepdim=True) - 1).clamp(min=0).to(image.dtype) * share
+    at = (used.sum(1, keepdim=True) - 1).clamp(min=0).to(values.dtype) * share
     below = at.floor()
     low, high = ordered.gather(1, below.long()), ordered.gather(1, at.ceil().long())
-    found = low + torch.where(at > below, high - low, torch.zeros_like(low)) * (at - below)
-    largest = values.abs().amax(1, keepdim=True)
-    fallback = torch.where(largest > 0, largest, torch.ones_like(largest))
-    return torch.where(used.any(1, keepdim=True) & (found > 0), found, fallback)[..., None, None]
+    return low + torch.where(at > below, high - low, torch.zeros_like(low)) * (at - below)
 
 
 class WholeSlice(nn.Module):
@@ -161,52 +163,83 @@ class WholeSlice(nn.Module):
         self.model, self.consistency = model, consistency
         self.share = 1.0 if model.intensity == "max" else float(model.intensity.removeprefix("p")) / 100
 
-    def forward(self, lr: Tensor, intensity: Tensor) -> Tensor:
+    def forward(self, lr: Tensor, units: Tensor) -> Tensor:
         """(b, c, h, w) to (b, c, scale * h, scale * w), both in the scanner's units.
 
-        `intensity` (1,): what the whole scan is divided by (`volume.intensity_scale`); 0 or less: each slice by its
-        own. Negative results become 0 for a slice that has no negative value.
+        `units` (3,) belongs to the whole scan and is what `inference.upscaling` takes: the intensity that counts as 0,
+        the intensity that counts as 1 less the former, and the lowest value that the result may have, in these units
+        (NO_FLOOR: any, for data with a sign). Where the second is 0, each slice by itself gives all three.
         """
         model, scale = self.model, self.model.scale
-        intensity = intensity[:, None, None, None]
-        unit = torch.where(intensity > 0, intensity, percentile(lr, self.share))
-        x = lr / unit
-        skip = getattr(model, "skip", None)
+        zero, span, floor = (
+            torch.where(units[1] > 0, given, own)[..., None, None]
+            for given, own in zip(units, self._own_units(lr), strict=True)
+        )
+        signed = floor <= NO_FLOOR
+        floor = torch.where(signed, torch.zeros_like(floor), floor)
+        x = (lr - zero) / span
         rows, columns = (axis(n, scale, x) for n in x.shape[-2:])
+        skip = getattr(model, "skip", None)
         if skip is None:
             sr = model(x)
         else:
-            smooth = smooth_part(x) if skip == "zero-fill-edges" else None
+            smooth = smooth_part(x, cut_edges(x)) if skip == "zero-fill-edges" else None
             base = zero_fill(x if smooth is None else x - smooth, rows, columns)
-            if smooth is not None:
-                matrices = [cubic_matrix(n, scale, x) for n in x.shape[-2:]]
-                base = base + matrices[0] @ smooth @ matrices[1].mT
-            sr = model(x, base)
-        signed = (x < 0).flatten(1).any(1)[:, None, None, None]
+            sr = model(x, base if smooth is None else base + cubic(smooth, scale))
+        sr, x = sr - floor, x - floor
         if self.consistency != "off":
             sr = self._corrected(sr, x, signed, rows, columns)
-        sr = torch.where(signed, sr, sr.clamp(min=0))
-        return cast(Tensor, sr * unit)
+        sr = torch.where(signed, sr, sr.clamp(min=0)) + floor
+        return sr * span + zero
+
+    def _own_units(self, lr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`inference.upscaling` applied to each slice alone: zero, span and floor (b, 1)."""
+        values = lr.flatten(1)
+        lowest, highest = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+        one = torch.ones_like(lowest)
+        if self.model.any_intensity:
+            every = torch.ones_like(values, dtype=torch.bool)
+            low, high = percentile(values, 0.01, every), percentile(values, 0.99, every)
+            span = ABOVE_P99 * (high - low)
+            span = torch.where(span > 0, span, highest - lowest)
+            span = torch.where(span > 0, span, one)
+            return low, span, (lowest - low) / span
+        used = values != 0
+        found = torch.where(used.any(1, keepdim=True), percentile(values, self.share, used), 0 * one)
+        largest = values.abs().amax(1, keepdim=True)
+        span = torch.where(found > 0, found, torch.where(largest > 0, largest, one))
+        return 0 * one, span, torch.where(lowest >= 0, 0 * one, NO_FLOOR * one)
 
     def _corrected(self, sr: Tensor, x: Tensor, signed: Tensor, rows: Axis, columns: Axis) -> Tensor:
         """`consistency.corrected` in real arithmetic."""
         scale = self.model.scale
-        real, imaginary = lowpass(sr, rows, columns, scale)
+        edges = self.model.any_intensity and self.consistency == "object"
+        cut = cut_edges(x) if edges else None
+        if cut is None:
+            real, imaginary = lowpass(sr, rows, columns, scale)
+        else:
+            smooth = smooth_part(sr, cut)
+            real, imaginary = lowpass(sr - smooth, rows, columns, scale)
+            real = real + smooth[..., ::scale, ::scale]
         rounding = 8 * torch.finfo(x.dtype).eps * x.abs().amax((-2, -1), keepdim=True)
         beyond = (imaginary.abs() > x.abs() + rounding).flatten(-2).any(-1)[..., None, None]
         kept = torch.where(beyond, torch.zeros_like(imaginary), imaginary)
         magnitude = (x**2 - kept**2).clamp(min=0).sqrt()
-        wanted = torch.where(real < 0, -magnitude, magnitude)
-        correction = back_projected(
-            torch.where(signed, x, wanted) - real,
-            torch.where(signed, torch.zeros_like(kept), kept - imaginary),
-            rows,
-            columns,
-        )
+        residual = torch.where(signed, x, torch.where(real < 0, -magnitude, magnitude)) - real
+        unpaired = torch.where(signed, torch.zeros_like(kept), kept - imaginary)
+        if cut is None:
+            correction = back_projected(residual, unpaired, rows, columns)
+        else:
+            smooth = smooth_part(residual, cut)
+            correction = back_projected(residual - smooth, unpaired, rows, columns) + cubic(smooth, scale)
         if self.consistency == "exact":
             return sr + correction
         low = torch.where(signed, real, (real**2 + imaginary**2).sqrt())
-        return sr + self._object_share(sr, (x - low) ** 2, signed) * correction
+        share = self._object_share(sr, (x - low) ** 2, signed)
+        if edges:
+            varying = (F.max_pool2d(x, 5, 1, 2) != -F.max_pool2d(-x, 5, 1, 2)).to(x.dtype)
+            share = share * F.interpolate(varying, scale_factor=float(scale), mode="nearest")
+        return sr + share * correction
 
     def _object_share(self, sr: Tensor, difference: Tensor, signed: Tensor) -> Tensor:
         """`consistency.object_share`."""

@@ -197,7 +197,7 @@ class Upscaling:
         """
         model = self._model
         slices = np.moveaxis(self._volume.array, self.axis, 0)
-        units = _units(model, self._volume.array)
+        units = scan_units(model, self._volume.array)
         with ExitStack() as stack:
             stack.enter_context(evaluating(model))
             batches = stack.enter_context(closing(self._batches(slices, units)))
@@ -305,7 +305,7 @@ class _Units(NamedTuple):
     floor: float | None
 
 
-def _units(model: "SRModel", array: np.ndarray) -> _Units:
+def scan_units(model: "SRModel", array: np.ndarray) -> _Units:
     """The units in which a model gets the whole scan.
 
     A model for images of about [0, 1] gets the scan divided by the model's intensity rule; a scan with a negative value

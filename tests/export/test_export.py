@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,13 @@ from tolerances import assert_close
 
 import deformmamba.export
 from deformmamba.cli import main
-from deformmamba.export import FACTS, ExportError, export
+from deformmamba.export import FACTS, ExportError, export, onnx, openvino, pt2, whole_slice
+from deformmamba.inference import upscale
+from deformmamba.inference.upscaling import scan_units
 from deformmamba.models import DeformMambaSR, SRModel
-from deformmamba.physics.kspace import zero_fill
+from deformmamba.physics import edges
+from deformmamba.physics.consistency import data_consistency
+from deformmamba.physics.kspace import lowpass, zero_fill
 from deformmamba.scan import selective_scan_2d
 from deformmamba.weights import write_checkpoint
 
@@ -52,7 +57,7 @@ def test_the_scan_by_steps_is_the_scan(directions: int, zoh: bool, bias: bool, r
         u, delta, A, B, C, *((D, dt) if bias else ()), delta_weight=mix if rank else None,
         discretization="zoh" if zoh else "euler", backend="reference",
     )  # fmt: skip
-    got, last, kept = deformmamba.export._scan_by_steps(
+    got, last, kept = pt2._scan_by_steps(
         "cpu",
         u.reshape(b, 1, h * w, d),
         delta.reshape(k, b, 1, h * w, rank or d),
@@ -75,7 +80,7 @@ def test_the_scan_by_steps_is_the_scan(directions: int, zoh: bool, bias: bool, r
 
 def test_a_pt2_file_needs_no_deformmamba(tmp_path: Path) -> None:
     model = small(deform=False, context=False)
-    done = export(model, tmp_path / "m.pt2", format="pt2", size=(7, 6))
+    done = export(model, tmp_path / "m.pt2", format="pt2", size=(7, 6), inputs="lr,base")
     assert done.difference < 1e-5
     assert done.sizes == [(7, 6)]
     lr = image(7, 6)
@@ -83,7 +88,7 @@ def test_a_pt2_file_needs_no_deformmamba(tmp_path: Path) -> None:
     script = (
         "import sys, torch; f = {}; program = torch.export.load('m.pt2', extra_files=f).module()\n"
         "example = torch.load('example.pt', weights_only=True)\n"
-        "torch.testing.assert_close(program(lr=example['lr'], base=None), example['sr'], atol=1e-5, rtol=0)\n"
+        "torch.testing.assert_close(program(lr=example['lr']), example['sr'], atol=1e-5, rtol=0)\n"
         "assert not any(name.startswith('deformmamba') for name in sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=300)
@@ -98,7 +103,7 @@ def test_a_pt2_file_needs_no_deformmamba(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_pt2_file_takes_sizes_it_was_not_made_at(tmp_path: Path) -> None:
     model = small(skip="zero-fill")
-    done = export(model, tmp_path / "m.pt2", format="pt2")
+    done = export(model, tmp_path / "m.pt2", format="pt2", inputs="lr,base")
     assert len(done.sizes) == 2
     program = torch.export.load(tmp_path / "m.pt2").module()
     for h, w, b in [(8, 8, 1), (9, 14, 3)]:
@@ -108,38 +113,107 @@ def test_a_pt2_file_takes_sizes_it_was_not_made_at(tmp_path: Path) -> None:
             torch.testing.assert_close(program(lr=lr, base=base), model(lr, base), atol=1e-5, rtol=0)
 
 
+def scan(h: int, w: int, b: int) -> np.ndarray:
+    """A stack of slices (b, h, w) with air around an object, in units of thousands."""
+    generator = np.random.default_rng(h)
+    y, x = np.mgrid[-1 : 1 : h * 1j, -1 : 1 : w * 1j]
+    inside = (y**2 + x**2 < 0.7) * (1 + 0.3 * np.sin(9 * x) * np.cos(7 * y))
+    noise = generator.standard_normal((2, b, h, w)) * 0.03
+    return np.float32(2000 * np.hypot(inside + noise[0], noise[1]))
+
+
+NETWORKS = [
+    ({"skip": "zero-fill"}, "object"),
+    ({"dims": [4, 6], "depths": [1, 1], "discretization": "zoh", "directions": 2}, "off"),
+    ({"skip": "zero-fill-edges", "normalise": "slice", "directions": 1, "context": False}, "object"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [{"skip": "zero-fill"}, {"dims": [4, 6], "depths": [1, 1], "discretization": "zoh", "directions": 2}]
-)
-def test_an_onnx_file_takes_sizes_it_was_not_made_at(tmp_path: Path, options: dict[str, object]) -> None:
+@pytest.mark.parametrize(("options", "consistency"), NETWORKS)
+def test_an_onnx_file_gives_what_upscale_gives(tmp_path: Path, options: dict[str, object], consistency: str) -> None:
+    """At sizes it was not made at, each slice alone, and with the units of a stack."""
     pytest.importorskip("onnxscript")
-    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    checker, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     model = small(**options)
-    done = export(model, tmp_path / "m.onnx", format="onnx")
+    done = export(model, tmp_path / "m.onnx", format="onnx", consistency=consistency)
     assert done.difference < 1e-5
-    file = onnx.load(tmp_path / "m.onnx")
-    onnx.checker.check_model(file)
+    file = checker.load(tmp_path / "m.onnx")
+    checker.checker.check_model(file)
     assert {p.key: p.value for p in file.metadata_props}.items() >= done.facts.items()
-    assert done.facts["size"] == "free"
+    assert {node.domain for node in file.graph.node} == {""}
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == ["lr"]
+    assert [i.name for i in session.get_overridable_initializers()] == ["units"]
     smallest = int(done.facts["minimum_size"])
-    for h, w, b in [(smallest, smallest, 1), (21, 6, 3)]:
-        lr = image(h, w, b)
-        inputs = {"lr": lr, "base": zero_fill(lr, 2)} if model.skip else {"lr": lr}
-        assert [i.name for i in session.get_inputs()] == list(inputs) == list(json.loads(done.facts["inputs"]))
-        (sr,) = session.run(["sr"], {name: x.numpy() for name, x in inputs.items()})
-        np.testing.assert_allclose(sr, model(**inputs).detach().numpy(), atol=1e-5)
+    for h, w, b in [(smallest, smallest, 1), (21, 16, 2)]:
+        stack = scan(h, w, b)
+        units = scan_units(model, stack)
+        given = np.float32([units.zero, units.scale, units.floor])
+        (sr,) = session.run(["sr"], {"lr": stack[:, None], "units": given})
+        wanted = upscale(model, stack, axis=0, consistency=consistency)
+        np.testing.assert_allclose(sr[:, 0], wanted, atol=1e-5 * units.scale)
+        (sr,) = session.run(["sr"], {"lr": stack[:1, None]})
+        wanted = upscale(model, stack[:1], axis=0, consistency=consistency)
+        np.testing.assert_allclose(sr[:, 0], wanted, atol=1e-5 * units.scale)
+
+
+@pytest.mark.slow
+def test_an_onnx_file_for_tiles_takes_base(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model = small(skip="zero-fill")
+    done = export(model, tmp_path / "m.onnx", format="onnx", inputs="lr,base")
+    lr = image(9, 14)
+    with torch.no_grad():
+        got = onnx.runner(tmp_path / "m.onnx")({"lr": lr, "base": zero_fill(lr, 2)})
+        torch.testing.assert_close(got, model(lr), atol=1e-5, rtol=0)
+    assert list(json.loads(done.facts["inputs"])) == ["lr", "base"]
+
+
+@pytest.mark.slow
+def test_an_openvino_file_gives_what_upscale_gives(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("openvino")
+    model = small(skip="zero-fill")
+    done = export(model, tmp_path / "m.xml", format="openvino", consistency="off")
+    assert done.difference < 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.bin", "m.xml"]
+    stack = scan(11, 16, 1)
+    got = openvino.runner(tmp_path / "m.xml")({"lr": torch.from_numpy(stack[:, None]), "units": torch.zeros(3)})
+    wanted = upscale(model, stack, axis=0, consistency="off")
+    np.testing.assert_allclose(got[:, 0].numpy(), wanted, atol=1e-5 * stack.max())
+
+
+@pytest.mark.parametrize(("h", "w", "scale"), [(8, 6, 2), (9, 6, 3), (7, 9, 4), (12, 16, 4)])
+def test_real_matrices_are_the_fourier_transforms(h: int, w: int, scale: int) -> None:
+    """In float64, where both agree to rounding."""
+    generator = torch.Generator().manual_seed(h)
+    x = torch.randn(2, 1, h, w, generator=generator, dtype=torch.float64)
+    hr = torch.randn(2, 1, scale * h, scale * w, generator=generator, dtype=torch.float64)
+    rows, columns = (whole_slice.axis(n, scale, x) for n in (h, w))
+    close = partial(torch.testing.assert_close, atol=1e-12, rtol=0)
+    close(whole_slice.zero_fill(x, rows, columns), zero_fill(x, scale))
+    real, imaginary = whole_slice.lowpass(hr, rows, columns, scale)
+    close(torch.complex(real, imaginary), lowpass(hr, scale))
+    gate = edges.cut_edges(x)
+    close(whole_slice.smooth_part(x, gate), edges.smooth_part(x, gate=gate))
+    close(whole_slice.cubic(x, scale), edges.cubic(x, scale))
+    signed = data_consistency(hr, x, scale, magnitude=False)
+    close(hr + whole_slice.back_projected(x - real, torch.zeros_like(x), rows, columns), signed)
 
 
 def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The exporter is broken on purpose: the columns are walked as rows."""
-    monkeypatch.setattr(deformmamba.export, "_transposed", lambda x, height, width: x)
+    monkeypatch.setattr(pt2, "_transposed", lambda x, height, width: x)
     (tmp_path / "m.pt2").write_bytes(b"yesterday's")
     with pytest.raises(
         ExportError, match=r"m\.pt2: the exported DeformMambaSR differs from the model by [\d.e-]+, more"
     ):
-        export(small(deform=False, context=False), tmp_path / "m.pt2", format="pt2", size=(7, 6), tolerance=1e-5)
+        export(
+            small(deform=False, context=False), tmp_path / "m.pt2",
+            format="pt2", size=(7, 6), inputs="lr,base", tolerance=1e-5,
+        )  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"]
     assert (tmp_path / "m.pt2").read_bytes() == b"yesterday's"
 
@@ -148,14 +222,13 @@ def test_a_file_that_gives_nan_is_not_kept(tmp_path: Path) -> None:
     model = small(deform=False, context=False)
     model.project.bias.data.fill_(float("nan"))
     with pytest.raises(ExportError, match="differs from the model by inf"):
-        export(model, tmp_path / "m.pt2", format="pt2", size=(7, 6))
+        export(model, tmp_path / "m.pt2", format="pt2", size=(7, 6), inputs="lr,base")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deformmamba.export, "_program", lambda model, *_: model)
-    monkeypatch.setattr(deformmamba.export, "_write_pt2", lambda model, path, *_: path.touch())
-    monkeypatch.setattr(deformmamba.export, "_pt2_runner", lambda path: lambda inputs: torch.zeros(1))
+    monkeypatch.setattr(deformmamba.export, "_write", lambda *arguments: arguments[3].touch())
+    monkeypatch.setattr(pt2, "runner", lambda path: lambda inputs: torch.zeros(1))
     model = small(drop_path=0.5).double().train()
     with pytest.raises(ExportError):
         export(model, tmp_path / "m.pt2", format="pt2")
@@ -177,9 +250,11 @@ class Unexportable(SRModel):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"format": "tflite"}, "format 'tflite' is not known; there are onnx and pt2"),
-        ({"format": "pt2", "size": (0, 4)}, r"size is \(0, 4\); it must be \(h, w\) of at least 1"),
-        ({"format": "pt2", "size": (4, 4)}, "torch .* cannot export Unexportable: "),
+        ({"format": "tflite"}, "format 'tflite' is not known; there are onnx, openvino, pt2"),
+        ({"format": "pt2", "size": (0, 4)}, r"size is \(0, 4\); it must be \(h, w\) of at least 4"),
+        ({"format": "pt2", "inputs": "base"}, 'inputs is \'base\'; it must be "lr" or "lr,base"'),
+        ({"format": "pt2", "consistency": "always"}, 'consistency must be "exact", "object" or "off"'),
+        ({"format": "pt2", "size": (4, 4)}, "torch .* cannot export Unexportable to pt2: "),
     ],
 )
 def test_what_cannot_be_exported_is_one_line(tmp_path: Path, arguments: dict[str, object], message: str) -> None:
@@ -205,7 +280,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     write_checkpoint(
         weights, class_name="DeformMambaSR", config=model.config, tensors=model.state_dict(), provenance={}
     )
-    arguments = ["export", "--format", "pt2", "--model", str(weights), "-o"]
+    arguments = ["export", "--format", "pt2", "--inputs", "lr,base", "--model", str(weights), "-o"]
     assert main([*arguments, str(file), "--size", "7", "6"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"{file}: small as pt2, input size 7x6, batch 1"

@@ -1,0 +1,102 @@
+"""Programs as pt2 files, PyTorch's own format: `torch.export.load(path).module()` runs them without this package.
+
+The selective scan is a loop over steps (`torch.ops.higher_order.scan`), so that one file serves every size.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deformmamba.scan import scan_backend
+from deformmamba.scan.reference import discretize, step_sizes
+
+FACTS = "deformmamba.json"  # the name of the facts inside a pt2 file
+
+
+def portable_program(
+    module: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> torch.export.ExportedProgram:
+    """`torch.export.export` of a module that holds any of our blocks, as a program that runs without this package.
+
+    `torch.export.export` itself works on the blocks too, and keeps `deformmamba::scan` as it is: fast, but it runs
+    only where this package is. Here each scan is a loop over steps, which `torch.onnx.export(program, dynamo=True)`
+    turns into an ONNX Scan. Arguments as in `torch.export.export`; tensors on the CPU; gradients are not exported.
+    A free size is a `torch.export.Dim` with min=2 (a model: `multiple + 1`): PyTorch treats size 1 as special.
+    """
+    with torch.no_grad(), scan_backend("cpu"):  # one operator, whatever the length
+        program = torch.export.export(
+            module, args, kwargs, dynamic_shapes=dynamic_shapes, prefer_deferred_runtime_asserts_over_guards=True
+        )
+        return program.run_decompositions({torch.ops.deformmamba.scan.default: _scan_by_steps})
+
+
+def _scan_by_steps(
+    backend: str,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    bias: Tensor | None,
+    state: Tensor | None,
+    height: int,
+    width: int,
+    softplus: bool,
+    zoh: bool,
+    keep: bool,
+    mix: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`deformmamba::scan` as a loop over steps that a graph can hold, all directions at once; shapes as there."""
+    from torch._higher_order_ops.scan import scan_op
+
+    b, g, _, r = u.shape
+    k, n = A.shape[0], A.shape[-1]
+    if mix is not None:
+        delta = torch.einsum("kbglq,kgrq->kbglr", delta, mix)
+
+    def walked(xs: list[Tensor]) -> Tensor:
+        """(l, k, b, g, ...): what each direction meets at each step."""
+        if k == 4:
+            xs[1], xs[3] = (_transposed(x, height, width) for x in (xs[1], xs[3]))
+        return torch.stack([x.flip(2) if i >= (k + 1) // 2 and k > 1 else x for i, x in enumerate(xs)]).movedim(3, 0)
+
+    def step(h: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor) -> list[Tensor]:
+        a, phi = discretize(dt[..., None], A, zoh)
+        h = a * h + phi * u[..., None] * B[..., None, :]
+        return [h, (h * C[..., None, :]).sum(-1)]
+
+    dt = step_sizes(delta, bias, softplus)
+    steps = [walked(list(x)).contiguous() for x in ([u] * k, dt, B, C)]
+    h = A.new_zeros(k, b, g, r, n) if state is None else state.clone()
+    last, ys = scan_op(step, (h,), tuple(steps), (A[:, None].clone(),))
+    y = list(ys.movedim(0, 3))
+    y = [x.flip(2) if i >= (k + 1) // 2 and k > 1 else x for i, x in enumerate(y)]
+    if k == 4:
+        y[1], y[3] = (_transposed(x, width, height) for x in (y[1], y[3]))
+    total = torch.stack(y).sum(0)
+    return total if D is None else total + D.sum(0)[:, None] * u, last, A.new_empty(k, b, g, 0, n, r)
+
+
+def _transposed(x: Tensor, height: int, width: int) -> Tensor:
+    """(b, g, height * width, ...), row by row, as column by column."""
+    return x.unflatten(2, (height, width)).transpose(2, 3).flatten(2, 3)
+
+
+def write(program: torch.export.ExportedProgram, path: Path, facts: dict[str, str]) -> None:
+    """Writes a program of `portable_program`."""
+    torch.export.save(program, path, extra_files={FACTS: json.dumps(facts)})
+
+
+def runner(path: Path) -> Callable[[dict[str, Tensor]], Tensor]:
+    """The file as a function of its inputs by name."""
+    program = torch.export.load(path).module()
+    return lambda inputs: program(**inputs)
