@@ -172,9 +172,8 @@ def _facts(
         about = f"of about [0, 1]: divide by the intensity {rule} of the LR volume"
         described = {"lr": f"float32 (b, c, h, w) {'of any intensity' if model.any_intensity else about}"}
         if _takes_base(model):
-            described["base"] = (
-                f"float32 {scaled}: the cut of the whole slice's base image (SRModel.whole_slice) at the place of lr"
-            )
+            described["base"] = f"float32 {scaled}: the cut of SRModel.whole_slice(whole slice) at the place of lr"
+
     entry = manifest()["weights"].get(model.source, {}) if model.source else {}
     return {
         "producer": f"deformmamba {__version__}, torch {torch.__version__}",
