@@ -77,11 +77,12 @@ def _scores(own: list[dict[str, Any]], compared: dict[str, list[dict[str, Any]]]
 
 
 def spread_over_slices(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Standard deviation of each metric over all slices of all volumes."""
-    return {
-        f"{name}_sd_over_slices": round(float(np.std([v for row in rows for v in row["by_slice"][name]], ddof=1)), 4)
-        for name in rows[0]["by_slice"]
-    }
+    """Standard deviation of each metric over all slices of all volumes; empty slices, which are perfect, do not count."""
+    found = {}
+    for name in rows[0]["by_slice"]:
+        values = np.array([value for row in rows for value in row["by_slice"][name]], np.float64)
+        found[f"{name}_sd_over_slices"] = round(float(np.std(values[np.isfinite(values)], ddof=1)), 4)
+    return found
 
 
 COLUMNS = [
