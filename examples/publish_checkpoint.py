@@ -77,7 +77,7 @@ def _scores(own: list[dict[str, Any]], compared: dict[str, list[dict[str, Any]]]
 
 
 def spread_over_slices(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Standard deviation of each metric over all slices of all volumes; empty slices, which are perfect, do not count."""
+    """Standard deviation of each metric over all slices of all volumes, without empty ones, whose PSNR is infinite."""
     found = {}
     for name in rows[0]["by_slice"]:
         values = np.array([value for row in rows for value in row["by_slice"][name]], np.float64)
