@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 # name, PSNR of zero-filling on its validation subjects, the logs of its stages
 NAMES = {
-    "ixi-4x": (28.14, ("ixi-4x", "ixi-4x-stage2", "ixi-4x-stage3")),
+    "ixi-4x": (28.14, ("ixi-4x", "ixi-4x-stage2", "ixi-4x-stage3", "ixi-4x-stage4")),
     "ixi-2x": (33.29, ("ixi-2x", "ixi-2x-stage2", "ixi-2x-stage3")),
     "spine-4x": (23.37, ("spine-4x", "spine-4x-stage2")),
 }
-LABELS = (("first stage", "C0"), ("larger fields", "C1"), ("coarser voxels, noise", "C2"))
+LABELS = (("first stage", "C0"), ("larger fields", "C1"), ("coarser voxels, noise", "C2"), ("real scans", "C3"))
+FIRST = {"spine-4x": 1}  # which of LABELS a name begins with, if not the first: spine-4x goes on from ixi-4x
 
 
 def curve(log: Path) -> tuple[list[int], list[float]]:
@@ -30,7 +31,7 @@ def main(path: Path) -> None:
     figure = Figure(figsize=(13.5, 3.6), dpi=100, layout="constrained")
     for axes, (name, (zero_fill, stages)) in zip(figure.subplots(1, len(NAMES)), NAMES.items(), strict=True):
         done = 0
-        for stage, (label, colour) in zip(stages, LABELS[-len(stages) :], strict=True):
+        for stage, (label, colour) in zip(stages, LABELS[FIRST.get(name, 0) :], strict=False):
             steps, values = curve(DOCS / f"{stage}-training.csv")
             axes.plot([done + step for step in steps], values, label=label, color=colour)
             done += steps[-1]
