@@ -1,0 +1,78 @@
+"""Recipes of the kind "thick": a run from data to checkpoint, and what is refused before it begins."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deformmamba.models import from_pretrained
+from deformmamba.training import train_recipe
+from deformmamba.training.recipe import load_recipe
+from deformmamba.volume import Volume, write_volume
+
+RECIPE = """
+[model]
+dims = [16]
+depths = [1]
+d_state = 4
+stem_channels = 4
+skip = "zero-fill"
+scale = 1
+
+[data]
+kind = "thick"
+patch = 16
+ratio = [2.0, 4.0]
+
+[fit]
+steps = 2
+batch = 2
+loss = "l1"
+every = 2
+"""
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A subject to train on and one to validate on, of 24 x 24 x 6 voxels."""
+    rows = ["participant_id\tfile\tsplit"]
+    for number, split in enumerate(("train", "val")):
+        array = 100 + 50 * np.random.default_rng(number).random((24, 24, 6), np.float32)
+        write_volume(tmp_path / f"sub-{number}.nii.gz", Volume(array, np.diag([0.8, 0.8, 4, 1])))
+        rows.append(f"sub-{number}\tsub-{number}.nii.gz\t{split}")
+    (tmp_path / "volumes.tsv").write_text("\n".join(rows) + "\n")
+    return tmp_path
+
+
+def test_a_run(data: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(RECIPE)
+    best = train_recipe(recipe, data, tmp_path / "run", progress=False)
+    model = from_pretrained(best)
+    assert model.scale == 1
+    assert model.provenance["degradation"] == "slice profiles, ratio 2-4"
+    assert model.provenance["spacings_mm"] == [0.8, 0.8]
+    # the last convolution starts at zero, so after two steps the network is still close to the spline
+    scores = model.provenance["validation"]
+    assert scores["psnr"] == pytest.approx(scores["psnr_spline"], abs=2.0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ('kind = "thick"', 'kind = "thin"', "'thin'.*'in-plane' or 'thick'"),
+        ("scale = 1", "scale = 2", "scale = 1"),
+        ("steps = 2", "epochs = 2", "steps"),
+        ("patch = 16", "patch = 16\nlesions = 0.5", "lesions"),
+    ],
+)
+def test_what_is_refused(data: Path, tmp_path: Path, before: str, after: str, words: str) -> None:
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(RECIPE.replace(before, after))
+    with pytest.raises(ValueError, match=words):
+        train_recipe(recipe, data, tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("name", ["thick", "thick-stage2"])
+def test_the_recipes_are_of_this_kind(name: str) -> None:
+    assert load_recipe(name)["data"]["kind"] == "thick"
