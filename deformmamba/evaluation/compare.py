@@ -164,10 +164,10 @@ class Comparison:
                 f"mean over subjects ± standard deviation over slices (with fewer than {FEWEST} subjects: no interval)"
             )
         else:
-            lines.append("mean over subjects ± standard deviation over subjects [95% bootstrap interval of the mean]")
+            lines.append("mean over subjects ± standard deviation over subjects [95% confidence interval of the mean]")
         lines += ["", *_columns(self.metrics, self.summary)]
         if self.differences:
-            count = f", {n_subjects} of them: no interval" if few else " [95% bootstrap interval]"
+            count = f", {n_subjects} of them: no interval" if few else " [95% confidence interval]"
             lines += ["", f"difference to {self.against}, subject by subject{count}"]
             lines += ["", *_columns(self.metrics, self.differences, sign="+")]
         return "\n".join(lines)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, InvalidType
 from deformmamba.extras import MissingExtra, require
 
 Protocol = Literal["volume", "slice", "foreground"]
@@ -43,12 +43,18 @@ class _Pair(NamedTuple):
     mask: torch.Tensor | None
 
 
-def _tensor(x: Array) -> torch.Tensor:
-    return torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x).detach()
+def _tensor(x: Array, name: str) -> torch.Tensor:
+    """`x` as a tensor of real numbers; arrays of any byte order and width become float64."""
+    kind = x.dtype.kind if isinstance(x, np.ndarray) else ""
+    if kind == "c" or (isinstance(x, torch.Tensor) and x.is_complex()):
+        raise InvalidType(f"metrics: {name} is complex ({x.dtype}); take the magnitude first, such as abs({name})")
+    if kind not in "biuf":
+        raise InvalidType(f"metrics: {name} holds {x.dtype}; wanted real numbers")
+    return torch.as_tensor(np.ascontiguousarray(x, np.float64) if isinstance(x, np.ndarray) else x).detach()
 
 
 def _pair(sr: Array, hr: Array, protocol: str) -> _Pair:
-    a, b = _tensor(sr), _tensor(hr)
+    a, b = _tensor(sr, "sr"), _tensor(hr, "hr")
     if a.shape != b.shape or a.ndim not in (2, 3):
         raise InvalidArgument(
             f"metrics: sr is {tuple(a.shape)} and hr {tuple(b.shape)}; both must be (slices, H, W) or (H, W), the same"
@@ -75,7 +81,7 @@ def foreground(hr: Array) -> torch.Tensor:
     around it does not. It depends on HR alone. Made for heads: where a surface coil leaves half the picture at the
     level of noise, the edge is ragged.
     """
-    b = _tensor(hr).double()
+    b = _tensor(hr, "hr").double()
     values = b[b != 0].flatten()
     if not values.numel():
         return torch.zeros_like(b, dtype=torch.bool)

@@ -18,9 +18,8 @@ import numpy as np
 
 from deformmamba.errors import InvalidArgument
 
-# below this many values a bootstrap has too few distinct samples to say anything
+# below this many values an interval is so wide that it says little
 FEWEST = 5
-RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,8 @@ class Spread:
         std: their sample standard deviation (n - 1); None for a single value or where one is infinite.
         n: how many values.
         over: what the values are of: "subjects", "slices", "seeds" ...
-        interval: where the mean of such a sample lies with probability `level`, by bootstrap; None if there is no basis
-            for one: fewer than `FEWEST` values, or slices, which are not independent.
+        interval: confidence interval of the mean, by Student's t; None if there is no basis for one: fewer than `FEWEST`
+            values, or slices, which are not independent.
         level: of the interval.
     """
 
@@ -69,18 +68,16 @@ class Spread:
         }
 
 
-def spread(
-    values: Sequence[float] | Mapping[str, float], *, over: str = "subjects", level: float = 0.95, seed: int = 0
-) -> Spread:
-    """Mean, standard deviation and, from `FEWEST` values on, a bootstrap interval of the mean.
+def spread(values: Sequence[float] | Mapping[str, float], *, over: str = "subjects", level: float = 0.95) -> Spread:
+    """Mean, standard deviation and, from `FEWEST` values on, a confidence interval of the mean.
 
-    `values`: one for each subject (or seed); a mapping counts by its values, in the order of its keys' names, so that
-    the same subjects give the same interval. `over="slices"` never has an interval.
+    `values`: one for each subject (or seed), as a list or by name. `over="slices"` never has an interval.
 
-    The interval is the percentile bootstrap: `RESAMPLES` samples of n values drawn with replacement by a generator
-    seeded with `seed`. It is a little too narrow for few values, as every bootstrap is.
+    The interval is Student's: mean ± t * std / sqrt(n), with the quantile t of n - 1 degrees of freedom. It contains
+    the true mean in a share `level` of all samples if the values are normally distributed, for any n. (A percentile
+    bootstrap of 5 or 6 values contains it in 82 to 88 % where 95 % is meant.)
 
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 13.3.
+    Source: Student, Biometrika 6 (1908).
 
     Raises:
         ValueError: no value, NaN among them, or a `level` outside (0, 1).
@@ -97,10 +94,38 @@ def spread(
         return Spread(float(numbers.sum()), None, n, over, None, level)
     interval = None
     if n >= FEWEST and over != "slices":
-        draws = np.random.default_rng(seed).integers(n, size=(RESAMPLES, n))
-        low, high = np.quantile(numbers[draws].mean(1), [(1 - level) / 2, (1 + level) / 2])
-        interval = (float(low), float(high))
+        reach = t_quantile(level, n - 1) * float(numbers.std(ddof=1)) / math.sqrt(n)
+        mean = math.fsum(numbers) / n
+        interval = (mean - reach, mean + reach)
     return Spread(math.fsum(numbers) / n, float(numbers.std(ddof=1)) if n > 1 else None, n, over, interval, level)
+
+
+def t_quantile(level: float, freedom: int) -> float:
+    """The t for which |T| < t with probability `level`, T of Student's distribution with `freedom` >= 1 degrees.
+
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 26.7.3 and 26.7.4: for a whole number of
+    degrees of freedom the probability is a finite sum; the equation is solved by bisection.
+    """
+    low, high = 0.0, 1.0
+    while _t_probability(high, freedom) < level:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_probability(middle, freedom) < level else (low, middle)
+    return high
+
+
+def _t_probability(t: float, freedom: int) -> float:
+    angle = math.atan(t / math.sqrt(freedom))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = freedom % 2
+    term, total = (cosine, cosine) if odd else (1.0, 1.0)
+    if freedom == 1:
+        total = 0.0
+    for k in range(2 + odd, freedom - 1, 2):  # each term is (k - 1) / k cos^2 times the one before
+        term *= (k - 1) / k * cosine**2
+        total += term
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
 
 
 def subject_means(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float]:
@@ -111,7 +136,7 @@ def subject_means(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, f
     return {name: math.fsum(values) / len(values) for name, values in sorted(by_subject.items())}
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], metric: str, *, level: float = 0.95, seed: int = 0) -> Spread:
+def summarise(rows: Sequence[Mapping[str, Any]], metric: str, *, level: float = 0.95) -> Spread:
     """The mean of a metric over subjects, with the spread that the data can bear.
 
     From `FEWEST` subjects on: over subjects, with an interval. With fewer, and where rows hold `by_slice` values of the
@@ -119,14 +144,14 @@ def summarise(rows: Sequence[Mapping[str, Any]], metric: str, *, level: float = 
     says so (slices with an infinite value are left out of it). With neither: over subjects, without an interval.
     """
     means = subject_means(rows, metric)
-    result = spread(means, level=level, seed=seed)
+    result = spread(means, level=level)
     slices = [value for row in rows for value in row.get("by_slice", {}).get(metric, ()) if math.isfinite(value)]
     if len(means) >= FEWEST or len(slices) < 2:
         return result
     return Spread(result.mean, float(np.std(slices, ddof=1)), len(slices), "slices", None, level)
 
 
-def paired_difference(a: Mapping[str, float], b: Mapping[str, float], *, level: float = 0.95, seed: int = 0) -> Spread:
+def paired_difference(a: Mapping[str, float], b: Mapping[str, float], *, level: float = 0.95) -> Spread:
     """`spread` of a - b, subject by subject: subjects differ far more from each other than two methods do on one.
 
     `a` and `b`: values by subject, as `subject_means` gives them, of the same subjects.
@@ -138,4 +163,4 @@ def paired_difference(a: Mapping[str, float], b: Mapping[str, float], *, level: 
         odd = sorted(set(a) ^ set(b))
         raise InvalidArgument(f"paired_difference: both need the same subjects; in one only: {', '.join(odd[:5])}")
     # equal infinities have no difference: two methods that are both perfect on a subject are equal there
-    return spread({name: 0.0 if a[name] == b[name] else a[name] - b[name] for name in a}, level=level, seed=seed)
+    return spread({name: 0.0 if a[name] == b[name] else a[name] - b[name] for name in a}, level=level)

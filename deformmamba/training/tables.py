@@ -506,8 +506,8 @@ def _same(path: Path, facts: Mapping[str, Any]) -> None:
         if found.get(part) != plain[part]:
             ours, theirs = plain[part], found.get(part)
             if isinstance(ours, dict) and isinstance(theirs, dict):
-                key = next(k for k in ours if ours[k] != theirs.get(k))
-                part, ours, theirs = f"{part} {key}", ours[key], theirs.get(key)
+                key = next(k for k in {**ours, **theirs} if ours.get(k, "not given") != theirs.get(k, "not given"))
+                part, ours, theirs = f"{part} {key}", ours.get(key, "not given"), theirs.get(key, "not given")
             raise InvalidArgument(
                 f"{path.parent} holds another benchmark: {part} is {_brief(theirs)} there and {_brief(ours)} here; "
                 "choose another folder, or delete it"

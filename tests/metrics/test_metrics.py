@@ -219,3 +219,24 @@ def test_metrics_on_request_are_no_part_of_the_default_table():
 def test_a_gpu_gives_what_the_cpu_gives(metric, protocol):
     sr, hr = (torch.from_numpy(volume) for volume in body((11, 40, 24), 300.0, np.float32))
     assert metric(sr.cuda(), hr.cuda(), protocol=protocol) == pytest.approx(metric(sr, hr, protocol=protocol), rel=1e-9)
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim, nmse, by_slice, hfen, lambda sr, hr: foreground(hr)])
+def test_complex_images_are_refused_and_say_the_cure(metric):
+    image = np.random.default_rng(0).random((2, 16, 16))
+    for made in (lambda x: x.astype(np.complex64), lambda x: torch.from_numpy(x).to(torch.complex128)):
+        with pytest.raises(TypeError, match=r"hr is complex \(.*\); take the magnitude first, such as abs\(hr\)"):
+            metric(image, made(image))
+
+
+def test_byte_order_and_width_do_not_matter():
+    rng = np.random.default_rng(0)
+    sr, hr = (rng.random((2, 16, 16)).astype(np.float32) for _ in range(2))
+    wanted = [metric(sr, hr) for metric in (psnr, ssim, nmse)]
+    for dtype in (">f4", ">f8", "<f8", np.longdouble):
+        assert [metric(sr.astype(dtype), hr.astype(dtype)) for metric in (psnr, ssim, nmse)] == wanted
+    integers = [(100 * x).astype(np.int16) for x in (sr, hr)]
+    assert psnr(*(x.astype(">i2") for x in integers)) == psnr(*integers)
+    assert torch.equal(foreground(hr.astype(">f4")), foreground(hr))
+    with pytest.raises(TypeError, match="sr holds <U1; wanted real numbers"):
+        psnr(np.full((8, 8), "a"), np.ones((8, 8)))
