@@ -12,11 +12,12 @@ def add(commands: Any) -> None:
     kinds = weights.add_subparsers(metavar="list | show | verify | fetch | publish", required=True)
     listing = add_command(kinds, "list", _list, "what there is", "weights list")
     show = add_command(kinds, "show", _show, "the model card of one", "weights show ixi-4x")
-    show.add_argument("name", metavar="NAME")
+    show.add_argument("name", metavar="NAME|PATH|REPO")
     for made in (listing, show):
         made.add_argument("--json", action="store_true", help="for programs")
     verify = add_command(kinds, "verify", _verify, "compare files with their hashes", "weights verify ixi-4x")
     verify.add_argument("name", metavar="NAME|PATH|REPO", nargs="*", help="default: all that ride in the package")
+    verify.add_argument("--sha256", metavar="HASH", help="what a file of your own must hash to")
     fetch = add_command(
         kinds,
         "fetch",
@@ -35,6 +36,7 @@ def add(commands: Any) -> None:
     )
     publish.add_argument("source", metavar="DIR|FILE|NAME", help="a folder written by save_pretrained, a file, a name")
     publish.add_argument("repo", metavar="ORG/NAME", help="made if it is missing")
+    publish.add_argument("--license", metavar="ID", help="such as cc-by-4.0; needed unless the checkpoint names one")
     publish.add_argument("--private", action="store_true", help="make a missing repository private")
     publish.add_argument("--dry-run", action="store_true", help="tell what would be uploaded, and send nothing")
 
@@ -54,10 +56,16 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from deformmamba.weights import card, weights_entry
+    from deformmamba.weights import describe, load_checkpoint, manifest, weights_entry
 
-    entry = weights_entry(args.name)
-    for line in (json.dumps(entry, indent=2) if args.json else card(entry)).splitlines():
+    known = manifest()
+    if args.name in {**known["weights"], **known["planned"]}:
+        facts = weights_entry(args.name)
+    else:
+        read = load_checkpoint(args.name)
+        about = {"name": args.name, "class": read.class_name, "config": read.config, "sha256": read.sha256}
+        facts = {**about, "provenance": read.provenance}
+    for line in (json.dumps(facts, indent=2) if args.json else describe(args.name)).splitlines():
         tell(line)
 
 
@@ -65,7 +73,7 @@ def _verify(args: argparse.Namespace) -> None:
     from deformmamba.weights import list_weights, verify
 
     for name in args.name or [entry["name"] for entry in list_weights() if not entry["repo"]]:
-        tell(f"{name}: ok, sha256 {verify(name)}")
+        tell(f"{name}: ok, sha256 {verify(name, sha256=args.sha256)}")
 
 
 def _fetch(args: argparse.Namespace) -> None:
@@ -81,7 +89,7 @@ def _fetch(args: argparse.Namespace) -> None:
 def _publish(args: argparse.Namespace) -> None:
     from deformmamba.weights import publish
 
-    made = publish(args.source, args.repo, dry_run=args.dry_run, private=args.private)
+    made = publish(args.source, args.repo, license=args.license, dry_run=args.dry_run, private=args.private)
     for name, (size, sha256) in made.files.items():
         tell(f"{'would upload' if args.dry_run else 'uploaded'} {name:18} {size:10d} bytes  sha256 {sha256}")
     if args.dry_run:

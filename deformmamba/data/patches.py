@@ -144,7 +144,7 @@ class PatchDataset(Dataset[Sample]):
         spacings: list[float] = []
         n_cropped = 0
         for scan in _with_bar(scans, progress):
-            loaded = load_slices(scan.path, phase=True)
+            loaded = load_slices(scan, phase=True)
             h, w = (n - n % self.scale for n in loaded.array.shape[1:])
             n_cropped += (h, w) != loaded.array.shape[1:]
             hr = torch.from_numpy(loaded.array)[:, :h, :w]

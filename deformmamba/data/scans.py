@@ -2,8 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,22 +13,31 @@ from deformmamba.data.prepared import MANIFEST, SUFFIX, is_prepared, read_manife
 from deformmamba.data.splits import SPLITS, by_share, check_shares, check_splits, read_table
 from deformmamba.data.subjects import name_subjects, patient_id
 from deformmamba.errors import InvalidArgument
-from deformmamba.volume import Volume, VolumeError, holds_dicom, in_plane, read_volume, slice_axis
+from deformmamba.volume import (
+    Candidate,
+    ChoiceNeeded,
+    Volume,
+    VolumeError,
+    in_plane,
+    read_volumes,
+    scans_below,
+    slice_axis,
+)
 
 INDEX = "volumes.tsv"
-ENDINGS = (".nii", ".nii.gz", ".mgz")
-NO_IMAGES = (".json", ".tsv", ".csv", ".txt", ".bval", ".bvec", ".png", ".jpg", ".pdf", ".zip", ".h5", SUFFIX)
+Passed = Callable[[Path, str], None]
 
 
 @dataclass(frozen=True)
 class Scan:
     """One volume on disk: its file, or the folder of its DICOM series; its subject (splits go by it), its split, and a
-    group such as "T2 brain"."""
+    group such as "T2 brain". `series` is the SeriesInstanceUID where a folder holds several series."""
 
     path: Path
     subject: str
     split: str
     group: str
+    series: str | None = None
 
 
 def find_scans(
@@ -38,13 +47,15 @@ def find_scans(
     test: float = 0.1,
     seed: int = 0,
     subject: str | None = None,
+    passed: Passed | None = None,
 ) -> list[Scan]:
     """The volumes below `root`, sorted by path, each with its subject and the split of its subject.
 
     1. A folder that `deformmamba prepare` wrote: its manifest lists volumes, subjects and splits.
     2. A folder with a `volumes.tsv` (columns participant_id, file and split; contrast and anatomy are optional): that
        table decides.
-    3. Any other folder: every NIfTI or MGH file counts, and every folder that holds DICOM files. The subject is the
+    3. Any other folder: every NIfTI, MGH and DICOM series counts that is a scan by `volume.scans_below`, which leaves
+       out masks, label images, phase images and outputs of this package, each with its reason. The subject is the
        BIDS entity `sub-<label>`; without one it is guessed from the names of folders and files, with a warning that
        says how (see `subjects.py`). Subjects are split by a hash, see `splits.by_share`.
 
@@ -54,6 +65,7 @@ def find_scans(
         seed: of the hash, for case 3.
         subject: a regular expression that finds the subject in each path relative to `root`, for case 3; its first
             group if it has one. Such as "patient[0-9]+".
+        passed: called with each file that is left out and the reason; without it one warning names them.
 
     Raises:
         VolumeError: no volume there, a subject in two splits, an expression that finds no subject in a path, or a
@@ -74,11 +86,24 @@ def find_scans(
     elif table == INDEX:
         scans = _from_index(root)
     else:
-        scans = _from_tree(root, val, test, seed, subject)
+        scans = _from_tree(root, val, test, seed, subject, passed)
     if not scans:
-        raise VolumeError(f"{root}: no volume there; wanted files ending in {', '.join(ENDINGS)}, DICOM, or {INDEX}")
+        raise VolumeError(f"{root}: no volume there; wanted .nii, .nii.gz, .mgh, .mgz, DICOM, or {INDEX}")
     check_splits(((scan.subject, scan.split) for scan in scans), root / (table or ""))
     return sorted(scans, key=lambda scan: scan.path)
+
+
+def named_scans(sources: Iterable[Scan | str | os.PathLike[str]]) -> list[Scan]:
+    """Scans as they are, and files or DICOM folders with the subject that their paths name; these have no split."""
+    sources = list(sources)
+    paths = [Path(os.path.abspath(source)) for source in sources if not isinstance(source, Scan)]
+    if not paths:
+        return [source for source in sources if isinstance(source, Scan)]
+    names = name_subjects(paths, os.path.commonpath([path.parent for path in paths])).names
+    return [
+        source if isinstance(source, Scan) else Scan(Path(source), names[Path(os.path.abspath(source))], "", "")
+        for source in sources
+    ]
 
 
 def describe_splits(scans: Sequence[Scan], *, most: int = 40) -> list[str]:
@@ -124,26 +149,43 @@ def _from_index(root: Path) -> list[Scan]:
     return scans
 
 
-def _from_tree(root: Path, val: float, test: float, seed: int, pattern: str | None) -> list[Scan]:
-    paths = []
-    for folder, files in folders_below(root):
-        paths += [path for path in files if path.name.endswith(ENDINGS)]
-        if holds_dicom(path for path in files if not path.name.endswith((*ENDINGS, *NO_IMAGES))):
-            paths.append(folder)
-    if not paths:
+def _from_tree(
+    root: Path, val: float, test: float, seed: int, pattern: str | None, passed: Passed | None
+) -> list[Scan]:
+    found, left_out = _candidates(root)
+    if passed is not None:
+        for candidate in left_out:
+            passed(candidate.path, candidate.reason)
+    elif left_out:
+        named = "; ".join(f"{one.path.relative_to(root)}: {one.reason}" for one in left_out[:5])
+        more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+        warnings.warn(f"{root}: {_count(len(left_out), 'file')} left out: {named}{more}", stacklevel=4)
+    if not found:
         return []
-    found = name_subjects(paths, root, pattern=pattern, patient_id=patient_id)
-    split = by_share(found.names.values(), val=val, test=test, seed=seed)
-    if not found.certain:
+    # a series that shares its folder is named as if it had a folder of its own
+    keys = {(one.path / one.series if one.series else one.path): one for one in found}
+    patients = {key: patient_id(one.path, one.series) for key, one in keys.items() if one.path.is_dir()}
+    named_by = name_subjects(list(keys), root, pattern=pattern, patients=patients)
+    split = by_share(named_by.names.values(), val=val, test=test, seed=seed)
+    if not named_by.certain:
         names = sorted(split)
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         warnings.warn(
             f"{root}: no {INDEX} and no sub-<label> says whose scans these are; subjects were guessed from "
-            f"{found.rule}: {shown}. If that is wrong, one person can be in two splits: give --subject REGEX (subject= "
-            f"in Python) or write a {INDEX}",
+            f"{named_by.rule}: {shown}. If that is wrong, one person can be in two splits: give --subject REGEX "
+            f"(subject= in Python) or write a {INDEX}",
             stacklevel=4,
         )
-    return [Scan(path, found.names[path], split[found.names[path]], "") for path in paths]
+    return [Scan(one.path, (name := named_by.names[key]), split[name], "", one.series) for key, one in keys.items()]
+
+
+def _candidates(root: Path) -> tuple[list[Candidate], list[Candidate]]:
+    """The scans below `root`, and what looks like one and is none."""
+    candidates = [
+        one if one.path.exists() else replace(one, reason="a link to a file that is not there")
+        for one in scans_below(root)
+    ]
+    return [one for one in candidates if not one.reason], [one for one in candidates if one.reason]
 
 
 def folders_below(root: Path) -> Iterator[tuple[Path, list[Path]]]:
@@ -158,20 +200,38 @@ def folders_below(root: Path) -> Iterator[tuple[Path, list[Path]]]:
         yield Path(folder), [path for name in sorted(names) if (path := Path(folder, name)).is_file()]
 
 
-def load_volume(path: str | os.PathLike[str], *, phase: bool = False) -> tuple[Volume, int]:
+def load_volume(source: Scan | str | os.PathLike[str], *, phase: bool = False) -> tuple[Volume, int]:
     """A volume and the axis of its slices, which `deformmamba.volume.slice_axis` finds; of a prepared file it is 0.
 
     A prepared file knows neither how its slices lie in the patient (`Volume.codes` are 0) nor how far they are apart
-    (1 mm here). Complex slices (fastMRI) come as their magnitude, with `phase` as they are, complex64.
+    (1 mm here). Complex slices (fastMRI) come as their magnitude, with `phase` as they are, complex64. Of a file with
+    several volumes the first.
     """
-    if not Path(path).name.endswith(SUFFIX):
-        volume = read_volume(path)
+    if not _path(source).name.endswith(SUFFIX):
+        volume = next(_volumes(source))
         return volume, slice_axis(volume)
-    prepared = read_prepared(path)
+    prepared = read_prepared(_path(source))
     slices = prepared.slices
     if np.iscomplexobj(slices) and not phase:
         slices = np.abs(slices)
     return Volume(slices, np.diag([1.0, *prepared.spacing, 1.0]), codes=(0, 0)), 0
+
+
+def _path(source: Scan | str | os.PathLike[str]) -> Path:
+    return source.path if isinstance(source, Scan) else Path(source)
+
+
+def _volumes(source: Scan | str | os.PathLike[str]) -> Iterator[Volume]:
+    """Every 3-D volume of a file or series.
+
+    Raises:
+        VolumeError: it cannot be read, or not without a choice that a data set has no place for.
+    """
+    path, series = _path(source), source.series if isinstance(source, Scan) else None
+    try:
+        yield from read_volumes(path, series=series)
+    except ChoiceNeeded as error:
+        raise VolumeError(f"{error.problem}; a data set takes one: save the one that you want as a file") from None
 
 
 class Slices(NamedTuple):
@@ -181,14 +241,22 @@ class Slices(NamedTuple):
     spacing: tuple[float, float]
 
 
-def load_slices(path: str | os.PathLike[str], multiple: int = 1, *, phase: bool = False) -> Slices:
-    """The slices of a volume, see `load_volume`.
+def load_slices(source: Scan | str | os.PathLike[str], multiple: int = 1, *, phase: bool = False) -> Slices:
+    """The slices of a file or series, those of all its volumes one after the other; see `load_volume`.
 
     H and W are cropped at their ends to `multiple`: the scale does not divide every image, and pixel 0 stays where it
     is.
     """
-    volume, axis = load_volume(path, phase=phase)
-    slices = np.moveaxis(volume.array, axis, 0)
+    path = _path(source)
+    if path.name.endswith(SUFFIX):
+        volume, axis = load_volume(source, phase=phase)
+        stacks = [volume.array]
+    else:
+        stacks = []
+        for volume in _volumes(source):
+            axis = slice_axis(volume)
+            stacks.append(np.moveaxis(volume.array, axis, 0))
+    slices = stacks[0] if len(stacks) == 1 else np.concatenate(stacks)
     first, second = in_plane(axis)
     h, w = (n - n % multiple for n in slices.shape[1:])
     if not h or not w:

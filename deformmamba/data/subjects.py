@@ -20,7 +20,7 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +54,8 @@ _OTHER = (
     "ge|philips|siemens|3t|15t|7t|64mt|unknown"
 )
 _NO_PERSON = re.compile(rf"(?:(?:{_CONTRASTS})+|{_OTHER})\d*|[ebvmwydi]\d+", re.IGNORECASE)
-_DATE = re.compile(
-    r"(?<!\d)(?:(?:19[5-9]|20[0-3])\d(?:([-_.]?)(?:0[1-9]|1[0-2])\1(?:[0-2]\d|3[01])(?:\d{4}|\d{6})?)?"
+_DATE = re.compile(  # a UID of DICOM names nobody either
+    r"\d+(?:\.\d+){4,}|(?<!\d)(?:(?:19[5-9]|20[0-3])\d(?:([-_.]?)(?:0[1-9]|1[0-2])\1(?:[0-2]\d|3[01])(?:\d{4}|\d{6})?)?"
     r"|(?:[0-2]\d|3[01])([-_.])(?:0[1-9]|1[0-2])\2(?:19[5-9]|20[0-3])\d)(?!\d)"
 )
 _ATTACHED = re.compile(r"(.*\d)(?:t1|t2|pd|flair|dwi|adc|swi)(?:w|ce|c|gd|fs)?", re.IGNORECASE)
@@ -85,14 +85,14 @@ def name_subjects(
     root: str | os.PathLike[str],
     *,
     pattern: str | None = None,
-    patient_id: Callable[[Path], str] | None = None,
+    patients: Mapping[Path, str] | None = None,
 ) -> Subjects:
     """The subject of each of `paths` (files or folders of DICOM series) below `root`; see the top of this file.
 
     Args:
         pattern: a regular expression that is searched in the path relative to `root`, with `/` between folders; the
             first group, or without groups the whole match, is the subject.
-        patient_id: reads the PatientID of a DICOM series; called for folders only.
+        patients: the PatientID of DICOM series, by path.
 
     Raises:
         VolumeError: a `pattern` that is no regular expression, or a path without a match (names it).
@@ -108,8 +108,7 @@ def name_subjects(
     if not rest:
         return Subjects(_one_case(names), "the BIDS entity sub-<label>", True)
     guessed, rule = _guessed(rest)
-    if patient_id is not None:
-        guessed = _joined(guessed, {path: patient_id(path) for path in rest if path.is_dir()})
+    guessed = _joined(guessed, {path: patient for path, patient in (patients or {}).items() if path in rest})
     whole = Path(root).resolve().name or "all"
     return Subjects(_one_case({path: names.get(path) or guessed[path] or whole for path in paths}), rule, False)
 
@@ -237,14 +236,15 @@ def _one_case(names: Mapping[Path, str]) -> dict[Path, str]:
     return {path: spelled.setdefault(_key(name), name) for path, name in names.items()}
 
 
-def patient_id(folder: Path) -> str:
-    """The PatientID of the first readable DICOM file of a folder; empty where there is none."""
+def patient_id(folder: Path, series: str | None = None) -> str:
+    """The PatientID of the first readable DICOM file of a folder (of a series in it); empty where there is none."""
     import pydicom
 
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"], force=False)
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["PatientID", "SeriesInstanceUID"])
         except Exception:
             continue
-        return str(header.get("PatientID", "") or "")
+        if series in (None, header.get("SeriesInstanceUID")):
+            return str(header.get("PatientID", "") or "")
     return ""

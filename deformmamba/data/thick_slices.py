@@ -168,7 +168,7 @@ class ThickSliceDataset(Dataset[ThickSample]):
         self.shares = np.cumsum(shares) / np.sum(shares)
 
     def _stacks(self, scan: Scan, reformats: float, spacings: list[float]) -> tuple[list[_Stack], list[_Stack]]:
-        volume, axis = load_volume(scan.path)
+        volume, axis = load_volume(scan)
         low, high = robust_range(volume.array)
         array = torch.from_numpy(np.ascontiguousarray(np.moveaxis(volume.array, axis, 0), np.float32))
         flat = self._stack(array, low, high, f"{scan.path.name}, slice")
@@ -255,7 +255,7 @@ def thick_cases(
     turns; the same ones each time."""
     cases: list[ThickCase] = []
     for scan in scans:
-        volume, along = load_volume(scan.path)
+        volume, along = load_volume(scan)
         low, high = robust_range(volume.array)
         stack = np.moveaxis(volume.array, along, 0)
         for number in range(images):

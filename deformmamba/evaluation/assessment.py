@@ -53,7 +53,7 @@ class _Stack(NamedTuple):
 def _stacks(model: SRModel, scans: Iterable[Scan], slices: int | None) -> list[_Stack]:
     stacks = []
     for scan in scans:
-        loaded = load_slices(scan.path, model.scale)
+        loaded = load_slices(scan, model.scale)
         n = len(loaded.array)
         first = 0 if slices is None else max(0, (n - slices) // 2)
         hr = torch.from_numpy(loaded.array[first : n if slices is None else first + slices])

@@ -11,14 +11,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from deformmamba import __version__
-from deformmamba.data.patches import Scan, load_slices, load_volume
+from deformmamba.data.scans import Scan, load_slices, load_volume, named_scans
 from deformmamba.errors import InvalidArgument
 from deformmamba.inference import upscale
 from deformmamba.metrics import METRICS, ON_REQUEST, Protocol, by_slice
@@ -62,7 +61,7 @@ def evaluate(
         metrics: more of them, by name: those of `deformmamba.metrics.ON_REQUEST`.
         slices: rows also have "by_slice", the values of each slice by metric, see `deformmamba.metrics.by_slice`.
         consistency: see `upscale`; what the weights were found best with holds for k-space crops, others get none.
-        seed: of a degradation's noise, which also depends on the file's name.
+        seed: of a degradation's noise, which also depends on the scan's voxels, wherever its file lies.
         visit: called with each scan and its HR and SR slices (n, H, W).
         progress: a bar for each volume.
 
@@ -82,13 +81,13 @@ def evaluate(
         consistency = "off"
     wanted = METRICS | {name: ON_REQUEST[name] for name in metrics}
     rows = []
-    for volume in volumes:
-        scan = volume if isinstance(volume, Scan) else Scan(Path(volume), Path(volume).name.split(".")[0], "", "")
-        measured = torch.from_numpy(load_slices(scan.path, model.scale, phase=True).array)
+    for scan in named_scans(volumes):
+        measured = torch.from_numpy(load_slices(scan, model.scale, phase=True).array)
         hr = measured.abs() if measured.is_complex() else measured
         unit = intensity_scale(hr.numpy(), "p99.9")
-        name = int.from_bytes(hashlib.sha256(scan.path.name.encode()).digest()[:4])
-        lr = degradation(measured / unit, seed=(seed, name)) * unit
+        scaled = measured / unit
+        content = int.from_bytes(hashlib.sha256(scaled.numpy().tobytes()).digest()[:4])
+        lr = degradation(scaled, seed=(seed, content)) * unit
         sr = upscale(model, lr, axis=0, consistency=consistency, progress=progress)
         scores = {name: metric(sr, hr, protocol=protocol) for name, metric in wanted.items()}
         row = {"file": scan.path.name, "subject": scan.subject, "group": scan.group, "slices": len(hr), **scores}
@@ -220,7 +219,7 @@ class Shown:
         self._index = len(hr) // 2 if index is None else index
         if not 0 <= self._index < len(hr):
             raise InvalidArgument(f"{scan.path}: no slice {index}; there are {len(hr)}, from 0")
-        self._volume, self._axis = load_volume(scan.path)
+        self._volume, self._axis = load_volume(scan)
         self.hr, self.spacing, _ = self._seen(hr)
         self.results: dict[str, np.ndarray] = {}
         self.title = f"{scan.path.name}, slice {self._index}"

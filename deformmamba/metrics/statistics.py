@@ -31,8 +31,8 @@ class Spread:
         std: their sample standard deviation (n - 1); None for a single value or where one is infinite.
         n: how many values.
         over: what the values are of: "subjects", "slices", "seeds" ...
-        interval: confidence interval of the mean, by Student's t; None if there is no basis for one: fewer than `FEWEST`
-            values, or slices, which are not independent.
+        interval: confidence interval of the mean, by Student's t; None if there is no basis for one: fewer than
+            `FEWEST` values, or slices, which are not independent.
         level: of the interval.
     """
 

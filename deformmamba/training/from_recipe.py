@@ -180,11 +180,11 @@ def _data(
             f"{type(model).__name__} works on the {model.grid} grid"
         )
     for scan in val:  # or a damaged one would end the training at its first validation
-        load_slices(scan.path, model.scale)
+        load_slices(scan, model.scale)
 
     def validate(candidate: SRModel) -> dict[str, float]:
         title = f"{val[0].subject}, validation"
-        sample_picture(candidate, val[0].path, picture, degradation=degradation, title=title)
+        sample_picture(candidate, val[0], picture, degradation=degradation, title=title)
         return mean_scores(evaluate(candidate, val, degradation=degradation))
 
     return dataset, validate

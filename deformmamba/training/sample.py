@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from deformmamba.data.scans import load_volume
+from deformmamba.data.scans import Scan, load_volume
 from deformmamba.inference import upscale
 from deformmamba.models import SRModel, ZeroFill
 from deformmamba.physics.degradations import Degradation, KSpaceCrop
@@ -12,7 +12,7 @@ from deformmamba.volume import PathLike, intensity_scale
 
 
 def sample_picture(
-    model: SRModel, scan: PathLike, path: PathLike, *, degradation: Degradation | None = None, title: str = ""
+    model: SRModel, scan: Scan | PathLike, path: PathLike, *, degradation: Degradation | None = None, title: str = ""
 ) -> None:
     """The middle slice of `scan`, degraded and upscaled by `model`, beside the truth and, on its grid, zero-filling.
 

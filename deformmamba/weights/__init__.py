@@ -1,6 +1,7 @@
 """Weights by name: the manifest, what rides in the package, the cache, and the Hub.
 
-A name is looked for in this order: a path on this machine, the package, the cache of huggingface_hub, the Hub.
+A name of the manifest always means the manifest's file and hash: from the package, the cache of huggingface_hub or the
+Hub. Anything else is a path on this machine (`./ixi-4x` is one, too), or a repository of the Hub.
 `load_checkpoint` turns whatever names a checkpoint into one; `fetch` and `publish` carry one from and to the Hub.
 `checkpoint.py` reads and writes the files, `hub.py` talks to the Hub. Everywhere a checkpoint is one folder of three
 files, which huggingface_hub alone can list and fetch too: `model.safetensors`, `config.json` and `README.md`, the model
@@ -16,13 +17,14 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from deformmamba.errors import shown
-from deformmamba.weights.cards import card
+from deformmamba.weights.cards import card, checkpoint_card, is_generated, stated_hash, stated_license
 from deformmamba.weights.checkpoint import (
     CARD_FILE,
     CONFIG_FILE,
@@ -32,6 +34,7 @@ from deformmamba.weights.checkpoint import (
     WeightsError,
     check_config,
     config_json,
+    read_card,
     read_checkpoint,
     write_checkpoint,
     write_files,
@@ -44,6 +47,7 @@ __all__ = [
     "WeightsError",
     "card",
     "check_config",
+    "describe",
     "fetch",
     "list_weights",
     "load_checkpoint",
@@ -55,6 +59,20 @@ __all__ = [
     "write_checkpoint",
 ]
 
+# first parts of what is more often a path than an organisation on the Hub
+_FOLDERS = (
+    "run",
+    "runs",
+    "checkpoint",
+    "checkpoints",
+    "weights",
+    "models",
+    "out",
+    "output",
+    "outputs",
+    "results",
+    "data",
+)
 _REPO = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w][\w./-]*))?")
 
 
@@ -131,11 +149,12 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Finds and reads a checkpoint.
 
-    `name` is, in this order: a path that exists (file or folder); a name of the manifest (the file that rides in the
-    package, else the Hub repository and commit that the entry pins, from the cache if it is there), its sha256 checked
-    before it is parsed; or a Hub repository `org/repo` or `org/repo@commit` (a tag or branch works where a commit
-    does). What comes from a repository that the manifest does not know is checked against the Hub's own hash of the
-    file, and the commit stands in `source` and, as `hub`, in `provenance`.
+    `name` is, in this order: a name of the manifest (the file that rides in the package, else the Hub repository and
+    commit that the entry pins, from the cache if it is there), its sha256 checked before it is parsed; a path that
+    exists (file or folder; `./ixi-4x` where a manifest has the name, or a `Path`); or a Hub repository `org/repo` or
+    `org/repo@commit` (a tag or branch works where a commit does). What looks like a mistyped path is not sent to the
+    Hub; with `@main` it is. What comes from a repository that the manifest does not know is checked against the Hub's
+    own hash of the file, and the commit stands in `source` and, as `hub`, in `provenance`.
 
     `revision`: the same as `@commit`, for a Hub repository only. `cache_dir`, `token`, `local_files_only` and
     `force_download` (fetch again what is in the cache; nothing else changes): as in
@@ -173,7 +192,14 @@ def fetch(
     return Path(folder) / WEIGHTS_FILE
 
 
-def publish(source: str | os.PathLike[str], repo: str, *, dry_run: bool = False, private: bool = False) -> Published:
+def publish(
+    source: str | os.PathLike[str],
+    repo: str,
+    *,
+    license: str | None = None,
+    dry_run: bool = False,
+    private: bool = False,
+) -> Published:
     """Uploads a checkpoint as one commit to a Hub repository, which is made if it is missing.
 
     The repository gets `model.safetensors`, byte for byte, `config.json` and `README.md`: the folder's own model card,
@@ -183,16 +209,23 @@ def publish(source: str | os.PathLike[str], repo: str, *, dry_run: bool = False,
     Args:
         source: a folder or file, or a name of the manifest whose file is on this machine.
         repo: org/name.
+        license: identifier of the licence, such as "cc-by-4.0"; needed unless the manifest, the provenance or the
+            folder's own card names one. Data with a share-alike licence hand it on to weights that were trained on it.
         dry_run: nothing is sent; returns what would be.
         private: whether a repository that this makes is private.
 
     Raises:
-        WeightsError: a checkpoint that cannot be read, no permission, no network, in one line.
+        WeightsError: a checkpoint that cannot be read, no licence, no permission, no network, in one line.
     """
     if not (match := _REPO.fullmatch(repo)) or match["revision"]:
         raise WeightsError(f"{shown(repo)} is not a repository name; give org/name")
     found = _find(source, None, None, True, with_card=True)
-    content = _repository(found, found.read(), repo)
+    content = _repository(found, found.read(), repo, license)
+    if stated_license(content[CARD_FILE].decode("utf-8", "replace")) is None:
+        raise WeightsError(
+            f"{shown(os.fspath(source))} names no licence; give license= (--license cc-by-4.0, apache-2.0 ...): one "
+            "that the licences of its training data allow"
+        )
     sizes = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in content.items()}
     if dry_run:
         return Published(repo, None, sizes)
@@ -200,16 +233,49 @@ def publish(source: str | os.PathLike[str], repo: str, *, dry_run: bool = False,
     return Published(repo, upload(repo, content, private=private, message=message), sizes)
 
 
-def verify(name: str | os.PathLike[str]) -> str:
-    """The sha256 of a checkpoint on this machine, after it was compared and the file was read.
+def verify(name: str | os.PathLike[str], *, sha256: str | None = None) -> str:
+    """The sha256 of a checkpoint on this machine, after it was compared with a known one and the file was read.
 
-    `name` as in `load_checkpoint`; a file of the manifest is compared with its entry, one in the cache with the Hub's
-    hash of it, and one of your own with nothing.
+    `name` as in `load_checkpoint`. What is compared: a file of the manifest with its entry; one in the cache with the
+    Hub's hash of it; a file or folder of your own with `sha256`, with the manifest's files, and with the hash that the
+    model card in the folder states.
 
     Raises:
-        WeightsError: unknown name, missing file, wrong hash, or a file that cannot be read.
+        WeightsError: unknown name, missing file, wrong hash, a file that cannot be read, or no known hash.
     """
-    return load_checkpoint(name, local_files_only=True).sha256
+    found = _find(name, None, None, True)
+    if found.hub and found.digest is None:  # a cache without links does not say it
+        repo, _, commit = found.hub.partition("@")
+        found = replace(found, digest=hub_hash(found.file, repo, commit, local_files_only=False))
+    checkpoint = found.read()
+    if sha256 is not None and checkpoint.sha256 != sha256.lower():
+        raise WeightsError(f"{found.source} has sha256 {checkpoint.sha256}, but {shown(sha256)} was expected")
+    if found.digest is not None or sha256 is not None:
+        return checkpoint.sha256
+    text = read_card(found.file.parent) if found.path.is_dir() else None
+    stated = stated_hash(text) if text else None
+    if stated is not None and stated != checkpoint.sha256:
+        raise WeightsError(
+            f"{found.file} has sha256 {checkpoint.sha256}, but the {CARD_FILE} beside it states {stated}: the file was "
+            "changed after it was saved or fetched; fetch it again"
+        )
+    if stated is None and all(entry["sha256"] != checkpoint.sha256 for entry in list_weights()):
+        raise WeightsError(
+            f"{found.source} can be read and has sha256 {checkpoint.sha256}, but there is no known hash to compare it "
+            "with; give the one that it should have (--sha256 HASH)"
+        )
+    return checkpoint.sha256
+
+
+def describe(name: str | os.PathLike[str]) -> str:
+    """The model card of a checkpoint, as `load_checkpoint` finds it: the manifest's, the folder's own, or one made from
+    what the file says of itself.
+
+    Raises:
+        WeightsError: no such weights, or a file that cannot be read.
+    """
+    found = _find(name, None, None, False, with_card=True)
+    return _repository(found, found.read(), None)[CARD_FILE].decode("utf-8", "replace")
 
 
 def _find(
@@ -224,7 +290,12 @@ def _find(
     """Where a checkpoint is; brings it into the cache if it is on the Hub only."""
     text = os.fspath(name)
     path = os.path.expanduser(text)
-    if os.path.exists(path):
+    known = isinstance(name, str) and text in manifest()["weights"]
+    if known and os.path.exists(path):
+        warnings.warn(
+            f"{text} means the published weights of that name; for the file or folder here give ./{text}", stacklevel=4
+        )
+    if not known and os.path.exists(path):
         if revision is not None:
             raise WeightsError(f"revision {revision!r} was given, but {text} is a local path; leave the revision out")
         return _Found(Path(path), None, path)
@@ -235,9 +306,11 @@ def _find(
         "force_download": force_download,
     }
     match = _REPO.fullmatch(text)
-    like_a_file = not isinstance(name, str) or text.lower().endswith((".safetensors", *PICKLE_SUFFIXES))
-    if like_a_file or (match is None and ("/" in text or os.sep in text)):
-        raise WeightsError(f"there is no file or folder {shown(text)}; check the path, or give a name or org/repo")
+    if not isinstance(name, str) or _looks_like_a_path(text, match):
+        hint = f"; for the repository of the Hub give {text}@main" if match and isinstance(name, str) else ""
+        raise WeightsError(
+            f"there is no file or folder {shown(text)}; check the path, or give a name or org/repo{hint}"
+        )
     if match is not None:
         pinned = match["revision"]
         if pinned and revision and pinned != revision:
@@ -259,23 +332,47 @@ def _find(
     raise WeightsError(f"the file of {text!r}, {packaged}, is missing from this installation; reinstall deformmamba")
 
 
-def _repository(found: _Found, checkpoint: Checkpoint, repo: str | None) -> dict[str, bytes]:
+def _looks_like_a_path(text: str, match: re.Match[str] | None) -> bool:
+    """Whether a name that is neither in the manifest nor a file here was meant as a path rather than as org/repo."""
+    if match is None:
+        return (
+            "/" in text or os.sep in text or "\\" in text or text.lower().endswith((".safetensors", *PICKLE_SUFFIXES))
+        )
+    if match["revision"]:
+        return False
+    first, last = text.split("/")
+    ending = Path(last).suffix.lower()
+    return (
+        os.path.isdir(first)
+        or first.lower() in _FOLDERS
+        or ending in PICKLE_SUFFIXES
+        or difflib.SequenceMatcher(None, ending, ".safetensors").ratio() > 0.6
+    )
+
+
+def _repository(
+    found: _Found, checkpoint: Checkpoint, repo: str | None, license: str | None = None
+) -> dict[str, bytes]:
     """The three files of a checkpoint, by name, as a Hub repository or a folder holds them."""
     data = found.file.read_bytes()
     entry = found.entry or next((e for e in list_weights() if e["sha256"] == checkpoint.sha256), None)
-    own = found.file.parent / CARD_FILE
-    if found.path.is_dir() and own.is_file():
-        text = own.read_bytes()
+    own = read_card(found.file.parent) if found.path.is_dir() else None
+    if own is not None and not (repo and is_generated(own)):
+        text = own
+    elif entry is not None:
+        changed = {**entry, **({"license": license} if license else {})}
+        text = card({**changed, "repo": repo, "revision": None} if repo else changed)
     else:
         stem = found.file.resolve().parent.name if found.file.name == WEIGHTS_FILE else found.file.stem
-        facts = entry or {
-            **checkpoint.provenance,
-            "name": (repo or found.hub or stem).partition("@")[0].rpartition("/")[2],
-            "repo": found.hub,
-            "class": checkpoint.class_name,
-            "scale": checkpoint.config.get("scale"),
-            "size": len(data),
-            "sha256": checkpoint.sha256,
-        }
-        text = card({**facts, "repo": repo, "revision": None} if repo else facts).encode()
-    return {WEIGHTS_FILE: data, CONFIG_FILE: config_json(checkpoint.class_name, checkpoint.config), CARD_FILE: text}
+        text = checkpoint_card(
+            (repo or found.hub or stem).partition("@")[0].rpartition("/")[2],
+            class_name=checkpoint.class_name,
+            config=checkpoint.config,
+            provenance=checkpoint.provenance,
+            size=len(data),
+            sha256=checkpoint.sha256,
+            repo=repo or found.hub,
+            license=license or (stated_license(own) if own else None),
+        )
+    config = config_json(checkpoint.class_name, checkpoint.config)
+    return {WEIGHTS_FILE: data, CONFIG_FILE: config, CARD_FILE: text.encode()}

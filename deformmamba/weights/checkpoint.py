@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from deformmamba import atomic
 from deformmamba.errors import DeformMambaError, InvalidArgument, one_line, shown
+from deformmamba.weights.cards import checkpoint_card, is_generated
 
 if TYPE_CHECKING:
     import torch
@@ -111,14 +112,15 @@ def write_checkpoint(
     """Writes one checkpoint and returns its sha256; equal contents give equal bytes.
 
     A `path` that ends in .safetensors is the file; any other is a folder, made if it is missing, that gets
-    `model.safetensors` and `config.json`. Each file appears complete or not at all: it is written under another name
-    in the same folder and renamed.
+    `model.safetensors`, `config.json` and a model card, `README.md` (one that a person wrote stays). Each file appears
+    complete or not at all: it is written under another name in the same folder and renamed.
 
     Raises:
         WeightsError: the path cannot be written, or the contents would not be read back (see `check_config`).
     """
     path = Path(path)
     data = _serialise(class_name, config, tensors, provenance or {})
+    digest = hashlib.sha256(data).hexdigest()
     if path.suffix.lower() == ".safetensors":
         if path.is_dir():
             raise WeightsError(
@@ -129,7 +131,19 @@ def write_checkpoint(
         if path.suffix.lower() in PICKLE_SUFFIXES:
             raise WeightsError(f"{path}: checkpoints are safetensors; name a folder or a file ending in .safetensors")
         write_files(path, {WEIGHTS_FILE: data, CONFIG_FILE: config_json(class_name, config)})
-    return hashlib.sha256(data).hexdigest()
+        if (own := read_card(path)) is None or is_generated(own):
+            name, facts = path.resolve().name, {"class_name": class_name, "config": config, "size": len(data)}
+            text = checkpoint_card(name, **facts, provenance=provenance or {}, sha256=digest)
+            write_files(path, {CARD_FILE: text.encode()})
+    return digest
+
+
+def read_card(folder: Path) -> str | None:
+    """The text of the model card in a folder; None without one that can be read."""
+    try:
+        return (folder / CARD_FILE).read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def config_json(class_name: str, config: Mapping[str, Any]) -> bytes:

@@ -378,6 +378,7 @@ def mixed(tmp_path, phantom):
     return root
 
 
+@pytest.mark.filterwarnings("ignore:.*readme.txt")
 def test_a_folder_of_nifti_and_dicom_is_prepared_and_what_is_broken_is_skipped(mixed, tmp_path, phantom):
     manifest = prepare(plan_folder(mixed, val=0.3, test=0.3), tmp_path / "out")
     assert [row["source"] for row in manifest["skipped"]] == ["sub-2/anat/broken.nii.gz"]
@@ -397,6 +398,7 @@ def test_a_folder_of_nifti_and_dicom_is_prepared_and_what_is_broken_is_skipped(m
         prepare(plan_folder(mixed), tmp_path / "strict", skip_unusable=False)
 
 
+@pytest.mark.filterwarnings("ignore:.*readme.txt")
 def test_other_axes_and_ranges_are_obeyed_and_written_down(mixed, tmp_path, phantom):
     manifest = prepare(plan_folder(mixed, axis=0, slices="10:-30"), tmp_path / "out")
     row = manifest["volumes"][0]
@@ -409,6 +411,7 @@ def test_other_axes_and_ranges_are_obeyed_and_written_down(mixed, tmp_path, phan
         prepare(plan_folder(mixed, slices="90:"), tmp_path / "none", skip_unusable=False)
 
 
+@pytest.mark.filterwarnings("ignore:.*readme.txt")
 def test_prepared_and_original_slices_give_the_same_samples(mixed, tmp_path):
     (mixed / "sub-2" / "anat" / "broken.nii.gz").unlink()
     prepare(plan_folder(mixed, val=0, test=0), tmp_path / "out")

@@ -103,14 +103,16 @@ def test_series_of_one_patient_id_are_one_subject(tmp_path):
         series(tmp_path / "emil" / "one", "ANONYMOUS"),
     ]
     assert patient_id(folders[0]) == "17"
-    found = name_subjects(folders, tmp_path, patient_id=patient_id).names
+    found = name_subjects(folders, tmp_path, patients={folder: patient_id(folder) for folder in folders}).names
     assert found[folders[0]] == found[folders[2]]
     assert len({*found.values()}) == 4
 
 
 def test_a_patient_id_names_series_whose_path_names_nobody(tmp_path):
     folders = [series(tmp_path / f"series{k}", patient) for k, patient in enumerate(("17", "18", "17"))]
-    found = [*name_subjects(folders, tmp_path, patient_id=patient_id).names.values()]
+    found = [
+        *name_subjects(folders, tmp_path, patients={folder: patient_id(folder) for folder in folders}).names.values()
+    ]
     assert found[0] == found[2] != found[1]
     assert "17" not in found[0]
 

@@ -20,7 +20,7 @@ from huggingface_hub import constants
 
 from deformmamba import weights
 from deformmamba.cli import main
-from deformmamba.models import DeformMambaSR, ZeroFill, from_pretrained
+from deformmamba.models import DeformMambaSR, from_pretrained
 from deformmamba.weights import WeightsError, fetch, load_checkpoint, publish, read_checkpoint, verify
 
 MAJOR = int(huggingface_hub.__version__.split(".")[0])
@@ -448,12 +448,8 @@ def test_manifest_entries_on_the_hub_are_pinned(
     (tmp_path / "package" / "checkpoints").mkdir(parents=True)
     (tmp_path / "package" / "checkpoints" / "ixi-2x.safetensors").write_bytes(b"damaged")
     refused(lambda: from_pretrained("ixi-2x"), "damaged or is another one")  # the package comes before the cache
-    monkeypatch.chdir(tmp_path)
-    ZeroFill(scale=2).save_pretrained("ixi-2x")
-    assert isinstance(from_pretrained("ixi-2x"), ZeroFill)  # a path comes before all
     assert hub.requests == []
 
-    monkeypatch.chdir("/")
     (tmp_path / "package" / "checkpoints" / "ixi-2x.safetensors").unlink()
     known["weights"]["ixi-2x"] = {**entry, "sha256": "0" * 64, "revision": commit}  # type: ignore[index]
     message = refused(lambda: from_pretrained("ixi-2x"), "damaged or is another one")  # though the Hub vouches for it
@@ -474,14 +470,14 @@ def test_publish_and_load_again(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     digest = hashlib.sha256(files["model.safetensors"]).hexdigest()
-    assert main(["weights", "publish", str(folder), "org/mine", "--dry-run"]) == 0
+    assert main(["weights", "publish", str(folder), "org/mine", "--dry-run", "--license", "cc-by-4.0"]) == 0
     said = capsys.readouterr().out
     assert re.search(rf"would upload model.safetensors +{len(files['model.safetensors'])} bytes +sha256 {digest}", said)
     assert "would upload config.json" in said
     assert "would upload README.md" in said
     assert hub.requests == [], "a dry run asks nobody"
 
-    assert main(["weights", "publish", str(folder), "org/mine", "--private"]) == 0
+    assert main(["weights", "publish", str(folder), "org/mine", "--private", "--license", "cc-by-4.0"]) == 0
     said = capsys.readouterr().out
     commit = hub.repositories["org/mine"].refs["main"]
     assert f"published org/mine@{commit}" in said
@@ -497,7 +493,8 @@ def test_publish_and_load_again(
     assert set(huggingface_hub.list_repo_files("org/mine")) == names
     snapshot = Path(huggingface_hub.snapshot_download("org/mine", cache_dir=tmp_path / "other"))
     assert {path.name for path in snapshot.iterdir()} == names
-    assert {name: (snapshot / name).read_bytes() for name in files} == files
+    sent = {name: content for name, content in files.items() if name != "README.md"}  # the card names the licence now
+    assert {name: (snapshot / name).read_bytes() for name in sent} == sent
     data = huggingface_hub.ModelCard.load(snapshot / "README.md").data
     assert data.library_name == "deformmamba"
     assert data.pipeline_tag == "image-to-image"
@@ -506,17 +503,24 @@ def test_publish_and_load_again(
 
     made = publish(snapshot, "org/copy")
     assert made.revision == hub.repositories["org/copy"].refs["main"]
-    assert made.files["README.md"][1] == hashlib.sha256((snapshot / "README.md").read_bytes()).hexdigest()
+    text = (snapshot / "README.md").read_text()  # generated, so it is made anew, with the licence that it names
+    assert (
+        made.files["README.md"][1]
+        == hashlib.sha256(text.replace("org/mine", "org/copy").replace("# mine", "# copy").encode()).hexdigest()
+    )
 
 
 def test_what_may_not_be_published(
     hub: HubServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused(lambda: publish(folder, "org/mine"), r"does not let you publish org/mine \(401\); `hf auth login`")
+    refused(
+        lambda: publish(folder, "org/mine", license="cc-by-4.0"),
+        r"does not let you publish org/mine \(401\); `hf auth login`",
+    )
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     refused(lambda: publish(folder, "mine"), "'mine' is not a repository name; give org/name")
     refused(lambda: publish(folder, "org/mine@v1"), "give org/name")
-    refused(lambda: publish(folder, "org/mi..ne"), "not a repository name")
+    refused(lambda: publish(folder, "org/mi..ne", license="cc-by-4.0"), "not a repository name")
     refused(lambda: publish(tmp_path / "nothing", "org/mine"), "no file or folder")
     refused(lambda: publish("unknown", "org/mine"), "unknown weights")
     (tmp_path / "config.json").write_text("{}")
@@ -529,12 +533,14 @@ def test_what_may_not_be_published(
     for part in ("/api/repos/create", "/preupload/", "/commit/"):
         hub.faults.clear()
         hub.fail("POST", part, status=403)
-        refused(lambda: publish(folder, "org/mine"), r"does not let you publish org/mine \(403\)")
+        refused(lambda: publish(folder, "org/mine", license="cc-by-4.0"), r"does not let you publish org/mine \(403\)")
     hub.faults.clear()
     hub.fail("PUT", "/storage/", status=500)
-    refused(lambda: publish(folder, "org/mine"), "cannot publish org/mine")
+    refused(lambda: publish(folder, "org/mine", license="cc-by-4.0"), "cannot publish org/mine")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused(lambda: publish(folder, "org/mine"), "cannot publish org/mine: the Hub may not be asked")
+    refused(
+        lambda: publish(folder, "org/mine", license="cc-by-4.0"), "cannot publish org/mine: the Hub may not be asked"
+    )
 
 
 def test_a_hub_that_stored_something_else_is_noticed(
@@ -545,7 +551,7 @@ def test_a_hub_that_stored_something_else_is_noticed(
     monkeypatch.setattr(
         hub, "put", lambda name, files, **what: put(name, {k: v + b"\0" for k, v in files.items()}, **what)
     )
-    refused(lambda: publish(folder, "org/mine"), "look at the repository before anybody uses it")
+    refused(lambda: publish(folder, "org/mine", license="cc-by-4.0"), "look at the repository before anybody uses it")
 
 
 def test_the_card_of_a_file_that_the_manifest_lists_is_the_manifests(hub: HubServer) -> None:

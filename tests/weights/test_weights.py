@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 import deformmamba
 from deformmamba import weights
+from deformmamba.cli import main
 from deformmamba.extras import MissingExtra
 from deformmamba.models import MODELS, DeformMambaSR, SRModel, ZeroFill, from_pretrained
 from deformmamba.weights import (
@@ -33,6 +34,7 @@ from deformmamba.weights import (
     list_weights,
     load_checkpoint,
     manifest,
+    publish,
     read_checkpoint,
     verify,
     weights_entry,
@@ -78,7 +80,7 @@ def test_any_safetensors_reader_reads_it_and_it_says_what_it_is(saved: Path, mod
     assert json.loads(metadata["provenance"]) == {"trained_on": ["noise"]}
     beside = json.loads((saved / "config.json").read_text())
     assert beside == {"format": "deformmamba-1", "class": "DeformMambaSR", "config": model.config}
-    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in saved.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -386,7 +388,7 @@ def test_a_save_that_is_killed_leaves_the_old_checkpoint(saved: Path) -> None:
     )
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120)
     assert killed.returncode == -9, killed.stderr
-    assert len(list(saved.iterdir())) == 3, "a partial file, under a name that nothing loads"
+    assert len(list(saved.iterdir())) == 4, "a partial file, under a name that nothing loads"
     assert (saved / "model.safetensors").read_bytes() == kept
     assert isinstance(from_pretrained(saved), DeformMambaSR)
 
@@ -459,15 +461,94 @@ def test_planned_names_name_the_recipe(published: dict[str, Any]) -> None:
     refused(lambda: load_checkpoint("fastmri-4x"), "no weights 'fastmri-4x' exist yet.*recipes/fastmri-4x.toml")
 
 
-def test_a_local_path_comes_first(
+def test_a_name_of_the_manifest_is_never_a_folder_of_that_name(
     published: dict[str, Any], saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     ZeroFill(scale=2).save_pretrained("ixi-4x")
-    assert load_checkpoint("ixi-4x").class_name == "ZeroFill"
+    with pytest.warns(UserWarning, match=r"means the published weights of that name; .* give ./ixi-4x"):
+        assert load_checkpoint("ixi-4x").class_name == "DeformMambaSR"
+    assert load_checkpoint("./ixi-4x").class_name == "ZeroFill"
+    assert load_checkpoint(tmp_path / "ixi-4x").class_name == "ZeroFill"
+    assert load_checkpoint(Path("ixi-4x")).class_name == "ZeroFill"
+    (tmp_path / "ixi-4x" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="means the published weights"):
+        assert verify("ixi-4x") == published["weights"]["ixi-4x"]["sha256"]
     ZeroFill(scale=2).save_pretrained("org/name")
     assert load_checkpoint("org/name").class_name == "ZeroFill"
     refused(lambda: load_checkpoint("org/name", revision="main"), "is a local path")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "runs/mine",
+        "here/mine",
+        "mine/best.safetensor",
+        "mine/best.safetensors",
+        "mine/best.pth",
+        "./mine",
+        "a/b/c",
+        "~/x",
+    ],
+)
+def test_a_mistyped_path_is_not_sent_to_the_hub(
+    name: str, published: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr(weights, "download", lambda *_, **__: pytest.fail("asked the Hub"))
+    message = refused(lambda: load_checkpoint(name), "there is no file or folder")
+    assert ("@main" in message) == (name.count("/") == 1 and not name.startswith((".", "~")))
+
+
+def test_verify_is_ok_only_after_a_comparison(published: dict[str, Any], saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "fetched"
+    fetch("ixi-4x", folder)
+    digest = published["weights"]["ixi-4x"]["sha256"]
+    assert verify(folder) == digest
+    assert verify(folder / "model.safetensors") == digest  # as the manifest's
+    model = ZeroFill(scale=2)
+    other = model.save_pretrained(folder / "model.safetensors")
+    (folder / "config.json").unlink()
+    refused(lambda: verify(folder), rf"sha256 {other}, but the README.md beside it states {digest}")
+    refused(lambda: verify(folder / "model.safetensors"), "no known hash to compare it with")
+    assert verify(folder / "model.safetensors", sha256=other.upper()) == other
+    refused(lambda: verify(folder / "model.safetensors", sha256="0" * 64), "was expected")
+    model.save_pretrained(tmp_path / "own")
+    assert verify(tmp_path / "own") == other  # as its own card states
+
+
+def test_a_saved_folder_has_a_card_and_one_of_a_person_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "mine"
+    digest = ZeroFill(scale=2).save_pretrained(folder, provenance={"license": "CC0-1.0", "steps": 3})
+    text = (folder / "README.md").read_text()
+    assert "# mine" in text
+    assert digest in text
+    assert 'license: "CC0-1.0"' in text
+    again = ZeroFill(scale=4).save_pretrained(folder)
+    assert again in (folder / "README.md").read_text()
+    assert deformmamba.from_pretrained(folder).scale == 4
+    assert main(["weights", "show", str(folder)]) == 0
+    assert again in capsys.readouterr().out
+    assert main(["weights", "show", str(folder / "model.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sha256"] == again
+    (folder / "README.md").write_text("# By hand")
+    ZeroFill(scale=2).save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "# By hand"
+
+
+def test_publishing_asks_for_a_licence(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    ZeroFill(scale=2).save_pretrained(folder)
+    refused(lambda: publish(folder, "org/mine", dry_run=True), "names no licence; give license=")
+    assert publish(folder, "org/mine", dry_run=True, license="cc0-1.0").revision is None
+    ZeroFill(scale=2).save_pretrained(folder, provenance={"license": "CC0-1.0"})
+    assert publish(folder, "org/mine", dry_run=True).repo == "org/mine"
+    refused(lambda: ZeroFill(scale=2).push_to_hub("org/mine", dry_run=True), "names no licence")
+    assert ZeroFill(scale=2).push_to_hub("org/mine", dry_run=True, license="cc0-1.0").repo == "org/mine"
 
 
 def test_the_card_is_markdown_with_the_facts(published: dict[str, Any]) -> None:

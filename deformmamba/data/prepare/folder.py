@@ -1,6 +1,7 @@
 """Any tree of NIfTI, MGH or DICOM."""
 
 import re
+from pathlib import Path
 
 from deformmamba.data.prepare.plan import (
     PathLike,
@@ -35,10 +36,15 @@ def plan_folder(
         VolumeError, ValueError: as `find_scans`, or `splits` names a subject who is not there, or one twice.
     """
     root = existing_folder(root)
-    scans = find_scans(root, val=val, test=test, seed=seed, subject=subject)
+    skipped: list[tuple[str, str]] = []
+
+    def passed(path: Path, reason: str) -> None:
+        skipped.append((relative_name(path, root), reason))
+
+    scans = find_scans(root, val=val, test=test, seed=seed, subject=subject, passed=passed)
     split = read_splits(splits, {scan.subject for scan in scans}) if splits is not None else None
     sources: list[Source] = []
-    skipped, names = [], set()
+    names = set()
     for scan in scans:
         source = relative_name(scan.path, root)
         if split is not None and scan.subject not in split:
@@ -49,9 +55,8 @@ def plan_folder(
             name += "-2"
         names.add(name)
         chosen = scan.split if split is None else split[scan.subject]
-        sources.append(
-            Source(scan.path, source, name, scan.subject, chosen, scan.group, volume_reader(scan.path, axis))
-        )
+        read = volume_reader(scan.path, axis, scan.series, several=slices == "all")
+        sources.append(Source(scan.path, source, name, scan.subject, chosen, scan.group, read))
     if split is not None:
         rule = "as the split file says"
     elif (root / INDEX).is_file():

@@ -13,7 +13,7 @@ import numpy as np
 from deformmamba.data.scans import folders_below
 from deformmamba.data.splits import read_text
 from deformmamba.errors import InvalidArgument
-from deformmamba.volume import VolumeError, chosen_axis, in_plane, read_volume
+from deformmamba.volume import ChoiceNeeded, VolumeError, chosen_axis, in_plane, read_volumes
 
 PathLike = str | os.PathLike[str]
 
@@ -64,12 +64,22 @@ def chosen_slices(rule: str, n: int) -> range:
     return range(n)[slice(*(None if end is None else int(end) for end in part.groups()))]
 
 
-def volume_reader(path: Path, axis: int | None) -> Callable[[], tuple[np.ndarray, tuple[float, float], int]]:
+def volume_reader(
+    path: Path, axis: int | None, series: str | None = None, *, several: bool = False
+) -> Callable[[], tuple[np.ndarray, tuple[float, float], int]]:
+    """What reads the slices of a file or series; with `several` those of all its volumes, one after the other."""
+
     def read() -> tuple[np.ndarray, tuple[float, float], int]:
-        volume = read_volume(path)
-        along = chosen_axis(volume, axis)
-        height, width = (volume.spacing[a] for a in in_plane(along))
-        return np.moveaxis(volume.array, along, 0), (height, width), along
+        try:
+            volumes = list(read_volumes(path, series=series))
+        except ChoiceNeeded as error:
+            raise Unusable(f"{error.problem}; a data set takes one: save the one that you want as a file") from None
+        if len(volumes) > 1 and not several:
+            raise Unusable(f"{path}: holds {len(volumes)} volumes, in which a range of slices has no meaning; take all")
+        along = chosen_axis(volumes[0], axis)
+        height, width = (volumes[0].spacing[a] for a in in_plane(along))
+        slices = [np.moveaxis(volume.array, along, 0) for volume in volumes]
+        return slices[0] if len(slices) == 1 else np.concatenate(slices), (height, width), along
 
     return read
 
