@@ -14,7 +14,8 @@ EDGE_KERNELS = (
 )
 
 
-def _check_pair(name: str, sr: torch.Tensor, hr: torch.Tensor) -> None:
+def check_pair(name: str, sr: torch.Tensor, hr: torch.Tensor) -> None:
+    """Refuses a pair of tensors that is not two floating-point images of one shape; `name` is the loss's."""
     if isinstance(sr, torch.fx.Proxy):  # a symbolic trace has no shapes
         return
     if sr.shape != hr.shape or sr.ndim != 4 or not (sr.is_floating_point() and hr.is_floating_point()):
@@ -53,7 +54,7 @@ class ContrastiveEdgeLoss(nn.Module):
         self.register_buffer("kernels", torch.tensor(EDGE_KERNELS)[:, None], persistent=False)
 
     def forward(self, sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
-        _check_pair("ContrastiveEdgeLoss", sr, hr)
+        check_pair("ContrastiveEdgeLoss", sr, hr)
         return edge_energy(sr - hr, self.kernels)
 
 
@@ -69,7 +70,7 @@ class SRLoss(nn.Module):
         self.edges = ContrastiveEdgeLoss()
 
     def forward(self, sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
-        _check_pair("SRLoss", sr, hr)
+        check_pair("SRLoss", sr, hr)
         loss = (sr - hr).abs().mean()
         return loss + self.beta * self.edges(sr, hr) if self.beta else loss
 

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,39 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
         assert "<!-- weights table -->" not in text
         for source in re.findall(r'<(?:script|img|iframe)[^>]*\ssrc="([^"]+)"', text):
             assert "//" not in source, f"{path.name} asks for {source}"
+
+
+@pytest.mark.slow
+def test_the_worked_examples_pass_when_they_are_pasted(tmp_path: Path) -> None:
+    """The loss and the baseline of contributing.md, in a copy of the tree: style, and the contracts of their tables."""
+    for name in ("deformmamba", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    code = {text.split("class ")[1].split("(")[0]: text for page, text in blocks("python") if "class " in text}
+    package = tmp_path / "deformmamba"
+    checks = re.compile(r"\n\n(?:assert|model = ).*", re.DOTALL)
+    (package / "models" / "nearest.py").write_text('"""Nearest."""\n\n' + checks.sub("", code["Nearest"]) + "\n")
+    losses = (package / "losses.py").read_text("utf-8").replace('"l1": L1Loss', '"l1": L1Loss, "new": CharbonnierLoss')
+    written = checks.sub("", code["CharbonnierLoss"]).partition("class ")[2]
+    table = losses.index("LOSSES:")
+    (package / "losses.py").write_text(f"{losses[:table]}class {written}\n\n{losses[table:]}", "utf-8")
+    models = (
+        (package / "models" / "__init__.py")
+        .read_text("utf-8")
+        .replace(
+            "from deformmamba.models.srcnn",
+            "from deformmamba.models.nearest import Nearest\nfrom deformmamba.models.srcnn",
+        )
+    )
+    models = models.replace('    "SRCNN": SRCNN,\n', '    "SRCNN": SRCNN,\n    "Nearest": Nearest,\n')
+    (package / "models" / "__init__.py").write_text(models, "utf-8")
+    if shutil.which("ruff"):
+        ruff = ["ruff", "check", "--quiet", str(package / "models"), str(package / "losses.py")]
+        done = subprocess.run(ruff, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout
+    tests = ["tests/models/test_models.py", "tests/test_losses.py", "-k", "Nearest or new"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
