@@ -162,3 +162,19 @@ def test_the_scores_of_the_entry_are_reproduced(entry, model, real_data):
     assert scores["ssim"] == pytest.approx(row["ssim"], abs=0.001)
     assert row["psnr"] > row["zero_fill_psnr"]
     assert row["ssim"] > row["zero_fill_ssim"]
+
+
+@torch.no_grad()
+def test_units_and_a_marker_do_not_matter(model, brain):
+    if not model.any_intensity:
+        pytest.skip(f"{model.source} is for images of about [0, 1]")
+    lr = degrade(brain, model.scale)[None, None]
+    wanted = model(lr)
+    # float32 holds an offset of 3 / 0.05 ranges to 7e-6 of the range, and the network amplifies it a few times
+    torch.testing.assert_close((model(0.05 * lr - 3) + 3) / 0.05, wanted, rtol=0, atol=2e-4)
+    marked = lr.clone()
+    marked[..., 2:4, 2:4] = 20
+    far = (..., slice(12 * model.scale, None), slice(12 * model.scale, None))
+    network = wanted - model.whole_slice(lr)["base"]
+    change = model(marked) - model.whole_slice(marked)["base"] - network
+    assert change[far].abs().mean() < 0.3 * network[far].abs().mean()
