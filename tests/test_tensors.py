@@ -133,6 +133,22 @@ def test_the_deform_operators_refuse_what_does_not_fit(index: int, change: Any) 
         OPS.deform_conv2d_backward(torch.rand(1, 4, 5, 2), *tensors, geometry, [True] * 4)
 
 
+@pytest.mark.parametrize("index", range(5))
+def test_what_the_scan_operator_needs_must_be_given(index: int) -> None:
+    given = scan_arguments()
+    given[index] = None
+    with pytest.raises(InvalidArgument, match="must be given"):
+        OPS.scan("cpu", *given, None, 3, 4, True, False, True)
+
+
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_what_the_deform_operator_needs_must_be_given(index: int) -> None:
+    given: list[Any] = deform_arguments()
+    given[index] = None
+    with pytest.raises(InvalidArgument, match="must be given"):
+        OPS.deform_conv2d(*given, None, [1, 1, 1, 1, 1, 1])
+
+
 def test_random_calls_of_the_operators_do_not_end_the_process() -> None:
     """A short run; `python tests/fuzz_operators.py` makes 20,000 calls."""
     script = Path(__file__).with_name("fuzz_operators.py")

@@ -292,6 +292,8 @@ def _check(
         InvalidArgument: something does not fit.
     """
     name = f"deformmamba::{operator}"
+    if x is None or offset is None or weight is None:  # PyTorch passes an undefined tensor on as None
+        raise InvalidArgument(f"{name}: x, offset and weight must be given; only mask and bias may be None")
     if x.ndim != 4 or weight.ndim != 4 or offset.ndim != 4 or min(x.shape[1:]) < 1 or min(weight.shape) < 1:
         raise InvalidArgument(
             f"{name}: x is {tuple(x.shape)}, offset {tuple(offset.shape)}, weight {tuple(weight.shape)}; wanted "
@@ -387,6 +389,8 @@ def deform_conv2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, offset, mask and weight in their shapes; empty where not wanted."""
     x, offset, mask, weight, grad = map(plain, (x, offset, mask, weight, grad))
+    if grad is None:
+        raise InvalidArgument("deformmamba::deform_conv2d_backward: grad must be given")
     _check("deform_conv2d_backward", x, offset, mask, weight, None, geometry, grad)
     if len(wanted) != 4:
         raise InvalidArgument(f"deformmamba::deform_conv2d_backward: wanted has {len(wanted)} entries; it must have 4")

@@ -143,6 +143,17 @@ def _checked(
     return module
 
 
+def _refuse_none(operator: str, tensors: list[Any], more: dict[str, Any]) -> None:
+    """PyTorch passes an undefined tensor on as None, also where the schema wants one."""
+    named = {**dict(zip(["u", "delta", "A", "B", "C"], tensors, strict=False)), **more}
+    missing = [name for name, x in named.items() if x is None and name != "initial_state"]
+    if missing:
+        raise InvalidArgument(
+            f"deformmamba::{operator}: {', '.join(missing)} must be given; only D, delta_bias, "
+            "delta_weight and initial_state may be None"
+        )
+
+
 def _checked_fake(
     operator: str,
     backend: str,
@@ -153,6 +164,7 @@ def _checked_fake(
     zoh: bool,
 ) -> None:
     """The same for tensors without memory. Symbolic sizes are not compared: that would fix them in a program."""
+    _refuse_none(operator, tensors, more)
     sizes = (height, width, *(n for x in (*tensors, *more.values()) if x is not None for n in x.shape))
     if all(type(n) is int for n in sizes):
         _check(operator, backend, tensors, height, width, more)
@@ -166,6 +178,7 @@ def _check(
             f"deformmamba::{operator}: backend {backend!r} has no kernels; there are {', '.join(KERNELS)}"
         )
     u, delta, A, B, C, D, delta_bias, delta_weight = tensors
+    _refuse_none(operator, tensors, more)
     abilities = KERNELS[backend].ABILITIES
     if u.ndim != 4 or u.dtype not in abilities.dtypes:
         raise InvalidArgument(
