@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import deformmamba.deform.cpu
+import deformmamba.mamba.causal_conv_cpu
 import deformmamba.scan  # noqa: F401
 
 OPS = torch.ops.deformmamba
@@ -96,6 +97,17 @@ def deform_backward(r: random.Random, dtype: torch.dtype) -> tuple[Any, list[Any
     return OPS.deform_conv2d_backward, [grad, *given, geometry, [r.random() < 0.7 for _ in range(4)]]
 
 
+def causal_conv(r: random.Random, dtype: torch.dtype) -> tuple[Any, list[Any]]:
+    b, d, length, width = r.randint(1, 2), r.choice((1, 5, 300)), r.choice((0, 1, 3, 20)), r.randint(1, 4)
+    x, bias = torch.randn(b, d, length, dtype=dtype), r.choice((None, torch.randn(d, dtype=dtype)))
+    return OPS.causal_conv, [x, torch.randn(d, width, dtype=dtype), bias]
+
+
+def causal_conv_backward(r: random.Random, dtype: torch.dtype) -> tuple[Any, list[Any]]:
+    _, (x, weight, _) = causal_conv(r, dtype)
+    return OPS.causal_conv_backward, [x, weight, torch.randn_like(x)]
+
+
 def other_tensor(r: random.Random, x: Tensor) -> Any:
     """`x` changed in one way."""
     if not x.ndim:
@@ -151,7 +163,7 @@ def call(seed: int, i: int) -> str:
     """What came of call `i`: "ok", or the name of the exception."""
     r = random.Random(f"{seed}-{i}")
     torch.manual_seed(i)
-    make = r.choice((scan, scan_backward, deform, deform_backward))
+    make = r.choice((scan, scan_backward, deform, deform_backward, causal_conv, causal_conv_backward))
     operator, arguments = make(r, r.choice((torch.float32, torch.float32, torch.float64)))
     for _ in range(r.choice((0, 1, 1, 2, 3))):
         j = r.randrange(len(arguments))

@@ -12,7 +12,8 @@ from tolerances import assert_close
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import deformmamba.deform.cpu  # noqa: F401  registers its operators
+import deformmamba.deform.cpu
+import deformmamba.mamba.causal_conv_cpu  # noqa: F401
 from deformmamba import SRLoss
 from deformmamba.deform import modulated_deform_conv2d
 from deformmamba.errors import InvalidArgument, UnsupportedCall
@@ -147,6 +148,16 @@ def test_what_the_deform_operator_needs_must_be_given(index: int) -> None:
     given[index] = None
     with pytest.raises(InvalidArgument, match="must be given"):
         OPS.deform_conv2d(*given, None, [1, 1, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("change", [{0: (2, 4, 6)}, {1: (4, 3)}, {1: (5, 0)}, {2: (4,)}, {2: (5, 1)}])
+def test_the_causal_convolution_refuses_what_does_not_fit(change: dict[int, tuple[int, ...]]) -> None:
+    shapes = {0: (2, 5, 6), 1: (5, 3), 2: (5,)} | change
+    x, weight, bias = (torch.rand(shape) for shape in shapes.values())
+    with pytest.raises(InvalidArgument, match=r"^deformmamba::causal_conv: "):
+        OPS.causal_conv(x, weight, bias)
+    with pytest.raises(InvalidArgument, match=r"^deformmamba::causal_conv_backward: "):
+        OPS.causal_conv_backward(x, weight, torch.rand(2, 5, 7))
 
 
 def test_random_calls_of_the_operators_do_not_end_the_process() -> None:

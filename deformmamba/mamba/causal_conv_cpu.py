@@ -11,7 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deformmamba.errors import InvalidArgument
+from deformmamba.tensors import as_array, loop_over_batch, plain
 from deformmamba.threads import run_on_threads
+from deformmamba.torch_private import constant_when_compiled
 
 _BLOCK = 256  # channels of a job: its rows of x and y stay in the first-level cache
 
@@ -21,16 +24,13 @@ def usable(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and _numba()
 
 
-@functools.cache
+@constant_when_compiled
 def _numba() -> bool:
     try:
-        import numba  # noqa: F401
+        from numba import config
     except Exception:  # a numpy that numba does not know yet raises ImportError, a broken llvmlite OSError
         return False
-    return True
-
-
-_numba._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return not config.DISABLE_JIT
 
 
 # `Optional`, because the schema is read from the annotations and older PyTorch does not know `Tensor | None`
@@ -39,12 +39,14 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  #
     """y[b, d, t] = bias[d] + sum over k of weight[d, k] x[b, d, t - (width - 1) + k], x before the start being 0.
 
     x (b, d, l), weight (d, width) and bias (d,) of one dtype; y has the memory format of x: time or channels last."""
+    x, weight, bias = map(plain, (x, weight, bias))
+    _check("causal_conv", x, weight, bias=bias)
     b, d, length = x.shape
     x, by_channel = _readable(x)
     y = _empty(b, d, length, by_channel, x)
     given = weight.t().contiguous() if by_channel else weight.contiguous()
     bias = x.new_zeros(d) if bias is None else bias.contiguous()
-    arrays = (_flat(x), given.numpy(), bias.numpy(), _flat(y), length, _strides(x, by_channel))
+    arrays = (_flat(x), as_array(given), as_array(bias), _flat(y), length, _strides(x, by_channel))
     _share("forward", by_channel, x.dtype, arrays, b, d)
     return y
 
@@ -58,6 +60,10 @@ def _(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
 @torch.library.custom_op("deformmamba::causal_conv_backward", mutates_args=())
 def causal_conv_backward(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias."""
+    x, weight, dy = map(plain, (x, weight, dy))
+    _check("causal_conv_backward", x, weight, dy=dy)
+    if dy is None:
+        raise InvalidArgument("deformmamba::causal_conv_backward: dy must be given")
     b, d, length = x.shape
     x, by_channel = _readable(x)
     dy = dy.transpose(1, 2).contiguous().transpose(1, 2) if by_channel else dy.contiguous()
@@ -65,7 +71,8 @@ def causal_conv_backward(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor,
     given = weight.t().contiguous() if by_channel else weight.contiguous()
     dweight, dbias = x.new_empty(b, *given.shape), x.new_empty(b, d)
     arrays = (
-        _flat(x), given.numpy(), _flat(dy), _flat(dx), dweight.numpy(), dbias.numpy(), length, _strides(x, by_channel)
+        _flat(x), as_array(given), _flat(dy), _flat(dx), as_array(dweight), as_array(dbias), length,
+        _strides(x, by_channel),
     )  # fmt: skip
     _share("backward", by_channel, x.dtype, arrays, b, d)
     dweight = dweight.sum(0)
@@ -85,11 +92,42 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    dx, dweight, dbias = causal_conv_backward(*ctx.saved_tensors, dy)
+    dx, dweight, dbias = causal_conv_backward(*map(plain, ctx.saved_tensors), plain(dy))
     return dx, dweight, dbias if ctx.has_bias else None
 
 
 torch.library.register_autograd("deformmamba::causal_conv", _differentiate, setup_context=_save)
+
+
+torch.library.register_vmap("deformmamba::causal_conv", loop_over_batch(causal_conv))
+torch.library.register_vmap("deformmamba::causal_conv_backward", loop_over_batch(causal_conv_backward))
+
+
+def _check(operator: str, x: Tensor, weight: Tensor, **others: Tensor | None) -> None:
+    """Compares every shape, dtype, device and layout with every other: kernels get pointers.
+
+    Raises:
+        InvalidArgument: something does not fit.
+    """
+    name = f"deformmamba::{operator}"
+    if x is None or weight is None or x.ndim != 3 or weight.ndim != 2 or weight.shape[1] < 1:
+        raise InvalidArgument(f"{name}: x must be (b, d, l) and weight (d, width) with a width of at least 1")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise InvalidArgument(f"{name}: x is {x.dtype}; wanted torch.float32 or torch.float64")
+    d = x.shape[1]
+    shapes = {"bias": (d,), "dy": tuple(x.shape)}
+    wanted = [("x", x, tuple(x.shape)), ("weight", weight, (d, weight.shape[1]))]
+    for what, tensor, shape in (*wanted, *((key, value, shapes[key]) for key, value in others.items())):
+        if tensor is not None and not (
+            tuple(tensor.shape) == shape
+            and tensor.dtype == x.dtype
+            and tensor.device.type == "cpu"
+            and tensor.layout == torch.strided
+        ):
+            raise InvalidArgument(
+                f"{name}: {what} is {tensor.dtype} {tuple(tensor.shape)} ({tensor.layout}) on {tensor.device}; wanted "
+                f"{x.dtype} {shape} (torch.strided) on the CPU"
+            )
 
 
 def _by_channel(x: Tensor) -> bool:
@@ -111,7 +149,7 @@ def _empty(b: int, d: int, length: int, by_channel: bool, like: Tensor) -> Tenso
 def _flat(x: Tensor) -> np.ndarray:
     """All numbers from the first of x to its last, in the order of the memory."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-    return x.as_strided((extent,), (1,)).numpy()
+    return as_array(x.as_strided((extent,), (1,)))
 
 
 def _strides(x: Tensor, by_channel: bool) -> tuple[int, int]:
