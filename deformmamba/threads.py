@@ -88,6 +88,14 @@ def _workers(n: int) -> ThreadPoolExecutor:
         return _pool[1]
 
 
+def waiting_policy() -> str:
+    """How PyTorch's OpenMP threads wait for the next operation, by the environment, and the cure where they spin."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        if value := os.environ.get(name):
+            return f"{name}={value}"
+    return "they spin; on a busy machine set GOMP_SPINCOUNT=1000 in the environment before torch is imported"
+
+
 def environment_warnings() -> list[str]:
     """One line for each OpenMP setting in the environment that makes PyTorch's own operations unsafe or slow."""
     found = []

@@ -37,7 +37,7 @@ from deformmamba.cli import (
     weights,
 )
 from deformmamba.cli.arguments import Parser, add_common, printable, quiet_if, refuse
-from deformmamba.cli.cores import use_threads
+from deformmamba.cli.cores import limit_spinning, use_threads
 from deformmamba.errors import DeformMambaError
 
 COMMANDS = (
@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stopped:
         return int(stopped.code or 0)
     start = time.monotonic()
+    limit_spinning()
     use_threads(args.threads)
     with warnings.catch_warnings(), quiet_if(args.quiet), stopped_cleanly():
         warnings.simplefilter("default", UserWarning)

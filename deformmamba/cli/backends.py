@@ -1,10 +1,12 @@
-"""backends: which scan kernels run here."""
+"""backends: which scan kernels run here, and how PyTorch's threads are set."""
 
 import argparse
 import json
+import math
 from typing import Any
 
 from deformmamba.cli.arguments import add_command, tell
+from deformmamba.cli.cores import affinity, quota
 
 
 def add(commands: Any) -> None:
@@ -13,8 +15,10 @@ def add(commands: Any) -> None:
 
 
 def _backends(args: argparse.Namespace) -> None:
+    import torch
+
     from deformmamba.scan import backend_report
-    from deformmamba.threads import environment_warnings
+    from deformmamba.threads import environment_warnings, waiting_policy
 
     rows = backend_report()
     if args.json:
@@ -23,5 +27,7 @@ def _backends(args: argparse.Namespace) -> None:
         return
     for name, usable, why, cure in rows:
         tell(f"{name:12} {'yes' if usable else 'no':4} {why}{f'; {cure}' if cure else ''}")
+    allowed = affinity() if quota() == math.inf else f"{quota():g} of {affinity()}"
+    tell(f"threads: {torch.get_num_threads()}, CPUs allowed: {allowed}; between operations: {waiting_policy()}")
     for line in environment_warnings():
         tell(f"warning: {line}")

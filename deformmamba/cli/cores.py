@@ -74,3 +74,15 @@ def use_threads(n: int | None) -> int | None:
     else:  # the libraries read these when they are imported
         os.environ.update(dict.fromkeys(VARIABLES, str(n)))
     return n
+
+
+def limit_spinning() -> None:
+    """Lets PyTorch's OpenMP threads sleep soon after each operation instead of spinning for milliseconds.
+
+    On a machine that others use too, a spinning thread takes the core that the working one needs. A setting of the user
+    is obeyed. The library reads the variable when it is loaded, so this is for before `import torch`.
+    """
+    import sys
+
+    if "torch" not in sys.modules and not any(os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
+        os.environ["GOMP_SPINCOUNT"] = "1000"

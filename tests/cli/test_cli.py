@@ -210,8 +210,10 @@ def test_weights(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 
 def test_backends(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["backends"]) == 0
-    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines if not line.startswith(("threads:", "warning:"))]
     assert "reference" in names
+    assert any(line.startswith(f"threads: {torch.get_num_threads()}, CPUs allowed: ") for line in lines)
     assert main(["backends", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["name"] for row in rows] == names

@@ -1,0 +1,157 @@
+"""Mamba networks through `deformmamba.mamba` beside plain PyTorch: Mamba-2's scan, and transformers' Mamba models.
+
+Run: python benchmarks/mamba.py [ssd] [Mamba] [Mamba2] [FalconMamba] [--layers 24] [--tokens 2048] [--threads 1]
+
+The models need transformers 5.16 or later (`pip install transformers`); nothing is downloaded: configurations of the
+130M class with random weights. Each is run with transformers' own PyTorch functions and, after `install`, with ours, in
+one process; logits and generated tokens are compared first. With one thread, times are CPU seconds of this process, so
+that other work on the machine hardly counts; with more, seconds of the clock.
+
+The floor of Mamba-2's scan is the time of its matrix products alone, at the rate of a 1024x1024 product measured here.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import deformmamba.mamba
+
+MODELS = ("Mamba", "Mamba2", "FalconMamba")
+
+
+def seconds(run: Callable[[], Any], repeats: int = 3) -> float:
+    """The best of some runs."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    times = []
+    for _ in range(repeats):
+        start = clock()
+        run()
+        times.append(clock() - start)
+    return min(times)
+
+
+def ssd(tokens: int) -> None:
+    """Forward and backward pass of Mamba-2's scan, 24 heads of 64 channels and 128 states."""
+    b, h, p, g, n = 1, 24, 64, 1, 128
+    torch.manual_seed(0)
+    x, B, C = torch.randn(b, tokens, h, p), torch.randn(b, tokens, g, n), torch.randn(b, tokens, g, n)
+    given = [x, F.softplus(torch.randn(b, tokens, h) - 4), -15 * torch.rand(h) - 1, B, C]
+    given = [t.requires_grad_() for t in given]
+
+    def both(scan: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        y = scan(*given, 256)
+        return [y.detach(), *torch.autograd.grad(y.sum(), given)]
+
+    contenders: dict[str, Callable[..., torch.Tensor]] = {"ours": deformmamba.mamba.mamba_chunk_scan_combined}
+    contenders["chunks in plain PyTorch"] = minimal
+    try:
+        import transformers
+        from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+
+        transformers.logging.set_verbosity_error()
+        contenders["transformers"] = mamba2_chunk_scan
+    except ImportError:
+        print("transformers is not installed: left out")
+    expected = both(contenders["ours"])
+    for name, scan in contenders.items():
+        for ours, theirs in zip(expected, both(scan), strict=True):
+            assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max(), f"{name} disagrees"
+    square = torch.randn(1024, 1024)
+    rate = 2 * 1024**3 / seconds(lambda: square @ square, 7)
+    chunk = 128
+    # per token and head: scores by values, states in and out; the backward pass has six of these products, and repeats
+    # two; scores themselves are shared by all heads
+    forward = 2 * (chunk * p + 2 * n * p)
+    backward = 2 * (3 * chunk * p + 5 * n * p)
+    floor = tokens * h * (forward + backward) / rate
+    times = {name: seconds(lambda scan=scan: both(scan)) for name, scan in contenders.items()}  # type: ignore[misc]
+    print(f"Mamba-2's scan, {tokens} tokens, both passes; floor {1e3 * floor:.0f} ms at {rate / 1e9:.0f} Gflop/s")
+    for name, time_ in times.items():
+        ratios = f"{time_ / times['ours']:.1f} times ours, {time_ / floor:.1f} times the floor"
+        print(f"  {name}: {1e3 * time_:.0f} ms, {ratios}", flush=True)
+
+
+def minimal(
+    x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, chunk: int
+) -> torch.Tensor:
+    """The listing of the Mamba-2 paper (Dao and Gu 2024, listing 1) in chunks of 64, as mamba-ssm's plain version."""
+    q, h = 64, x.shape[2]
+    B, C = (t.expand(-1, -1, h, -1) for t in (B, C))
+    u, a = (x * dt[..., None]).unflatten(1, (-1, q)), (dt * A).unflatten(1, (-1, q)).permute(0, 3, 1, 2)
+    B, C = B.unflatten(1, (-1, q)), C.unflatten(1, (-1, q))
+
+    def sums(a: torch.Tensor) -> torch.Tensor:
+        n = a.shape[-1]
+        lower = torch.ones(n, n, dtype=torch.bool)
+        steps = a[..., None].expand(*a.shape, n).masked_fill(~lower.tril(-1), 0).cumsum(-2)
+        return steps.masked_fill(~lower.tril(), -torch.inf)
+
+    total = a.cumsum(-1)
+    near = torch.einsum("bclhn,bcshn,bhcls,bcshp->bclhp", C, B, sums(a).exp(), u)
+    states = torch.einsum("bclhn,bhcl,bclhp->bchpn", B, (total[..., -1:] - total).exp(), u)
+    states = torch.cat([torch.zeros_like(states[:, :1]), states], 1)
+    carried = torch.einsum("bhzc,bchpn->bzhpn", sums(F.pad(total[..., -1], (1, 0))).exp(), states)[:, :-1]
+    return (near + torch.einsum("bclhn,bchpn,bhcl->bclhp", C, carried, total.exp())).flatten(1, 2)
+
+
+def model(name: str, layers: int, tokens: int) -> None:
+    """Prefill and decoding of one of transformers' models."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    options: dict[str, Any] = {"hidden_size": 768, "num_hidden_layers": layers, "vocab_size": 50280}
+    if name == "Mamba2":
+        options |= {"num_heads": 24, "head_dim": 64, "state_size": 128, "n_groups": 1}
+    torch.manual_seed(0)
+    network = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**options)).eval()
+    ids = torch.randint(0, 50280, (1, tokens))
+
+    def prefill() -> torch.Tensor:
+        with torch.inference_mode():
+            return network(ids, use_cache=True, logits_to_keep=1).logits  # type: ignore[no-any-return]
+
+    def decode(n: int) -> torch.Tensor:
+        return network.generate(ids[:, :16], max_new_tokens=n, min_new_tokens=n, do_sample=False)  # type: ignore[no-any-return]
+
+    results, times = [], []
+    for ours in (False, True):
+        if ours:
+            deformmamba.mamba.install(quiet=True)
+            prefill()  # compiles
+        logits = prefill()
+        results.append((logits, decode(16)))
+        times.append((seconds(prefill, 3 if ours else 1), seconds(lambda: decode(16), 2)))
+    deformmamba.mamba.uninstall()
+    (theirs, tokens_theirs), (logits, tokens_ours) = results
+    scale = theirs.abs().max().item()
+    worst = (logits - theirs).abs().max().item()
+    print(f"{name}, {layers} layers, {tokens} tokens: largest difference of logits {worst:.1e} of {scale:.1f}")
+    print(f"  the same 16 tokens generated: {torch.equal(tokens_theirs, tokens_ours)}")
+    for what, a, b in zip(("prefill", "16 tokens"), *times, strict=True):
+        print(
+            f"  {what}: {a:.2f} s with transformers' functions, {b:.2f} s with ours, {a / b:.1f} times as fast",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("what", nargs="*", default=["ssd", *MODELS], choices=["ssd", *MODELS])
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for what in args.what:
+        if what == "ssd":
+            ssd(args.tokens)
+        else:
+            model(what, args.layers, args.tokens)
+
+
+if __name__ == "__main__":
+    main()

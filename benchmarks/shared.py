@@ -1,0 +1,139 @@
+"""One and two threads on two cores, quiet and with one of them busy, by what PyTorch's threads do between operations.
+
+Run: python benchmarks/shared.py [--seconds 2]
+
+Takes two of the CPUs it may use. "busy" runs a loop in another process that is bound to the first of them. Each case is
+a process of its own, because the OpenMP library reads its settings when it is loaded: "spin" leaves them alone,
+"sleep" sets GOMP_SPINCOUNT=1000, as the command `deformmamba` does. The table gives the median time in milliseconds;
+the last column divides two threads by the better of one and two in the same row, and should stay below 1.2.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+SETTINGS: dict[str, dict[str, str]] = {"spin": {}, "sleep": {"GOMP_SPINCOUNT": "1000"}}
+
+
+def tasks() -> dict[str, Callable[[], object]]:
+    """The operations that are timed, on inputs of their usual sizes."""
+    import torch
+
+    from deformmamba import DeformMambaSR, modulated_deform_conv2d, selective_scan
+
+    torch.manual_seed(0)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, requires_grad=True)
+
+    scan = (leaf(1, 768, 1024), leaf(1, 768, 1024), -torch.rand(768, 16), leaf(1, 16, 1024), leaf(1, 16, 1024))
+    image, offset, mask, weight = leaf(1, 96, 64, 64), leaf(1, 18, 64, 64), leaf(1, 9, 64, 64), leaf(96, 96, 3, 3)
+    network = DeformMambaSR.from_preset("tiny", scale=4)
+    optimiser = torch.optim.AdamW(network.parameters(), 1e-4)
+    whole, patches = torch.rand(1, 1, 64, 64), torch.rand(2, 1, 32, 32)
+
+    def scan_both_ways() -> None:
+        y = selective_scan(*scan, delta_softplus=True)
+        assert isinstance(y, torch.Tensor)
+        y.sum().backward()
+
+    def slice_of_a_scan() -> None:
+        with torch.inference_mode():
+            network(whole)
+
+    def training_step() -> None:
+        optimiser.zero_grad()
+        network(patches).square().mean().backward()
+        optimiser.step()
+
+    return {
+        "scan, both passes": scan_both_ways,
+        "deformable convolution, both passes": lambda: modulated_deform_conv2d(
+            image, offset, mask, weight, padding=1
+        ).sum().backward(),
+        "slice": slice_of_a_scan,
+        "training step": training_step,
+    }  # fmt: skip
+
+
+def measure(threads: int, seconds: float) -> dict[str, float]:
+    """The median milliseconds of each task."""
+    import torch
+
+    torch.set_num_threads(threads)
+    found = {}
+    for name, task in tasks().items():
+        task()  # compiles, and takes memory
+        times: list[float] = []
+        stop = time.perf_counter() + seconds
+        while len(times) < 3 or time.perf_counter() < stop:
+            start = time.perf_counter()
+            task()
+            times.append(1e3 * (time.perf_counter() - start))
+        found[name] = statistics.median(times)
+    return found
+
+
+def occupy(cpu: int) -> None:
+    """Never returns: keeps one CPU busy."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {cpu})
+    while True:
+        pass
+
+
+def run(threads: int, setting: str, cpus: list[int], seconds: float) -> dict[str, float]:
+    """`measure` in a process of its own."""
+    environment = {**os.environ, **SETTINGS[setting], "OMP_NUM_THREADS": str(threads)}
+    if setting == "spin":
+        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+            environment.pop(name, None)
+    command = [sys.executable, __file__, "--child", str(threads), "--seconds", str(seconds), "--cpus", *map(str, cpus)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seconds", type=float, default=2, help="for each operation of each case")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--cpus", type=int, nargs="*", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, set(args.cpus))
+        print(json.dumps(measure(args.child, args.seconds)))
+        return
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    if len(cpus) < 2:
+        raise SystemExit("this needs two CPUs")
+    cpus = cpus[:2]
+    print(f"load average before: {os.getloadavg()[0]:.1f} (a quiet machine has below 0.3)")
+    print("| machine | threads wait by | operation | 1 thread | 2 threads | 2 / best |\n|---|---|---|---|---|---|")
+    for machine in ("quiet", "busy"):
+        other = multiprocessing.Process(target=occupy, args=(cpus[0],), daemon=True)
+        if machine == "busy":
+            other.start()
+        try:
+            for setting in SETTINGS:
+                one, two = (run(n, setting, cpus, args.seconds) for n in (1, 2))
+                for name in one:
+                    ratio = two[name] / min(one[name], two[name])
+                    print(
+                        f"| {machine} | {setting} | {name} | {one[name]:.1f} | {two[name]:.1f} | {ratio:.2f} |",
+                        flush=True,
+                    )
+        finally:
+            if machine == "busy":
+                other.kill()
+                other.join()
+
+
+if __name__ == "__main__":
+    main()
