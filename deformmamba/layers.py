@@ -303,6 +303,8 @@ class SS2D(Block):
     Source: section 2.1, equations 1 to 3, and section 2.2; the four directions are summed (VMamba's cross merge).
     """
 
+    allowed_directions: tuple[int, ...] = DIRECTIONS  # SS3D has others
+
     def __init__(
         self,
         channels: int,
@@ -318,13 +320,14 @@ class SS2D(Block):
         dtype: Dtype = None,
     ) -> None:
         super().__init__()
-        if directions not in DIRECTIONS:
-            raise InvalidArgument(f"SS2D: directions is {directions}; it must be one of {DIRECTIONS}")
-        _check_positive("SS2D", channels=channels, d_state=d_state, dt_rank=dt_rank, dt_min=dt_min)
+        name = type(self).__name__
+        if directions not in self.allowed_directions:
+            raise InvalidArgument(f"{name}: directions is {directions}; it must be one of {self.allowed_directions}")
+        _check_positive(name, channels=channels, d_state=d_state, dt_rank=dt_rank, dt_min=dt_min)
         if dt_max < dt_min:
-            raise InvalidArgument(f"SS2D: dt_min is {dt_min} and dt_max {dt_max}; dt_max must be at least dt_min")
+            raise InvalidArgument(f"{name}: dt_min is {dt_min} and dt_max {dt_max}; dt_max must be at least dt_min")
         if discretization not in ("euler", "zoh"):
-            raise InvalidArgument(f'SS2D: discretization is {discretization!r}; it must be "euler" or "zoh"')
+            raise InvalidArgument(f'{name}: discretization is {discretization!r}; it must be "euler" or "zoh"')
         self.channels, self.d_state, self.directions = channels, d_state, directions
         self.dt_rank = dt_rank or math.ceil(channels / 16)
         self.discretization: Discretization = discretization

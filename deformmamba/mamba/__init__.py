@@ -48,8 +48,10 @@ from deformmamba.mamba.ssd import (
 )
 from deformmamba.mamba.standin import install, uninstall
 from deformmamba.mamba.state_update import selective_state_update, selective_state_update_ref
+from deformmamba.mamba.volumes import SS3D
 
 __all__ = [
+    "SS3D",
     "LayerNormGated",
     "Mamba",
     "Mamba2",
