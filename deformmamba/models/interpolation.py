@@ -10,6 +10,7 @@ from deformmamba.errors import InvalidArgument
 from deformmamba.models.base import SRModel
 from deformmamba.physics.kspace import Grid, zero_fill
 from deformmamba.physics.slice_profile import spline_matrix
+from deformmamba.tensors import without_autocast
 
 
 class ZeroFill(SRModel):
@@ -49,7 +50,7 @@ class _Separable(SRModel):
     def enlarge(self, lr: torch.Tensor) -> torch.Tensor:
         """`forward` without its checks, for a network that starts from the interpolated image."""
         rows, columns = (self.matrix(n).to(lr) for n in lr.shape[-2:])
-        with torch.autocast(lr.device.type, enabled=False):  # half precision would be seen in what is only resampled
+        with without_autocast(lr.device.type):  # half precision would be seen in what is only resampled
             return rows @ lr @ columns.T
 
 

@@ -8,6 +8,7 @@ from deformmamba.errors import InvalidArgument
 from deformmamba.models.base import SRModel
 from deformmamba.models.skip import add_base, checked_skip, start_at_zero
 from deformmamba.physics.kspace import Grid
+from deformmamba.tensors import without_autocast
 
 # entries of a relevance map held at once: slices of any size in 64 MB of it
 RELEVANCE_ENTRIES = 1 << 24
@@ -97,7 +98,7 @@ def task_attention(query: torch.Tensor, source: torch.Tensor) -> tuple[torch.Ten
     Source: T2Net, section 2.3, the transformer of texture transfer (Yang et al., CVPR 2020).
     """
     b, _, h, w = query.shape
-    with torch.autocast(query.device.type, enabled=False):  # half precision chooses among similar patches by chance
+    with without_autocast(query.device.type):  # half precision chooses among similar patches by chance
         asked, offered = (
             F.unfold(x.to(torch.promote_types(x.dtype, torch.float32)), 3, padding=1) for x in (query, source)
         )

@@ -345,7 +345,6 @@ def test_shapes_without_values(name: str) -> None:
     """On the meta device and under FakeTensor a model gives shapes, and reads no value."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    pytest.importorskip("deformmamba.tensors")
     model = build(name)
     h = max(9, model.minimum_size)
     shape = (1, 1, model.scale * h, model.scale * (h + 2))
