@@ -46,13 +46,13 @@ def overridable(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         given = (*args, *kwargs.values())
         if has_torch_function(given):
-            return handle_torch_function(call, given, *args, **kwargs)  # type: ignore[no-any-return]
+            return handle_torch_function(call, given, *args, **kwargs)
         if all(type(x) in _PLAIN or not isinstance(x, Tensor) for x in given):
             return function(*args, **kwargs)
         module = sys.modules.get("torch.distributed.tensor")
         if module is not None and any(isinstance(x, module.DTensor) for x in given):
-            return _replicated(module, function, args, kwargs)  # type: ignore[no-any-return]
-        return function(*map(plain, args), **{name: plain(x) for name, x in kwargs.items()})  # type: ignore[arg-type]
+            return _replicated(module, function, args, kwargs)
+        return function(*map(plain, args), **{name: plain(x) for name, x in kwargs.items()})
 
     return call
 

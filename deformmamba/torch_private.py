@@ -69,7 +69,7 @@ def gomp_parallel() -> Callable[..., None] | None:
     except (OSError, AttributeError):  # not loaded, or a system without GNU OpenMP
         return None
     region.argtypes, region.restype = (PARALLEL_REGION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-    return region  # type: ignore[no-any-return]
+    return region
 
 
 def with_huge_pages(tensor: torch.Tensor, smallest: int = 32 << 20) -> torch.Tensor:

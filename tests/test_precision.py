@@ -171,7 +171,7 @@ def traced(name: str) -> None:
     program = torch.jit.trace(block, inputs(name), check_trace=False)
     for size in ((9, 4), (5, 6)):
         xs = inputs(name, *size)
-        torch.testing.assert_close(program(*xs), block(*xs))
+        assert_close(program(*xs), block(*xs))
 
 
 def trace_refused(name: str) -> None:

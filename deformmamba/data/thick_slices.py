@@ -128,10 +128,11 @@ class ThickSliceDataset(Dataset[ThickSample]):
         seed: int = 0,
         progress: bool = False,
     ) -> None:
-        for name, value, lowest, highest in (
+        bounds: tuple[tuple[str, float, float, float], ...] = (
             ("patch", patch, 8, math.inf), ("boxcar", boxcar, 0, 1), ("invert", invert, 0, 1),
             ("reformats", reformats, 1, math.inf), ("contrast", contrast, 1, math.inf), ("gain", gain, 1, math.inf),
-        ):  # fmt: skip
+        )  # fmt: skip
+        for name, value, lowest, highest in bounds:
             if not lowest <= value <= highest or value == math.inf:
                 between = f"from {lowest} to {highest}" if highest < math.inf else f"of {lowest} or more"
                 raise InvalidArgument(f"ThickSliceDataset: {name} is {value}; wanted a number {between}")
@@ -222,7 +223,8 @@ class ThickSliceDataset(Dataset[ThickSample]):
         smallest, largest = self.ratio
         largest = max(min(largest, (n - 1) / FEWEST), smallest)
         ratio = smallest * (largest / smallest) ** rng.random()
-        thickness = ratio * rng.uniform(*self.thickness)
+        low, high = self.thickness
+        thickness = ratio * rng.uniform(low, high)
         kind = "boxcar" if rng.random() < self.boxcar else "gaussian"
         matrix = thick_matrix(n, ratio, SliceProfile(kind, thickness), ratio * rng.random())
         top = int(rng.integers(n - self.patch + 1))

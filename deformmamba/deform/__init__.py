@@ -109,7 +109,7 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
         if isinstance(number, (bool, float, str)) or not hasattr(number, "__index__"):
             raise InvalidType(f"modulated_deform_conv2d: {name} is {value!r}; wanted one integer, or (y, x)")
     y, x = (n if isinstance(n, torch.SymInt) else operator.index(n) for n in (numbers * 2)[:2])
-    return y, x
+    return y, x  # type: ignore[return-value]
 
 
 def _check(
@@ -182,9 +182,10 @@ def _missing(module: str) -> str | None:
 
 
 def _without_compiler() -> str | None:
-    from numba import config
+    import numba
 
-    return "numba compiles nothing because NUMBA_DISABLE_JIT is set" if config.DISABLE_JIT else None
+    settings: Any = numba.config
+    return "numba compiles nothing because NUMBA_DISABLE_JIT is set" if settings.DISABLE_JIT else None
 
 
 @constant_when_compiled  # torch.compile must not trace the imports

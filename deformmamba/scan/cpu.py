@@ -39,10 +39,11 @@ def unusable(tensor: torch.Tensor | None = None) -> str | None:
     if tensor is not None and tensor.device.type != "cpu":
         return f"it runs on CPU tensors only, the tensor is on {tensor.device}; move it to the CPU"
     try:
-        from numba import config
+        import numba
     except Exception as error:  # a numpy that numba does not know yet raises ImportError, a broken llvmlite OSError
         return f"numba cannot be imported ({error}); pip install --upgrade numba"
-    if config.DISABLE_JIT:
+    settings: Any = numba.config
+    if settings.DISABLE_JIT:
         return "numba compiles nothing because NUMBA_DISABLE_JIT is set; unset it, or use backend 'eager'"
     return None
 

@@ -46,7 +46,7 @@ def scan(
     """(y, last, kept) by the kernels of `backend`."""
     tensors = [plain(x) for x in (u, delta, A, B, C, D, delta_bias, delta_weight)]
     initial_state = plain(initial_state)
-    module = _checked("scan", backend, tensors, height, width, {"initial_state": initial_state}, zoh)
+    module: Any = _checked("scan", backend, tensors, height, width, {"initial_state": initial_state}, zoh)
     *given, weight = tensors
     return module.forward(*given, initial_state, height, width, delta_softplus, zoh, keep, delta_weight=weight)
 
@@ -87,7 +87,7 @@ def scan_backward(
     """The gradients of u, delta, A, B, C, D, delta_bias, the initial state and delta_weight; empty for None."""
     tensors = [plain(x) for x in (u, delta, A, B, C, D, delta_bias, delta_weight)]
     more = {"kept": plain(kept), "dy": plain(dy), "dlast": plain(dlast)}
-    module = _checked("scan_backward", backend, tensors, height, width, more, zoh)
+    module: Any = _checked("scan_backward", backend, tensors, height, width, more, zoh)
     *given, weight = tensors
     grads = module.backward(*given, *more.values(), height, width, delta_softplus, zoh, delta_weight=weight)
     du, ddelta, dA, dB, dC, dD, dbias, dstate, *rest = grads

@@ -132,7 +132,8 @@ def write_checkpoint(
             raise WeightsError(f"{path}: checkpoints are safetensors; name a folder or a file ending in .safetensors")
         write_files(path, {WEIGHTS_FILE: data, CONFIG_FILE: config_json(class_name, config)})
         if (own := read_card(path)) is None or is_generated(own):
-            name, facts = path.resolve().name, {"class_name": class_name, "config": config, "size": len(data)}
+            name = path.resolve().name
+            facts: dict[str, Any] = {"class_name": class_name, "config": config, "size": len(data)}
             text = checkpoint_card(name, **facts, provenance=provenance or {}, sha256=digest)
             write_files(path, {CARD_FILE: text.encode()})
     return digest
