@@ -10,7 +10,7 @@ from deformmamba.inference.inputs import check_voxels
 from deformmamba.physics.degradations import Degradation, KSpaceCrop
 from deformmamba.physics.kspace import resize
 from deformmamba.volume import Volume, VolumeError, chosen_axis, in_plane, intensity_scale
-from deformmamba.volume.inspection import effective_matrix
+from deformmamba.volume.inspection import effective_matrix, stated_matrix
 
 
 def coarsen(
@@ -72,7 +72,8 @@ def to_effective(volume: Volume, *, axis: int | None = None, matrix: tuple[int, 
     check_voxels(volume.array)
     first, second = in_plane(axis)
     size = volume.array.shape[first], volume.array.shape[second]
-    found = effective_matrix(np.moveaxis(volume.array, axis, 0)) if matrix is None else matrix
+    slices = np.moveaxis(volume.array, axis, 0)
+    found = effective_matrix(slices, stated_matrix(volume, axis)) if matrix is None else matrix
     if found == size:
         return volume
     if not all(1 <= m <= n for m, n in zip(found, size, strict=True)):

@@ -36,7 +36,7 @@ from deformmamba.volume import (
     read_volumes,
     writing,
 )
-from deformmamba.volume.inspection import effective_matrix, spacing_remark
+from deformmamba.volume.inspection import effective_matrix, spacing_remark, stated_matrix
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
@@ -199,8 +199,10 @@ def _write(
     shape = first.shape if n_volumes == 1 else (*first.shape, n_volumes)
     with ExitStack() as stack:
         writers = [
-            stack.enter_context(writing(path, first.place, shape, axis=first.axis, dtype=dtype, derivation=made_by))
-            for path, dtype in outputs
+            stack.enter_context(
+                writing(path, first.place, shape, axis=first.axis, dtype=dtype, derivation=made_by, deviation=nth > 0)
+            )
+            for nth, (path, dtype) in enumerate(outputs)
         ]
         total = first.shape[first.axis] * n_volumes
         progress = stack.enter_context(Progress(total, shown=first.settings.progress))
@@ -248,7 +250,7 @@ def _room(report: PathLike, job: Upscaling) -> Iterator[np.ndarray]:
 
 def _warn_if_filled(scan: Volume, axis: int) -> None:
     slices = np.moveaxis(scan.array, axis, 0)
-    (h, w), (rows, columns) = slices.shape[1:], effective_matrix(slices)
+    (h, w), (rows, columns) = slices.shape[1:], effective_matrix(slices, stated_matrix(scan, axis))
     if (rows, columns) != (h, w):
         warnings.warn(
             f"the slices have {h}x{w} pixels, but their k-space is filled to about {rows}x{columns}: the scan was "

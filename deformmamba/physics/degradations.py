@@ -229,7 +229,7 @@ class _Separable(Degradation):
         return rows.T @ lr @ columns
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=4)  # a matrix of 1,024 x 1,024 takes 8 MB
 def _matrix(degradation: _Separable, n: int) -> torch.Tensor:
     return degradation.matrix(n)
 

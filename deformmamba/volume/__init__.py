@@ -236,6 +236,7 @@ def writing(
     axis: int = 2,
     dtype: str | None = None,
     derivation: str | None = None,
+    deviation: bool = False,
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """Write a volume slice by slice, for what does not fit into memory.
 
@@ -272,6 +273,7 @@ def writing(
         dtype: of the voxels.
         derivation: what made this (model, version, hash): DICOM's DerivationDescription, 1024 characters of ASCII, and
             the first 79 of them NIfTI's `descrip`, whose own text stays without it.
+        deviation: the values are a standard deviation: DICOM gets another series number, description and window.
 
     Raises:
         VolumeError: as `check_output`, or values that do not fit the `dtype`, or the operating system refused.
@@ -293,7 +295,7 @@ def writing(
             is_folder = as_dicom and suffix(path) not in dicom_out.SUFFIXES
             temporary = stack.enter_context((renamed_folder if is_folder else renamed)(path))
             if as_dicom:
-                opened = dicom_out.slices(path, temporary, like, shape, axis, dtype, derivation)
+                opened = dicom_out.slices(path, temporary, like, shape, axis, dtype, derivation, deviation)
             else:
                 opened = nifti.planes(temporary, like, shape, dtype or "float32", derivation)
                 if axis != 2:

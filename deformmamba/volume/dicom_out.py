@@ -3,7 +3,8 @@
 The rules, for classic images and for enhanced ones:
 
 - New: SOP instance and series UIDs, instance numbers (slices in order), content, creation and series date and time,
-  the series number (the source's plus 1000), " SR" after the series description, ImageType DERIVED\\SECONDARY (an
+  the series number (the source's plus 1000; plus 2000 for a deviation, whose window is its own range), " SR" after the
+  series description (" SR standard deviation"), ImageType DERIVED\\SECONDARY (an
   enhanced image must say DERIVED\\PRIMARY) and the source's further values, the description of the derivation, the
   source image of each slice, this package among the contributing equipment.
 - Computed: Rows, Columns, PixelSpacing, position and orientation; where the slices themselves were resampled,
@@ -99,7 +100,14 @@ def _is_enhanced(series: DicomSeries) -> bool:
 
 @contextmanager
 def slices(
-    path: Path, target: Path, like: Volume, shape: tuple[int, ...], axis: int, dtype: str | None, derivation: str | None
+    path: Path,
+    target: Path,
+    like: Volume,
+    shape: tuple[int, ...],
+    axis: int,
+    dtype: str | None,
+    derivation: str | None,
+    deviation: bool,
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """Takes slices across `axis`, keeps them on disk beside `path`; writes the series to `target` once all are there.
 
@@ -107,10 +115,10 @@ def slices(
     """
     with kept(path, shape, axis, "float32") as voxels:
         yield voxels.put
-        write(target, like, voxels, dtype, derivation)
+        write(target, like, voxels, dtype, derivation, deviation)
 
 
-def write(target: Path, like: Volume, voxels: Kept, dtype: str | None, derivation: str | None) -> None:
+def write(target: Path, like: Volume, voxels: Kept, dtype: str | None, derivation: str | None, deviation: bool) -> None:
     """A new series at `target`, an empty folder or the name of a file: (column, row, slice), placed as `like`.
 
     Slices go into copies of the data sets of the slices of the source that lie nearest.
@@ -126,7 +134,7 @@ def write(target: Path, like: Volume, voxels: Kept, dtype: str | None, derivatio
         for k in range(voxels.shape[2])
     ]
     stored, slope = _quantisation(voxels, dtype)
-    made = _Made(like, series, voxels, stored, slope, derivation or f"deformmamba {__version__}")
+    made = _Made(like, series, voxels, stored, slope, derivation or f"deformmamba {__version__}", deviation)
     if not _is_enhanced(series):
         names = [target] if suffix(target) in SUFFIXES else [target / f"{k + 1:04d}.dcm" for k in range(len(nearest))]
         for k, (name, source) in enumerate(zip(names, nearest, strict=True)):
@@ -205,6 +213,8 @@ STALE = (
 # The pulse sequence, which an enhanced image may name only where it is ORIGINAL (PS3.3 C.8.13.4).
 OF_ORIGINALS = (
     "ArterialSpinLabelingContrast",
+    "BulkMotionCompensationTechnique",
+    "BulkMotionSignalSource",
     "CoverageOfKSpace",
     "EchoPlanarPulseSequence",
     "EchoPulseSequence",
@@ -229,11 +239,22 @@ class _Made:
     """What all instances of one new series share, and the making of each."""
 
     def __init__(
-        self, like: Volume, series: DicomSeries, voxels: Kept, stored: str, slope: float, derivation: str
+        self,
+        like: Volume,
+        series: DicomSeries,
+        voxels: Kept,
+        stored: str,
+        slope: float,
+        derivation: str,
+        deviation: bool,
     ) -> None:
         from pydicom.uid import generate_uid
 
         self.series, self.voxels, self.stored, self.slope = series, voxels, stored, slope
+        self.deviation = deviation
+        # from 0 to the largest value: the window of the image would show a deviation as black
+        planes = range(voxels.shape[2]) if deviation else ()
+        self.largest = max((float(voxels.plane(k).max()) for k in planes), default=0.0)
         self.derivation = derivation.encode("ascii", "replace").decode()[:1024]
         self.series_uid = generate_uid(prefix=None)
         self.now = datetime.now()
@@ -352,8 +373,11 @@ class _Made:
         meta.ImplementationVersionName = f"DEFORMMAMBA {__version__}"[:16]
         made.file_meta = meta
         made.SeriesInstanceUID = self.series_uid
-        made.SeriesNumber = int(number(made.get("SeriesNumber"))) + 1000
-        made.SeriesDescription = f"{str(made.get('SeriesDescription') or '')[:61]} SR".strip()
+        made.SeriesNumber = int(number(made.get("SeriesNumber"))) + (2000 if self.deviation else 1000)
+        name = " SR standard deviation" if self.deviation else " SR"
+        made.SeriesDescription = f"{str(made.get('SeriesDescription') or '')[: 64 - len(name)]}{name}".strip()
+        if self.deviation:
+            self._window(made)
         made.ImageType = _image_type(made.get("ImageType"))
         day, clock = self.now.strftime("%Y%m%d"), self.now.strftime("%H%M%S")
         for event in ("Content", "InstanceCreation", "Series"):
@@ -378,6 +402,16 @@ class _Made:
         equipment.ContributionDateTime = self.now.strftime("%Y%m%d%H%M%S")
         equipment.ContributionDescription = "super-resolution"
         return equipment
+
+    def _window(self, group: Any) -> None:
+        """A window over the whole range of a deviation, wherever the source has a window."""
+        if group.get("WindowCenter") is not None or group.get("WindowWidth") is not None:
+            group.WindowCenter, group.WindowWidth = _decimal(self.largest / 2), _decimal(max(self.largest, self.slope))
+            _drop(group, ["WindowCenterWidthExplanation"])
+        for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+            for item in group.get(name) or ():
+                for window in item.get("FrameVOILUTSequence") or ():
+                    self._window(window)
 
     def _measures(self, group: Any) -> None:
         group.PixelSpacing = self.spacing

@@ -16,7 +16,7 @@ from deformmamba.cli import main
 from deformmamba.models import ZeroFill
 from deformmamba.physics.kspace import fft2c, ifft2c, pad_spectrum
 from deformmamba.volume import Volume, VolumeError, read_volume
-from deformmamba.volume.inspection import effective_matrix, inspect_volume
+from deformmamba.volume.inspection import _filled, effective_matrix, inspect_volume, stated_matrix
 
 rng = np.random.default_rng(0)
 
@@ -85,6 +85,41 @@ def test_the_edge_of_the_field_does_not_hide_the_border() -> None:
     whole = measured(anatomy(128, 128), (256, 256)).abs()
     cut = whole[:, 40:220, 30:210]
     assert effective_matrix(cut) == pytest.approx((90, 90), rel=0.04)
+
+
+def test_a_step_is_found_in_the_profile_of_an_interpolated_scan() -> None:
+    """512 pixels of a scan whose header says 256: a smooth step, whose slopes fall as well. The other axis has none."""
+    profiles = np.load(Path(__file__).parents[1] / "cases" / "siemens_interp_profile.npz")
+    assert abs(_filled(profiles["axis1"]) - 256) <= 3
+    assert _filled(profiles["axis0"]) == 512
+    # and in slices of such a spectrum
+    phase = np.exp(2j * np.pi * rng.random((6, 512, 512)))
+    slices = ifft2c(torch.from_numpy(np.sqrt(profiles["axis1"]) * phase)).real
+    rows, columns = effective_matrix(slices)
+    assert rows == 512
+    assert abs(columns - 256) <= 4
+
+
+def test_most_slices_decide_where_the_sum_hides_the_border() -> None:
+    images = ifft2c(
+        pad_spectrum(fft2c(torch.from_numpy(np.concatenate([anatomy(96, 96) for _ in range(3)]))), (128, 128))
+    )
+    images = images.abs()
+    images[::5] = torch.from_numpy(np.random.default_rng(1).normal(0, 4000, (3, 128, 128))).abs()  # three bright ones
+    assert _filled((fft2c(images).abs() ** 2).sum((0, 1)).numpy()) == 128, "the sum hides it"
+    found = effective_matrix(images)
+    assert all(abs(n - 96) <= 3 for n in found)
+
+
+def test_a_stated_matrix_needs_less_evidence_and_is_named() -> None:
+    dataset = dcmread(Path(__file__).parents[1] / "cases" / "dicom" / "rect_eq_thick" / "000.dcm")
+    dataset.AcquisitionMatrix = [0, 16, 12, 0]
+    volume = read_volume(Path(__file__).parents[1] / "cases" / "dicom" / "rect_eq_thick")
+    header = replace(volume.header, datasets={Path("a"): dataset})
+    stated = replace(volume, header=header)
+    assert stated_matrix(stated, 2) == (16, 12)
+    assert stated_matrix(volume, 2) == (None, None)
+    assert any("acquisition matrix of 16 x 12" in remark for remark in inspect_volume(stated).remarks)
 
 
 def test_partial_fourier_counts_by_its_larger_side() -> None:
@@ -156,7 +191,7 @@ def test_a_plain_scan(phantom: np.ndarray) -> None:
     assert (found.lowest, found.highest, found.negative) == (phantom.min(), phantom.max(), 0)
     assert found.remarks == ()
     assert not found.interpolated
-    assert "as fine as the signal" in found.filling
+    assert "no border of a smaller measured matrix is visible" in found.filling
 
 
 def test_what_it_remarks(phantom: np.ndarray) -> None:
