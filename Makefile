@@ -8,7 +8,7 @@ TORCH ?= torch torchvision
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: setup demo test test-fast test-generic check lint bench docs dist clean
+.PHONY: web setup demo test test-fast test-generic check lint bench docs dist clean
 
 setup: $(BIN)/.installed-dev  ## environment with everything for development
 
@@ -56,6 +56,9 @@ bench: $(BIN)/.installed-dev  ## every benchmark; each verifies its result befor
 docs: $(BIN)/.installed-docs  ## the documentation, in build/site/; a broken link is an error
 	$(BIN)/python docs/command_line.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+web: $(BIN)/.installed-export  ## the page that runs the network in a browser, in build/web/; needs npm
+	$(BIN)/python web/build.py -o build/web
 
 dist: $(BIN)/.installed-dev  ## sdist and wheel in dist/, checked as a package index checks them
 	rm -rf dist

@@ -28,9 +28,10 @@ def add(commands: Any) -> None:
     export.add_argument("--size", type=positive, nargs=2, metavar=("H", "W"), help="fixed (default: any size)")
     export.add_argument(
         "--inputs",
-        choices=("lr", "lr,base"),
+        choices=("lr", "lr,units", "lr,base"),
         default="lr",
-        help="lr: whole slices in the scanner's units (default); lr,base: the network alone, for tiles",
+        help="lr: whole slices in the scanner's units (default); lr,units: the intensities of the scan must be given; "
+        "lr,base: the network alone, for tiles",
     )
     export.add_argument(
         "--consistency",

@@ -34,7 +34,7 @@ from deformmamba.weights import manifest
 __all__ = ["FACTS", "FORMATS", "INPUTS", "TOLERANCE", "Export", "ExportError", "export", "portable_program"]
 
 FORMATS = ("onnx", "openvino", "pt2")
-INPUTS = ("lr", "lr,base")
+INPUTS = ("lr", "lr,units", "lr,base")
 TOLERANCE = 1e-4  # of an image of about [0, 1]
 LARGEST = 16384  # pixels of h and w that a file with free sizes takes
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "pt2": ()}
@@ -79,7 +79,8 @@ def export(
     With inputs "lr" the file takes `lr`, whole slices (b, c, h, w) in the scanner's units, and gives `sr`
     (b, c, scale * h, scale * w) in the same units: what `upscale` gives for each slice. Normalisation, zero-filling and
     data consistency are inside. A second input `units` (3,) holds the intensities of the whole scan (see
-    `WholeSlice.forward`); zeros: each slice by itself. In an ONNX file it may be left out.
+    `WholeSlice.forward`); zeros: each slice by itself. In an ONNX file it may be left out, unless
+    inputs is "lr,units": some runtimes, such as ONNX Runtime for the browser, cannot set an input that has a default.
 
     Args:
         model: any of `MODELS`; exported in eval mode, float32, for the CPU. Left as it is.
@@ -89,10 +90,11 @@ def export(
             (`torch.export.load(path).module()`) needs torch alone, and its scan is a slow loop in Python.
         size: (h, w) of `lr`, fixed, with b = 1. None: any b, and any h and w from `minimum_size` in the facts to
             LARGEST, and two sizes are compared.
-        inputs: "lr", or "lr,base": the network alone, for a caller who cuts tiles. Then `lr` is about [0, 1], and a
-            model with a global skip takes `base` (b, c, scale * h, scale * w) too, the matching cut of the WHOLE
+        inputs: "lr", "lr,units", or "lr,base": the network alone, for a caller who cuts tiles. Then `lr` is about
+            [0, 1], and a model with a global skip takes `base` (b, c, scale * h, scale * w) too, the matching cut of the WHOLE
             slice's base image (`SRModel.whole_slice`).
-        consistency: inside the file, as in `upscale`; None: what was found best for the weights. For inputs "lr" only.
+        consistency: inside the file, as in `upscale`; None: what was found best for the weights. Not for
+            inputs "lr,base".
         tolerance: the largest difference between file and model that is accepted.
 
     Raises:
@@ -111,7 +113,8 @@ def export(
         images = [_images(model, h, w, 1 if size else 2, inputs, how, own=bool(k)) for k, (h, w) in enumerate(sizes)]
         exported: nn.Module = model if inputs == "lr,base" else WholeSlice(model, how).eval()
         with _written(path, format) as temporary:
-            _write(exported, model, format, temporary, images[0].inputs, None if size else smallest, facts)
+            optional = format == "onnx" and inputs == "lr"
+            _write(exported, model, format, temporary, images[0].inputs, None if size else smallest, facts, optional)
             run: Callable[[dict[str, Tensor]], Tensor]
             run = {"onnx": onnx.runner, "openvino": openvino.runner, "pt2": pt2.runner}[format](temporary)
             difference = max(image.difference(run(image.inputs)) for image in images)
@@ -130,7 +133,7 @@ def _checked(
     if format not in FORMATS:
         raise ExportError(f"export format {format!r} is not known; there are {', '.join(FORMATS)}")
     if inputs not in INPUTS:
-        raise ExportError(f'inputs is {inputs!r}; it must be "lr" or "lr,base"')
+        raise ExportError(f'inputs is {inputs!r}; it must be "lr", "lr,units" or "lr,base"')
     if not path.parent.is_dir():
         raise ExportError(f"{path}: there is no folder {path.parent}; make it first")
     if format == "openvino" and path.suffix != ".xml":
@@ -160,7 +163,7 @@ def _facts(
 ) -> dict[str, str]:
     """Strings, as ONNX metadata wants; everything else is JSON."""
     scaled = f"(b, c, {model.scale} * h, {model.scale} * w)"
-    whole = inputs == "lr"
+    whole = inputs != "lr,base"
     rule = "1st to 99th percentile of each slice" if model.any_intensity else model.intensity
     if whole:
         described = {
@@ -260,8 +263,9 @@ def _write(
     inputs: dict[str, Tensor],
     smallest: int | None,
     facts: dict[str, str],
+    optional: bool,
 ) -> None:
-    """Traces and writes; sizes are free from `smallest` on, or fixed if it is None."""
+    """Traces and writes. Sizes are free from `smallest` on, or fixed if it is None; `optional`: `units` has a default."""
     dims: dict[str, Any] | None = None
     if smallest is not None:
         b, h, w = (torch.export.Dim(n, min=m, max=LARGEST) for n, m in (("b", 1), ("h", smallest), ("w", smallest)))
@@ -276,7 +280,7 @@ def _write(
             module, (), inputs, dynamic_shapes=dims, prefer_deferred_runtime_asserts_over_guards=True
         )
         # in OpenVINO a default would become a constant
-        defaults = {"units": np.zeros(3, np.float32)} if format == "onnx" else {}
+        defaults = {"units": np.zeros(3, np.float32)} if optional else {}
         if format == "onnx":
             onnx.write(program, hidden, path, list(inputs), facts, defaults)
             return

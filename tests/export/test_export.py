@@ -252,7 +252,7 @@ class Unexportable(SRModel):
     [
         ({"format": "tflite"}, "format 'tflite' is not known; there are onnx, openvino, pt2"),
         ({"format": "pt2", "size": (0, 4)}, r"size is \(0, 4\); it must be \(h, w\) of at least 4"),
-        ({"format": "pt2", "inputs": "base"}, 'inputs is \'base\'; it must be "lr" or "lr,base"'),
+        ({"format": "pt2", "inputs": "base"}, 'inputs is \'base\'; it must be "lr", "lr,units" or "lr,base"'),
         ({"format": "pt2", "consistency": "always"}, 'consistency must be "exact", "object" or "off"'),
         ({"format": "pt2", "size": (4, 4)}, "torch .* cannot export Unexportable to pt2: "),
     ],

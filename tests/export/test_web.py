@@ -1,0 +1,217 @@
+"""The page in headless Chromium: the package's numbers, its sentences, and what a person needs to use it.
+
+Skips where Node's npm, Chromium or its driver, selenium or the extra `export` is missing.
+"""
+
+import base64
+import http.server
+import importlib.util
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+
+import deformmamba
+
+pytestmark = [pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+WEB = ROOT / "web"
+SHARE = 1e-3  # of the range: float32 in another runtime, after thousands of scan steps
+MISSING = [name for name in ("npm", "chromium", "chromedriver") if shutil.which(name) is None]
+MISSING += [
+    name for name in ("selenium", "onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None
+]
+if MISSING or not WEB.is_dir():
+    pytest.skip(f"the page is not tested here: {', '.join(MISSING) or 'web/'} missing", allow_module_level=True)
+
+
+def builder() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("web_build", WEB / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """With the two headers that allow shared memory, so that the runtime may use threads."""
+
+    def end_headers(self) -> None:
+        self.send_header("Cross-Origin-Opener-Policy", "same-origin")
+        self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
+        super().end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("page")
+    try:
+        builder().build(folder, ["ixi-4x"])
+    except builder().subprocess.CalledProcessError:
+        pytest.skip("the page is not tested here: npm could not install its packages")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for flag in (
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):  # fmt: skip
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options, webdriver.ChromeService(str(shutil.which("chromedriver"))))
+    driver.set_script_timeout(120)
+    yield driver
+    driver.quit()
+
+
+def until(condition: Any, seconds: float, what: str) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.2)
+
+
+def opened(browser: Any, page: str, *files: Path) -> None:
+    """The page, fresh, with these files given to it."""
+    browser.get(page)
+    until(lambda: browser.execute_script("return document.documentElement.dataset.ready") == "yes", 60, "page ready")
+    browser.find_element("id", "file").send_keys("\n".join(str(file) for file in files))
+    until(lambda: words(browser, "status") == "Ready to upscale" or words(browser, "error"), 30, "file read")
+
+
+def words(browser: Any, name: str) -> str:
+    return str(browser.find_element("id", name).text)
+
+
+@pytest.fixture(scope="module")
+def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64x64x3 voxels of a real brain, from nibabel's test data, with an oblique affine."""
+    source = nibabel.load(Path(nibabel.__file__).parent / "tests" / "data" / "example4d.nii.gz")
+    array = np.asarray(source.dataobj[32:96, 16:80, 2:5, 0])
+    image = nibabel.Nifti1Image(array, source.affine)
+    image.header.set_dim_info(slice=2)
+    path = tmp_path_factory.mktemp("scan") / "brain.nii.gz"
+    nibabel.save(image, path)
+    return path
+
+
+def test_the_page_gives_what_the_package_gives(browser: Any, page: str, scan: Path, tmp_path: Path) -> None:
+    opened(browser, page, scan)
+    assert "The weights were trained on pixels of" in words(browser, "advice")
+    start = time.monotonic()
+    browser.find_element("id", "start").click()
+    until(lambda: words(browser, "numbers") or words(browser, "error"), 600, "upscaled")
+    print(f"64x64x3 in {time.monotonic() - start:.0f} s: {words(browser, 'numbers')}")
+    assert not words(browser, "error")
+    code = (
+        "const done = arguments[0], reader = new FileReader();"
+        "reader.onload = () => done(reader.result.split(',')[1]);"
+        "reader.readAsDataURL(new Blob([window.deformmamba.bytes()]));"
+    )
+    file = tmp_path / "sharp.nii"
+    file.write_bytes(base64.b64decode(browser.execute_async_script(code)))
+    got: Any = nibabel.load(file)
+    wanted: Any = deformmamba.upscale(deformmamba.from_pretrained("ixi-4x"), nibabel.load(scan))
+    np.testing.assert_allclose(got.affine, wanted.affine, atol=1e-4)
+    assert got.shape == wanted.shape == (256, 256, 3)
+    expected = wanted.get_fdata(dtype=np.float32)
+    np.testing.assert_allclose(got.get_fdata(dtype=np.float32), expected, atol=SHARE * np.ptp(expected), rtol=0)
+
+
+def test_cancelling_leaves_the_page_usable(browser: Any, page: str, scan: Path) -> None:
+    opened(browser, page, scan)
+    browser.find_element("id", "start").click()
+    until(lambda: words(browser, "status").startswith(("Slice", "Loading")), 60, "started")
+    browser.find_element("id", "cancel").click()
+    assert words(browser, "status") == "Cancelled. The input is unchanged."
+    assert browser.find_element("id", "start").is_enabled()
+    assert not browser.find_element("id", "save").is_enabled()
+
+
+def test_wrong_files_get_the_sentences_of_the_package(browser: Any, page: str, scan: Path, tmp_path: Path) -> None:
+    whole: Any = nibabel.load(scan)
+    array = np.asarray(whole.dataobj)
+    files = {
+        "text.nii": (b"not a scan" * 100, "not a scan that can be read"),
+        "cut.nii": (
+            nibabel.Nifti1Image(array, whole.affine).to_bytes()[:5000],
+            "truncated: shorter than its header says",
+        ),
+        "four.nii": (nibabel.Nifti1Image(np.stack([array] * 2, -1), whole.affine).to_bytes(), "holds 2 volumes"),
+        "complex.nii": (
+            nibabel.Nifti1Image(array.astype(np.complex64), whole.affine).to_bytes(),
+            "voxels are complex numbers: take the magnitude first",
+        ),
+        "zeros.nii": (
+            nibabel.Nifti1Image(np.zeros((4, 4, 4), np.float32), np.eye(4)).to_bytes(),
+            "every voxel is zero; there is nothing in this volume",
+        ),
+        "nan.nii": (
+            nibabel.Nifti1Image(np.full((4, 4, 4), np.nan, np.float32), np.eye(4)).to_bytes(),
+            "64 of 64 voxels are NaN or infinite",
+        ),
+    }
+    for name, (content, sentence) in files.items():
+        (tmp_path / name).write_bytes(content)
+        opened(browser, page, tmp_path / name)
+        assert words(browser, "error").startswith(f"{name}: {sentence}")
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_accessible_at_every_width(browser: Any, page: str, scan: Path, width: int, scheme: str) -> None:
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    opened(browser, page, scan)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    browser.execute_script((WEB / "node_modules" / "axe-core" / "axe.min.js").read_text("utf-8"))
+    found = browser.execute_async_script("axe.run().then((r) => arguments[0](r.violations.map((v) => v.help)))")
+    assert found == []
+
+
+def test_the_keyboard_reaches_everything(browser: Any, page: str, scan: Path) -> None:
+    from selenium.webdriver import ActionChains, Keys
+
+    opened(browser, page, scan)
+    browser.execute_script("document.activeElement.blur()")
+    reached = []
+    for _ in range(12):
+        ActionChains(browser).send_keys(Keys.TAB).perform()
+        reached.append(browser.switch_to.active_element.get_attribute("id"))
+    assert [name for name in reached if name in {"file", "weights", "start", "slice"}][:4] == [
+        "file", "weights", "start", "slice",
+    ]  # fmt: skip
+    before = words(browser, "slice-number")
+    browser.find_element("id", "slice").send_keys(Keys.ARROW_RIGHT)
+    assert words(browser, "slice-number") != before
+
+
+def test_nothing_comes_from_elsewhere() -> None:
+    for name in ("index.html", "app.js", "worker.js", "volume.js", "style.css"):
+        source = (WEB / name).read_text("utf-8")
+        assert "://" not in source, name
+    assert "connect-src" not in (WEB / "index.html").read_text("utf-8")

@@ -1,0 +1,31 @@
+// Runs the network, one slice at a time, away from the page's own thread.
+import * as ort from "./ort.wasm.bundle.min.mjs";
+
+ort.env.wasm.wasmPaths = new URL("./", import.meta.url).href;
+// threads need shared memory, which a host allows by two headers; see docs/browser.md
+ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
+let session, loaded;
+
+self.onmessage = async ({ data: message }) => {
+  try {
+    if (message.model !== loaded) {
+      await session?.release();
+      session = undefined;
+      session = await ort.InferenceSession.create(new URL(message.model, import.meta.url).href, {
+        executionProviders: ["wasm"],
+        logSeverityLevel: 3,
+        extra: { session: { intra_op: { allow_spinning: "0" } } }, // waiting threads leave the processor to others
+      });
+      loaded = message.model;
+    }
+    const start = performance.now();
+    const { sr } = await session.run({
+      lr: new ort.Tensor("float32", message.slice, [1, 1, message.h, message.w]),
+      units: new ort.Tensor("float32", Float32Array.from(message.units), [3]),
+    });
+    const image = new Float32Array(sr.data);
+    self.postMessage({ k: message.k, image, seconds: (performance.now() - start) / 1000, threads: ort.env.wasm.numThreads }, [image.buffer]);
+  } catch (error) {
+    self.postMessage({ k: message.k, error: String(error?.message ?? error) });
+  }
+};
