@@ -91,8 +91,8 @@ def export(
         size: (h, w) of `lr`, fixed, with b = 1. None: any b, and any h and w from `minimum_size` in the facts to
             LARGEST, and two sizes are compared.
         inputs: "lr", "lr,units", or "lr,base": the network alone, for a caller who cuts tiles. Then `lr` is about
-            [0, 1], and a model with a global skip takes `base` (b, c, scale * h, scale * w) too, the matching cut of the WHOLE
-            slice's base image (`SRModel.whole_slice`).
+            [0, 1], and a model with a global skip takes `base` (b, c, scale * h, scale * w) too, the matching cut of
+            the WHOLE slice's base image (`SRModel.whole_slice`).
         consistency: inside the file, as in `upscale`; None: what was found best for the weights. Not for
             inputs "lr,base".
         tolerance: the largest difference between file and model that is accepted.
@@ -265,7 +265,7 @@ def _write(
     facts: dict[str, str],
     optional: bool,
 ) -> None:
-    """Traces and writes. Sizes are free from `smallest` on, or fixed if it is None; `optional`: `units` has a default."""
+    """Traces and writes. Sizes are free from `smallest` on, or fixed if None; `optional`: `units` has a default."""
     dims: dict[str, Any] | None = None
     if smallest is not None:
         b, h, w = (torch.export.Dim(n, min=m, max=LARGEST) for n, m in (("b", 1), ("h", smallest), ("w", smallest)))
