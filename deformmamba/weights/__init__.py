@@ -274,6 +274,9 @@ def describe(name: str | os.PathLike[str]) -> str:
     Raises:
         WeightsError: no such weights, or a file that cannot be read.
     """
+    known = manifest()
+    if isinstance(name, str) and name in {**known["weights"], **known["planned"]}:
+        return card(weights_entry(name))
     found = _find(name, None, None, False, with_card=True)
     return _repository(found, found.read(), None)[CARD_FILE].decode("utf-8", "replace")
 

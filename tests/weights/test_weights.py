@@ -720,4 +720,4 @@ def test_what_a_file_holds_none_of_is_bounded_too() -> None:
     refused(lambda: load(Tabled, scale=2, size=65_536), "asks for 17179869184 bytes of tables beside the weights")
     assert load(Modules, scale=2, n=100).scale == 2
     refused(lambda: load(Modules, scale=2, n=65_536), "asks for more than 256 modules, far more than the file holds")
-    refused(lambda: load(Tabled, scale=2, size=8.0), "size is 8.0, not int")
+    refused(lambda: load(Tabled, scale=2, size=8.0), "size must be int, not 8.0")
