@@ -104,6 +104,23 @@ def test_nothing_here_unpickles_or_evaluates(path: Path) -> None:
                 assert safe.get("weights_only") == "True", f"{path}:{node.lineno}: torch.load without weights_only"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_is_raised_is_our_own(path: Path) -> None:
+    """The command turns `DeformMambaError` into one line and everything else into a bug report."""
+    bare = {
+        "Exception",
+        "ValueError",
+        "TypeError",
+        "RuntimeError",
+        "ArithmeticError",
+        "FloatingPointError",
+        "ImportError",
+    }
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            assert ast.unparse(node.exc.func) not in bare, f"{path}:{node.lineno}: see errors.py"
+
+
 @pytest.mark.parametrize(
     ("code", "absent"),
     [

@@ -251,6 +251,15 @@ def _kernel(name: str, dtype: torch.dtype, zoh: bool) -> Any:
     return _kernels[key]
 
 
+@cache
+def _say_once_that_nothing_is_kept() -> None:
+    print(
+        "deformmamba: the compiled kernels cannot be kept on disk, so that every process compiles them again; set "
+        "NUMBA_CACHE_DIR to a folder that you may write to",
+        file=sys.stderr,
+    )
+
+
 def _compile(name: str, dtype: torch.dtype, zoh: bool) -> Any:
     from numba import from_dtype, njit, types
     from numba.core import event
@@ -292,7 +301,10 @@ def _compile(name: str, dtype: torch.dtype, zoh: bool) -> Any:
         with event.install_listener("numba:compile", Announce()):
             try:
                 return compiled(cache=True)
-            except Exception:  # of the cache: nowhere to write, a full disk, a damaged file; any other comes again here
-                return compiled(cache=False)
+            except Exception as error:  # of the cache: nowhere to write, a full disk, a damaged file; any other again
+                kernel = compiled(cache=False)
+                if "cannot cache" in str(error) or isinstance(error, OSError):
+                    _say_once_that_nothing_is_kept()
+                return kernel
     finally:
         notice.cancel()

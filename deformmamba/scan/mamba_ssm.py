@@ -2,6 +2,7 @@
 
 import torch
 
+from deformmamba.errors import UnsupportedCall
 from deformmamba.scan.backend import Abilities
 from deformmamba.scan.reference import orders
 
@@ -81,4 +82,4 @@ def scan(
 
 
 def _no_gradient(_: torch.Tensor) -> None:
-    raise RuntimeError("mamba-ssm has no gradient of the last state; use another scan backend")
+    raise UnsupportedCall("mamba-ssm has no gradient of the last state; use another scan backend")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.scan.backend import Abilities
 
 ABILITIES = Abilities(dtypes=(torch.float32, torch.float16, torch.bfloat16))
@@ -168,7 +169,9 @@ class _Launches:
         n = A.shape[-1]
         # kernels count within an image in 32 bits; what they mask may lie as far behind its end as it is long
         if (values := self.length * max(self.groups * self.channels, n, 2)) >= 2**31:
-            raise ValueError(f"an image has {values} values but the Triton scan counts below 2^31; use backend 'eager'")
+            raise InvalidArgument(
+                f"an image has {values} values but the Triton scan counts below 2^31; use backend 'eager'"
+            )
         self.sequence = self.directions == height == 1 and u.stride(2) == 1
         self.u, self.delta = self.ordered(u), self.ordered(delta)
         near = (self.length - 1) * B.stride(3) + (n - 1) * B.stride(4) < 2**31

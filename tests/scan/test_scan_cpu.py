@@ -189,10 +189,11 @@ def test_nowhere_to_cache(tmp_path: Path) -> None:
     shutil.copytree(Path(deformmamba.__file__).parent, package, ignore=skip)
     (package / "scan" / "__pycache__").write_text("not a folder")
     nowhere = {"HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null/cache", "IPYTHONDIR": "/dev/null/ipython"}
-    scan_in_a_process(
+    said = scan_in_a_process(
         PYTHONPATH=str(tmp_path), PYTHONDONTWRITEBYTECODE="1", TORCHINDUCTOR_CACHE_DIR=str(tmp_path), **nowhere
     )
     assert not list(tmp_path.rglob("*.nbi"))
+    assert said.count("set NUMBA_CACHE_DIR to a folder that you may write to") == 1
 
 
 @pytest.mark.slow
