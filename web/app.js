@@ -170,5 +170,5 @@ drop.addEventListener("drop", (event) => {
   open(event.dataTransfer.files);
 });
 document.documentElement.dataset.ready = "yes";
-// for the tests: the result as a file
-window.deformmamba = { bytes: () => niftiBytes(result.scan) };
+// for the tests: input and result as files
+window.deformmamba = { input: () => niftiBytes(scan), result: () => niftiBytes(result.scan) };

@@ -59,7 +59,11 @@ def hide_blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _writer(block: nn.Module) -> Callable[..., Value] | None:
     """The function that writes this block, or None: PyTorch's exporter does."""
-    if type(block) is VisionMambaBlock and type(block.attention) in (ChannelAttention, nn.Identity):
+    if (
+        type(block) is VisionMambaBlock
+        and type(block.attention) in (ChannelAttention, nn.Identity)
+        and type(block.pointwise) in (nn.Conv2d, nn.Identity)
+    ):
         return _vision_mamba
     if (
         type(block) is ModulatedDeformBlock
@@ -203,7 +207,10 @@ def _deform(nodes: Nodes, block: ModulatedDeformBlock, x: Value) -> Value:
 def _vision_mamba(nodes: Nodes, block: VisionMambaBlock, x: Value) -> Value:
     z = nodes.norm(nodes("Transpose", x, perm=[0, 2, 3, 1]), block.norm)
     inner = nodes("Transpose", nodes.linear(z, block.inner), perm=[0, 3, 1, 2])
-    inner = nodes("Transpose", nodes.silu(nodes.conv(inner, block.depthwise)), perm=[0, 2, 3, 1])
+    inner = nodes.conv(inner, block.depthwise)
+    if isinstance(block.pointwise, nn.Conv2d):
+        inner = nodes.conv(inner, block.pointwise)
+    inner = nodes("Transpose", nodes.silu(inner), perm=[0, 2, 3, 1])
     context = nodes.norm(scan_2d(nodes, block.ss2d, inner), block.inner_norm)
     mixed = nodes.linear(nodes("Mul", context, nodes.silu(nodes.linear(z, block.gate))), block.out)
     if isinstance(block.attention, ChannelAttention):

@@ -124,7 +124,7 @@ def scan(h: int, w: int, b: int) -> np.ndarray:
 
 NETWORKS = [
     ({"skip": "zero-fill"}, "object"),
-    ({"dims": [4, 6], "depths": [1, 1], "discretization": "zoh", "directions": 2}, "off"),
+    ({"dims": [4, 6], "depths": [1, 1], "discretization": "zoh", "directions": 2, "separable": True}, "off"),
     ({"skip": "zero-fill-edges", "normalise": "slice", "directions": 1, "context": False}, "object"),
 ]
 

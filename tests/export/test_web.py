@@ -18,6 +18,8 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
 import deformmamba
 
@@ -105,6 +107,18 @@ def words(browser: Any, name: str) -> str:
     return str(browser.find_element("id", name).text)
 
 
+def saved(browser: Any, which: str, folder: Path) -> Any:
+    """The page's "input" or "result" as an image."""
+    code = (
+        "const done = arguments[0], reader = new FileReader();"
+        "reader.onload = () => done(reader.result.split(',')[1]);"
+        f"reader.readAsDataURL(new Blob([window.deformmamba.{which}()]));"
+    )
+    file = folder / f"{which}.nii"
+    file.write_bytes(base64.b64decode(browser.execute_async_script(code)))
+    return nibabel.load(file)
+
+
 @pytest.fixture(scope="module")
 def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64x64x3 voxels of a real brain, from nibabel's test data, with an oblique affine."""
@@ -125,19 +139,44 @@ def test_the_page_gives_what_the_package_gives(browser: Any, page: str, scan: Pa
     until(lambda: words(browser, "numbers") or words(browser, "error"), 600, "upscaled")
     print(f"64x64x3 in {time.monotonic() - start:.0f} s: {words(browser, 'numbers')}")
     assert not words(browser, "error")
-    code = (
-        "const done = arguments[0], reader = new FileReader();"
-        "reader.onload = () => done(reader.result.split(',')[1]);"
-        "reader.readAsDataURL(new Blob([window.deformmamba.bytes()]));"
-    )
-    file = tmp_path / "sharp.nii"
-    file.write_bytes(base64.b64decode(browser.execute_async_script(code)))
-    got: Any = nibabel.load(file)
+    got = saved(browser, "result", tmp_path)
     wanted: Any = deformmamba.upscale(deformmamba.from_pretrained("ixi-4x"), nibabel.load(scan))
     np.testing.assert_allclose(got.affine, wanted.affine, atol=1e-4)
     assert got.shape == wanted.shape == (256, 256, 3)
     expected = wanted.get_fdata(dtype=np.float32)
     np.testing.assert_allclose(got.get_fdata(dtype=np.float32), expected, atol=SHARE * np.ptp(expected), rtol=0)
+
+
+def test_a_dicom_series_lies_where_the_package_puts_it(browser: Any, page: str, tmp_path: Path) -> None:
+    """Oblique, with a slope, files under shuffled names."""
+    generator = np.random.default_rng(3)
+    rotation, _ = np.linalg.qr(generator.normal(size=(3, 3)))
+    normal = np.cross(rotation[:, 0], rotation[:, 1])
+    voxels = generator.integers(1, 1000, (7, 6, 5)).astype("<u2")
+    series, folder = generate_uid(), tmp_path / "series"
+    folder.mkdir()
+    for k, place in enumerate(generator.permutation(5)):
+        ds = Dataset()
+        ds.SOPClassUID, ds.SOPInstanceUID = MRImageStorage, generate_uid()
+        ds.Modality, ds.SeriesInstanceUID, ds.StudyInstanceUID, ds.SeriesNumber = "MR", series, generate_uid(), 1
+        ds.ImageType, ds.InstanceNumber = ["ORIGINAL", "PRIMARY", "M"], int(place) + 1
+        ds.ImageOrientationPatient = [f"{v:.8f}" for v in rotation[:, :2].T.ravel()]
+        ds.ImagePositionPatient = [f"{v:.6f}" for v in 10 + 4 * k * normal]
+        ds.PixelSpacing, ds.SliceThickness, ds.SpacingBetweenSlices = ["0.7", "0.9"], "4", "4"
+        ds.Columns, ds.Rows, ds.SamplesPerPixel, ds.PhotometricInterpretation = 7, 6, 1, "MONOCHROME2"
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 0
+        ds.RescaleSlope, ds.RescaleIntercept = "2", "-1"
+        ds.PixelData = voxels[:, :, k].T.tobytes()
+        ds.file_meta = FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.save_as(folder / f"IM{place}.dcm", enforce_file_format=True)
+    opened(browser, page, *sorted(folder.iterdir()))
+    assert not words(browser, "error")
+    got, wanted = saved(browser, "input", tmp_path), deformmamba.read_volume(folder)
+    np.testing.assert_allclose(got.affine, wanted.affine, atol=1e-3)
+    np.testing.assert_array_equal(got.get_fdata(dtype=np.float32), wanted.array)
+    opened(browser, page, folder / "IM0.dcm", folder / "IM1.dcm", Path(__file__))
+    assert words(browser, "error").startswith("1 of 3 files are no DICOM images, empty or damaged (test_web.py)")
 
 
 def test_cancelling_leaves_the_page_usable(browser: Any, page: str, scan: Path) -> None:
