@@ -27,6 +27,7 @@ from deformmamba.inference.networks import network
 from deformmamba.inference.provenance import (
     generated_by,
     shown_path,
+    skull_stripped,
     tensor_digest,
     type_name,
     weights_hash,
@@ -340,7 +341,8 @@ def _done_or_made(
             return Outcome(source, output, "skipped", "done before")
         path.parent.mkdir(parents=True, exist_ok=True)
         remark, facts = make(task.source, path, **({"series": task.series} if task.series is not None else {}))
-        said = {**wanted, **facts, "OutputSha256": _content_hash(path)}
+        stripped = skull_stripped(task.source)
+        said = {**wanted, "SkullStripped": stripped, **facts, "OutputSha256": _content_hash(path)}
         write_text(sidecar, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
     except Exception as error:  # a scan that nobody foresaw is no reason to leave the others undone
         return Outcome(source, output, "failed", _reason(error), time.perf_counter() - start)

@@ -92,10 +92,23 @@ def write_sidecar(
     made = {
         "Description": "Made by super-resolution: what the scanner did not measure is an estimate. No diagnosis.",
         "Sources": [shown_path(Path(source).name)],
+        "SkullStripped": skull_stripped(source),
         "GeneratedBy": [generated_by(model, job.settings, reading)],
         **({"Warnings": list(job.cautions)} if job.cautions else {}),
     }
     write_text(beside, json.dumps(made, indent=2, ensure_ascii=False) + "\n")
+
+
+def skull_stripped(source: PathLike) -> bool:
+    """Whether the JSON file beside a scan says that it is skull-stripped; BIDS requires the answer of a derivative."""
+    path = Path(source)
+    ending = suffix(path)
+    stem = path.name[: -len(ending)] if ending else path.name
+    try:
+        said = json.loads(path.with_name(f"{stem}.json").read_text("utf-8"))
+        return bool(said.get("SkullStripped", False))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _is_own(path: Path) -> bool:

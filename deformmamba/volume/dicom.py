@@ -81,7 +81,7 @@ def image_header(path: Path) -> Any:
 def not_an_image(dataset: Any) -> str:
     """Why a DICOM object with pixels is no scan: a segmentation, a dose, a map; empty if it is one."""
     name = str(getattr(dataset.get("SOPClassUID"), "name", ""))
-    for kind in ("Segmentation", "RT Dose", "Parametric Map", "Presentation State", "Secondary Capture"):
+    for kind in ("Segmentation", "RT Dose", "Parametric Map", "Presentation State"):
         if kind in name:
             return f"a DICOM object of another kind ({kind})"
     modality = str(dataset.get("Modality") or "")

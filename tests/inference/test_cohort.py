@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -306,6 +307,22 @@ def test_a_name_that_is_no_text_ends_nothing(tmp_path: Path, weights: str, capsy
     assert len(list(figures.iterdir())) == 2
     one = [os.fsdecode(name), "-o", str(tmp_path / "one.nii"), "--figure", str(tmp_path / "one.png")]
     assert main(["upscale", *one, "--model", weights]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("bids-validator-deno"), reason="bids-validator-deno is not installed")
+def test_a_validator_finds_no_error(tmp_path: Path) -> None:
+    root = tmp_path / "raw"
+    scan(root / "sub-01" / "anat" / "sub-01_T2w.nii.gz")
+    scan(root / "sub-02" / "ses-1" / "anat" / "sub-02_ses-1_acq-fine_T1w.nii.gz", 2)
+    (root / "dataset_description.json").write_text('{"Name": "raw", "BIDSVersion": "1.9.0"}')
+    upscale_cohort(ZeroFill(scale=2), root, tmp_path / "out")
+    command = ["bids-validator-deno", "--ignoreWarnings", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert "[ERROR]" not in done.stdout
+    assert done.returncode == 0, done.stdout
+    stripped = json.loads((tmp_path / "out/sub-01/anat/sub-01_desc-sr_T2w.json").read_text())["SkullStripped"]
+    assert stripped is False
 
 
 def test_further_files_of_each_scan(tree: Path, tmp_path: Path) -> None:
