@@ -53,7 +53,7 @@ def _minutes(text: str) -> float:
 def _benchmark(args: argparse.Namespace) -> None:
     from deformmamba.data.scans import describe_splits, find_scans
     from deformmamba.training import load_recipe
-    from deformmamba.training.tables import Plan, benchmark
+    from deformmamba.training.comparison import Plan, benchmark
 
     scans = find_scans(args.data, subject=args.subject)
     data = dict(load_recipe(args.recipe)["data"]) if args.recipe else {}

@@ -10,10 +10,13 @@ import pytest
 
 from deformmamba.cli import main
 from deformmamba.data.patches import PatchDataset, Scan, find_scans
+from deformmamba.evaluation import machine
+from deformmamba.evaluation.machine import commit, hardware
+from deformmamba.evaluation.tables import OURS, SIZES, TABLES, markdown
 from deformmamba.losses import SRLoss
 from deformmamba.models import MODELS, from_pretrained
-from deformmamba.training import tables
-from deformmamba.training.tables import OURS, SIZES, TABLES, Plan, benchmark, commit, hardware, markdown, seconds_a_step
+from deformmamba.training import comparison as tables
+from deformmamba.training.comparison import Plan, benchmark, seconds_a_step
 from deformmamba.volume import Volume, write_volume
 
 DATA = {"patch": 8}
@@ -219,7 +222,7 @@ def test_a_step_is_timed(folder: Path) -> None:
 def test_the_commit_is_that_of_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     here = commit()
     assert here is None or re.fullmatch(r"[0-9a-f]{12}(\+changes)?", here)
-    monkeypatch.setattr(tables, "__file__", str(tmp_path / "tables.py"))
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))
     assert commit() is None
 
 

@@ -1,0 +1,176 @@
+"""The paper's tables 1 and 2: their rows, the figures that the paper prints, and our results beside them in Markdown.
+
+Sizes and learning rates of the networks stand in `SIZES`; the loss belongs to the method: L1, and for Deform-Mamba the
+paper's. `deformmamba.training.comparison` trains and scores the rows.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deformmamba.evaluation.compare import counted, mean_scores
+from deformmamba.metrics.statistics import Spread, spread
+
+OURS = "Deform-Mamba"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table.
+
+    Attributes:
+        name: as the paper prints it, where it does.
+        model: of `deformmamba.models.MODELS`.
+        changes: constructor arguments beside those of `SIZES`.
+        beta: weight of the contrastive edge loss beside L1.
+        paper: PSNR in dB and SSIM that the paper prints, by the heading of its column; none where it has no such row.
+        trained: False for interpolation, which has nothing to learn.
+    """
+
+    name: str
+    model: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    beta: float = 0.0
+    paper: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    trained: bool = True
+
+
+def _paper(ixi: tuple[float, float], fastmri: tuple[float, float]) -> dict[str, tuple[float, float]]:
+    return {"IXI 4x": ixi, "fastMRI 4x": fastmri}
+
+
+TABLES: dict[str, tuple[Row, ...]] = {
+    "table1": (
+        Row("w/o Deform", "DeformMambaSR", {"deform": False}, 0.1, {"scale not stated": (32.42, 0.9250)}),
+        Row("w/o MVC", "DeformMambaSR", {"context": False}, 0.1, {"scale not stated": (32.60, 0.9266)}),
+        Row("w/o CELoss", "DeformMambaSR", {}, 0.0, {"scale not stated": (32.59, 0.9264)}),
+        Row(OURS, "DeformMambaSR", {}, 0.1, {"scale not stated": (32.65, 0.9270)}),
+    ),
+    "table2": (
+        Row("bicubic", "Bicubic", trained=False),
+        Row("b-spline", "BSpline", trained=False),
+        Row("zero-filled k-space", "ZeroFill", trained=False),
+        Row("SRCNN", "SRCNN", paper=_paper((28.12, 0.8357), (19.74, 0.3653))),
+        Row("VDSR", "VDSR", paper=_paper((28.34, 0.8392), (20.31, 0.3839))),
+        Row("FMISR", "FMISR", paper=_paper((28.27, 0.8349), (24.35, 0.5207))),
+        Row("T2Net", "T2Net", paper=_paper((29.73, 0.8773), (30.56, 0.6244))),
+        Row("SwinIR", "SwinIR"),
+        Row("HAT", "HAT", paper=_paper((30.73, 0.9007), (29.65, 0.6155))),
+        Row(OURS, "DeformMambaSR", beta=0.1, paper=_paper((30.60, 0.8965), (32.11, 0.7194))),
+    ),
+}
+
+SKIP = {"skip": "zero-fill"}
+
+# By preset and class: the learning rate and constructor arguments. "paper": each network as its paper has it, at its
+# paper's rate where that is one for Adam. "tiny": sizes that one CPU can train, none above a million parameters; all
+# that work on the LR grid then add to the zero-filled image, which a short training would be spent on otherwise.
+SIZES: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {
+    "paper": {
+        "SRCNN": (1e-3, {}),
+        "VDSR": (1e-4, {}),
+        "FMISR": (1e-3, {}),
+        "T2Net": (5e-5, {}),
+        "SwinIR": (2e-4, {}),
+        "HAT": (2e-4, {}),
+        "DeformMambaSR": (1e-4, {"preset": "paper"}),
+    },
+    "tiny": {
+        "SRCNN": (1e-3, {}),
+        "VDSR": (1e-3, {"layers": 10, "width": 32}),
+        "FMISR": (1e-3, {**SKIP}),
+        "T2Net": (1e-3, {"width": 32, "blocks": 4, **SKIP}),
+        "SwinIR": (1e-3, {"width": 48, "depths": [4, 4], "heads": [4, 4], "upsampler": "pixelshuffledirect", **SKIP}),
+        "HAT": (1e-3, {"width": 48, "depths": [2, 2], "heads": [4, 4], "window": 8, "squeeze": 12, **SKIP}),
+        "DeformMambaSR": (1e-3, {"preset": "tiny", **SKIP}),
+    },
+}
+
+
+def markdown(out: str | Path) -> str:
+    """The table of a benchmark folder as far as it is finished."""
+    folder = Path(out)
+    facts = json.loads((folder / "benchmark.json").read_text("utf-8"))
+    plan, table = facts["plan"], TABLES[facts["table"]]
+    done = [json.loads(path.read_text("utf-8")) for path in sorted((folder / "rows").glob("*.json"))]
+    by_row = {row.name: sorted((d for d in done if d["row"] == row.name), key=lambda d: d["seed"]) for row in table}
+    headings = list(dict.fromkeys(heading for row in table for heading in row.paper))
+    if plan["scale"] != 4:
+        headings = [heading for heading in headings if "4x" not in heading]
+    columns = ["", "parameters", "steps", "seconds", "seeds", "PSNR [dB]", "SSIM", f"PSNR - {OURS}"]
+    columns += [f"the paper's, {heading}" for heading in headings]
+    on, of = (
+        f"{counted(len(facts[k]['volumes']), 'volume')} of {counted(len(facts[k]['subjects']), 'subject')}"
+        for k in ("train", "test")
+    )
+    lines = [
+        f"# {facts['table'].replace('table', 'Table ')} at {plan['scale']}x, {budget(plan)}",
+        "",
+        f"Scores: {of}, degradation {facts['degradation']}, protocol {plan['protocol']}; the mean over subjects, ± the "
+        "standard deviation over seeds.",
+        f'Training: {on}, batches of {plan["batch"]}, sizes "{plan["preset"]}", no data consistency. Seconds: of '
+        "training, the mean over seeds.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|---|" + "---:|" * (len(columns) - 1),
+    ]
+    for row in table:
+        cells = [row.name, *_measured(by_row[row.name], by_row[OURS] if row.name != OURS else [])]
+        cells += ["{:.2f} / {:.4f}".format(*row.paper[h]) if h in row.paper else "" for h in headings]
+        lines.append("| " + " | ".join(cells) + " |")
+    for title, key in (("Hardware", "hardware"), ("Version", "version"), ("Commit", "commit")):
+        values = sorted({str(d[key]) for d in done if d[key]})
+        lines += ["", f"{title}: {'; '.join(values)}."] if values else []
+    rates = {row.name: by_row[row.name][0] for row in table if row.trained and by_row[row.name]}
+    if rates:
+        told = ", ".join(
+            f"{name} {d['lr']:g}" + (f" (beta {d['beta']:g})" if d["beta"] else "") for name, d in rates.items()
+        )
+        lines += ["", f"Learning rates: {told}; loss L1, with CELoss where a beta is named."]
+        lines += ["", f"Networks: {'; '.join(_size(row, plan) for row in table if row.name in rates)}."]
+    lines += [
+        "",
+        "The paper's figures are quoted from it: its data, its split, its budget; they are not comparable with ours to "
+        "a tenth of a decibel, nor to several where the protocol differs.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def budget(plan: Mapping[str, Any]) -> str:
+    return f"{plan['steps']} steps each" if plan["steps"] else f"{plan['minutes']:g} minutes each"
+
+
+def _size(row: Row, plan: Mapping[str, Any]) -> str:
+    """How a row's network differs from the defaults of its class, which are its paper's."""
+    changes = {**SIZES[plan["preset"]][row.model][1], **row.changes}
+    return f"{row.name} " + (", ".join(f"{k}={v}" for k, v in changes.items()) or "as published")
+
+
+def _measured(done: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The cells from "parameters" to the difference; empty ones where nothing is finished."""
+    if not done:
+        return ["", "", "", "0", "not run", "", ""]
+    psnr, ssim = ([mean_scores(d["volumes"])[metric] for d in done] for metric in ("psnr", "ssim"))
+    trained = done[0]["steps"] > 0
+    other = {d["seed"]: mean_scores(d["volumes"])["psnr"] for d in ours}
+    pairs = [
+        value - (other[d["seed"]] if trained else sum(other.values()) / len(other))
+        for value, d in zip(psnr, done, strict=True)
+        if other and (d["seed"] in other or not trained)
+    ]
+    return [
+        f"{done[0]['parameters']:,}",
+        f"{done[0]['steps']:,}" if trained else "",
+        f"{sum(d['seconds'] for d in done) / len(done):.0f}" if trained else "",
+        str(len(done)) if trained else "",
+        _shown(spread(psnr, over="seeds"), 2),
+        _shown(spread(ssim, over="seeds"), 4),
+        _shown(spread(pairs, over="seeds"), 2, "+") if pairs else "",
+    ]
+
+
+def _shown(found: Spread, digits: int, sign: str = "") -> str:
+    around = "" if found.std is None else f" ± {found.std:.{digits}f}"
+    return f"{found.mean:{sign}.{digits}f}{around}"
