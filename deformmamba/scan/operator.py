@@ -15,12 +15,10 @@ from deformmamba.scan import cpu, eager, mamba_ssm, reference, triton
 from deformmamba.scan.backend import Backend, KernelBackend, PlainBackend
 from deformmamba.tensors import loop_over_batch, plain
 
-KERNELS: dict[str, KernelBackend] = {"triton": triton, "cpu": cpu}
+# numba and other optional packages are imported when a backend runs
+KERNELS: dict[str, KernelBackend] = {"cpu": cpu, "triton": triton}
 PLAIN: dict[str, PlainBackend] = {"mamba_ssm": mamba_ssm, "eager": eager, "reference": reference}
-# in the order in which "auto" tries them; numba and other optional packages are imported when a backend runs
-MODULES: dict[str, Backend] = {
-    name: {**KERNELS, **PLAIN}[name] for name in ("cpu", "triton", "mamba_ssm", "eager", "reference")
-}
+MODULES: dict[str, Backend] = {**KERNELS, **PLAIN}  # in the order in which "auto" tries them
 DIRECTIONS = (1, 2, 4)
 
 
