@@ -129,6 +129,7 @@ def test_what_is_raised_is_our_own(path: Path) -> None:
         ("from deformmamba.cli import main; assert main(['--help']) == 0", ("torch", "numpy", *LAZY)),
         ("from deformmamba.cli import main; assert main(['upscale', '--help']) == 0", ("torch", *LAZY)),
         ("from deformmamba import SS2D; SS2D(8)", LAZY),
+        ("import deformmamba.mamba as m; m.Mamba(8); m.Mamba2(8, headdim=4)", LAZY),
         ("import deformmamba; deformmamba.MODELS['DeformMambaSR'].from_preset('tiny')", LAZY),
         ("import deformmamba as d, torch; d.MODELS['Bicubic'](scale=2)(torch.rand(1, 1, 8, 8))", LAZY),
         ("from deformmamba import degrade, psnr, ContrastiveEdgeLoss", LAZY),
