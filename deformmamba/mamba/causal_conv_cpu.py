@@ -143,7 +143,8 @@ def _readable(x: Tensor) -> tuple[Tensor, bool]:
 
 
 def _empty(b: int, d: int, length: int, by_channel: bool, like: Tensor) -> Tensor:
-    return like.new_empty(b, length, d).transpose(1, 2) if by_channel else like.new_empty(b, d, length)
+    # not a transposed view: autograd forbids changing views that an operator returns
+    return like.new_empty_strided((b, d, length), (length * d, 1, d) if by_channel else (d * length, length, 1))
 
 
 def _flat(x: Tensor) -> np.ndarray:
