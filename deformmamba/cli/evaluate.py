@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from deformmamba.cli.arguments import (
@@ -75,9 +76,10 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen(data: list[str], split: str | None, group: str | None, subject: str | None = None) -> "list[Scan | str]":
-    """The volumes that --data, --split, --group and --subject mean."""
-    from deformmamba.data.patches import find_scans
+def chosen(data: list[str], split: str | None, group: str | None, subject: str | None = None) -> "list[Scan]":
+    """The volumes that --data, --split, --group and --subject mean; a file that is no scan is left out and named."""
+    from deformmamba.data.scans import find_scans, named_scans
+    from deformmamba.volume import not_a_scan
 
     scans: list[Scan | str] = []
     for path in data:
@@ -85,13 +87,15 @@ def chosen(data: list[str], split: str | None, group: str | None, subject: str |
             scans += [
                 s for s in find_scans(path, subject=subject) if split in (None, s.split) and group in (None, s.group)
             ]
+        elif os.path.isfile(path) and (reason := not_a_scan(path)):
+            warnings.warn(f"{path}: left out: {reason}", stacklevel=2)
         else:
             scans.append(path)
     if not scans:
         raise InvalidArgument(
             f"no volume of split {split or 'any'!r} and group {group or 'any'!r} in {', '.join(data)}"
         )
-    return scans
+    return named_scans(scans)
 
 
 def interpolations(degradation: "Degradation") -> "dict[str, SRModel]":
@@ -113,6 +117,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         check_target(args.figure, "", figure=True)
     if args.slice is not None and not args.figure:
         raise InvalidArgument("--slice chooses the slice of --figure, which is not given")
+    from deformmamba.data.scans import describe_splits
     from deformmamba.evaluation.compare import compare
     from deformmamba.physics.degradations import parse
 
@@ -140,7 +145,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         at=args.slice,
         progress=True,
     )
-    for line in result.table().splitlines():
+    for line in [*describe_splits(scans), *result.table().splitlines()]:
         tell(line)
     if args.json:
         write_text(args.json, json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n")
