@@ -97,7 +97,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Built) -> None:
     assert {"deformmamba/py.typed", "deformmamba/weights_manifest.json", "deformmamba/recipes/ixi-4x.toml"} <= set(
         inside
     )
-    for name in ("LICENSE", "NOTICE", "LICENSES/CC-BY-4.0.txt"):
+    for name in ("LICENSE", "NOTICE", "LICENSES/CC-BY-4.0.txt", "LICENSES/CC-BY-SA-4.0.txt"):
         assert inside[f"{info}licenses/{name}"] == hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
     for entry in list_weights():
         if not entry["repo"]:
@@ -136,7 +136,7 @@ def test_the_metadata(built: Built) -> None:
         commands = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
     assert metadata["Name"] == "deformmamba"
     assert metadata["Version"] == deformmamba.__version__
-    assert metadata["License-Expression"] == "Apache-2.0 AND CC-BY-4.0"
+    assert metadata["License-Expression"] == "Apache-2.0 AND CC-BY-4.0 AND CC-BY-SA-4.0"
     urls = metadata.get_all("Project-URL") or []
     assert urls == [], "no address is known before the release, which adds those of its own repository"
     assert metadata["Requires-Python"] == f">={PYTHONS[0]}"
