@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -107,10 +108,24 @@ def _message(error: Exception, options: Mapping[str, Any]) -> str | None:
         return "out of memory; try --batch-size 1, --device cpu or a machine with more of it"
     if isinstance(error, DeformMambaError):
         for_command = getattr(error, "for_command", None)  # of volume.ChoiceNeeded
-        return str(for_command(options)) if for_command else str(error)
+        return str(for_command(options)) if for_command else _with_options(str(error), options)
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error)
     return None
+
+
+# an argument of the Python function beside the option of the command: nan="zero" (--nan zero)
+_ADVICE = re.compile(r"""(?P<argument>\b[a-z_]+=[\w"']+) \((?P<option>--(?P<name>[a-z-]+)[^)]*)\)""")
+
+
+def _with_options(message: str, options: Mapping[str, Any]) -> str:
+    """`message` with the options that the command has, and without those that it lacks."""
+
+    def advice(found: "re.Match[str]") -> str:
+        known = found["name"].replace("-", "_") in options
+        return found["option"] if known else f"in Python {found['argument']}"
+
+    return _ADVICE.sub(advice, message)
 
 
 def _describe_machine() -> None:

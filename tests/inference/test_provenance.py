@@ -220,6 +220,16 @@ def test_choices_on_the_command_line(tmp_path: Path, weights: str, capsys: pytes
     assert "no output; name it with -o OUTPUT" in capsys.readouterr().err
 
 
+def test_advice_names_no_option_that_the_command_lacks() -> None:
+    from deformmamba.cli import _with_options
+
+    message = 'a.nii: 3 voxels are NaN; nan="zero" (--nan zero) makes them 0'
+    assert _with_options(message, {"nan": "refuse"}) == "a.nii: 3 voxels are NaN; --nan zero makes them 0"
+    assert _with_options(message, {"data": "x"}) == 'a.nii: 3 voxels are NaN; in Python nan="zero" makes them 0'
+    assert _with_options("as_image=True (--as-image) takes it", {"as_image": False}) == "--as-image takes it"
+    assert _with_options("nothing (else) here", {}) == "nothing (else) here"
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
@@ -231,8 +241,8 @@ def test_signals_leave_nothing_half_written(tmp_path: Path, number: signal.Signa
     with subprocess.Popen(
         [sys.executable, "-m", "deformmamba", *command], stderr=subprocess.PIPE, text=True
     ) as process:
-        for _ in range(600):
-            if any(out.iterdir()):
+        for _ in range(1800):
+            if any(out.iterdir()) or process.poll() is not None:
                 break
             time.sleep(0.1)
         assert any(path.name.startswith(".") for path in out.iterdir()), "it writes to a hidden name"
