@@ -70,7 +70,7 @@ def publish(args: argparse.Namespace) -> dict[str, Any]:
                 "split": "val",
                 "group": "in-plane images of all contrasts, made coarse",
                 "protocol": "each image by its own maximum",
-                **{key: round(value, 4) for key, value in validation.items()},
+                **{"_".join(reversed(key.split("_"))): round(value, 4) for key, value in validation.items()},
             }
         ],
     }
