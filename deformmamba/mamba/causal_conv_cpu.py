@@ -27,10 +27,11 @@ def usable(x: Tensor) -> bool:
 @constant_when_compiled
 def _numba() -> bool:
     try:
-        from numba import config
+        import numba
     except Exception:  # a numpy that numba does not know yet raises ImportError, a broken llvmlite OSError
         return False
-    return not config.DISABLE_JIT
+    settings: Any = numba.config
+    return not settings.DISABLE_JIT
 
 
 # `Optional`, because the schema is read from the annotations and older PyTorch does not know `Tensor | None`

@@ -152,7 +152,8 @@ torch.testing.assert_close(y, z)
 
 def scan_in_a_process(**environment: str) -> str:
     """What a scan in a fresh process says on stderr."""
-    return in_a_process("-c", SCAN, **{"NUMBA_CACHE_DIR": ""} | environment)
+    # -P: the package of PYTHONPATH, not that of the folder in which the tests run
+    return in_a_process("-P", "-c", SCAN, **{"NUMBA_CACHE_DIR": ""} | environment)
 
 
 @pytest.mark.slow
