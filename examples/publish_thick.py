@@ -39,6 +39,7 @@ def publish(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "license": args.license,
         "limits": args.limits,
+        "meant_for": "thick-slice scans of any contrast, slices 2 to 8 pixels apart, pixels of 0.67 to 1.25 mm",
         "summary": "The slice direction of thick-slice scans of any contrast, for `deformmamba isotropic`: 2 to 8 "
         "times finer, after a cubic spline.",
         "file": FINAL.name,
@@ -68,12 +69,18 @@ def publish(args: argparse.Namespace) -> dict[str, Any]:
         "scores": [
             {
                 "split": "val",
-                "group": "in-plane images of all contrasts, made coarse",
+                "group": "all",
+                "input": "in-plane images, made 2.7 to 5.5 times as coarse",
                 "protocol": "each image by its own maximum",
                 **{"_".join(reversed(key.split("_"))): round(value, 4) for key, value in validation.items()},
             }
         ],
     }
+
+
+def described(mm: str, gap: str) -> str:
+    """The slices of a case in words."""
+    return f"slices of {float(mm):g} mm" + (f", gap of {float(gap):.0%}" if float(gap) else "")
 
 
 def scored(entry: dict[str, Any], table: Path) -> None:
@@ -91,7 +98,7 @@ def scored(entry: dict[str, Any], table: Path) -> None:
                 prefix = "" if row["adapted"] == "0" else "adapted_"
                 case |= {f"{prefix}psnr": float(row["psnr"]), f"{prefix}ssim": float(row["ssim"])}
     rows = [
-        {"split": "test", "group": subject, "thickness_mm": float(mm), "gap": float(gap), "protocol": "volume", **case}
+        {"split": "test", "group": f"{subject} brain", "input": described(mm, gap), "protocol": "volume", **case}
         for (subject, mm, gap), case in cases.items()
     ]
     entry["scores"] = [row for row in entry["scores"] if row["split"] == "val"] + rows

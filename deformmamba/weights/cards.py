@@ -45,6 +45,8 @@ _MERGED = {
     "network": ("psnr", "ssim"),
     "zero-filling": ("zero_fill_psnr", "zero_fill_ssim"),
     "bicubic": ("bicubic_psnr", "bicubic_ssim"),
+    "cubic spline": ("spline_psnr", "spline_ssim"),
+    "adapted": ("adapted_psnr", "adapted_ssim"),
     "gain": ("psnr_gain", "ssim_gain"),
     "sd over slices": ("psnr_sd_over_slices", "ssim_sd_over_slices"),
     "recovered: network / zero-filling / bicubic": ("recovered", "zero_fill_recovered", "bicubic_recovered"),
