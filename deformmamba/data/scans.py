@@ -114,12 +114,13 @@ def describe_splits(scans: Sequence[Scan], *, most: int = 40) -> list[str]:
         if own:
             names = subjects(own)
             shown = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-            counts = f"{_count(len(own), 'volume')} of {_count(len(names), 'subject')}"
+            counts = f"{counted(len(own), 'volume')} of {counted(len(names), 'subject')}"
             lines.append(f"{split or 'no split'}: {counts}: {shown}")
     return lines
 
 
-def _count(n: int, name: str) -> str:
+def counted(n: int, name: str) -> str:
+    """A number with its noun: "1 volume", "2 volumes"."""
     return f"{n} {name}{'s' * (n != 1)}"
 
 
@@ -159,7 +160,7 @@ def _from_tree(
     elif left_out:
         named = "; ".join(f"{one.path.relative_to(root)}: {one.reason}" for one in left_out[:5])
         more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
-        warnings.warn(f"{root}: {_count(len(left_out), 'file')} left out: {named}{more}", stacklevel=4)
+        warnings.warn(f"{root}: {counted(len(left_out), 'file')} left out: {named}{more}", stacklevel=4)
     if not found:
         return []
     # a series that shares its folder is named as if it had a folder of its own

@@ -4,9 +4,7 @@
 trusted.
 """
 
-import csv
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,15 +15,15 @@ import numpy as np
 import torch
 
 from deformmamba import __version__
-from deformmamba.data.scans import Scan, load_slices, load_volume, named_scans
+from deformmamba.data.scans import Scan, load_slices, named_scans
 from deformmamba.errors import InvalidArgument
+from deformmamba.evaluation.rendering import Shown, csv_text, terminal_table
 from deformmamba.inference import upscale
 from deformmamba.metrics import METRICS, ON_REQUEST, Protocol, by_slice
-from deformmamba.metrics.statistics import FEWEST, Spread, paired_difference, subject_means, summarise
+from deformmamba.metrics.statistics import Spread, paired_difference, subject_means, summarise
 from deformmamba.models.base import SRModel
 from deformmamba.physics.consistency import Consistency
 from deformmamba.physics.degradations import Degradation, KSpaceCrop
-from deformmamba.pictures.figures import Slice, oriented_like
 from deformmamba.volume import intensity_scale
 
 Source = Scan | str | os.PathLike[str]
@@ -122,14 +120,15 @@ class Comparison:
     sources: dict[str, str | None]
     against: str
     settings: dict[str, Any]
-    shown: "Shown | None" = None
+    shown: Shown | None = None
 
     @cached_property
     def metrics(self) -> list[str]:
-        return _metrics(self._any)
+        return _metrics(self.any_rows)
 
     @property
-    def _any(self) -> list[dict[str, Any]]:
+    def any_rows(self) -> list[dict[str, Any]]:
+        """The rows of one of the models: the same volumes for all."""
         return next(iter(self.rows.values()))
 
     @cached_property
@@ -152,24 +151,7 @@ class Comparison:
 
     def table(self) -> str:
         """For a terminal: what was done, the scores, and the differences."""
-        s, n_subjects = self.settings, len({row["subject"] for row in self._any})
-        few = n_subjects < FEWEST
-        lines = [
-            f"{counted(len(self._any), 'volume')} of {counted(n_subjects, 'subject')} at {s['scale']}x, "
-            f"protocol {s['protocol']}, degradation {s['degradation']}"
-        ]
-        if few:
-            lines.append(
-                f"mean over subjects ± standard deviation over slices (with fewer than {FEWEST} subjects: no interval)"
-            )
-        else:
-            lines.append("mean over subjects ± standard deviation over subjects [95% confidence interval of the mean]")
-        lines += ["", *_columns(self.metrics, self.summary)]
-        if self.differences:
-            count = f", {n_subjects} of them: no interval" if few else " [95% confidence interval]"
-            lines += ["", f"difference to {self.against}, subject by subject{count}"]
-            lines += ["", *_columns(self.metrics, self.differences, sign="+")]
-        return "\n".join(lines)
+        return terminal_table(self)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: settings, and for each model its rows, values by subject, means, spreads and differences."""
@@ -195,42 +177,7 @@ class Comparison:
 
     def to_csv(self) -> str:
         """One line for each model and volume; what the scores depend on is in columns, so that files can be joined."""
-        text = io.StringIO()
-        columns = ["model", "source", *self.settings, "subject", "file", "group", "slices", *self.metrics]
-        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for name, rows in self.rows.items():
-            writer.writerows({"model": name, "source": self.sources[name], **self.settings, **row} for row in rows)
-        return text.getvalue()
-
-
-class Shown:
-    """A slice of a volume and of what the models made of it, as a radiologist sees it.
-
-    Attributes:
-        hr: (H, W), row 0 on top.
-        results: the SR images, by the name of the model.
-        spacing: mm between rows and between columns.
-        title: which slice of which file this is.
-    """
-
-    def __init__(self, scan: Scan, hr: torch.Tensor, index: int | None) -> None:
-        """`index`: along the slice axis, from 0; None: the middle one. ValueError where there is no such slice."""
-        self._index = len(hr) // 2 if index is None else index
-        if not 0 <= self._index < len(hr):
-            raise InvalidArgument(f"{scan.path}: no slice {index}; there are {len(hr)}, from 0")
-        self._volume, self._axis = load_volume(scan)
-        self.hr, self.spacing, _ = self._seen(hr)
-        self.results: dict[str, np.ndarray] = {}
-        self.title = f"{scan.path.name}, slice {self._index}"
-
-    def add(self, name: str, sr: torch.Tensor) -> None:
-        """What the model `name` made of the volume, (n, H, W); the first volume counts."""
-        if name not in self.results:
-            self.results[name] = self._seen(sr).image
-
-    def _seen(self, slices: torch.Tensor) -> Slice:
-        return oriented_like(slices[self._index].numpy(), self._volume, self._axis)
+        return csv_text(self)
 
 
 def compare(
@@ -298,23 +245,3 @@ def compare(
     }
     sources = {name: model.source for name, model in models.items()}
     return Comparison(rows, sources, against, settings, shown)
-
-
-def counted(n: int, name: str) -> str:
-    """ "1 volume", "2 volumes": a number and its noun."""
-    return f"{n} {name}{'s' * (n != 1)}"
-
-
-def _columns(metrics: Sequence[str], scores: Mapping[str, Mapping[str, Spread]], sign: str = "") -> list[str]:
-    """Lines of a table: names on the left, a column a metric."""
-    cells = [["", *(f"{metric} [dB]" if metric == "psnr" else metric for metric in metrics)]]
-    for name, row in scores.items():
-        cells.append([name, *(_cell(row[metric], 2 if metric == "psnr" else 4, sign) for metric in metrics)])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(text.ljust(n) for text, n in zip(line, widths, strict=True)).rstrip() for line in cells]
-
-
-def _cell(spread: Spread, digits: int, sign: str) -> str:
-    mean, *ends = (f"{value:{sign}.{digits}f}" for value in (spread.mean, *(spread.interval or ())))
-    around = "" if spread.std is None else f" ± {spread.std:.{digits}f}"
-    return mean + around + (f" [{', '.join(ends)}]" if ends else "")

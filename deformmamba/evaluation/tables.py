@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deformmamba.evaluation.compare import counted, mean_scores
+from deformmamba.data.scans import counted
+from deformmamba.evaluation.compare import mean_scores
 from deformmamba.metrics.statistics import Spread, spread
 
 OURS = "Deform-Mamba"

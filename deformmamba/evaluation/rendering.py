@@ -1,0 +1,94 @@
+"""A comparison as people look at it: a table for the terminal, a CSV file, a slice of each result."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from deformmamba.data.scans import Scan, counted, load_volume
+from deformmamba.errors import InvalidArgument
+from deformmamba.metrics.statistics import FEWEST, Spread
+from deformmamba.pictures.figures import Slice, oriented_like
+
+if TYPE_CHECKING:
+    from deformmamba.evaluation.compare import Comparison
+
+
+def terminal_table(compared: "Comparison") -> str:
+    """What was done, the scores, and the differences, line by line."""
+    s, n_subjects = compared.settings, len({row["subject"] for row in compared.any_rows})
+    few = n_subjects < FEWEST
+    lines = [
+        f"{counted(len(compared.any_rows), 'volume')} of {counted(n_subjects, 'subject')} at {s['scale']}x, "
+        f"protocol {s['protocol']}, degradation {s['degradation']}"
+    ]
+    if few:
+        lines.append(
+            f"mean over subjects ± standard deviation over slices (with fewer than {FEWEST} subjects: no interval)"
+        )
+    else:
+        lines.append("mean over subjects ± standard deviation over subjects [95% confidence interval of the mean]")
+    lines += ["", *_columns(compared.metrics, compared.summary)]
+    if compared.differences:
+        count = f", {n_subjects} of them: no interval" if few else " [95% confidence interval]"
+        lines += ["", f"difference to {compared.against}, subject by subject{count}"]
+        lines += ["", *_columns(compared.metrics, compared.differences, sign="+")]
+    return "\n".join(lines)
+
+
+def csv_text(compared: "Comparison") -> str:
+    """One line for each model and volume, with what the scores depend on."""
+    text = io.StringIO()
+    columns = ["model", "source", *compared.settings, "subject", "file", "group", "slices", *compared.metrics]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for name, rows in compared.rows.items():
+        writer.writerows({"model": name, "source": compared.sources[name], **compared.settings, **row} for row in rows)
+    return text.getvalue()
+
+
+class Shown:
+    """A slice of a volume and of what the models made of it, as a radiologist sees it.
+
+    Attributes:
+        hr: (H, W), row 0 on top.
+        results: the SR images, by the name of the model.
+        spacing: mm between rows and between columns.
+        title: which slice of which file this is.
+    """
+
+    def __init__(self, scan: Scan, hr: torch.Tensor, index: int | None) -> None:
+        """`index`: along the slice axis, from 0; None: the middle one. ValueError where there is no such slice."""
+        self._index = len(hr) // 2 if index is None else index
+        if not 0 <= self._index < len(hr):
+            raise InvalidArgument(f"{scan.path}: no slice {index}; there are {len(hr)}, from 0")
+        self._volume, self._axis = load_volume(scan)
+        self.hr, self.spacing, _ = self._seen(hr)
+        self.results: dict[str, np.ndarray] = {}
+        self.title = f"{scan.path.name}, slice {self._index}"
+
+    def add(self, name: str, sr: torch.Tensor) -> None:
+        """What the model `name` made of the volume, (n, H, W); the first volume counts."""
+        if name not in self.results:
+            self.results[name] = self._seen(sr).image
+
+    def _seen(self, slices: torch.Tensor) -> Slice:
+        return oriented_like(slices[self._index].numpy(), self._volume, self._axis)
+
+
+def _columns(metrics: Sequence[str], scores: Mapping[str, Mapping[str, Spread]], sign: str = "") -> list[str]:
+    """Lines of a table: names on the left, a column a metric."""
+    cells = [["", *(f"{metric} [dB]" if metric == "psnr" else metric for metric in metrics)]]
+    for name, row in scores.items():
+        cells.append([name, *(_cell(row[metric], 2 if metric == "psnr" else 4, sign) for metric in metrics)])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(text.ljust(n) for text, n in zip(line, widths, strict=True)).rstrip() for line in cells]
+
+
+def _cell(spread: Spread, digits: int, sign: str) -> str:
+    mean, *ends = (f"{value:{sign}.{digits}f}" for value in (spread.mean, *(spread.interval or ())))
+    around = "" if spread.std is None else f" ± {spread.std:.{digits}f}"
+    return mean + around + (f" [{', '.join(ends)}]" if ends else "")
