@@ -250,6 +250,7 @@ def test_everything_that_is_imported_is_declared() -> None:
         "skimage": "scikit-image",
         "PIL": "pillow",
         "llvmlite": "numba",
+        "onnx_ir": "onnxscript",
         "selective_scan_cuda": "mamba-ssm",
         "triton": "torch",
     }
