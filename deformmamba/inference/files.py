@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from deformmamba.inference.effective import to_effective
-from deformmamba.inference.networks import network
+from deformmamba.inference.networks import check_in_plane, network
 from deformmamba.inference.progress import Progress
 from deformmamba.inference.provenance import derivation, report_facts, write_sidecar
 from deformmamba.inference.settings import Settings
@@ -142,6 +142,7 @@ def upscale_file(
         chosen = replace(chosen, ensemble=True)
     prepared = partial_of(to_effective, axis=chosen.axis) if effective else (lambda one: one)
     scan = prepared(scan)
+    check_in_plane(found)
     job = Upscaling(found, scan, chosen)
     if not effective:
         _warn_if_filled(scan, job.axis)

@@ -54,6 +54,14 @@ def network(model: Any) -> Any:
     return model if inside is model else _Wrapped(model, inside)
 
 
+def check_in_plane(model: Any) -> None:
+    """Raises InvalidArgument for weights that were trained for the slice direction."""
+    if model.provenance.get("recipe", {}).get("data", {}).get("kind") == "thick":
+        raise InvalidArgument(
+            "these weights are for the slice direction and make no slice finer; use deformmamba isotropic"
+        )
+
+
 def check_precision(model: Any) -> torch.dtype:
     """The dtype in which the model computes. Raises InvalidType for half precision."""
     dtype: torch.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

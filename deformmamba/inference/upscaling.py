@@ -1,5 +1,6 @@
 """Volumes and slices in memory: normalise, run the model, correct, restore units, place in the world."""
 
+import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator
@@ -15,7 +16,14 @@ import torch
 from deformmamba.errors import InvalidArgument
 from deformmamba.inference.ensemble import predict
 from deformmamba.inference.inputs import check_voxels, is_list, no_magnitude, of_list, opened
-from deformmamba.inference.networks import check_device, check_precision, evaluating, is_compiled, network
+from deformmamba.inference.networks import (
+    check_device,
+    check_in_plane,
+    check_precision,
+    evaluating,
+    is_compiled,
+    network,
+)
 from deformmamba.inference.progress import Progress
 from deformmamba.inference.settings import Settings
 from deformmamba.inference.sharing import shared_threads
@@ -94,7 +102,10 @@ def upscale(
         axis=axis, batch_size=batch_size, consistency=consistency, ensemble=ensemble, tile=tile, overlap=overlap,
         device=device, progress=progress,
     )  # fmt: skip
+    named = isinstance(model, (str, os.PathLike))
     model = network(model)
+    if named:
+        check_in_plane(model)
     if is_list(scan):
         made: Any = of_list(scan, lambda one, **other: upscale(model, one, **{**vars(settings), **other}))
         return made
@@ -158,10 +169,8 @@ class Upscaling:
         self, model: "SRModel | nn.Module | PathLike", volume: Volume, settings: Settings, *, warn: bool = True
     ) -> None:
         found: SRModel = network(model)
-        if found.provenance.get("recipe", {}).get("data", {}).get("kind") == "thick":
-            raise InvalidArgument(
-                "these weights are for the slice direction and make no slice finer; use deformmamba isotropic"
-            )
+        if isinstance(model, (str, os.PathLike)):
+            check_in_plane(found)
         self._dtype = check_precision(found)
         if settings.device is not None:
             check_device(settings.device)

@@ -13,6 +13,7 @@ from tolerances import assert_close
 from deformmamba.cli import main
 from deformmamba.errors import InvalidArgument
 from deformmamba.inference import isotropic as module
+from deformmamba.inference import upscale, upscale_file
 from deformmamba.inference.isotropic import Stack, isotropic, noise_level, parse_adapt, resampled
 from deformmamba.inference.isotropic_files import isotropic_cohort, isotropic_file
 from deformmamba.metrics import psnr
@@ -263,6 +264,15 @@ def test_arguments_out_of_range(truth: np.ndarray) -> None:
             parse_adapt(wrong)
     assert parse_adapt("2.5") == (2.5, None)
     assert parse_adapt("40 steps") == (0.0, 40)
+
+
+def test_upscale_refuses_weights_for_the_slice_direction(truth: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "scan.nii.gz"
+    write_volume(path, thick_scan(truth))
+    with pytest.raises(InvalidArgument, match="deformmamba isotropic"):
+        upscale_file("thick", path, tmp_path / "out.nii.gz")
+    with pytest.raises(InvalidArgument, match="deformmamba isotropic"):
+        upscale("thick", read_volume(path))
 
 
 def test_slices_too_small_to_compare_on(truth: np.ndarray) -> None:
