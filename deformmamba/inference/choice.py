@@ -73,7 +73,7 @@ def _fit(entry: dict[str, Any], pixel: tuple[float, float] | None, contrast: str
         distance += outside
         where = "inside" if outside == 0 else "outside"
         said.append(f"pixels of {pixel[0]:.3g} x {pixel[1]:.3g} mm are {where} the trained {low:.3g} to {high:.3g} mm")
-    made_for = str(entry.get("summary") or entry["name"]).split(".")[0].lower()
+    made_for = str(entry.get("meant_for") or str(entry.get("summary") or entry["name"]).split(".")[0]).lower()
     for kind, wanted, table, cost in (("contrast", contrast, _CONTRASTS, 1.5), ("anatomy", anatomy, _ANATOMIES, 2.0)):
         theirs = _found(table, made_for)
         if wanted and theirs:

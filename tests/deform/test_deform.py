@@ -680,7 +680,7 @@ def test_implementations_agree_on_infinite_and_nan_offsets_in_value_and_gradient
         y = modulated_deform_conv2d(*leaves, padding=1, implementation=implementation)
         factor = torch.linspace(1, 2, y.numel(), dtype=y.dtype).view_as(y)
         results.append([y, *torch.autograd.grad((y * factor).sum(), leaves)])
-    torch.testing.assert_close(*results, equal_nan=True)
+    assert_close(*results, equal_nan=True)
     assert results[0][2].isnan().sum() == 6, "both of each pair that holds NaN"
 
 

@@ -38,7 +38,7 @@ def test_adjoint_and_mean(kind: str, n: int, voxel: float, spacing: float, thick
     left, right = (operator(x, 1) * y).sum(), (x * operator.adjoint(y, 1)).sum()
     assert torch.allclose(left, right, rtol=1e-12, atol=0)
     # a constant stays, and away from the ends a straight line gives its value at the slice centre
-    assert torch.allclose(operator(torch.ones(n, dtype=torch.float64)), torch.ones(len(at), dtype=torch.float64))
+    assert_close(operator(torch.ones(n, dtype=torch.float64)), torch.ones(len(at), dtype=torch.float64))
     line = operator(voxel * torch.arange(n, dtype=torch.float64))
     inside = (at > 2 * thickness) & (at < (n - 1) * voxel - 2 * thickness)
     # a Gaussian of this width has 1e-6 of its area beyond two thicknesses; a box cuts the voxels at its two edges, and
