@@ -1,7 +1,7 @@
-"""From a scan to a sharper scan.
+"""Super-resolution of scans.
 
-`upscaling.py` upscales volumes and slices in memory, `files.py` goes from file to file, with a report; `effective.py`
-makes coarser scans.
+`upscaling.py` upscales volumes and slices in memory. `files.py` upscales files and writes a report. `effective.py`
+reduces the resolution of scans.
 """
 
 from deformmamba.inference.effective import coarsen, to_effective

@@ -1,4 +1,4 @@
-"""Upscaling inside of MONAI and TorchIO pipelines. Neither is imported: their objects are known by what they offer.
+"""Upscaling inside MONAI and TorchIO pipelines. Neither is imported: their objects are recognised by their attributes.
 
 ```python
 model = deformmamba.from_pretrained("ixi-4x")
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 class UpscaleInferer:
-    """A MONAI `Inferer`: (b, c, h, w) or (b, c, i, j, k) in any units to the same at a finer resolution, float32.
+    """A MONAI `Inferer`: upscales (b, c, h, w) or (b, c, i, j, k) in any units; the output is float32.
 
-    Every channel of every item is a scan of its own, with an intensity scale of its own.
+    Every channel of every item is treated as a separate scan, with a separate intensity scale.
 
     Args:
         settings: as `inference.upscale`; `axis` counts the spatial axes from 0, None: the last (slices of a volume).
@@ -37,7 +37,7 @@ class UpscaleInferer:
         self.settings = asdict(Settings(**settings))
 
     def __call__(self, inputs: torch.Tensor, network: "SRModel", *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Raises TypeError for a network that is no SRModel, or further arguments, which no SRModel takes."""
+        """Raises TypeError if the network is no SRModel, or for further arguments, because no SRModel takes any."""
         if not hasattr(network, "intensity") or not hasattr(network, "scale"):
             raise InvalidType(f"the network must be one of deformmamba's models, not {type(network).__name__}")
         if args or kwargs:
@@ -51,12 +51,12 @@ class UpscaleInferer:
 class UpscaleTransform:
     """A transform of channel-first images for MONAI (arrays or dictionaries) and TorchIO (images or subjects).
 
-    A MONAI `MetaTensor` and a TorchIO image keep their place in the world: the affine follows on the model's grid. What
-    was applied before cannot be inverted afterwards. A plain tensor or array has no place.
+    A MONAI `MetaTensor` and a TorchIO image keep their position in the world: the affine is adapted to the model's
+    grid. Earlier transforms cannot be inverted afterwards. A plain tensor or array has no affine.
 
     Args:
         model: any SRModel.
-        keys: which entries of a dictionary; None: every intensity image of a TorchIO subject.
+        keys: the dictionary entries to upscale; None: every intensity image of a TorchIO subject.
         settings: as `inference.upscale`; `axis` counts the spatial axes from 0.
 
     Raises:
@@ -112,7 +112,7 @@ class UpscaleTransform:
         return type(image)(tensor, affine=torch.from_numpy(affine), meta=meta)
 
     def _channels(self, image: torch.Tensor, affine: np.ndarray | None) -> tuple[torch.Tensor, np.ndarray | None]:
-        """(c, h, w) or (c, i, j, k), each channel upscaled, and where the result lies."""
+        """(c, h, w) or (c, i, j, k), each channel upscaled, and the affine of the result."""
         if image.ndim not in (3, 4):
             raise VolumeError(f"an image is (c, h, w) or (c, i, j, k), not {tuple(image.shape)}")
         if affine is None or affine.shape != (4, 4):

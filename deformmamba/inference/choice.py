@@ -1,4 +1,4 @@
-"""Which of the published weights fit a scan best: by pixel size, contrast and anatomy, as far as they are known."""
+"""Ranks the published weights for a scan by pixel size, contrast and anatomy, as far as these are known."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from deformmamba.volume.dicom import DicomSeries
 from deformmamba.volume.files import suffix
 from deformmamba.weights import list_weights
 
-# words in names, protocols and body parts, as far as they are no part of another word
+# whole words in names, protocols and body parts
 _CONTRASTS = {"FLAIR": r"flair", "T2": r"t2w?", "T1": r"t1w?|mprage", "PD": r"pdw?"}
 _ANATOMIES = {
     "brain": r"brain|head|cranium|skull",
@@ -25,12 +25,12 @@ _ANATOMIES = {
 
 @dataclass(frozen=True)
 class Fit:
-    """How weights fit a scan; the lower `distance`, the better.
+    """How well weights fit a scan; a lower `distance` is better.
 
     Attributes:
         name: of the weights.
-        distance: 0 where pixel size, contrast and anatomy are those of the training data.
-        reason: in a sentence, without a full stop.
+        distance: 0 if pixel size, contrast and anatomy match the training data.
+        reason: one sentence, without a full stop.
     """
 
     name: str
@@ -41,15 +41,15 @@ class Fit:
 def ranked_weights(volume: Volume, axis: int, *, path: PathLike | None = None, scale: int | None = None) -> list[Fit]:
     """The published weights, best first.
 
-    Pixel size counts by how far it lies outside of the trained range (its logarithm); another anatomy than that of the
-    training data counts as much as a factor of 2, another contrast as a factor of 1.5. Contrast and anatomy are taken
-    from the names of BIDS, from the JSON file beside the scan, or from DICOM's body part, protocol and description;
-    what nothing says does not count. Of equals the first of the manifest comes first.
+    The distance of a pixel size is the logarithm of the factor by which it lies outside the trained range. An untrained
+    anatomy counts as much as a factor of 2, an untrained contrast as a factor of 1.5. Contrast and anatomy are taken
+    from BIDS names, from the JSON file beside the scan, or DICOM's body part, protocol and description. If unknown,
+    they do not count. Weights with equal distance keep the order of the manifest.
 
     Args:
         volume: the scan.
         axis: where its slices are stacked.
-        path: of the scan, for what its name says.
+        path: of the scan, whose name may state contrast or anatomy.
         scale: only weights of this factor; None: all.
     """
     words = " ".join(_words(volume, path)).lower()
@@ -92,7 +92,7 @@ def _found(table: dict[str, str], words: str) -> str:
 
 
 def _words(volume: Volume, path: PathLike | None) -> Iterator[str]:
-    """What may name contrast and anatomy. It is searched for the words above and shown to nobody."""
+    """Texts that may name contrast and anatomy. They are searched for the words above and never shown."""
     if isinstance(volume.header, DicomSeries):
         dataset = next(iter(volume.header.datasets.values()))
         for name in ("BodyPartExamined", "ProtocolName", "SeriesDescription", "StudyDescription"):

@@ -1,4 +1,4 @@
-"""Volumes and slices in memory: normalise, run the model, correct, restore units, place in the world."""
+"""Upscales volumes and slices in memory: normalise, run the model, data consistency, restore units, set the affine."""
 
 import os
 import warnings
@@ -65,37 +65,37 @@ def upscale(
 ) -> Scan:
     """`scan` at `model.scale` times the in-plane resolution: the same kind of object, float32, in the same units.
 
-    Slices are taken across `axis`, whole. The number of slices stays. A model that takes any intensity
+    The model gets whole slices across `axis`. The number of slices is unchanged. A model that takes any intensity
     (`SRModel.any_intensity`) gives a * out + b for a * scan + b with a > 0, and nothing below the scan's lowest value.
-    For any other model the scan is divided by one intensity scale, by the model's rule; negative outputs become 0 if
-    the scan has no negative value, and are kept if it has one.
+    For any other model, the scan is divided by one intensity scale, by the model's rule. Negative outputs become 0
+    unless the scan has a negative value.
 
     Args:
-        model: any SRModel, also inside of `DataParallel`, `torch.compile` or an averaged model; or the name of weights
-            as `from_pretrained` takes it. Run in eval mode; afterwards every module has the mode that it had.
-        scan: a `Volume` or a nibabel image (NIfTI or MGH, 3-D), whose affine follows on the model's grid; real numbers
-            (h, w) or 3-D as an array or tensor; a path, which gives a `Volume`; or a list of these, which gives a list.
-            Slices (h, w) of one size in a list are one scan.
-        axis: where slices are stacked; None: `volume.slice_axis`, which for bare numbers, whose geometry nobody knows,
-            is the last axis (or the only one of length 1). (slices, h, w) needs axis=0.
-        batch_size: slices at once; None: as memory allows.
+        model: any SRModel, also inside `DataParallel`, `torch.compile` or an averaged model; or a name of weights as in
+            `from_pretrained`. The model runs in eval mode; afterwards the mode of every module is restored.
+        scan: a `Volume` or a nibabel image (NIfTI or MGH, 3-D), whose affine is adapted to the model's grid; real
+            numbers (h, w) or 3-D as an array or tensor; a path, which gives a `Volume`; or a list of these, which gives
+            a list. Slices (h, w) of one size in a list are one scan.
+        axis: where slices are stacked; None: `volume.slice_axis`. For arrays without geometry this is the last axis (or
+            the only one of length 1). (slices, h, w) needs axis=0.
+        batch_size: slices per batch; None: as memory allows.
         consistency: data consistency (`physics.consistency`), applied before negative values become 0. "exact":
             degrading the output gives the input back. "object": inside the anatomy only, reduced by the estimated
-            noise, so that ringing in air and noise do not return. "off": none. None: the one that was best on
-            validation data for these weights (`model.consistency`).
+            noise, so that ringing in air and noise do not return. "off": none. None: the best mode for these weights
+            on validation data (`model.consistency`).
         ensemble: the mean over the eight reflections and transposes of each slice, see `predict`: eight times the work
             for 0.15 dB (ixi-4x, validation, T2 brain; spine 0.12).
-        tile: run the model on tiles of this side, in LR pixels, blended (`tiling.tiled`), for slices that do not fit
-            into memory; None: on whole slices, as the networks want it.
+        tile: run the model on blended tiles of this side, in LR pixels (`tiling.tiled`), for slices that do not fit
+            into memory; None: on whole slices, which suits the networks best.
         overlap: LR pixels that neighbouring tiles share; None: `tiling.default_overlap`.
-        device: where to run; moves the model there. None: where the model is.
+        device: the model is moved there and runs there. None: the model's current device.
         progress: a bar on a terminal and in a notebook; elsewhere a line on stderr every 30 s.
 
     Raises:
         VolumeError: voxels that are complex, NaN or infinite, not 2-D or 3-D, no such axis, or slices smaller than the
             model takes.
-        ValueError: consistency asked of a model on the half-pixel grid; a tile that the model or the overlap is too
-            large for; a device that is not there.
+        ValueError: data consistency for a model on the half-pixel grid; a tile too small for the model or the overlap;
+            a missing device.
         TypeError: no model, or a model in half precision.
     """
     settings = Settings(
@@ -155,14 +155,14 @@ def upscale_with_uncertainty(model: "SRModel | nn.Module | PathLike", scan: Scan
 
 
 class Upscaling:
-    """One volume in work: checks everything first, then computes slice after slice.
+    """Upscales one volume: checks all arguments first, then computes slice after slice.
 
     Attributes:
         axis: where slices are stacked.
         shape: (i, j, k) of the result.
         place: the result's geometry and header; its array is still the input's.
         settings: as given, with `axis`, `consistency` and `overlap` filled in.
-        cautions: why the result may be worse than reported, a sentence each; warned of as well.
+        cautions: reasons why the result may be worse than reported, a sentence each; also given as warnings.
     """
 
     def __init__(
@@ -196,13 +196,13 @@ class Upscaling:
         self._device = next((p.device for p in found.parameters()), torch.device(settings.device or "cpu"))
 
     def empty(self) -> np.ndarray:
-        """Room for the result, in the order in which NIfTI is written: slices of the last axis are contiguous."""
+        """An array for the result, in NIfTI's memory order: slices of the last axis are contiguous."""
         return np.empty(self.shape, np.float32, order="F")
 
     def run(self, put: Callable[[int, np.ndarray, np.ndarray | None], None], progress: Progress | None = None) -> None:
         """Calls put(k, slice (h, w), deviation of the ensemble or None) for each slice, in order, in scanner units.
 
-        `progress` counts the slices of several jobs; None: of this one, as the settings say.
+        `progress` counts the slices of several jobs; None: of this job only, according to the settings.
         """
         model = self._model
         slices = np.moveaxis(self._volume.array, self.axis, 0)
@@ -222,10 +222,10 @@ class Upscaling:
     def _batches(
         self, slices: np.ndarray, units: "_Units"
     ) -> Generator[tuple[np.ndarray, np.ndarray | None], None, None]:
-        """The sharper slices, some at once, in order.
+        """Yields batches of upscaled slices, in order.
 
-        On a CPU several batches at once, each with its share of torch's threads: the threads of one operation wait for
-        each other at its end, which on a machine with other work costs ten times as much (measured: 39 s against 4 s).
+        A CPU runs several batches in parallel, each with its share of torch's threads. With one batch, all threads wait
+        for each other at the end of each operation: ten times slower on a busy machine (measured: 39 s against 4 s).
         """
 
         def sharpened(start: int, n: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -267,7 +267,7 @@ class Upscaling:
                     future.cancel()
 
     def _sharpened(self, images: np.ndarray, units: "_Units") -> tuple[np.ndarray, np.ndarray | None]:
-        """Some slices (n, h, w), in scanner units, sharper, and their deviation."""
+        """Upscales slices (n, h, w) in scanner units; returns them and their deviation."""
         model = self._model
         with torch.inference_mode():
             image = torch.from_numpy(images).to(self._device, self._dtype)
@@ -288,7 +288,7 @@ class Upscaling:
             return made[0], made[1]
 
     def _batch(self, size: tuple[int, ...], *, first: bool) -> int:
-        """How many slices of `size` to run at once."""
+        """Number of slices of `size` in one batch."""
         side = self.settings.tile
         h, w = size if side is None else (min(n, side) for n in size)
         if self._device.type != "cuda":
@@ -304,9 +304,9 @@ class Upscaling:
 
 
 class _Units(NamedTuple):
-    """A slice goes to the model as (slice - zero) / scale.
+    """The model gets (slice - zero) / scale.
 
-    `floor`: the lowest value that the result may have, in the model's units; None for data with a sign.
+    `floor`: the lowest allowed value of the result, in the model's units; None for data with a sign.
     """
 
     zero: float
@@ -317,9 +317,10 @@ class _Units(NamedTuple):
 def scan_units(model: "SRModel", array: np.ndarray) -> _Units:
     """The units in which a model gets the whole scan.
 
-    A model for images of about [0, 1] gets the scan divided by the model's intensity rule; a scan with a negative value
-    has a sign. A model for any intensity does not depend on units; so that data consistency does not either, its scan
-    is brought to [0, 1] by the 1st and the 99th percentile, and the scan's own lowest value takes the place of 0.
+    For a model of images of about [0, 1], the scan is divided by the model's intensity rule. A scan with a negative
+    value counts as data with a sign. A model for any intensity does not depend on units. To make data consistency
+    independent of units too, its scan is mapped to [0, 1] by the 1st and the 99th percentile. Its lowest allowed value
+    is the scan's lowest value instead of 0.
     """
     lowest = float(array.min())
     if not model.any_intensity:
@@ -330,8 +331,7 @@ def scan_units(model: "SRModel", array: np.ndarray) -> _Units:
 
 
 def _checked_overlap(model: "SRModel", tile: int, overlap: int | None) -> int:
-    """The overlap of tiles; the default where none is given. Raises ValueError where tile, overlap and model do not go
-    together."""
+    """The overlap of tiles, or the default. Raises ValueError if tile, overlap and model do not fit together."""
     if tile < model.minimum_size:
         raise InvalidArgument(
             f"tiles of {tile} are too small: the smallest image that {type(model).__name__} takes is "
@@ -354,7 +354,7 @@ def _check_slices(model: "SRModel", volume: Volume, axis: int) -> None:
 
 
 def _cautions(model: "SRModel", volume: Volume, axis: int) -> tuple[str, ...]:
-    """Why the result may be worse than reported: no magnitude image, or pixels far from the trained ones."""
+    """Reasons why the result may be worse than reported: no magnitude image, or a pixel size far from the trained."""
     found = []
     first, second = in_plane(axis)
     trains = next(model.parameters(), None) is not None  # interpolation takes any image

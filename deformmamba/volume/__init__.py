@@ -1,11 +1,11 @@
-"""Scans as files: a `Volume` in scanner units with its place in the world, read from and written to disk.
+"""Reads and writes scans. A `Volume` holds voxels in scanner units and their position in the world.
 
 Conventions. An affine is 4x4, float64, voxel index to millimetres in RAS+ (x towards the patient's right, y to the
-front, z to the head), as nibabel has it. NIfTI and MGH keep the file's axis order; DICOM comes as (column, row, slice),
-the order in which NIfTI holds the same scan. Voxels are float32 in memory, slope and intercept applied.
+front, z to the head), as in nibabel. NIfTI and MGH keep the file's axis order. DICOM is read as (column, row, slice),
+the axis order of the same scan in NIfTI. Voxels are float32 in memory, slope and intercept applied.
 
-Everything that goes wrong with a file is a `VolumeError` of one line. No message ever holds the value of a DICOM tag or
-the text of a parser, which may quote one: patients are in there.
+Every problem with a file raises a `VolumeError` of one line. To protect patient data, no message holds the value of a
+DICOM tag, or the text of a parser, which may quote one.
 """
 
 import os
@@ -98,25 +98,25 @@ def read_volume(
 ) -> Volume:
     """Read NIfTI (.nii, .nii.gz), MGH (.mgh, .mgz), one DICOM file, or a folder that holds DICOM.
 
-    DICOM images may be classic, enhanced or Siemens mosaics, compressed too where a decoder is installed (the extra
-    `dicom`). Gzip is recognised by content, whatever the name. What the reader has to say about the file is warned of,
-    and stands in `Volume.notes`.
+    DICOM images may be classic, enhanced or Siemens mosaics, and compressed if a decoder is installed (the extra
+    `dicom`). Gzip is recognised by content, not by name. The reader's remarks about the file are given as warnings and
+    stored in `Volume.notes`.
 
     Args:
         path: of the file or folder.
-        volume: which of several: of a 4-D file, or of a DICOM series that holds several images of each slice (echoes,
-            b-values, magnitude and phase, time points: in this order); from 0. Must be given for these.
-        series: which DICOM series of a folder that holds several: from 0 in the order of their series numbers, or its
-            SeriesInstanceUID. Must be given for these.
-        stack: which stack of a DICOM series whose slices have several orientations or sizes (a localiser), from 0. Must
-            be given for these.
+        volume: index from 0 of the volume to read. Required for a 4-D file, and for a DICOM series with several images
+            of each slice (echoes, b-values, magnitude and phase, time points: in this order).
+        series: the DICOM series to read: an index from 0, in the order of the series numbers, or a SeriesInstanceUID.
+            Required for a folder with several series.
+        stack: index from 0 of the stack to read. Required for a DICOM series whose slices have several orientations or
+            sizes (a localiser).
         nan: "zero" replaces NaN and infinite voxels by 0.
         partial: read a DICOM folder although some of its files are empty or damaged.
 
     Raises:
-        ChoiceNeeded: `volume`, `series` or `stack` must be given, or there is no such.
+        ChoiceNeeded: `volume`, `series` or `stack` is required, or the given one does not exist.
         VolumeError: the file is missing, damaged or of another kind; or it holds complex numbers, colours, NaN or
-            infinite voxels, nothing but zeros, or a geometry that is no geometry.
+            infinite voxels, nothing but zeros, or an invalid geometry.
     """
     if nan not in ("refuse", "zero"):
         raise VolumeError(f'nan must be "refuse" or "zero", not {nan!r}')
@@ -135,7 +135,7 @@ def read_volume(
 def count_volumes(
     path: PathLike, *, series: int | str | None = None, stack: int | None = None, partial: bool = False
 ) -> int:
-    """How many 3-D volumes a file or a DICOM series holds; arguments and errors as `read_volume`."""
+    """Number of 3-D volumes in a file or a DICOM series; arguments and errors as `read_volume`."""
     path = Path(path)
     with silenced():
         choice = _dicom_choice(path, series, stack, partial)
@@ -164,7 +164,7 @@ def read_volumes(
 
 
 def _dicom_choice(path: Path, series: int | str | None, stack: int | None, partial: bool) -> dicom.Choice | None:
-    """What to read of a DICOM file or folder; None for NIfTI and MGH."""
+    """The part of a DICOM file or folder to read; None for NIfTI and MGH."""
     with parsing(path, "cannot be read"):
         if not os.path.exists(path):
             raise VolumeError(f"{path}: no such file or folder")
@@ -181,7 +181,7 @@ def _dicom_choice(path: Path, series: int | str | None, stack: int | None, parti
 
 
 def _other_kind(path: Path) -> str:
-    """What a file is that cannot be read, as far as its name and first bytes tell."""
+    """The kind of an unreadable file, guessed from its name and first bytes."""
     if dicom.lacks_preamble(path):
         return 'DICOM without the preamble ("DICM" after 128 bytes), which is not read; convert it with dcm2niix'
     if path.suffix.lower() in (".hdr", ".img"):
@@ -211,9 +211,9 @@ def _checked_voxels(volume: Volume, path: Path, nan: str, *, zeros: bool = False
 def write_volume(
     path: PathLike, volume: "Volume | Any", *, dtype: str | None = None, derivation: str | None = None
 ) -> None:
-    """Write NIfTI (.nii, .nii.gz), MGH (.mgh, .mgz) or DICOM, whole or not at all; an existing file is replaced.
+    """Write NIfTI (.nii, .nii.gz), MGH (.mgh, .mgz) or DICOM. An existing file is replaced only by a complete one.
 
-    `volume` is a `Volume` or a 3-D nibabel image. The rules for headers, types and DICOM are those of `writing`.
+    `volume` is a `Volume` or a 3-D nibabel image. `writing` documents the rules for headers, types and DICOM.
 
     Raises:
         VolumeError: the path cannot be written, the format is not one of these, or values do not fit the `dtype`.
@@ -238,7 +238,7 @@ def writing(
     derivation: str | None = None,
     deviation: bool = False,
 ) -> Iterator[Callable[[np.ndarray], None]]:
-    """Write a volume slice by slice, for what does not fit into memory.
+    """Write a volume slice by slice, for volumes that do not fit into memory.
 
     ```python
     place = scan.resampled(scan.array, 4, (0, 1), "origin")  # where it will lie; its array is not looked at
@@ -247,36 +247,36 @@ def writing(
             write(sharper_slice(k))  # (4 * h, 4 * w)
     ```
 
-    The file appears whole when the block ends, replacing what was there; if the block raises, or ctrl-C ends it,
-    nothing appears and what was there stays. What the block itself raises goes out as it is.
+    The complete file replaces an existing one when the block ends. If the block raises or ctrl-C ends it, no file is
+    written and an existing one is unchanged. Exceptions of the block itself are passed on unchanged.
 
-    Memory: a few copies of one slice, whatever the number of slices. Slices across the last axis of NIfTI and MGH go
-    straight into the file. Other axes of these, and DICOM, go through a temporary file without a name beside `path`, as
-    large as the voxels (float32 for DICOM), which is gone with the process.
+    Memory: a few copies of one slice, for any number of slices. Slices across the last axis of NIfTI and MGH are
+    written directly into the file. Slices across other axes, and DICOM, need a temporary file without a name beside
+    `path`. It is as large as the voxels (float32 for DICOM) and disappears with the process.
 
-    NIfTI and MGH: voxels are `dtype`, one of `DTYPES` (default float32); integers are rounded, and nothing is ever
-    rescaled, whatever the source's header says. NIfTI keeps the header the volume came with (units, description,
-    extensions), with sform and qform both written, each under its own code.
+    NIfTI and MGH: voxels are `dtype`, one of `DTYPES` (default float32). Integers are rounded, and values are never
+    rescaled, whatever the source's header states. NIfTI keeps the header of the source (units, description,
+    extensions). Sform and qform are both written, each under its own code.
 
-    DICOM is written of what came as DICOM: a new series in a folder, one file a slice for a classic series and one
-    multi-frame file for an enhanced one. `volume.dicom_out` states what is new, kept and gone. Voxels are 16-bit
-    integers with a slope over the range of the whole series, right to half a step of 1/65535 of the largest value
+    DICOM output requires DICOM input. It is a new series in a folder: one file a slice for a classic series, one
+    multi-frame file for an enhanced one. `volume.dicom_out` lists new, kept and removed elements. Voxels are 16-bit
+    integers with a slope over the range of the whole series, accurate to half a step of 1/65535 of the largest value
     (1/32767 with negative ones); `dtype` "uint16" or "int16" rounds to whole numbers instead.
 
     Args:
-        path: .nii, .nii.gz, .mgh or .mgz. Where `like` came from DICOM also a folder, a new one, an empty one or one
-            that holds nothing but what this function wrote (any name without a suffix, or with a / at its end), or,
-            for what fits into one DICOM file, a name ending in .dcm or .ima.
-        like: a volume with the geometry, codes and header to write; its array is not looked at.
-        shape: (i, j, k) of what is written; (i, j, k, volumes) for several volumes one after the other, in NIfTI only.
-        axis: where the slices are stacked: slice k is `array.take(k, axis)` of what is to be in the file.
+        path: .nii, .nii.gz, .mgh or .mgz. If `like` came from DICOM, also a folder (a name without a suffix, or ending
+            in /) that is new, empty, or holds only files that this function wrote. If the series fits into one DICOM
+            file, also a name ending in .dcm or .ima.
+        like: a volume with the geometry, codes and header to write; its array is not used.
+        shape: (i, j, k) of the output; (i, j, k, volumes) for several volumes one after the other, in NIfTI only.
+        axis: where the slices are stacked: slice k is `array.take(k, axis)` of the output.
         dtype: of the voxels.
-        derivation: what made this (model, version, hash): DICOM's DerivationDescription, 1024 characters of ASCII, and
-            the first 79 of them NIfTI's `descrip`, whose own text stays without it.
+        derivation: how the output was made (model, version, hash). It becomes DICOM's DerivationDescription, 1024
+            characters of ASCII. The first 79 become NIfTI's `descrip`; without it, `descrip` is unchanged.
         deviation: the values are a standard deviation: DICOM gets another series number, description and window.
 
     Raises:
-        VolumeError: as `check_output`, or values that do not fit the `dtype`, or the operating system refused.
+        VolumeError: as `check_output`, or values that do not fit the `dtype`, or an error of the operating system.
         ValueError: slices of another shape, or too many or too few of them.
     """
     check_output(path, source=like, dtype=dtype)
@@ -325,7 +325,7 @@ def _turned(
     axis: int,
     dtype: str,
 ) -> Iterator[Callable[[np.ndarray], None]]:
-    """Takes slices across `axis`, volume after volume; gives `planes` those across the third axis of each volume."""
+    """Takes slices across `axis`, volume after volume, and passes slices across the third axis on to `planes`."""
     with planes as put_plane, ExitStack() as current:
         slices: list[Kept] = []
         n_put = 0
@@ -359,15 +359,15 @@ def check_output(
     source: Volume | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Say now, not after an hour of work, that `path` could not be written (as `dtype`).
+    """Check before any computation that `path` can be written (as `dtype`).
 
-    A command that writes scans calls this after reading its input, with what it read as the `source`, and before it
-    computes: that the source came from DICOM makes a folder, or a name ending in .dcm, an allowed target.
+    A command that writes scans calls this after it reads its input, the `source`, and before it computes. A folder, or
+    a name ending in .dcm, is an allowed target only if the source came from DICOM.
 
     Raises:
-        VolumeError: the suffix is not among `suffixes`, the format holds no such voxels, the folder is missing or
-            closed, or `path` is a folder; or, as a DICOM target, is the source itself or holds anything that was not
-            written by this package.
+        VolumeError: the suffix is not among `suffixes`, the format does not support the `dtype`, the folder is missing
+            or not writable, or `path` is a folder. A DICOM target: it is the source itself, or it holds anything that
+            this package did not write.
     """
     if source is not None and _is_dicom_target(path):
         dicom_out.check_target(path, source, dtype)
