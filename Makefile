@@ -40,8 +40,8 @@ test-fast: $(BIN)/.installed-test  ## the tests that take less than a few second
 # the oldest instructions that each library has code for: another rounding of the same sums
 test-generic: $(BIN)/.installed-test  ## the numerical tests, as another processor would compute them
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 NUMBA_CPU_NAME=generic OMP_NUM_THREADS=1 \
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests/scan tests/deform tests/models tests/physics tests/inference \
-	tests/test_layers.py tests/test_losses.py tests/test_precision.py
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests/scan tests/deform tests/physics tests/test_layers.py \
+	tests/test_losses.py tests/inference/test_adapters.py
 
 lint: $(BIN)/.installed-dev  ## style and types
 	$(BIN)/ruff check .
