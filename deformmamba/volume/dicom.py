@@ -1,6 +1,6 @@
-"""DICOM series are read through pydicom: classic images, one slice a file, and enhanced ones, a file of many frames.
+"""Reads DICOM series with pydicom: classic images (one slice per file) and enhanced images (many frames per file).
 
-Every slice is a `Frame`, wherever it came from; frames are sorted by their positions, never by name or number.
+Every slice is a `Frame`. Frames are sorted by their positions, never by name or number.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from deformmamba.volume.image import Volume, VolumeError
 
 # slices nearer to each other than this, in mm, lie at the same place
 SAME_PLACE = 0.01
-# no compression of an image that anybody looks at goes beyond; a damaged header that says so is not believed
+# no image that a radiologist reads is compressed more; a higher ratio means a damaged header
 MOST_VOXELS_PER_BYTE = 10_000
 LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -29,8 +29,8 @@ class Frame:
 
     `axes` are the directions along a row and along a column, `spacing` is between rows and between columns, `step` the
     header's distance between slices (used for a single slice), `size` is (columns, rows).
-    `parameters` tell images apart that lie at the same place: echo time, b-value, kind (magnitude, phase). `order` is
-    how those with the same parameters follow each other: in time, then as numbered.
+    `parameters` distinguish images at the same position: echo time, b-value, kind (magnitude, phase). `order` sorts
+    images with equal parameters: by time, then by number.
     `box` is the part of a mosaic's image: first row, end row, first column, end column.
     """
 
@@ -50,7 +50,7 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class DicomSeries:
-    """What a volume's `header` is when it came from DICOM: its slices in order, and their data sets without pixels."""
+    """The `header` of a volume from DICOM: its slices in order, and their data sets without pixels."""
 
     frames: tuple[Frame, ...]
     datasets: dict[Path, Any]
@@ -66,7 +66,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def holds_dicom(paths: Iterable[Path]) -> bool:
-    """Whether one of them is a DICOM file that holds an image; a DICOMDIR and a report hold none."""
+    """Whether one of them is a DICOM file with an image, unlike a DICOMDIR or a report."""
     return any(image_header(path) is not None for path in paths)
 
 
@@ -79,7 +79,7 @@ def image_header(path: Path) -> Any:
 
 
 def not_an_image(dataset: Any) -> str:
-    """Why a DICOM object with pixels is no scan: a segmentation, a dose, a map; empty if it is one."""
+    """Why a DICOM object with pixels is no scan: a segmentation, a dose, a map; empty for a scan."""
     name = str(getattr(dataset.get("SOPClassUID"), "name", ""))
     for kind in ("Segmentation", "RT Dose", "Parametric Map", "Presentation State"):
         if kind in name:
@@ -92,7 +92,7 @@ def not_an_image(dataset: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """Which part of a folder is read; see `deformmamba.volume.read_volume`."""
+    """The part of a folder to read; see `deformmamba.volume.read_volume`."""
 
     series: int | str | None = None
     stack: int | None = None
@@ -106,7 +106,7 @@ def read(path: Path, volume: int | None, choice: Choice) -> Volume:
 
 
 def count(path: Path, choice: Choice) -> int:
-    """How many volumes a file or series holds: echoes, b-values, time points."""
+    """Number of volumes in a file or series: echoes, b-values, time points."""
     return _Series(path, choice).n_volumes
 
 
@@ -124,7 +124,7 @@ def each(path: Path, choice: Choice) -> Iterator[Volume]:
 
 
 class _Series:
-    """The headers of one series, sorted into places; pixels are decoded volume by volume."""
+    """The headers of one series, sorted by position; pixels are decoded volume by volume."""
 
     def __init__(self, path: Path, choice: Choice) -> None:
         self._path = path
@@ -179,10 +179,10 @@ _MOST_NAMES = 20
 
 
 def _images(path: Path, partial: bool) -> tuple[dict[Path, Any], list[str]]:
-    """The data sets of a file, or of all DICOM images of a folder; and a note that names the files passed over.
+    """The data sets of a file, or of all DICOM images of a folder; and a note that names the skipped files.
 
     Raises:
-        VolumeError: no image; or, unless `partial`, an empty or damaged file beside the images.
+        VolumeError: no image; or, unless `partial`, an empty or damaged file among the images.
     """
     if not path.is_dir():
         dataset = _dataset(path)
@@ -228,13 +228,13 @@ def _listed(names: list[str]) -> str:
 
 
 def _should_be_dicom(path: Path) -> bool:
-    """Of a file that is no DICOM: whether it was one, by its name, or as an empty file without a known ending."""
+    """Whether a file that is not DICOM probably was: its name suggests it, or it is empty without a known ending."""
     ending = path.suffix.lower()
     return ending in (".dcm", ".ima", ".dicom") or lacks_preamble(path) or (not ending and not path.stat().st_size)
 
 
 def lacks_preamble(path: Path) -> bool:
-    """Whether a file starts with a DICOM data set, without the 128 bytes and "DICM" that a DICOM file has before it."""
+    """Whether a file starts with a DICOM data set, without the preamble of 128 bytes and "DICM"."""
     with path.open("rb") as file:
         start = file.read(8)
     group, element = (int.from_bytes(start[at : at + 2], "little") for at in (0, 2))
@@ -257,7 +257,7 @@ def _dataset(path: Path) -> Any:
 
     with parsing(path, "a damaged DICOM file"), path.open("rb") as file:
         dataset = pydicom.dcmread(Bounded(file, path.stat().st_size), stop_before_pixels=True)
-        dataset.buffer = None  # a file that is closed by then is not to be copied with the data set
+        dataset.buffer = None  # otherwise a later copy of the data set would include the closed file
         return dataset
 
 
@@ -409,7 +409,7 @@ def number(value: Any) -> float:
 
 
 def _places(source: Path, frames: list[Frame]) -> list[list[Frame]]:
-    """The frames at each position, along the normal of the slices; those of volume k stand k-th at each."""
+    """The frames at each position, along the normal of the slices; the k-th of each list belongs to volume k."""
     first = frames[0]
     normal = np.cross(*first.axes)
     along = sorted(frames, key=lambda frame: float(normal @ frame.position))
@@ -454,7 +454,7 @@ def _affine(source: Path, frames: list[Frame]) -> np.ndarray:
 
 
 def _check_pixels(path: Path, dataset: Any) -> None:
-    """What the header promises can be in the file, and can be decoded; before anything is allocated."""
+    """Checks before any allocation that the file can hold the pixels of its header, and that they can be decoded."""
     from pydicom.pixels import get_decoder
 
     syntax = dataset.file_meta.get("TransferSyntaxUID")
@@ -492,7 +492,7 @@ def _pixels(path: Path, dataset: Any, indices: list[int]) -> Iterable[np.ndarray
 
 
 def _stored_bits(pixels: np.ndarray, dataset: Any) -> np.ndarray:
-    """Without the other bits of a pixel, where old scanners put drawings; a sign is carried to where they were."""
+    """Clears the unused bits of each pixel, where old scanners store overlays, and extends the sign into them."""
     allocated = 8 * pixels.itemsize
     stored = int(dataset.get("BitsStored") or allocated)
     above = allocated - 1 - int(dataset.get("HighBit") or stored - 1)

@@ -1,18 +1,18 @@
-"""DICOM series are written through pydicom: copies of the source's data sets, so that all that is still true stays.
+"""Writes DICOM series with pydicom, as copies of the source's data sets that keep all still valid elements.
 
-The rules, for classic images and for enhanced ones:
+The rules, for classic and enhanced images:
 
 - New: SOP instance and series UIDs, instance numbers (slices in order), content, creation and series date and time,
   the series number (the source's plus 1000; plus 2000 for a deviation, whose window is its own range), " SR" after the
   series description (" SR standard deviation"), ImageType DERIVED\\SECONDARY (an
   enhanced image must say DERIVED\\PRIMARY) and the source's further values, the description of the derivation, the
   source image of each slice, this package among the contributing equipment.
-- Computed: Rows, Columns, PixelSpacing, position and orientation; where the slices themselves were resampled,
+- Computed: Rows, Columns, PixelSpacing, position and orientation; if the slice direction was resampled,
   SliceThickness and SpacingBetweenSlices in proportion, and no SliceLocation.
 - Pixels: 16 bits, unsigned unless there are negative values, one rescale slope for the whole series, intercept 0. The
-  slope spans what is there, so that neither values beyond the source's range nor small ones are lost; windows are in
-  units after the slope and stay.
-- Gone: private elements (nobody knows what they say of the old pixels), overlays, icons, padding and smallest and
+  slope covers the range of the values, so that neither values beyond the source's range nor small ones are lost.
+  Windows are unchanged, because their units are those after the slope.
+- Removed: private elements (they may describe the old pixels), overlays, icons, padding and smallest and
   largest values, lookup tables, real world maps, signatures: `STALE`.
 - Kept: the patient, the study, the frame of reference, the acquisition, the manufacturer, everything else. Explicit
   little endian, not compressed.
@@ -56,7 +56,7 @@ POSITION, IN_STACK = 0x00200032, 0x00209057  # the dimensions of frames that fol
 
 
 def check_target(path: PathLike, source: Volume, dtype: str | None) -> None:
-    """As `check_output`, of a DICOM target: a folder, or a file where one file holds the whole series."""
+    """As `check_output`, for a DICOM target: a folder, or a file if one file holds the whole series."""
     series = source.header
     if not isinstance(series, DicomSeries):
         raise VolumeError(f"{path}: DICOM is written of what came as DICOM only; name a file ending in .nii.gz")
@@ -109,9 +109,9 @@ def slices(
     derivation: str | None,
     deviation: bool,
 ) -> Iterator[Callable[[np.ndarray], None]]:
-    """Takes slices across `axis`, keeps them on disk beside `path`; writes the series to `target` once all are there.
+    """Takes slices across `axis`, keeps them on disk beside `path`, and writes the series to `target` at the end.
 
-    One slope for all needs their range, which the last of them may widen.
+    The shared slope depends on the range of all slices.
     """
     with kept(path, shape, axis, "float32") as voxels:
         yield voxels.put
@@ -119,9 +119,9 @@ def slices(
 
 
 def write(target: Path, like: Volume, voxels: Kept, dtype: str | None, derivation: str | None, deviation: bool) -> None:
-    """A new series at `target`, an empty folder or the name of a file: (column, row, slice), placed as `like`.
+    """Writes a new series to `target`, an empty folder or a file: (column, row, slice), with the geometry of `like`.
 
-    Slices go into copies of the data sets of the slices of the source that lie nearest.
+    Each slice is written into a copy of the data set of the nearest source slice.
     """
     series: DicomSeries = like.header
     axes = like.affine[:3, :2] / np.linalg.norm(like.affine[:3, :2], axis=0)
@@ -149,7 +149,7 @@ def write(target: Path, like: Volume, voxels: Kept, dtype: str | None, derivatio
 
 @contextmanager
 def _encoding() -> Iterator[None]:
-    """A source may be read and yet hold what cannot be written again: a line, which does not quote it."""
+    """Turns the error for a readable source element that cannot be written into one line that does not quote it."""
     try:
         yield
     except (VolumeError, OSError):
@@ -161,9 +161,9 @@ def _encoding() -> Iterator[None]:
 
 
 def _quantisation(voxels: Kept, dtype: str | None) -> tuple[str, float]:
-    """How voxels are stored: as what, and the slope, short enough for a decimal string of 16 characters.
+    """The stored type of the voxels and the slope, short enough for a decimal string of 16 characters.
 
-    Zero is stored as zero. Without a `dtype` the 16 bits are used in full, whatever the source's range was.
+    Zero is stored as zero. Without a `dtype` the 16 bits are used in full, independent of the source's range.
     """
     if dtype is not None:
         return dtype, 1.0
@@ -175,8 +175,8 @@ def _quantisation(voxels: Kept, dtype: str | None) -> tuple[str, float]:
     return stored, float(f"{span:.9e}") if span > 0 else 1.0
 
 
-# Of the source, not true of what is made of it: how its stored values lay, signatures, parts of a whole. Pictures drawn
-# over it or beside it would have the old size. All private elements go as well: nobody knows what they say.
+# Elements that are no longer valid in the output: layout of stored values, signatures, parts of a whole. Overlays and
+# icons would have the old size. All private elements are removed too, because their meaning is unknown.
 STALE = (
     "DataSetTrailingPadding",
     "DigitalSignaturesSequence",
@@ -236,7 +236,7 @@ OF_ORIGINALS = (
 
 
 class _Made:
-    """What all instances of one new series share, and the making of each."""
+    """The shared elements of one new series, and the methods that write its instances."""
 
     def __init__(
         self,
@@ -353,7 +353,7 @@ class _Made:
         return made
 
     def _copy(self, path: Path) -> Any:
-        """A copy of a data set with all that the new series says of itself, pixels and geometry aside."""
+        """A copy of a data set with the elements of the new series, except pixels and geometry."""
         from pydicom.dataset import FileMetaDataset
         from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 
@@ -442,7 +442,7 @@ def _image_type(before: Any, second: str = "SECONDARY") -> list[str]:
 
 
 def _macro(group: Any, name: str) -> Any:
-    """The one item of a functional group, made where there is none."""
+    """The one item of a functional group, created if missing."""
     from pydicom.dataset import Dataset
 
     if not group.get(name):
@@ -483,7 +483,7 @@ def _drop(dataset: Any, names: Iterable[str]) -> None:
 
 
 def _drop_private(dataset: Any) -> None:
-    """Private elements go, in sequences too; `keys` and `get_item` leave all other elements undecoded."""
+    """Removes private elements, in sequences too; `keys` and `get_item` leave all other elements undecoded."""
     for tag in list(dataset.keys()):
         if tag.is_private:
             del dataset[tag]
@@ -494,7 +494,7 @@ def _drop_private(dataset: Any) -> None:
 
 
 def _decode(dataset: Any) -> None:
-    """Raw elements of another byte order or without a type are decoded, to be encoded anew; what cannot be goes."""
+    """Decodes raw elements of another byte order or without a type, so that they are encoded anew; drops failures."""
     for tag in list(dataset.keys()):
         try:
             element = dataset[tag]

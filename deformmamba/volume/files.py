@@ -1,4 +1,4 @@
-"""Around every file: foreign parsers kept quiet, their errors made one line, and targets whole or not there at all."""
+"""File handling: silences foreign parsers, shortens their errors to one line, and writes only complete targets."""
 
 import errno
 import io
@@ -21,7 +21,7 @@ from deformmamba.volume.image import VolumeError, in_plane
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 MGH_SUFFIXES = (".mgh", ".mgz")
-# what a voxel may be written as; integers are rounded, never rescaled
+# allowed types of written voxels; integers are rounded, never rescaled
 DTYPES = ("float32", "float64", "int16", "uint16", "int32", "uint8")
 MGH_DTYPES = ("float32", "int16", "int32", "uint8")
 DICOM_DTYPES = ("int16", "uint16")
@@ -44,10 +44,10 @@ _silent_filters: list[tuple[list[Any], list[Any]]] = []
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Nothing from nibabel and pydicom on the terminal: they quote header fields, a patient's among them.
+    """Suppresses output of nibabel and pydicom, because they quote header fields with patient data.
 
-    Any number of threads may be inside. Warnings of other modules and log records of other threads pass, and the
-    filters of `warnings` and of the loggers are as before once the last thread has left.
+    Any number of threads may be inside. Warnings of other modules and log records of other threads pass. The filters
+    of `warnings` and of the loggers are restored when the last thread leaves.
     """
     loggers = [logging.getLogger(name) for name in ("nibabel.global", "pydicom")]
     me = threading.get_ident()
@@ -95,9 +95,9 @@ def parsing(path: Path, what: str) -> Iterator[None]:
 
 
 class Bounded(io.BufferedIOBase):
-    """`file` for reading, of which never more is asked than its `n_bytes`.
+    """`file` for reading, limited to its `n_bytes`.
 
-    A parser that believes a damaged length field asks for gigabytes, and Python allocates them before it reads.
+    With a damaged length field a parser requests gigabytes, and Python allocates them before it reads.
     """
 
     def __init__(self, file: Any, n_bytes: int) -> None:
@@ -162,7 +162,7 @@ def volume_index(path: Path, n: int, volume: int | None) -> int:
 
 @contextmanager
 def replacing(path: PathLike) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it becomes `path` if the block succeeds and vanishes if not.
+    """A temporary name beside `path` to write to; it becomes `path` if the block succeeds, else it is removed.
 
     Raises:
         VolumeError: the operating system refused.
@@ -172,7 +172,7 @@ def replacing(path: PathLike) -> Iterator[Path]:
 
 
 def write_text(path: PathLike, text: str) -> None:
-    """UTF-8, with newlines as they are in `text`; whole or not at all, an existing file is replaced.
+    """Writes UTF-8 without newline translation; an existing file is replaced only by a complete one.
 
     Raises:
         VolumeError: the operating system refused.
@@ -183,7 +183,7 @@ def write_text(path: PathLike, text: str) -> None:
 
 @contextmanager
 def refusals(path: PathLike) -> Iterator[None]:
-    """What the operating system refuses, as a VolumeError of one line."""
+    """Turns errors of the operating system into a VolumeError of one line."""
     try:
         yield
     except OSError as error:
@@ -192,9 +192,9 @@ def refusals(path: PathLike) -> Iterator[None]:
 
 @contextmanager
 def renamed_folder(path: PathLike) -> Iterator[Path]:
-    """A temporary folder beside `path`, empty; it takes the place of `path` if the block succeeds and vanishes if not.
+    """An empty temporary folder beside `path`; it replaces `path` if the block succeeds, else it is removed.
 
-    What was at `path` is gone only after the new folder is there.
+    The old content of `path` is removed only after the new folder is in place.
     """
     target = Path(os.path.realpath(path))
     temporary = temporary_name(target, "")
@@ -217,7 +217,7 @@ def renamed_folder(path: PathLike) -> Iterator[Path]:
 
 @contextmanager
 def closed(file: Any) -> Iterator[Any]:
-    """`file`, closed at the end; what closing adds (a full disk says so again) is not heard after another error."""
+    """`file`, closed at the end; after another error, an error of closing (a full disk, again) is ignored."""
     try:
         yield file
     except BaseException:
@@ -228,7 +228,7 @@ def closed(file: Any) -> Iterator[Any]:
 
 
 class Kept:
-    """Slices across one axis, put in order and kept in a file; planes across the last axis come out of it."""
+    """A file of slices across one axis, written in order; read as planes across the last axis."""
 
     def __init__(self, file: Any, shape: Sequence[int], axis: int, dtype: str) -> None:
         self.shape = tuple(shape)
@@ -238,7 +238,7 @@ class Kept:
         self._file.write(as_dtype(image, self._dtype).tobytes(order="F"))
 
     def plane(self, k: int) -> np.ndarray:
-        """(i, j) of the last axis; once all slices have been put."""
+        """Plane k (i, j) across the last axis; only after all slices are written."""
         self._file.flush()
         h, w = (self.shape[a] for a in in_plane(self._axis))
         if self._axis == 2:
@@ -265,13 +265,13 @@ class Kept:
 
 @contextmanager
 def kept(path: PathLike, shape: Sequence[int], axis: int, dtype: str) -> Iterator[Kept]:
-    """The file has no name and lies beside `path`; the operating system removes it when the process ends, however."""
+    """A `Kept` in a file without a name beside `path`; the operating system always removes it with the process."""
     with closed(tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path)))) as file:
         yield Kept(file, shape, axis, dtype)
 
 
 def check_folder_of(path: PathLike) -> None:
-    """The folder that `path` would be made in exists and can be written to."""
+    """Checks that the parent folder of `path` exists and is writable."""
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
         raise VolumeError(f"{path}: there is no folder {folder}; make it first")
@@ -281,7 +281,7 @@ def check_folder_of(path: PathLike) -> None:
 
 
 def as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
-    """`array` as `dtype`, integers rounded; what does not fit is refused, not wrapped."""
+    """`array` as `dtype`, integers rounded; values that do not fit raise an error and never wrap around."""
     if array.dtype.kind not in "biuf":
         raise VolumeError(f"{array.dtype} is no real number; of complex voxels take the magnitude first")
     extremes = float(array.min()), float(array.max())

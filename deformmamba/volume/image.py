@@ -1,4 +1,4 @@
-"""A `Volume` in scanner units with its place in the world: affines, slices, intensity."""
+"""`Volume`: one image in scanner units with its position in the world. Affines, slice axis and intensity scale."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,18 +17,18 @@ class VolumeError(DeformMambaError, ValueError):
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class Volume:
-    """One 3-D image and its place in the world.
+    """One 3-D image and its position in the world.
 
     Attributes:
-        array: (i, j, k), float32 when read from a file, in the scanner's own units.
+        array: (i, j, k), float32 when read from a file, in scanner units.
         affine: 4x4 float64, voxel index to mm (RAS+); invertible.
-        qform: the file's qform in mm where it has one; None: the same as `affine`.
-        codes: NIfTI's (qform_code, sform_code): 0 unknown, 1 scanner, 2 aligned, 3 Talairach, 4 MNI. (0, 0) says that
-            nobody knows how the image lies in the patient: no left or right may be printed on it.
-        header: the source of units, descriptions and tags when it is written back: a nibabel header, or of DICOM a
+        qform: the file's qform in mm, if it has one; None: the same as `affine`.
+        codes: NIfTI's (qform_code, sform_code): 0 unknown, 1 scanner, 2 aligned, 3 Talairach, 4 MNI. (0, 0) means that
+            the orientation in the patient is unknown: no left or right may be printed on the image.
+        header: the source of units, descriptions and tags for the output: a nibabel header, or for DICOM a
             `dicom.DicomSeries`.
-        slices: the axis along which the file says that slices are stacked; None: it does not say.
-        notes: what the reader has to say about the file, one line each: inconsistent fields, files passed over.
+        slices: the axis along which slices are stacked according to the file; None: not stated.
+        notes: the reader's remarks about the file, one line each: inconsistent fields, skipped files.
 
     Raises:
         VolumeError: the array is not 3-D, or the affine is no invertible 4x4.
@@ -50,13 +50,13 @@ class Volume:
                 object.__setattr__(self, form, _checked_affine(matrix, form))
 
     def __repr__(self) -> str:
-        """`Volume(64x64x20, 3.76x3.76x5 mm, RAS, int16)`; "?" where the file does not state how the image lies."""
+        """`Volume(64x64x20, 3.76x3.76x5 mm, RAS, int16)`; "?" if the file does not state the orientation."""
         shape = "x".join(map(str, self.array.shape))
         return f"Volume({shape}, {'x'.join(f'{mm:.3g}' for mm in self.spacing)} mm, {self.towards}, {self.array.dtype})"
 
     @property
     def towards(self) -> str:
-        """Where each axis points in the patient, such as "RAS"; "?" where the file does not state it."""
+        """The direction of each axis in the patient, such as "RAS"; "?" if the file does not state it."""
         if not any(self.codes):
             return "?"
         directions = self.affine[:3, :3] / np.linalg.norm(self.affine[:3, :3], axis=0)
@@ -93,11 +93,11 @@ def _checked_affine(matrix: npt.ArrayLike, name: str) -> np.ndarray:
 
 
 def upscaled_affine(affine: npt.ArrayLike, scale: float, axes: Sequence[int], grid: str) -> np.ndarray:
-    """The affine after `scale`-fold super-resolution along `axes`, so that anatomy stays where it is.
+    """The affine after `scale`-fold super-resolution along `axes`; anatomy keeps its position in the world.
 
-    Voxel j of the fine image lies on voxel j / scale ("origin": fine voxel 0 is coarse voxel 0, so the translation
-    stays) or on voxel (j + 1/2) / scale - 1/2 ("half-pixel": outer edges coincide, so the translation moves by
-    -(1 - 1 / scale) / 2 coarse voxels along each axis) of the coarse image. A `scale` below 1 goes the other way.
+    "origin": voxel j of the fine image lies on voxel j / scale of the coarse image. Voxel 0 is the same in both, so
+    the translation is unchanged. "half-pixel": voxel j lies on voxel (j + 1/2) / scale - 1/2. Outer edges coincide, so
+    the translation moves by -(1 - 1 / scale) / 2 coarse voxels along each axis. A `scale` below 1 is the inverse.
 
     Raises:
         ValueError: `grid` is neither of the two.
@@ -115,10 +115,10 @@ def upscaled_affine(affine: npt.ArrayLike, scale: float, axes: Sequence[int], gr
 def slice_axis(volume: Volume) -> int:
     """The axis along which slices are stacked: `volume.slices`, else a guess from shape and voxel size.
 
-    A DICOM series always states it, NIfTI in its field dim_info. The guess takes the pixels of a slice to be square:
-    the only axis of length 1 if there is just one; else the one axis whose spacing differs, by more than 1 %, from that
-    of the two others (it may be the smaller: a scan of coarse pixels in thin slices); else the axis of the largest
-    spacing, the later one of equals: the last axis of an isotropic volume.
+    A DICOM series always states it, NIfTI in its field dim_info. The guess assumes square pixels. It is the only axis
+    of length 1, if there is exactly one; else the axis whose spacing differs by more than 1 % from two equal others
+    (it may be the smaller spacing: coarse pixels in thin slices); else the axis of the largest spacing, the later of
+    equals: the last axis of an isotropic volume.
     """
     if volume.slices is not None:
         return volume.slices
@@ -136,7 +136,7 @@ def slice_axis(volume: Volume) -> int:
 
 
 def chosen_axis(volume: Volume, axis: int | None) -> int:
-    """`axis`, where slices are stacked; of None what `slice_axis` finds.
+    """`axis`, where slices are stacked; for None the result of `slice_axis`.
 
     Raises:
         VolumeError: there is no such axis.
@@ -155,11 +155,11 @@ def in_plane(axis: int) -> tuple[int, int]:
 
 
 def intensity_scale(array: npt.ArrayLike, rule: str = "p99.9") -> float:
-    """What a volume is divided by before a model sees it; always positive.
+    """The positive number by which a volume is divided before a model gets it.
 
     "p99.9" (or any other percentile): that percentile of the finite non-zero voxels, a maximum that a few bright
-    vessels do not move. "max": the largest finite voxel. Where that is not positive (a volume of zeros, or one mostly
-    below zero): the largest magnitude, and 1 if there is none.
+    vessels do not change. "max": the largest finite voxel. If that is not positive (a volume of zeros, or mostly
+    below zero): the largest magnitude, or 1 if that is 0 too.
 
     Raises:
         ValueError: an unknown rule.

@@ -1,7 +1,7 @@
-"""What a scan says about itself before anything is made of it: geometry, intensities, and the k-space that fills it.
+"""Inspects a scan before processing: geometry, intensities, and the filled part of its k-space.
 
-Scanners often measure a smaller matrix than they deliver and fill the rest of k-space with zeros: the header then
-promises pixels finer than what was resolved. The border shows in the spectrum of the image, see `effective_matrix`.
+Scanners often measure a smaller matrix than they deliver and fill the rest of k-space with zeros. The header then
+states pixels finer than the true resolution. `effective_matrix` finds the border in the spectrum of the image.
 """
 
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 # pixels beyond this factor of the range that the weights were trained on are far from it
 FAR_SPACING = 1.5
 
-_N_SLICES = 32  # as many of a volume are enough for a smooth profile
+_N_SLICES = 32  # enough slices for a smooth profile
 _DYNAMIC_RANGE = 1e-12  # in power; below lies the rounding of float32 voxels
-_LOWEST = 0.15  # of the highest frequency: anatomy shapes the spectrum below, and nobody interpolates sevenfold
+_LOWEST = 0.15  # of the highest frequency: below, anatomy shapes the spectrum, and no scanner interpolates sevenfold
 # In power anatomy falls off like f ** -2 to f ** -5 and noise not at all: an edge is where the exponent passes STEEP,
 _STEEP = 8.0
 # and where the spectrum ends up this many dB lower than f ** -NATURAL would have brought it: a tenth of the power, or
@@ -38,23 +38,23 @@ _MAJORITY, _FEWEST_VOTES, _AGREEMENT = 0.6, 3, 0.02
 def effective_matrix(
     slices: np.ndarray | torch.Tensor, stated: tuple[int | None, int | None] = (None, None)
 ) -> tuple[int, int]:
-    """(h, w): how much of the k-space of whole slices (n, H, W) is filled; (H, W) where no border can be seen.
+    """(h, w): the filled part of the k-space of whole slices (n, H, W); (H, W) if no border is found.
 
-    Real or complex, any unit; at most 32 slices are looked at. The power spectrum under a Hann window (so that anatomy
-    cut off at the edge of the field leaks nowhere) is summed over the other axis and folded at frequency 0. Along this
-    profile the border is where power falls more steeply than anatomy does, by 10 dB or more in excess of anatomy's
-    steepest power law or by 4 dB within a few frequencies, and stays down for another 4 % of the axis.
+    Slices may be real or complex, in any unit; at most 32 are used. A Hann window suppresses leakage from anatomy cut
+    off at the edge of the field. The power spectrum is summed over the other axis and folded at frequency 0. Along this
+    profile, the border is where power falls more steeply than in anatomy, by 10 dB or more in excess of anatomy's
+    steepest power law or by 4 dB within a few frequencies, and stays low for another 4 % of the axis.
 
     Measured on zero-filled slices of nine volumes, at 1.25, 1.5 and 2 times the matrix, with phase and 1 % noise, as
-    magnitudes rounded to integers: a hard border is found within 1 %. (A magnitude loses the measured phase and smears
-    the border's outside: the step is lower, not elsewhere.) Where a filter fades the edge, the answer is where the
-    fading ends in what lies beyond: a few per cent less than the matrix after a Fermi or Hamming filter, about 15 %
-    after a Hann filter, which leaves as little signal there. A border in the outermost 4 % is not seen. Partial Fourier
-    is not either: the larger side counts.
+    magnitudes rounded to integers: a hard border is found within 1 %. (Taking the magnitude discards the phase and
+    smears power beyond the border: the step is lower, but at the same place.) If a filter fades the edge, the result is
+    where the faded signal meets the level beyond: a few per cent less than the matrix after a Fermi or Hamming filter,
+    about 15 % after a Hann filter, which leaves little signal there. A border in the outermost 4 % is not found.
+    Partial Fourier is not found either: the larger side counts.
 
-    A sum over slices can hide what most slices show; so where the sum has no border, each slice is looked at, and the
-    one that 60 % of at least three slices agree on counts. `stated` is the acquisition matrix of the header: a border
-    near it needs less evidence.
+    A sum over slices can hide a border that most slices have. So if the sum has no border, each slice is searched, and
+    a border counts if 60 % of at least three slices agree on it. `stated` is the acquisition matrix of the header: a
+    border near it needs less evidence.
 
     Args:
         slices: (n, H, W).
@@ -104,7 +104,7 @@ def evenly(n: int, most: int) -> list[int]:
 
 
 def _filled(power: np.ndarray) -> int:
-    """How many of the frequencies of a centred power profile (n,) are filled; n if no border is seen."""
+    """Number of filled frequencies of a centred power profile (n,); n if no border is found."""
     n = len(power)
     centre = n // 2
     last = (n - 1) // 2  # the frequency -n / 2 of an even n has no partner and is left out
@@ -142,11 +142,11 @@ def _filled(power: np.ndarray) -> int:
 
 
 def _step(power: np.ndarray, near: int | None = None) -> int:
-    """How many frequencies of a centred power profile (n,) lie inside of a step; n if there is none.
+    """Number of frequencies of a centred power profile (n,) inside a step; n if there is no step.
 
-    A step is a fall within 5 % of the axis beyond the slopes on both sides of it: what a scanner leaves that fills
-    k-space with zeros and then smooths, or takes magnitudes. Anatomy has no step: 1 dB or less. `near` a stated matrix
-    a smaller one counts.
+    A step is a fall within 5 % of the axis, in excess of the slopes on both sides. Scanners cause it when they fill
+    k-space with zeros and then smooth or take magnitudes. Anatomy has no step: 1 dB or less. A smaller step counts
+    `near` a stated matrix.
     """
     n = len(power)
     last = (n - 1) // 2
@@ -177,21 +177,21 @@ def _step(power: np.ndarray, near: int | None = None) -> int:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect_volume` found.
+    """The result of `inspect_volume`.
 
     Attributes:
         shape: voxels along each axis.
-        spacing: voxel size along each axis, mm, as the file says.
-        orientation: where each axis points in the patient, of R L A P S I; None: the file does not say.
-        tilt: degrees between the slices and the nearest of axial, coronal and sagittal; None: the file does not say.
+        spacing: voxel size along each axis, mm, from the file.
+        orientation: direction of each axis in the patient, of R L A P S I; None: not stated in the file.
+        tilt: degrees between the slices and the nearest of axial, coronal and sagittal; None: not stated in the file.
         axis: where slices are stacked.
         matrix: pixels of a slice along its two axes, in the array's order.
-        effective: how many of them the k-space of the slices fills, see `effective_matrix`.
-        resolution: mm along the same two axes that were really resolved: the field of view divided by `effective`.
+        effective: the filled part of the k-space of `matrix`, see `effective_matrix`.
+        resolution: true resolution along the same two axes, mm: the field of view divided by `effective`.
         lowest, highest: of the voxels.
-        intensity: what a model divides the voxels by, see `volume.intensity_scale`.
+        intensity: the number by which a model divides the voxels, see `volume.intensity_scale`.
         negative: share of voxels below zero, 0 to 1.
-        remarks: what else a person should know, about the given model too: one line each, without a full stop.
+        remarks: further remarks, also about the given model: one line each, without a full stop.
     """
 
     shape: tuple[int, int, int]
@@ -210,12 +210,12 @@ class Inspection:
 
     @property
     def interpolated(self) -> bool:
-        """Whether a border was found inside of k-space."""
+        """Whether a border was found inside k-space."""
         return self.effective != self.matrix
 
     @property
     def filling(self) -> str:
-        """What `effective` means, as a sentence."""
+        """The meaning of `effective` in one sentence."""
         if not self.interpolated:
             return "no border of a smaller measured matrix is visible in k-space; a filter or a soft edge can hide one"
         pixel = tuple(
@@ -230,15 +230,15 @@ class Inspection:
 
 
 def inspect_volume(volume: Volume, *, axis: int | None = None, model: "SRModel | None" = None) -> Inspection:
-    """Geometry, intensities and filled k-space of a scan, and what there is to say about them.
+    """Geometry, intensities and filled k-space of a scan, with remarks.
 
     Args:
         volume: real, finite voxels.
         axis: where slices are stacked; None: `volume.slice_axis`.
-        model: also say whether this scan is like those that the model was trained on.
+        model: also compare the scan with the training data of this model.
 
     Raises:
-        VolumeError: no such axis, or voxels that are no real finite numbers.
+        VolumeError: no such axis, or voxels that are not real and finite.
     """
     axis = chosen_axis(volume, axis)
     array = volume.array
@@ -303,7 +303,7 @@ def stated_matrix(volume: Volume, axis: int) -> tuple[int | None, int | None]:
 
 
 def _orientation(volume: Volume, axis: int) -> tuple[str | None, float | None]:
-    """Letters of R L A P S I, one an axis, and the degrees by which the slices' normal is off the nearest of them."""
+    """One of the letters R L A P S I per axis, and the angle in degrees between the slices' normal and the nearest."""
     if not any(volume.codes):
         return None, None
     import nibabel
@@ -315,7 +315,7 @@ def _orientation(volume: Volume, axis: int) -> tuple[str | None, float | None]:
 
 
 def trained_spacings(model: "SRModel") -> tuple[float, float] | None:
-    """The finest and the coarsest pixel, in mm, that the weights were trained on; None: they do not say."""
+    """The finest and the coarsest pixel in the training data of the weights, in mm; None: unknown."""
     trained = np.ravel(model.provenance.get("spacings_mm") or [])
     return (float(trained.min()), float(trained.max())) if trained.size else None
 
@@ -326,7 +326,7 @@ def is_far(pixel: tuple[float, float], trained: tuple[float, float]) -> bool:
 
 
 def spacing_remark(model: "SRModel", volume: Volume, axis: int) -> str:
-    """On which pixel sizes the weights were trained, beside those of a scan's slices across `axis`."""
+    """Compares the pixel sizes of the training data with those of a scan's slices across `axis`, in one line."""
     trained = trained_spacings(model)
     if trained is None:
         return "the weights do not say on which pixel sizes they were trained"

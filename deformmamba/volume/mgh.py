@@ -13,21 +13,21 @@ def image_class() -> Any:
     return nibabel.freesurfer.mghformat.MGHImage
 
 
-# where the flag stands in the file, a big-endian 16-bit integer
+# position of the flag in the file, a big-endian 16-bit integer
 FLAG = slice(28, 30)
 
 
 def placed(array: np.ndarray, header: Any, flag: int = 1) -> Volume:
-    """`array` at the place that an MGH header states.
+    """`array` with the geometry of an MGH header.
 
-    With goodRASFlag 0 it states none: nibabel and FreeSurfer then take coronal slices of 1 mm voxels around the origin,
-    and the volume has no orientation. nibabel sets the flag to 1, so `flag` is the one in the file.
+    With goodRASFlag 0 the header states no geometry: nibabel and FreeSurfer then assume coronal slices of 1 mm voxels
+    around the origin, and the volume has no orientation. nibabel sets the flag to 1, so `flag` is the one in the file.
     """
     return Volume(array, header.get_affine(), codes=(1, 1) if flag > 0 else (0, 0), header=header)
 
 
 def image(voxels: np.ndarray, volume: Volume, kind: Any = None) -> Any:
-    """`voxels` at the place of `volume`, as an image of the class `kind`; with its header if that is of this format."""
+    """`voxels` with the geometry of `volume` as an image of class `kind`; with its header if that is of this format."""
     kind = kind or image_class()
     header = volume.header.copy() if isinstance(volume.header, kind.header_class) else None
     if header is not None:

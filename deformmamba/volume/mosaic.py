@@ -18,7 +18,7 @@ _CURE = "convert the series to NIfTI with dcm2niix"
 
 
 class Tile(NamedTuple):
-    """Where a slice lies in the mosaic (first row, end row, first column, end column) and in the patient (mm, LPS+)."""
+    """A slice in the mosaic (first row, end row, first column, end column) and in the patient (mm, LPS+)."""
 
     box: tuple[int, int, int, int]
     position: np.ndarray

@@ -1,9 +1,9 @@
-"""NIfTI, through nibabel's headers; and the parts of reading and writing that MGH shares (`mgh.py`).
+"""Reads and writes NIfTI with nibabel's headers, and the steps that MGH shares (`mgh.py`).
 
-How a file states its place. sform_code > 0: the sform. Else qform_code > 0: the qform. With both codes 0 the file
-states none, and each program computes a place from voxel size and shape: nibabel puts the middle of the volume at the
-origin, ITK its first voxel. Such a volume has `codes` (0, 0), nibabel's place as its `affine` and ITK's as its `qform`.
-It is written with explicit codes, because a place computed from another shape would be another place.
+The affine of a file. sform_code > 0: the sform. Else qform_code > 0: the qform. With both codes 0 the file has no
+affine, and each program computes one from voxel size and shape: nibabel puts the middle of the volume at the
+origin, ITK its first voxel. Such a volume has `codes` (0, 0), nibabel's affine as its `affine` and ITK's as its
+`qform`. It is written with explicit codes, because an affine computed from the new shape would differ.
 """
 
 import gzip
@@ -20,7 +20,7 @@ from deformmamba.volume.image import Volume, VolumeError
 
 # nibabel's spatial unit in mm
 _MM = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
-# The codes for a place that the source did not state: ITK reads the qform of these two, nibabel the sform.
+# The codes for an affine that the source did not state: ITK reads the qform of these two, nibabel the sform.
 _UNSTATED_CODES = (1, 2)
 # in the header's `aux_file`, so that an output does not claim a left and a right that its source did not have
 _UNSTATED = b"orientation unknown"
@@ -37,13 +37,13 @@ def read(path: Path, volume: int | None) -> Volume:
 
 
 def count(path: Path) -> int:
-    """How many 3-D volumes a NIfTI or MGH file holds."""
+    """Number of 3-D volumes in a NIfTI or MGH file."""
     with _voxels_of(path) as (_, n_volumes):
         return n_volumes
 
 
 def each(path: Path) -> Iterator[Volume]:
-    """Every 3-D volume of a NIfTI or MGH file, in order; one at a time is in memory, and a gzip file is read once."""
+    """Every 3-D volume of a NIfTI or MGH file, in order, one at a time in memory; a gzip file is read once."""
     with _voxels_of(path) as (source, n_volumes):
         for index in range(n_volumes):
             with parsing(path, "a damaged file"):
@@ -134,7 +134,7 @@ def _header(path: Path, file: Bounded, is_mgh: bool) -> Any:
 
 
 def _check_pixdim(path: Path, raw: Any) -> None:
-    """Refuses a missing voxel size; an sform has its own, and a single slice needs none across itself."""
+    """Refuses a missing voxel size; not needed with an sform, nor across a single slice."""
     shape = [int(n) for n in raw["dim"][1 : 1 + int(np.clip(raw["dim"][0], 0, 3))]]
     needed = [axis for axis, n in enumerate(shape) if n > 1]
     if raw["sform_code"] <= 0 and not all(np.abs(raw["pixdim"][1 + axis]) > 0 for axis in needed):
@@ -145,7 +145,7 @@ def from_nibabel(image: Any) -> Volume:
     """A 3-D nibabel image, NIfTI or MGH, as a volume: real voxels as float32, slope and intercept applied.
 
     Raises:
-        VolumeError: not 3-D, or a geometry that is no geometry.
+        VolumeError: not 3-D, or an invalid geometry.
     """
     if len(image.shape) != 3:
         raise VolumeError(f"the image has shape {image.shape}; give one 3-D volume, such as image.slicer[..., 0]")
@@ -154,7 +154,7 @@ def from_nibabel(image: Any) -> Volume:
 
 
 def to_nibabel(volume: Volume, kind: Any) -> Any:
-    """The volume as a nibabel image of the class `kind`, with the header that it came with if that is of such an image.
+    """The volume as a nibabel image of the class `kind`; it keeps its header if that is of this class.
 
     Raises:
         VolumeError: more voxels along an axis than NIfTI-1 can count.
@@ -163,12 +163,12 @@ def to_nibabel(volume: Volume, kind: Any) -> Any:
 
 
 def _is_nifti(header: Any) -> bool:
-    """Else MGH, whose headers (or their class) have neither units nor codes."""
+    """Whether a header (or its class) is NIfTI; MGH has neither units nor codes."""
     return hasattr(header, "get_xyzt_units")
 
 
 def _placed(array: np.ndarray, header: Any, affine: np.ndarray | None = None) -> Volume:
-    """`array` at the place that a header states; `affine` is nibabel's, where it is known."""
+    """`array` with the geometry of a header; `affine` is nibabel's, if known."""
     if not _is_nifti(header):
         return mgh.placed(array, header)
     codes = (int(header["qform_code"]), int(header["sform_code"]))
@@ -199,7 +199,7 @@ def _placed(array: np.ndarray, header: Any, affine: np.ndarray | None = None) ->
 
 
 def _voxel_sizes(header: Any) -> np.ndarray:
-    """pixdim, 1 where there is none, as a single slice has it."""
+    """pixdim; 1 if missing, as for a single slice."""
     sizes = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
     sizes[int(header["dim"][0]) :] = 1.0
     return np.where(np.isfinite(sizes) & (sizes > 0), sizes, 1.0)
@@ -227,7 +227,7 @@ def _qform(header: Any, sizes: np.ndarray) -> np.ndarray:
 
 
 def _centred(header: Any, sizes: np.ndarray) -> np.ndarray:
-    """nibabel's place of a file that states none: the middle of the volume at the origin, the first axis mirrored."""
+    """nibabel's affine for a file without one: the middle of the volume at the origin, the first axis mirrored."""
     shape = [int(n) for n in header.get_data_shape()[:3]]
     shape += [1] * (3 - len(shape))
     made = np.diag([-sizes[0], sizes[1], sizes[2], 1.0])
@@ -246,13 +246,12 @@ def planes(
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """Write the file plane by plane: yields a function that takes the next (i, j) plane of the third axis.
 
-    Geometry and header are those of `like`; `description` takes the place of NIfTI's `descrip`. Nothing but one plane
-    is held in memory.
+    Geometry and header are those of `like`; `description` replaces NIfTI's `descrip`. Only one plane is in memory.
     """
     from nibabel.openers import ImageOpener
 
     is_mgh = suffix(path) in MGH_SUFFIXES
-    # the header of an image of this shape, which is never made
+    # the header for this shape; the image itself is never created
     voxels = np.broadcast_to(np.zeros((), dtype), shape)
     header = mgh.image(voxels, like).header if is_mgh else _nifti_header(voxels, like)
     file_dtype = header.get_data_dtype()
@@ -277,7 +276,7 @@ def _nifti_header(voxels: np.ndarray, volume: Volume) -> Any:
 
 
 def _nifti_image(voxels: np.ndarray, volume: Volume, kind: Any = None) -> Any:
-    """`voxels` where `volume` lies, with its header; `kind` None: of the NIfTI version of that header, else 1."""
+    """`voxels` with the geometry and header of `volume`; `kind` None: the NIfTI version of that header, else 1."""
     import nibabel
 
     known = isinstance(volume.header, nibabel.Nifti1Header)

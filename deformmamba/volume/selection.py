@@ -1,8 +1,8 @@
-"""Which files are scans: the one rule that cohorts and data sets share.
+"""Decides which files are scans. Cohorts and data sets share this rule.
 
 A scan is a NIfTI or MGH file, or a DICOM series, that holds a magnitude image of a patient. Masks, label images, phase
-images, statistical maps and outputs of this package are passed over, each with its reason. `scans_below` walks a
-folder, `not_a_scan` decides about one file.
+images, statistical maps and outputs of this package are skipped, each with a reason. `scans_below` walks a folder,
+`not_a_scan` checks one file.
 """
 
 import gzip
@@ -27,7 +27,7 @@ PRODUCER = "deformmamba"
 # the last part of a file's name; the first four are suffixes of BIDS
 _LABEL_NAMES = ("dseg", "mask", "probseg", "seg", "label", "labels", "segmentation", "aseg", "wmparc")
 _PHASE_NAMES = ("phase", "phase1", "phase2", "phasediff", "fieldmap")
-# NIfTI intent codes of what is no intensity image
+# NIfTI intent codes of images other than intensity images
 _LABEL_INTENT = 1002
 _OTHER_INTENTS = (*range(2, 25), *range(1004, 1010))
 
@@ -41,9 +41,9 @@ class Candidate:
     """A file that may be a scan, or the folder of a DICOM series.
 
     Attributes:
-        path: the file; of DICOM the folder.
-        series: the SeriesInstanceUID, where the folder holds several series.
-        reason: why it is not a scan; empty if it is one.
+        path: the file; for DICOM the folder.
+        series: the SeriesInstanceUID, if the folder holds several series.
+        reason: why it is not a scan; empty for a scan.
     """
 
     path: Path
@@ -52,9 +52,9 @@ class Candidate:
 
 
 def scans_below(root: PathLike, *, skip: PathLike | None = None, outside: bool = True) -> Iterator[Candidate]:
-    """Every scan below `root`, and every file that looks like one and is not, with the reason; in the order of names.
+    """Every scan below `root`, and every similar file that is no scan, with the reason; sorted by name.
 
-    Names that start with a dot are left out. Each folder comes once, whatever links lead to it.
+    Names that start with a dot are left out. Each folder is visited once, even if several links lead to it.
 
     Args:
         root: a folder.
@@ -94,9 +94,9 @@ def _in_folder(folder: Path, files: list[Path], root: Path) -> Iterator[Candidat
 
 
 def series_in(files: list[Path]) -> dict[str, Any]:
-    """SeriesInstanceUID to one data set (without pixels) of each DICOM series among `files`, in the series' order.
+    """Maps SeriesInstanceUID to one data set (without pixels) of each DICOM series among `files`, in series order.
 
-    Files that are no DICOM images do not count: other formats, reports, a DICOMDIR.
+    Files that are not DICOM images are ignored: other formats, reports, a DICOMDIR.
     """
     found: dict[str, Any] = {}
     with silenced():
@@ -107,10 +107,10 @@ def series_in(files: list[Path]) -> dict[str, Any]:
 
 
 def not_a_scan(path: PathLike) -> str:
-    """Why a NIfTI or MGH file, or a DICOM file, is not to be upscaled, trained on or scored; empty if it is a scan.
+    """Why a NIfTI, MGH or DICOM file must not be upscaled, trained on or scored; empty for a scan.
 
-    Looks at the name, the JSON file of the same name beside it, the header, and the voxels as far as needed. A file
-    that cannot be read counts as a scan, so that the reader says what is wrong with it.
+    Checks the name, the JSON file of the same name beside it, the header, and the voxels as far as needed. A file
+    that cannot be read counts as a scan, so that the reader reports the error.
     """
     path = Path(path)
     if suffix(path) not in (*NIFTI_SUFFIXES, *MGH_SUFFIXES):
@@ -136,7 +136,7 @@ def not_a_scan(path: PathLike) -> str:
 
 
 def no_scan(path: PathLike, volume: Volume) -> str:
-    """`not_a_scan` for what was read from `path`: a file, or a folder of DICOM files."""
+    """`not_a_scan` for the volume read from `path`, a file or a folder of DICOM files."""
     if isinstance(volume.header, dicom.DicomSeries):
         return _dicom_reason(next(iter(volume.header.datasets.values())))
     return not_a_scan(path)
@@ -151,7 +151,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
 
 
 def _is_own(description: str) -> bool:
-    """Whether `inference.derivation` wrote it; the output of `degrade` is input for `upscale`."""
+    """Whether `inference.derivation` wrote this description. Outputs of `degrade` remain valid input for `upscale`."""
     return description.startswith(f"{PRODUCER} ") and ", degrade " not in description
 
 
