@@ -1,9 +1,9 @@
-"""Folders of scans upscaled one after the other, by one process or many: what is done is skipped, what fails is listed.
+"""Upscales folders of scans, in one process or many. Finished scans are skipped, and failures are listed.
 
-Names follow BIDS: `sub-01_ses-1_T2w.nii.gz` becomes `sub-01_ses-1_desc-sr_T2w.nii.gz` at the same place below the
-output folder, with a JSON sidecar that says what made it. A scan counts as done if its output is there and the sidecar
-beside it names the same source (size and time of last change), the same weights (sha256), the same version of this
-package and the same settings; the sidecar is written last. So a run that was stopped, however, is simply repeated.
+Names follow BIDS: `sub-01_ses-1_T2w.nii.gz` becomes `sub-01_ses-1_desc-sr_T2w.nii.gz` in the same subfolder of the
+output folder, with a JSON sidecar that records the provenance. A scan counts as done if its output exists and its
+sidecar names the same source (size and time of last change), the same weights (sha256), the same version of this
+package and the same settings. The sidecar is written last, so an interrupted run resumes when the command is repeated.
 """
 
 import csv
@@ -47,19 +47,19 @@ from deformmamba.volume import (
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
 
-# what a scan can be made into: the label of the BIDS entity `desc-`, and what it means
+# kinds of output: the label of the BIDS entity `desc-`, and its meaning
 KINDS = {
     "sr": "Made by super-resolution: what the scanner did not measure is an estimate. No diagnosis.",
     "iso": "Made isotropic: what the scanner did not measure between the slices is an estimate. No diagnosis.",
 }
-# sub-<label>, then entities, then the suffix that says what kind of image it is
+# sub-<label>, then entities, then the suffix for the kind of image
 _BIDS = re.compile(r"sub-[A-Za-z0-9]+(_[a-z]+-[A-Za-z0-9+]+)*_[A-Za-z0-9]+")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one scan; `reason` (why not) and `remark` (`inspection.spacing_remark`) are one line, and hold
-    nothing that was read from the scan but its sizes."""
+    """The outcome of one scan. `reason` (why it failed or was skipped) and `remark` (`inspection.spacing_remark`) are
+    one line, and hold nothing from the scan except its sizes."""
 
     source: str  # relative to the folder of scans
     output: str  # relative to the output folder
@@ -74,7 +74,7 @@ class _Task:
     source: Path
     name: Path  # of the source, relative to the folder of scans
     output: Path  # relative to the output folder
-    series: str | None = None  # SeriesInstanceUID, where a folder holds several
+    series: str | None = None  # SeriesInstanceUID, if a folder holds several
 
     @property
     def sidecar(self) -> Path:
@@ -98,35 +98,35 @@ def upscale_cohort(
     only: Callable[[Path], bool] | None = None,
     **settings: Any,
 ) -> list[Outcome]:
-    """Upscale every scan below `source` into the same places below `target`.
+    """Upscale every scan below `source` into the same subfolders of `target`.
 
-    A scan is a NIfTI or MGH file, or a DICOM series in a folder (which becomes a folder again; each of several series
-    in a folder is a scan of its own). `volume.scans_below` decides: masks, label images, phase images and outputs of
-    this package are listed as passed over, with the reason. Hidden names and `target` itself are left out; a link that
-    leads out of `source` fails. A scan that cannot be read or upscaled fails, and the others go on.
+    A scan is a NIfTI or MGH file, or a DICOM series in a folder (the output is also a folder; each of several series
+    in a folder is a separate scan). `volume.scans_below` finds the scans. Masks, label images, phase images and outputs
+    of this package are listed as skipped, with the reason. Hidden names and `target` itself are left out; a link that
+    leads out of `source` fails. If a scan cannot be read or upscaled, it is listed as failed and the run continues.
 
     Under `torchrun`, `accelerate launch` or `srun` each process takes its share (see `processes`), the largest scans
-    first; nothing is done twice, and no two processes write the same file. The folder must not change meanwhile.
+    first. No scan is processed twice, and no two processes write the same file. The folder must not change meanwhile.
 
-    Writes a table of its outcomes, `desc-sr_summary.csv` below `target` (`..._rank-R.csv` of several processes), and
-    where `source` is a BIDS data set, the `dataset_description.json` of a derivative.
+    Writes a table of outcomes, `desc-sr_summary.csv` below `target` (`..._rank-R.csv` with several processes). If
+    `source` is a BIDS data set, also writes the `dataset_description.json` of a derivative.
 
     Args:
         model: any SRModel.
         source: the folder of scans.
-        target: the output folder; made if it is not there.
+        target: the output folder; created if missing.
         volume, dtype, effective, nan, partial, settings: as `inference.upscale_file`.
-        uncertainty, figure, report: folders, for a file of each scan: what `upscale_file` gives for `uncertainty`, the
-            middle slice before and after as .png, a page for visual checks as .html.
-        told: called with each outcome as it comes.
-        only: of a scan's path relative to `source`, whether to upscale it; None: all.
+        uncertainty, figure, report: folders for one file per scan: the `uncertainty` of `upscale_file`, the middle
+            slice before and after as .png, a page for visual checks as .html.
+        told: called with each outcome immediately.
+        only: takes a scan's path relative to `source` and returns whether to upscale it; None: all.
 
     Returns:
         The outcomes of this process, by source.
 
     Raises:
-        VolumeError: `source` is no folder or holds no scan; `target` cannot be made.
-        ValueError: an environment that names no valid share.
+        VolumeError: `source` is no folder or holds no scan; `target` cannot be created.
+        ValueError: the environment variables of `processes` are invalid.
     """
     chosen = Settings(**settings)
     model = network(model)
@@ -156,7 +156,7 @@ def upscale_cohort(
 
 
 def _place(folder: PathLike, name: Path, kind: str) -> Path:
-    """Where a further file of the output `name` goes; its folder is made."""
+    """The path of a further file of the output `name`; its folder is created."""
     stem, ending = _split(name.name)
     endings = {"figure": ".png", "report": ".html"}
     path = Path(folder) / name.with_name(stem + endings[kind] if kind in endings else f"{stem}_uncertainty{ending}")
@@ -182,13 +182,13 @@ def run_cohort(
     told: Callable[[Outcome], None] | None = None,
     only: Callable[[Path], bool] | None = None,
 ) -> list[Outcome]:
-    """What `upscale_cohort` does, with any function from scan to scan.
+    """As `upscale_cohort`, with any function from scan to scan.
 
     Args:
         source, target, told, only: as `upscale_cohort`.
         kind: one of `KINDS`, for names and descriptions.
-        made_by: what the outputs depend on, as JSON can hold it; another one makes them again.
-        make: called with the paths of a scan and of its output, and with `series` where a folder holds several DICOM
+        made_by: everything that the outputs depend on, as JSON; if it changes, all outputs are made again.
+        make: called with the paths of a scan and of its output, and with `series` if a folder holds several DICOM
             series; writes the output and returns a remark and further facts for the sidecar.
     """
     source, target = Path(source), Path(target)
@@ -233,7 +233,7 @@ def processes(environment: Mapping[str, str]) -> tuple[int, int]:
     (0, 1).
 
     Raises:
-        ValueError: they are no numbers, or the rank is not below the number of processes.
+        ValueError: they are not numbers, or the rank is not below the number of processes.
     """
     # a batch script that calls no srun has SLURM_NTASKS too, but is one process
     for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
@@ -247,13 +247,13 @@ def processes(environment: Mapping[str, str]) -> tuple[int, int]:
 
 
 def is_cohort(path: PathLike) -> bool:
-    """Whether a path is a folder of scans: any folder but one that itself holds DICOM images, which is one scan."""
+    """Whether a path is a folder of scans. A folder that directly holds DICOM images is one scan instead."""
     path = Path(path)
     return path.is_dir() and not holds_dicom(file for file in path.iterdir() if not file.name.startswith("."))
 
 
 def output_name(name: str, kind: str = "sr") -> str:
-    """The name of the output: `desc-<kind>` as the last entity of a BIDS name (joined to a `desc-` that is there), and
+    """The name of the output: `desc-<kind>` as the last entity of a BIDS name (joined to an existing `desc-`), and
     at the end of any other name."""
     stem, ending = _split(name)
     if not _BIDS.fullmatch(stem):
@@ -271,7 +271,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _tasks(root: Path, target: Path, kind: str) -> tuple[list[_Task], list[Outcome]]:
-    """What is to be upscaled, by name, and what is passed over or refused before it is opened."""
+    """The scans to upscale, by name, and the outcomes of files that are skipped or refused before they are opened."""
     if not root.is_dir():
         raise VolumeError(f"{root}: no such folder")
     if not is_cohort(root):
@@ -303,7 +303,7 @@ def _tasks(root: Path, target: Path, kind: str) -> tuple[list[_Task], list[Outco
 
 
 def _state(source: Path) -> tuple[int, float]:
-    """(bytes, time of the last change), of a folder over its files."""
+    """(bytes, time of the last change); for a folder, over all its files."""
     files = [path.stat() for path in source.iterdir() if path.is_file()] if source.is_dir() else [source.stat()]
     return sum(file.st_size for file in files), max((file.st_mtime for file in files), default=0.0)
 
@@ -344,13 +344,13 @@ def _done_or_made(
         stripped = skull_stripped(task.source)
         said = {**wanted, "SkullStripped": stripped, **facts, "OutputSha256": _content_hash(path)}
         write_text(sidecar, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
-    except Exception as error:  # a scan that nobody foresaw is no reason to leave the others undone
+    except Exception as error:  # an unforeseen error in one scan must not stop the others
         return Outcome(source, output, "failed", _reason(error), time.perf_counter() - start)
     return Outcome(source, output, "made", "", time.perf_counter() - start, remark)
 
 
 def _content_hash(path: Path) -> str:
-    """Of a file, or of all files of a folder."""
+    """The hash of a file, or of all files of a folder."""
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         with file.open("rb") as opened:
@@ -365,7 +365,7 @@ def _reason(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    # the text of a foreign error may quote what it read
+    # the text of a foreign error may quote patient data
     return f"an unexpected {type(error).__name__}; upscale this scan alone to see where"
 
 
@@ -385,7 +385,7 @@ def _table(outcomes: list[Outcome]) -> str:
 
 
 def _describe(source: Path, target: Path) -> None:
-    """What BIDS asks of a folder of derivatives; one that is there stays."""
+    """Writes the description that BIDS requires for a folder of derivatives; an existing one is kept."""
     path = target / "dataset_description.json"
     if (source / path.name).is_file() and not path.exists():
         described = {

@@ -1,4 +1,4 @@
-"""Pictures of one upscaled scan: the input, bicubic interpolation and the output of a slice."""
+"""Figures of one upscaled scan: a slice of the input, of its bicubic interpolation and of the output."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def draw_slice(path: PathLike, done: Upscaled, model: "SRModel", *, title: str, name: str) -> None:
-    """Draws the one slice that `upscale_file` kept, before and after, with what made it and its warnings below.
+    """Draws the slice that `upscale_file` kept, before and after, with provenance and warnings below.
 
     Args:
         path: .png, .pdf or .svg.
         done: the result of `upscale_file(..., keep=...)` for one slice.
-        model: what made it.
+        model: the model of the result.
         title: of the figure, before the number of the slice.
         name: of the model, above its panel.
     """

@@ -1,4 +1,4 @@
-"""Coarser volumes: as a coarser scan would have measured them, or cropped to the matrix that k-space fills."""
+"""Reduces the resolution of volumes: simulates a coarser scan, or crops to the filled part of k-space."""
 
 from collections.abc import Callable
 
@@ -21,16 +21,16 @@ def coarsen(
     crop: bool = False,
     seed: int = 0,
 ) -> Volume:
-    """The volume as a coarser measurement would have given it, slice by slice, float32.
+    """Simulates a coarser measurement of the volume, slice by slice, float32.
 
     Args:
-        volume: real numbers; noise levels refer to its own brightness ("p99.9").
-        degradation: of `physics.degradations`; an integer is the scale of a k-space crop with magnitude, what a
-            scanner measuring 1 / scale of the k-space per in-plane axis would have given.
+        volume: real numbers; noise levels are relative to its "p99.9".
+        degradation: of `physics.degradations`; an integer is the scale of a k-space crop with magnitude: the image of
+            a scanner that measures 1 / scale of the k-space per in-plane axis.
         axis: where slices are stacked; None: `volume.slice_axis`.
-        crop: leave rows and columns beyond a multiple of the scale out, at the end, so that voxel 0 stays where it is;
-            without it such slices are refused.
-        seed: of the noise, where there is any.
+        crop: crop rows and columns at the end to a multiple of the scale, so that voxel 0 keeps its position; without
+            it such slices are refused.
+        seed: of the noise, if any.
 
     Raises:
         VolumeError: voxels that are complex, NaN or infinite, no such axis, or slices smaller than the scale.
@@ -58,12 +58,11 @@ def coarsen(
 
 
 def to_effective(volume: Volume, *, axis: int | None = None, matrix: tuple[int, int] | None = None) -> Volume:
-    """The scan as it was measured, before the scanner filled its k-space with zeros: cropped to `matrix` (h, w),
-    float32.
+    """Undoes the scanner's zero-filling: crops the k-space to the measured `matrix` (h, w); float32.
 
-    `matrix` None: what `inspection.effective_matrix` finds. Magnitude, slice by slice; voxel 0 stays where it is.
-    Nothing is lost but the interpolation, and the networks get the pixels that they were trained on. A volume whose
-    k-space is full comes back as it is.
+    `matrix` None: the result of `inspection.effective_matrix`. Magnitude, slice by slice; voxel 0 keeps its position.
+    Only the interpolation is lost, and the networks get pixels as in their training data. A volume with full k-space
+    is returned unchanged.
 
     Raises:
         VolumeError: voxels that are complex, NaN or infinite, no such axis, or a matrix larger than the slices.
@@ -92,7 +91,7 @@ def to_effective(volume: Volume, *, axis: int | None = None, matrix: tuple[int, 
 def _each(
     volume: Volume, axis: int, size: tuple[int, int], change: Callable[[torch.Tensor, int], torch.Tensor]
 ) -> np.ndarray:
-    """Every slice, with its number, changed to another of `size`, stacked as they were."""
+    """Maps every slice, with its number, to one of `size`, and stacks the results along the same axis."""
     out = np.empty([*size[:axis], volume.array.shape[axis], *size[axis:]], np.float32, order="F")
     made = np.moveaxis(out, axis, 0)
     for k, image in enumerate(np.moveaxis(volume.array, axis, 0)):

@@ -1,4 +1,4 @@
-"""One model over one batch of slices: whole or in tiles, once or as the mean of a self-ensemble."""
+"""Runs one model on one batch of slices: whole or in tiles, once or as the mean of a self-ensemble."""
 
 from typing import TYPE_CHECKING
 
@@ -27,10 +27,10 @@ def predict(
     standard deviation (otherwise None). On the origin-aligned grid an image is reflected about index 0, i to -i mod n:
     plain reversal would move LR and HR apart by scale - 1 HR pixels.
 
-    With `tile`: each of them is computed tile by tile. Every tile gets its cut of the base image of the whole slice,
+    With `tile`: each slice is computed tile by tile. Every tile gets its part of the base image of the whole slice,
     and the intensity range of the whole slice (`SRModel.whole_slice`).
     """
-    # of the slice as it lies: a reflection moves one row of a cut field of view to the opposite edge
+    # computed before any reflection, which moves one row of a cut field of view to the opposite edge
     whole = model.whole_slice(lr) if model.any_intensity else {}
     if not ensemble:
         return _once(model, lr, whole, tile, overlap), None
@@ -53,7 +53,7 @@ def predict(
 def _once(
     model: "SRModel", image: torch.Tensor, whole: dict[str, torch.Tensor], tile: int | None, overlap: int | None
 ) -> torch.Tensor:
-    """`whole`: what `model.whole_slice` gave, where it was asked already."""
+    """`whole`: the result of `model.whole_slice`, if already computed."""
     precise = torch.promote_types(image.dtype, torch.float32)
     if tile is None:
         return model(image, **whole).to(precise)

@@ -1,4 +1,4 @@
-"""From file to file: read a scan, upscale it, write the result, and describe it in a report."""
+"""Upscales files: reads a scan, upscales it, writes the result, and describes it in a report."""
 
 import itertools
 import math
@@ -50,17 +50,17 @@ class Upscaled:
     """The result of `upscale_file`.
 
     Attributes:
-        source: the scan as it was read; cropped to its effective matrix if that was asked for.
+        source: the scan from the file; with `effective`, cropped to its effective matrix.
         place: geometry and header of the output; its array is that of `source`.
         shape: (i, j, k) of the output.
         axis: where slices are stacked.
-        kept: the slices that `keep` named: index to (slice (h, w), deviation of the ensemble or None).
-        remark: the scan's pixel size beside those that the weights were trained on, see `inspection.spacing_remark`.
-        seconds: from the first slice to the whole file, without the report.
+        kept: the slices chosen by `keep`: index to (slice (h, w), deviation of the ensemble or None).
+        remark: the scan's pixel size compared with the training data, see `inspection.spacing_remark`.
+        seconds: from the first slice to the complete file, without the report.
         settings: the settings of `upscale`, with defaults filled in.
-        n_volumes: how many volumes the output holds.
-        cautions: why the result may be worse than reported, a sentence each.
-        made_by: what stands in the output's header.
+        n_volumes: number of volumes in the output.
+        cautions: reasons why the result may be worse than reported, a sentence each.
+        made_by: the derivation text in the output's header.
     """
 
     source: Volume
@@ -98,29 +98,29 @@ def upscale_file(
 ) -> Upscaled:
     """Read `source`, upscale it, write `target`.
 
-    Slices are written as they are made, so that only the input is in memory, never the output; of a 4-D scan only one
-    volume. `target` appears when it is complete. Model, version, hash and warnings stand in NIfTI's `descrip`, in
-    DICOM's DerivationDescription, and in a JSON file of the same name beside a NIfTI or MGH output.
+    Each slice is written immediately, so that memory holds only the input (one volume of a 4-D scan), never the output.
+    `target` appears when it is complete. Model, version, hash and warnings are stored in NIfTI's `descrip`, in DICOM's
+    DerivationDescription, and in a JSON file of the same name beside a NIfTI or MGH output.
 
     Args:
         model: any SRModel, or the name of weights.
-        source, volume, series, stack, nan, partial: as `read_volume`; but a source of several volumes without `volume`
-            gives them all, in one 4-D NIfTI file.
-        target, dtype: as `volume.writing`; a scan that came as DICOM can be written as DICOM.
-        as_image: also take what `volume.not_a_scan` says is no scan: a mask, a phase image, an output of this package.
+        source, volume, series, stack, nan, partial: as `read_volume`. But without `volume`, all volumes of a source
+            with several are upscaled into one 4-D NIfTI file.
+        target, dtype: as `volume.writing`; the output can be DICOM if the input is DICOM.
+        as_image: also accept files that `volume.not_a_scan` rejects: a mask, a phase image, an output of this package.
         uncertainty: another file, for the second result of `upscale_with_uncertainty`; turns the ensemble on.
-        report: .html, a page for visual checks, see `report.write_report`; of a 4-D scan its first volume. Needs disk
-            space for the output in float32 beside it, until the page is written.
-        sidecar: write the JSON file. One that this package did not write is left as it is.
-        effective: start from the matrix that k-space fills, see `to_effective`.
-        keep: gets the number of slices and returns the indices to keep in memory, for pictures: `Upscaled.kept`; of a
-            4-D scan its first volume.
+        report: .html, a page for visual checks, see `report.write_report`; for a 4-D scan of its first volume. Until
+            the page is written, this needs disk space beside it for the output in float32.
+        sidecar: write the JSON file. An existing file that this package did not write is not changed.
+        effective: start from the filled part of k-space, see `to_effective`.
+        keep: gets the number of slices and returns the indices to keep in memory, for figures: `Upscaled.kept`; for a
+            4-D scan of its first volume.
         started: called with the job and the number of volumes before anything is computed.
         settings: as `upscale`.
 
     Raises:
         TypeError: an unknown setting.
-        VolumeError: as the functions named above; or one of the files is another one of them.
+        VolumeError: as the functions named above; or two of the files are the same.
         ValueError: as `upscale`.
     """
     chosen = Settings(**settings)
@@ -174,7 +174,7 @@ def upscale_file(
 def _scans(
     source: PathLike, target: PathLike, volume: int | None, reading: dict[str, Any]
 ) -> tuple[Iterator[Volume], int]:
-    """The volumes to upscale, and how many they are: one, or all of a source of several."""
+    """The volumes to upscale and their number: one, or all volumes of the source."""
     try:
         return iter([read_volume(source, volume=volume, **reading)]), 1
     except ChoiceNeeded as choice:
@@ -194,8 +194,8 @@ def _write(
     pages: Sequence[np.ndarray],
     wanted: Container[int],
 ) -> dict[int, Result]:
-    """Runs the jobs, one for each volume, into the files `outputs` (path, dtype: the result, then its deviation), the
-    first of them into the arrays `pages` as well. Returns its `wanted` slices."""
+    """Runs the jobs, one for each volume, and writes the files `outputs` (path, dtype: the result, then its deviation).
+    The first job also fills the arrays `pages`, and its `wanted` slices are returned."""
     kept: dict[int, Result] = {}
     shape = first.shape if n_volumes == 1 else (*first.shape, n_volumes)
     with ExitStack() as stack:
@@ -224,11 +224,11 @@ def _write(
 
 
 def _reserve(file: IO[bytes], n_bytes: int) -> None:
-    """Takes room on the disk for `n_bytes` of an empty file; OSError if there is none."""
+    """Reserves disk space for `n_bytes` of an empty file; OSError if the disk is full."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, n_bytes)
         return
-    # macOS and Windows: written zeros take the room as well
+    # macOS and Windows: written zeros reserve the space too
     zeros = bytes(1 << 20)
     for start in range(0, n_bytes, len(zeros)):
         file.write(zeros[: n_bytes - start])
@@ -237,11 +237,11 @@ def _reserve(file: IO[bytes], n_bytes: int) -> None:
 
 @contextmanager
 def _room(report: PathLike, job: Upscaling) -> Iterator[np.ndarray]:
-    """An array for the result in a file without a name beside `report`, gone with the process."""
+    """An array for the result in a file without a name beside `report`, which disappears with the process."""
     with ExitStack() as stack:
         try:
             file = stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(report))))
-            # now: a disk that is full when a mapped page is written kills the process
+            # reserved now, because a disk that is full when a mapped page is written kills the process
             _reserve(file, 4 * math.prod(job.shape))
         except OSError as error:
             raise VolumeError(f"{report}: no room beside it: {error.strerror or type(error).__name__}") from error
@@ -257,5 +257,5 @@ def _warn_if_filled(scan: Volume, axis: int) -> None:
             f"the slices have {h}x{w} pixels, but their k-space is filled to about {rows}x{columns}: the scan was "
             "interpolated, its true resolution is lower than its header says; effective=True (--effective) starts "
             "from what was measured",
-            stacklevel=3,  # whoever called `upscale_file`
+            stacklevel=3,  # the caller of `upscale_file`
         )

@@ -1,4 +1,4 @@
-"""What `upscale` accepts: an object in memory becomes a `Volume`, and the result an object of the same kind."""
+"""Converts the inputs of `upscale` to a `Volume`, and its result back to an object of the same kind."""
 
 import os
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from deformmamba.errors import InvalidType
 from deformmamba.inference.settings import Settings
 from deformmamba.volume import Volume, VolumeError, from_nibabel, read_volume, to_nibabel
 
-# Turns (geometry and header of the result, its voxels) into an object of the kind that was given.
+# Converts (geometry and header of the result, its voxels) to an object of the same kind as the input.
 Back = Callable[[Volume, np.ndarray], Any]
 
-# what float32 can hold, with room for squares and for overshoot
+# the range of float32, with a margin for squares and overshoot
 LARGEST, SMALLEST = 1e18, 1e-18
 
 # Share of voxels that may be negative in a magnitude image (interpolation makes some).
@@ -26,7 +26,7 @@ PHASE_STEP = 0.2
 
 
 def opened(scan: Any, settings: Settings) -> tuple[Volume, Back, Settings]:
-    """The scan as a volume, the way back to its kind, and the settings that fit the volume.
+    """The scan as a volume, the function that converts a result back, and the settings that fit the volume.
 
     Raises:
         VolumeError: not 2-D or 3-D, or an axis for a 2-D image; or as `read_volume`.
@@ -93,11 +93,11 @@ def check_voxels(array: np.ndarray) -> None:
 
 
 def no_magnitude(array: np.ndarray) -> str | None:
-    """Why a scan looks like something else than a magnitude image, in a sentence; None where it does not.
+    """Why a scan does not look like a magnitude image, in one sentence; None if it does.
 
-    Negative values: more than 1 % of the voxels (a t-map, a signed or negated image). Phase: values that fill the range
-    of a phase, in radians or in a scanner's 12-bit units, and neighbours that differ by a fifth of it on average, as
-    the uniform noise of a phase image in air does (magnitude images: by a tenth or less).
+    Negative values: more than 1 % of the voxels (a t-map, a signed or negated image). Phase: the values fill the range
+    of a phase, in radians or in a scanner's 12-bit units, and neighbours differ by a fifth of it on average, because
+    the phase in air is uniform noise (magnitude images: by a tenth or less).
     """
     negative = float(np.mean(array < 0))
     lowest, highest = float(array.min()), float(array.max())

@@ -1,4 +1,4 @@
-"""Which model `upscale` runs: a name is loaded, wrappers of PyTorch are looked through, wrong objects are named."""
+"""Finds the model that `upscale` runs: loads a name, unwraps PyTorch's wrappers, and rejects other objects."""
 
 import os
 from collections.abc import Iterator
@@ -29,10 +29,10 @@ class _Wrapped:
 
 
 def network(model: Any) -> Any:
-    """An SRModel, or an object that behaves as one, of an SRModel, a wrapper of one, or a name as `from_pretrained`.
+    """Takes an SRModel, a wrapper of one, or a name as in `from_pretrained`; returns an object that acts as an SRModel.
 
     Raises:
-        InvalidType: no model; among others because the arguments are swapped.
+        InvalidType: no model, for example because the arguments are swapped.
     """
     if isinstance(model, _Wrapped):
         return model
@@ -84,7 +84,7 @@ def check_device(device: str | torch.device) -> None:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Eval mode in the block; afterwards every module is in the mode that it had, also where these differ."""
+    """Eval mode in the block; afterwards the mode of every module is restored, also if these differ."""
     wrapper = model._wrapper if isinstance(model, _Wrapped) else model
     before = [(module, module.training) for module in wrapper.modules()]
     wrapper.eval()

@@ -1,11 +1,11 @@
-"""Progress of a long computation: a bar on a terminal and in a notebook, else a line now and then on stderr."""
+"""Progress of a long computation: a bar on a terminal and in a notebook, else regular lines on stderr."""
 
 import sys
 import time
 from types import TracebackType
 from typing import Any
 
-# seconds between two lines where there is no terminal
+# seconds between two lines without a terminal
 EVERY = 30.0
 
 
@@ -13,7 +13,7 @@ class Progress:
     """Counts slices.
 
     Args:
-        total: how many there are.
+        total: number of slices.
         shown: False: nothing is printed.
     """
 
@@ -48,7 +48,7 @@ class Progress:
 
 
 def _bar(total: int) -> Any:
-    """A tqdm bar; None where stderr is no terminal and no notebook shows it."""
+    """A tqdm bar; None without a terminal on stderr or a notebook."""
     from tqdm.auto import tqdm
 
     in_notebook = "notebook" in tqdm.__mro__[1].__module__ or "notebook" in tqdm.__module__

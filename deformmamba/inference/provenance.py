@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def report_facts(model: "SRModel", settings: Settings, seconds: float, effective: bool) -> dict[str, str]:
-    """Name and value of what ran, for a report; `settings` as `Upscaling.settings`."""
+    """Provenance as names and values, for a report; `settings` as `Upscaling.settings`."""
     corrected = {
         "off": "off",
         "exact": "exact: degrading the output gives the input back",
@@ -48,8 +48,8 @@ def report_facts(model: "SRModel", settings: Settings, seconds: float, effective
 
 
 def derivation(model: "SRModel", *, far: bool = False) -> str:
-    """One line of ASCII for an image header: this package, the network, its weights and their hash; with `far`, that
-    the scan is unlike the training data."""
+    """One line of ASCII for an image header: this package, the network, its weights and their hash; with `far`, also
+    that the scan is unlike the training data."""
     digest = weights_hash(model)
     weights = f"{weights_name(model)}, sha256 {digest}" if digest else "weights without a file"
     unlike = "UNLIKE TRAINING DATA, " if far else ""
@@ -58,12 +58,12 @@ def derivation(model: "SRModel", *, far: bool = False) -> str:
 
 
 def type_name(model: Any) -> str:
-    """The class of a model, whatever wraps it."""
+    """The class of a model, without wrappers."""
     return type(getattr(model, "_inside", model)).__name__
 
 
 def generated_by(model: "SRModel", settings: Settings, reading: Mapping[str, Any]) -> dict[str, Any]:
-    """What an output depends on beside its source, as JSON holds it: an entry of BIDS' GeneratedBy."""
+    """Everything that an output depends on besides its source, as JSON: an entry of BIDS' GeneratedBy."""
     shaping = ("axis", "ensemble", "tile", "overlap")
     return {
         "Name": PRODUCER,
@@ -81,10 +81,10 @@ def generated_by(model: "SRModel", settings: Settings, reading: Mapping[str, Any
 def write_sidecar(
     target: PathLike, source: PathLike, model: "SRModel", job: "Upscaling", reading: Mapping[str, Any]
 ) -> None:
-    """The JSON file beside a NIfTI or MGH output: how it was made, and why it may be worse than reported."""
+    """Writes the JSON file beside a NIfTI or MGH output: provenance, and why it may be worse than reported."""
     path = Path(target)
     if suffix(path) not in (*NIFTI_SUFFIXES, *MGH_SUFFIXES):
-        return  # DICOM has it in its own elements
+        return  # DICOM stores this in its own elements
     beside = path.with_name(path.name[: -len(suffix(path))] + ".json")
     if beside.exists() and not _is_own(beside):
         warnings.warn(f"{beside}: is of another origin and stays; nothing is written to it", stacklevel=3)
@@ -100,7 +100,7 @@ def write_sidecar(
 
 
 def skull_stripped(source: PathLike) -> bool:
-    """Whether the JSON file beside a scan says that it is skull-stripped; BIDS requires the answer of a derivative."""
+    """Whether the JSON file beside a scan states that it is skull-stripped; BIDS requires this for derivatives."""
     path = Path(source)
     ending = suffix(path)
     stem = path.name[: -len(ending)] if ending else path.name
@@ -120,7 +120,7 @@ def _is_own(path: Path) -> bool:
 
 
 def shown_path(path: PathLike) -> str:
-    """A path as text that UTF-8 can hold: bytes that are no UTF-8 become escapes."""
+    """A path as valid UTF-8 text: other bytes become escapes."""
     return os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -138,8 +138,8 @@ _compared: dict[tuple[Any, ...], str | None] = {}
 
 
 def weights_hash(model: "SRModel") -> str | None:
-    """The sha256 of the checkpoint that the model was loaded from; None for weights without a file, weights that were
-    changed since, and a file that is gone or another one by now. The file is read again only if either has changed."""
+    """The sha256 of the model's checkpoint; None for weights without a file, or if the weights or the file changed
+    after loading. The file is read again only after a change of either."""
     if model.source is None or model.sha256 is None:
         return None
     with contextlib.suppress(OSError):
@@ -164,5 +164,5 @@ def _hash_if_same(model: "SRModel") -> str | None:
 
 
 def weights_name(model: "SRModel") -> str | None:
-    """The manifest name, org/repo@commit, or the file's name without its folder; None for weights from nowhere."""
+    """The manifest name, org/repo@commit, or the file's name without its folder; None for weights without a source."""
     return os.path.basename(model.source) if model.source and os.path.exists(model.source) else model.source

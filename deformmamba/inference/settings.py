@@ -1,4 +1,4 @@
-"""The settings of one upscaling, checked when they are made: an unknown name is a TypeError, a wrong value is named."""
+"""The settings of one upscaling, checked on creation: an unknown name is a TypeError, other errors name the value."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from deformmamba.volume import VolumeError
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How `upscale` and all functions that build on it work; `upscale` documents each setting.
+    """The settings of `upscale` and of all functions that build on it; `upscale` documents each setting.
 
     Raises:
         TypeError: an unknown name.

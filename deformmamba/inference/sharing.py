@@ -1,7 +1,7 @@
-"""Torch's threads, shared out to slices that are computed side by side.
+"""Divides torch's threads among slices that are computed in parallel.
 
-`torch.set_num_threads` is a setting of the whole process. Here it is changed while at least one job runs, and is as
-before afterwards, whatever the number of jobs and the order in which they end.
+`torch.set_num_threads` is a setting of the whole process. It is changed while at least one job runs, and restored when
+the last job ends.
 """
 
 import threading
@@ -17,7 +17,7 @@ _before = 0
 
 @contextmanager
 def shared_threads(n_workers: int) -> Iterator[int]:
-    """Yields how many of torch's threads each of `n_workers` may use; new threads of the process use as many."""
+    """Yields the number of torch threads for each of `n_workers`; new threads of the process use the same number."""
     global _n_jobs, _before
     with _lock:
         if _n_jobs == 0:

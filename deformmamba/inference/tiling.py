@@ -1,8 +1,8 @@
-"""A slice cut into overlapping tiles and blended back into one, for slices that do not fit into memory whole.
+"""Cuts a slice into overlapping tiles and blends the results, for slices that do not fit into memory.
 
-Neighbouring tiles are cross-faded by windows that sum to 1 in every pixel, whatever the sizes. The fade takes the
-middle half of the overlap: the outer quarter of it, where a tile has seen too little of its surroundings, has weight 0.
-So whatever looks no further than a quarter of the overlap (in LR pixels) comes out as if the slice were whole.
+Neighbouring tiles are cross-faded by windows that sum to 1 in every pixel, for all sizes. The fade takes the middle
+half of the overlap. The outer quarter, where a tile has too little context, has weight 0. So an operator with a reach
+of at most a quarter of the overlap (in LR pixels) gives the same result as on the whole slice.
 """
 
 import itertools
@@ -17,10 +17,10 @@ OVERLAP = 16
 
 
 def default_overlap(tile: int) -> int:
-    """LR pixels that neighbouring tiles of side `tile` share unless told otherwise: 16, at most half a tile.
+    """The default overlap of neighbouring tiles of side `tile`, in LR pixels: 16, at most half a tile.
 
-    Chosen on validation, ixi-4x, T2 brain and spine, PSNR (dB) of tiled less whole slices, which lie at 29.56 and 25.75
-    (volume protocol; slices of 58x64 and 80x64 LR pixels):
+    Chosen on validation data (ixi-4x, T2 brain and spine). The table gives PSNR (dB) of tiled minus whole slices; whole
+    slices have 29.56 and 25.75 (volume protocol; slices of 58x64 and 80x64 LR pixels):
 
     | tile, overlap | 0 | 4 | 8 | 16 | 24 |
     |---|---|---|---|---|---|
@@ -30,21 +30,20 @@ def default_overlap(tile: int) -> int:
     | 48, spine | +0.01 | +0.01 | +0.01 | +0.01 | +0.01 |
 
     Without overlap the mean step between neighbouring pixels is a third larger at the seam of two tiles of 32 than in
-    the whole slice; from an overlap of 4 on it is the same within 1 %. The rest of the 16 is for what looks further:
-    local operators are exact up to a reach of 4.
+    the whole slice; from an overlap of 4 on it is the same within 1 %. The rest of the 16 is for operators with a
+    longer reach: local operators are exact up to a reach of 4.
     """
     return min(OVERLAP, tile // 2)
 
 
 def spans(n: int, tile: int, overlap: int, multiple: int = 1) -> list[tuple[int, int]]:
-    """(start, stop) of the tiles that cover n samples: as few as can be, evenly spread, neighbours sharing `overlap` or
-    more.
+    """(start, stop) of the tiles that cover n samples: the fewest possible, evenly spread, sharing `overlap` or more.
 
-    Starts are multiples of `multiple`, so that a network which pads to it sees its patches where they lie in the whole
-    slice; the last tile may be shorter by less than that.
+    Starts are multiples of `multiple`, so that a network which pads to it has the same patch positions as in the whole
+    slice. The last tile may be shorter by less than `multiple`.
 
     Raises:
-        ValueError: `overlap` is negative, or leaves no new sample to the next tile.
+        ValueError: `overlap` is negative, or so large that the next tile has no new sample.
     """
     stride = (tile - overlap) // multiple * multiple
     if overlap < 0 or stride < 1:
@@ -60,20 +59,20 @@ def spans(n: int, tile: int, overlap: int, multiple: int = 1) -> list[tuple[int,
 
 
 def windows(n: int, tile: int, overlap: int, multiple: int = 1, scale: int = 1) -> list[torch.Tensor]:
-    """The weight of each tile of `spans(n, tile, overlap, multiple)`, one number a sample of its output (float64).
+    """The weights of each tile of `spans(n, tile, overlap, multiple)`, one per output sample (float64).
 
     Output sample x belongs to input sample x // scale. Over all tiles the weights of a sample sum to 1.
     """
     placed = spans(n, tile, overlap, multiple)
     x = torch.arange(scale * n, dtype=torch.float64) + 0.5
-    # how far the hand-over from tile i - 1 to tile i has come: a smooth step in the middle of what they share
+    # the cross-fade from tile i - 1 to tile i: a smooth step in the middle of their overlap
     width = max(scale * overlap / 2, 1e-9)
     taken = [torch.ones_like(x)]
     for (_, stop), (start, _) in itertools.pairwise(placed):
         progress = ((x - scale * (start + stop) / 2) / width + 0.5).clamp(0, 1)
         taken.append(progress**2 * (3 - 2 * progress))
     taken.append(torch.zeros_like(x))
-    # a telescoping sum, so that it is 1 whatever the overlaps
+    # a telescoping sum, which is 1 for any overlaps
     return [(taken[i] - taken[i + 1])[scale * start : scale * stop] for i, (start, stop) in enumerate(placed)]
 
 
@@ -90,16 +89,16 @@ def tiled(
     """`model(lr, base)` computed tile by tile: (b, c, h, w) to (b, c, scale * h, scale * w).
 
     Args:
-        model: takes a tile (b, c, t, t) and the same place of `base`, and gives `scale` times its height and width.
+        model: takes a tile (b, c, t, t) and the same part of `base`, and gives `scale` times its height and width.
         lr: the whole slices.
-        scale: what `model` multiplies height and width by.
-        tile: side of a tile in LR pixels; sides not longer than that are not cut.
-        overlap: LR pixels that neighbours share at least; None: `default_overlap`.
+        scale: the factor by which `model` multiplies height and width.
+        tile: side of a tile in LR pixels; sides up to this length are not cut.
+        overlap: smallest overlap of neighbours in LR pixels; None: `default_overlap`.
         multiple: tiles start at multiples of this.
-        base: (b, c, scale * h, scale * w), cut for each tile; what a network needs of the whole slice.
+        base: (b, c, scale * h, scale * w), the base image of the whole slice, cut for each tile.
 
     Raises:
-        ValueError: as `spans`; or `model` gave another size.
+        ValueError: as `spans`; or `model` returned another size.
     """
     overlap = default_overlap(tile) if overlap is None else overlap
     h, w = lr.shape[-2:]

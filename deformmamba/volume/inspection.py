@@ -303,7 +303,7 @@ def stated_matrix(volume: Volume, axis: int) -> tuple[int | None, int | None]:
 
 
 def _orientation(volume: Volume, axis: int) -> tuple[str | None, float | None]:
-    """One of the letters R L A P S I per axis, and the angle in degrees between the slices' normal and the nearest."""
+    """One letter of R L A P S I per axis, and the degrees between the slices' normal and the nearest patient axis."""
     if not any(volume.codes):
         return None, None
     import nibabel
