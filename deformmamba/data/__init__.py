@@ -1,1 +1,1 @@
-"""Training data: patches and splits, the prepared container, and the commands that fill it."""
+"""Training data: patches, splits, and the format and preparation of data sets on disk."""

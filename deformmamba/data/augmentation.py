@@ -1,7 +1,7 @@
-"""Random changes to a slice before it is degraded: mirrored, other contrast, negative, lesions, other brightness.
+"""Random changes to a slice before degradation: flips, contrast curves, negatives, lesions, brightness, markers.
 
-They act on the HR slice, because flipping an LR and an HR image by index reversal would move them apart by scale - 1 HR
-pixels on the origin-aligned grid.
+They act on the HR slice. On the origin-aligned grid, reversing the indices of both LR and HR images would misalign them
+by scale - 1 HR pixels.
 """
 
 import math
@@ -29,7 +29,7 @@ def check_range(name: str, value: float, lowest: float, highest: float = math.in
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The random changes to one HR slice of about [0, 1]; `PatchDataset` documents each argument.
+    """Random changes to one HR slice with values of about [0, 1]; `PatchDataset` documents each argument.
 
     Raises:
         ValueError: a number out of range.
@@ -50,9 +50,9 @@ class Augmentation:
         check_range("markers", self.markers, 0, 1)
 
     def __call__(self, hr: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-        """A changed copy of `hr` (H, W), real or complex; the changes come in the order of the fields.
+        """A changed copy of `hr` (H, W), real or complex. The changes are applied in the order of the fields.
 
-        A change that is switched off draws no random number.
+        A disabled change draws no random number.
         """
         if self.flips:
             hr = hr.flip([axis for axis in (-2, -1) if rng.random() < 0.5])
@@ -84,8 +84,9 @@ def map_magnitude(image: torch.Tensor, curve: Callable[[torch.Tensor], torch.Ten
 def bright_markers(size: tuple[int, int], rng: np.random.Generator) -> torch.Tensor:
     """(H, W): Gaussian spots, 2 to 20 times as bright as bright tissue, on 0.05 to 0.5 % of the pixels, else zero.
 
-    At least one spot, with a deviation of 1 to 5 pixels: on a small image it may cover more. Spots with a deviation
-    below 2.5 pixels are at most 5 times as bright: in the LR image sharper ones would be ringing above all.
+    There is at least one spot. Its standard deviation is 1 to 5 pixels, so on a small image it may cover more. Spots
+    with a deviation below 2.5 pixels are at most 5 times as bright: brighter ones would mostly be ringing in the LR
+    image.
     """
     h, w = size
     image = torch.zeros(size)

@@ -1,7 +1,7 @@
-"""Training data: degrade whole slices, cut aligned patches.
+"""Training data: degrades whole slices and cuts aligned patches.
 
-k-space is global: a slice is degraded (and zero-filled) whole, and the patches of LR, HR and zero-filled image are cut
-afterwards. `scans.py` finds and reads the volumes, `augmentation.py` changes the slices before they are degraded.
+k-space is global, so each slice is degraded and zero-filled whole; the patches of the LR, HR and zero-filled images are
+cut afterwards. `scans.py` finds and reads the volumes, `augmentation.py` changes the slices before degradation.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,14 +24,14 @@ from deformmamba.volume import VolumeError, intensity_scale
 
 __all__ = ["PatchDataset", "Sample", "Scan", "Slices", "find_scans", "load_slices", "load_volume", "subjects"]
 
-FEWEST = 16  # LR pixels a side of a slice that was made coarser
-EMPTY = 0.02  # of the intensity scale: a slice whose mean is lower is nearly empty and teaches nothing
+FEWEST = 16  # smallest side, in LR pixels, of a slice that was made coarser
+EMPTY = 0.02  # share of the intensity scale: slices with a lower mean are nearly empty and are skipped
 
 
 class Sample(NamedTuple):
-    """LR (1, p, p), HR (1, s * p, s * p) and zero-filled LR, of one place; about [0, 1] by the volume's LR scale.
+    """LR (1, p, p), HR (1, s * p, s * p) and zero-filled patch of one place; about [0, 1] by the volume's LR scale.
 
-    `norm` (1, 2) is the `slice_range` of the slice that the patch is cut from.
+    `norm` (1, 2) is the `slice_range` of the whole slice.
     """
 
     lr: torch.Tensor
@@ -43,49 +43,50 @@ class Sample(NamedTuple):
 class PatchDataset(Dataset[Sample]):
     """Random aligned patches of the slices of many volumes, each a function of (seed, index) alone.
 
-    An epoch has no meaning here: index 0, 1, 2, ... is one endless stream, so a run resumes by starting further on, and
-    workers or processes may share it in any way.
+    There are no epochs: indices 0, 1, 2, ... form one endless stream. A run resumes from a later index, and workers or
+    processes may share the indices in any way.
 
     Args:
-        scans: the volumes. Slices are kept in memory (float32); prepared ones (`deformmamba prepare`) stay on the disk,
-            mapped into memory, and are read as they are drawn.
+        scans: the volumes. Slices are kept in memory (float32). Prepared slices (`deformmamba prepare`) stay on disk,
+            memory-mapped, and are read on demand.
         scale: factor between HR and LR. Slices are cropped at their ends to a multiple of it, see `load_slices`.
-        patch: LR patch size in pixels; smaller slices are refused (see `coarsest` for what becomes of smaller ones).
-        length: how many samples there are.
-        degradation: what makes LR of HR, an object of `physics.degradations` or its text; None: the k-space crop. Its
-            noise is drawn anew for each sample. `Sample.base` is the zero-filled LR in any case, as a model computes
-            it; a degradation on the half-pixel grid is for models on that grid.
-        jitter: share of the samples that other degradations of the same scale and grid make, by their text, such as
-            {"k-space >> rician:snr=30": 0.1}; `degradation` makes the rest.
-        weights: share of each group (`Scan.group`), by name; groups left out do not count. None: every slice alike.
-        intensity: rule of the intensity scale, from the LR volume, as at inference.
+        patch: LR patch size in pixels; smaller slices are refused (`coarsest` treats slices that become smaller).
+        length: number of samples.
+        degradation: makes LR from HR: an object of `physics.degradations` or its text; None: the k-space crop. Its
+            noise is drawn anew for each sample. `Sample.base` always comes from the LR image, as in a model. Use a
+            degradation on the half-pixel grid for models on that grid only.
+        jitter: other degradations of the same scale and grid, as text, with the share of samples that each makes, such
+            as {"k-space >> rician:snr=30": 0.1}; `degradation` makes the rest.
+        weights: share of each group (`Scan.group`), by name; other groups are ignored. None: all slices count equally.
+        intensity: rule of the intensity scale, computed from the LR volume, as at inference.
         flips: mirror and transpose the HR slice at random.
         contrast: largest exponent g of a random contrast curve x -> x^c, c log-uniform in [1/g, g]; 1 for none.
-        invert: share of the samples that are turned into their negative, 1 - x, so that dark details among bright
-            tissue are seen as often as the contrary.
-        lesions: share of the samples with small soft ellipses in them, about one for each 500 pixels, 2 to 10 pixels
-            long, as often darker as brighter than the tissue they lie in, by up to half of the intensity scale.
-        coarsest: largest factor by which the HR slice is k-space cropped first, so that one network sees several voxel
-            sizes; half of the samples are, by a factor log-uniform in [1, coarsest], but to no fewer LR pixels a side
-            than 16 or the patch; 1 for none. A patch of a slice that has become smaller than itself goes on at the
-            opposite edge, as images of a discrete Fourier transform do. `spacings` says what was reached.
+        invert: share of the samples replaced by their negative, 1 - x, so that dark details in bright tissue are as
+            frequent as bright details in dark tissue.
+        lesions: share of the samples with small soft ellipses, about one for each 500 pixels, 2 to 10 pixels long.
+            They are equally often darker and brighter than the tissue, by up to half of the intensity scale.
+        coarsest: largest factor by which the HR slice is k-space cropped first, so that the network trains on several
+            voxel sizes; 1 for none. It applies to half of the samples, with a factor log-uniform in [1, coarsest]. A
+            side keeps at least 16 LR pixels, or the patch size if that is smaller. A patch larger than its slice
+            continues at the opposite edge, by the periodicity of the discrete Fourier transform. `spacings` gives the
+            resulting pixel sizes.
         gain: largest factor of a random intensity scaling, log-uniform in [1/gain, gain].
         markers: share of the samples with bright spots, 2 to 20 times as bright as bright tissue, on 0.05 to 0.5 % of
             the slice's pixels.
-        masked: share of the samples whose background is set to 0 in LR and HR, as skull stripping leaves it.
-        cut: share of the samples that are fields of view of their own: `Sample.base` and `Sample.norm` are those of
-            the patch alone, as a model computes them of an image that ends there.
-        base: what `Sample.base` is, by the name of a skip (`models.skip.BASES`).
-        seed: of everything random.
-        progress: a bar while volumes are read, and a line that says how many slices were cropped.
+        masked: share of the samples whose background is set to 0 in LR and HR, as after skull stripping.
+        cut: share of the samples that are treated as complete fields of view: `Sample.base` and `Sample.norm` are
+            computed from the patch alone, as a model does for an image that ends there.
+        base: name of the skip that computes `Sample.base` (`models.skip.BASES`).
+        seed: seeds all randomness.
+        progress: show a progress bar while reading volumes, and a line with the number of cropped volumes.
 
     Attributes:
-        spacings: LR pixel sizes in mm, smallest and largest, that samples can have.
+        spacings: smallest and largest LR pixel size in mm that samples can have.
 
     Raises:
         VolumeError: no scan, slices smaller than a patch, or a volume that cannot be read.
-        ValueError: a degradation that cannot be built, or of another scale or grid; a number out of range; shares of
-            `jitter` beyond 1.
+        ValueError: a degradation that cannot be built, or has another scale or grid; a number out of range; shares of
+            `jitter` that add up to more than 1.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class PatchDataset(Dataset[Sample]):
     def _read(
         self, scans: Sequence[Scan], intensity: str, progress: bool
     ) -> tuple[dict[str, list["_Slice"]], list[float]]:
-        """The slices of each group that are not nearly empty, and the HR pixel sizes in mm that they can have."""
+        """The slices of each group without nearly empty ones, and their possible HR pixel sizes in mm."""
         groups: dict[str, list[_Slice]] = {}
         spacings: list[float] = []
         n_cropped = 0
@@ -182,11 +183,11 @@ class PatchDataset(Dataset[Sample]):
         return self.length
 
     def describe(self, index: int) -> str:
-        """File and slice (along its slice axis, from 0) that sample `index` is cut from."""
+        """File name and slice number (along the slice axis, from 0) of sample `index`."""
         return self._drawn(index)[0].place
 
     def _drawn(self, index: int) -> tuple["_Slice", float, np.random.Generator]:
-        """The slice of a sample, the factor by which it becomes coarser, and the generator of all that follows."""
+        """The slice of a sample, its coarsening factor, and the random generator for the remaining draws."""
         if not 0 <= index < self.length:
             raise IndexError(index)
         rng = np.random.default_rng((self.seed, index))
@@ -226,14 +227,14 @@ class PatchDataset(Dataset[Sample]):
         return low if hr.is_complex() else low.abs()
 
     def _coarse_size(self, h: int, w: int, factor: float) -> tuple[int, int]:
-        """h x w pixels, `factor` times fewer, to a multiple of the scale; how small they may become, see `coarsest`."""
+        """h and w divided by `factor`, as multiples of the scale; `coarsest` documents the smallest size."""
         least = min(self.patch, FEWEST)
         h, w = (max(int(n / factor) // self.scale, least) * self.scale for n in (h, w))
         return h, w
 
 
 def _cut(image: torch.Tensor, corner: Sequence[int], patch: int, scale: int) -> torch.Tensor:
-    """(H, W) to (1, scale * patch, scale * patch), from scale * corner on, across the edges to the opposite ones."""
+    """(H, W) to (1, scale * patch, scale * patch), starting at scale * corner, with periodic boundaries."""
     rows, columns = (
         (scale * start + torch.arange(scale * patch)) % n for start, n in zip(corner, image.shape, strict=True)
     )
@@ -241,9 +242,9 @@ def _cut(image: torch.Tensor, corner: Sequence[int], patch: int, scale: int) -> 
 
 
 def _head(lr: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """(h, w), 1 in what is left after skull stripping and 0 around it: the tissue without holes, its rim cut at random.
+    """A mask (h, w) as after skull stripping: 1 in the tissue (holes filled, rim eroded at random), 0 outside.
 
-    Half of the time an ellipse cuts through the tissue as well.
+    In half of the cases an ellipse also cuts through the tissue.
     """
     mask = (lr.abs() > TISSUE).to(lr.dtype)[None, None]
     mask = -F.max_pool2d(-F.max_pool2d(mask, 7, 1, 3), 7, 1, 3)
@@ -258,7 +259,7 @@ def _head(lr: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 
 class _Slice(NamedTuple):
-    """One slice (H, W) in the units of its file, what it is divided by, where it is."""
+    """One slice (H, W) in the units of its file, its divisor, and its place (file and slice number)."""
 
     image: torch.Tensor
     unit: float
@@ -275,7 +276,7 @@ def _parsed_degradation(degradation: Degradation | str | None, scale: int) -> De
 
 
 def _parsed_jitter(jitter: Mapping[str, float], main: Degradation) -> dict[Degradation, float]:
-    """The degradations of `jitter` with their shares; all of the scale and grid of the `main` one."""
+    """The degradations of `jitter` with their shares; all have the scale and grid of `main`."""
     parsed = {parse(text, scale=main.scale): share for text, share in jitter.items()}
     for other in parsed:
         if (other.scale, other.grid) != (main.scale, main.grid):

@@ -1,12 +1,13 @@
-"""Data sets as people download them, made into slices with a split by subject: IXI, fastMRI, any folder of scans.
+"""Converts downloaded data sets (IXI, fastMRI, any folder of scans) into slices with a split by subject.
 
-Nobody published how IXI's files became the pictures of the papers, or who was tested. Here the rules are stated, each
-prepared set says in its `manifest.json` what was used, skipped and why, and the same files give the same bytes (of
-fastMRI, whose images are computed: with the same numpy). See `deformmamba.data.prepared` for what is written.
+The papers do not state how they converted IXI's files to slices, or which subjects they tested on. This package states
+its rules. The `manifest.json` of each prepared set lists the files used, the files skipped, and the reasons. The same
+files give the same bytes (for fastMRI, whose images are computed: with the same numpy). `deformmamba.data.prepared`
+documents the output.
 
-Which slices of a volume count moves PSNR by decibels (empty ones are easy), so axis and range are arguments, and stand
-in the manifest. Intensities are divided by the 99.9th percentile of the non-zero voxels that were kept, and the divisor
-is written down. Slices keep their size; whoever trains crops them to a multiple of the scale, see `load_slices`.
+The choice of slices changes PSNR by decibels (empty slices are easy), so axis and range are arguments and are recorded
+in the manifest. Intensities are divided by the 99.9th percentile of the non-zero voxels in the chosen slices; the
+manifest records the divisor. Slices keep their size; training crops them to a multiple of the scale, see `load_slices`.
 """
 
 from deformmamba.data.prepare.fastmri import complex_image, ismrmrd_spacing, plan_fastmri

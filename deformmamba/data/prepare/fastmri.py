@@ -1,4 +1,4 @@
-"""fastMRI's single-coil knees as downloaded: one HDF5 file of k-space a volume."""
+"""Reads fastMRI's single-coil knee data as downloaded: one HDF5 file of k-space per volume."""
 
 import math
 import re
@@ -37,28 +37,28 @@ def plan_fastmri(
     test_list: PathLike | None = None,
     skip_unusable: bool = False,
 ) -> Plan:
-    """fastMRI's single-coil knee files (file1000001.h5 ...), anywhere below `root`; needs the extra `data`.
+    """Plans fastMRI's single-coil knee files (file1000001.h5 ...), anywhere below `root`; needs the extra `data`.
 
-    The complex image of each slice is the inverse FFT of its k-space (centred, orthonormal: fastMRI's own), cropped to
-    the central `crop` x `crop` pixels. It stays complex: its k-space is then cropped, and only the result's magnitude
-    taken, as a scanner would.
+    The complex image of each slice is the inverse FFT of its k-space (centred and orthonormal, as in fastMRI), cropped
+    to the central `crop` x `crop` pixels. It stays complex: the degradation crops its k-space and only then takes the
+    magnitude, as a scanner would.
 
-    The split of 227 and 45 that the paper counts is that of MINet and SANet: lists of file names (CSV, pairs of PD and
-    PD-FS), which are theirs and not in this package. Given as `train_list` and `test_list` they decide, and other files
-    are skipped. Without them: subjects (fastMRI's patient id, or the file's name where it has none) sorted by SHA-256,
-    the first 272: 227 to train, 45 to test; with fewer, in that proportion. `val` as in `plan_ixi`. With
-    `skip_unusable` a file that cannot be used is skipped and does not count.
+    The paper's split of 227 and 45 comes from MINet and SANet: lists of file names (CSV, pairs of PD and PD-FS) that
+    this package does not contain. Given as `train_list` and `test_list`, the lists define the split, and other files
+    are skipped. Without lists, subjects (fastMRI's patient id, or the file name if there is no id) are sorted by
+    SHA-256. Of the first 272 subjects, 227 train and 45 test; fewer subjects are split in that proportion. `val` is as
+    in `plan_ixi`. With `skip_unusable`, an unusable file is skipped and does not count.
 
     Args:
         root: the folder.
-        crop: pixels a side that are kept, central; 1 or more.
-        slices: which of them, see `chosen_slices`.
+        crop: side of the central crop in pixels; 1 or more.
+        slices: which slices, see `chosen_slices`.
         val, train_list, test_list, skip_unusable: see above.
 
     Raises:
         ValueError: `crop` or `val` out of range.
-        VolumeError: no .h5 there, a file that cannot be opened, that holds another kind of data (names what is
-            missing), or a list that names a file that is not there.
+        VolumeError: no .h5 file, a file that cannot be opened or holds another kind of data (names what is missing),
+            or a list that names a missing file.
         MissingExtra: h5py is not installed.
     """
     check_shares(val)
@@ -103,14 +103,14 @@ def plan_fastmri(
 
 
 class _Header(NamedTuple):
-    """Who was scanned, and the contrast: "PD" or "PDFS", the two protocols of fastMRI's knees."""
+    """The patient, and the contrast: "PD" or "PDFS", the two protocols of fastMRI's knee data."""
 
     patient: str
     contrast: str
 
 
 def _by_name(root: Path, skipped: list[tuple[str, str]]) -> dict[str, Path]:
-    """The .h5 files by name without ending; a second file of a name goes to `skipped`."""
+    """The .h5 files by name without extension; a second file with the same name goes to `skipped`."""
     by_name: dict[str, Path] = {}
     for path in files_below(root, (".h5",)):
         if path.stem in by_name:
@@ -123,7 +123,7 @@ def _by_name(root: Path, skipped: list[tuple[str, str]]) -> dict[str, Path]:
 
 
 def _listed_splits(train_list: PathLike, test_list: PathLike, known: Container[str], root: Path) -> dict[str, str]:
-    """The split of each file that a list names."""
+    """The split of each listed file."""
     listed: dict[str, str] = {}
     for file, split in ((train_list, "train"), (test_list, "test")):
         for name in _listed(file):
@@ -135,7 +135,7 @@ def _listed_splits(train_list: PathLike, test_list: PathLike, known: Container[s
 
 
 def _headers(by_name: Mapping[str, Path], root: Path, skipped: list[tuple[str, str]] | None) -> dict[str, _Header]:
-    """The headers by name; a file that cannot be used goes to `skipped`, or is refused where that is None."""
+    """The headers by name; an unusable file goes to `skipped`, or raises if `skipped` is None."""
     headers = {}
     for name, path in by_name.items():
         try:
@@ -159,7 +159,7 @@ def _splits_of_patients(
 
 
 def _listed(path: PathLike) -> list[str]:
-    """File names, without their ending, in the order of a list: one or several a line, numbers between them ignored."""
+    """File names without extension, in the order of a list: one or several per line, numbers between them ignored."""
     fields = [field.strip() for line in read_text(path).splitlines() for field in line.split(",")]
     return [field.removesuffix(".h5") for field in fields if field and not re.fullmatch(r"[-+.\deE]+", field)]
 
@@ -209,17 +209,17 @@ def _slice_reader(path: Path, crop: int) -> Callable[[], tuple[np.ndarray, tuple
 
 
 def complex_image(kspace: np.ndarray) -> np.ndarray:
-    """The image of centred k-space (..., H, W), complex64, centred and orthonormal as fastMRI defines its own."""
+    """The image of centred k-space (..., H, W): complex64, centred and orthonormal as in fastMRI."""
     axes = (-2, -1)
     image = np.fft.ifft2(np.fft.ifftshift(kspace, axes=axes), axes=axes, norm="ortho")
     return np.fft.fftshift(image, axes=axes).astype(np.complex64)
 
 
 def ismrmrd_spacing(header: bytes | str, path: PathLike) -> tuple[float, float]:
-    """(height, width) of a pixel in mm: field of view over matrix of the encoded space of an ISMRMRD header (XML).
+    """Pixel (height, width) in mm from an ISMRMRD header (XML): field of view over matrix size of the encoded space.
 
-    The first axis of fastMRI's k-space is the readout, x, which is encoded twice as wide as it is reconstructed; a crop
-    in image space leaves the pixel as it is.
+    The first axis of fastMRI's k-space is the readout, x. Its encoded field of view is twice the reconstructed one; a
+    crop in image space does not change the pixel size.
     """
     from xml.etree import ElementTree
 

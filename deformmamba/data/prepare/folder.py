@@ -1,4 +1,4 @@
-"""Any tree of NIfTI, MGH or DICOM."""
+"""Prepares any folder tree of NIfTI, MGH or DICOM files."""
 
 import re
 from pathlib import Path
@@ -27,13 +27,13 @@ def plan_folder(
     splits: PathLike | None = None,
     subject: str | None = None,
 ) -> Plan:
-    """Any tree of NIfTI, MGH or DICOM: what `deformmamba.data.patches.find_scans` finds, with its split by subject.
+    """Plans any tree of NIfTI, MGH or DICOM: the scans of `deformmamba.data.patches.find_scans`, split by subject.
 
-    `val` and `test` are the shares of subjects held out, by a hash with `seed`; `splits` decides instead, see
-    `read_splits`. `subject` is a regular expression that finds the subject in a path, see `find_scans`.
+    `val` and `test` are the shares of held-out subjects, chosen by a hash with `seed`. A file `splits` replaces this
+    rule, see `read_splits`. `subject` is a regular expression that finds the subject in a path, see `find_scans`.
 
     Raises:
-        VolumeError, ValueError: as `find_scans`, or `splits` names a subject who is not there, or one twice.
+        VolumeError, ValueError: as `find_scans`, or `splits` names an unknown subject, or one subject twice.
     """
     root = existing_folder(root)
     skipped: list[tuple[str, str]] = []

@@ -1,4 +1,4 @@
-"""IXI's brain scans as downloaded: one .nii.gz file a volume."""
+"""Reads IXI's brain scans as downloaded: one .nii.gz file per volume."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from deformmamba.data.prepare.plan import (
 from deformmamba.data.splits import by_count, check_shares, read_splits
 from deformmamba.volume import VolumeError
 
-# subjects to train and to test on, as the paper counts them (section 3.1); which ones it does not say
+# numbers of training and test subjects in the paper (section 3.1), which does not list the subjects
 IXI_SUBJECTS = (368, 92)
 
 
@@ -29,23 +29,23 @@ def plan_ixi(
     val: float = 0.1,
     splits: PathLike | None = None,
 ) -> Plan:
-    """IXI's .nii.gz files (IXI002-Guys-0828-T2.nii.gz ...), anywhere below `root`.
+    """Plans IXI's .nii.gz files (IXI002-Guys-0828-T2.nii.gz ...), anywhere below `root`.
 
-    The rule of the split: the subjects that have such a volume, sorted by the SHA-256 of their id ("IXI002"); the first
-    460 count: 368 to train, then 92 to test. With fewer, 4 in 5 of all train. It depends on nothing but the ids, so
-    whoever has IXI gets the same subjects. The paper has no validation set: `val` is the share of the training
-    subjects, the last of them in that order, that validate; 0 for all 368 to train.
+    Split rule: the subjects with a volume of `contrast` are sorted by the SHA-256 of their id ("IXI002"). Of the first
+    460, 368 train and the next 92 test. With fewer subjects, 4 in 5 train. The split depends on the ids alone, so every
+    copy of IXI gives the same subjects. The paper has no validation set: `val` is the share of the training subjects,
+    the last in that order, that validate; 0 for all 368 to train.
 
     Args:
         root: the folder.
         contrast: T2, T1 or PD.
-        axis: of the slices; None: `volume.slice_axis`, which is 2 in IXI's T2 and PD.
-        slices: which of them, see `chosen_slices`. The default leaves out the ends of the head.
+        axis: slice axis; None: `volume.slice_axis`, which is 2 in IXI's T2 and PD.
+        slices: which slices, see `chosen_slices`. The default leaves out both ends of the head.
         val: see above.
-        splits: a file that decides instead, see `read_splits`.
+        splits: a file that replaces this rule, see `read_splits`.
 
     Raises:
-        VolumeError: no such file there; `splits` names a subject who is not there, or one twice.
+        VolumeError: no volume of `contrast`; `splits` names an unknown subject, or one subject twice.
     """
     check_shares(val)
     root = existing_folder(root)

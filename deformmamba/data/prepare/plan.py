@@ -1,4 +1,4 @@
-"""What a preparation is about to do, and what the kinds of data set share: finding files, choosing slices, hashes."""
+"""The plan of a preparation, and the steps shared by all kinds of data set: finding files, choosing slices, hashes."""
 
 import hashlib
 import os
@@ -20,9 +20,9 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Source:
-    """One volume to prepare: where it is, as what the manifest knows it (relative to its root), and its file's name.
+    """One volume to prepare: its path, its `source` in the manifest (relative to the root), and its output file's name.
 
-    `read` gives all slices (n, H, W), float32 or complex64, the (height, width) of a pixel in mm, and the axis.
+    `read` returns all slices (n, H, W), float32 or complex64, the pixel (height, width) in mm, and the slice axis.
     """
 
     path: Path
@@ -36,7 +36,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a preparation is about to do; `skipped` are the files that it leaves out, with the reason."""
+    """The plan of a preparation; `skipped` lists the files that are left out, each with the reason."""
 
     kind: str
     sources: tuple[Source, ...]
@@ -50,8 +50,8 @@ class Unusable(VolumeError):
 
 
 def chosen_slices(rule: str, n: int) -> range:
-    """Which of n slices: "all"; "central:K", the K in the middle (all if there are fewer); "A:B", from A up to, not
-    including, B, counted from 0, negative ones from the end, either left out."""
+    """The indices of the chosen slices out of n. Rules: "all"; "central:K", the K middle slices (all if fewer than K);
+    "A:B", a Python range from A to B - 1, where negative numbers count from the end and A or B may be omitted."""
     if rule == "all":
         return range(n)
     central = re.fullmatch(r"central:([1-9]\d*)", rule)
@@ -67,7 +67,7 @@ def chosen_slices(rule: str, n: int) -> range:
 def volume_reader(
     path: Path, axis: int | None, series: str | None = None, *, several: bool = False
 ) -> Callable[[], tuple[np.ndarray, tuple[float, float], int]]:
-    """What reads the slices of a file or series; with `several` those of all its volumes, one after the other."""
+    """A function that reads the slices of a file or series; with `several`, of all its volumes, one after another."""
 
     def read() -> tuple[np.ndarray, tuple[float, float], int]:
         try:
@@ -100,7 +100,7 @@ def relative_name(path: Path, root: Path) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file; of a folder, that of its files' own in the order of their names."""
+    """SHA-256 of a file; for a folder, SHA-256 of its files' SHA-256s in name order."""
     try:
         if path.is_dir():
             return hashlib.sha256(
@@ -113,5 +113,5 @@ def file_digest(path: Path) -> str:
 
 
 def text_digest(path: PathLike | None) -> str | None:
-    """What identifies a split file in the manifest: its content, not where it lies."""
+    """Identifies a split file in the manifest by its content, not its path."""
     return None if path is None else hashlib.sha256(read_text(path).encode()).hexdigest()

@@ -14,15 +14,15 @@ from deformmamba.volume import VolumeError, intensity_scale
 
 
 def prepare(plan: Plan, out: PathLike, *, skip_unusable: bool | None = None, progress: bool = False) -> dict[str, Any]:
-    """Carries out a plan into the folder `out`, and returns the manifest that is now there.
+    """Carries out a plan into the folder `out` and returns its manifest.
 
-    Volumes that are there already, made of the same file in the same way, are not made again: an interrupted
-    preparation goes on where it was. What was made of files that are gone is removed. A file that cannot be used ends
-    the preparation with one line, and what was finished stays; with `skip_unusable` it is left out instead, and the
-    manifest says why (None: so for "folder", whose files nobody promised to be scans).
+    An interrupted preparation resumes: volumes that were already made from the same file with the same options are
+    kept. Outputs of source files that no longer exist are removed. An unusable file raises a one-line error, and the
+    finished volumes stay. With `skip_unusable` it is skipped instead, and the manifest records the reason (None: True
+    for "folder" only, since any file may lie there).
 
     Raises:
-        VolumeError: an unusable file, no usable one, `out` holding something else, or a disk that is full.
+        VolumeError: an unusable file, no usable file, an `out` that holds something else, or a full disk.
     """
     out = Path(out)
     skip_unusable = plan.kind == "folder" if skip_unusable is None else skip_unusable
@@ -71,7 +71,7 @@ def prepare(plan: Plan, out: PathLike, *, skip_unusable: bool | None = None, pro
 
 
 def _prepare_one(source: Source, out: Path, plan: Plan) -> dict[str, Any]:
-    """Its row of the manifest, after its file is there."""
+    """Writes the file of one source and returns its row of the manifest."""
     target = out / f"{source.name}{SUFFIX}"
     made_of = {"source": source.source, "source_sha256": file_digest(source.path), "options": dict(plan.options)}
     if _is_made(target, made_of):
@@ -110,7 +110,7 @@ def _is_made(target: Path, made_of: Mapping[str, Any]) -> bool:
 
 
 def _check_target(out: Path, facts: Mapping[str, Any]) -> None:
-    """Refuses a folder that holds a set prepared in another way, or anything else."""
+    """Refuses a folder that holds a data set prepared with other options, or anything else."""
     if not out.exists():
         return
     if not out.is_dir():
