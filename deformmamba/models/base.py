@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+import operator
 import os
 import tempfile
 import warnings
@@ -82,6 +83,8 @@ class SRModel(nn.Module):
         args, arguments = self.__dict__.pop("_arguments")
         super().__init__()
         name = type(self).__name__
+        if not isinstance(scale, bool) and hasattr(scale, "__index__"):
+            scale = operator.index(scale)  # numpy's integers
         if not isinstance(scale, int) or isinstance(scale, bool) or not 1 <= scale <= 16:
             raise InvalidArgument(f"{name}: scale must be an integer from 1 to 16, not {scale!r}")
         if not isinstance(intensity, str):
@@ -111,6 +114,9 @@ class SRModel(nn.Module):
         mistyped = _mistyped(type(self), {**self.config, **self._not_plain})
         if mistyped:
             raise InvalidArgument(f"{name}: {mistyped}")
+        for key, value in self.config.items():
+            if key.endswith(("channels", "width")) and isinstance(value, int) and value < 1:
+                raise InvalidArgument(f"{name}: {key} must be at least 1, not {value}")
         self.scale = scale
         self.intensity = intensity
         self.provenance: dict[str, Any] = {}
@@ -417,10 +423,12 @@ def _bound(cls: type[nn.Module], args: Sequence[Any], arguments: Mapping[str, An
     return values
 
 
-def _plain(value: Any) -> list[Any]:
-    """Sequences that JSON has no name for, such as a range, as lists."""
+def _plain(value: Any) -> list[Any] | int:
+    """Sequences that JSON has no name for, such as a range, as lists; numpy's integers as int."""
     if isinstance(value, Sequence):
         return list(value)
+    if hasattr(value, "__index__") and not isinstance(value, torch.Tensor):
+        return operator.index(value)
     raise InvalidType(f"{shown(value)} is a {type(value).__name__}")
 
 

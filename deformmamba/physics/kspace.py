@@ -82,13 +82,15 @@ def lowpass(hr: torch.Tensor, scale: int) -> torch.Tensor:
     Intensity is kept and nothing is clipped (Gibbs overshoot is real: a maximum of 1 can come out as 1.16).
 
     Raises:
-        ValueError: `scale` does not divide H and W.
+        ValueError: `scale` is below 1, or does not divide H and W.
     """
     h, w = hr.shape[-2:]
-    if scale < 1 or h % scale or w % scale:
+    if scale < 1:
+        raise InvalidArgument(f"degrade: scale must be an integer of at least 1, not {scale!r}")
+    if h % scale or w % scale:
         raise InvalidArgument(
             f"degrade: scale {scale} does not divide the image size {h}x{w}; "
-            f"crop the image to {h - h % max(scale, 1)}x{w - w % max(scale, 1)} first"
+            f"crop the image to {h - h % scale}x{w - w % scale} first"
         )
     return resize(hr, (h // scale, w // scale))
 

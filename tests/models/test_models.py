@@ -574,3 +574,16 @@ def test_zero_fill_takes_the_whole_slice_where_it_is_given() -> None:
 def test_interpolation_arguments(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"grid must be|a must lie|plain values"):
         Bicubic(scale=2, **bad)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("in_channels", 0), ("in_channels", -1), ("stem_channels", 0)])
+def test_channel_counts_below_one_are_refused(argument: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"DeformMambaSR: {argument} must be at least 1, not {value}"):
+        DeformMambaSR(dims=[8], depths=[1], patch=2, d_state=2, **{argument: value})
+
+
+def test_integers_of_numpy_are_integers() -> None:
+    model = ZeroFill(scale=np.int64(2))
+    assert type(model.scale) is int
+    assert model.config["scale"] == 2
+    assert type(model.config["scale"]) is int
