@@ -1,15 +1,15 @@
-"""Thick slices made isotropic: a scan that is sharp within its slices becomes as fine across them.
+"""Makes scans with thick slices isotropic: the resolution across slices becomes that within slices.
 
-The scan is interpolated along the slice direction by a cubic spline. A network that has learned what thick slices lack
+A cubic spline interpolates the scan along the slice direction. A network trained to restore thick slices
 (`DeformMambaSR(scale=1)`, the weights `thick`) is applied to the sections along both in-plane axes (sagittal and
-coronal ones of an axial scan); their mean is the result, their disagreement the uncertainty. The network may first be
-adapted to the scan: its own in-plane slices, made as coarse along one axis as the slices are thick, are training data
-of the right anatomy and contrast.
+coronal for an axial scan). Their mean is the result, their disagreement the uncertainty. Optionally, the network is
+first adapted to the scan: its in-plane slices, blurred and downsampled along one axis to the slice thickness, are
+training data with the right anatomy and contrast.
 
-Some in-plane slices are kept from adaptation. They are made coarse in the same way, and network and spline are compared
-on them: this is the gain that can be expected. Where there is none, the spline is the result.
+Some in-plane slices are held out from adaptation and degraded in the same way. On them, network and spline are
+compared: this is the expected gain. If there is no gain, the spline is the result.
 
-Grid: the centre of the first slice stays where it is, and the voxels are `to` mm apart from there.
+Grid: the centre of the first slice is unchanged, and voxels follow at intervals of `to` mm.
 
 Source: Zhao et al., SMORE, IEEE TMI 40 (2021); Remedios et al., ECLARE, arXiv 2503.10822.
 """
@@ -56,7 +56,7 @@ FEWEST_SLICES = 8
 MOST_SHEAR = 1.0  # degrees between the slices' normal and the direction in which they are stacked
 SQUARE = 1.05  # in-plane pixels whose sides differ by less are left as they are
 HELD_OUT = 6  # in-plane slices that adaptation does not see
-FEWEST_ACROSS = 4  # thick slices across an in-plane image, else it says nothing
+FEWEST_ACROSS = 4  # thick slices across an in-plane image; with fewer the comparison means nothing
 BATCH_PIXELS = 1 << 17  # of the sections that the network gets at once, on each thread
 # adaptation
 PATCH, BATCH, RATE = 96, 4, 4e-4
@@ -68,7 +68,7 @@ NOISE_BLOCK = 8  # wavelet details, so 16 pixels
 
 @dataclass(frozen=True)
 class Gain:
-    """How network and cubic spline compare on in-plane slices of the scan that adaptation did not see."""
+    """Comparison of network and cubic spline on in-plane slices of the scan held out from adaptation."""
 
     slices: int
     psnr: float
@@ -84,7 +84,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class IsotropicReport:
-    """What `isotropic` did, and what it is worth.
+    """Method, settings and expected gain of `isotropic`.
 
     Attributes:
         method: "network" or "spline", whichever was better on the held-out slices.
@@ -92,19 +92,19 @@ class IsotropicReport:
         spacing: mm from slice to slice, before.
         to: mm from slice to slice, after.
         pixel: in-plane pixel in mm, before.
-        thickness: of a slice in mm, and `thickness_from`, where this number comes from.
+        thickness: of a slice in mm; `thickness_from` is the source of this number.
         profile: kind of the slice profile.
         ratio: spacing / to.
         shape: (i, j, k) of the result.
         expected: the gain on held-out slices; None: the slices are too small to tell.
         adapted: steps of adaptation.
-        inconsistency: root mean square difference between the input slices and the slices that the result would give,
-            as a share of the intensity range: before and after the correction.
+        inconsistency: root mean square difference between the input slices and slices simulated from the result, as a
+            share of the intensity range: before and after the correction.
         disagreement: mean absolute difference of the two orientations inside the anatomy, as a share of the range.
         uncertainty: half the difference of the two orientations in each voxel, in scanner units; None for the spline.
-        weights, sha256: of the network; None where it was changed by adaptation (sha256) or is from no file.
+        weights, sha256: of the network; None without a file, and for sha256 after adaptation.
         seed, seconds: of the whole run.
-        remarks: what else a person should know, one line each.
+        remarks: further remarks, one line each.
     """
 
     method: str
@@ -139,7 +139,7 @@ class IsotropicReport:
         return f"expected gain over cubic interpolation {gain.db:+.1f} dB {measured}"
 
     def facts(self) -> dict[str, Any]:
-        """Everything but the uncertainty map, as JSON can hold it."""
+        """Everything except the uncertainty map, as JSON."""
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "uncertainty"}
         return {**plain, "expected": None if self.expected is None else {**vars(self.expected), "db": self.expected.db}}
 
@@ -158,31 +158,31 @@ def isotropic(
     device: str | torch.device | None = None,
     progress: bool = False,
 ) -> tuple[Any, IsotropicReport]:
-    """`scan` with voxels as fine across its slices as within them: the same kind of object, float32, in the same units.
+    """Makes the slice spacing of `scan` equal to its pixel size: the same kind of object, float32, in the same units.
 
     Args:
-        scan: a `Volume`, a nibabel image, or the path of a scan (which comes back as a `Volume`).
-        to: mm of the voxels that are wanted. None: the in-plane pixel, or what the k-space of the slices really
-            resolves if the scanner interpolated them. In-plane another number is reached through k-space.
+        scan: a `Volume`, a nibabel image, or the path of a scan (which gives a `Volume`).
+        to: voxel size of the result in mm. None: the in-plane pixel, or its true resolution in k-space if the scanner
+            interpolated the slices. In-plane, another size is reached by resampling in k-space.
         thickness: of a slice in mm. None: DICOM's SliceThickness, else the spacing between slices.
         profile: "gaussian" (full width at half maximum: the thickness), "boxcar", or a file of two columns, mm from the
             slice centre and weight.
         model: a name, a path or a model; at scale 1, trained for the slice direction.
-        adapt: minutes of adaptation to this scan, such as 3; or "400 steps"; 0: the weights as they are. Minutes become
-            a number of steps once a step has been timed; the report says how many.
+        adapt: minutes of adaptation to this scan, such as 3; or "400 steps"; 0: no adaptation. Minutes are converted to
+            steps by timing a few steps; the report states the number.
         seed: of the adaptation. Equal seeds, steps and threads give equal results.
-        consistency: correct the result towards one that gives the input slices when it is averaged by the profile.
-            "object": inside the anatomy only, reduced by the estimated noise. "exact": all of it. "off": none.
-        axis: where slices are stacked; None: as the geometry says.
-        device: where to run; None: where the model is, the CPU for a name.
+        consistency: correct the result so that averaging it by the profile gives the input slices.
+            "object": inside the anatomy only, reduced by the estimated noise. "exact": everywhere. "off": none.
+        axis: where slices are stacked; None: from the geometry.
+        device: where to run; None: the model's device, or the CPU for a name.
         progress: bars on stderr, if that is a terminal.
 
     Returns:
         The result and an `IsotropicReport`.
 
     Raises:
-        VolumeError: the scan is isotropic already, has fewer than 8 slices, sheared, missing or doubled ones, is not
-            one 3-D volume, or holds NaN.
+        VolumeError: the scan is isotropic already, has fewer than 8 slices, or sheared, missing or doubled slices, is
+            not one 3-D volume, or holds NaN.
         InvalidArgument, SliceProfileError: an argument out of range, or weights that are not for the slice direction.
     """
     start = time.perf_counter()
@@ -253,7 +253,7 @@ def cubic_spline(volume: Volume, **geometry: Any) -> np.ndarray:
 
 
 def parse_adapt(adapt: float | str) -> tuple[float, int | None]:
-    """(minutes, steps) of "3", 3, "400 steps"; steps None where minutes were given.
+    """Parses "3", 3 or "400 steps" to (minutes, steps); steps is None for minutes.
 
     Raises:
         InvalidArgument: anything else, or a negative number.
@@ -291,10 +291,10 @@ def loaded(model: "str | os.PathLike[str] | SRModel", device: str | torch.device
 
 @dataclass(frozen=True)
 class Stack:
-    """A scan as a stack of slices (n, h, w), checked, with the geometry that the result will have.
+    """A checked scan as a stack of slices (n, h, w), with the geometry of the result.
 
     Attributes:
-        slices: float32, scanner units; in-plane as fine as the result.
+        slices: float32, scanner units; with the in-plane pixels of the result.
         place: geometry and header of the result; its array is the input's.
     """
 
@@ -315,12 +315,12 @@ class Stack:
 
     @property
     def n_fine(self) -> int:
-        """Slices of the result."""
+        """Number of slices of the result."""
         return round(len(self.slices) * self.ratio)
 
     @property
     def in_rows(self) -> SliceProfile:
-        """The slice profile in units of `to`, as in-plane images see it."""
+        """The slice profile in units of `to`, for in-plane images."""
         table = self.profile.table and tuple((z / self.to, weight) for z, weight in self.profile.table)
         return SliceProfile(self.profile.kind, self.profile.thickness / self.to, table)
 
@@ -342,7 +342,7 @@ class Stack:
         profile: "str | os.PathLike[str] | SliceProfile" = "gaussian",
         axis: int | None = None,
     ) -> "Stack":
-        """Checks a scan, and brings its slices to the in-plane pixel of the result. Raises as `isotropic`."""
+        """Checks a scan and resamples its slices to the in-plane pixel of the result. Raises as `isotropic`."""
         from deformmamba.errors import InvalidArgument
 
         if to is not None and not 0 < to < math.inf:
@@ -397,7 +397,7 @@ def _checked_spacing(volume: Volume, axis: int) -> float:
     """mm from slice to slice, across the slices.
 
     Raises:
-        VolumeError: slices that are shifted against each other, as a tilted gantry leaves them.
+        VolumeError: slices that are shifted against each other, as after a tilted gantry.
     """
     step = volume.affine[:3, axis]
     first, second = (volume.affine[:3, a] for a in in_plane(axis))
@@ -430,7 +430,7 @@ def _check_slices(slices: np.ndarray) -> None:
 
 
 def _resolved(slices: np.ndarray, sides: Sequence[float], remarks: list[str]) -> list[float]:
-    """The in-plane pixel in mm that k-space really resolves; a remark where that is not the header's."""
+    """The true in-plane resolution in mm from k-space; adds a remark if it differs from the header."""
     filled = effective_matrix(slices)
     found = [side * n / m for side, n, m in zip(sides, slices.shape[1:], filled, strict=True)]
     if filled == slices.shape[1:]:
@@ -465,9 +465,9 @@ def _dicom_thickness(volume: Volume) -> float | None:
 
 
 def resampled(array: np.ndarray, axis: int, m: int) -> np.ndarray:
-    """`array` with m samples along one axis, through its k-space (cropped or filled with zeros); sample 0 stays.
+    """Resamples one axis to m samples in k-space (cropped or zero-filled); sample 0 keeps its position.
 
-    Where no voxel was negative none becomes so.
+    If no voxel is negative before, none is negative after.
     """
     n = array.shape[axis]
     spectrum = torch.fft.rfft(torch.from_numpy(np.ascontiguousarray(array)).movedim(axis, -1), norm="forward")
@@ -478,14 +478,14 @@ def resampled(array: np.ndarray, axis: int, m: int) -> np.ndarray:
 
 
 def split_slices(slices: torch.Tensor, job: Stack) -> tuple[torch.Tensor, torch.Tensor]:
-    """In-plane slices (k, h, w) to compare on, and those to adapt to; both empty where the slices are too small."""
+    """In-plane slices (k, h, w) for the comparison, and those for adaptation; both empty if slices are too small."""
     full = (slices.clamp(0, 1).mean((1, 2)) > EMPTY).nonzero()[:, 0]
     if n_slices(min(slices.shape[1:]), job.ratio) < FEWEST_ACROSS or not len(full):
         return slices[:0], slices[:0]
     middle = full[len(full) // 10 : len(full) - len(full) // 10]
     inner = middle if len(middle) >= 2 else full
     some = max(1, min(HELD_OUT, len(full) // 4))
-    # the middles of equal parts: not the first and last slices, which show little
+    # the middles of equal parts, to avoid the first and last slices, which show little
     held = inner[[int((number + 0.5) * len(inner) / some) for number in range(some)]]
     rest = torch.tensor([k for k in full.tolist() if k not in set(held.tolist())], dtype=torch.long)
     return slices[held], slices[rest]
@@ -502,7 +502,7 @@ def best_of(
     seed: int,
     progress: bool,
 ) -> tuple["SRModel | None", Gain | None, int]:
-    """The network to use (None: the spline), its gain on the held-out slices, and how many steps it was adapted."""
+    """The network to use (None: the spline), its gain on the held-out slices, and the number of adaptation steps."""
     if not len(held):
         return network, None, 0
     gain = measured(network, held, job)
@@ -516,7 +516,7 @@ def best_of(
 
 
 def measured(network: "SRModel", held: torch.Tensor, job: Stack) -> Gain:
-    """Network and spline on in-plane slices (k, h, w), made coarse along their rows, then along their columns."""
+    """Compares network and spline on in-plane slices (k, h, w), degraded along their rows, then along their columns."""
     rows = []
     for images in (held, held.mT):
         phase = 0.5 * ((images.shape[1] - 1) % job.ratio)  # the same distance to both ends
@@ -547,9 +547,9 @@ def adapted_to(
     seed: int,
     progress: bool,
 ) -> tuple["SRModel", int]:
-    """A copy of the network, trained on the slices `own` (k, h, w) made coarse; and the number of steps.
+    """A copy of the network, trained on degraded slices `own` (k, h, w); and the number of steps.
 
-    Minutes become steps once three steps, which change nothing, have been timed.
+    Minutes are converted to steps by timing three steps that do not change the network.
     """
     from tqdm import tqdm
 
@@ -584,7 +584,7 @@ def adapted_to(
 
 
 def patches(own: torch.Tensor, job: Stack, seed: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch of patches (b, 1, p, p), coarse and true, of step `number`: a function of both numbers alone."""
+    """A batch of patches (b, 1, p, p), degraded and true, for step `number`; depends on `seed` and `number` only."""
     rng = np.random.default_rng((seed, number))
     side = min(PATCH, *own.shape[1:])
     lr, hr = [], []
@@ -602,9 +602,9 @@ def patches(own: torch.Tensor, job: Stack, seed: int, number: int) -> tuple[torc
 
 
 def by_sections(network: "SRModel", fine: torch.Tensor, progress: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The network on the two kinds of sections through an interpolated stack (n, h, w): along w, and along h.
+    """Runs the network on both kinds of sections through an interpolated stack (n, h, w): along w, and along h.
 
-    The air around the anatomy and empty sections stay as they are. On a CPU several batches run at once, each with its
+    The air around the anatomy and empty sections are unchanged. A CPU runs several batches in parallel, each with its
     share of torch's threads.
     """
     from tqdm import tqdm
@@ -635,7 +635,7 @@ def by_sections(network: "SRModel", fine: torch.Tensor, progress: bool) -> tuple
 
 
 def _box(fine: torch.Tensor) -> tuple[slice, slice]:
-    """Rows and columns of (n, h, w) that hold anything but air, and MARGIN more on each side."""
+    """The rows and columns of (n, h, w) with anatomy, and MARGIN more on each side."""
     signal = (fine > TISSUE / 2).float().mean(0)
     spans = []
     for profile in (signal.mean(1), signal.mean(0)):
@@ -646,7 +646,7 @@ def _box(fine: torch.Tensor) -> tuple[slice, slice]:
 
 
 def _in_parallel(job: Callable[[Any], int], work: Sequence[Any], device: torch.device) -> Any:
-    """The results of `job`, in order; on a CPU several at once."""
+    """The results of `job`, in order; computed in parallel on a CPU."""
     threads = torch.get_num_threads()
     workers = min(threads, len(work)) if device.type == "cpu" else 1
     if workers <= 1:
@@ -667,12 +667,12 @@ def _in_parallel(job: Callable[[Any], int], work: Sequence[Any], device: torch.d
 
 
 def consistent(image: torch.Tensor, slices: torch.Tensor, operator: ThickSlices, how: Consistency) -> torch.Tensor:
-    """`image` (n_fine, h, w) corrected towards one whose `operator` gives `slices`.
+    """Corrects `image` (n_fine, h, w) so that `operator` maps it to `slices`.
 
-    "exact": all of it, by conjugate gradients. "object": inside the anatomy only, and only the share of the difference
-    that noise does not explain (the gain of a Wiener filter): the network had removed noise, and giving it back would
-    print it between the slices. On validation images made 4 times as coarse, exact consistency is worth +0.35 dB
-    without noise and -0.13 dB where each slice has noise of 2 % of the range.
+    "exact": everywhere, by conjugate gradients. "object": inside the anatomy only, and only the share of the difference
+    that noise does not explain (the gain of a Wiener filter). Otherwise the correction would restore the noise that the
+    network removed, and spread it between the slices. On validation images degraded by a factor of 4, exact consistency
+    gains +0.35 dB without noise and -0.13 dB if each slice has noise of 2 % of the range.
     """
     if how == "off":
         return image
@@ -683,15 +683,15 @@ def consistent(image: torch.Tensor, slices: torch.Tensor, operator: ThickSlices,
     difference = (operator(image, 0) - slices)[anatomy > 0]
     power = float(difference.square().mean()) if difference.numel() else 0.0
     share = max(0.0, 1 - noise_level(slices) ** 2 / power) if power > 0 else 0.0
-    # a voxel is in the anatomy if the slice that sees most of it is
+    # a voxel is in the anatomy if the slice with its largest weight is
     return image + share * anatomy[operator.matrix.argmax(0)] * change
 
 
 def noise_level(slices: torch.Tensor) -> float:
-    """The standard deviation of the noise inside the anatomy of (n, h, w): that of the quietest blocks.
+    """The standard deviation of the noise inside the anatomy of (n, h, w), from the blocks with the least texture.
 
-    The power of the diagonal details of the Haar wavelet, averaged over blocks of 16x16 pixels; of these the lowest
-    twentieth: everywhere else there is texture.
+    It is the power of the diagonal details of the Haar wavelet, averaged over blocks of 16x16 pixels. The lowest
+    twentieth of the blocks is used, because all others have texture.
 
     Source: the wavelet estimate of Donoho & Johnstone, Biometrika 81 (1994), in blocks.
     """
@@ -706,7 +706,7 @@ def noise_level(slices: torch.Tensor) -> float:
 
 
 def derivation(report: IsotropicReport) -> str:
-    """One line of ASCII for an image header: this package, what was done, the weights and their hash."""
+    """One line of ASCII for an image header: this package, the method, the weights and their hash."""
     from deformmamba import __version__
 
     how = "cubic spline"

@@ -1,4 +1,4 @@
-"""Isotropic scans from file to file, one or a folder of them, with a report and a figure."""
+"""Makes scan files isotropic, one or a folder of them, with a report and a figure."""
 
 import os
 from collections.abc import Callable
@@ -33,7 +33,7 @@ SHAPING = ("to", "thickness", "profile", "adapt", "seed", "consistency", "axis")
 
 
 class Isotropic(NamedTuple):
-    """The result of `isotropic_file`: the scan as it was read, the result, and its report without the uncertainty."""
+    """The result of `isotropic_file`: the scan from the file, the result, and its report without the uncertainty."""
 
     source: Volume
     result: Volume
@@ -54,17 +54,17 @@ def isotropic_file(
     report: PathLike | None = None,
     **settings: Any,
 ) -> Isotropic:
-    """Read `source`, make it isotropic, write `target`, which appears when it is complete.
+    """Read `source`, make it isotropic, write `target`. The file appears when it is complete.
 
     Args:
         source, volume, series, stack, nan, partial: as `read_volume`.
-        target, dtype: as `volume.writing`; a scan that came as DICOM can be written as DICOM, a series of more slices.
+        target, dtype: as `volume.writing`; if the input is DICOM, the output can be a DICOM series with more slices.
         uncertainty: another file, for half the difference of the two orientations, in the scan's units.
         report: .html, a page for visual checks, see `report.write_report`: sections across the slices.
         settings: as `isotropic`.
 
     Raises:
-        VolumeError, InvalidArgument: as the functions named above; or one of the files is another one of them.
+        VolumeError, InvalidArgument: as the functions named above; or two of the files are the same.
     """
     named = [path for path in (source, target, uncertainty, report) if path is not None]
     if len({os.path.realpath(path) for path in named}) < len(named):
@@ -97,7 +97,7 @@ def isotropic_file(
 
 
 def in_plane_as(result: Volume, scan: Volume, settings: dict[str, Any]) -> Volume:
-    """The scan with the in-plane pixels of the result, so that both have the same sections."""
+    """The scan resampled to the in-plane pixels of the result, so that both have the same sections."""
     keys = ("to", "thickness", "profile", "axis")
     job = Stack.of(scan, **{key: settings[key] for key in keys if key in settings})
     array = np.moveaxis(job.slices, 0, job.axis)
@@ -105,7 +105,7 @@ def in_plane_as(result: Volume, scan: Volume, settings: dict[str, Any]) -> Volum
 
 
 def report_facts(made: IsotropicReport) -> dict[str, str]:
-    """Name and value of what ran, for a report."""
+    """Provenance as names and values, for a report."""
     weights = f"{made.weights or 'weights without a file'}, sha256 {made.sha256 or 'none: adapted or without a file'}"
     facts = {
         "result": str(made),
@@ -132,9 +132,9 @@ def isotropic_cohort(
     told: Callable[[Outcome], None] | None = None,
     **settings: Any,
 ) -> list[Outcome]:
-    """Every scan below `source` made isotropic, in the same places below `target`, named `desc-iso`.
+    """Makes every scan below `source` isotropic, in the same subfolders of `target`, named `desc-iso`.
 
-    Everything else is as with `cohort.upscale_cohort`: resuming, several processes, the table of outcomes. The sidecar
+    Everything else is as in `cohort.upscale_cohort`: resuming, several processes, the table of outcomes. The sidecar
     of each scan holds the facts of its `IsotropicReport` under "Isotropic".
     """
     network = loaded(model, settings.get("device"))

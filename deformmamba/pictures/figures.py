@@ -1,10 +1,11 @@
-"""Pictures of results that may be shown to a radiologist.
+"""Figures of results for radiologists.
 
-Rules kept by every figure: all panels share one grey window, chosen from the reference image and never from a result;
-all show the same physical field with pixels of their true shape, so that on the origin-aligned grid LR pixel i is drawn
-centred on HR pixel scale * i; what a zoom shows is marked in the whole image; each says that this is no medical device.
+Rules for every figure: all panels share one grey window, chosen from the reference image and never from a result. All
+show the same physical field with pixels of their true shape, so that on the origin-aligned grid LR pixel i is drawn
+centred on HR pixel scale * i. The whole image marks the zoomed region. Each figure states that this is no medical
+device.
 
-Images are (h, w) arrays as they shall be seen, row 0 on top: `oriented` turns a slice of a volume that way.
+Images are (h, w) arrays in display order, row 0 on top: `oriented` turns a slice of a volume to this order.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,12 +29,12 @@ _PANEL, _GAP, _MARGIN, _TOP, _BOTTOM = 3.0, 0.12, 0.15, 0.85, 0.35  # inches
 
 
 class Slice(NamedTuple):
-    """A slice as it shall be seen.
+    """A slice in display order.
 
     Attributes:
         image: (h, w), row 0 on top.
         spacing: mm between rows and between columns.
-        labels: patient directions at the left, right, top and bottom edge; empty where the file does not know them.
+        labels: patient directions at the left, right, top and bottom edge; empty if unknown.
     """
 
     image: np.ndarray
@@ -42,17 +43,18 @@ class Slice(NamedTuple):
 
 
 def oriented(volume: Volume, axis: int, index: int) -> Slice:
-    """One slice of a volume, seen as radiologists see it.
+    """One slice of a volume in radiological orientation.
 
     Axial slices from below (the patient's right on the left, front on top), coronal ones from the front (right on the
     left, head on top), sagittal ones with the front on the left and the head on top; an oblique slice as the nearest of
-    the three. A volume that does not know how it lies in the patient is shown in its own order, without labels.
+    the three. A volume without an orientation is shown in array order, without labels.
     """
     return oriented_like(np.moveaxis(volume.array, axis, 0)[index], volume, axis)
 
 
 def oriented_like(image: np.ndarray, volume: Volume, axis: int) -> Slice:
-    """`image` (h, w) as `oriented` shows a slice of `volume` across `axis`; of the volume only its place counts."""
+    """`image` (h, w) turned as `oriented` turns a slice of `volume` across `axis`; only the geometry of `volume` is
+    used."""
     first, second = in_plane(axis)
     spacing = volume.spacing[first], volume.spacing[second]
     if not any(volume.codes):
@@ -85,7 +87,7 @@ def before_after(
     title: str = "",
     note: str = "",
 ) -> None:
-    """The input, pixels as measured, beside each of `results`, whole and zoomed into the same region.
+    """Draws the input, with pixels as measured, beside each of `results`: whole, and zoomed into the same region.
 
     Args:
         lr: (h, w), the input.
@@ -93,10 +95,10 @@ def before_after(
         path: .png, .pdf or .svg.
         spacing: mm between rows and between columns of `lr`.
         labels: see `Slice`.
-        grid: how the results lie on the input, see `deformmamba.physics.kspace.Grid`.
-        zoom: (row, column, size) of the zoomed square's centre and side in LR pixels; None: where the detail is.
+        grid: position of the results relative to the input, see `deformmamba.physics.kspace.Grid`.
+        zoom: (row, column, size) of the zoomed square's centre and side in LR pixels; None: a region full of edges.
         title: above the panels.
-        note: below them: what made the results, and warnings.
+        note: below the panels: provenance of the results, and warnings.
 
     Raises:
         VolumeError: `path` cannot be written.
@@ -129,16 +131,16 @@ def comparison(
     zoom: tuple[float, float, float] | None = None,
     title: str = "",
 ) -> None:
-    """The truth beside each result: whole, zoomed, and the absolute error on one shared colour scale.
+    """Draws the truth beside each result: whole, zoomed, and the absolute error on one shared colour scale.
 
-    PSNR and SSIM under each are of this slice, with the slice's own maximum as data range (protocol "slice").
+    PSNR and SSIM below each result are of this slice, with the slice's maximum as data range (protocol "slice").
 
     Args:
         hr: (h, w), the truth.
         results: title to image of the same size.
         path: .png, .pdf or .svg.
         spacing: mm between rows and between columns of `hr`.
-        zoom: (row, column, size) of the zoomed square's centre and side in pixels; None: where the detail is.
+        zoom: (row, column, size) of the zoomed square's centre and side in pixels; None: a region full of edges.
 
     Raises:
         VolumeError: `path` cannot be written.
@@ -280,7 +282,7 @@ def _edges(axes: "Axes", labels: Sequence[str]) -> None:
 
 
 def grey_window(reference: np.ndarray) -> tuple[float, float]:
-    """Black and white: 0, or the lowest value below it; and the 99.7th percentile of the values that are not 0."""
+    """The values of black and white: 0, or the lowest negative value; and the 99.7th percentile of non-zero values."""
     values = reference[reference != 0]
     low = min(0.0, float(reference.min()))
     high = float(np.percentile(values, 99.7)) if values.size else 1.0
@@ -307,7 +309,7 @@ def _busiest(image: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float, f
 def _save(figure: "Figure", path: PathLike, title: str, note: str = "") -> None:
     height = figure.get_figheight()
     left = _MARGIN / figure.get_figwidth()
-    # a file's name may hold what is no text (bytes that are no UTF-8) or what looks like a formula (dollar signs)
+    # a file's name may hold bytes that are not UTF-8, or dollar signs that look like a formula
     words: dict[str, Any] = {"parse_math": False}
     title, note = ("".join(c if c.isprintable() else "?" for c in text) for text in (title, note))
     figure.text(left, 1 - 0.14 / height, title, fontsize=12, color=_INK, va="top", fontweight="bold", **words)

@@ -1,7 +1,7 @@
-"""One self-contained web page about one upscaled scan, for visual checks.
+"""Writes one self-contained HTML report of an upscaled scan, for visual checks.
 
-The page needs no network and makes no request: pictures are embedded. It holds no patient data beyond the pictures
-themselves: no header, no tag, and of the file's name only what the caller puts among the facts.
+The page needs no network and makes no request: pictures are embedded. Apart from the pictures it holds no patient
+data: no header, no tag, and the file's name only if the caller includes it in the facts.
 """
 
 import base64
@@ -28,7 +28,7 @@ _MAX_SLICES = 40
 _BUDGET = 13_000_000  # bytes of pictures; base64 makes 17 MB of them
 _QUALITY = 92  # of JPEG
 _DECADES = 5.0
-# colours at even steps, dark where nothing is to be seen: below and above zero; small to large
+# colours at even steps, dark for zero: below and above zero; small to large
 _DIVERGING = ((120, 196, 255), (30, 90, 160), (10, 12, 14), (165, 90, 20), (255, 205, 120))
 _SEQUENTIAL = ((0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164))
 
@@ -44,25 +44,25 @@ def write_report(
     uncertainty: Volume | None = None,
     cautions: Sequence[str] = (),
 ) -> None:
-    """Write the page: slices of input and output to scroll, compare and zoom, maps, k-space, and what ran.
+    """Write the page: slices of input and output to scroll, compare and zoom, maps, k-space, and provenance.
 
-    The input is drawn interpolated (bicubic) to the voxels of the output, placed by the two affines. Slices are chosen
-    evenly, as many as keep the page below about 20 MB, at most 40; pictures are 8-bit JPEG in one grey window, from the
-    input. Difference (output minus interpolated input) and uncertainty have colour bars in the scan's units.
+    The input is interpolated (bicubic) to the voxels of the output, with the two affines. Slices are evenly spaced, as
+    many as keep the page below about 20 MB, at most 40. Pictures are 8-bit JPEG in one grey window, from the input.
+    Difference (output minus interpolated input) and uncertainty have colour bars in the scan's units.
 
     Args:
         path: .html; replaced if it exists.
-        before: the input, as the model saw it.
+        before: the input of the model.
         after: the output, with the same number of slices.
         axis: where slices are stacked.
-        grid: how the output lies on the input, "origin" or "half-pixel"; stated on the page.
-        facts: what ran, a name and a value a line, in this order: model, version, hash, time, settings, and the file's
-            name if it may be shown.
+        grid: position of the output relative to the input, "origin" or "half-pixel"; stated on the page.
+        facts: provenance, one name and value per line, in this order: model, version, hash, time, settings, and the
+            file's name if it may be shown.
         uncertainty: a standard deviation for each voxel of the output, in its units.
-        cautions: why the output may be worse than reported; shown at the top, below "model" and "version".
+        cautions: reasons why the output may be worse than reported; shown at the top, below "model" and "version".
 
     Raises:
-        VolumeError: `path` cannot be written, or the three do not belong together.
+        VolumeError: `path` cannot be written, or the three volumes do not belong together.
     """
     check_output(path, SUFFIXES)
     _check_fit(before, after, uncertainty, axis)
@@ -106,7 +106,7 @@ def _check_fit(before: Volume, after: Volume, uncertainty: Volume | None, axis: 
 
 
 def _chosen_slices(page: "_Pictures", n: int) -> tuple[list[int], list[list[bytes]]]:
-    """Evenly spaced slices, as many as the page has room for, and the pictures of each."""
+    """Evenly spaced slices, as many as fit on the page, and the pictures of each."""
     middle = n // 2
     first = page.slice(middle)
     fit = int(_BUDGET / (1.25 * sum(map(len, first))))
@@ -117,7 +117,7 @@ def _chosen_slices(page: "_Pictures", n: int) -> tuple[list[int], list[list[byte
 def _viewer_data(
     page: "_Pictures", after: Volume, axis: int, chosen: list[int], pictures: list[list[bytes]]
 ) -> dict[str, Any]:
-    """What the page's script reads: slices, sizes in mm, directions at the edges, panels with their pictures."""
+    """The data for the page's script: slices, sizes in mm, directions at the edges, panels with their pictures."""
     n = after.array.shape[axis]
     seen = oriented(after, axis, n // 2)
     return {
@@ -133,7 +133,7 @@ def _viewer_data(
 
 
 class _Pictures:
-    """What the panels show, and a slice of each as JPEG."""
+    """The images of the panels, and a slice of each as JPEG."""
 
     def __init__(self, before: Volume, after: Volume, uncertainty: Volume | None, axis: int) -> None:
         self.before, self.after, self.uncertainty, self.axis = before, after, uncertainty, axis
@@ -183,7 +183,7 @@ def _plane(volume: Volume, axis: int, k: int) -> np.ndarray:
 
 
 def _interpolated(before: Volume, after: Volume, axis: int, k: int) -> np.ndarray:
-    """Slice k of the input at the voxels of the output, bicubic; outside of it the nearest edge."""
+    """Slice k of the input at the voxels of the output, bicubic; the nearest edge outside the input."""
     image = torch.from_numpy(_plane(before, axis, k))
     to_before = np.linalg.inv(before.affine) @ after.affine
     first, second = in_plane(axis)
@@ -199,7 +199,7 @@ def _interpolated(before: Volume, after: Volume, axis: int, k: int) -> np.ndarra
 
 
 def _magnitude_limit(values: np.ndarray) -> float:
-    """Where a colour bar of magnitudes ends."""
+    """The upper end of a colour bar of magnitudes."""
     return float(np.percentile(np.abs(values), 99.5)) or float(np.abs(values).max()) or 1.0
 
 
@@ -238,7 +238,7 @@ def _spectra(before: Volume, after: Volume, axis: int, k: int, found: Inspection
         boxes = _box("box", held, frame)
         if found.interpolated and title == "Input":
             boxes += _box("box found", filled, frame)
-        # k-space is as wide as pixels are fine: drawn in cycles per mm
+        # drawn in cycles per mm, because finer pixels mean a wider k-space
         shape = f"aspect-ratio: {frame[1] / width:.6g} / {frame[0] / height:.6g}"
         figures.append(
             f'<figure><figcaption><strong>{title}</strong></figcaption><div class="stage" style="{shape}">'

@@ -1,4 +1,4 @@
-"""A figure of the sections across the slices, before and after the slice direction was made finer."""
+"""A figure of sections across the slices, before and after super-resolution along the slice direction."""
 
 from collections.abc import Mapping
 
@@ -11,10 +11,10 @@ _NAMES = ("sagittal", "coronal", "axial")
 
 
 def section_figure(volumes: Mapping[str, Volume], path: PathLike, *, axis: int, title: str = "") -> None:
-    """The middle sections along both in-plane axes of each volume, in mm: of an axial scan sagittal and coronal ones.
+    """Draws the middle sections along both in-plane axes of each volume, in mm (sagittal and coronal for axial scans).
 
     Args:
-        volumes: name to volume, from left to right, the input first; all in one place of the world.
+        volumes: name to volume, from left to right, the input first; all at the same position in the world.
         path: .png, .pdf or .svg.
         axis: where slices are stacked.
 
@@ -63,6 +63,6 @@ def section_figure(volumes: Mapping[str, Volume], path: PathLike, *, axis: int, 
 
 
 def _section(volume: Volume, across: int) -> str:
-    """What a section across an axis is called."""
+    """The name of a section across an axis."""
     direction = np.abs(volume.affine[:3, across])
     return _NAMES[int(np.argmax(direction))]
