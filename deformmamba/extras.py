@@ -1,4 +1,4 @@
-"""Optional packages: imported where they are used, and asked for by the name of the extra that brings them."""
+"""Optional packages: imported on use; the error for a missing one names the extra that installs it."""
 
 from importlib import import_module
 from types import ModuleType

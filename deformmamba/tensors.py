@@ -1,4 +1,4 @@
-"""What every operator of this package does with its tensors before it computes."""
+"""Preparation of tensors, shared by every operator of this package."""
 
 import functools
 import sys

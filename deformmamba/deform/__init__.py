@@ -2,7 +2,7 @@
 
     Y(p) = sum_k  w_k . X(p + p_k + dp_k) * dm_k        (equation 5 of the paper; Zhu et al. 2019)
 
-in the conventions of `torchvision.ops.deform_conv2d`: positions count pixels, offsets come as (dy, dx) for each tap,
+in the conventions of `torchvision.ops.deform_conv2d`: positions are in pixels, each tap has an offset (dy, dx),
 X between pixels is bilinear, and X outside the image is zero.
 """
 
@@ -63,10 +63,10 @@ def modulated_deform_conv2d(
     The result has the dtype that `conv2d` would give: that of x, or the autocast dtype where autocast is on.
     A channels-last x gives a channels-last result. A channels-last weight saves "cpu" a copy of it.
 
-    Second derivatives: "gather" has its own, "cpu" takes them from it, "torchvision" has none.
+    Second derivatives: "gather" supports them, "cpu" computes them with "gather", "torchvision" has none.
 
-    Source: equation 5; Zhu et al. 2019 (Deformable ConvNets v2), whose bilinear sampling and border these are: the
-    paper leaves both open.
+    Source: equation 5; bilinear sampling and borders as in Zhu et al. 2019 (Deformable ConvNets v2), because the paper
+    does not specify them.
 
     Raises:
         ValueError: a shape does not fit, or `implementation` cannot be used.

@@ -1,7 +1,7 @@
 """The norms of Mamba networks: root-mean-square and layer norm, with a residual (Mamba) or with a gate (Mamba-2).
 
 The interface is that of mamba-ssm's `ops.triton.layer_norm` and `ops.triton.layernorm_gated`. A norm is two sums over
-channels: the definition in plain PyTorch is the implementation, and only the step in float32 is added.
+channels, so the implementation is the definition in plain PyTorch, computed in float32.
 """
 
 from typing import Any

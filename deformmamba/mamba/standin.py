@@ -1,6 +1,6 @@
 """`install` puts this package's functions where programs import mamba_ssm and causal_conv1d from.
 
-Only names that cannot be imported get a stand-in: a package that works is left alone, whatever it computes with.
+Only packages that cannot be imported get a stand-in; a package that can be imported is not replaced.
 """
 
 import importlib

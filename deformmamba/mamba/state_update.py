@@ -22,7 +22,7 @@ def selective_state_update(
     dt_softplus: bool = False,
     state_batch_indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The next y; `state` is brought up to date in place. Computed in float32 (float64 for a float64 state).
+    """The next y; updates `state` in place. Computed in float32 (float64 for a float64 state).
 
     Args:
         state: (b, d, n), or (b, heads, d, n); written to.

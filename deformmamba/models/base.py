@@ -1,4 +1,4 @@
-"""What every super-resolution model here has in common: one config, strict loading, one input check."""
+"""Base class of all super-resolution models: one config, strict loading, one input check."""
 
 import inspect
 import itertools

@@ -25,12 +25,12 @@ class FMISR(SRModel):
         skip: None, as published; "zero-fill" adds the zero-filled input, see `deformmamba.models.skip`.
         intensity: see `SRModel`.
 
-    Source: Zhang, Liang, Pan & Zheng, IEEE Access 7 (2019). Neither its text nor any code of it was to be had; known is
-    what its abstract says, at second hand: three hidden layers, with mini-networks substituted in them, and a sub-pixel
-    convolution at the end. ASSUMED by us: a mini-network is what Szegedy et al. (CVPR 2016, figure 1) call so, two 3x3
+    Source: Zhang, Liang, Pan & Zheng, IEEE Access 7 (2019). We had neither the paper's text nor its code, only
+    its abstract, at second hand: three hidden layers, with mini-networks substituted in them, and a sub-pixel
+    convolution at the end. ASSUMED by us: a mini-network is the one of Szegedy et al. (CVPR 2016, figure 1), two 3x3
     convolutions in place of a 5x5 one; widths 64, 64, 32, ReLU after every convolution and a last kernel of 3x3, after
     the sub-pixel network of Shi et al. (CVPR 2016: 5x5 to 64, 3x3 to 32, 3x3 to scale^2, tanh), which it must resemble.
-    Whoever has the paper should check this first; a score of this class is a score of this reading.
+    Check these assumptions against the paper first. Scores of this class hold for this interpretation only.
     """
 
     channels = 1

@@ -1,6 +1,7 @@
-"""Interpolation as models: what every network has to beat, on the right grid.
+"""Interpolation methods as models: the baselines for every network, on the same grid.
 
-No parameters; the same interface as a network, so that evaluation, tiling and the command line need no second path.
+They have no parameters. Their interface is that of a network, so evaluation, tiling and the command line treat them
+alike.
 All are linear and, on the origin-aligned grid, pass exactly through the LR samples: sr[..., ::scale, ::scale] == lr.
 """
 
@@ -20,8 +21,8 @@ class ZeroFill(SRModel):
         super().__init__(scale=scale, intensity=intensity)
 
     def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
-        """(b, c, h, w) to (b, c, scale * h, scale * w). `base`, the zero-filled whole slice at the place of a tile, is
-        the answer itself where it is given: k-space is global, and a tile's own would wrap around at its edges."""
+        """(b, c, h, w) to (b, c, scale * h, scale * w). `base` is the tile's cut of the zero-filled whole slice. If it
+        is given, it is returned: k-space is global, and zero-filling a tile would wrap around at its edges."""
         self.check_lr(lr)
         return zero_fill(lr, self.scale) if base is None else base
 

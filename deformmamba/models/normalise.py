@@ -1,4 +1,4 @@
-"""Normalisation inside a network: each slice by its own order statistics, so that units and outliers do not matter.
+"""Normalisation inside a network by the percentiles of each slice, robust to intensity units and outliers.
 
 The network sees clamp((x - centre) / spread, -0.25, 2), where `centre` is the 1st percentile of the slice and `spread`
 the distance from there to the 99th; its residual is multiplied by `spread`. So its output for a * x + b (a > 0) is

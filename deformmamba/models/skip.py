@@ -1,6 +1,6 @@
-"""The global skip that a network may be given: it then learns only what zero-filling lacks.
+"""Optional global skip: the network adds its output to the zero-filled image and learns the difference only.
 
-None of the papers has it; where a table compares networks after a short training, all must have it or none.
+None of the papers has it. To compare networks after a short training, use it for all of them or for none.
 """
 
 import torch
@@ -31,7 +31,7 @@ def start_at_zero(last: nn.Module) -> None:
 
 
 def base_image(lr: torch.Tensor, scale: int, skip: str) -> torch.Tensor:
-    """What a network with this `skip` adds to: of the whole slices `lr` (..., h, w), at least float32.
+    """The image that a network with this `skip` adds its output to, for whole slices `lr` (..., h, w); >= float32.
 
     At scale 1 that is `lr` itself.
     """

@@ -1,4 +1,4 @@
-"""T2Net (Feng et al. 2021), row 4 of table 2: two branches, one of which asks the other for what it knows."""
+"""T2Net (Feng et al. 2021), row 4 of table 2: a super-resolution branch attends to a reconstruction branch."""
 
 import torch
 import torch.nn.functional as F

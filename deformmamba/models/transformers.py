@@ -1,8 +1,8 @@
 """SwinIR and HAT, the windowed transformers that table 2 compares with, as spandrel builds them.
 
-Trainable like every other model here, with random weights. On our grid they are as right as the pairs they are trained
-on: nothing in them is tied to a grid, the convolution before their pixel shuffle learns it. Released weights for
-natural images were trained on the half-pixel grid and would lie 1.5 pixels off on a 4x k-space crop.
+They start from random weights and are trained like every other model here. The convolution before their pixel shuffle
+learns the grid of the training pairs. Released weights for natural images were trained on the half-pixel grid: on a
+4x k-space crop their output would be shifted by 1.5 pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from deformmamba.physics.kspace import Grid
 
 
 class _Windowed(SRModel):
-    """What both have in common: a spandrel network over windows, and images padded to whole windows around it."""
+    """Base class of both: a spandrel network over windows; images are padded to whole windows."""
 
     precisions = ("float32", "bfloat16 autocast", "float16 autocast")
     tiles = "multiples of the window, overlapping by at least one window; their edges see less than the inside"

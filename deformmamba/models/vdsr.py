@@ -1,4 +1,4 @@
-"""VDSR (Kim et al. 2016), row 2 of table 2: twenty convolutions that learn what interpolation lacks."""
+"""VDSR (Kim et al. 2016), row 2 of table 2: twenty convolutions that learn the residual of bicubic interpolation."""
 
 import itertools
 

@@ -104,7 +104,7 @@ def data_consistency(
 ) -> torch.Tensor:
     """`sr` (..., H, W) corrected so that degrading it gives `lr` (..., H / scale, W / scale) back.
 
-    What the scanner measured is reproduced, to rounding; only what it did not measure is left to the estimate.
+    The measured frequencies of `lr` replace those of `sr`, to rounding; the unmeasured frequencies of `sr` stay.
 
     `magnitude=False` (signed LR, `degrade(..., output="real")`): an orthogonal projection onto the images that explain
     `lr`; the truth is one of them, so the error never grows. `magnitude=True`: the LR has lost its sign where the

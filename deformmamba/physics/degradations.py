@@ -1,4 +1,4 @@
-"""What may lie between a good image and the one at hand: named, seeded and composable.
+"""Image degradation models: named, seeded and composable.
 
     fewer_lines = KSpaceCrop(scale=4)
     photographic = GaussianBlur(sigma=1.5) >> Subsample(scale=4) >> RicianNoise(snr=30)
@@ -6,12 +6,12 @@
     photographic == parse("blur:sigma=1.5 >> subsample:scale=4 >> rician:snr=30")
 
 An image is (..., H, W), float32 or float64, and complex where a magnitude of k-space is taken at once; a stack is
-degraded slice by slice. Every degradation says by which factor it shrinks an image (`scale`), on which grid the result
-lies (`grid`, see `deformmamba.physics.kspace.Grid`), and has its adjoint, or says why there is none. The paper uses
-`KSpaceCrop` alone; the others are what its field trains on as well, and results on one say nothing about another.
+degraded slice by slice. Every degradation has the factor by which it shrinks an image (`scale`) and the grid of the
+result (`grid`, see `deformmamba.physics.kspace.Grid`). It has an adjoint, or `no_adjoint` gives the reason. The paper
+uses `KSpaceCrop` alone. The others are also common in the field; results on one do not carry over to another.
 
-Randomness is a function of (seed, number of the slice) and of nothing else: the k-th slice of a stack gets what that
-slice alone gets with `first=k`, whatever the device or the size of the batch.
+Noise depends on the seed and the slice number only: the k-th slice of a stack gets the same noise as that slice alone
+with `first=k`, on any device and for any batch size.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""k-space physics: what a coarser scan would have measured, and what of it an upscaled image must still hold.
+"""k-space physics: low-resolution acquisition by cropping k-space, and zero-filling.
 
 Conventions. An image is (..., H, W), real or complex. Its spectrum is centred in FREQUENCY only: `fftshift` is applied
 to the spectrum, never to the image, so image index 0 stays where it is and index n // 2 of the spectrum is frequency 0.

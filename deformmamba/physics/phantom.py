@@ -1,4 +1,4 @@
-"""A made-up head: an image whose truth is known, for demonstrations where no scan may be passed on."""
+"""A head phantom: an image with known ground truth, for demonstrations where no scan may be shared."""
 
 import numpy as np
 

@@ -1,9 +1,9 @@
-"""How a 2-D sequence sees the slice direction: each slice is a weighted mean over its thickness.
+"""Slice profiles of 2-D sequences: each slice is a weighted mean over its thickness.
 
 A thick slice at z_k measures y_k = integral of p(z - z_k) x(z) dz, with a slice profile p that integrates to 1. The
 fine image x is constant within each of its voxels, so the integral over a voxel is a difference of the cumulative
-profile: exact for every profile and every ratio of thickness to voxel, whole or not. What a slice measures beyond the
-ends of the fine image is taken from its outermost voxel.
+profile. This is exact for every profile and every ratio of thickness to voxel size. Beyond the ends of the fine image
+a slice measures the value of the outermost voxel.
 
 The slice positions z_k are free: a spacing above the thickness leaves gaps, a smaller one overlaps.
 """
@@ -27,7 +27,7 @@ class SliceProfileError(DeformMambaError, ValueError):
 
 @dataclass(frozen=True)
 class SliceProfile:
-    """The weight p(z) with which a slice sees what lies at the distance z (mm) from its centre.
+    """The weight p(z) of a point at the distance z (mm) from the slice centre.
 
     Args:
         kind: "gaussian", "boxcar", or the name of a table.

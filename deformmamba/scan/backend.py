@@ -1,4 +1,4 @@
-"""What a scan backend is: the protocol, the declared abilities, and the table of all backends.
+"""The interface of a scan backend: the protocol and the declared abilities.
 
 Every backend computes one operation. Both public functions are views of it. With k directions over images of
 height x width = l pixels, b images, g groups of r channels and n states:
@@ -35,7 +35,7 @@ class Abilities:
     Attributes:
         dtypes: of u, delta, B and C; other half precisions are converted to float32 first.
         low_rank: takes `delta_weight`; for the others the product is computed first.
-        zoh: knows zero-order hold.
+        zoh: supports zero-order hold.
         initial_state: starts from a given state.
         max_states: largest n, or None.
         transforms: torch.func's grad and jvp, forward mode and higher derivatives work.

@@ -1,4 +1,4 @@
-"""What a CPU runs: numba kernels, jobs for several threads, compiled code on disk.
+"""The CPU backend: numba kernels, jobs for several threads, compiled code on disk.
 
 Lanes are channels (`cpu_kernels`), so that nothing is summed across lanes and a channels-last map is read as it lies in
 memory, in all four directions, without a permuted copy. A job is one image, one group and a range of channels; it walks
@@ -227,7 +227,7 @@ _compiling = threading.Lock()
 
 
 def _forget_lock() -> None:
-    """In a forked child: whoever holds it in the parent will never let it go here."""
+    """For a forked child: a lock that a thread of the parent holds is never released in the child."""
     global _compiling
     _compiling = threading.Lock()
 

@@ -1,9 +1,9 @@
-"""What a GPU runs with nothing to compile by hand: Triton kernels (`triton_kernels`), forward and backward.
+"""The GPU backend: Triton kernels (`triton_kernels`), forward and backward, without a manual build.
 
-Channels-last maps are read as they lie in memory in every direction; sequences with consecutive steps are turned round
-tile by tile on the chip; any other layout is copied once. float32, float16 and bfloat16 go in and out, the state is
+Channels-last maps are read in every direction without a copy. Sequences with consecutive steps are transposed tile by
+tile on the chip. Any other layout is copied once. Inputs and outputs are float32, float16 or bfloat16; the state is
 float32. A program walks 64 (or 32) channels. Where images and channels do not fill the GPU, long walks are cut into
-stretches that run side by side, at the price of taking the exponentials twice.
+stretches that run in parallel, at the cost of computing the exponentials twice.
 """
 
 import os
