@@ -1,14 +1,15 @@
-"""A prepared data set on disk: one safetensors file a volume, and `manifest.json`, which says what was made of what.
+"""A prepared data set on disk: one safetensors file per volume, and `manifest.json`, which records their provenance.
 
-Why safetensors: it is installed with this package (h5py is not); a file is a header and plain numbers, without a date,
-so that the same numbers are the same bytes; and it is mapped into memory, so that a data set larger than memory is read
-slice by slice. One file a volume, each written whole or not at all, lets an interrupted preparation go on.
+Reasons for safetensors: it is installed with this package (h5py is not). A file is a header and plain numbers without a
+date, so the same numbers give the same bytes. It is memory-mapped, so a data set larger than memory is read slice by
+slice. Each volume has its own file, written completely or not at all, so an interrupted preparation resumes.
 
-A file holds `slices`: (n, H, W) float32, or (n, H, W, 2) for complex images (real, imaginary); and in its header one
-entry `deformmamba`, JSON: what `Prepared` holds and where it came from. Values are in units of `unit`, so about [0, 1].
+A file holds `slices`: (n, H, W) float32, or (n, H, W, 2) for complex images (real, imaginary). Its header has one entry
+`deformmamba`, JSON: the fields of `Prepared` and the provenance. Values are divided by `unit`, so they are about
+[0, 1].
 
-`manifest.json` is written first, with "complete": false, and again at the end: a folder without a complete one is
-refused by whoever reads it, and completed by whoever prepares it again.
+`manifest.json` is written first, with "complete": false, and again at the end. Reading a folder with an incomplete
+manifest raises an error; preparing it again completes it.
 """
 
 import hashlib
@@ -44,7 +45,7 @@ class Prepared:
 
 
 def read_prepared(path: str | os.PathLike[str]) -> Prepared:
-    """One file of a prepared data set.
+    """Reads one file of a prepared data set.
 
     Raises:
         VolumeError: missing, truncated, or not written by this package.
@@ -70,10 +71,10 @@ def read_prepared(path: str | os.PathLike[str]) -> Prepared:
 
 
 def write_prepared(path: Path, slices: np.ndarray, facts: Mapping[str, Any]) -> str:
-    """Writes (n, H, W) float32 or complex64 and `facts`, which name "spacing_mm"; returns the file's sha256.
+    """Writes slices (n, H, W), float32 or complex64, and `facts`, including "spacing_mm"; returns the file's sha256.
 
     Raises:
-        VolumeError: the operating system refused; nothing is left at `path`.
+        VolumeError: the file cannot be written; nothing is left at `path`.
     """
     from safetensors.numpy import save
 
@@ -90,7 +91,7 @@ def write_prepared(path: Path, slices: np.ndarray, facts: Mapping[str, Any]) -> 
 
 
 def is_prepared(root: str | os.PathLike[str]) -> bool:
-    """Whether `root` is a folder that a preparation began, finished or not."""
+    """Whether `root` holds a prepared data set, finished or not."""
     return _load(Path(root)).get("format") == FORMAT
 
 
@@ -98,7 +99,7 @@ def read_manifest(root: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest of a finished preparation.
 
     Raises:
-        VolumeError: there is none, or the preparation was interrupted.
+        VolumeError: no manifest, or the preparation was interrupted.
     """
     manifest = _load(Path(root))
     if manifest.get("format") != FORMAT:
@@ -109,7 +110,7 @@ def read_manifest(root: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def begun(root: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest there, finished or not; empty if there is none."""
+    """The manifest of `root`, finished or not; empty without one."""
     manifest = _load(Path(root))
     return manifest if manifest.get("format") == FORMAT else {}
 

@@ -1,4 +1,4 @@
-"""Volumes on disk: find them below a folder, say whose they are, read them as slices."""
+"""Volumes on disk: finds them below a folder, identifies their subjects, and reads them as slices."""
 
 import os
 import warnings
@@ -30,8 +30,8 @@ Passed = Callable[[Path, str], None]
 
 @dataclass(frozen=True)
 class Scan:
-    """One volume on disk: its file, or the folder of its DICOM series; its subject (splits go by it), its split, and a
-    group such as "T2 brain". `series` is the SeriesInstanceUID where a folder holds several series."""
+    """One volume on disk: its file, or the folder of its DICOM series; its subject (the unit of a split), its split,
+    and a group such as "T2 brain". `series` is the SeriesInstanceUID if a folder holds several series."""
 
     path: Path
     subject: str
@@ -51,26 +51,26 @@ def find_scans(
 ) -> list[Scan]:
     """The volumes below `root`, sorted by path, each with its subject and the split of its subject.
 
-    1. A folder that `deformmamba prepare` wrote: its manifest lists volumes, subjects and splits.
-    2. A folder with a `volumes.tsv` (columns participant_id, file and split; contrast and anatomy are optional): that
-       table decides.
-    3. Any other folder: every NIfTI, MGH and DICOM series counts that is a scan by `volume.scans_below`, which leaves
-       out masks, label images, phase images and outputs of this package, each with its reason. The subject is the
-       BIDS entity `sub-<label>`; without one it is guessed from the names of folders and files, with a warning that
-       says how (see `subjects.py`). Subjects are split by a hash, see `splits.by_share`.
+    1. A folder written by `deformmamba prepare`: its manifest lists volumes, subjects and splits.
+    2. A folder with a `volumes.tsv` (columns participant_id, file and split; contrast and anatomy are optional): the
+       table lists them.
+    3. Any other folder: all NIfTI files, MGH files and DICOM series that `volume.scans_below` accepts as scans. It
+       leaves out masks, label images, phase images and outputs of this package, each with a reason. The subject is the
+       BIDS entity `sub-<label>`. Without that entity the subject is guessed from folder and file names, and a warning
+       names the rule (see `subjects.py`). Subjects are split by a hash, see `splits.by_share`.
 
     Args:
         root: the folder.
         val, test: shares of the SUBJECTS that validate and test, for case 3.
         seed: of the hash, for case 3.
-        subject: a regular expression that finds the subject in each path relative to `root`, for case 3; its first
-            group if it has one. Such as "patient[0-9]+".
-        passed: called with each file that is left out and the reason; without it one warning names them.
+        subject: a regular expression, such as "patient[0-9]+", that finds the subject in each path relative to `root`,
+            for case 3. The subject is its first group, or the whole match without groups.
+        passed: called with each file that is left out and the reason; without it, one warning lists these files.
 
     Raises:
-        VolumeError: no volume there, a subject in two splits, an expression that finds no subject in a path, or a
-            preparation that was interrupted.
-        ValueError: shares outside [0, 1] or above 1 together; `subject` for a folder whose table names the subjects.
+        VolumeError: no volume, a subject in two splits, an expression that finds no subject in a path, or an
+            interrupted preparation.
+        ValueError: shares outside [0, 1] or above 1 in total; `subject` for a folder whose table names the subjects.
     """
     root = Path(root)
     check_shares(val, test)
@@ -94,7 +94,7 @@ def find_scans(
 
 
 def named_scans(sources: Iterable[Scan | str | os.PathLike[str]]) -> list[Scan]:
-    """Scans as they are, and files or DICOM folders with the subject that their paths name; these have no split."""
+    """Turns paths of files or DICOM folders into scans, with the subject from the path and no split; keeps scans."""
     sources = list(sources)
     paths = [Path(os.path.abspath(source)) for source in sources if not isinstance(source, Scan)]
     if not paths:
@@ -107,7 +107,7 @@ def named_scans(sources: Iterable[Scan | str | os.PathLike[str]]) -> list[Scan]:
 
 
 def describe_splits(scans: Sequence[Scan], *, most: int = 40) -> list[str]:
-    """A line for each split that has scans: how many volumes and subjects, and the first `most` subjects' names."""
+    """One line for each split with scans: numbers of volumes and subjects, and the first `most` subjects' names."""
     lines = []
     for split in dict.fromkeys((*SPLITS, "")):
         own = [scan for scan in scans if scan.split == split]
@@ -163,7 +163,7 @@ def _from_tree(
         warnings.warn(f"{root}: {counted(len(left_out), 'file')} left out: {named}{more}", stacklevel=4)
     if not found:
         return []
-    # a series that shares its folder is named as if it had a folder of its own
+    # a series that shares its folder gets its own key, folder/series
     keys = {(one.path / one.series if one.series else one.path): one for one in found}
     patients = {key: patient_id(one.path, one.series) for key, one in keys.items() if one.path.is_dir()}
     named_by = name_subjects(list(keys), root, pattern=pattern, patients=patients)
@@ -181,7 +181,7 @@ def _from_tree(
 
 
 def _candidates(root: Path) -> tuple[list[Candidate], list[Candidate]]:
-    """The scans below `root`, and what looks like one and is none."""
+    """The scans below `root`, and the candidates that are not scans."""
     candidates = [
         one if one.path.exists() else replace(one, reason="a link to a file that is not there")
         for one in scans_below(root)
@@ -190,7 +190,7 @@ def _candidates(root: Path) -> tuple[list[Candidate], list[Candidate]]:
 
 
 def folders_below(root: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """`root` and each folder below it with its files, sorted; links are followed, each folder comes once."""
+    """`root` and each folder below it with its files, sorted; links are followed, and each folder is visited once."""
     seen = set()
     for folder, folders, names in os.walk(root, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
@@ -202,11 +202,11 @@ def folders_below(root: Path) -> Iterator[tuple[Path, list[Path]]]:
 
 
 def load_volume(source: Scan | str | os.PathLike[str], *, phase: bool = False) -> tuple[Volume, int]:
-    """A volume and the axis of its slices, which `deformmamba.volume.slice_axis` finds; of a prepared file it is 0.
+    """A volume and its slice axis: from `deformmamba.volume.slice_axis`, or 0 for a prepared file.
 
-    A prepared file knows neither how its slices lie in the patient (`Volume.codes` are 0) nor how far they are apart
-    (1 mm here). Complex slices (fastMRI) come as their magnitude, with `phase` as they are, complex64. Of a file with
-    several volumes the first.
+    A prepared file stores neither patient orientation (`Volume.codes` are 0) nor slice distance (set to 1 mm). Complex
+    slices (fastMRI) are returned as magnitudes, or with `phase` as complex64. A file with several volumes gives the
+    first one.
     """
     if not _path(source).name.endswith(SUFFIX):
         volume = next(_volumes(source))
@@ -226,7 +226,7 @@ def _volumes(source: Scan | str | os.PathLike[str]) -> Iterator[Volume]:
     """Every 3-D volume of a file or series.
 
     Raises:
-        VolumeError: it cannot be read, or not without a choice that a data set has no place for.
+        VolumeError: it cannot be read, or reading it needs a choice, which a data set cannot store.
     """
     path, series = _path(source), source.series if isinstance(source, Scan) else None
     try:
@@ -236,17 +236,17 @@ def _volumes(source: Scan | str | os.PathLike[str]) -> Iterator[Volume]:
 
 
 class Slices(NamedTuple):
-    """(slices, H, W) in scanner units (prepared ones: about [0, 1]), float32, and the pixel's (height, width) in mm."""
+    """Slices (n, H, W), float32, in scanner units (prepared: about [0, 1]), and the pixel (height, width) in mm."""
 
     array: np.ndarray
     spacing: tuple[float, float]
 
 
 def load_slices(source: Scan | str | os.PathLike[str], multiple: int = 1, *, phase: bool = False) -> Slices:
-    """The slices of a file or series, those of all its volumes one after the other; see `load_volume`.
+    """The slices of a file or series, all its volumes one after another; see `load_volume`.
 
-    H and W are cropped at their ends to `multiple`: the scale does not divide every image, and pixel 0 stays where it
-    is.
+    H and W are cropped at their ends to a multiple of `multiple`, because the scale does not divide every image size.
+    Pixel 0 keeps its place.
     """
     path = _path(source)
     if path.name.endswith(SUFFIX):

@@ -1,6 +1,6 @@
-"""Which subjects train, validate and test: the rules, and the tables in which a user states them.
+"""Splits of subjects into training, validation and test sets: the rules, and the tables that users write.
 
-Every rule depends on the subjects' names alone, so that whoever has the same data gets the same split.
+Every rule depends on the subjects' names alone, so the same data always give the same split.
 """
 
 import csv
@@ -18,10 +18,10 @@ SPLITS = ("train", "val", "test", "external")
 
 
 def check_shares(val: float, test: float = 0.0) -> None:
-    """Refuses shares of subjects that are none.
+    """Refuses invalid shares of subjects.
 
     Raises:
-        ValueError: a share outside [0, 1], or more than 1 in all.
+        ValueError: a share outside [0, 1], or more than 1 in total.
     """
     for name, share in (("val", val), ("test", test)):
         if not 0 <= share <= 1:
@@ -35,7 +35,7 @@ def check_shares(val: float, test: float = 0.0) -> None:
 
 
 def check_splits(pairs: Iterable[tuple[str, str]], where: str | os.PathLike[str]) -> None:
-    """Refuses a subject in two splits, given pairs of subject and split; `where` is named in the message.
+    """Refuses a subject in two splits, given pairs of subject and split; the message names `where`.
 
     Raises:
         VolumeError: names the first such subject.
@@ -49,12 +49,12 @@ def check_splits(pairs: Iterable[tuple[str, str]], where: str | os.PathLike[str]
 
 
 def by_share(subjects: Iterable[str], *, val: float, test: float, seed: int = 0) -> dict[str, str]:
-    """The split of each subject: a hash of `seed` and name puts it at a place in [0, 1); below `test` it tests, below
-    `test + val` it validates, above it trains.
+    """The split of each subject: a hash of `seed` and name gives a place in [0, 1). Subjects below `test` test, those
+    below `test + val` validate, and the others train.
 
-    A new subject therefore moves no other. Small sets are the exception: from two subjects on one always validates
-    (unless `val` is 0) and one always trains (unless `val + test` is 1); from three on one tests (unless `test` is 0).
-    The nearest subjects in the order of their places are taken for that.
+    A new subject therefore does not change the split of any other. Small sets are the exception. With two or more
+    subjects, at least one validates (unless `val` is 0) and at least one trains (unless `val + test` is 1). With three
+    or more, at least one tests (unless `test` is 0). The subjects nearest in the order of places are used for that.
     """
     places = {
         name: int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") / 2**64
@@ -77,10 +77,10 @@ def by_share(subjects: Iterable[str], *, val: float, test: float, seed: int = 0)
 
 
 def by_count(subjects: Iterable[str], wanted: tuple[int, int], val: float) -> tuple[dict[str, str], str]:
-    """The split of each subject by a published number of training and test subjects, and the rule in a sentence.
+    """The split of each subject by published numbers of training and test subjects, and the rule in one sentence.
 
-    Subjects are sorted by the SHA-256 of their names; of the first ones `wanted[0]` train and `wanted[1]` test. With
-    fewer subjects than that the proportion stays. See `validating` for `val`.
+    Subjects are sorted by the SHA-256 of their names; the first `wanted[0]` train and the next `wanted[1]` test. Fewer
+    subjects are split in the same proportion. See `validating` for `val`.
     """
     check_shares(val)
     order = sorted(set(subjects), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
@@ -98,8 +98,8 @@ def by_count(subjects: Iterable[str], wanted: tuple[int, int], val: float) -> tu
 
 
 def validating(split: Mapping[str, str], val: float) -> dict[str, str]:
-    """The share `val` of the training subjects, rounded up, the last in the order of their hashes, moved to "val"; one
-    always keeps training."""
+    """Moves the share `val` of the training subjects, rounded up, to "val": the last in the order of their hashes. At
+    least one subject keeps training."""
     check_shares(val)
     train = [name for name, where in split.items() if where == "train"]
     train.sort(key=lambda name: hashlib.sha256(name.encode()).hexdigest())
@@ -112,8 +112,8 @@ def read_splits(path: str | os.PathLike[str], known: Iterable[str]) -> dict[str,
     """The split of each subject from a CSV or TSV file with the columns subject (or participant_id) and split.
 
     Raises:
-        VolumeError: no such file or column, an empty cell, a split that is none of `SPLITS`, a subject in two splits or
-            who is not among the `known`.
+        VolumeError: no such file or column, an empty cell, a split not in `SPLITS`, a subject in two splits, or a
+            subject not in `known`.
     """
     known = set(known)
     header = read_header(path)
@@ -133,13 +133,13 @@ def read_splits(path: str | os.PathLike[str], known: Iterable[str]) -> dict[str,
 
 
 def read_header(path: str | os.PathLike[str]) -> list[str]:
-    """The names of the columns of a CSV or TSV file; empty for an empty file."""
+    """The column names of a CSV or TSV file; empty for an empty file."""
     text = read_text(path)
     return [name.strip() for name in next(csv.reader(text.splitlines(), delimiter=_delimiter(text)), [])]
 
 
 def read_table(path: str | os.PathLike[str], needed: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows of a CSV or TSV file with their line numbers, blank lines left out; cells without blanks around them.
+    """The rows of a CSV or TSV file with their line numbers, without blank lines; cells are stripped of blanks.
 
     A byte order mark, which spreadsheets write, is ignored. Every row must fill the columns of `needed`.
 

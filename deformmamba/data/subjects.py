@@ -1,19 +1,19 @@
-"""Whose scan is it? Splits go by subject, so scans of one person must never count as two subjects.
+"""Identifies the subject of each scan. Splits go by subject, so scans of one person must never count as two subjects.
 
 The name of a scan's subject comes from, in this order:
 
-1. a regular expression of the user's;
+1. a regular expression given by the user;
 2. the BIDS entity `sub-<label>`, in a folder or the file's name;
 3. an explicit number of a person in the path, such as `patient01`, `P001`, `case_3`, `TCGA-02-0003`;
-4. the topmost folder that differs between scans, where the same file names repeat over folders
+4. the topmost folder that differs between scans, if the same file names repeat in several folders
    (`anna/T1.nii.gz, anna/T2.nii.gz, ben/T1.nii.gz`);
 5. the first part of the file's name that differs between scans (`anna_T1.nii.gz, anna_T2.nii.gz`).
 
-Words for contrasts, sequences, sessions, dates and the like never name a person, and neither do upper and lower case
-distinguish two. Of DICOM series without a `sub-` label, those with the same PatientID are one subject as well.
+Words for contrasts, sequences, sessions, dates and the like never name a subject. Upper and lower case are equal. DICOM
+series without a `sub-` label but with the same PatientID are one subject, too.
 
-Where the rules cannot decide they join scans rather than separate them: too few subjects are seen at once, and a person
-in two splits is not.
+In doubtful cases the rules join scans rather than separate them: users notice too few subjects at once, but not a
+person in two splits.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from deformmamba.volume import VolumeError
 
 _BIDS = re.compile(r"(?:^|[/_. -])(sub-[A-Za-z0-9]+)", re.IGNORECASE)
 
-# public data sets whose subject has several parts
+# public data sets whose subject names have several parts
 _KNOWN = re.compile(r"TCGA-\w{2}-\w{4}|\d{3}_S_\d{4,5}|OAS\d_\d{4,5}|IXI\d{3}", re.IGNORECASE)
 _NUMBERED = re.compile(
     r"(?:^|[_. -])((?:pt|pat|patient|subj|subject|sub|case|volunteer|participant|person|donor|proband)[_ -]?\d+"
@@ -36,7 +36,7 @@ _NUMBERED = re.compile(
     re.IGNORECASE,
 )
 
-# Words that say what, how, when or where was scanned, not who; a number may follow: `ses2`, `series12`.
+# Words for contrast, protocol, time or site, which never name a subject; a number may follow: `ses2`, `series12`.
 _CONTRASTS = (
     "t1|t2|pd|2d|3d|fs|ax|t1w|t2w|t2s|t2star|t1c|t1ce|t1gd|weighted|pdw|flair|dwi|dti|adc|swi|bold|asl|cbf|"
     "mra|mrv|tof|mprage|mpr|spgr|bravo|vibe|dixon|stir|tirm|tse|fse|gre|epi|haste|space|cube|fisp|trufi|ciss|"
@@ -54,12 +54,12 @@ _OTHER = (
     "ge|philips|siemens|3t|15t|7t|64mt|unknown"
 )
 _NO_PERSON = re.compile(rf"(?:(?:{_CONTRASTS})+|{_OTHER})\d*|[ebvmwydi]\d+", re.IGNORECASE)
-_DATE = re.compile(  # a UID of DICOM names nobody either
+_DATE = re.compile(  # or a DICOM UID, which does not name a subject either
     r"\d+(?:\.\d+){4,}|(?<!\d)(?:(?:19[5-9]|20[0-3])\d(?:([-_.]?)(?:0[1-9]|1[0-2])\1(?:[0-2]\d|3[01])(?:\d{4}|\d{6})?)?"
     r"|(?:[0-2]\d|3[01])([-_.])(?:0[1-9]|1[0-2])\2(?:19[5-9]|20[0-3])\d)(?!\d)"
 )
 _ATTACHED = re.compile(r"(.*\d)(?:t1|t2|pd|flair|dwi|adc|swi)(?:w|ce|c|gd|fs)?", re.IGNORECASE)
-# what an anonymiser writes for everybody
+# values that anonymisers write for every patient
 _PLACEHOLDER = re.compile(
     r"(anon\w*|unknown|none|null|na|n/a|no ?name|patient ?id|patient|id|test|phantom|x+|0+|\W*)", re.IGNORECASE
 )
@@ -67,12 +67,12 @@ _PLACEHOLDER = re.compile(
 
 @dataclass(frozen=True)
 class Subjects:
-    """The subject of each scan, and where the names come from.
+    """The subject of each scan, and the source of the names.
 
     Attributes:
-        names: by path.
-        rule: in words, for a message.
-        certain: whether the user or BIDS named them; otherwise they were guessed from the names of files and folders.
+        names: subject by path.
+        rule: the naming rule in words, for a message.
+        certain: whether the names come from the user or BIDS; otherwise they are guessed from file and folder names.
     """
 
     names: Mapping[Path, str]
@@ -90,12 +90,12 @@ def name_subjects(
     """The subject of each of `paths` (files or folders of DICOM series) below `root`; see the top of this file.
 
     Args:
-        pattern: a regular expression that is searched in the path relative to `root`, with `/` between folders; the
-            first group, or without groups the whole match, is the subject.
+        pattern: a regular expression, searched in the path relative to `root`, with `/` between folders. The subject
+            is the first group, or the whole match without groups.
         patients: the PatientID of DICOM series, by path.
 
     Raises:
-        VolumeError: a `pattern` that is no regular expression, or a path without a match (names it).
+        VolumeError: an invalid regular expression, or a path without a match (named in the message).
     """
     relative = {path: _relative(path, Path(root)) for path in paths}
     if pattern is not None:
@@ -136,7 +136,7 @@ def _by_pattern(relative: Mapping[Path, str], pattern: str) -> dict[Path, str]:
 
 
 def _guessed(relative: Mapping[Path, str]) -> tuple[dict[Path, str], str]:
-    """Rules 3 to 5: names, empty where the path tells nothing, and the rule in words."""
+    """Rules 3 to 5: names (empty if no rule applies to a path) and the rule in words."""
     numbered = {path: _numbered(text) for path, text in relative.items()}
     if all(numbered.values()):
         return {path: name or "" for path, name in numbered.items()}, "the patient numbers in the paths"
@@ -167,7 +167,7 @@ def _stem(name: str) -> str:
 
 
 def _tokens(text: str) -> list[str]:
-    """The parts of a name that may name a person: no contrasts, sessions or dates."""
+    """The parts of a name that may name a subject: no contrasts, sessions or dates."""
     kept = []
     for token in re.split(r"[^0-9A-Za-z\u0080-\uffff^]+", _DATE.sub(" ", text)):
         if token and not _NO_PERSON.fullmatch(token):
@@ -177,12 +177,12 @@ def _tokens(text: str) -> list[str]:
 
 
 def _shape(stem: str) -> str:
-    """A file's name without what distinguishes scans of one series of names: contrasts, and the values of numbers."""
+    """A file's name without contrasts and with every number replaced by "#", so that numbered names are equal."""
     return re.sub(r"\d+", "#", " ".join(_tokens(stem))).lower()
 
 
 def _person_parts(names: Mapping[Path, str]) -> dict[Path, str]:
-    """Of each name the first part that may name a person and is not the same in all of them; empty where none is."""
+    """The first part of each name that may name a subject and does not occur in all names; empty without one."""
     tokens = {path: _tokens(name) for path, name in names.items()}
     lists = [{token.lower() for token in found} for found in tokens.values()]
     common = set.intersection(*lists) if len({*names.values()}) > 1 else set()
@@ -190,12 +190,12 @@ def _person_parts(names: Mapping[Path, str]) -> dict[Path, str]:
 
 
 def _key(name: str) -> str:
-    """What two spellings of a name share: upper and lower case, and zeros before a number, are not told apart."""
+    """A key that ignores upper and lower case and leading zeros, equal for all spellings of a name."""
     return re.sub(r"(?<!\d)0+(?=\d)", "", name.lower())
 
 
 def _first_difference(folders: Mapping[Path, Sequence[str]]) -> dict[Path, str]:
-    """Of each list of folders the topmost one that may name a person, at the first level where at least two do."""
+    """For each list of folders, the topmost that may name a subject, from the first level with two different names."""
     depth = max(map(len, folders.values()))
     levels = [
         _person_parts({path: names[level] for path, names in folders.items() if level < len(names)})
@@ -207,7 +207,7 @@ def _first_difference(folders: Mapping[Path, Sequence[str]]) -> dict[Path, str]:
 
 
 def _joined(names: Mapping[Path, str], patients: Mapping[Path, str]) -> dict[Path, str]:
-    """`names`, where those that share a PatientID have become one; a name that was empty comes from the PatientID."""
+    """Joins the `names` that share a PatientID; an empty name is replaced by one from the PatientID."""
     usable = {path: text.strip() for path, text in patients.items() if not _PLACEHOLDER.fullmatch(text.strip())}
     filled = {
         path: name or (f"patient-{hashlib.sha256(usable[path].encode()).hexdigest()[:8]}" if path in usable else "")
@@ -231,7 +231,7 @@ def _joined(names: Mapping[Path, str], patients: Mapping[Path, str]) -> dict[Pat
 
 
 def _one_case(names: Mapping[Path, str]) -> dict[Path, str]:
-    """One spelling, the first, of names that `_key` does not tell apart."""
+    """Gives names with the same `_key` one spelling, the first."""
     spelled: dict[str, str] = {}
     return {path: spelled.setdefault(_key(name), name) for path, name in names.items()}
 

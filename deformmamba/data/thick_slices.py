@@ -1,9 +1,9 @@
-"""Training data for the slice direction: in-plane images made as coarse along one axis as thick slices are.
+"""Training data for the slice direction: in-plane images degraded along one axis like thick slices.
 
-A scan is sharp within its slices and coarse across them. An in-plane image that a slice profile has made coarse along
-ONE axis, and that a cubic spline has brought back to its own grid, looks like a sagittal or coronal section through the
-interpolated scan; the image before is the answer. The coarse axis is always the first one, so that the network knows
-the direction.
+A scan is sharp within its slices and coarse across them. A slice profile makes an in-plane image coarse along ONE axis,
+and a cubic spline interpolates it back to its grid. The result resembles a sagittal or coronal section through the
+interpolated scan; the original image is the training target. The coarse axis is always the first one, so the direction
+is fixed for the network.
 
 Source: Zhao et al., SMORE, IEEE TMI 40 (2021); Remedios et al., ECLARE, arXiv 2503.10822.
 """
@@ -28,10 +28,10 @@ FEWEST = 4  # thick slices across an image
 
 
 def robust_range(array: np.ndarray) -> tuple[float, float]:
-    """What becomes 0 and 1 before the network: a low percentile, and a high one of the voxels above it.
+    """The values mapped to 0 and 1 for the network: a low percentile, and a high percentile of the voxels above it.
 
-    An offset, negative values, a few bright voxels and a background of any share change it little. Where all voxels are
-    alike the range is 1, so that nothing is divided by 0.
+    An offset, negative values, a few bright voxels and the size of the background change it little. If all voxels are
+    equal the range is 1, to avoid a division by 0.
     """
     values = np.asarray(array, np.float32).ravel()
     values = values[:: max(1, len(values) // 2_000_000)]  # as exact as any use needs
@@ -45,7 +45,7 @@ def robust_range(array: np.ndarray) -> tuple[float, float]:
 
 
 def thick(image: torch.Tensor, *, ratio: float, profile: SliceProfile, phase: float = 0.0) -> torch.Tensor:
-    """`image` (n, w) as thick slices along its first axis see it, brought back to n rows by a cubic spline.
+    """Samples `image` (n, w) with thick slices along its first axis, and interpolates to n rows by a cubic spline.
 
     Args:
         ratio: rows from one slice centre to the next; any number of 1 or more.
@@ -90,20 +90,21 @@ class ThickSliceDataset(Dataset[ThickSample]):
     Args:
         scans: the volumes; kept in memory.
         patch: rows and columns of a sample; smaller images are left out.
-        length: how many samples there are.
-        weights: share of each group (`Scan.group`), by name; groups left out do not count. None: as many volumes as
-            it has. Within a group every volume has the same share.
+        length: number of samples.
+        weights: share of each group (`Scan.group`), by name; other groups are ignored. None: in proportion to the
+            number of volumes. Within a group every volume has the same share.
         ratio: smallest and largest number of rows from slice to slice; log-uniform between them.
-        thickness: smallest and largest thickness as a share of that: below 1 slices have gaps, above 1 they overlap.
-        boxcar: share of the samples whose slice profile is a boxcar; the others have a Gaussian.
-        reformats: of volumes whose voxels' longest and shortest side differ by no more than this factor, half of the
-            samples are sections across the slices, coarse along the slice direction; 1 for exact cubes only.
+        thickness: smallest and largest slice thickness as a share of that distance. Below 1 slices have gaps, above 1
+            they overlap.
+        boxcar: share of the samples with a boxcar slice profile; the others have a Gaussian one.
+        reformats: largest ratio of the voxel's longest to its shortest side for which half of a volume's samples are
+            sections across the slices, coarse along the slice direction; 1 for exact cubes only.
         flips: mirror at random.
         contrast: largest exponent g of a random contrast curve x -> x^c, c log-uniform in [1/g, g].
         gain: largest factor of a random intensity scaling, log-uniform in [1/gain, gain].
-        invert: share of the samples that become their negative, 1 - x.
-        seed: of everything random.
-        progress: a bar while volumes are read.
+        invert: share of the samples replaced by their negative, 1 - x.
+        seed: seeds all randomness.
+        progress: show a progress bar while reading volumes.
 
     Raises:
         VolumeError: nothing to train on.
@@ -253,8 +254,8 @@ class ThickCase(NamedTuple):
 def thick_cases(
     scans: Iterable[Scan], *, ratios: Sequence[float] = (2.7, 4.0, 5.5), images: int = 3, axis: int | None = None
 ) -> list[ThickCase]:
-    """`images` in-plane images of each scan, one after the other made coarse by each of `ratios`, rows and columns by
-    turns; the same ones each time."""
+    """The same `images` in-plane images of each scan at every call. The cases cycle through `ratios`, and alternate
+    between rows and columns as the coarse direction."""
     cases: list[ThickCase] = []
     for scan in scans:
         volume, along = load_volume(scan)

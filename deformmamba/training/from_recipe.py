@@ -46,20 +46,20 @@ def train_recipe(
     progress: bool = True,
     **overrides: Any,
 ) -> Path:
-    """Trains by a recipe on the "train" split of the folder `data` and validates on its "val" split; see `load_recipe`.
+    """Trains with a recipe on the "train" split of the folder `data` and validates on its "val" split.
 
     Args:
         recipe: see `load_recipe`.
         data: see `deformmamba.data.scans.find_scans`.
-        out: see `fit`; a picture of a validation slice, `sample.png`, comes there as well.
-        init: see `load_recipe`; instead of the recipe's.
+        out: see `fit`; also receives `sample.png`, a picture of a validation slice.
+        init: replaces the recipe's `init`, see `load_recipe`.
         subject: a regular expression that finds the subject in the path of a scan, see `find_scans`.
         say: called with a line for each split: its subjects.
         progress: see `fit`.
         overrides: replace [fit] keys if they are not None, such as `steps` (which replaces `epochs`) or `seed`.
 
-    With weights to start from, these are validated first, as step 0: they stay the best checkpoint until a validation
-    scores higher. Their data consistency is inherited.
+    Initial weights are validated first, as step 0, and stay the best checkpoint until a validation scores higher. Their
+    data consistency is inherited.
 
     Returns the best checkpoint.
 

@@ -1,4 +1,4 @@
-"""`fit`: the training loop, in one process or several, that resumes exactly where it was stopped."""
+"""`fit`: the training loop, in one process or several, with exact resumption."""
 
 import copy
 import inspect
@@ -67,27 +67,27 @@ def fit(
 ) -> Path:
     """Trains `model` in place and returns the path of its best checkpoint. Started again on the same `out`, it resumes.
 
-    Writes into `out`, each file complete or not at all: `run.json` (which run this is), `best.safetensors` (highest
-    "psnr" of `validate`; the last one without it), `last.safetensors`, `log.csv`, `curve.png`, `tensorboard/` where
-    that is installed, and `state.pt`, from which it goes on exactly: every `every` steps, at the end, and on ctrl-C or
-    SIGTERM, which end the step first (a second ctrl-C does not). On the CPU in float32 a run that was stopped, however
-    it was, ends in the same bits as one that was not, if samples are functions of their index alone.
+    Writes into `out`, each file completely or not at all: `run.json` (describes the run), `best.safetensors` (highest
+    "psnr" of `validate`; the last one without it), `last.safetensors`, `log.csv`, `curve.png`, `tensorboard/` if it is
+    installed, and `state.pt`, the state to resume from. It saves every `every` steps, at the end, and on ctrl-C or
+    SIGTERM after the current step (a second ctrl-C stops at once). On the CPU in float32, an interrupted run gives the
+    same bits as an uninterrupted one if samples are functions of their index alone.
 
-    A finished run that is started again with more steps or epochs goes on from its end, with the schedule of the longer
-    run. The global random state and the mode (training or evaluation) of each module are left as they were; submodules
-    that are in evaluation mode while the model is in training mode stay so.
+    A finished run that is started again with more steps or epochs continues from its end, with the schedule of the
+    longer run. The global random state and the mode (training or evaluation) of each module are restored; submodules
+    in evaluation mode inside a model in training mode keep their mode.
 
-    Under `accelerate launch` each process computes its share of every batch and the result is that of one process, up
-    to rounding. The main process alone writes and validates, while the others wait.
+    Under `accelerate launch` each process computes its share of every batch, and the result equals that of one process
+    up to rounding. Only the main process writes and validates; the others wait.
 
     Args:
         model: any module from lr to sr, (lr, base) or (lr, base, norm); saved by its own `save_pretrained` if it
             has one, as plain safetensors otherwise.
-        dataset: map-style, of (lr, hr), (lr, hr, base) or (lr, hr, base, norm); a model gets as many as it takes.
-            Passed over in shuffled order, again and again, until `steps` batches have been seen. If it has
-            `describe(index) -> str`, that names the samples of a batch whose loss is not finite.
-        out: folder of this run alone.
-        steps, epochs: how long: updates of the weights, or passes over `dataset`; one of the two.
+        dataset: map-style, of (lr, hr), (lr, hr, base) or (lr, hr, base, norm); a model gets as many inputs as it
+            takes. Repeated in shuffled order until `steps` batches are done. Its `describe(index) -> str`, if present,
+            names the samples of a batch whose loss is not finite.
+        out: folder for this run only.
+        steps, epochs: length of the run: weight updates, or passes over `dataset`; give one of the two.
         batch: samples a step, over all processes and accumulated pieces.
         accumulate: in how many pieces a process computes its share of a batch, which saves memory.
         loss: from (sr, hr) to a scalar, a mean over samples; `SRLoss()`, the paper's, by default.
