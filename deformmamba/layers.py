@@ -160,7 +160,7 @@ class ModulatedDeformBlock(Block):
         out_channels: channels out; as many as in by default.
         kernel_size, stride, dilation: of the sampling, "same" padding; (h, w) becomes (ceil(h / stride), ...).
         groups: of the weighted sum, as in `nn.Conv2d`; divides both channel counts.
-        deform_groups: groups of channels with offsets of their own; divides `channels`.
+        deform_groups: groups of channels, each with its own offsets; divides `channels`.
         bias: whether the weighted sum has one.
         norm: of the output: "layer" (over channels), anything that makes a module of a channel count
             (`nn.BatchNorm2d`), or None (the paper's).
@@ -258,7 +258,7 @@ def scan_map(
     discretization: Discretization = "euler",
     backend: str | None = None,
 ) -> torch.Tensor:
-    """What `SS2D` computes from a (b, channels, h, w) map and its parameters."""
+    """The computation of `SS2D`, from a (b, channels, h, w) map and the parameters."""
     k, n, r = x_proj.shape[0], A_log.shape[1], dt_proj.shape[2]
     with without_autocast(x.device.type):
         u = _last(x.to(torch.promote_types(x.dtype, torch.float32)))
@@ -283,8 +283,8 @@ def scan_map(
 class SS2D(Block):
     """Figure 1 (B-3): scan expanding, S6 in each direction, scan merging. (b, channels, h, w) to (b, channels, h, w).
 
-    Every pixel sees every other along rows and columns, forwards and backwards, at a cost linear in their number. No
-    gate, norm or expansion: those belong to `VisionMambaBlock`.
+    Every output pixel depends on every input pixel, along rows and columns, forwards and backwards. The cost is linear
+    in the number of pixels. Gate, norm and expansion are in `VisionMambaBlock`, not here.
 
     Args:
         channels: D, channels in and out.

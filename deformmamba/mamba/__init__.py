@@ -1,7 +1,7 @@
 """Mamba's operations without mamba-ssm and causal-conv1d: their interfaces, on any device, with gradients.
 
-Use the functions and blocks from here, or let `install` put them where programs import mamba_ssm and causal_conv1d
-from, wherever those cannot be imported:
+Import the functions and blocks from here. Or call `install`: where mamba_ssm or causal_conv1d cannot be imported,
+`import mamba_ssm` and `import causal_conv1d` then give these functions:
 
     import deformmamba.mamba
     deformmamba.mamba.install()

@@ -15,7 +15,7 @@ WALKS = ((0, 1, 2), (1, 2, 0), (2, 0, 1))
 class SS3D(SS2D):
     """A selective scan of volumes along several directions, summed. (b, channels, d, h, w) to the same shape.
 
-    Every voxel sees every other, forwards and backwards (6 directions), at a cost linear in their number.
+    With 6 directions every output voxel depends on every input voxel. The cost is linear in the number of voxels.
 
     Args:
         channels: channels in and out.

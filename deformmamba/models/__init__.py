@@ -55,9 +55,10 @@ def from_pretrained(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> SRModel:
-    """The model of a checkpoint, whichever class it is, in eval mode.
+    """The model of a checkpoint, of the class that its header names, in eval mode.
 
-    A class of your own is found after `deformmamba.MODELS["MyModel"] = MyModel`, or by `MyModel.from_pretrained`.
+    To load a custom class, register it with `deformmamba.MODELS["MyModel"] = MyModel`, or call
+    `MyModel.from_pretrained`.
 
     Args:
         name: a manifest name, a path, or `org/repo[@commit]`.

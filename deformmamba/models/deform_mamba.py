@@ -80,7 +80,7 @@ class DeformMambaSR(Block, SRModel):
         checkpointing: recompute each block's activations in the backward pass instead of keeping them.
         intensity: see `SRModel`.
 
-    The third ablation, "w/o CELoss", is the training loss's: `SRLoss(beta=0)`.
+    The third ablation, "w/o CELoss", is an option of the training loss: `SRLoss(beta=0)`.
 
     Source: section 2.2, figure 1; the shell (patch layers, added skips) is VM-UNet's (Ruan & Xiang 2024). Two
     departures from it: the final expansion has no LayerNorm, which would take the local amplitude out of the residual,
@@ -188,10 +188,10 @@ class DeformMambaSR(Block, SRModel):
 
         Values of `lr` are about [0, 1], or any with `normalise="slice"`.
 
-        A caller who cuts patches or tiles passes what belongs to the WHOLE slice (`whole_slice` computes both); None
-        takes `lr` for the whole slice.
+        For a patch or tile, pass `base` and `norm` of the WHOLE slice (`whole_slice` computes both). None: `lr` is the
+        whole slice.
 
-        `base` (b, in_channels, scale * h, scale * w): the matching cut of the image that a network with a skip adds to.
+        `base` (b, in_channels, scale * h, scale * w): the matching cut of the image to which a skip adds the output.
         `norm` (b, in_channels, 2): with `normalise="slice"`, the `slice_range` of the whole slice.
         """
         self.check_lr(lr)

@@ -1,4 +1,4 @@
-"""Zero-filling of an image whose opposite edges do not fit together, as those of a cut field of view.
+"""Zero-filling of an image whose opposite edges differ, as in a cut field of view.
 
 k-space is periodic. Where tissue reaches the edges and the image was cut from a larger one, zero-filling joins the left
 edge to the right one and rings at both. Here the image is split into a periodic part, which is zero-filled, and a

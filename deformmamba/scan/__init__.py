@@ -113,7 +113,7 @@ def selective_scan(
     Returns:
         y (b, d, l) in u's dtype, or (y, last state (b, d, n) in float32, float64 for float64).
 
-    float16, bfloat16 and float32 may be mixed, as autocast does; float64 stands alone. NaN and infinity are data.
+    float16, bfloat16 and float32 may be mixed, as autocast does; float64 may not. NaN and infinity propagate.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device that does not fit, naming the argument and the rule.

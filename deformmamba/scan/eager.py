@@ -1,7 +1,7 @@
 """The selective scan in plain PyTorch operations, chunk by chunk: any device, and any exporter.
 
-Within a chunk the recurrence is solved by doubling: after round i every step knows what the 2^i steps before it leave
-behind. Seven rounds of large operations replace CHUNK small steps, so that a graph stays small and a GPU stays busy.
+Within a chunk the recurrence is solved by doubling: after round i every step includes the contribution of the 2^i steps
+before it. Seven rounds of large operations replace CHUNK small steps, which keeps a graph small and a GPU busy.
 Products of decays, which the definition never forms, can underflow; they stop at the smallest normal number, so that an
 infinity passes them as it passes the definition. They can overflow only where dt A is positive.
 """
