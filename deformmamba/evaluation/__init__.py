@@ -1,4 +1,4 @@
-"""Scores: models compared over volumes, and the assessment that a model card is made from."""
+"""Scores: comparison of models over volumes, and the assessment behind a model card."""
 
 from deformmamba.evaluation.compare import evaluate
 

@@ -1,12 +1,12 @@
-"""What a model card must say beyond a score: how a checkpoint does off its training data, and what it does to lesions.
+"""Assessment for a model card: results outside the training domain, and the effect on small lesions.
 
-Three questions, each a function that returns rows of plain values, ready for `weights_manifest.json`: `by_spacing` (one
-model, many voxel sizes), `out_of_domain` (other contrasts and scanners; the same images turned, shaded, noisy, or made
-coarse in another way) and `lesions` (how much of a small lesion comes through, and how much lesion-like structure is
-invented where there is none). `assess` asks all three; `deformmamba.weights.cards.tables` renders the answer.
+Three functions return rows of plain values for `weights_manifest.json`: `by_spacing` (one model, many voxel sizes),
+`out_of_domain` (other contrasts and scanners; the same images rotated, shaded, noisy, or degraded in another way) and
+`lesions` (the recovered share of a small lesion's contrast, and lesion-like structure that the model invents). `assess`
+calls all three; `deformmamba.weights.cards.tables` renders the rows.
 
-Everywhere the comparison is zero-filling of the same input. PSNR and SSIM are those of protocol "volume", averaged over
-the volumes of a subject and then over subjects. All randomness follows from one seed.
+The baseline is always zero-filling of the same input. PSNR and SSIM follow protocol "volume", averaged over the volumes
+of a subject and then over subjects. All randomness follows from one seed.
 """
 
 import math
@@ -83,11 +83,11 @@ def _summary(rows: Sequence[Row], stacks: Sequence[_Stack], **facts: Any) -> Row
 def by_spacing(
     model: SRModel, scans: Iterable[Scan], *, spacings: Sequence[float] = SPACINGS, slices: int | None = 8
 ) -> list[Row]:
-    """Scores at several voxel sizes: each volume is k-space cropped to a spacing, which is the truth, and degraded.
+    """Scores at several voxel sizes: each volume is k-space cropped to a spacing (the truth), then degraded.
 
-    A spacing finer than a volume is skipped for it, and so is one at which too little is left of a slice. One row a
-    spacing: `truth_mm`, `input_mm`, whether the model was `trained` there (None where nobody knows), subjects, slices,
-    scores, gains over zero-filling.
+    A spacing is skipped for a volume if it is finer than the volume, or leaves too few pixels of a slice. One row per
+    spacing: `truth_mm`, `input_mm`, whether the model was `trained` there (None if unknown), subjects, slices, scores,
+    gains over zero-filling.
 
     Args:
         model: on the origin grid.
@@ -132,13 +132,13 @@ def out_of_domain(
     slices: int | None = 8,
     seed: int = 0,
 ) -> list[Row]:
-    """Gains over zero-filling on images unlike those trained on.
+    """Gains over zero-filling on images that differ from the training data.
 
-    One row for each group of scans as it is, and for those of `groups` one for each change: the slice turned, its
-    contrast curve bent, shaded as by a surface coil, in other units, Rician noise on the input, and an input made by
-    averaging areas rather than by cropping k-space. The columns are `case`, `group`, subjects, slices, scores, gains.
+    One row for each unchanged group of scans, and for `groups` one row for each change: a rotated slice, another
+    contrast curve, shading as by a surface coil, other units, Rician noise on the input, and an input made by area
+    averaging instead of k-space cropping. The columns are `case`, `group`, subjects, slices, scores, gains.
 
-    The averaged input is shifted onto the model's grid first, so that it differs in its blur and not in its place.
+    The averaged input is first shifted onto the model's grid, so that it differs in blur but not in position.
 
     Args:
         model: on the origin grid.
@@ -244,8 +244,8 @@ def lesions(
     slices: int | None = 8,
     seed: int = 0,
 ) -> list[Row]:
-    """What a model does to synthetic lesions: round, smooth-edged, bright or dark, within tissue, put in before
-    degrading.
+    """Measures the effect of a model on synthetic lesions: round, smooth-edged, bright or dark, within tissue, added
+    before degradation.
 
     A lesion's contrast is its centre's mean minus that of a ring of 2 mm around it. One row for each size and kind:
 
@@ -371,12 +371,12 @@ def assess(
     slices: int | None = 8,
     seed: int = 0,
 ) -> dict[str, list[Row]]:
-    """`by_spacing`, `out_of_domain` and `lesions` by those names: lists of plain rows for a model card.
+    """The rows of `by_spacing`, `out_of_domain` and `lesions`, by function name, for a model card.
 
-    Spacings and lesions are looked at in the scans of `groups` only, those that the model is meant for; None: all.
+    `by_spacing` and `lesions` use only the scans of `groups`, the groups that the model is meant for; None: all.
 
     Raises:
-        ValueError: no scan is of `groups`, or the model is on the half-pixel grid.
+        ValueError: no scan belongs to `groups`, or the model is on the half-pixel grid.
     """
     meant = [scan for scan in scans if groups is None or scan.group in groups]
     if not meant:

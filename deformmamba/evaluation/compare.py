@@ -1,7 +1,7 @@
 """Scores of models over volumes: degrade, upscale, compare, by a named protocol.
 
-`evaluate` scores one model; `compare` scores several on the same volumes and says how far the differences can be
-trusted.
+`evaluate` scores one model; `compare` scores several on the same volumes and gives their differences with the spread
+over subjects.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""What a result was computed with: the hardware, and the commit of the package."""
+"""Provenance of a result: the hardware, and the commit of the package."""
 
 import platform
 import subprocess

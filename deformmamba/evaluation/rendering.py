@@ -1,4 +1,4 @@
-"""A comparison as people look at it: a table for the terminal, a CSV file, a slice of each result."""
+"""Renders a comparison: a table for the terminal, a CSV file, a slice of each result."""
 
 import csv
 import io

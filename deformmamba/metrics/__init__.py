@@ -1,4 +1,4 @@
-"""PSNR, SSIM, NMSE, HFEN and LPIPS by named protocol: the choice alone moves results by 5 dB, so it is never implied.
+"""PSNR, SSIM, NMSE, HFEN and LPIPS with a named protocol, whose choice alone changes results by 5 dB.
 
 A volume is (slices, H, W), or (H, W) for one slice, a numpy array or a tensor; results are Python floats, computed in
 float64 (LPIPS in float32). In every protocol SSIM is Wang et al. 2004 as fastMRI and scikit-image compute it: a uniform
@@ -10,7 +10,7 @@ Protocols:
     slice: PSNR and SSIM of each slice with the slice's own HR maximum as data range, averaged over slices. Slices with
         no signal (HR maximum 0) have no such range and are left out.
     foreground: as volume, but over the pixels of `foreground(hr)` only, all slices pooled (SSIM: the windows centred on
-        them). Air is easy: where two thirds of a picture are empty, `volume` gives 4 dB for nothing.
+        them). Air is easy: in an image that is two thirds empty, `volume` gives about 4 dB more.
 """
 
 from collections.abc import Callable, Iterator

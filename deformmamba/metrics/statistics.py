@@ -1,11 +1,11 @@
-"""How far a score can be trusted: means over subjects, their spread, and differences between two methods.
+"""Statistics of scores: means over subjects, their spread, and paired differences between two methods.
 
 The unit is the SUBJECT: slices and sessions of one person look alike, so n volumes of three people are three values,
-not n. An interval is given from `FEWEST` subjects on and never below; with fewer there is the spread over slices, and
-it is labelled as that. Nothing here pools subjects before a mean is taken.
+not n. A confidence interval needs at least `FEWEST` subjects; with fewer, the spread over slices is given and labelled
+as such. The mean of each subject is taken first; subjects are never pooled.
 
-A row is what `deformmamba.evaluation.evaluate` gives for one volume: a mapping with "subject", one value for each
-metric, and under "by_slice" a mapping of metrics to lists, if the scores of slices were asked for.
+A row is the result of `deformmamba.evaluation.evaluate` for one volume: a mapping with "subject", one value for each
+metric, and, with `slices`, "by_slice": a mapping of metrics to lists.
 """
 
 import math

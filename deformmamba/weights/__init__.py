@@ -1,13 +1,12 @@
-"""Weights by name: the manifest, what rides in the package, the cache, and the Hub.
+"""Weights by name: the manifest, the files in the package, the cache, and the Hub.
 
-A name of the manifest always means the manifest's file and hash: from the package, the cache of huggingface_hub or the
-Hub. Anything else is a path on this machine (`./ixi-4x` is one, too), or a repository of the Hub.
-`load_checkpoint` turns whatever names a checkpoint into one; `fetch` and `publish` carry one from and to the Hub.
-`checkpoint.py` reads and writes the files, `hub.py` talks to the Hub. Everywhere a checkpoint is one folder of three
-files, which huggingface_hub alone can list and fetch too: `model.safetensors`, `config.json` and `README.md`, the model
-card.
+A name in the manifest always means the manifest's file and hash: from the package, the cache of huggingface_hub or the
+Hub. Any other name is a path on this machine (such as `./ixi-4x`) or a repository of the Hub. `load_checkpoint` loads a
+checkpoint by name; `fetch` downloads one from the Hub and `publish` uploads one. `checkpoint.py` reads and writes the
+files, `hub.py` communicates with the Hub. A checkpoint is always one folder of three files, which huggingface_hub alone
+can also list and fetch: `model.safetensors`, `config.json` and `README.md`, the model card.
 
-A checkpoint of another size or for other data is another name (`ixi-4x-large`), so that a name says everything.
+A checkpoint of another size or for other data has another name (`ixi-4x-large`).
 
 This module never imports a model.
 """
@@ -149,12 +148,14 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Finds and reads a checkpoint.
 
-    `name` is, in this order: a name of the manifest (the file that rides in the package, else the Hub repository and
-    commit that the entry pins, from the cache if it is there), its sha256 checked before it is parsed; a path that
-    exists (file or folder; `./ixi-4x` where a manifest has the name, or a `Path`); or a Hub repository `org/repo` or
-    `org/repo@commit` (a tag or branch works where a commit does). What looks like a mistyped path is not sent to the
-    Hub; with `@main` it is. What comes from a repository that the manifest does not know is checked against the Hub's
-    own hash of the file, and the commit stands in `source` and, as `hub`, in `provenance`.
+    `name` is resolved in this order:
+
+    1. a name in the manifest: the file in the package, or the pinned Hub repository and commit, from the cache if
+       possible; its sha256 is checked before parsing;
+    2. an existing path, file or folder (for a name in the manifest, write `./ixi-4x` or pass a `Path`);
+    3. a Hub repository `org/repo` or `org/repo@commit` (or a tag or branch). A name that looks like a mistyped path is
+       not sent to the Hub unless a revision such as `@main` is given. A file from a repository outside the manifest is
+       checked against the Hub's hash, and its commit is recorded in `source` and, as `hub`, in `provenance`.
 
     `revision`: the same as `@commit`, for a Hub repository only. `cache_dir`, `token`, `local_files_only` and
     `force_download` (fetch again what is in the cache; nothing else changes): as in
@@ -272,7 +273,7 @@ def describe(name: str | os.PathLike[str]) -> str:
     what the file says of itself.
 
     Raises:
-        WeightsError: no such weights, or a file that cannot be read.
+        WeightsError: no such weights, or an unreadable file.
     """
     known = manifest()
     if isinstance(name, str) and name in {**known["weights"], **known["planned"]}:

@@ -1,4 +1,4 @@
-"""Model cards: what the manifest says of a checkpoint, as people and the Hub read it."""
+"""Model cards: the manifest entry of a checkpoint as Markdown for users and the Hub."""
 
 import json
 import re

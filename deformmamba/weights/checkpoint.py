@@ -1,13 +1,13 @@
-"""Checkpoint files: safetensors that say which model they fit, read with suspicion and written whole.
+"""Checkpoint files: safetensors with the model class and config, validated when read and written atomically.
 
 A checkpoint is a safetensors file whose header metadata holds four strings: `format` ("deformmamba-1"), `class` (a name
 in `deformmamba.models.MODELS`), `config` (JSON, the constructor's arguments) and `provenance` (JSON, where the numbers
 come from). A folder, as on the Hub, holds that file as `model.safetensors` and, for people, class and config once more
 as `config.json`; if the two disagree the folder is refused.
 
-Nothing in a checkpoint is ever run, and nothing is believed: a hash is compared before anything is parsed, the header
-is bounded and must account for every byte of the file, and what is wrong ends in a `WeightsError` of one line. There is
-no pickle path. This module knows no model, and imports torch only to make or write tensors.
+Reading never executes content of a checkpoint and validates everything: a hash is compared before parsing, the header
+has a size limit and must account for every byte of the file, and every fault raises a one-line `WeightsError`. Pickle
+is not supported. This module does not import models, and imports torch only to make or write tensors.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """The Hub, through huggingface_hub's own client: a checkpoint from it, a checkpoint to it, and its errors in one line.
 
-The client's settings (HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, time limits) work as they do everywhere. What is
-added: the Hub's hash of a file is looked at, and an error says what to do.
+The client's settings (HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, time limits) work as usual. This module also
+checks the Hub's hash of a file, and its error messages give a cure.
 """
 
 import contextlib
