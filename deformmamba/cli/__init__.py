@@ -1,10 +1,10 @@
-"""The command `deformmamba`: scans in, sharper scans out, and what belongs to that.
+"""The command `deformmamba`: super-resolution of scans and related tasks.
 
-One file per command, or per family of them; each has `add(commands)`, which declares its arguments, and is listed in
-COMMANDS. A mistake of the user (`DeformMambaError`, OSError) ends in one line on stderr and exit code 2, with no output
-file left behind and an existing one untouched. Ctrl-C ends in exit code 130 on the same terms. Any other exception is a
-bug: its traceback is printed with a request to report it. Results go to stdout, everything else to stderr. Nothing here
-imports torch until a command needs it.
+Each command, or family of commands, has one file with `add(commands)`, which declares its arguments, and is listed in
+COMMANDS. A user error (`DeformMambaError`, OSError) gives one line on stderr and exit code 2; no new output file is
+left, and an existing one is unchanged. Ctrl-C gives exit code 130 and treats files in the same way. Any other exception
+is a bug: its traceback is printed with a request to report it. Results go to stdout, everything else to stderr. Torch
+is imported only when a command needs it.
 """
 
 import argparse
@@ -61,11 +61,11 @@ COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` as in sys.argv[1:]. Returns the exit code, 0 if all went well."""
     parser = _parser()
-    if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next
+    if "_ARGCOMPLETE" in os.environ:  # shell completion
         _complete(parser)
     try:
         args, unknown = parser.parse_known_args(argv)
-        if unknown:  # the command's own parser knows what was meant
+        if unknown:  # the command's own parser can suggest a correction
             getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     except SystemExit as stopped:
         return int(stopped.code or 0)
@@ -103,7 +103,7 @@ _PLEA = (
 
 
 def _message(error: Exception, options: Mapping[str, Any]) -> str | None:
-    """One line for an error that a user can do something about; None for a bug."""
+    """One line for an error that a user can fix; None for a bug."""
     if _out_of_memory(error):
         return "out of memory; try --batch-size 1, --device cpu or a machine with more of it"
     if isinstance(error, DeformMambaError):
@@ -119,7 +119,7 @@ _ADVICE = re.compile(r"""(?P<argument>\b[a-z_]+=[\w"']+) \((?P<option>--(?P<name
 
 
 def _with_options(message: str, options: Mapping[str, Any]) -> str:
-    """`message` with the options that the command has, and without those that it lacks."""
+    """Replaces each "argument (--option)" in `message` by the option if the command has it, else by the argument."""
 
     def advice(found: "re.Match[str]") -> str:
         known = found["name"].replace("-", "_") in options
@@ -129,7 +129,7 @@ def _with_options(message: str, options: Mapping[str, Any]) -> str:
 
 
 def _describe_machine() -> None:
-    """Versions, threads and the scan's backend, for a bug report, on stderr."""
+    """Prints versions, threads and the scan's backend on stderr, for a bug report."""
     import torch
 
     from deformmamba.scan import backend_report
@@ -146,7 +146,7 @@ def _describe_machine() -> None:
 
 
 class _Stopped(KeyboardInterrupt):
-    """A signal that ends the process, on the same terms as ctrl-C."""
+    """A signal that ends the process in the same way as ctrl-C."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -155,8 +155,8 @@ class _Stopped(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def stopped_cleanly() -> Iterator[None]:
-    """SIGTERM (a scheduler's time limit) and SIGHUP (a closed terminal) end a command as ctrl-C does, so that nothing
-    half-written is left. A handler that is there already, or `nohup`, stays."""
+    """SIGTERM (a scheduler's time limit) and SIGHUP (a closed terminal) end a command as ctrl-C does, so that no
+    incomplete file is left. An existing handler, or `nohup`, is kept."""
     changed = []
 
     def stop(number: int, _: object) -> None:
@@ -189,7 +189,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 class _ShowOnce:
-    """Shows each warning as one line, once a command, wherever it comes from."""
+    """Shows each warning as one line, once per command."""
 
     def __init__(self) -> None:
         self._shown: set[str] = set()
@@ -219,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def leaves(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-    """The parsers of all commands that run something: those below `parser` that have none below them."""
+    """The parsers of all commands that run something: those below `parser` without subcommands."""
     families = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     below = [child for family in families for child in family.choices.values()]
     return [leaf for child in below for leaf in (leaves(child) or [child])]

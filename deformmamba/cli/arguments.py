@@ -1,4 +1,4 @@
-"""What the commands share: words on the terminal, arguments that several take, checks before anything is computed."""
+"""Shared parts of the commands: terminal output, common arguments, checks before any computation."""
 
 import argparse
 import difflib
@@ -50,7 +50,7 @@ def is_quiet() -> bool:
 
 
 def say(text: str) -> None:
-    """Prints a message about the work, which --quiet leaves out. What a command was called to find out: `tell`."""
+    """Prints a progress message, which --quiet suppresses. Results of a command are printed with `tell`."""
     if not is_quiet():
         tell(text)
 
@@ -61,7 +61,7 @@ def tell(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Prints what a command is about to do, on stderr; --quiet leaves it out."""
+    """Announces the next step of a command on stderr; --quiet suppresses it."""
     if not is_quiet():
         print(f"deformmamba: {printable(text)}", file=sys.stderr, flush=True)
 
@@ -73,13 +73,13 @@ def load_model(name: str) -> "SRModel":
 
 
 def short(model: str) -> str:
-    """What a model is called in a figure or a file name."""
+    """The name of a model in a figure or a file name."""
     return Path(model).name.removesuffix(".safetensors")
 
 
 def device_here(name: str) -> str:
-    """The device to run on: "auto" is CUDA where there is one (of several processes on a machine, each its own), else
-    the CPU; a name is obeyed or refused."""
+    """The device to run on. "auto" is CUDA if available (a separate GPU for each process on a machine), else the CPU;
+    any other name is used, or refused if it is not available."""
     import torch
 
     if name == "auto":
@@ -116,12 +116,12 @@ def check_not_input(output: str, source: str) -> None:
 
 
 def series_of(text: str | None) -> int | str | None:
-    """--series as `read_volume` takes it: a UID has dots."""
+    """--series as in `read_volume`: text with dots is a UID."""
     return int(text) if text is not None and text.isdecimal() else text
 
 
 def sizes(volume: "Volume", shape: Sequence[int] | None = None) -> str:
-    """Voxels and spacing in words; `shape` where it is not that of the array."""
+    """Voxels and spacing as text; `shape` if it differs from that of the array."""
 
     def times(numbers: Sequence[float]) -> str:
         return " x ".join(f"{n:.3g}" if isinstance(n, float) else str(n) for n in numbers)
@@ -137,7 +137,7 @@ def positive(text: str) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one line for an error, and a suggestion for a mistyped command, option or choice."""
+    """argparse with one-line errors, and a suggestion for a mistyped command, option or choice."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(refuse(f"{message}{self._suggestion(message)}; see {self.prog} --help"))
@@ -171,7 +171,7 @@ COMMON: dict[str, dict[str, Any]] = {
 
 
 def add_common(parser: argparse.ArgumentParser, *, listed: bool) -> None:
-    """The options that every command takes; one that is not given leaves the value of an outer parser.
+    """The options that every command takes; an option that is not given keeps the value of an outer parser.
 
     `listed`: whether the parser's help describes them, or only names them in its last line.
     """
@@ -197,9 +197,9 @@ def add_command(
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
-    """The arguments of a command that makes one scan of another."""
+    """The arguments of a command that makes one scan from another."""
     add_source(parser)
-    # the output may also stand behind the input; without it, this leaves what -o gave
+    # the output may also follow the input; if it does not, the value of -o is kept
     parser.add_argument("output", metavar="OUTPUT", nargs="?", default=argparse.SUPPRESS, help="the same as -o OUTPUT")
     parser.add_argument(
         "-o",
@@ -213,7 +213,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say what to read."""
+    """The arguments that select the input."""
     parser.add_argument("input", metavar="INPUT", help=".nii, .nii.gz, .mgz, DICOM file, or folder of one DICOM series")
     parser.add_argument("--volume", type=int, metavar="K", help="which volume of a 4-D file or series, from 0")
     parser.add_argument("--series", metavar="K", help="which DICOM series of a folder, from 0, or its UID")
@@ -230,7 +230,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def reading(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `add_source`, but for the axis, as `volume.read_volume` takes them."""
+    """The arguments of `add_source`, except the axis, for `volume.read_volume`."""
     return {
         "volume": args.volume,
         "series": series_of(args.series),
@@ -241,10 +241,10 @@ def reading(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def output_for(args: argparse.Namespace, kind: str) -> str:
-    """The output that the arguments of `add_reading` name.
+    """The output path from the arguments of `add_reading`.
 
-    For a NIfTI or MGH file and an output that ends in /: a name made from the input's, with `desc-<kind>`, in that
-    folder, which is made.
+    For a NIfTI or MGH file and an output that ends in /: the input's name with `desc-<kind>` in that folder, which is
+    created.
 
     Raises:
         InvalidArgument: no output.
@@ -270,7 +270,7 @@ def output_for(args: argparse.Namespace, kind: str) -> str:
 
 
 def sliced(volume: "Volume", axis: int, given: int | None) -> str:
-    """Which way slices are taken, and why, in a few words."""
+    """The slice axis and how it was chosen, in a few words."""
     planes = {"R": "sagittal", "L": "sagittal", "A": "coronal", "P": "coronal", "S": "axial", "I": "axial"}
     toward = volume.towards[axis] if volume.towards != "?" else ""
     plane = f" ({planes[toward]})" if toward else ""

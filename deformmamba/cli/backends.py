@@ -1,4 +1,4 @@
-"""backends: which scan kernels run here, and how PyTorch's threads are set."""
+"""backends: lists the scan kernels that run here, and PyTorch's thread settings."""
 
 import argparse
 import json

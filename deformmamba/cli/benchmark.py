@@ -1,4 +1,4 @@
-"""benchmark: the paper's tables on data at hand."""
+"""benchmark: computes the paper's tables on local data."""
 
 import argparse
 import math

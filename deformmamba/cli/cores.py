@@ -1,4 +1,4 @@
-"""How many threads a command may use: the CPU affinity of the process and the CPU quota of its container."""
+"""Number of threads that a command may use, from the CPU affinity of the process and the quota of its container."""
 
 import math
 import os
@@ -16,10 +16,10 @@ def affinity() -> int:
 
 
 def quota(root: Path = CGROUP, own: Path = Path("/proc/self/cgroup")) -> float:
-    """The CPUs' time that the control groups of this process allow, in CPUs; infinity without a limit.
+    """The CPU time that the control groups of this process allow, in CPUs; infinity without a limit.
 
-    Version 2 writes "quota period" or "max period" into `cpu.max`, version 1 the two numbers into two files. The limit
-    of every group from the process's own up to the root counts. In a container the root is the container's own group.
+    Version 2 stores "quota period" or "max period" in `cpu.max`, version 1 the two numbers in two files. The limits of
+    all groups from the process's group up to the root apply. In a container the root is the container's group.
     """
     limit = math.inf
     for folder in _groups(root, own):
@@ -32,13 +32,13 @@ def quota(root: Path = CGROUP, own: Path = Path("/proc/self/cgroup")) -> float:
                 )
             if allowed not in ("max", "-1"):
                 limit = min(limit, int(allowed) / int(period))
-        except (OSError, ValueError, ZeroDivisionError):  # not there, or of a form that is not known
+        except (OSError, ValueError, ZeroDivisionError):  # missing, or in an unknown format
             continue
     return limit
 
 
 def _groups(root: Path, own: Path) -> list[Path]:
-    """The folders of the control groups that the process is in, and of all groups above them."""
+    """The folders of the control groups of the process, and of all their parent groups."""
     try:
         lines = own.read_text("utf-8").splitlines()
     except OSError:
@@ -54,14 +54,14 @@ def _groups(root: Path, own: Path) -> list[Path]:
 
 
 def allowed_threads() -> int:
-    """As many threads as there are CPUs for this process, rounded up, and at least 1."""
+    """The number of CPUs for this process, rounded up, at least 1."""
     return max(1, min(affinity(), math.ceil(quota()) if quota() < math.inf else affinity()))
 
 
 def use_threads(n: int | None) -> int | None:
-    """Lets PyTorch and the kernels here use `n` threads; None: what affinity and quota allow.
+    """Lets PyTorch and the kernels of this package use `n` threads; None: as many as affinity and quota allow.
 
-    Without `n` a number in OMP_NUM_THREADS is obeyed. Returns what is set, or None where nothing had to be.
+    Without `n`, a number in OMP_NUM_THREADS is used. Returns the new number, or None if nothing was changed.
     """
     import sys
 
@@ -71,7 +71,7 @@ def use_threads(n: int | None) -> int | None:
         n = allowed_threads()
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(n)
-    else:  # the libraries read these when they are imported
+    else:  # the libraries read these variables on import
         os.environ.update(dict.fromkeys(VARIABLES, str(n)))
     return n
 
@@ -79,8 +79,8 @@ def use_threads(n: int | None) -> int | None:
 def limit_spinning() -> None:
     """Lets PyTorch's OpenMP threads sleep soon after each operation instead of spinning for milliseconds.
 
-    On a machine that others use too, a spinning thread takes the core that the working one needs. A setting of the user
-    is obeyed. The library reads the variable when it is loaded, so this is for before `import torch`.
+    On a shared machine, a spinning thread occupies the core that a working thread needs. A setting of the user is kept.
+    The library reads the variable when it is loaded, so call this before `import torch`.
     """
     import sys
 

@@ -1,4 +1,4 @@
-"""degrade: a coarser version of a scan, as a faster measurement would have given it."""
+"""degrade: reduces the resolution of a scan, as in a faster measurement."""
 
 import argparse
 from typing import Any

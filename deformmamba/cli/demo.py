@@ -1,4 +1,4 @@
-"""demo: two images whose truth is known, made coarser and sharp again; then what to type for a scan of one's own."""
+"""demo: degrades two images and upscales them, compares with the truth, and prints the command for the user's scan."""
 
 import argparse
 import time
@@ -46,7 +46,7 @@ def _demo(args: argparse.Namespace) -> None:
     except OSError as error:
         raise InvalidArgument(f"{folder}: cannot be made: {error.strerror}; choose another folder with -o") from None
     settings = running(args)
-    # the real scan's pixels are coarse: cropped by 2 they lie in the range of the weights for 2x, by 4 at its end
+    # the real scan has coarse pixels: cropped by 2 they are inside the trained range of the 2x weights, by 4 at its end
     second = SECOND_MODEL if args.model == DEFAULT_MODEL else args.model
     models = {name: load_model(name) for name in (args.model, second)}
     for name, model in models.items():
@@ -69,7 +69,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _prepare_kernels(model: "SRModel", device: str) -> None:
-    """Runs the model once on a small image, so that times below do not hold compilation."""
+    """Runs the model once on a small image, so that the times below do not include compilation."""
     import torch
 
     start = time.monotonic()
@@ -85,7 +85,7 @@ def _phantom() -> "Volume":
     from deformmamba.physics.phantom import head
     from deformmamba.volume import Volume
 
-    # as radiologists look at it: rows run to the back, columns to the patient's left
+    # radiological orientation: rows run to the back, columns to the patient's left
     array = 1000 * head().T[::-1, ::-1, None]
     return Volume(np.ascontiguousarray(array), np.diag([PIXEL, PIXEL, 3.0, 1.0]))
 
@@ -102,7 +102,7 @@ def _brain() -> "Volume":
 
 
 def _show(name: str, truth: "Volume", model: "SRModel", network: str, folder: Path, settings: dict[str, Any]) -> None:
-    """Makes `truth` coarser as a shorter scan would be, upscales it, and writes files, a picture and scores."""
+    """Degrades `truth` to a shorter scan, upscales it, and writes files, a figure and scores."""
     import numpy as np
 
     from deformmamba.inference import coarsen, upscale

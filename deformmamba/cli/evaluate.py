@@ -77,7 +77,7 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen(data: list[str], split: str | None, group: str | None, subject: str | None = None) -> "list[Scan]":
-    """The volumes that --data, --split, --group and --subject mean; a file that is no scan is left out and named."""
+    """The volumes selected by --data, --split, --group and --subject; other files are skipped and listed."""
     from deformmamba.data.scans import find_scans, named_scans
     from deformmamba.volume import not_a_scan
 
@@ -99,7 +99,7 @@ def chosen(data: list[str], split: str | None, group: str | None, subject: str |
 
 
 def interpolations(degradation: "Degradation") -> "dict[str, SRModel]":
-    """What every network has to beat, on the grid of `degradation`; zero-filling only where it fits."""
+    """The interpolation baselines on the grid of `degradation`; zero-filling only if it fits that grid."""
     from deformmamba.models import Bicubic, BSpline, ZeroFill
 
     scale, grid = degradation.scale, degradation.grid

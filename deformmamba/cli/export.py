@@ -1,4 +1,4 @@
-"""export: a model as a file for other programs."""
+"""export: writes a model to a file for other programs."""
 
 import argparse
 from typing import Any

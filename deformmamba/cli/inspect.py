@@ -1,4 +1,4 @@
-"""inspect: what a scan says about itself, before anything is made of it."""
+"""inspect: shows the properties of a scan before processing."""
 
 import argparse
 import json
@@ -57,7 +57,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _read(args: argparse.Namespace) -> "tuple[Volume, int]":
-    """The volume to inspect, the first of several if none is chosen, and how many there are."""
+    """The volume to inspect (the first if none is chosen), and the number of volumes."""
     from deformmamba.volume import ChoiceNeeded, count_volumes, read_volume
 
     try:

@@ -1,4 +1,4 @@
-"""isotropic: voxels as fine across the slices of a scan as within them."""
+"""isotropic: makes the slice spacing of a scan equal to its pixel size."""
 
 import argparse
 from dataclasses import replace

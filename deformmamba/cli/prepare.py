@@ -1,4 +1,4 @@
-"""prepare: data sets as people download them, made into slices with a split by subject."""
+"""prepare: converts downloaded data sets to slices, with a split by subject."""
 
 import argparse
 from typing import Any

@@ -1,4 +1,4 @@
-"""train: by a recipe."""
+"""train: trains a model from a recipe."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""upscale: one scan, or every scan in a folder, at a finer resolution."""
+"""upscale: super-resolution of one scan, or of every scan in a folder."""
 
 import argparse
 import math
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from deformmamba.models import SRModel
 
 
-# bytes of an output that is worth a word before it is computed
+# outputs larger than this, in bytes, are announced before they are computed
 LARGE = 20e6
 
 
@@ -95,12 +95,12 @@ def _upscale(args: argparse.Namespace) -> int | None:
 
 
 def _best_weights(args: argparse.Namespace) -> str:
-    """The published weights that fit the scan best; says which and why."""
+    """The published weights that fit the scan best; prints their name and the reason."""
     from deformmamba.inference.choice import ranked_weights
     from deformmamba.volume import ChoiceNeeded, chosen_axis, read_volume
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the scan is read again, and then they are shown
+        warnings.simplefilter("ignore")  # they are shown when the scan is read again
         try:
             volume = read_volume(args.input, **reading(args))
         except ChoiceNeeded as choice:
@@ -180,7 +180,7 @@ def _cores(job: "Upscaling") -> str:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options that one scan and a folder share, as `upscale_file` takes them."""
+    """The options common to one scan and a folder, for `upscale_file`."""
     return {
         "dtype": args.dtype,
         "effective": args.effective,
@@ -210,7 +210,7 @@ def _upscale_folder(args: argparse.Namespace) -> int:
 
 
 def check_folder(args: argparse.Namespace, for_one_scan: Sequence[str]) -> None:
-    """Refuses options that are for one scan, and an output that is no folder."""
+    """Refuses options for single scans, and an output that is no folder."""
     from deformmamba.volume import VolumeError
 
     if not args.output:
@@ -228,13 +228,13 @@ def check_folder(args: argparse.Namespace, for_one_scan: Sequence[str]) -> None:
 def run_folder(
     args: argparse.Namespace, kind: str, made: Callable[[Callable[["Outcome"], None]], list["Outcome"]]
 ) -> int:
-    """Runs `made` over a folder of scans and prints what became of each; the exit code."""
+    """Runs `made` on a folder of scans and prints each outcome; returns the exit code."""
     from deformmamba.inference.cohort import summary
 
     def told(outcome: "Outcome") -> None:
         if outcome.status == "passed over":
             say(f"passed over: {outcome.source}: {outcome.reason}")
-        elif outcome.status != "failed":  # these come at the end, together
+        elif outcome.status != "failed":  # failures are listed together at the end
             took = f" in {outcome.seconds:.1f} s; {outcome.remark}" if outcome.status == "made" else ""
             say(f"{outcome.status}: {outcome.output}{took}")
 
@@ -251,7 +251,7 @@ def run_folder(
 
 
 def _wait_for_others() -> None:
-    """torchrun stops all processes as soon as one of them ends in an exit code: none ends before all are done."""
+    """Waits for all processes, because torchrun stops all of them as soon as one returns a nonzero exit code."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         return
     from torch import distributed

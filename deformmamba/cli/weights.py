@@ -1,4 +1,4 @@
-"""weights: what is published, whether a file is what was published, and the way from and to the Hub."""
+"""weights: lists published weights, verifies files, and downloads from and uploads to the Hub."""
 
 import argparse
 import json

@@ -1,7 +1,7 @@
-"""Models as files that run without this package: ONNX, OpenVINO, or PyTorch's own pt2.
+"""Exports models to files that run without this package: ONNX, OpenVINO, or PyTorch's pt2.
 
-A file is kept only if it gives what the model gives, on slices of a real scan. It holds the facts that its user needs:
-see `Export.facts`.
+A file is kept only if it gives the same result as the model, on slices of a real scan. Its metadata are in
+`Export.facts`.
 """
 
 import copy
@@ -36,23 +36,23 @@ __all__ = ["FACTS", "FORMATS", "INPUTS", "TOLERANCE", "Export", "ExportError", "
 FORMATS = ("onnx", "openvino", "pt2")
 INPUTS = ("lr", "lr,units", "lr,base")
 TOLERANCE = 1e-4  # of an image of about [0, 1]
-LARGEST = 16384  # pixels of h and w that a file with free sizes takes
+LARGEST = 16384  # largest h and w in pixels of a file with free sizes
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "pt2": ()}
 NAMES = {"onnx": "ONNX", "openvino": "OpenVINO", "pt2": "pt2"}
 
 
 class ExportError(DeformMambaError, ValueError):
-    """A model that cannot be exported, or a file that computes something else; says which, and no file is left."""
+    """The model cannot be exported, or the file gives another result; no file is left."""
 
 
 @dataclass
 class Export:
-    """A file that was written and compared with its model.
+    """An exported file, compared with its model.
 
     Attributes:
         path: the file.
-        difference: the largest absolute difference between file and model over all images that were compared, as a
-            share of the intensity scale.
+        difference: the largest absolute difference between file and model over all compared images, as a share of the
+            intensity scale.
         sizes: the (h, w) of those images.
         facts: the file's metadata: name, class, config, scale, grid, inputs, sizes, normalisation, trained voxel sizes,
             licence, sha256 of the weights, provenance.
@@ -77,29 +77,28 @@ def export(
     """Writes the model to a file, runs the file on a real image, compares with the model, and keeps it if they agree.
 
     With inputs "lr" the file takes `lr`, whole slices (b, c, h, w) in the scanner's units, and gives `sr`
-    (b, c, scale * h, scale * w) in the same units: what `upscale` gives for each slice. Normalisation, zero-filling and
-    data consistency are inside. A second input `units` (3,) holds the intensities of the whole scan (see
-    `WholeSlice.forward`); zeros: each slice by itself. In an ONNX file it may be left out, unless
-    inputs is "lr,units": some runtimes, such as ONNX Runtime for the browser, cannot set an input that has a default.
+    (b, c, scale * h, scale * w) in the same units, as `upscale` for each slice. The file includes normalisation,
+    zero-filling and data consistency. A second input `units` (3,) holds the intensities of the whole scan (see
+    `WholeSlice.forward`); zeros: each slice separately. In an ONNX file `units` is optional, unless inputs is
+    "lr,units": some runtimes, such as ONNX Runtime for the browser, cannot set an input that has a default.
 
     Args:
-        model: any of `MODELS`; exported in eval mode, float32, for the CPU. Left as it is.
+        model: any of `MODELS`; exported in eval mode, float32, for the CPU. The model itself is unchanged.
         path: replaced if it exists, only after the comparison. OpenVINO: ends in .xml; the weights go into a .bin file
             beside it.
         format: "onnx" (ONNX Runtime) and "openvino" need the extra `export`; "pt2"
-            (`torch.export.load(path).module()`) needs torch alone, and its scan is a slow loop in Python.
+            (`torch.export.load(path).module()`) needs only torch, and its scan is a slow loop in Python.
         size: (h, w) of `lr`, fixed, with b = 1. None: any b, and any h and w from `minimum_size` in the facts to
-            LARGEST, and two sizes are compared.
+            LARGEST; two sizes are compared.
         inputs: "lr", "lr,units", or "lr,base": the network alone, for a caller who cuts tiles. Then `lr` is about
-            [0, 1], and a model with a global skip takes `base` (b, c, scale * h, scale * w) too, the matching cut of
+            [0, 1], and a model with a global skip also takes `base` (b, c, scale * h, scale * w), the matching part of
             the WHOLE slice's base image (`SRModel.whole_slice`).
-        consistency: inside the file, as in `upscale`; None: what was found best for the weights. Not for
-            inputs "lr,base".
-        tolerance: the largest difference between file and model that is accepted.
+        consistency: inside the file, as in `upscale`; None: the best mode for the weights. Not for inputs "lr,base".
+        tolerance: the largest accepted difference between file and model.
 
     Raises:
-        ExportError: an unknown format or setting, a size the model does not take, a missing package, an operation that
-            has no counterpart, or a file that differs by more than `tolerance`.
+        ExportError: an unknown format or setting, a size the model does not take, a missing package, an unsupported
+            operation, or a file that differs by more than `tolerance`.
     """
     path = Path(path)
     how = _checked(model, path, format, size, inputs, consistency)
@@ -129,7 +128,7 @@ def export(
 def _checked(
     model: SRModel, path: Path, format: str, size: tuple[int, int] | None, inputs: str, consistency: Consistency | None
 ) -> Consistency:
-    """The consistency to export, after all arguments were checked."""
+    """Checks all arguments and returns the consistency to export."""
     if format not in FORMATS:
         raise ExportError(f"export format {format!r} is not known; there are {', '.join(FORMATS)}")
     if inputs not in INPUTS:
@@ -161,7 +160,7 @@ def _checked(
 def _facts(
     model: SRModel, size: tuple[int, int] | None, smallest: int, inputs: str, consistency: Consistency
 ) -> dict[str, str]:
-    """Strings, as ONNX metadata wants; everything else is JSON."""
+    """The metadata as strings, which ONNX requires; other types are encoded as JSON."""
     scaled = f"(b, c, {model.scale} * h, {model.scale} * w)"
     whole = inputs != "lr,base"
     rule = "1st to 99th percentile of each slice" if model.any_intensity else model.intensity
@@ -204,7 +203,7 @@ def _takes_base(model: SRModel) -> bool:
 
 @dataclass
 class _Image:
-    """What the file is given, and what it must give.
+    """The inputs for a file, and the expected result.
 
     Attributes:
         inputs: by name.
@@ -217,16 +216,16 @@ class _Image:
     unit: float
 
     def difference(self, got: Tensor) -> float:
-        """The largest difference, as a share of the unit; infinite where the file gives NaN or another shape."""
+        """The largest difference, as a share of the unit; infinite if the file gives NaN or another shape."""
         if got.shape != self.wanted.shape or not got.isfinite().all():
             return float("inf")
         return float((got - self.wanted).abs().max()) / self.unit
 
 
 def _images(model: SRModel, h: int, w: int, batch: int, inputs: str, consistency: Consistency, *, own: bool) -> _Image:
-    """Slices of a brain (real, from nibabel's test data), and what the model makes of them.
+    """Slices of a brain (real, from nibabel's test data), and the model's result.
 
-    `own`: each slice by its own intensities, not by those of the stack.
+    `own`: normalise each slice by its own intensities, not by those of the stack.
     """
     import nibabel
 
@@ -265,7 +264,7 @@ def _write(
     facts: dict[str, str],
     optional: bool,
 ) -> None:
-    """Traces and writes. Sizes are free from `smallest` on, or fixed if None; `optional`: `units` has a default."""
+    """Traces and writes. Sizes are free from `smallest` up, or fixed if None; `optional`: `units` has a default."""
     dims: dict[str, Any] | None = None
     if smallest is not None:
         b, h, w = (torch.export.Dim(n, min=m, max=LARGEST) for n, m in (("b", 1), ("h", smallest), ("w", smallest)))
@@ -290,7 +289,7 @@ def _write(
             openvino.write(between, path, facts)
         finally:
             between.unlink(missing_ok=True)
-    except Exception as error:  # whatever a tracer raises on operations that it cannot hold
+    except Exception as error:  # a tracer may raise anything on unsupported operations
         raise ExportError(
             f"torch {torch.__version__} cannot export {type(model).__name__} to {NAMES[format]}: "
             f"{type(error).__name__}: {one_line(error)}"
@@ -324,7 +323,7 @@ def _imports(name: str) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' own remarks, which are about their insides."""
+    """Suppresses the exporters' messages, which concern their internals only."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:

@@ -1,13 +1,13 @@
-"""Programs as ONNX files that ONNX Runtime runs at the speed of its operators.
+"""Exports programs to ONNX files that ONNX Runtime runs at the speed of its operators.
 
 `torch.export` traces the model with its two expensive blocks, `VisionMambaBlock` and `ModulatedDeformBlock`, as one
-opaque operator each; this module writes the graphs of those blocks itself. So a trace takes seconds, the deformed
-convolution is ONNX's own `DeformConv`, and the selective scan is written for speed:
+opaque operator each; this module writes the graphs of those blocks. So a trace takes seconds, the deformable
+convolution is ONNX's `DeformConv`, and the selective scan is optimised for speed:
 
-One `Scan` runs all directions and channels. Its body does `STEPS` time steps at once: exp(dt A) and dt u B as one
-operation each, then one multiplication and one addition a step, then C . h as one batched matrix product. Everything
-else is outside. Measured in ONNX Runtime on one core (72 channels, 8 states, 4 directions, 4,096 pixels): 3.3 ns a
-state with 16 to 64 steps a body, 4.5 with 8, 5.0 with 4.
+One `Scan` runs all directions and channels. Its body computes `STEPS` time steps: exp(dt A) and dt u B as one
+operation each, then one multiplication and one addition per step, then C . h as one batched matrix product. Everything
+else is outside the `Scan`. Measured in ONNX Runtime on one core (72 channels, 8 states, 4 directions, 4,096 pixels):
+3.3 ns a state with 16 to 64 steps a body, 4.5 with 8, 5.0 with 4.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ Value = Any  # an onnx_ir.Value; onnx_ir is imported where it is used
 
 
 class Opaque(nn.Module):
-    """Stands for a block during the trace: an operator whose attribute is the block's number."""
+    """Replaces a block during the trace: an operator whose attribute is the block's number."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def hide_blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _writer(block: nn.Module) -> Callable[..., Value] | None:
-    """The function that writes this block, or None: PyTorch's exporter does."""
+    """The function that writes this block; None: PyTorch's exporter writes it."""
     if (
         type(block) is VisionMambaBlock
         and type(block.attention) in (ChannelAttention, nn.Identity)
@@ -88,7 +88,7 @@ def write(
 
     Args:
         program: of `torch.export.export`.
-        hidden: what `hide_blocks` returned.
+        hidden: the result of `hide_blocks`.
         path: the file.
         names: of the inputs; the output is "sr".
         facts: becomes the file's metadata.
@@ -229,7 +229,7 @@ def scan_2d(nodes: Nodes, block: SS2D, u: Value) -> Value:
     def backwards(x: Value) -> Value:
         return nodes("Slice", x, [-1], [np.iinfo(np.int64).min], [1], [-1])
 
-    # (k, L, b, d): what each direction meets
+    # (k, L, b, d): the input of each direction
     shape = nodes("Concat", [1], length, b, [d], axis=0)
     walks = [nodes("Reshape", nodes("Transpose", u, perm=[1, 2, 0, 3]), shape)]
     if k == 4:
@@ -278,7 +278,7 @@ def scan_2d(nodes: Nodes, block: SS2D, u: Value) -> Value:
 def _body(outer: Nodes, A: Tensor, zoh: bool) -> Any:
     """The body of the Scan: STEPS steps for (k, STEPS, b, ...) inputs, from state (k, 1, b, n, d).
 
-    dt, A and B have the opposite sign of the definition; their products dt A and dt B are as there.
+    dt, A and B have the opposite sign of the definition, so their products dt A and dt B are unchanged.
     """
     import onnx_ir as ir
 

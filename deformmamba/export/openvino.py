@@ -1,9 +1,9 @@
-"""OpenVINO's own format, an .xml file with its weights in a .bin file beside it, made from an ONNX file.
+"""Converts an ONNX file to OpenVINO's format: an .xml file, with the weights in a .bin file beside it.
 
-OpenVINO's reader of ONNX files has no rule for DeformConv (2026.4), so this module gives it one.
+OpenVINO's reader of ONNX files has no rule for DeformConv (2026.4), so this module adds one.
 
-A user has to compile the file with SETTINGS. On processors with bfloat16 units OpenVINO otherwise computes in bfloat16,
-and the scan, which adds up thousands of steps, is then wrong by a quarter of the intensity scale (measured).
+A user has to compile the file with SETTINGS. Otherwise OpenVINO computes in bfloat16 on processors with bfloat16 units.
+The scan accumulates thousands of steps, and its error is then a quarter of the intensity scale (measured).
 """
 
 from collections.abc import Callable

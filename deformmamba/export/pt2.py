@@ -1,4 +1,4 @@
-"""Programs as pt2 files, PyTorch's own format: `torch.export.load(path).module()` runs them without this package.
+"""Exports programs to PyTorch's pt2 format: `torch.export.load(path).module()` runs them without this package.
 
 The selective scan is a loop over steps (`torch.ops.higher_order.scan`), so that one file serves every size.
 """
@@ -26,9 +26,9 @@ def portable_program(
 ) -> torch.export.ExportedProgram:
     """`torch.export.export` of a module that holds any of our blocks, as a program that runs without this package.
 
-    `torch.export.export` itself works on the blocks too, and keeps `deformmamba::scan` as it is: fast, but it runs
-    only where this package is. Here each scan is a loop over steps, which `torch.onnx.export(program, dynamo=True)`
-    turns into an ONNX Scan. Arguments as in `torch.export.export`; tensors on the CPU; gradients are not exported.
+    `torch.export.export` itself also works on the blocks and keeps `deformmamba::scan`. That is fast, but needs this
+    package to run. Here each scan is a loop over steps, which `torch.onnx.export(program, dynamo=True)` converts to an
+    ONNX Scan. Arguments as in `torch.export.export`; tensors on the CPU; gradients are not exported.
     A free size is a `torch.export.Dim` with min=2 (a model: `multiple + 1`): PyTorch treats size 1 as special.
     """
     with torch.no_grad(), scan_backend("cpu"):  # one operator, whatever the length
@@ -55,7 +55,7 @@ def _scan_by_steps(
     keep: bool,
     mix: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`deformmamba::scan` as a loop over steps that a graph can hold, all directions at once; shapes as there."""
+    """`deformmamba::scan` as a loop over steps for a graph, all directions at once; with the same shapes."""
     from torch._higher_order_ops.scan import scan_op
 
     b, g, _, r = u.shape
@@ -64,7 +64,7 @@ def _scan_by_steps(
         delta = torch.einsum("kbglq,kgrq->kbglr", delta, mix)
 
     def walked(xs: list[Tensor]) -> Tensor:
-        """(l, k, b, g, ...): what each direction meets at each step."""
+        """(l, k, b, g, ...): the values for each direction at each step."""
         if k == 4:
             xs[1], xs[3] = (_transposed(x, height, width) for x in (xs[1], xs[3]))
         return torch.stack([x.flip(2) if i >= (k + 1) // 2 and k > 1 else x for i, x in enumerate(xs)]).movedim(3, 0)
@@ -87,7 +87,7 @@ def _scan_by_steps(
 
 
 def _transposed(x: Tensor, height: int, width: int) -> Tensor:
-    """(b, g, height * width, ...), row by row, as column by column."""
+    """Reorders (b, g, height * width, ...) from row-major to column-major."""
     return x.unflatten(2, (height, width)).transpose(2, 3).flatten(2, 3)
 
 

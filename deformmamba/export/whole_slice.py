@@ -1,7 +1,7 @@
-"""A model together with what surrounds it in `upscale`, for one whole slice: intensity, global skip, consistency.
+"""A model with the steps around it in `upscale`, for one whole slice: normalisation, global skip, data consistency.
 
-Exported programs hold this module. All Fourier transforms are written as products with real matrices, because few
-runtimes have complex numbers. A size n enters through `torch.arange(n)` only, so that one program serves every size.
+Exported programs hold this module. All Fourier transforms are products with real matrices, because few runtimes
+support complex numbers. A size n enters only through `torch.arange(n)`, so that one program works for every size.
 
 Notation. t = j / s - i is the distance of HR sample j from LR sample i, for scale s and n LR samples along one axis.
 The k-space crop of n frequencies interpolates by Z[j, i] = D(t) - i E(t), where
@@ -151,7 +151,7 @@ def percentile(values: Tensor, share: float, used: Tensor) -> Tensor:
 
 
 class WholeSlice(nn.Module):
-    """What `upscale` does with one slice by itself: intensity, network, consistency, intensity again.
+    """`upscale` for one separate slice: normalise, run the network, apply data consistency, restore units.
 
     Args:
         model: in eval mode.
@@ -166,9 +166,9 @@ class WholeSlice(nn.Module):
     def forward(self, lr: Tensor, units: Tensor) -> Tensor:
         """(b, c, h, w) to (b, c, scale * h, scale * w), both in the scanner's units.
 
-        `units` (3,) belongs to the whole scan and is what `inference.upscaling` takes: the intensity that counts as 0,
-        the intensity that counts as 1 less the former, and the lowest value that the result may have, in these units
-        (NO_FLOOR: any, for data with a sign). Where the second is 0, each slice by itself gives all three.
+        `units` (3,) belongs to the whole scan, as in `inference.upscaling`: the intensity that counts as 0; the
+        intensity that counts as 1 minus the first; and the lowest allowed value of the result, in these units
+        (NO_FLOOR: any, for data with a sign). If the second is 0, each slice determines its own three values.
         """
         model, scale = self.model, self.model.scale
         zero, span, floor = (

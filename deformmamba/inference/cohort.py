@@ -58,8 +58,8 @@ _BIDS = re.compile(r"sub-[A-Za-z0-9]+(_[a-z]+-[A-Za-z0-9+]+)*_[A-Za-z0-9]+")
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of one scan. `reason` (why it failed or was skipped) and `remark` (`inspection.spacing_remark`) are
-    one line, and hold nothing from the scan except its sizes."""
+    """The outcome of one scan. `reason` (why it failed or was passed over) and `remark` (`inspection.spacing_remark`)
+    are one line, and hold nothing from the scan except its sizes."""
 
     source: str  # relative to the folder of scans
     output: str  # relative to the output folder
@@ -102,8 +102,8 @@ def upscale_cohort(
 
     A scan is a NIfTI or MGH file, or a DICOM series in a folder (the output is also a folder; each of several series
     in a folder is a separate scan). `volume.scans_below` finds the scans. Masks, label images, phase images and outputs
-    of this package are listed as skipped, with the reason. Hidden names and `target` itself are left out; a link that
-    leads out of `source` fails. If a scan cannot be read or upscaled, it is listed as failed and the run continues.
+    of this package are listed as passed over, with the reason. Hidden names and `target` itself are left out; a link
+    that leads out of `source` fails. If a scan cannot be read or upscaled, it fails and the run continues.
 
     Under `torchrun`, `accelerate launch` or `srun` each process takes its share (see `processes`), the largest scans
     first. No scan is processed twice, and no two processes write the same file. The folder must not change meanwhile.
@@ -271,7 +271,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _tasks(root: Path, target: Path, kind: str) -> tuple[list[_Task], list[Outcome]]:
-    """The scans to upscale, by name, and the outcomes of files that are skipped or refused before they are opened."""
+    """The scans to upscale, by name, and the files that are passed over or refused before they are opened."""
     if not root.is_dir():
         raise VolumeError(f"{root}: no such folder")
     if not is_cohort(root):
