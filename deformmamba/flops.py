@@ -53,7 +53,7 @@ def _deform_backward(grad: Any, x: Any, offset: Any, mask: Any, weight: Any, *_:
 def count_flops(module: nn.Module, *inputs: torch.Tensor) -> dict[str, int]:
     """Floating point operations of `module(*inputs)` by operator name; their sum is the total.
 
-    A multiply-add counts as two. What is linear in the data (norms, activations, FFTs) is not counted, as elsewhere.
+    A multiply-add counts as two. What is linear in the data (norms, activations, FFTs) is not counted, as is usual.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)

@@ -42,7 +42,8 @@ def modulated_deform_conv2d(
     Args:
         x: (b, c, h, w).
         offset: (b, 2 * G * kh * kw, h_out, w_out), in pixels of x, ordered (deformable group, tap, (dy, dx)), taps row
-            by row. G, read off this shape, divides c: channels in G equal blocks have offsets and masks of their own.
+            by row. This shape defines G, which must divide c. Each of G equal blocks of channels has its own offsets
+            and masks.
         mask: (b, G * kh * kw, h_out, w_out), any numbers (the paper's are in [0, 1]), or None for ones.
         weight: (c_out, c / groups, kh, kw); the number of groups is read off this shape, as in `conv2d`.
         bias: (c_out,), or None for zeros.

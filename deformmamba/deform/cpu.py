@@ -4,9 +4,9 @@ Importing this module imports numba, so `deformmamba.deform` imports it where it
 
 Threads share the output pixels, and each works through its own in chunks: a kernel samples a chunk into `columns`
 (groups, n, taps, c_in), and a product with the weight follows. In the backward pass they share the channels instead, so
-that no two add to one place of the gradient of x. It keeps nothing from the forward pass: the gradient of a chunk's
-columns goes into the one buffer, is scattered to the gradients of x, offset and mask, and gives way to the sampled
-columns, for the gradient of the weight.
+that no two threads add to the same element of the gradient of x. The forward pass keeps nothing. The gradient of a
+chunk's columns goes into one buffer and is scattered to the gradients of x, offset and mask. The sampled columns then
+overwrite it, for the gradient of the weight.
 """
 
 import math

@@ -1,8 +1,8 @@
 """The compiled extensions that Mamba code calls directly, by their own signatures: `fwd` and `bwd` pairs.
 
 `selective_scan_cuda` belongs to mamba-ssm, `causal_conv1d_cuda` to causal-conv1d, and the `selective_scan_cuda_*` to
-VMamba. Programs that bring their own autograd functions (Vision Mamba, SegMamba, VMamba) call them. A backward pass
-here runs the forward pass once more and differentiates it.
+VMamba. Programs with their own autograd functions (Vision Mamba, SegMamba, VMamba) call them. A backward pass here
+recomputes the forward pass and differentiates it.
 """
 
 from typing import Any

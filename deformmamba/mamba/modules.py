@@ -46,7 +46,7 @@ class Mamba(nn.Module):
         conv_bias, bias: whether the convolution and the projections have one.
         use_fast_path: accepted, without effect: both paths are one here.
         layer_idx: key of this layer's states in `inference_params`.
-        bimamba_type: "none": mamba-ssm's block. "v2": a second scan from the end with weights of its own (Vision
+        bimamba_type: "none": mamba-ssm's block. "v2": a second scan from the end with its own weights (Vision
             Mamba). "v3": a third one across `nslices` slices (SegMamba).
         nslices: for "v3": the sequence is this many slices of equal length.
         if_divide_out: for "v2": the sum of both directions is halved.
@@ -229,7 +229,7 @@ class Mamba2(nn.Module):
         d_state: states of each inner channel.
         d_conv: width of the convolution; conv_init: range of its initial weights, PyTorch's by default.
         expand: inner channels = expand * d_model.
-        headdim: channels of a head. ngroups: groups of heads with B and C of their own.
+        headdim: channels of a head. ngroups: groups of heads, each with its own B and C.
         d_ssm: inner channels that are scanned; the others form a gated MLP. All of them by default.
         A_init_range: range of the initial rates -A, uniform.
         D_has_hdim: D has one value a channel, not one a head.

@@ -47,7 +47,7 @@ def selective_scan_fn(
     Returns:
         y (b, d, l) in u's dtype, or (y, last state (b, d, n)). The last state has a gradient, unlike in mamba-ssm.
 
-    A complex A takes the definition (a loop over steps): nothing here is fast for it. B or C without time takes n times
+    A complex A runs on the definition (a loop over steps), which is slow. B or C without time takes n times
     the memory of u.
 
     Raises:

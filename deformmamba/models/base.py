@@ -61,8 +61,8 @@ class SRModel(nn.Module):
         tiles: how to cut a slice that does not fit into memory, in a sentence.
         provenance: where loaded weights come from (training data, split, degradation, scores); empty otherwise.
         source: the path, manifest name or org/repo@commit that the weights were loaded from; None otherwise.
-        sha256: of the file that they were loaded from; None otherwise. It stays when they are changed: what they
-            are now, `inference.weights_hash` says.
+        sha256: of the file that they were loaded from; None otherwise. It stays when the weights change;
+            `inference.weights_hash` gives the hash of the current weights.
     """
 
     grid: Grid = "origin"
@@ -306,7 +306,7 @@ class SRModel(nn.Module):
         return ", ".join(parts)
 
     def num_parameters(self) -> int:
-        """How many numbers training may change or has set: the elements of all parameters."""
+        """The number of elements of all parameters, trainable or frozen."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
@@ -316,7 +316,7 @@ class SRModel(nn.Module):
 
     @property
     def info(self) -> dict[str, Any]:
-        """What a user should know before giving it an image; `spacings_mm` is what the weights were trained on."""
+        """Facts to check before using the model on an image; `spacings_mm`: voxel sizes of the training data."""
         return {
             "class": type(self).__name__,
             "scale": self.scale,
@@ -335,7 +335,7 @@ class SRModel(nn.Module):
         }
 
     def whole_slice(self, lr: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The arguments of `forward` that depend on the WHOLE slices `lr` (b, c, h, w), for a caller who cuts tiles.
+        """The arguments of `forward` that depend on the WHOLE slices `lr` (b, c, h, w), for callers that cut tiles.
 
         A tile gets its cut of "base" (b, c, scale * h, scale * w), and everything else as it is.
         """

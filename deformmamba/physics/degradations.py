@@ -116,7 +116,7 @@ def _check_factor(owner: str, name: str, value: Any) -> None:
 
 
 class _KSpace(Degradation):
-    """What is linear in k-space; the magnitude that a scanner gives afterwards is not."""
+    """Degradations that are linear in k-space; the magnitude taken afterwards is not linear."""
 
     output: Output
 
@@ -272,7 +272,7 @@ class Bicubic(_Separable):
 
 @dataclass(frozen=True)
 class Subsample(_Separable):
-    """Every scale-th pixel, from pixel 0 on, and nothing done against aliasing: comes after a blur. Origin-aligned."""
+    """Every scale-th pixel, from pixel 0 on, without an anti-aliasing filter: use it after a blur. Origin-aligned."""
 
     scale: int
     kind: ClassVar[str] = "subsample"
@@ -370,7 +370,7 @@ class RicianNoise(_Noise):
 
 @dataclass(frozen=True)
 class Compose(Degradation):
-    """One degradation after another, first to last; `a >> b` makes one. Each draws noise of its own.
+    """One degradation after another, first to last; `a >> b` makes one. Each draws its own noise.
 
     Scales multiply. Parts that shrink the image must have the same grid, which is that of the whole.
 

@@ -113,7 +113,7 @@ def backward(
     D, delta_bias, delta_weight = _four_axes(A, D, delta_bias, delta_weight)
     q = delta_weight.shape[-1]
     du, dstate = with_huge_pages(torch.empty_like(u)), torch.empty_like(dlast)
-    # what sums over channels has a place for every part of the channels; what sums over images, for every image
+    # gradients summed over channels have one slot for each part of the channels, those summed over images one per image
     dB, dC = (B.new_empty(parts, *x.shape) for x in (B, C))
     ddelta = delta.new_empty(parts, *delta.shape) if low_rank else with_huge_pages(torch.empty_like(delta))[None]
     dA, dD, dbias, dweight = (x.new_empty(images, *x.shape) for x in (A, D, delta_bias, delta_weight))
@@ -183,8 +183,8 @@ def _scratch(like: torch.Tensor, *shapes: tuple[int, ...]) -> tuple[Any, ...]:
 def _jobs(images: int, groups: int, channels: int, threads: int) -> np.ndarray:
     """Rows of (part, image, group, first channel, end), a few for each thread, so that one that starts late does less.
 
-    Every part reads B and C for itself and has gradients of them of its own, which are summed: channels are split into
-    even parts, thinner than about six vectors only to occupy every thread."""
+    Every part reads B and C and has its own gradients of them, which are summed later. So channels are split into even
+    parts, which are smaller than about six vectors only if this is needed to occupy every thread."""
     lanes, vectors = _lanes(), _vectors(channels)
     total = images * groups * vectors
     if not total:
@@ -206,7 +206,7 @@ def _run_kernel(
     *rest: Any,
 ) -> None:
     """Run the kernel `name` over all jobs, on torch.get_num_threads() threads. Each takes jobs until there are none,
-    inside of compiled code, and has scratch memory of its own."""
+    inside of compiled code, and has its own scratch memory."""
     if not len(jobs):
         return
     kernel = _kernel(name, inputs[0].dtype, zoh)

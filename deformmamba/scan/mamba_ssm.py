@@ -1,4 +1,4 @@
-"""Adapter to mamba-ssm's CUDA kernel, for those who have built it: no fused 2-D form, so directions are copies."""
+"""Adapter to mamba-ssm's CUDA kernel, if it is installed. It has no fused 2-D form, so every direction is a copy."""
 
 import torch
 

@@ -1,8 +1,8 @@
 """The table of backends, and the PyTorch operators `deformmamba::scan` and `scan_backward` around those with kernels.
 
-A kernel gets pointers. So the operators compare every shape, dtype, device, layout and length with every other before
-they call a backend, also when somebody calls `torch.ops.deformmamba` directly or loads an exported program. What does
-not fit raises `InvalidArgument`. Names and shapes: see `backend`.
+A kernel gets pointers. So the operators check that all shapes, dtypes, devices, layouts and lengths agree before they
+call a backend, also if a user calls `torch.ops.deformmamba` directly or loads an exported program. A mismatch raises
+`InvalidArgument`. Names and shapes: see `backend`.
 """
 
 from typing import Any, Optional
@@ -105,7 +105,7 @@ def _(
 
 
 def _no_weight(A: Any) -> Tensor:
-    """What stands for the gradient of a delta_weight that is None."""
+    """The placeholder for the gradient of a delta_weight that is None."""
     empty: Tensor = A.new_empty((*A.shape[:3], 0))
     return empty
 

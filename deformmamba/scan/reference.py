@@ -1,4 +1,4 @@
-"""The selective scan as it is defined: a loop over steps, in the dtype it is given, written to be read.
+"""The definition of the selective scan: a loop over steps in the input dtype, written for readability.
 
     h[t] = exp(dt[t] A) h[t-1] + phi[t] B[t] u[t]        y[t] = C[t] . h[t] + D u[t]
 

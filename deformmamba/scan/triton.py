@@ -216,7 +216,7 @@ class _Launches:
         return _Cut(steps, lanes, in_one, -(-tiles // in_one))
 
     def carries(self, cut: _Cut, edge: Tensor, *, BACK: bool, dy: Tensor | None = None) -> Tensor:
-        """(k, b, g, stretch, 2, n, r): in slot 0 what each stretch begins with, if the outermost one does with edge."""
+        """(k, b, g, stretch, 2, n, r): slot 0 has the first state of each stretch; the outermost begins with `edge`."""
         shape = (*edge.shape[:3], cut.splits, 2, *edge.shape[3:])
         if cut.splits == 1:
             carry = edge.new_empty(shape)
