@@ -1,4 +1,4 @@
-"""What the ensemble of eight is worth, and whether its spread says where the error is.
+"""The gain of the self-ensemble of eight, and the correlation of its spread with the error.
 
 Run: python benchmarks/uncertainty.py ixi-4x --data FOLDER --split test [--group "T2 brain"] [--every 1]
 

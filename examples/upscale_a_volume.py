@@ -1,6 +1,6 @@
-"""A scan in, a sharper one and a page to look at out: `python examples/upscale_a_volume.py scan.nii.gz sharper.nii.gz`.
+"""Upscales a scan and writes an HTML report: `python examples/upscale_a_volume.py scan.nii.gz sharper.nii.gz`.
 
-What `deformmamba upscale scan.nii.gz -o sharper.nii.gz --report sharper.html` does, from Python.
+Does the same as `deformmamba upscale scan.nii.gz -o sharper.nii.gz --report sharper.html`, from Python.
 """
 
 import sys

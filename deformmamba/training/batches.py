@@ -1,4 +1,4 @@
-"""Which samples a training step sees, and which of them fall to which process: a function of seed and step alone."""
+"""Assigns samples to training steps and processes, as a function of seed and step alone."""
 
 import math
 from collections.abc import Iterator

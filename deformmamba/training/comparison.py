@@ -1,8 +1,8 @@
-"""Trains and scores the rows of the paper's tables on data at hand: all alike, and each kept as soon as it is finished.
+"""Trains and scores the rows of the paper's tables on given data; each row is saved as soon as it is finished.
 
-All rows of a table share data, patches, batch, seeds, optimiser (AdamW, cosine) and budget: a number of steps, or of
-minutes, in which each network gets as many steps as it can do in that time. `deformmamba.evaluation.tables` has the
-rows and writes the result.
+All rows of a table share data, patches, batch, seeds, optimiser (AdamW, cosine) and budget. The budget is a number of
+steps, or of minutes, in which each network takes as many steps as fit. `deformmamba.evaluation.tables` defines the rows
+and writes the result.
 """
 
 import json
@@ -87,8 +87,8 @@ def benchmark(
 ) -> Path:
     """Trains and scores every row of a table and returns the Markdown file with the result.
 
-    Run again on the same `out` it goes on: finished rows and seeds are kept, a training that was stopped resumes where
-    it was. `out` holds `benchmark.json` (what is shared), `rows/` (one JSON a row and seed: scores, seconds, size),
+    An interrupted benchmark resumes from the same `out`: finished rows and seeds are kept, and an interrupted training
+    resumes. `out` holds `benchmark.json` (shared settings), `rows/` (one JSON per row and seed: scores, seconds, size),
     `runs/` (see `deformmamba.fit`), `<table>.md`, rewritten after each row, and for table 2 `figure2.png`.
 
     Args:

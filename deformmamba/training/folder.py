@@ -1,4 +1,4 @@
-"""What a run writes into its folder, each file complete or not at all, and whether a folder holds this run."""
+"""Writes the files of a run, each completely or not at all, and checks whether a folder holds the same run."""
 
 import csv
 import hashlib

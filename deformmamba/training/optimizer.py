@@ -1,4 +1,4 @@
-"""The optimiser of a training: which parameters decay, and one of the user's own."""
+"""The optimiser of a training: parameter groups for weight decay, and optimisers given by the user."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""A picture of what a network makes of a slice that it was not trained on."""
+"""A picture of a network's result on a validation slice."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""The numbers of a training, checked once, and the learning rate that follows from them."""
+"""The settings of a training, checked once, and the learning rate schedule."""
 
 import math
 from collections.abc import Sequence
