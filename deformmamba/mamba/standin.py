@@ -172,7 +172,7 @@ _CLOSURE = {"implementation", "applicable_params", "is_new_implementation", "tor
 
 
 def _rebind_transformers() -> None:
-    """Let functions that were made before `install` find the stand-ins, and forget them after `uninstall`."""
+    """Make functions that exist before `install` use the stand-ins, and stop using them after `uninstall`."""
     for function in _transformers_functions():
         cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
         found = cells["implementation"].cell_contents

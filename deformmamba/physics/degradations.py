@@ -57,7 +57,7 @@ class Degradation(ABC):
         """(..., H, W) to (..., H / scale, W / scale), real, same precision.
 
         Args:
-            hr: what is degraded; noise levels refer to values of about [0, 1].
+            hr: the image to degrade; noise levels refer to values of about [0, 1].
             seed: of the noise, where there is any; one non-negative integer or several.
             first: the number of the first slice within its volume, for a stack that is a part of one.
 

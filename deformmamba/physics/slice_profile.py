@@ -140,7 +140,7 @@ class ThickSlices:
         n: voxels of the fine image along that axis; the centre of voxel j lies at j * voxel.
         voxel: mm.
         positions: the centres of the slices in mm, on the same axis as the voxels.
-        profile: what a slice sees.
+        profile: the slice profile.
 
     Attributes:
         matrix: (slices, n), float64; each row sums to 1.

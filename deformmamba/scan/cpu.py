@@ -155,7 +155,7 @@ def _readable(rows: torch.Tensor, directions: int) -> torch.Tensor:
 
 
 def _vectors(lanes: int) -> int:
-    """How many vectors hold so many numbers."""
+    """The number of vectors that hold `lanes` numbers."""
     return -(-lanes // _lanes())
 
 

@@ -150,7 +150,7 @@ def _strides(prefix: str, x: Tensor) -> dict[str, int]:
 
 
 class _Cut(NamedTuple):
-    """How the walks are divided: tiles of steps x lanes (channels), and stretches of so many tiles, side by side."""
+    """How the walks are divided: tiles of steps x lanes (channels), and parallel stretches of several tiles."""
 
     steps: int
     lanes: int
@@ -201,7 +201,7 @@ class _Launches:
         return out if room.data_ptr() == out.data_ptr() else out.copy_(self.turned(room))
 
     def cut(self, *, back: bool) -> _Cut:
-        """Tiles that fit into registers, and stretches so many that every multiprocessor has several programs."""
+        """Tiles that fit into registers, and enough stretches to give every multiprocessor several programs."""
         narrow = self.channels % 64 in range(1, 33) or (back and self.constants["ZOH"])
         lanes, steps = (32, 8 if back else 16) if narrow else (64, 8)
         if _interpreted():
