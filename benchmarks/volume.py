@@ -1,5 +1,5 @@
-"""One volume from file to file: wall time and peak memory, whole slices, tiles, side by side or not; peers per slice;
-what the guarantee is worth in numbers.
+"""One volume from file to file: wall time and peak memory for whole slices and tiles, batches in parallel or not; time
+per slice of other networks; the measured data consistency error.
 
 Run: python benchmarks/volume.py [--scan FILE | --shape 256 256 130] [--model ixi-4x --model ixi-2x] [--threads 2]
 

@@ -56,10 +56,10 @@ def evaluate(
         protocol: see `deformmamba.metrics`.
         degradation: the k-space crop of the paper (magnitude) if not given. Its noise refers to the volume's own
             brightness ("p99.9").
-        metrics: more of them, by name: those of `deformmamba.metrics.ON_REQUEST`.
+        metrics: names of additional metrics from `deformmamba.metrics.ON_REQUEST`.
         slices: rows also have "by_slice", the values of each slice by metric, see `deformmamba.metrics.by_slice`.
         consistency: see `upscale`; what the weights were found best with holds for k-space crops, others get none.
-        seed: of a degradation's noise, which also depends on the scan's voxels, wherever its file lies.
+        seed: of a degradation's noise, which also depends on the scan's voxels but not on its path.
         visit: called with each scan and its HR and SR slices (n, H, W).
         progress: a bar for each volume.
 
@@ -133,7 +133,7 @@ class Comparison:
 
     @cached_property
     def summary(self) -> dict[str, dict[str, Spread]]:
-        """By model and metric: the mean over subjects with the spread that so many subjects can bear."""
+        """By model and metric: the mean over subjects with its spread, see `statistics.summarise`."""
         return {name: {metric: summarise(rows, metric) for metric in self.metrics} for name, rows in self.rows.items()}
 
     @cached_property
