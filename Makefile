@@ -18,7 +18,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-# PyTorch first and alone, because an index that TORCH names has not all the other packages
+# PyTorch first and alone, because the index in TORCH may lack the other packages
 $(BIN)/.installed: $(BIN)/python setup.cfg pyproject.toml
 	$(BIN)/python -m pip install $(TORCH)
 	$(BIN)/python -m pip install --editable .
@@ -37,7 +37,7 @@ test: $(BIN)/.installed-dev  ## all tests
 test-fast: $(BIN)/.installed-test  ## the tests that take less than a few seconds each
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
-# the oldest instructions that each library has code for: another rounding of the same sums
+# the oldest instruction set that each library supports: the same sums are rounded differently
 test-generic: $(BIN)/.installed-test  ## the numerical tests, as another processor would compute them
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 NUMBA_CPU_NAME=generic OMP_NUM_THREADS=1 \
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests/scan tests/deform tests/physics tests/test_layers.py \
