@@ -10,10 +10,10 @@ from torch.utils.data import Sampler
 
 
 class Piece(NamedTuple):
-    """What one process computes at once: sample indices, and the factor of their mean loss.
+    """The samples that one process computes at once: their indices, and the factor of their mean loss.
 
-    With these factors the mean over processes of the sum over pieces is the mean over the samples of the step. A
-    process for which no sample is left computes another one's with the factor 0, because the others wait for it.
+    With these factors, the mean over processes of the sum over pieces equals the mean over the samples of the step. A
+    process without a sample computes another process's sample with factor 0, because the others wait for it.
     """
 
     indices: list[int]

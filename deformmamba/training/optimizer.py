@@ -46,7 +46,7 @@ def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float, all_de
 def build_optimizer(
     model: nn.Module, given: torch.optim.Optimizer | MakeOptimizer | None, groups: Groups
 ) -> torch.optim.Optimizer:
-    """AdamW over `groups`, or the optimiser that the user gave or makes of them.
+    """AdamW over `groups`, or the user's optimiser, given as an object or as a function of `groups`.
 
     Raises:
         InvalidType: `given` is neither an optimiser nor a function that returns one.

@@ -176,9 +176,9 @@ def fetch(
 ) -> Path:
     """Brings a checkpoint to this machine, verifies it, and returns the path of its file.
 
-    With `folder`, its `model.safetensors`, `config.json` and `README.md` are written there: the folder to carry to a
-    machine without a network, and to give to `from_pretrained` on it. Without, a checkpoint of the Hub comes into the
-    cache of huggingface_hub, and any other stays where it is. `name`, `revision` and `cache_dir` as in
+    With `folder`, writes `model.safetensors`, `config.json` and `README.md` there. Copy this folder to a machine
+    without a network and pass it to `from_pretrained`. Without `folder`, a checkpoint on the Hub is downloaded into the
+    cache of huggingface_hub, and a local one stays in place. `name`, `revision` and `cache_dir` as in
     `load_checkpoint`.
 
     Raises:
@@ -235,11 +235,11 @@ def publish(
 
 
 def verify(name: str | os.PathLike[str], *, sha256: str | None = None) -> str:
-    """The sha256 of a checkpoint on this machine, after it was compared with a known one and the file was read.
+    """Compares the sha256 of a checkpoint on this machine with a known one, reads the file, and returns the sha256.
 
-    `name` as in `load_checkpoint`. What is compared: a file of the manifest with its entry; one in the cache with the
-    Hub's hash of it; a file or folder of your own with `sha256`, with the manifest's files, and with the hash that the
-    model card in the folder states.
+    `name` as in `load_checkpoint`. A file in the manifest is compared with its entry, and a file in the cache with the
+    Hub's hash. Any other file or folder is compared with `sha256`, the manifest's files, and the hash in the folder's
+    model card.
 
     Raises:
         WeightsError: unknown name, missing file, wrong hash, a file that cannot be read, or no known hash.
@@ -269,8 +269,8 @@ def verify(name: str | os.PathLike[str], *, sha256: str | None = None) -> str:
 
 
 def describe(name: str | os.PathLike[str]) -> str:
-    """The model card of a checkpoint, as `load_checkpoint` finds it: the manifest's, the folder's own, or one made from
-    what the file says of itself.
+    """The model card of a checkpoint, found as in `load_checkpoint`: from the manifest, from the folder, or generated
+    from the file's header.
 
     Raises:
         WeightsError: no such weights, or an unreadable file.
