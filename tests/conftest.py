@@ -10,8 +10,10 @@ import torch
 
 
 def pytest_configure() -> None:
-    # a shell's background job ignores ctrl-C, and so would every process that a test starts and interrupts
+    # a shell's background job ignores ctrl-C, and one under nohup SIGHUP; so would every process that a test interrupts
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

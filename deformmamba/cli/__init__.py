@@ -134,8 +134,9 @@ def _describe_machine() -> None:
 
     from deformmamba.scan import backend_report
 
-    names = ("torch", "numpy", "numba", "nibabel", "pydicom")
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    names = ("numpy", "numba", "nibabel", "pydicom")
+    # torch's own version names the build as well, such as 2.14.1+cu130
+    versions = ", ".join([f"torch {torch.__version__}", *(f"{name} {metadata.version(name)}" for name in names)])
     lines = [
         f"deformmamba {__version__}, Python {platform.python_version()}, {platform.platform()}",
         versions,
