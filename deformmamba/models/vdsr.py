@@ -41,10 +41,8 @@ class VDSR(SRModel):
         intensity: str = "p99.9",
     ) -> None:
         super().__init__(scale=scale, intensity=intensity)
-        if not 2 <= layers <= 256 or width < 1:
-            raise InvalidArgument(
-                f"VDSR: layers={layers}, width={width}; 2 to 256 layers of 1 channel or more are needed"
-            )
+        if not 2 <= layers <= 256:
+            raise InvalidArgument(f"VDSR: layers={layers}; 2 to 256 layers are needed")
         self.grid = grid
         self.interpolate = Bicubic(scale=scale, grid=grid)
         widths = [1, *[width] * (layers - 1), 1]

@@ -260,7 +260,7 @@ def test_swinir_of_the_lightweight_kind_starts_from_zero_filling_too() -> None:
         (lambda: SRCNN(kernels=(9, 5)), "three odd kernels"),
         (lambda: SRCNN(widths=(64,)), "three odd kernels"),
         (lambda: VDSR(layers=1), "2 to 256 layers"),
-        (lambda: VDSR(width=0), "1 channel or more"),
+        (lambda: VDSR(width=0), "VDSR: width must be at least 1, not 0"),
         (lambda: FMISR(widths=()), "channels a hidden layer"),
         (lambda: FMISR(widths=(4, 0)), "channels a hidden layer"),
         (lambda: T2Net(scale=5), "power of two or 3"),
