@@ -1,6 +1,7 @@
 """Thick slices made isotropic, against the truth: quality before speed, for nearest, linear, cubic spline and network.
 
 Run: python benchmarks/isotropic.py --data DIR [--subjects T2,T1] [--mm 3,4,5,6] [--gaps 0,0.2] [--adapt "400 steps"]
+         [--eclare PYTHON --eclare-minutes 3]
 
 Truth: a T2 of 1 mm isotropic voxels (sub-arc2208) and a T1 of 0.94 x 0.94 x 1.2 mm (sub-ixi002), neither ever trained
 on. They are made T mm thick along the last axis with a Gaussian profile, T mm apart or, with a gap, 1.2 T mm. Every
@@ -10,14 +11,24 @@ divided by that of the truth.
 
 It first verifies that the slices of a constant are constant and that the spline passes through the slices. Rows are
 printed as they come; --out appends them to a CSV file. Time is CPU time, which a busy machine changes little.
+
+--eclare PYTHON compares with eclare 1.0.1, which needs an environment of its own:
+`python3.11 -m venv ~/eclare && ~/eclare/bin/pip install torch==2.13.0 eclare==1.0.1`, then `--eclare
+~/eclare/bin/python`. It trains for --eclare-minutes of CPU time (eclare_timed.py); applying its network comes on top.
+eclare keeps the outer edges of the slices and not their centres, so its output has other positions than ours. They are
+read from its affine, and verified: shifted by half a voxel or more to either side, the output must fit the truth worse.
 """
 
 import argparse
 import csv
+import json
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import torch
 
@@ -67,6 +78,33 @@ def power_at_period(image: np.ndarray, voxel: float, spacing: float) -> float:
     return float(np.mean(np.abs(image @ wave) ** 2))
 
 
+def by_eclare(
+    volume: Volume, thickness: float, at: np.ndarray, wanted: np.ndarray, args: argparse.Namespace
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """eclare's result at the positions `at` (mm from the first slice centre), and its number of steps and seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "thick.nii"
+        nibabel.save(nibabel.Nifti1Image(volume.array, volume.affine), source)
+        script, relative = Path(__file__).with_name("eclare_timed.py"), thickness / min(volume.spacing)
+        given = [source, folder, relative, args.eclare_minutes, torch.get_num_threads(), args.eclare_batch]
+        command = [args.eclare, str(script), *map(str, given)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"eclare failed:\n{done.stderr[-2000:]}")
+        facts = json.loads(done.stdout.splitlines()[-1])
+        image = nibabel.load(facts["out"])
+        array = np.asarray(image.dataobj, np.float32)
+    first, spacing = image.affine[2, 3], image.affine[2, 2]
+
+    def placed(shift: float) -> np.ndarray:
+        inside = np.clip((at - first) / spacing + shift, 0, array.shape[2] - 1)
+        return at_positions(array, inside, "cubic spline")
+
+    fits = {shift: psnr(placed(shift), wanted) for shift in (-1.0, -0.5, 0.0, 0.5, 1.0)}
+    assert max(fits, key=fits.__getitem__) == 0, f"eclare's output lies elsewhere than its affine: {fits}"
+    return placed(0.0), facts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
@@ -75,6 +113,10 @@ def main() -> None:
     parser.add_argument("--gaps", default="0,0.2")
     parser.add_argument("--model", default="thick")
     parser.add_argument("--adapt", default="0")
+    parser.add_argument("--eclare", metavar="PYTHON", help="also eclare, by the Python of its environment")
+    parser.add_argument("--eclare-minutes", type=float, default=3.0, help="of training, CPU time (default: 3)")
+    parser.add_argument("--eclare-batch", type=int, default=128, help="patches a step (default: 128, as eclare's)")
+    parser.add_argument("--only-eclare", action="store_true", help="leave out our network")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     network = loaded(args.model, None)
@@ -86,23 +128,32 @@ def main() -> None:
             for gap in map(float, args.gaps.split(",")):
                 spacing = thickness * (1 + gap)
                 slices, first, n = made_thick(truth, voxel, thickness, spacing)
-                z = np.arange(truth.shape[2]) * voxel
-                seen = (z >= first - 1e-6) & (z <= first + (n - 1) * spacing + 1e-6)
-                wanted = truth[:, :, seen]
-                at = (z[seen] - first) / spacing
+                z = np.arange(truth.shape[2]) * voxel - first  # mm from the first slice centre
+                seen = (z >= -1e-6) & (z <= (n - 1) * spacing + 1e-6)
+                wanted, at = truth[:, :, seen], z[seen]
                 through = at_positions(slices, np.arange(n, dtype=float), "cubic spline")
                 assert np.abs(through - slices).max() < 1e-4 * slices.max(), "the spline left the slices"
-                affine = np.diag([*scan.spacing[:2], spacing, 1.0])
-                start = time.process_time()
-                out, report = isotropic(
-                    Volume(slices, affine), to=to, thickness=thickness, model=network, adapt=args.adapt, axis=2
-                )
-                seconds = time.process_time() - start
-                results = {how: at_positions(slices, at, how) for how in ("nearest", "linear", "cubic spline")}
-                results["network"] = at_positions(out.array, (z[seen] - first) / report.to, "cubic spline")
+                volume = Volume(slices, np.diag([*scan.spacing[:2], spacing, 1.0]))
+                results: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
+                    how: (at_positions(slices, at / spacing, how), {}) for how in ("nearest", "linear", "cubic spline")
+                }
+                if not args.only_eclare:
+                    start = time.process_time()
+                    out, report = isotropic(volume, to=to, thickness=thickness, model=network, adapt=args.adapt, axis=2)
+                    facts = {
+                        "expected": "" if report.expected is None else f"{report.expected.db:+.2f}",
+                        "chosen": report.method,
+                        "adapted": report.adapted,
+                        "cpu_s": round(time.process_time() - start, 1),
+                        "sha256": (report.sha256 or network.sha256 or "")[:12],
+                    }
+                    results["network"] = at_positions(out.array, at / report.to, "cubic spline"), facts
+                if args.eclare:
+                    image, facts = by_eclare(volume, thickness, at, wanted, args)
+                    facts = {"adapted": facts["steps"], "cpu_s": round(facts["total_s"], 1)}
+                    results["eclare"] = image, facts
                 power = power_at_period(wanted, voxel, spacing)
-                expected = "" if report.expected is None else f"{report.expected.db:+.2f}"
-                for how, image in results.items():
+                for how, (image, facts) in results.items():
                     row: dict[str, Any] = {
                         "subject": name,
                         "mm": thickness,
@@ -111,12 +162,7 @@ def main() -> None:
                         "psnr": round(psnr(image, wanted), 3),
                         "ssim": round(ssim(image, wanted), 4),
                         "stripes": round(power_at_period(image, voxel, spacing) / power, 3),
-                        "expected": expected if how == "network" else "",
-                        "chosen": report.method if how == "network" else "",
-                        "adapted": report.adapted if how == "network" else 0,
-                        "cpu_s": round(seconds, 1) if how == "network" else "",
-                        "sha256": (report.sha256 or network.sha256 or "")[:12] if how == "network" else "",
-                    }
+                    } | {key: facts.get(key, "") for key in ("expected", "chosen", "adapted", "cpu_s", "sha256")}
                     print(*row.values(), sep="\t", flush=True)
                     if args.out:
                         new = not args.out.exists()

@@ -1,0 +1,71 @@
+"""Runs eclare 1.0.1 for a given time. benchmarks/isotropic.py calls it with the Python of eclare's own environment.
+
+Run: python benchmarks/eclare_timed.py IN.nii OUT_FOLDER RELATIVE_THICKNESS MINUTES THREADS BATCH
+
+eclare's number of training steps is its `--n-patches` divided by `--batch-size`, and its learning rate follows from
+that number. So the time of one step is measured first. MINUTES are CPU minutes of training; the application of the
+trained network to the scan comes on top of them. Everything else is eclare's default, except two things. The slice
+thickness is given, so that eclare does not estimate the profile. And its mixed precision, which eclare 1.0.1 has on a
+GPU only, is on for the CPU (bfloat16), which makes it several times faster on processors with matrix units.
+
+The last line of the output is JSON: steps, seconds of CPU time for training and for everything, and the written file.
+"""
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+PATCH = 8  # pixels of a thick-slice patch, in `eclare.eclare.run_eclare`
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of the workers that it has waited for."""
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+
+
+def seconds_a_step(separation: float, batch: int) -> float:
+    """CPU seconds of one training step of eclare's network."""
+    from eclare.models.wdsr import WDSR
+
+    network = WDSR(n_resblocks=16, num_channels=256, scale=separation)
+    optimizer = torch.optim.Adam(network.parameters())
+    rows = PATCH
+    for number in range(3):
+        if number == 1:  # the first step fills caches
+            start = time.process_time()
+        with torch.amp.autocast("cuda"):
+            sr = network(torch.rand(batch, 1, rows, PATCH))
+            loss = torch.nn.functional.mse_loss(sr, torch.rand(sr.shape))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return (time.process_time() - start) / 2
+
+
+def main() -> None:
+    source, folder, thickness, minutes, threads, batch = sys.argv[1:]
+    import nibabel
+    from eclare.main import main as eclare
+
+    torch.set_num_threads(int(threads))
+    autocast = torch.amp.autocast
+    torch.amp.autocast = lambda device: autocast("cpu", torch.bfloat16)  # eclare asks for "cuda"
+    zooms = sorted(map(float, nibabel.load(source).header.get_zooms()))
+    step = seconds_a_step(round(zooms[2] / zooms[0], 3), int(batch))
+    steps = max(1, math.floor(60 * float(minutes) / step))
+    start = cpu_seconds()
+    given = ["--in-fpath", source, "--out-dir", folder, "--relative-slice-thickness", thickness]
+    eclare([*given, "--batch-size", batch, "--n-patches", str(steps * int(batch))])
+    name = Path(source).name.replace(".nii", "_eclare.nii")
+    facts = {"steps": steps, "train_s": steps * step, "total_s": cpu_seconds() - start, "out": str(Path(folder) / name)}
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()
