@@ -15,8 +15,9 @@ printed as they come; --out appends them to a CSV file. Time is CPU time, which 
 --eclare PYTHON compares with eclare 1.0.1, which needs an environment of its own:
 `python3.11 -m venv ~/eclare && ~/eclare/bin/pip install torch==2.13.0 eclare==1.0.1`, then `--eclare
 ~/eclare/bin/python`. It trains for --eclare-minutes of CPU time (eclare_timed.py); applying its network comes on top.
-eclare keeps the outer edges of the slices and not their centres, so its output has other positions than ours. They are
-read from its affine, and verified: shifted by half a voxel or more to either side, the output must fit the truth worse.
+eclare keeps the middle of the field of view and not the first slice centre, so its voxels lie elsewhere than ours. Its
+output is interpolated to the truth's positions by a cubic spline. This is verified: shifted by half a voxel or more to
+either side, the output must fit the truth worse.
 """
 
 import argparse
@@ -94,14 +95,14 @@ def by_eclare(
         facts = json.loads(done.stdout.splitlines()[-1])
         image = nibabel.load(facts["out"])
         array = np.asarray(image.dataobj, np.float32)
-    first, spacing = image.affine[2, 3], image.affine[2, 2]
+    spacing, middle = float(image.header.get_zooms()[2]), (volume.array.shape[2] - 1) / 2 * volume.spacing[2]
 
     def placed(shift: float) -> np.ndarray:
-        inside = np.clip((at - first) / spacing + shift, 0, array.shape[2] - 1)
-        return at_positions(array, inside, "cubic spline")
+        inside = (at - middle) / spacing + (array.shape[2] - 1) / 2 + shift
+        return at_positions(array, np.clip(inside, 0, array.shape[2] - 1), "cubic spline")
 
     fits = {shift: psnr(placed(shift), wanted) for shift in (-1.0, -0.5, 0.0, 0.5, 1.0)}
-    assert max(fits, key=fits.__getitem__) == 0, f"eclare's output lies elsewhere than its affine: {fits}"
+    assert max(fits, key=fits.__getitem__) == 0, f"eclare's output lies elsewhere: {fits}"
     return placed(0.0), facts
 
 

@@ -10,17 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from deformmamba import __version__
+from deformmamba.inference.adaptation import check_seed, parse_adapt
 from deformmamba.inference.cohort import Outcome, describe_weights, run_cohort
-from deformmamba.inference.isotropic import (
-    MODEL,
-    IsotropicReport,
-    Stack,
-    derivation,
-    isotropic,
-    loaded,
-    parse_adapt,
-    without_spread,
-)
+from deformmamba.inference.isotropic import MODEL, IsotropicReport, derivation, isotropic, loaded, without_spread
+from deformmamba.inference.stack import Stack, check_voxel
+from deformmamba.physics.consistency import check_consistency
+from deformmamba.physics.slice_profile import slice_profile
 from deformmamba.pictures.report import SUFFIXES as REPORT_SUFFIXES
 from deformmamba.pictures.report import write_report
 from deformmamba.volume import PathLike, Volume, VolumeError, check_output, in_plane, read_volume, write_volume
@@ -71,7 +66,7 @@ def isotropic_file(
         raise VolumeError(f"{target}: is the input itself, or two outputs have one name; nothing is overwritten")
     if report is not None:
         check_output(report, REPORT_SUFFIXES)
-    parse_adapt(settings.get("adapt", 0))
+    check_settings(settings)
     scan = read_volume(source, volume=volume, series=series, stack=stack, nan=nan, partial=partial)
     check_output(target, source=scan, dtype=dtype)
     if uncertainty is not None:
@@ -94,6 +89,15 @@ def isotropic_file(
             uncertainty=replace(result, array=spread) if made.uncertainty is not None else None,
         )
     return Isotropic(scan, result, without_spread(made))
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Refuses settings that no scan can have, before the first scan is read. Raises as `isotropic`."""
+    parse_adapt(settings.get("adapt", 0))
+    check_seed(settings.get("seed", 0))
+    check_consistency(settings.get("consistency", "object"))
+    slice_profile(settings.get("profile", "gaussian"), settings.get("thickness") or 1.0)
+    check_voxel(settings.get("to"))
 
 
 def in_plane_as(result: Volume, scan: Volume, settings: dict[str, Any]) -> Volume:
@@ -137,6 +141,7 @@ def isotropic_cohort(
     Everything else is as in `cohort.upscale_cohort`: resuming, several processes, the table of outcomes. The sidecar
     of each scan holds the facts of its `IsotropicReport` under "Isotropic".
     """
+    check_settings(settings)
     network = loaded(model, settings.get("device"))
     made_by = {
         **describe_weights(network),

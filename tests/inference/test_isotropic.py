@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from tolerances import assert_close
 
 from deformmamba.cli import main
-from deformmamba.errors import InvalidArgument
-from deformmamba.inference import isotropic as module
-from deformmamba.inference import upscale, upscale_file
-from deformmamba.inference.isotropic import Stack, isotropic, noise_level, parse_adapt, resampled
+from deformmamba.errors import DeformMambaError, InvalidArgument
+from deformmamba.inference import adaptation, upscale, upscale_file
+from deformmamba.inference.adaptation import parse_adapt
+from deformmamba.inference.isotropic import isotropic
 from deformmamba.inference.isotropic_files import isotropic_cohort, isotropic_file
+from deformmamba.inference.slice_consistency import noise_level
+from deformmamba.inference.stack import Stack, resampled
 from deformmamba.metrics import psnr
 from deformmamba.models import MODELS, DeformMambaSR
 from deformmamba.models.base import SRModel
@@ -137,7 +139,7 @@ def test_intensity_changes_nothing_but_the_units(truth: np.ndarray, gain: float,
 
 
 def test_adaptation_learns_and_repeats(truth: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RATE", 0.2)
+    monkeypatch.setattr(adaptation, "RATE", 0.2)
     scan, weak = thick_scan(truth), Sharpen(strength=0.0)
     first, a = isotropic(scan, model=weak, adapt="8 steps", seed=4)
     second, b = isotropic(scan, model=weak, adapt="8 steps", seed=4)
@@ -153,7 +155,7 @@ def test_adaptation_learns_and_repeats(truth: np.ndarray, monkeypatch: pytest.Mo
 
 
 def test_a_network_that_adaptation_spoils_is_left_out(truth: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RATE", 3e4)
+    monkeypatch.setattr(adaptation, "RATE", 3e4)
     _, report = isotropic(thick_scan(truth), model=Sharpen(), adapt="2 steps")
     assert report.method == "network"
     assert report.adapted == 0
@@ -259,11 +261,36 @@ def test_arguments_out_of_range(truth: np.ndarray) -> None:
         isotropic(scan, model=Sharpen(), to=-1)
     with pytest.raises(ValueError, match="consistency"):
         isotropic(scan, model=Sharpen(), consistency="always")
+    with pytest.raises(InvalidArgument, match="seed is -1"):
+        isotropic(scan, model=Sharpen(), seed=-1)
+    with pytest.raises(InvalidArgument, match=r"0\.25 mm or more"):  # it would fill the memory
+        isotropic(scan, model=Sharpen(), to=0.01)
     for wrong in ("three", -1, "2.5 steps", "5 hours", float("nan")):
         with pytest.raises(InvalidArgument, match="minutes"):
             parse_adapt(wrong)
     assert parse_adapt("2.5") == (2.5, None)
     assert parse_adapt("40 steps") == (0.0, 40)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("adapt", "five"), ("seed", -1), ("consistency", "always"), ("profile", "sinc"), ("thickness", -2.0), ("to", 0)],
+)
+def test_a_folder_is_not_begun_with_wrong_settings(tmp_path: Path, setting: str, value: object) -> None:
+    with pytest.raises(DeformMambaError, match=setting):
+        isotropic_cohort(tmp_path, tmp_path / "out", model=Sharpen(), **{setting: value})
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_voxel_size_makes_thin_slices_thick(truth: np.ndarray) -> None:
+    with pytest.raises(VolumeError, match="isotropic already"):
+        isotropic(Volume(truth, np.eye(4)), model=Sharpen(), to=0.5)
+
+
+def test_ratios_beyond_the_training_are_named(truth: np.ndarray) -> None:
+    assert not Stack.of(thick_scan(truth, spacing=3.0)).remarks
+    assert "trained for 2 to 8" in Stack.of(thick_scan(truth, spacing=3.0), to=0.3).remarks[0]
+    assert "trained for 2 to 8" in Stack.of(thick_scan(truth, spacing=3.0), to=2.0).remarks[0]
 
 
 def test_upscale_refuses_weights_for_the_slice_direction(truth: np.ndarray, tmp_path: Path) -> None:

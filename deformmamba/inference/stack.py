@@ -1,0 +1,234 @@
+"""A checked scan as a stack of slices, and the grid of the isotropic result.
+
+Grid: the centre of the first slice is unchanged, and voxels follow at intervals of `to` mm.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from deformmamba.errors import InvalidArgument
+from deformmamba.inference.inputs import check_voxels
+from deformmamba.physics.slice_profile import (
+    SliceProfile,
+    ThickSlices,
+    slice_positions,
+    slice_profile,
+    spline_matrix,
+)
+from deformmamba.volume import Volume, VolumeError, chosen_axis, in_plane
+from deformmamba.volume.inspection import effective_matrix
+
+LEAST_RATIO = 1.3  # of slice spacing to the wanted voxel: below it a scan counts as isotropic
+TRAINED_RATIOS = (2.0, 8.0)  # of the weights `thick`
+FINEST = 4  # times finer than the in-plane pixel may the result be
+FEWEST_SLICES = 8
+MOST_SHEAR = 1.0  # degrees between the slices' normal and the direction in which they are stacked
+SQUARE = 1.05  # in-plane pixels whose sides differ by less are left as they are
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A checked scan as a stack of slices (n, h, w), with the geometry of the result.
+
+    Attributes:
+        slices: float32, scanner units; with the in-plane pixels of the result.
+        place: geometry and header of the result; its array is the input's.
+    """
+
+    slices: np.ndarray
+    place: Volume
+    axis: int
+    spacing: float
+    to: float
+    pixel: tuple[float, float]
+    profile: SliceProfile
+    thickness_from: str
+    remarks: tuple[str, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Rows of the result from one slice centre to the next."""
+        return self.spacing / self.to
+
+    @property
+    def n_fine(self) -> int:
+        """Number of slices of the result."""
+        return round(len(self.slices) * self.ratio)
+
+    @property
+    def in_rows(self) -> SliceProfile:
+        """The slice profile in units of `to`, for in-plane images."""
+        table = self.profile.table and tuple((z / self.to, weight) for z, weight in self.profile.table)
+        return SliceProfile(self.profile.kind, self.profile.thickness / self.to, table)
+
+    def spline(self) -> torch.Tensor:
+        """(n_fine, n): cubic interpolation from the slices to the result's."""
+        return spline_matrix(len(self.slices), torch.arange(self.n_fine, dtype=torch.float64) / self.ratio)
+
+    def operator(self) -> ThickSlices:
+        """From the result to the slices."""
+        return ThickSlices(self.n_fine, self.to, slice_positions(len(self.slices), self.spacing), self.profile)
+
+    @classmethod
+    def of(
+        cls,
+        volume: Volume,
+        *,
+        to: float | None = None,
+        thickness: float | None = None,
+        profile: "str | os.PathLike[str] | SliceProfile" = "gaussian",
+        axis: int | None = None,
+    ) -> "Stack":
+        """Checks a scan and resamples its slices to the in-plane pixel of the result. Raises as `isotropic`."""
+        check_voxel(to)
+        axis = chosen_axis(volume, axis)
+        check_voxels(volume.array)
+        array = np.moveaxis(volume.array, axis, 0).astype(np.float32, copy=False)
+        spacing = _checked_spacing(volume, axis)
+        remarks: list[str] = []
+        first, second = in_plane(axis)
+        sides = [volume.spacing[first], volume.spacing[second]]
+        pixel = (sides[0], sides[1])
+        wanted = sides
+        if to is None:
+            wanted = _resolved(array, sides, remarks)
+            to = math.sqrt(wanted[0] * wanted[1]) if max(wanted) <= SQUARE * min(wanted) else min(wanted)
+        if to * FINEST < min(sides):
+            raise InvalidArgument(
+                f"to is {to:.3g} mm, and pixels are {min(sides):.3g} mm: such voxels hold nothing new; give "
+                f"{min(sides) / FINEST:.2g} mm or more"
+            )
+        if (ratio := spacing / max(to, min(sides))) < LEAST_RATIO:  # no `to` makes thin slices thick
+            wanted_voxel = f"voxels of {to:.3g} mm are wanted" if to > min(sides) else f"pixels are {min(sides):.3g} mm"
+            raise VolumeError(
+                f"slices are {spacing:.3g} mm apart and {wanted_voxel}: the scan is isotropic already (the ratio is "
+                f"{ratio:.2f}, at least {LEAST_RATIO} is needed)"
+            )
+        if len(array) < FEWEST_SLICES:
+            raise VolumeError(
+                f"the scan has {len(array)} slices; at least {FEWEST_SLICES} are needed to go between them"
+            )
+        _check_slices(array)
+        place = volume.resampled(volume.array, spacing / to, (axis,), "origin")
+        for a, n, side in zip((first, second), array.shape[1:], sides, strict=True):
+            m = max(1, round(n * side / to))
+            if m == n or max(side, to) <= SQUARE * min(side, to):  # as fine as asked for, almost
+                continue
+            array = resampled(array, 1 if a == first else 2, m)
+            place = place.resampled(place.array, m / n, (a,), "origin")
+        if thickness is None and (known := _dicom_thickness(volume)) is not None:
+            thickness, origin = known, "DICOM's SliceThickness"
+        elif thickness is None:
+            thickness, origin = spacing, "the spacing between slices, as the file does not say"
+        else:
+            origin = "as given"
+        found = slice_profile(profile, thickness)
+        if found.table is not None:
+            origin = "the file of the profile"
+        if not 0.1 * spacing <= found.width() <= 4 * spacing:
+            raise InvalidArgument(
+                f"slices {found.width():.3g} mm thick ({origin}) do not fit slices {spacing:.3g} mm apart; give a "
+                f"thickness from {0.1 * spacing:.2g} to {4 * spacing:.3g} mm (--thickness)"
+            )
+        if not TRAINED_RATIOS[0] <= spacing / to <= TRAINED_RATIOS[1]:
+            least, most = TRAINED_RATIOS
+            remarks.append(
+                f"{spacing / to:.3g} voxels fit between two slices, and `thick` was trained for {least:g} to {most:g}: "
+                "look at the result with care"
+            )
+        return cls(array, place, axis, spacing, to, pixel, found, origin, tuple(remarks))
+
+
+def check_voxel(to: float | None) -> None:
+    """Raises InvalidArgument for a voxel size that is not a positive number of mm."""
+    if to is not None and not 0 < to < math.inf:
+        raise InvalidArgument(f"to is {to!r}; it must be a positive number of mm")
+
+
+def _checked_spacing(volume: Volume, axis: int) -> float:
+    """mm from slice to slice, across the slices.
+
+    Raises:
+        VolumeError: slices that are shifted against each other, as after a tilted gantry.
+    """
+    step = volume.affine[:3, axis]
+    first, second = (volume.affine[:3, a] for a in in_plane(axis))
+    normal = np.cross(first, second)
+    spacing = float(abs(step @ normal) / np.linalg.norm(normal))
+    tilt = math.degrees(math.acos(min(1.0, spacing / float(np.linalg.norm(step)))))
+    if tilt > MOST_SHEAR:
+        raise VolumeError(
+            f"the stack is sheared: slices are stacked {tilt:.1f} degrees off their normal (a tilted gantry); resample "
+            "it to an upright stack first"
+        )
+    return spacing
+
+
+def _check_slices(slices: np.ndarray) -> None:
+    """Raises VolumeError for a slice that is empty between others, or the same as its neighbour."""
+    full = [bool(image.any()) and float(image.max()) > float(image.min()) for image in slices]
+    inside = [k for k, is_full in enumerate(full) if is_full]
+    missing = [k for k in range(inside[0], inside[-1]) if not full[k]] if inside else []
+    if missing:
+        raise VolumeError(
+            f"slice {missing[0]} of {len(slices)} is empty between others, so it is missing; the stack must be complete"
+        )
+    doubled = [k for k in inside[:-1] if full[k + 1] and np.array_equal(slices[k], slices[k + 1])]
+    if doubled:
+        raise VolumeError(
+            f"slices {doubled[0]} and {doubled[0] + 1} of {len(slices)} are the same image, so one is there twice; "
+            "keep one of each"
+        )
+
+
+def _resolved(slices: np.ndarray, sides: Sequence[float], remarks: list[str]) -> list[float]:
+    """The true in-plane resolution in mm from k-space; adds a remark if it differs from the header."""
+    filled = effective_matrix(slices)
+    found = [side * n / m for side, n, m in zip(sides, slices.shape[1:], filled, strict=True)]
+    if filled == slices.shape[1:]:
+        return list(sides)
+    remarks.append(
+        f"the slices were interpolated by the scanner: k-space is filled to {filled[0]}x{filled[1]} of "
+        f"{slices.shape[1]}x{slices.shape[2]}, so voxels of {min(found):.3g} mm are made; to (--to) asks for others"
+    )
+    return [min(found)] * 2  # what either side resolves is kept
+
+
+def _dicom_thickness(volume: Volume) -> float | None:
+    """DICOM's SliceThickness in mm, if all images agree on one; None for other files."""
+    from deformmamba.volume.dicom import DicomSeries
+
+    if not isinstance(volume.header, DicomSeries):
+        return None
+    found: set[float] = set()
+    for dataset in volume.header.datasets.values():
+        holders = [dataset]
+        for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+            for group in dataset.get(name) or []:
+                holders += group.get("PixelMeasuresSequence") or []
+        for holder in holders:
+            try:
+                value = float(holder.get("SliceThickness") or 0)
+            except (TypeError, ValueError):
+                value = 0.0
+            if 0 < value < math.inf:
+                found.add(round(value, 4))
+    return found.pop() if len(found) == 1 else None
+
+
+def resampled(array: np.ndarray, axis: int, m: int) -> np.ndarray:
+    """Resamples one axis to m samples in k-space (cropped or zero-filled); sample 0 keeps its position.
+
+    If no voxel is negative before, none is negative after.
+    """
+    n = array.shape[axis]
+    spectrum = torch.fft.rfft(torch.from_numpy(np.ascontiguousarray(array)).movedim(axis, -1), norm="forward")
+    if m > n and n % 2 == 0:
+        spectrum[..., -1] /= 2  # shared out between -n / 2 and n / 2
+    new = torch.fft.irfft(spectrum[..., : m // 2 + 1], n=m, norm="forward").movedim(-1, axis).numpy()
+    return np.maximum(new, 0) if array.min() >= 0 else new

@@ -1,0 +1,42 @@
+"""Adaptation to one scan: the loss is L1 and SSIM as measured, and threads change the gradients by rounding only."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from tolerances import assert_close
+
+from deformmamba.inference.adaptation import SSIM_WEIGHT, _gradients, _twin, adaptation_loss
+from deformmamba.metrics import ssim
+from deformmamba.models import DeformMambaSR
+
+
+def test_the_loss_is_l1_and_the_measured_ssim() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hr = torch.rand(2, 1, 24, 20, generator=generator)
+    hr[:, :, 0, 0] = 1  # the data range of the metric is the maximum
+    sr = hr + 0.1 * torch.randn(hr.shape, generator=generator)
+    wanted = float((sr - hr).abs().mean()) + SSIM_WEIGHT * (1 - ssim(sr[:, 0], hr[:, 0]))
+    assert float(adaptation_loss(sr, hr)) == pytest.approx(wanted, abs=1e-5)  # float32 against float64
+    assert float(adaptation_loss(hr, hr)) == pytest.approx(0, abs=1e-6)
+    small = adaptation_loss(sr[:, :, :6], hr[:, :, :6])
+    assert float(small) == pytest.approx(float((sr - hr)[:, :, :6].abs().mean()))
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_of_a_batch_give_the_gradients_of_the_batch(parts: int) -> None:
+    torch.manual_seed(0)
+    network = DeformMambaSR.from_preset("tiny", scale=1, dims=[16], depths=[1])
+    torch.nn.init.normal_(network.project.weight, std=0.1)
+    lr, hr = torch.rand(2, 4, 1, 24, 24)
+    twins = [network, *(_twin(network) for _ in range(parts - 1))]
+    with ThreadPoolExecutor(parts) as pool:
+        _gradients(twins, pool, lr, hr)
+    divided = {name: parameter.grad for name, parameter in network.named_parameters()}
+    network.zero_grad(set_to_none=True)
+    adaptation_loss(network(lr), hr).backward()
+    for name, parameter in network.named_parameters():
+        assert_close(divided[name], parameter.grad)
+    with torch.no_grad():  # a step of the first is a step of all
+        network.project.weight.add_(1)
+    assert torch.equal(twins[-1].project.weight, network.project.weight)
