@@ -23,7 +23,7 @@ def page() -> str:
     common = [action for action in parser._actions if set(action.option_strings) & set(COMMON)]
     parts = [HEAD + "## Options of every command\n", _table(common)]
     for leaf in leaves(parser):
-        epilog = (leaf.epilog or "").partition(" (every command also")[0]
+        epilog = (leaf.epilog or "").partition(" (")[0]
         actions = [a for a in leaf._actions if a.help != argparse.SUPPRESS and "-h" not in a.option_strings]
         parts += [f"## {leaf.prog}\n", f"{leaf.description}\n"]
         if epilog.startswith("example: "):
@@ -38,7 +38,7 @@ def _table(actions: list[argparse.Action]) -> str:
     for action in actions:
         value = _value(action)
         names = [f"{name} {value}".strip() for name in action.option_strings] or [value]
-        text = (action.help or "").replace("%%", "%")
+        text = (action.help or "").replace("%%", "%").replace("%(default)s", str(action.default))
         if action.required and action.option_strings:
             text = f"required; {text}" if text else "required"
         cells = (", ".join(f"`{name}`" for name in names), text)

@@ -27,6 +27,7 @@ def printable(text: str) -> str:
 
 
 def refuse(message: str, code: int = 2) -> int:
+    """Prints an error on stderr and returns the exit code."""
     print(f"deformmamba: {printable(message)}", file=sys.stderr)
     return code
 
@@ -91,7 +92,7 @@ def device_here(name: str) -> str:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError):
         available = "cpu" + (f", cuda (0 to {torch.cuda.device_count() - 1})" if torch.cuda.is_available() else "")
-        raise InvalidArgument(f"--device {name}: no such device here; there are: {available}") from None
+        raise InvalidArgument(f"--device {name}: not available on this machine; available: {available}") from None
     return name
 
 
@@ -112,7 +113,7 @@ def check_not_input(output: str, source: str) -> None:
     from deformmamba.volume import VolumeError
 
     if os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source):
-        raise VolumeError(f"{output}: is the input itself; a scan is not overwritten by what was made of it")
+        raise VolumeError(f"{output}: the output is the input file; choose another output name")
 
 
 def series_of(text: str | None) -> int | str | None:
@@ -160,12 +161,18 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 
 
 COMMON: dict[str, dict[str, Any]] = {
-    "--threads": {"metavar": "N", "help": "threads of the CPU (default: as many as process and container may use)"},
+    "--threads": {
+        "metavar": "N",
+        "help": "number of CPU threads (default: all that the process and its container may use)",
+    },
     "--quiet": {
         "action": "store_true",
-        "help": "no progress, no messages about the work; results and warnings stay",
+        "help": "no progress bars and messages; results and warnings are still printed",
     },
-    "--verbose": {"action": "store_true", "help": "also print versions, threads, the scan's backend and the time"},
+    "--verbose": {
+        "action": "store_true",
+        "help": "also print versions, threads, the backend of the selective scan and the run time",
+    },
     "--traceback": {"action": "store_true", "help": "show the Python traceback of an error"},
 }
 
@@ -206,26 +213,29 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         "--output",
         dest="output",
         metavar="OUTPUT",
-        help=".nii, .nii.gz or .mgz, replaced if it exists; FOLDER/ for a name made from the input's; of DICOM a "
-        "folder for a new series",
+        help="output file: .nii, .nii.gz or .mgz, replaced if it exists. FOLDER/ derives the file name from the "
+        "input's. DICOM input: also a folder for a new series",
     )
-    parser.add_argument("--dtype", help="float32 (default), float64, int16, uint16, int32 or uint8")
+    parser.add_argument("--dtype", help="voxel type: float32 (default), float64, int16, uint16, int32 or uint8")
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
     """The arguments that select the input."""
     parser.add_argument("input", metavar="INPUT", help=".nii, .nii.gz, .mgz, DICOM file, or folder of one DICOM series")
-    parser.add_argument("--volume", type=int, metavar="K", help="which volume of a 4-D file or series, from 0")
-    parser.add_argument("--series", metavar="K", help="which DICOM series of a folder, from 0, or its UID")
-    parser.add_argument("--stack", type=int, metavar="K", help="which stack of slices of a localiser, from 0")
+    parser.add_argument("--volume", type=int, metavar="K", help="volume of a 4-D file or series, counted from 0")
+    parser.add_argument("--series", metavar="K", help="DICOM series of a folder, counted from 0, or its UID")
+    parser.add_argument("--stack", type=int, metavar="K", help="stack of slices of a localiser, counted from 0")
     parser.add_argument(
-        "--nan", choices=("refuse", "zero"), default="refuse", help="NaN and infinite voxels: refuse (default), or zero"
+        "--nan",
+        choices=("refuse", "zero"),
+        default="refuse",
+        help="NaN and infinite voxels: stop with an error (refuse, the default) or set to 0 (zero)",
     )
     parser.add_argument(
-        "--partial", action="store_true", help="read a DICOM folder although files of it are empty or damaged"
+        "--partial", action="store_true", help="read a DICOM folder even if some of its files are empty or damaged"
     )
     parser.add_argument(
-        "--axis", type=int, choices=(0, 1, 2), help="where slices are stacked (default: as the file says)"
+        "--axis", type=int, choices=(0, 1, 2), help="axis along which slices are stacked (default: from the file)"
     )
 
 
@@ -255,7 +265,7 @@ def output_for(args: argparse.Namespace, kind: str) -> str:
 
     output: str | None = args.output
     if not output:
-        raise InvalidArgument("no output; name it with -o OUTPUT, or behind the input")
+        raise InvalidArgument("no output given; give it with -o OUTPUT, or after the input")
     if (
         output.endswith(os.sep)
         and os.path.isfile(args.input)
@@ -264,7 +274,9 @@ def output_for(args: argparse.Namespace, kind: str) -> str:
         try:
             os.makedirs(output, exist_ok=True)
         except OSError as error:
-            raise InvalidArgument(f"{output}: cannot be made: {error.strerror}; choose another folder") from None
+            raise InvalidArgument(
+                f"{output}: cannot create this folder: {error.strerror}; choose another folder"
+            ) from None
         return os.path.join(output, output_name(os.path.basename(args.input), kind))
     return output
 
@@ -275,11 +287,11 @@ def sliced(volume: "Volume", axis: int, given: int | None) -> str:
     toward = volume.towards[axis] if volume.towards != "?" else ""
     plane = f" ({planes[toward]})" if toward else ""
     why = (
-        "as --axis says"
+        "given by --axis"
         if given is not None
-        else "as the file says"
+        else "from the file"
         if volume.slices is not None
-        else ("guessed from the voxel size; --axis N chooses another")
+        else "guessed from the voxel size; --axis N chooses another"
     )
     return f"slices taken along {'ijk'[axis]}{plane}, {why}"
 
@@ -288,8 +300,8 @@ def add_model(parser: argparse.ArgumentParser, *, auto: bool = False) -> None:
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
-        help=f"a name, a path or org/repo (default: {DEFAULT_MODEL})"
-        + ("; auto: the published weights that fit the scan best" if auto else ""),
+        help=f"weights: a name, a path or org/repo (default: {DEFAULT_MODEL})"
+        + ("; auto chooses the published weights that fit the scan best" if auto else ""),
     )
 
 
@@ -297,22 +309,22 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--subject",
         metavar="REGEX",
-        help="finds the subject in a scan's path below the folder, such as 'patient[0-9]+' (default: sub-<label>, else "
-        "guessed from folders and files)",
+        help="regular expression that finds the subject in a scan's path below the folder, such as 'patient[0-9]+' "
+        "(default: sub-<label>, else guessed from folder and file names)",
     )
 
 
 def add_running(parser: argparse.ArgumentParser) -> None:
     """The arguments of a command that runs a model."""
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if available)")
     parser.add_argument(
         "--consistency",
         choices=CONSISTENCIES,
-        help="correct the output so that degrading it gives the input back: exact, or inside the anatomy only and "
-        "reduced by the estimated noise (default: what was best for the weights on validation data)",
+        help="data consistency, which corrects the output so that degrading it returns the input: exact; object: only "
+        "inside the anatomy, reduced by the estimated noise; off (default: the best on validation data)",
     )
 
 
 def running(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `add_running` as settings of `inference.upscale`, with a bar of progress."""
+    """The arguments of `add_running` as settings of `inference.upscale`, with a progress bar."""
     return {"device": device_here(args.device), "consistency": args.consistency, "progress": not is_quiet()}

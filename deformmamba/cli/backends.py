@@ -10,8 +10,14 @@ from deformmamba.cli.cores import affinity, quota
 
 
 def add(commands: Any) -> None:
-    parser = add_command(commands, "backends", _backends, "which scan kernels run here, and why not", "backends --json")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser = add_command(
+        commands,
+        "backends",
+        _backends,
+        "list the scan kernels, whether they run on this machine, and why not",
+        "backends --json",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _backends(args: argparse.Namespace) -> None:

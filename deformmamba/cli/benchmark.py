@@ -13,33 +13,44 @@ def add(commands: Any) -> None:
         commands,
         "benchmark",
         _benchmark,
-        "train and score every row of a table of the paper, for the same budget on the same data",
+        "train and score every row of a table of the paper, with equal budgets and the same data",
         "benchmark table1 --data scans/ --out runs/table1 --minutes 20 --recipe ixi-4x",
     )
     parser.add_argument("table", choices=("table1", "table2"), help="table1: the ablation; table2: the methods")
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of volumes, split by subject")
     add_subject(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="where all goes; goes on with what is there")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder for all results; an interrupted run resumes"
+    )
     budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--steps", type=positive, help="training steps of each row and seed")
-    budget.add_argument("--minutes", type=_minutes, help="or as many steps as fit into so many minutes")
-    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="trainings of each row (default: 3)")
-    parser.add_argument("--scale", type=positive, default=4, metavar="S", help="(default: 4)")
+    budget.add_argument("--steps", type=positive, help="training steps per row and seed")
+    budget.add_argument("--minutes", type=_minutes, help="training minutes per row and seed, instead of --steps")
     parser.add_argument(
-        "--preset", default="tiny", help="sizes of the networks: tiny, or paper, as published (default: tiny)"
+        "--seeds",
+        type=positive,
+        default=3,
+        metavar="N",
+        help="training runs per row, each with its own seed (default: 3)",
+    )
+    parser.add_argument("--scale", type=positive, default=4, metavar="S", help="scale factor (default: 4)")
+    parser.add_argument(
+        "--preset", default="tiny", help="sizes of the networks: tiny, or paper for the published sizes (default: tiny)"
     )
     parser.add_argument(
-        "--recipe", metavar="NAME", help="take patches, shares of groups and augmentation from its [data]"
+        "--recipe", metavar="NAME", help="recipe whose [data] section gives patches, group weights and augmentation"
     )
-    parser.add_argument("--patch", type=positive, metavar="P", help="LR pixels of a patch's side (default: 32)")
-    parser.add_argument("--batch", type=positive, default=8, metavar="B", help="patches a step (default: 8)")
+    parser.add_argument("--patch", type=positive, metavar="P", help="side of a patch in LR pixels (default: 32)")
+    parser.add_argument("--batch", type=positive, default=8, metavar="B", help="patches per step (default: 8)")
     parser.add_argument(
-        "--split", choices=("val", "test", "external"), default="test", help="scored on this one (default: test)"
+        "--split", choices=("val", "test", "external"), default="test", help="split to score (default: test)"
     )
-    parser.add_argument("--group", metavar="NAME", help='scored on this contrast and anatomy, such as "T2 brain"')
-    parser.add_argument("--rows", nargs="+", metavar="ROW", help="these rows only")
+    parser.add_argument("--group", metavar="NAME", help='contrast and anatomy to score, such as "T2 brain"')
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows")
     parser.add_argument(
-        "--protocol", choices=("volume", "slice", "foreground"), default="volume", help="(default: volume)"
+        "--protocol",
+        choices=("volume", "slice", "foreground"),
+        default="volume",
+        help="pixels and data range that the metrics use (default: volume)",
     )
 
 
@@ -66,8 +77,8 @@ def _benchmark(args: argparse.Namespace) -> None:
     if not train or not test:
         groups = ", ".join(sorted({f"{scan.group or 'no group'} ({scan.split})" for scan in scans}))
         raise InvalidArgument(
-            f"{args.data} has {len(train)} volumes to train on and {len(test)} of split {args.split!r} to score; "
-            f"both needed; there are: {groups}"
+            f"{args.data}: {len(train)} volumes to train on and {len(test)} of split {args.split!r} to score; both "
+            f"are needed; available: {groups}"
         )
     for line in describe_splits([*train, *test]):
         tell(line)
@@ -82,4 +93,4 @@ def _benchmark(args: argparse.Namespace) -> None:
         protocol=args.protocol,
     )
     document = benchmark(args.table, train, test, args.out, plan, rows=args.rows, say=tell)
-    tell(f"{document}: the table")
+    tell(f"table written to {document}")

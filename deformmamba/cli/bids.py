@@ -21,8 +21,10 @@ def add(commands: Any) -> None:
         "bids /data /out participant --participant-label 01 02 --suffix T2w",
     )
     parser.add_argument("input", metavar="BIDS_DIR", help="the data set: a folder with dataset_description.json")
-    parser.add_argument("output", metavar="OUTPUT_DIR", help="the derivative data set; made if it is missing")
-    parser.add_argument("level", choices=("participant",), help="every scan is upscaled alone; there is no group level")
+    parser.add_argument("output", metavar="OUTPUT_DIR", help="the derivative data set; created if it does not exist")
+    parser.add_argument(
+        "level", choices=("participant",), help="each scan is upscaled separately; there is no group level"
+    )
     parser.add_argument(
         "--participant-label",
         "--participant_label",
@@ -43,14 +45,14 @@ def _bids(args: argparse.Namespace) -> int:
     root = Path(args.input)
     if not (root / "dataset_description.json").is_file():
         raise InvalidArgument(
-            f"{root}: is no BIDS data set, dataset_description.json is missing; for a plain folder of scans: "
-            "deformmamba upscale FOLDER -o FOLDER"
+            f"{root}: not a BIDS data set, because dataset_description.json is missing; for a plain folder of scans "
+            "use: deformmamba upscale FOLDER -o FOLDER"
         )
     labels = {f"sub-{label.removeprefix('sub-')}" for label in args.participant_label or ()}
     there = sorted(path.name for path in root.glob("sub-*") if path.is_dir())
     for label in sorted(labels):
         if label not in there:
-            raise InvalidArgument(f"{root}: has no participant {label}; there are {', '.join(there) or 'none'}")
+            raise InvalidArgument(f"{root}: no participant {label}; participants: {', '.join(there) or 'none'}")
 
     def wanted(name: Path) -> bool:
         suffix = name.name.split(".")[0].rpartition("_")[2]

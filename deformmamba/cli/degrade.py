@@ -22,20 +22,22 @@ def add(commands: Any) -> None:
         commands,
         "degrade",
         _degrade,
-        "write a scan as a coarser measurement would have given it",
+        "simulate a measurement of lower resolution from a scan",
         "degrade scan.nii.gz -o coarse.nii.gz --scale 4",
     )
     add_reading(parser)
-    parser.add_argument("--scale", type=positive, required=True, metavar="S", help="how many times coarser in-plane")
+    parser.add_argument(
+        "--scale", type=positive, required=True, metavar="S", help="reduction of the in-plane resolution"
+    )
     parser.add_argument(
         "--kind",
         default="k-space",
         metavar="TEXT",
-        help='how, such as "blur:sigma=1.5 >> subsample >> rician:snr=30" (default: k-space, a scanner that measured '
-        "less; a wrong name lists all)",
+        help='degradation model, such as "blur:sigma=1.5 >> subsample >> rician:snr=30" (default: k-space, which keeps '
+        "the low frequencies; an unknown name lists all models)",
     )
-    parser.add_argument("--crop", action="store_true", help="leave out rows and columns beyond a multiple of S")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--crop", action="store_true", help="crop rows and columns to a multiple of S")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the noise (default: 0)")
 
 
 def _degrade(args: argparse.Namespace) -> None:
@@ -46,7 +48,7 @@ def _degrade(args: argparse.Namespace) -> None:
     degradation = parse(args.kind, scale=args.scale)
     if degradation.scale != args.scale:
         raise InvalidArgument(
-            f"--scale {args.scale}, but --kind {args.kind!r} shrinks by {degradation.scale}; make them the same"
+            f"--scale {args.scale}, but --kind {args.kind!r} shrinks by {degradation.scale}; give one factor for both"
         )
     args.output = output_for(args, "degraded")
     volume = read_volume(args.input, **reading(args))

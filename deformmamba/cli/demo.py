@@ -31,10 +31,16 @@ def add(commands: Any) -> None:
         commands,
         "demo",
         _demo,
-        "upscale a phantom and a real scan whose truth is known, with pictures and decibels",
+        "upscale a phantom and a real scan, compare both with the truth, and draw figures",
         "demo -o look-here",
     )
-    parser.add_argument("-o", "--output", default="deformmamba-demo", metavar="DIR", help="default: deformmamba-demo")
+    parser.add_argument(
+        "-o",
+        "--output",
+        default="deformmamba-demo",
+        metavar="DIR",
+        help="folder for the results (default: deformmamba-demo)",
+    )
     add_model(parser)
     add_running(parser)
 
@@ -44,18 +50,22 @@ def _demo(args: argparse.Namespace) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InvalidArgument(f"{folder}: cannot be made: {error.strerror}; choose another folder with -o") from None
+        raise InvalidArgument(
+            f"{folder}: cannot create this folder: {error.strerror}; choose another with -o"
+        ) from None
     settings = running(args)
     # the real scan has coarse pixels: cropped by 2 they are inside the trained range of the 2x weights, by 4 at its end
     second = SECOND_MODEL if args.model == DEFAULT_MODEL else args.model
     models = {name: load_model(name) for name in (args.model, second)}
     for name, model in models.items():
         if model.grid != "origin":
-            raise InvalidArgument(f"{name} was trained on the {model.grid} grid; the demo crops k-space")
+            raise InvalidArgument(
+                f"--model {name}: trained on the {model.grid} grid; the demo crops k-space and needs the origin grid"
+            )
     _prepare_kernels(models[args.model], settings["device"])
     cases = (
-        ("phantom", "a made-up head, drawn by this package; not a scan", _phantom, args.model),
-        ("brain", "a real scan, example4d.nii.gz of nibabel; not in the training data", _brain, second),
+        ("phantom", "a synthetic head drawn by this package, not a scan", _phantom, args.model),
+        ("brain", "a real scan, nibabel's example4d.nii.gz, not in the training data", _brain, second),
     )
     for name, what, read, network in cases:
         say("")
@@ -63,7 +73,7 @@ def _demo(args: argparse.Namespace) -> None:
         _show(name, read(), models[network], short(network), folder, settings)
     chosen = "" if args.model == DEFAULT_MODEL else f" --model {args.model}"
     say("")
-    say("now a scan of your own: first what it holds and whether the weights fit, then the result")
+    say("next, your own scan: first its properties and whether the weights fit, then the result")
     say("  deformmamba inspect scan.nii.gz")
     say(f"  deformmamba upscale scan.nii.gz -o sharper.nii.gz{chosen} --figure look.png")
 
@@ -97,7 +107,9 @@ def _brain() -> "Volume":
 
     path = Path(nibabel.__file__).parent / "tests" / "data" / "example4d.nii.gz"
     if not path.is_file():
-        raise InvalidArgument("the scan that nibabel brings along is not installed; reinstall nibabel with pip")
+        raise InvalidArgument(
+            "nibabel's example scan, tests/data/example4d.nii.gz, is missing; reinstall nibabel with pip"
+        )
     return read_volume(path, volume=0)
 
 

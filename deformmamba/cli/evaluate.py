@@ -34,34 +34,39 @@ def add(commands: Any) -> None:
         "evaluate ixi-4x --data scans/ --split test --json scores.json --figure slice.png",
     )
     evaluate.add_argument(
-        "model", metavar="MODEL", nargs="*", help="names, paths or org/repo; interpolations are always there"
+        "model",
+        metavar="MODEL",
+        nargs="*",
+        help="weights: names, paths or org/repo; interpolation baselines are always included",
     )
     add_volumes(evaluate)
-    evaluate.add_argument("--scale", type=positive, metavar="S", help="needed if no MODEL is given")
+    evaluate.add_argument("--scale", type=positive, metavar="S", help="scale factor; needed only without MODEL")
     add_scoring(evaluate)
     evaluate.add_argument(
         "--degradation",
         default="k-space",
         metavar="TEXT",
-        help='what makes the scans coarse, such as "blur:sigma=1.5 >> subsample >> rician:snr=30" (default: k-space, '
-        "the paper's; a wrong name lists all)",
+        help='degradation model, such as "blur:sigma=1.5 >> subsample >> rician:snr=30" (default: k-space, the '
+        "paper's; an unknown name lists all models)",
     )
-    evaluate.add_argument("--seed", type=int, default=0, help="of the degradation's noise (default: 0)")
+    evaluate.add_argument("--seed", type=int, default=0, help="random seed of the degradation's noise (default: 0)")
     evaluate.add_argument(
-        "--against", metavar="NAME", help="differences are taken from this one (default: the first MODEL)"
+        "--against", metavar="NAME", help="reference model for the paired differences (default: the first MODEL)"
     )
-    evaluate.add_argument("--json", metavar="FILE", help="also write everything, down to the slices")
-    evaluate.add_argument("--csv", metavar="FILE", help="also write a line for each model and volume")
+    evaluate.add_argument("--json", metavar="FILE", help="also write all results, including each slice")
+    evaluate.add_argument("--csv", metavar="FILE", help="also write one line per model and volume")
     evaluate.add_argument("--figure", metavar="FILE", help="also draw a slice of the first volume: .png, .pdf or .svg")
-    evaluate.add_argument("--slice", type=int, metavar="K", help="of the figure, from 0 (default: the middle one)")
+    evaluate.add_argument(
+        "--slice", type=int, metavar="K", help="slice of the figure, counted from 0 (default: the middle slice)"
+    )
     add_running(evaluate)
 
 
 def add_volumes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", nargs="+", required=True, metavar="PATH", help="scans, or folders of scans")
     add_subject(parser)
-    parser.add_argument("--split", choices=("train", "val", "test", "external"), help="only this split of the folders")
-    parser.add_argument("--group", metavar="NAME", help='only this contrast and anatomy, such as "T2 brain"')
+    parser.add_argument("--split", choices=("train", "val", "test", "external"), help="only volumes of this split")
+    parser.add_argument("--group", metavar="NAME", help='only volumes of this contrast and anatomy, such as "T2 brain"')
 
 
 def add_scoring(parser: argparse.ArgumentParser) -> None:
@@ -69,10 +74,10 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
         "--protocol",
         choices=("volume", "slice", "foreground"),
         default="volume",
-        help="of the metrics (default: volume)",
+        help="pixels and data range that the metrics use (default: volume)",
     )
     parser.add_argument(
-        "--metric", action="append", default=[], choices=("hfen", "lpips"), help="also this one; can be repeated"
+        "--metric", action="append", default=[], choices=("hfen", "lpips"), help="additional metric; can be repeated"
     )
 
 
@@ -93,7 +98,8 @@ def chosen(data: list[str], split: str | None, group: str | None, subject: str |
             scans.append(path)
     if not scans:
         raise InvalidArgument(
-            f"no volume of split {split or 'any'!r} and group {group or 'any'!r} in {', '.join(data)}"
+            f"no volume of split {split or 'any'!r} and group {group or 'any'!r} in {', '.join(data)}; change --split "
+            "or --group"
         )
     return named_scans(scans)
 
@@ -116,7 +122,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.figure:
         check_target(args.figure, "", figure=True)
     if args.slice is not None and not args.figure:
-        raise InvalidArgument("--slice chooses the slice of --figure, which is not given")
+        raise InvalidArgument("--slice needs --figure, because it chooses the slice of the figure; give --figure FILE")
     from deformmamba.data.scans import describe_splits
     from deformmamba.evaluation.compare import compare
     from deformmamba.physics.degradations import parse
@@ -125,9 +131,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     models = {name: load_model(name) for name in args.model}
     scales = sorted({model.scale for model in models.values()} | ({args.scale} if args.scale else set()))
     if not scales:
-        raise InvalidArgument("no MODEL to evaluate; name one or more, or give --scale S for the interpolations alone")
+        raise InvalidArgument("no MODEL given; name one or more, or give --scale S to evaluate the interpolations only")
     if len(scales) > 1:
-        raise InvalidArgument(f"one scale at a time: {scales} given by MODEL and --scale; evaluate them one by one")
+        raise InvalidArgument(f"the scales of MODEL and --scale differ: {scales}; evaluate one scale at a time")
     degradation = parse(args.degradation, scale=scales[0])
     models = interpolations(degradation) | models
     for model in models.values():

@@ -11,11 +11,11 @@ def add(commands: Any) -> None:
         commands,
         "export",
         _export,
-        "write a model as a file for other programs, once the file has given what the model gives",
+        "export a model to a file for other programs, and check the file's results against the model's",
         "export --format onnx --model ixi-4x -o ixi-4x.onnx",
     )
     export.add_argument(
-        "--format", choices=("onnx", "openvino", "pt2"), required=True, help="ONNX, OpenVINO, or torch.export's own"
+        "--format", choices=("onnx", "openvino", "pt2"), required=True, help="ONNX, OpenVINO, or torch.export's .pt2"
     )
     add_model(export)
     export.add_argument(
@@ -23,20 +23,22 @@ def add(commands: Any) -> None:
         "--output",
         required=True,
         metavar="FILE",
-        help="replaced if it exists; OpenVINO: ends in .xml, with a .bin file beside it",
+        help="output file, replaced if it exists; OpenVINO: .xml, with a .bin file beside it",
     )
-    export.add_argument("--size", type=positive, nargs=2, metavar=("H", "W"), help="fixed (default: any size)")
+    export.add_argument(
+        "--size", type=positive, nargs=2, metavar=("H", "W"), help="fixed input size (default: any size)"
+    )
     export.add_argument(
         "--inputs",
         choices=("lr", "lr,units", "lr,base"),
         default="lr",
-        help="lr: whole slices in the scanner's units (default); lr,units: the intensities of the scan must be given; "
-        "lr,base: the network alone, for tiles",
+        help="inputs of the file. lr (default): whole slices in scanner units; lr,units: slices and the intensities of "
+        "the whole scan, both required; lr,base: the network alone, for tiles",
     )
     export.add_argument(
         "--consistency",
         choices=("exact", "object", "off"),
-        help="data consistency inside the file (default: what was found best for the weights)",
+        help="data consistency inside the file (default: the best on validation data)",
     )
 
 

@@ -17,11 +17,15 @@ _PLANES = {"R": "sagittal", "L": "sagittal", "A": "coronal", "P": "coronal", "S"
 
 def add(commands: Any) -> None:
     parser = add_command(
-        commands, "inspect", _inspect, "tell what a scan holds and how fine it really is", "inspect scan.nii.gz"
+        commands,
+        "inspect",
+        _inspect,
+        "print the properties of a scan, its true resolution and the weights that fit",
+        "inspect scan.nii.gz",
     )
     add_source(parser)
-    parser.add_argument("--model", metavar="NAME", help="also tell whether the scan is like those it was trained on")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--model", metavar="NAME", help="also compare the scan with the training data of these weights")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -50,7 +54,7 @@ def _inspect(args: argparse.Namespace) -> None:
     ):
         tell(f"  {sentence[0].upper()}{sentence[1:]}.")
     if found.interpolated:
-        tell("  deformmamba upscale --effective starts from what was resolved.")
+        tell("  deformmamba upscale --effective removes this interpolation first.")
     tell("  Published weights, best first:")
     for fit in fits:
         tell(f"    {fit.name}: {fit.reason}")
@@ -82,6 +86,6 @@ def _placed(found: "Inspection") -> str:
 
 def _values(found: "Inspection") -> str:
     return (
-        f"values from {found.lowest:.5g} to {found.highest:.5g}; a model sees them divided by {found.intensity:.5g}, "
+        f"values from {found.lowest:.5g} to {found.highest:.5g}; a model gets them divided by {found.intensity:.5g}, "
         "the 99.9th percentile of the non-zero ones"
     )

@@ -30,34 +30,43 @@ def add(commands: Any) -> None:
         "isotropic scan.nii.gz -o iso.nii.gz --adapt 3 --figure look.png",
     )
     add_reading(parser)
-    parser.add_argument("--to", type=float, metavar="MM", help="voxel size (default: the in-plane pixel)")
     parser.add_argument(
-        "--thickness", type=float, metavar="MM", help="of a slice (default: DICOM's SliceThickness, else the spacing)"
+        "--to", type=float, metavar="MM", help="voxel size of the output (default: the in-plane pixel size)"
+    )
+    parser.add_argument(
+        "--thickness",
+        type=float,
+        metavar="MM",
+        help="slice thickness (default: DICOM's SliceThickness, else the slice spacing)",
     )
     parser.add_argument(
         "--profile",
         default="gaussian",
         metavar="PROFILE",
-        help="gaussian (default), boxcar, or a file of two columns: mm from the slice centre, weight",
+        help="slice profile: gaussian (default), boxcar, or a file of two columns: mm from the slice centre, weight",
     )
     parser.add_argument(
         "--adapt",
         default="0",
         metavar="MINUTES",
-        help='adapt the network to this scan for so long, such as 3, or "400 steps" (default: 0, no adaptation)',
+        help='minutes for adapting the network to this scan, such as 3, or "400 steps" (default: 0, no adaptation)',
     )
-    parser.add_argument("--model", default=DEFAULT, help=f"a name, a path or org/repo (default: {DEFAULT})")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU where there is one)")
+    parser.add_argument("--model", default=DEFAULT, help=f"weights: a name, a path or org/repo (default: {DEFAULT})")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if available)")
     parser.add_argument(
         "--consistency",
         choices=CONSISTENCIES,
         default="object",
-        help="correct the output so that its slices are the input's: exact, or inside the anatomy only and reduced by "
-        "the estimated noise (object, the default)",
+        help="data consistency, which corrects the output so that its slices equal the input's: exact; object "
+        "(default): only inside the anatomy, reduced by the estimated noise; off",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the adaptation (default: 0)")
-    parser.add_argument("--uncertainty", metavar="FILE", help="also write where the two orientations disagree")
-    parser.add_argument("--report", metavar="HTML", help="also write a page for visual checks")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the adaptation (default: 0)")
+    parser.add_argument(
+        "--uncertainty",
+        metavar="FILE",
+        help="also write an uncertainty map: half the difference of the results along the two in-plane axes",
+    )
+    parser.add_argument("--report", metavar="HTML", help="also write an HTML report for visual checks")
     parser.add_argument("--figure", metavar="PNG", help="also draw the sections before and after (.png, .pdf or .svg)")
 
 
@@ -112,7 +121,7 @@ def _isotropic(args: argparse.Namespace) -> int | None:
         _draw(args, done)
         say(f"{args.figure}: sections before and after")
     if args.report:
-        say(f"{args.report}: a page for visual checks; open it in a browser")
+        say(f"{args.report}: report for visual checks; open it in a browser")
     return None
 
 

@@ -8,54 +8,81 @@ from deformmamba.cli.arguments import add_command, add_subject, say
 
 def add(commands: Any) -> None:
     prepare = add_command(
-        commands, "prepare", _folder, "make a data set of downloaded scans", "prepare ixi IXI-T2/ -o ixi-slices"
+        commands,
+        "prepare",
+        _folder,
+        "convert downloaded scans to a data set of slices",
+        "prepare ixi IXI-T2/ -o ixi-slices",
     )
     kinds = prepare.add_subparsers(metavar="ixi | fastmri | folder", required=True)
     ixi = add_command(
         kinds,
         "ixi",
         _ixi,
-        "IXI's .nii.gz files: 368 subjects to train, 92 to test",
+        "prepare IXI's .nii.gz files: 368 subjects for training, 92 for testing",
         "prepare ixi IXI-T2/ -o ixi-slices",
     )
     fastmri = add_command(
-        kinds, "fastmri", _fastmri, "fastMRI's single-coil knees: 227 and 45", "prepare fastmri knees/ -o knee-slices"
+        kinds,
+        "fastmri",
+        _fastmri,
+        "prepare fastMRI's single-coil knees: 227 volumes for training, 45 for testing",
+        "prepare fastmri knees/ -o knee-slices",
     )
     folder = add_command(
-        kinds, "folder", _folder, "any tree of NIfTI, MGH or DICOM", "prepare folder scans/ -o slices --test 0.2"
+        kinds,
+        "folder",
+        _folder,
+        "prepare any folder of NIfTI, MGH or DICOM scans",
+        "prepare folder scans/ -o slices --test 0.2",
     )
     for made in (ixi, fastmri, folder):
-        made.add_argument("root", metavar="DIR", help="where the downloaded files are, at any depth")
-        made.add_argument("-o", "--output", required=True, metavar="OUT", help="a new folder; or one to go on with")
+        made.add_argument("root", metavar="DIR", help="folder of the downloaded files; subfolders are searched")
+        made.add_argument(
+            "-o",
+            "--output",
+            required=True,
+            metavar="OUT",
+            help="new folder for the data set; an interrupted preparation resumes",
+        )
         made.add_argument(
             "--slices",
             default="central:100" if made is ixi else "all",
             metavar="RANGE",
-            help="all, central:100 (the 100 in the middle) or from:to, such as 20:110 (default: %(default)s)",
+            help="slices to keep: all, central:100 (the middle 100) or from:to, such as 20:110 (default: %(default)s)",
         )
         made.add_argument(
             "--val",
             type=float,
             default=0.1,
             metavar="SHARE",
-            help="of the subjects to train on (folder: of all) that validate (default: %(default)s; 0 for none)",
+            help="share of the training subjects (folder: of all subjects) used for validation (default: %(default)s)",
         )
-    ixi.add_argument("--contrast", choices=("T2", "T1", "PD"), default="T2", help="default: T2")
+    ixi.add_argument("--contrast", choices=("T2", "T1", "PD"), default="T2", help="contrast (default: T2)")
     folder.add_argument(
-        "--test", type=float, default=0.1, metavar="SHARE", help="of subjects to test on (default: 0.1)"
+        "--test", type=float, default=0.1, metavar="SHARE", help="share of the subjects used for testing (default: 0.1)"
     )
     add_subject(folder)
-    folder.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
+    folder.add_argument("--seed", type=int, default=0, help="random seed of the split (default: 0)")
     for made in (ixi, folder):
         made.add_argument(
-            "--axis", type=int, choices=(0, 1, 2), help="where slices are stacked (default: as the geometry says)"
+            "--axis",
+            type=int,
+            choices=(0, 1, 2),
+            help="axis along which slices are stacked (default: from the geometry)",
         )
-        made.add_argument("--splits", metavar="FILE", help="CSV or TSV with the columns subject and split; decides")
+        made.add_argument(
+            "--splits",
+            metavar="FILE",
+            help="CSV or TSV file with the columns subject and split, which replaces the random split",
+        )
     for made in (ixi, fastmri):
-        made.add_argument("--skip-unusable", action="store_true", help="leave damaged files out instead of stopping")
-    fastmri.add_argument("--crop", type=int, default=320, metavar="N", help="central pixels a side (default: 320)")
-    fastmri.add_argument("--train-list", metavar="FILE", help="names of the files to train on, one or more a line")
-    fastmri.add_argument("--test-list", metavar="FILE", help="names of the files to test on")
+        made.add_argument("--skip-unusable", action="store_true", help="skip damaged files instead of stopping")
+    fastmri.add_argument(
+        "--crop", type=int, default=320, metavar="N", help="keep the central N x N pixels (default: 320)"
+    )
+    fastmri.add_argument("--train-list", metavar="FILE", help="text file with the names of the training files")
+    fastmri.add_argument("--test-list", metavar="FILE", help="text file with the names of the test files")
 
 
 def _ixi(args: argparse.Namespace) -> None:

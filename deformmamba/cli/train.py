@@ -12,16 +12,16 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 def add(commands: Any) -> None:
     parser = add_command(
-        commands, "train", _train, "train a model by a recipe", "train ixi-4x --data scans/ --out runs/mine"
+        commands, "train", _train, "train a model with a recipe", "train ixi-4x --data scans/ --out runs/mine"
     )
     parser.description = (
-        "Train a model by a recipe, on the training subjects of a folder of volumes, and validate it on others. Ctrl-C "
-        "ends the step and saves; the same command goes on from there, to the same weights. DIR of --out gets the "
-        "checkpoints best and last, log.csv, curve.png, sample.png, and run.json, which says what was trained."
+        "Train a model with a recipe on the training subjects of a folder of volumes; other subjects validate it. "
+        "Ctrl-C finishes the step and saves; the same command resumes and ends with the same weights. The folder of "
+        "--out gets the checkpoints best and last, log.csv, curve.png, sample.png, and run.json with all settings."
     )
     parser.epilog = (
-        f"{parser.epilog}. On several GPUs or processes: accelerate launch -m deformmamba train ...; --batch then "
-        "counts the samples of all of them together"
+        f"{parser.epilog} (for several GPUs: accelerate launch -m deformmamba train ...; --batch is then the total "
+        "over all processes)"
     )
     names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
     parser.add_argument("recipe", metavar="RECIPE", help=f"{names}, or the path of a TOML file")
@@ -29,22 +29,27 @@ def add(commands: Any) -> None:
         "--data",
         required=True,
         metavar="DIR",
-        help="folder of volumes; volumes.tsv in it says whose they are and which subjects validate, else a tenth does",
+        help="folder of volumes; a volumes.tsv in it assigns subjects and splits (default: a tenth of the subjects "
+        "validates)",
     )
     add_subject(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="where checkpoints go; resumes what is there")
-    parser.add_argument("--init", metavar="WEIGHTS", help="a name or path of weights to start from")
-    instead = parser.add_argument_group("instead of the recipe's")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="folder for checkpoints and logs; an interrupted run resumes"
+    )
+    parser.add_argument("--init", metavar="WEIGHTS", help="weights to start from: a name or a path")
+    instead = parser.add_argument_group("replace values of the recipe")
     length = instead.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=positive, metavar="N", help="updates of the weights")
+    length.add_argument("--steps", type=positive, metavar="N", help="optimizer steps")
     length.add_argument("--epochs", type=float, metavar="N", help="passes over the training slices")
-    instead.add_argument("--batch", type=positive, metavar="N", help="samples a step")
-    instead.add_argument("--accumulate", type=positive, metavar="N", help="pieces a batch is computed in: less memory")
+    instead.add_argument("--batch", type=positive, metavar="N", help="samples per step")
+    instead.add_argument(
+        "--accumulate", type=positive, metavar="N", help="compute each batch in N parts, which needs less memory"
+    )
     instead.add_argument("--lr", type=float, metavar="RATE", help="largest learning rate")
     instead.add_argument("--precision", choices=("no", "bf16", "fp16"), help="mixed precision")
     instead.add_argument("--every", type=positive, metavar="N", help="steps between validations")
-    instead.add_argument("--workers", type=int, metavar="N", help="processes that load data")
-    instead.add_argument("--seed", type=int, metavar="N")
+    instead.add_argument("--workers", type=int, metavar="N", help="data loading processes")
+    instead.add_argument("--seed", type=int, metavar="N", help="random seed")
 
 
 OVERRIDES = ("steps", "epochs", "batch", "accumulate", "lr", "precision", "every", "workers", "seed")

@@ -51,21 +51,31 @@ def add(commands: Any) -> None:
     add_model(parser, auto=True)
     add_running(parser)
     parser.add_argument(
-        "--ensemble", action="store_true", help="mean over eight reflections and transposes; 8 x slower"
+        "--ensemble", action="store_true", help="self-ensemble: mean over eight flips and rotations; 8 times slower"
     )
     parser.add_argument(
-        "--uncertainty", metavar="FILE", help="also write the standard deviation of these eight, in the same units"
+        "--uncertainty",
+        metavar="FILE",
+        help="also write an uncertainty map: standard deviation of the self-ensemble, in the units of the scan",
     )
     parser.add_argument(
-        "--effective", action="store_true", help="first undo the scanner's interpolation (zero-filling)"
+        "--effective",
+        action="store_true",
+        help="first remove the scanner's own interpolation (zero-filling in k-space)",
     )
-    parser.add_argument("--tile", type=positive, metavar="N", help="cut slices into tiles of N pixels (default: whole)")
-    parser.add_argument("--overlap", type=int, metavar="M", help="pixels that tiles share (default: 16, at most N / 2)")
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="slices at once (default: as memory allows)")
     parser.add_argument(
-        "--as-image", action="store_true", help="also take a mask, a phase image or an output of this command"
+        "--tile", type=positive, metavar="N", help="process slices in tiles of N pixels (default: whole slices)"
     )
-    parser.add_argument("--report", metavar="HTML", help="also write a page for visual checks")
+    parser.add_argument(
+        "--overlap", type=int, metavar="M", help="overlap of neighbouring tiles in pixels (default: 16, at most N / 2)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, metavar="N", help="slices per batch (default: as many as fit into memory)"
+    )
+    parser.add_argument(
+        "--as-image", action="store_true", help="also accept a mask, a phase image or an output of this command"
+    )
+    parser.add_argument("--report", metavar="HTML", help="also write an HTML report for visual checks")
     parser.add_argument("--figure", metavar="PNG", help="also draw before and after (.png, .pdf or .svg)")
 
 
@@ -158,12 +168,12 @@ def upscale_and_draw(
     say(f"{source}: {sliced(done.source, done.axis, axis)}")
     say(f"{source}: {done.remark}")
     if uncertainty:
-        say(f"{uncertainty}: standard deviation of the eight")
+        say(f"{uncertainty}: standard deviation of the self-ensemble")
     if figure:
         draw_slice(figure, done, model, title=f"{Path(source).name}, slice", name=short(name))
         say(f"{figure}: before and after")
     if report:
-        say(f"{report}: a page for visual checks; open it in a browser")
+        say(f"{report}: report for visual checks; open it in a browser")
 
 
 def _itemsize(dtype: str | None) -> int:
@@ -198,11 +208,11 @@ def _upscale_folder(args: argparse.Namespace) -> int:
 
     check_folder(args, ("series", "stack"))
     if args.model == "auto":
-        raise InvalidArgument(f"{args.input}: is a folder of scans, and --model auto is for one scan; name the weights")
+        raise InvalidArgument(f"{args.input}: a folder of scans; --model auto works on one scan only; name the weights")
     folders = {name: getattr(args, name) for name in ("uncertainty", "figure", "report")}
     for name, path in folders.items():
         if path and os.path.splitext(path)[1] and not os.path.isdir(path):
-            raise InvalidArgument(f"--{name} {path}: of a folder of scans this is a folder too; leave the ending out")
+            raise InvalidArgument(f"--{name} {path}: the input is a folder of scans; give a folder here, not a file")
     model = load_model(args.model)
     options = {**_options(args), **folders, "progress": False}
     options |= {name: value for name, value in reading(args).items() if name in ("volume", "nan", "partial")}
@@ -214,14 +224,14 @@ def check_folder(args: argparse.Namespace, for_one_scan: Sequence[str]) -> None:
     from deformmamba.volume import VolumeError
 
     if not args.output:
-        raise InvalidArgument("no output; name a folder with -o OUTPUT, or behind the input")
+        raise InvalidArgument("no output given; give a folder with -o OUTPUT, or after the input")
     for option in for_one_scan:
         if getattr(args, option) is not None:
-            raise VolumeError(f"{args.input}: is a folder of scans, and --{option} is for one scan; leave it out")
+            raise VolumeError(f"{args.input}: a folder of scans; --{option} works on one scan only; leave it out")
     if os.path.splitext(args.output)[1] and not os.path.isdir(args.output):
         raise VolumeError(
-            f"{args.input}: holds no DICOM image, so it is a folder of scans, and the output is a folder too; "
-            f"not {args.output}"
+            f"{args.input}: contains no DICOM image, so it is read as a folder of scans; the output must be a folder "
+            f"too, not {args.output}"
         )
 
 

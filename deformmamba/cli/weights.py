@@ -10,23 +10,27 @@ from deformmamba.cli.arguments import add_command, tell
 def add(commands: Any) -> None:
     weights = add_command(commands, "weights", _list, "list, show, verify, fetch or publish weights", "weights list")
     kinds = weights.add_subparsers(metavar="list | show | verify | fetch | publish", required=True)
-    listing = add_command(kinds, "list", _list, "what there is", "weights list")
-    show = add_command(kinds, "show", _show, "the model card of one", "weights show ixi-4x")
-    show.add_argument("name", metavar="NAME|PATH|REPO")
+    listing = add_command(kinds, "list", _list, "list all weights", "weights list")
+    show = add_command(kinds, "show", _show, "show a model card", "weights show ixi-4x")
+    show.add_argument("name", metavar="NAME|PATH|REPO", help="weights to show")
     for made in (listing, show):
-        made.add_argument("--json", action="store_true", help="for programs")
+        made.add_argument("--json", action="store_true", help="print JSON")
     verify = add_command(kinds, "verify", _verify, "compare files with their hashes", "weights verify ixi-4x")
-    verify.add_argument("name", metavar="NAME|PATH|REPO", nargs="*", help="default: all that ride in the package")
-    verify.add_argument("--sha256", metavar="HASH", help="what a file of your own must hash to")
+    verify.add_argument(
+        "name", metavar="NAME|PATH|REPO", nargs="*", help="weights to verify (default: all weights in the package)"
+    )
+    verify.add_argument("--sha256", metavar="HASH", help="expected sha256 of a file that is not published")
     fetch = add_command(
         kinds,
         "fetch",
         _fetch,
-        "bring weights to this machine, or into a folder for one without a network",
+        "download weights, optionally into a folder for a machine without network",
         "weights fetch org/name --to folder",
     )
-    fetch.add_argument("name", metavar="NAME|REPO", help="org/repo@commit works too")
-    fetch.add_argument("--to", metavar="FOLDER", help="write them there (default: the cache of huggingface_hub)")
+    fetch.add_argument("name", metavar="NAME|REPO", help="weights to download; org/repo@commit selects a commit")
+    fetch.add_argument(
+        "--to", metavar="FOLDER", help="write them to this folder (default: the cache of huggingface_hub)"
+    )
     publish = add_command(
         kinds,
         "publish",
@@ -34,11 +38,17 @@ def add(commands: Any) -> None:
         "upload a checkpoint to the Hub",
         "weights publish runs/mine/best.safetensors org/name --dry-run",
     )
-    publish.add_argument("source", metavar="DIR|FILE|NAME", help="a folder written by save_pretrained, a file, a name")
-    publish.add_argument("repo", metavar="ORG/NAME", help="made if it is missing")
-    publish.add_argument("--license", metavar="ID", help="such as cc-by-4.0; needed unless the checkpoint names one")
-    publish.add_argument("--private", action="store_true", help="make a missing repository private")
-    publish.add_argument("--dry-run", action="store_true", help="tell what would be uploaded, and send nothing")
+    publish.add_argument(
+        "source", metavar="DIR|FILE|NAME", help="checkpoint: a folder written by save_pretrained, a file or a name"
+    )
+    publish.add_argument("repo", metavar="ORG/NAME", help="repository; created if it does not exist")
+    publish.add_argument(
+        "--license", metavar="ID", help="licence, such as cc-by-4.0; required if the checkpoint has none"
+    )
+    publish.add_argument("--private", action="store_true", help="create a new repository as private")
+    publish.add_argument(
+        "--dry-run", action="store_true", help="print the files that would be uploaded, and send nothing"
+    )
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -81,9 +91,7 @@ def _fetch(args: argparse.Namespace) -> None:
 
     tell(f"{args.name}: verified, {fetch(args.name, args.to)}")
     if args.to:
-        tell(
-            f"carry the folder where it is needed, and there: deformmamba upscale scan.nii.gz --model {args.to} -o ..."
-        )
+        tell(f"copy the folder to the other machine and run: deformmamba upscale scan.nii.gz --model {args.to} -o ...")
 
 
 def _publish(args: argparse.Namespace) -> None:

@@ -56,10 +56,10 @@ def test_some_participants_and_kinds(option: str, data: Path) -> None:
 
 def test_what_is_refused(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(data, "--participant-label", "09")[0] == 2
-    assert "has no participant sub-09; there are sub-01, sub-02" in capsys.readouterr().err
+    assert "no participant sub-09; participants: sub-01, sub-02" in capsys.readouterr().err
     assert run(data, "--suffix", "FLAIR")[0] == 2
     assert "no scan of those that were asked for" in capsys.readouterr().err
     (data / "dataset_description.json").unlink()
     assert run(data)[0] == 2
-    assert "is no BIDS data set" in capsys.readouterr().err
+    assert "not a BIDS data set" in capsys.readouterr().err
     assert main(["bids", str(data), str(data), "group"]) == 2

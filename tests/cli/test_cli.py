@@ -324,7 +324,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
         "axis too thin": ([good, "--axis", "0", "--model", str(folder / "small.safetensors")], "smallest"),
         "dtype": ([good, "--dtype", "float16"], "not as float16"),
         "overflow": ([good, "--dtype", "uint8"], "do not fit uint8"),
-        "device": ([good, "--device", "abacus"], "no such device"),
+        "device": ([good, "--device", "abacus"], "not available on this machine"),
         "batch size": ([good, "--batch-size", "0"], "1 or more"),
         "no tile": ([good, "--overlap", "4"], "--tile N"),
         "large overlap": ([good, "--tile", "8", "--overlap", "8"], "overlap of 8 does not go with tiles of 8"),
@@ -434,7 +434,7 @@ def test_a_closed_folder(
         (["weights"], "list"),
         (["weights", "show", "nothing-4x"], "unknown weights"),
         (["weights", "verify", "nothing-4x"], "unknown weights"),
-        (["demo", "-o", "IN"], "cannot be made"),
+        (["demo", "-o", "IN"], "cannot create this folder"),
         (["demo", "-o", "DIR", "--model", "nothing-4x"], "unknown weights"),
     ],
 )

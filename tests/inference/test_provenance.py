@@ -209,7 +209,7 @@ def test_choices_on_the_command_line(tmp_path: Path, weights: str, capsys: pytes
     assert main(["inspect", str(CASES / "dicom" / "localiser")]) == 2
     assert "--stack K" in capsys.readouterr().err
     assert main(["upscale", str(CASES / "dicom" / "rect_eq_thick"), *target]) == 0
-    assert "slices taken along k (axial), as the file says" in capsys.readouterr().out
+    assert "slices taken along k (axial), from the file" in capsys.readouterr().out
     for kind in ("k-space:scale=2", "blur:sigma=1"):
         assert (
             main(["degrade", str(CASES / "nifti" / "quatern_over1.nii"), "-o", "x.nii", "--scale", "4", "--kind", kind])
