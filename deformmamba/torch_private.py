@@ -108,7 +108,7 @@ def limited_registration(**limits: int) -> Iterator[None]:
             nonlocal count
             count += get_ident() == thread
             if count > limit:
-                raise InvalidArgument(f"it asks for more than {limit} {what}, far more than the file holds")
+                raise InvalidArgument(f"it needs more than {limit} {what}, far more than the file contains")
 
         handles.append(install[what](counted))
 

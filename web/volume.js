@@ -22,7 +22,7 @@ export async function readScan(files) {
     else if (value !== 0) any = true;
   }
   if (bad) throw new ScanError(`${scan.name}: ${bad} of ${scan.data.length} voxels are NaN or infinite`);
-  if (!any) throw new ScanError(`${scan.name}: every voxel is zero; there is nothing in this volume`);
+  if (!any) throw new ScanError(`${scan.name}: every voxel is zero; the volume is empty`);
   scan.slices ??= sliceAxis(scan);
   return scan;
 }
@@ -50,7 +50,7 @@ function readNifti({ name, bytes }) {
   if (bytes.length < 348) throw new ScanError(`${name}: not a scan that can be read`);
   const little = view.getInt32(0, true) === 348;
   if (view.getInt32(0, true) === 540 || view.getInt32(0, false) === 540) {
-    throw new ScanError(`${name}: NIfTI-2, which this page does not read; the package does`);
+    throw new ScanError(`${name}: NIfTI-2, which this page cannot read; use the deformmamba package`);
   }
   if (!little && view.getInt32(0, false) !== 348) throw new ScanError(`${name}: not a scan that can be read`);
   const magic = text(bytes, 344, 4);
@@ -61,14 +61,14 @@ function readNifti({ name, bytes }) {
   const short = (at) => view.getInt16(at, little), float = (at) => view.getFloat32(at, little);
   const n = short(40), dim = Array.from({ length: 7 }, (_, k) => (k < n ? short(42 + 2 * k) : 1));
   const volumes = dim.slice(3).reduce((a, b) => a * b, 1), shape = dim.slice(0, 3);
-  if (volumes > 1) throw new ScanError(`${name}: holds ${volumes} volumes; save the one that you want as a file of its own`);
+  if (volumes > 1) throw new ScanError(`${name}: holds ${volumes} volumes; save the one to upscale as a separate file`);
   if (Math.min(...shape) < 1) throw new ScanError(`${name}: a volume is a 3-D array, not one of shape (${shape.join(", ")})`);
   const type = short(70);
-  if ([32, 1792, 2048].includes(type)) throw new ScanError(`${name}: voxels are complex numbers: take the magnitude first`);
-  if ([128, 2304].includes(type)) throw new ScanError(`${name}: voxels are colours: take one channel first`);
-  if (!TYPES[type]) throw new ScanError(`${name}: voxels of NIfTI type ${type}, which this page does not read`);
+  if ([32, 1792, 2048].includes(type)) throw new ScanError(`${name}: voxels are complex numbers; take the magnitude first`);
+  if ([128, 2304].includes(type)) throw new ScanError(`${name}: voxels are colours; extract one channel first`);
+  if (!TYPES[type]) throw new ScanError(`${name}: voxels of NIfTI type ${type}, which this page cannot read; convert them to float32`);
   const [get, size] = TYPES[type], count = shape[0] * shape[1] * shape[2], offset = Math.max(float(108), 348);
-  if (offset + count * size > bytes.length) throw new ScanError(`${name}: truncated: shorter than its header says`);
+  if (offset + count * size > bytes.length) throw new ScanError(`${name}: truncated: the file is shorter than its header requires`);
   let slope = float(112), intercept = float(116);
   if (!(slope !== 0 && Number.isFinite(slope) && Number.isFinite(intercept))) [slope, intercept] = [1, 0];
   const data = new Float32Array(count);
@@ -125,7 +125,7 @@ function elements({ name, bytes }) {
     if (group > 2 && found["00020010"] && syntax === EXPLICIT) {
       syntax = string(found["00020010"]);
       if (![EXPLICIT, IMPLICIT].includes(syntax)) {
-        throw new ScanError(`${name}: pixels are compressed or big endian (${syntax}), which this page does not read; the package does`);
+        throw new ScanError(`${name}: pixels are compressed or big endian (${syntax}), which this page cannot read; use the deformmamba package`);
       }
       explicit = syntax === EXPLICIT;
       if (!explicit) syntax = IMPLICIT;
@@ -136,11 +136,11 @@ function elements({ name, bytes }) {
       [length, start] = LONG.has(kind) ? [view.getUint32(at + 8, true), at + 12] : [view.getUint16(at + 6, true), at + 8];
     } else [length, start] = [view.getUint32(at + 4, true), at + 8];
     if (length === 0xffffffff) {
-      if (tag === "7fe00010") throw new ScanError(`${name}: pixels are compressed, which this page does not read; the package does`);
+      if (tag === "7fe00010") throw new ScanError(`${name}: pixels are compressed, which this page cannot read; use the deformmamba package`);
       at = skipped(bytes, view, start, explicit);
       continue;
     }
-    if (start + length > bytes.length) throw new ScanError(`${name}: truncated: shorter than its header says`);
+    if (start + length > bytes.length) throw new ScanError(`${name}: truncated: the file is shorter than its header requires`);
     found[tag] = bytes.subarray(start, start + length);
     if (tag === "7fe00010") break;
     at = start + length;
@@ -175,20 +175,20 @@ const short = (bytes, fallback) => (bytes && bytes.length >= 2 ? bytes[0] + 256 
 function readDicom(all, dicom) {
   const damaged = all.filter((file) => !dicom.includes(file)).map(({ name }) => name);
   if (damaged.length) {
-    throw new ScanError(`${damaged.length} of ${all.length} files are no DICOM images, empty or damaged (${damaged.slice(0, 3).join(", ")}); copy them again, or leave them out`);
+    throw new ScanError(`${damaged.length} of ${all.length} files are empty, damaged or not DICOM images (${damaged.slice(0, 3).join(", ")}); copy them again, or leave them out`);
   }
   const images = dicom.map((file) => {
     const e = elements(file), name = file.name;
     const position = decimals(e["00200032"]), orientation = decimals(e["00200037"]), pixel = decimals(e["00280030"]);
-    if (!e["7fe00010"]) throw new ScanError(`${name}: its images have no pixels`);
-    if (string(e["00080008"]).includes("MOSAIC")) throw new ScanError(`${name}: a Siemens mosaic, which this page does not read; the package does`);
-    if (decimals(e["00280008"])[0] > 1) throw new ScanError(`${name}: multi-frame DICOM, which this page does not read; the package does`);
-    if (short(e["00280002"], 1) !== 1) throw new ScanError(`${name}: voxels are colours: take one channel first`);
+    if (!e["7fe00010"]) throw new ScanError(`${name}: its images contain no pixels`);
+    if (string(e["00080008"]).includes("MOSAIC")) throw new ScanError(`${name}: a Siemens mosaic, which this page cannot read; use the deformmamba package`);
+    if (decimals(e["00280008"])[0] > 1) throw new ScanError(`${name}: multi-frame DICOM, which this page cannot read; use the deformmamba package`);
+    if (short(e["00280002"], 1) !== 1) throw new ScanError(`${name}: voxels are colours; extract one channel first`);
     for (const [what, values, n] of [["ImagePositionPatient", position, 3], ["ImageOrientationPatient", orientation, 6], ["PixelSpacing", pixel, 2]]) {
-      if (values.length !== n || values.some((v) => !Number.isFinite(v))) throw new ScanError(`${name}: has no ${what}, so its place in the patient is unknown`);
+      if (values.length !== n || values.some((v) => !Number.isFinite(v))) throw new ScanError(`${name}: has no ${what}, so its position in the patient is unknown`);
     }
     const [rows, columns, bits] = [short(e["00280010"], 0), short(e["00280011"], 0), short(e["00280100"], 16)];
-    if (![8, 16].includes(bits)) throw new ScanError(`${name}: says that a pixel has ${bits} bits; this page reads 8 and 16`);
+    if (![8, 16].includes(bits)) throw new ScanError(`${name}: its header gives ${bits} bits per pixel; this page reads 8 and 16`);
     if (e["7fe00010"].length < rows * columns * (bits / 8)) {
       throw new ScanError(`${name}: truncated: ${e["7fe00010"].length} bytes cannot hold the ${rows * columns} pixels of its header`);
     }
@@ -211,8 +211,8 @@ function readDicom(all, dicom) {
   images.sort((a, b) => along(a) - along(b));
   const steps = images.slice(1).map((image, k) => along(image) - along(images[k]));
   const mean = steps.length ? steps.reduce((a, b) => a + b) / steps.length : 1;
-  if (steps.some((step) => Math.abs(step) < 1e-3)) throw new ScanError(`${name}: several images lie at one place (echoes, time points?); drop the files of one`);
-  if (steps.some((step) => Math.abs(step - mean) > 0.05 * mean)) throw new ScanError(`${name}: slices are not evenly spaced; is a file of the series missing?`);
+  if (steps.some((step) => Math.abs(step) < 1e-3)) throw new ScanError(`${name}: several slices have the same position (echoes, time points?); drop the files of one volume`);
+  if (steps.some((step) => Math.abs(step - mean) > 0.05 * mean)) throw new ScanError(`${name}: slices are not evenly spaced; probably a file of the series is missing`);
   const { rows, columns, bits, signed } = first, plane = rows * columns, data = new Float32Array(plane * images.length);
   images.forEach((image, k) => {
     const view = new DataView(image.pixels.buffer, image.pixels.byteOffset, image.pixels.byteLength);

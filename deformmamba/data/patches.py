@@ -130,7 +130,9 @@ class PatchDataset(Dataset[Sample]):
 
         chosen = [scan for scan in scans if weights is None or scan.group in weights]
         if not chosen:
-            raise VolumeError(f"PatchDataset: no scan to train on; groups wanted: {', '.join(weights or ['any'])}")
+            raise VolumeError(
+                f"PatchDataset: no scan to train on in the groups {', '.join(weights or ['any'])}; check weights="
+            )
         groups, spacings = self._read(chosen, intensity, progress)
         self.groups = list(groups.values())
         self.spacings = (scale * min(spacings), scale * max(spacings))
@@ -151,7 +153,7 @@ class PatchDataset(Dataset[Sample]):
             hr = torch.from_numpy(loaded.array)[:, :h, :w]
             if min(h, w) < self.patch * self.scale:
                 raise VolumeError(
-                    f"{scan.path}: slices {tuple(hr.shape[1:])} are smaller than a patch, {self.patch * self.scale}"
+                    f"{scan.path}: slices {tuple(hr.shape[1:])} are smaller than an HR patch, {self.patch * self.scale}"
                 )
             unit = self._unit(hr, intensity)
             slices = [
@@ -171,7 +173,7 @@ class PatchDataset(Dataset[Sample]):
                 f"{n_cropped} of {len(scans)} volumes were cropped at their ends to a multiple of {self.scale} pixels"
             )
         if not groups:
-            raise VolumeError("PatchDataset: every slice is nearly empty; is the data in another place?")
+            raise VolumeError("PatchDataset: every slice is nearly empty; check that these are the intended scans")
         return groups, spacings
 
     def _unit(self, hr: torch.Tensor, intensity: str) -> float:
@@ -285,7 +287,9 @@ def _parsed_jitter(jitter: Mapping[str, float], main: Degradation) -> dict[Degra
                 f"wanted {main.scale} and {main.grid}, as {main}"
             )
     if not sum(parsed.values()) <= 1 or any(not share >= 0 for share in parsed.values()):
-        raise InvalidArgument(f"PatchDataset: jitter has the shares {list(parsed.values())}; wanted at most 1 in all")
+        raise InvalidArgument(
+            f"PatchDataset: jitter has the shares {list(parsed.values())}; their sum must be at most 1"
+        )
     return parsed
 
 

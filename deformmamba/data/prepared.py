@@ -62,9 +62,13 @@ def read_prepared(path: str | os.PathLike[str]) -> Prepared:
     except FileNotFoundError:
         raise VolumeError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
-        raise VolumeError(f"{path}: a damaged or truncated file; prepare it again ({type(error).__name__})") from None
+        raise VolumeError(
+            f"{path}: damaged or truncated; run `deformmamba prepare` again ({type(error).__name__})"
+        ) from None
     except (KeyError, TypeError, ValueError):
-        raise VolumeError(f"{path}: holds no prepared slices; was it written by `deformmamba prepare`?") from None
+        raise VolumeError(
+            f"{path}: contains no prepared slices; give a file written by `deformmamba prepare`"
+        ) from None
     if facts["complex"]:
         array = array.view(np.complex64)[..., 0]
     return Prepared(array, (float(height), float(width)), facts)
@@ -103,7 +107,9 @@ def read_manifest(root: str | os.PathLike[str]) -> dict[str, Any]:
     """
     manifest = _load(Path(root))
     if manifest.get("format") != FORMAT:
-        raise VolumeError(f"{root}: no prepared data set: no {MANIFEST} of one")
+        raise VolumeError(
+            f"{root}: not a prepared data set, because it has no valid {MANIFEST}; run `deformmamba prepare`"
+        )
     if not manifest.get("complete"):
         raise VolumeError(f"{root}: its preparation was interrupted; run the same `deformmamba prepare` again")
     return manifest

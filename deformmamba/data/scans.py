@@ -75,11 +75,11 @@ def find_scans(
     root = Path(root)
     check_shares(val, test)
     if not root.is_dir():
-        raise VolumeError(f"{root}: no such folder of volumes")
+        raise VolumeError(f"{root}: no such folder")
     table = MANIFEST if is_prepared(root) else INDEX if (root / INDEX).is_file() else None
     if table and subject is not None:
         raise InvalidArgument(
-            f"{root}: subject={subject!r} was given, but its {table} names the subjects; leave it out"
+            f"{root}: subject={subject!r} was given, but {table} already assigns the subjects; leave subject out"
         )
     if table == MANIFEST:
         scans = _from_manifest(root)
@@ -88,7 +88,7 @@ def find_scans(
     else:
         scans = _from_tree(root, val, test, seed, subject, passed)
     if not scans:
-        raise VolumeError(f"{root}: no volume there; wanted .nii, .nii.gz, .mgh, .mgz, DICOM, or {INDEX}")
+        raise VolumeError(f"{root}: no volume found; wanted .nii, .nii.gz, .mgh, .mgz or DICOM files, or {INDEX}")
     check_splits(((scan.subject, scan.split) for scan in scans), root / (table or ""))
     return sorted(scans, key=lambda scan: scan.path)
 
@@ -129,10 +129,10 @@ def _from_manifest(root: Path) -> list[Scan]:
         rows = read_manifest(root)["volumes"]
         scans = [Scan(root / row["file"], row["subject"], row["split"], row["group"]) for row in rows]
     except (KeyError, TypeError):
-        raise VolumeError(f"{root / MANIFEST}: damaged: no list of volumes; prepare the folder again") from None
+        raise VolumeError(f"{root / MANIFEST}: damaged: no list of volumes; run `deformmamba prepare` again") from None
     for scan in scans:
         if not scan.path.is_file():
-            raise VolumeError(f"{scan.path}: its manifest names it, and it is missing; prepare the folder again")
+            raise VolumeError(f"{scan.path}: missing, although the manifest lists it; run `deformmamba prepare` again")
     return scans
 
 
@@ -232,7 +232,7 @@ def _volumes(source: Scan | str | os.PathLike[str]) -> Iterator[Volume]:
     try:
         yield from read_volumes(path, series=series)
     except ChoiceNeeded as error:
-        raise VolumeError(f"{error.problem}; a data set takes one: save the one that you want as a file") from None
+        raise VolumeError(f"{error.problem}; save the one for the data set as a separate file") from None
 
 
 class Slices(NamedTuple):

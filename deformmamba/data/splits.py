@@ -45,7 +45,9 @@ def check_splits(pairs: Iterable[tuple[str, str]], where: str | os.PathLike[str]
         splits[subject].add(split)
     for subject, found in splits.items():
         if len(found) > 1:
-            raise VolumeError(f"{where}: subject {subject} is in {' and '.join(sorted(found))}; wanted one split")
+            raise VolumeError(
+                f"{where}: subject {subject} is in {' and '.join(sorted(found))}; assign each subject to one split"
+            )
 
 
 def by_share(subjects: Iterable[str], *, val: float, test: float, seed: int = 0) -> dict[str, str]:
@@ -126,7 +128,9 @@ def read_splits(path: str | os.PathLike[str], known: Iterable[str]) -> dict[str,
         if where not in SPLITS:
             raise VolumeError(f"{path}, line {number}: split {where!r} of {name}; splits are {', '.join(SPLITS)}")
         if name not in known:
-            raise VolumeError(f"{path}, line {number}: names the subject {name}, of whom there is no volume")
+            raise VolumeError(
+                f"{path}, line {number}: no volume belongs to subject {name}; correct the name or remove the line"
+            )
         pairs.append((name, where))
     check_splits(pairs, path)
     return dict(pairs)
@@ -159,12 +163,14 @@ def read_table(path: str | os.PathLike[str], needed: Sequence[str]) -> Iterator[
             continue
         if len(cells) > len(header):
             raise VolumeError(
-                f"{path}, line {reader.line_num}: {len(cells)} cells for {len(header)} columns; one is too many"
+                f"{path}, line {reader.line_num}: {len(cells)} cells, but {len(header)} columns; remove the extra cells"
             )
         row = dict.fromkeys(header, "") | {name: cell.strip() for name, cell in zip(header, cells, strict=False)}
         empty = [name for name in needed if not row[name]]
         if empty:
-            raise VolumeError(f"{path}, line {reader.line_num}: no {empty[0]}; fill that cell, or remove the line")
+            raise VolumeError(
+                f"{path}, line {reader.line_num}: the cell {empty[0]} is empty; fill it or remove the line"
+            )
         yield reader.line_num, row
 
 

@@ -124,13 +124,17 @@ def _by_pattern(relative: Mapping[Path, str], pattern: str) -> dict[Path, str]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise VolumeError(f"subject: {pattern!r} is no regular expression: {error}; such as 'patient[0-9]+'") from None
+        raise VolumeError(
+            f"subject: {pattern!r} is not a regular expression ({error}); wanted one such as 'patient[0-9]+'"
+        ) from None
     names = {}
     for path, text in relative.items():
         found = expression.search(text)
         name = next((group for group in found.groups() if group), found[0]) if found else ""
         if not name:
-            raise VolumeError(f"subject: {pattern!r} finds no subject in {text}; widen it, or list the scans by hand")
+            raise VolumeError(
+                f"subject: {pattern!r} finds no subject in {text}; widen the pattern, or list the scans in volumes.tsv"
+            )
         names[path] = name
     return names
 

@@ -140,7 +140,7 @@ class ThickSliceDataset(Dataset[ThickSample]):
         for name, pair, lowest in (("ratio", ratio, 1.0), ("thickness", thickness, 0.1)):
             if len(pair) != 2 or not lowest <= pair[0] <= pair[1] < math.inf:
                 raise InvalidArgument(
-                    f"ThickSliceDataset: {name} is {list(pair)}; wanted smallest and largest, {lowest:g} or more"
+                    f"ThickSliceDataset: {name} is {list(pair)}; wanted smallest and largest value, {lowest:g} or more"
                 )
         self.patch, self.length, self.seed = patch, length, seed
         self.ratio, self.thickness, self.boxcar = tuple(ratio), tuple(thickness), boxcar

@@ -208,14 +208,14 @@ def _choose(name: str | None, device: str) -> str:
     if name is not None:
         if name not in IMPLEMENTATIONS:
             raise InvalidArgument(
-                f"modulated_deform_conv2d: implementation {name!r} is not known; there are {', '.join(IMPLEMENTATIONS)}"
+                f"modulated_deform_conv2d: unknown implementation {name!r}; available: {', '.join(IMPLEMENTATIONS)}"
             )
         reason = _unusable(name, device)
         if name != "gather" and without_kernels:
             reason = "it has no rule for torch.func's grad and jvp and for forward mode"
         if reason:
             raise InvalidArgument(
-                f'modulated_deform_conv2d: implementation "{name}" cannot be used: {reason}; "gather" always can'
+                f'modulated_deform_conv2d: implementation "{name}" cannot be used: {reason}; "gather" always works'
             )
         return name
     # torch 2.6 cannot tell an export from a compilation

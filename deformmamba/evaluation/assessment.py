@@ -380,7 +380,7 @@ def assess(
     """
     meant = [scan for scan in scans if groups is None or scan.group in groups]
     if not meant:
-        raise InvalidArgument(f"assess: no scan is of {', '.join(groups or ['any group'])}; {len(scans)} were given")
+        raise InvalidArgument(f"assess: none of the {len(scans)} scans belongs to {', '.join(groups or ['any group'])}")
     if model.grid != "origin":
         raise InvalidArgument(f"assess: {type(model).__name__} is on the {model.grid} grid; wanted the origin grid")
     return {

@@ -69,11 +69,11 @@ def evaluate(
     degradation = degradation or KSpaceCrop(model.scale)
     unknown = [name for name in metrics if name not in ON_REQUEST]
     if unknown:
-        raise InvalidArgument(f"evaluate: no metric {unknown[0]!r} to ask for; there are: {', '.join(ON_REQUEST)}")
+        raise InvalidArgument(f"evaluate: unknown metric {unknown[0]!r}; additional metrics: {', '.join(ON_REQUEST)}")
     if (degradation.scale, degradation.grid) != (model.scale, model.grid):
         raise InvalidArgument(
             f"evaluate: {degradation} shrinks by {degradation.scale} on the {degradation.grid} grid, but "
-            f"{type(model).__name__} enlarges by {model.scale} on the {model.grid} grid: they do not fit"
+            f"{type(model).__name__} enlarges by {model.scale} on the {model.grid} grid; use one scale and grid"
         )
     if consistency is None and not isinstance(degradation, KSpaceCrop):
         consistency = "off"
@@ -209,11 +209,12 @@ def compare(
     scales = {model.scale for model in models.values()}
     if not volumes or len(scales) != 1:
         raise InvalidArgument(
-            f"compare: {len(volumes)} volumes and models of the scales {sorted(scales)}; a volume and one scale needed"
+            f"compare: {len(volumes)} volumes and models of the scales {sorted(scales)}; wanted volumes, and models of "
+            "one scale"
         )
     against = next(iter(models)) if against is None else against
     if against not in models:
-        raise InvalidArgument(f"compare: nothing called {against!r} to compare with; there are: {', '.join(models)}")
+        raise InvalidArgument(f"compare: no model {against!r} to compare with; models: {', '.join(models)}")
     degradation = degradation or KSpaceCrop(scales.pop())
     shown: Shown | None = None
     rows: dict[str, list[dict[str, Any]]] = {}

@@ -64,7 +64,7 @@ class Shown:
         """`index`: along the slice axis, from 0; None: the middle one. ValueError where there is no such slice."""
         self._index = len(hr) // 2 if index is None else index
         if not 0 <= self._index < len(hr):
-            raise InvalidArgument(f"{scan.path}: no slice {index}; there are {len(hr)}, from 0")
+            raise InvalidArgument(f"{scan.path}: no slice {index}; slices: 0 to {len(hr) - 1}")
         self._volume, self._axis = load_volume(scan)
         self.hr, self.spacing, _ = self._seen(hr)
         self.results: dict[str, np.ndarray] = {}

@@ -120,7 +120,8 @@ def export(
             if not difference <= tolerance:
                 raise ExportError(
                     f"{path}: the exported {type(model).__name__} differs from the model by {difference:.3g}, more "
-                    f"than {tolerance:g}; not kept; please report it with the versions of torch and {NAMES[format]}"
+                    f"than {tolerance:g}, so the file was removed; please report it with the versions of torch and "
+                    f"{NAMES[format]}"
                 )
     return Export(path, difference, sizes, facts)
 
@@ -130,11 +131,11 @@ def _checked(
 ) -> Consistency:
     """Checks all arguments and returns the consistency to export."""
     if format not in FORMATS:
-        raise ExportError(f"export format {format!r} is not known; there are {', '.join(FORMATS)}")
+        raise ExportError(f"unknown export format {format!r}; formats: {', '.join(FORMATS)}")
     if inputs not in INPUTS:
         raise ExportError(f'inputs is {inputs!r}; it must be "lr", "lr,units" or "lr,base"')
     if not path.parent.is_dir():
-        raise ExportError(f"{path}: there is no folder {path.parent}; make it first")
+        raise ExportError(f"{path}: the folder {path.parent} does not exist; create it first")
     if format == "openvino" and path.suffix != ".xml":
         raise ExportError(f"{path}: an OpenVINO file must end in .xml; its weights go into a .bin file beside it")
     least = max(model.minimum_size, 1 if inputs == "lr,base" else 4)
@@ -232,7 +233,7 @@ def _images(model: SRModel, h: int, w: int, batch: int, inputs: str, consistency
     path = Path(nibabel.__file__).parent / "tests" / "data" / "example4d.nii.gz"
     if not path.is_file():
         raise ExportError(
-            "the scan that nibabel brings along, to compare on, is not installed; reinstall nibabel with pip"
+            "nibabel's example scan, on which the file is checked, is missing; reinstall nibabel with pip"
         )
     volume = np.asarray(nibabel.load(path).dataobj[..., 0], np.float32)  # type: ignore[attr-defined]
     middle = volume.shape[2] // 2

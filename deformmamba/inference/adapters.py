@@ -41,7 +41,7 @@ class UpscaleInferer:
         if not hasattr(network, "intensity") or not hasattr(network, "scale"):
             raise InvalidType(f"the network must be one of deformmamba's models, not {type(network).__name__}")
         if args or kwargs:
-            raise InvalidType("a super-resolution model takes the image and nothing else")
+            raise InvalidType("a super-resolution model takes only the image; leave the other arguments out")
         if inputs.ndim not in (4, 5):
             raise VolumeError(f"inputs are (b, c, h, w) or (b, c, i, j, k), not {tuple(inputs.shape)}")
         plain = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
@@ -75,18 +75,20 @@ class UpscaleTransform:
             return self._torchio_image(data)
         if isinstance(data, (torch.Tensor, np.ndarray)):
             return self._array(data)
-        raise VolumeError(f"a {type(data).__name__} is no image that can be upscaled")
+        raise VolumeError(
+            f"cannot upscale a {type(data).__name__}; give a tensor, an array, a dictionary or a TorchIO image"
+        )
 
     def _dictionary(self, data: Any) -> Any:
         keys = self.keys
         if keys is None:
             keys = tuple(name for name, value in data.items() if _is_torchio_image(value) and value.type != "label")
             if not keys:
-                raise VolumeError(f"which of the entries {', '.join(map(str, data))} to upscale? name them in keys")
+                raise VolumeError(f"no keys given; name the entries to upscale in keys=: {', '.join(map(str, data))}")
         made = copy.copy(data)
         for key in keys:
             if key not in data:
-                raise VolumeError(f"there is no entry {key!r}; there are {', '.join(map(str, data))}")
+                raise VolumeError(f"no entry {key!r}; entries: {', '.join(map(str, data))}")
             made[key] = self(data[key])
         if hasattr(made, "update_attributes"):  # subject.t1 as well as subject["t1"]
             made.update_attributes()
@@ -94,7 +96,7 @@ class UpscaleTransform:
 
     def _torchio_image(self, image: Any) -> Any:
         if image.type == "label":
-            raise VolumeError("a label map is not upscaled; resample it to the upscaled image")
+            raise VolumeError("a label map cannot be upscaled; resample it to the upscaled image")
         tensor, affine = self._channels(image.data, np.asarray(image.affine))
         kind = {} if type(image).__name__ == "ScalarImage" else {"type": image.type}
         return type(image)(tensor=tensor, affine=affine, **kind)

@@ -198,13 +198,13 @@ def run_cohort(
         tasks = [task for task in tasks if only(task.name)]
         refused = [outcome for outcome in refused if only(Path(outcome.source))]
         if not tasks and not refused:
-            raise VolumeError(f"{source}: holds no scan of those that were asked for")
+            raise VolumeError(f"{source}: contains none of the requested scans; widen the selection")
     if not tasks and not refused:
-        raise VolumeError(f"{source}: holds no scan; wanted .nii, .nii.gz, .mgh, .mgz or folders of DICOM files")
+        raise VolumeError(f"{source}: contains no scan; wanted .nii, .nii.gz, .mgh, .mgz or folders of DICOM files")
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise VolumeError(f"{target}: cannot be made: {error.strerror}; choose another folder") from None
+        raise VolumeError(f"{target}: cannot create this folder: {error.strerror}; choose another folder") from None
     # the largest first, so that the shares end at about the same time
     tasks = sorted(tasks, key=lambda task: (-_size(task.source), task.name))
     outcomes: list[Outcome] = []
@@ -241,7 +241,9 @@ def processes(environment: Mapping[str, str]) -> tuple[int, int]:
         if given[0] is None or given[1] is None:
             continue
         if not (given[0].isdecimal() and given[1].isdecimal() and int(given[0]) < int(given[1])):
-            raise InvalidArgument(f"{rank}={given[0]} and {world}={given[1]} name no share of the work; unset both")
+            raise InvalidArgument(
+                f"{rank}={given[0]} and {world}={given[1]} do not describe one of several processes; unset both"
+            )
         return int(given[0]), int(given[1])
     return 0, 1
 
@@ -275,7 +277,9 @@ def _tasks(root: Path, target: Path, kind: str) -> tuple[list[_Task], list[Outco
     if not root.is_dir():
         raise VolumeError(f"{root}: no such folder")
     if not is_cohort(root):
-        raise VolumeError(f"{root}: holds DICOM files itself, so it is one scan; give the folder above it")
+        raise VolumeError(
+            f"{root}: contains DICOM files, so it is one scan, not a folder of scans; give its parent folder"
+        )
     found, refused, taken = [], [], set[Path]()
     n_series: dict[Path, int] = {}
     skip = None if target.resolve() == root.resolve() else target
@@ -292,7 +296,7 @@ def _tasks(root: Path, target: Path, kind: str) -> tuple[list[_Task], list[Outco
             stem = f"{stem}_series-{n_series[path]}"
         task = _Task(path, name, name.with_name(output_name(stem, kind)), candidate.series)
         if not path.resolve().is_relative_to(root.resolve()):
-            refused.append(Outcome(shown, "", "failed", "a link that leads out of the folder; copy the scan"))
+            refused.append(Outcome(shown, "", "failed", "a link to a file outside the folder; copy the scan"))
         elif task.sidecar in taken:
             shown_sidecar = shown_path(task.sidecar)
             refused.append(Outcome(shown, "", "failed", f"another scan has the output {shown_sidecar} already"))

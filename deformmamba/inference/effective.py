@@ -41,11 +41,11 @@ def coarsen(
     check_voxels(volume.array)
     h, w = (volume.array.shape[a] for a in in_plane(axis))
     if min(h, w) < scale:
-        raise VolumeError(f"slices across axis {axis} are {h}x{w}, too small for 1/{scale}")
+        raise VolumeError(f"slices across axis {axis} are {h}x{w}, too small to reduce by {scale}")
     if (h % scale or w % scale) and not crop:
         raise InvalidArgument(
-            f"slices across axis {axis} are {h}x{w}, which {scale} does not divide; give crop=True (--crop) to leave "
-            f"out what is beyond {h - h % scale}x{w - w % scale}"
+            f"slices across axis {axis} are {h}x{w}, not a multiple of {scale}; give crop=True (--crop) to crop them "
+            f"to {h - h % scale}x{w - w % scale}"
         )
     h, w = h - h % scale, w - w % scale
     unit = intensity_scale(volume.array)
@@ -76,7 +76,7 @@ def to_effective(volume: Volume, *, axis: int | None = None, matrix: tuple[int, 
     if found == size:
         return volume
     if not all(1 <= m <= n for m, n in zip(found, size, strict=True)):
-        raise VolumeError(f"a matrix of {found[0]}x{found[1]} does not lie in slices of {size[0]}x{size[1]}")
+        raise VolumeError(f"a matrix of {found[0]}x{found[1]} is larger than the slices, {size[0]}x{size[1]}")
 
     def cropped(image: torch.Tensor, _: int) -> torch.Tensor:
         low = resize(image, found)

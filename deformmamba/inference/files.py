@@ -127,7 +127,9 @@ def upscale_file(
     found: SRModel = network(model)
     named = [path for path in (source, target, uncertainty, report) if path is not None]
     if len({os.path.realpath(path) for path in named}) < len(named):
-        raise VolumeError(f"{target}: is the input itself, or two outputs have one name; nothing is overwritten")
+        raise VolumeError(
+            f"{target}: the output is the input file, or two outputs have the same name; nothing was written"
+        )
     if report is not None:
         check_output(report, REPORT_SUFFIXES)
     scans, n_volumes = _scans(
@@ -135,7 +137,7 @@ def upscale_file(
     )
     scan = next(scans)
     if not as_image and (reason := no_scan(source, scan)):
-        raise VolumeError(f"{source}: {reason}; as_image=True (--as-image) upscales it all the same")
+        raise VolumeError(f"{source}: {reason}; as_image=True (--as-image) upscales it anyway")
     check_output(target, source=scan, dtype=dtype)
     if uncertainty is not None:
         check_output(uncertainty, source=scan)
@@ -244,7 +246,9 @@ def _room(report: PathLike, job: Upscaling) -> Iterator[np.ndarray]:
             # reserved now, because a disk that is full when a mapped page is written kills the process
             _reserve(file, 4 * math.prod(job.shape))
         except OSError as error:
-            raise VolumeError(f"{report}: no room beside it: {error.strerror or type(error).__name__}") from error
+            raise VolumeError(
+                f"{report}: its folder has no room for a temporary file: {error.strerror or type(error).__name__}"
+            ) from error
         h, w = (job.shape[a] for a in in_plane(job.axis))
         yield np.moveaxis(np.memmap(file, np.float32, "r+", shape=(job.shape[job.axis], h, w)), 0, job.axis)
 

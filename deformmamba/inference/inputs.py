@@ -33,7 +33,7 @@ def opened(scan: Any, settings: Settings) -> tuple[Volume, Back, Settings]:
         InvalidType: a model, because the arguments are swapped.
     """
     if isinstance(scan, torch.nn.Module):
-        raise InvalidType("the scan is a model: the arguments are swapped; the order is upscale(model, scan)")
+        raise InvalidType("the scan is a model: the arguments are swapped; write upscale(model, scan)")
     if isinstance(scan, (str, os.PathLike)):
         scan = read_volume(scan)
     if isinstance(scan, Volume):
@@ -47,11 +47,13 @@ def opened(scan: Any, settings: Settings) -> tuple[Volume, Back, Settings]:
     else:
         array = np.asarray(scan)
     if array.ndim not in (2, 3):
-        raise VolumeError(f"a scan is (h, w) or 3-D, not {array.shape}; a batch of images goes to the model itself")
+        raise VolumeError(
+            f"a scan is 2-D (h, w) or 3-D, not {array.shape}; for a batch of images call the model itself"
+        )
     flat = array.ndim == 2
     if flat:
         if settings.axis is not None:
-            raise VolumeError("axis chooses among the axes of a 3-D scan; a 2-D one is a slice already")
+            raise VolumeError("axis is for 3-D scans; this scan is 2-D, a single slice; leave axis out")
         settings, array = replace(settings, axis=2), array[:, :, None]
 
     def back(_: Volume, out: np.ndarray) -> Any:
@@ -81,14 +83,16 @@ def of_list(scans: Any, upscaled: Callable[..., Any]) -> list[Any]:
 def check_voxels(array: np.ndarray) -> None:
     """Raises VolumeError for voxels that are complex, NaN or infinite, or too large or too small for float32."""
     if array.dtype.kind not in "iuf":
-        raise VolumeError(f"the scan holds {array.dtype}, not real numbers; of complex ones take the magnitude first")
+        raise VolumeError(
+            f"the scan has the type {array.dtype}; wanted real numbers; take the magnitude of complex ones first"
+        )
     if not np.isfinite(array).all():
         raise VolumeError("the scan holds NaN or infinite voxels; replace them first")
     largest = max(abs(float(array.max())), abs(float(array.min())))
     if largest > LARGEST or 0 < largest < SMALLEST:
         raise VolumeError(
-            f"the largest voxel is {largest:.3g}, and results are float32: scale the scan to between {SMALLEST:g} and "
-            f"{LARGEST:g} first"
+            f"the largest voxel is {largest:.3g}, outside the range of float32 results; scale the scan first so that "
+            f"it lies between {SMALLEST:g} and {LARGEST:g}"
         )
 
 

@@ -153,7 +153,7 @@ def isotropic(
         scan = read_volume(scan)
     elif not isinstance(scan, Volume) and not hasattr(scan, "dataobj"):
         raise VolumeError(
-            f"isotropic takes a Volume, a nibabel image or a path, not {type(scan).__name__}: bare numbers have no "
+            f"isotropic takes a Volume, a nibabel image or a path, not {type(scan).__name__}, which has no voxel "
             "spacing; make a Volume(array, affine)"
         )
     volume, back, _ = opened(scan, Settings())

@@ -63,7 +63,9 @@ def isotropic_file(
     """
     named = [path for path in (source, target, uncertainty, report) if path is not None]
     if len({os.path.realpath(path) for path in named}) < len(named):
-        raise VolumeError(f"{target}: is the input itself, or two outputs have one name; nothing is overwritten")
+        raise VolumeError(
+            f"{target}: the output is the input file, or two outputs have the same name; nothing was written"
+        )
     if report is not None:
         check_output(report, REPORT_SUFFIXES)
     check_settings(settings)

@@ -38,7 +38,7 @@ def network(model: Any) -> Any:
         return model
     if isinstance(model, (str, os.PathLike)):
         if Path(model).name.lower().endswith((*NIFTI_SUFFIXES, *MGH_SUFFIXES, ".dcm")):
-            raise InvalidType(f"{model}: is a scan, where the model belongs; the order is upscale(model, scan)")
+            raise InvalidType(f"{model}: a scan was given as the model; write upscale(model, scan)")
         return from_pretrained(model)
     inside = model
     while isinstance(inside, nn.Module) and not isinstance(inside, SRModel):
@@ -58,7 +58,7 @@ def check_in_plane(model: Any) -> None:
     """Raises InvalidArgument for weights that were trained for the slice direction."""
     if model.provenance.get("recipe", {}).get("data", {}).get("kind") == "thick":
         raise InvalidArgument(
-            "these weights are for the slice direction and make no slice finer; use deformmamba isotropic"
+            "these weights work along the slice direction and do not upscale slices; use deformmamba isotropic"
         )
 
 
@@ -79,7 +79,7 @@ def check_device(device: str | torch.device) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         there = f"cpu, cuda (0 to {torch.cuda.device_count() - 1})" if torch.cuda.is_available() else "cpu"
-        raise InvalidArgument(f"device {str(device)!r}: this machine has no such device; there is: {there}") from None
+        raise InvalidArgument(f"device {str(device)!r}: not available on this machine; available: {there}") from None
 
 
 @contextmanager

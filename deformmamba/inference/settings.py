@@ -31,7 +31,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.axis is not None and (_not_integer(self.axis) or self.axis not in (0, 1, 2)):
-            raise VolumeError(f"axis is where slices are stacked: 0, 1 or 2, not {self.axis!r}")
+            raise VolumeError(f"axis is {self.axis!r}; it must be 0, 1 or 2, the axis along which slices are stacked")
         if self.consistency is not None:
             check_consistency(self.consistency)
         for name, least in (("batch_size", 1), ("tile", 1), ("overlap", 0)):

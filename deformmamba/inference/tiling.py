@@ -113,6 +113,8 @@ def tiled(
             sr = model(lr[..., top:bottom, left:right], None if base is None else base[here])
             weight = (vertical[:, None] * horizontal).to(sr)
             if sr.shape != out[here].shape:
-                raise InvalidArgument(f"a tile came out as {tuple(sr.shape)}; wanted {tuple(out[here].shape)}")
+                raise InvalidArgument(
+                    f"the model returned a tile of {tuple(sr.shape)}; wanted {tuple(out[here].shape)}"
+                )
             out[here] += weight * sr
     return out

@@ -156,7 +156,9 @@ class Mamba(nn.Module):
 
     def _fill(self, xz: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> torch.Tensor:
         if self.bimamba_type != "none":
-            raise UnsupportedCall("Mamba: a scan in both directions has no states to go on from")
+            raise UnsupportedCall(
+                "Mamba: a bidirectional scan has no state to continue from; leave inference_params out"
+            )
         x, z = xz.chunk(2, 1)
         conv_state.copy_(F.pad(x, (self.d_conv - x.shape[-1], 0)))
         x = causal_conv1d_fn(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation=self.activation)
@@ -211,7 +213,9 @@ def _states(
     block: Any, inference_params: Any, batch_size: int, initialize_states: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if block.layer_idx is None:
-        raise InvalidArgument(f"{type(block).__name__}: inference_params needs a block that was made with layer_idx")
+        raise InvalidArgument(
+            f"{type(block).__name__}: inference_params needs layer_idx; give it when the block is built"
+        )
     kept = inference_params.key_value_memory_dict
     if block.layer_idx not in kept:
         kept[block.layer_idx] = block.allocate_inference_cache(batch_size, 0)

@@ -105,7 +105,7 @@ class _StandIn(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         known = ", ".join(sorted(given for given in NAMES[self.__name__] if not given.startswith("_"))) or "no names"
-        raise AttributeError(f"{self.__name__} is a stand-in by deformmamba and has no {name!r}; it has {known}")
+        raise AttributeError(f"{self.__name__} is a stand-in by deformmamba and has no {name!r}; available: {known}")
 
 
 def install(*, quiet: bool = False) -> list[str]:

@@ -57,10 +57,10 @@ def _pair(sr: Array, hr: Array, protocol: str) -> _Pair:
     a, b = _tensor(sr, "sr"), _tensor(hr, "hr")
     if a.shape != b.shape or a.ndim not in (2, 3):
         raise InvalidArgument(
-            f"metrics: sr is {tuple(a.shape)} and hr {tuple(b.shape)}; both must be (slices, H, W) or (H, W), the same"
+            f"metrics: sr is {tuple(a.shape)} and hr {tuple(b.shape)}; wanted the same shape, (slices, H, W) or (H, W)"
         )
     if protocol not in PROTOCOLS:
-        raise InvalidArgument(f"metrics: no protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
+        raise InvalidArgument(f"metrics: unknown protocol {protocol!r}; protocols: {', '.join(PROTOCOLS)}")
     a, b = (x.double().reshape(-1, *x.shape[-2:]) for x in (a, b))
     peak = b.amax((-2, -1))
     if protocol == "slice":
@@ -224,7 +224,9 @@ def lpips(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
         ValueError: slices smaller than 32x32, or the protocol "foreground".
     """
     if protocol == "foreground":
-        raise InvalidArgument('lpips: a network sees whole slices; protocol "volume" or "slice", not "foreground"')
+        raise InvalidArgument(
+            'lpips: protocol is "foreground", but its network needs whole slices; use "volume" or "slice"'
+        )
     a, b, peak, _ = _pair(sr, hr, protocol)
     if min(b.shape[-2:]) < 32:
         raise InvalidArgument(f"lpips: slices are {tuple(b.shape[-2:])}; AlexNet needs 32x32 or more")

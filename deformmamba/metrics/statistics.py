@@ -161,6 +161,6 @@ def paired_difference(a: Mapping[str, float], b: Mapping[str, float], *, level: 
     """
     if set(a) != set(b):
         odd = sorted(set(a) ^ set(b))
-        raise InvalidArgument(f"paired_difference: both need the same subjects; in one only: {', '.join(odd[:5])}")
+        raise InvalidArgument(f"paired_difference: both must have the same subjects; only in one: {', '.join(odd[:5])}")
     # equal infinities have no difference: two methods that are both perfect on a subject are equal there
     return spread({name: 0.0 if a[name] == b[name] else a[name] - b[name] for name in a}, level=level)

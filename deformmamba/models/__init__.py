@@ -81,7 +81,7 @@ def from_pretrained(
     if checkpoint.class_name not in MODELS:
         made = checkpoint.class_name
         raise WeightsError(
-            f"{checkpoint.source} holds a {made}, which this version does not know ({', '.join(MODELS)}); upgrade "
+            f"{checkpoint.source} holds a {made}, which is not a model of this version ({', '.join(MODELS)}); upgrade "
             f'deformmamba, or register a class of your own first: deformmamba.MODELS["{made}"] = {made}'
         )
     return MODELS[checkpoint.class_name].from_checkpoint(checkpoint).placed(device, dtype)

@@ -268,7 +268,7 @@ class SRModel(nn.Module):
             return self.to(device=device, dtype=dtype)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise InvalidArgument(
-                f"{name} cannot be put on device {shown(str(device))}: {one_line(error)}; here there are cpu"
+                f"{name} cannot be put on device {shown(str(device))}: {one_line(error)}; available: cpu"
                 + "".join(f", cuda:{k}" for k in range(torch.cuda.device_count()))
             ) from None
 
@@ -359,10 +359,10 @@ class SRModel(nn.Module):
         if not lr.numel():
             raise InvalidArgument(f"{name}: the image is empty, {tuple(lr.shape)}")
         if self.channels is not None and lr.shape[1] != self.channels:
-            raise InvalidArgument(f"{name}: the image has {lr.shape[1]} channels, the model takes {self.channels}")
+            raise InvalidArgument(f"{name}: the image has {lr.shape[1]} channels; the model takes {self.channels}")
         if min(lr.shape[-2:]) < self.minimum_size:
             raise InvalidArgument(
-                f"{name}: the image is {lr.shape[-2]}x{lr.shape[-1]}, the smallest is "
+                f"{name}: the image is {lr.shape[-2]}x{lr.shape[-1]}; wanted at least "
                 f"{self.minimum_size}x{self.minimum_size}; pad it and crop the result"
             )
         if self.training or self.any_intensity or not has_values(lr):

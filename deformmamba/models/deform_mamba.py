@@ -122,7 +122,7 @@ class DeformMambaSR(Block, SRModel):
         if not 1 <= len(dims) == len(depths) <= 8 or min(dims) < patch or patch < 1 or not 1 <= sum(depths) <= 256:
             raise InvalidArgument(
                 f"DeformMambaSR: dims={list(dims)}, depths={list(depths)}, patch={patch}; dims and depths need one "
-                "positive entry a level each (1 to 8 levels, 256 blocks), and dims at least the patch size"
+                "positive entry per level (1 to 8 levels, 256 blocks), and dims at least the patch size"
             )
         if min(depths) < 1:
             raise InvalidArgument(f"DeformMambaSR: depths={list(depths)}; each level needs at least one block")
@@ -178,7 +178,7 @@ class DeformMambaSR(Block, SRModel):
     def from_preset(cls, name: str, **overrides: Any) -> "DeformMambaSR":
         """A new network with random weights: `PRESETS[name]` (paper, paper-literal, small, tiny), then `overrides`."""
         if name not in PRESETS:
-            raise InvalidArgument(f"DeformMambaSR: no preset {name!r}; presets: {', '.join(PRESETS)}")
+            raise InvalidArgument(f"DeformMambaSR: unknown preset {name!r}; presets: {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
     def forward(

@@ -47,7 +47,7 @@ class FMISR(SRModel):
         super().__init__(scale=scale, intensity=intensity)
         if not 1 <= len(widths) <= 64 or min(widths) < 1:
             raise InvalidArgument(
-                f"FMISR: widths={list(widths)}; one positive number of channels a hidden layer is needed"
+                f"FMISR: widths={list(widths)}; wanted one positive number of channels per hidden layer"
             )
         self.grid = grid
         self.skip = checked_skip("FMISR", skip, grid)

@@ -384,7 +384,7 @@ class Compose(Degradation):
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", tuple(self.parts))
         if not self.parts:
-            raise InvalidArgument(f"compose: wanted one degradation or more; known: {', '.join(DEGRADATIONS)}")
+            raise InvalidArgument(f"compose: no degradation given; wanted at least one of {', '.join(DEGRADATIONS)}")
         grids = {part.grid for part in self.parts if part.scale > 1}
         if len(grids) > 1:
             raise InvalidArgument(
@@ -454,7 +454,7 @@ def parse(text: str, *, scale: int | None = None) -> Degradation:
 def _parse_part(text: str, scale: int | None) -> Degradation:
     name, _, rest = text.partition(":")
     if name not in DEGRADATIONS:
-        raise InvalidArgument(f"degradation {text!r}: no {name!r}; known: {', '.join(DEGRADATIONS)}")
+        raise InvalidArgument(f"degradation {text!r}: unknown name {name!r}; degradations: {', '.join(DEGRADATIONS)}")
     made = DEGRADATIONS[name]
     fields = {f.name: f for f in dataclasses.fields(made)}  # type: ignore[arg-type]
     types = get_type_hints(made)
@@ -462,7 +462,7 @@ def _parse_part(text: str, scale: int | None) -> Degradation:
     for item in filter(None, rest.split(",")):
         key, equals, value = (piece.strip() for piece in item.partition("="))
         if key not in fields or not equals:
-            raise InvalidArgument(f"degradation {text!r}: no argument {item!r}; {name} takes {', '.join(fields)}")
+            raise InvalidArgument(f"degradation {text!r}: unknown argument {item!r}; {name} takes {', '.join(fields)}")
         try:
             values[key] = types[key](value) if types[key] in (int, float) else value
         except ValueError:

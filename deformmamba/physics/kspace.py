@@ -58,7 +58,7 @@ def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """
     (n_rows, n_columns), (h, w) = image.shape[-2:], size
     if not (0 < h <= n_rows and 0 < w <= n_columns):
-        raise InvalidArgument(f"resize: wanted at most the image's own {n_rows}x{n_columns} frequencies, not {h}x{w}")
+        raise InvalidArgument(f"resize: {h}x{w} frequencies wanted, but the image has only {n_rows}x{n_columns}")
 
     def central(n: int, m: int) -> torch.Tensor:
         """Where the central m of n frequencies stand in a spectrum that was not shifted: 0, 1, ... -2, -1."""

@@ -60,9 +60,7 @@ class SliceProfile:
                 f"column; it has {len(z)} rows"
             )
         if float(torch.trapezoid(weight, z)) <= 0:
-            raise SliceProfileError(
-                f"slice profile {self.kind}: its area is not positive, so it is no mean of anything"
-            )
+            raise SliceProfileError(f"slice profile {self.kind}: its area is not positive, so it cannot be normalised")
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> "SliceProfile":

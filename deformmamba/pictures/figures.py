@@ -106,7 +106,7 @@ def before_after(
     """
     check_output(path, SUFFIXES)
     if not results:
-        raise InvalidArgument("before_after: there is no result to show")
+        raise InvalidArgument("before_after: no result given; give at least one")
     region = zoom or _busiest(list(results.values())[-1], lr.shape)
     images = {"input": lr, **results}
     figure, panels = _figure(len(images), 2, lr.shape, spacing, bottom=_BOTTOM + (0.2 if note else 0))
@@ -150,7 +150,7 @@ def comparison(
     """
     check_output(path, SUFFIXES)
     if not results or any(image.shape != hr.shape for image in results.values()):
-        raise InvalidArgument(f"comparison: every result must have the size {hr.shape} of hr, and there must be one")
+        raise InvalidArgument(f"comparison: give at least one result; every result must have the size {hr.shape} of hr")
     region = zoom or _busiest(hr, hr.shape)
     figure, panels = _figure(len(results) + 1, 3, hr.shape, spacing, bottom=_BOTTOM + 0.35)
     window, peak = grey_window(hr), float(hr.max()) or 1.0

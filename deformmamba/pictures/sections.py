@@ -25,7 +25,7 @@ def section_figure(volumes: Mapping[str, Volume], path: PathLike, *, axis: int, 
 
     check_output(path, SUFFIXES)
     if not volumes:
-        raise VolumeError(f"{path}: there is no volume to draw")
+        raise VolumeError(f"{path}: no volume to draw; give at least one")
     first = next(iter(volumes.values()))
     window = grey_window(first.array)
     rows = in_plane(axis)

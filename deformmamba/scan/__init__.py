@@ -258,14 +258,14 @@ def _check_shapes(*arguments: tuple[str, torch.Tensor | None, str]) -> None:
                 f"{name} must be floating point, got {tensor.dtype}; convert it, for example with .float()"
             )
         if (tensor.dtype == torch.float64) != (first.dtype == torch.float64):
-            raise InvalidType(f"{name} is {tensor.dtype} but u is {first.dtype}; float64 mixes with nothing else")
+            raise InvalidType(f"{name} is {tensor.dtype} but u is {first.dtype}; float64 needs all tensors in float64")
         if tensor.device != first.device:
             raise InvalidArgument(f"{name} is on {tensor.device} but u is on {first.device}; move them to one device")
 
 
 def _known(name: str) -> None:
     if name != "auto" and name not in BACKENDS:
-        raise ScanBackendError(f"there is no scan backend {name!r}; there are {', '.join(BACKENDS)}, and auto")
+        raise ScanBackendError(f"unknown scan backend {name!r}; backends: {', '.join(BACKENDS)}, auto")
 
 
 @constant_when_compiled  # it looks at the machine and the installed packages, which torch.compile cannot trace

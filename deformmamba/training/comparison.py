@@ -113,7 +113,7 @@ def benchmark(
         "train": {"subjects": subjects(train), "volumes": [scan.path.name for scan in train]},
         "test": {"subjects": subjects(test), "volumes": [scan.path.name for scan in test]},
     }
-    _same(folder / "benchmark.json", facts)
+    _check_folder(folder / "benchmark.json", facts)
     document = folder / f"{table}.md"
 
     @cache
@@ -125,14 +125,14 @@ def benchmark(
             with torch.device("meta"):  # for its config alone
                 config = plan.build(row).config
         except MissingExtra as missing:
-            say(f"{row.name}: left out: {missing}")
+            say(f"{row.name}: skipped: {missing}")
             continue
         for seed in range(plan.seeds if row.trained else 1):
             path = folder / "rows" / f"{_slug(row)}-{seed}.json"
             if path.exists():
                 if json.loads(path.read_text("utf-8"))["config"] != config:
                     raise InvalidArgument(
-                        f"{path} is of another network than {row.name} is now; delete it and {folder}/runs"
+                        f"{path} belongs to another version of the network {row.name}; delete it and {folder}/runs"
                     )
                 continue
             result = _run(row, seed, patches, test, folder, plan, progress)
@@ -152,7 +152,7 @@ def _check(
     if table not in TABLES or plan.preset not in SIZES:
         tables, presets = ", ".join(TABLES), ", ".join(SIZES)
         raise InvalidArgument(
-            f"benchmark: no {table!r} or preset {plan.preset!r}; tables: {tables}; presets: {presets}"
+            f"benchmark: unknown table {table!r} or preset {plan.preset!r}; tables: {tables}; presets: {presets}"
         )
     names = [row.name for row in TABLES[table]]
     unknown = [name for name in rows or () if name not in names]
@@ -161,18 +161,18 @@ def _check(
     given = [n for n in (plan.steps, plan.minutes) if n is not None]
     if len(given) != 1 or not 0 < given[0] < math.inf or plan.seeds < 1 or plan.batch < 1:
         raise InvalidArgument(
-            f"benchmark: steps={plan.steps}, minutes={plan.minutes}, seeds={plan.seeds}, batch={plan.batch}; one of "
-            "steps and minutes is needed, and all must be positive"
+            f"benchmark: steps={plan.steps}, minutes={plan.minutes}, seeds={plan.seeds}, batch={plan.batch}; give "
+            "either steps or minutes, and only positive numbers"
         )
     if (degradation := plan.degradation()).grid != "origin":
         raise InvalidArgument(
-            f"benchmark: {degradation} is on the {degradation.grid} grid; the networks are on the origin grid"
+            f"benchmark: {degradation} is on the {degradation.grid} grid; the networks need the origin grid"
         )
     both = sorted({*subjects(train)} & {*subjects(test)})
     if both or not train or not test:
         raise InvalidArgument(
-            f"benchmark: {len(train)} volumes to train on and {len(test)} to score, both needed, of different subjects"
-            + (f"; in both: {', '.join(both[:5])}" if both else "")
+            f"benchmark: {len(train)} volumes to train on and {len(test)} to score; both are needed, from different "
+            "subjects" + (f"; in both: {', '.join(both[:5])}" if both else "")
         )
     return [row for row in TABLES[table] if rows is None or row.name in rows]
 
@@ -297,8 +297,8 @@ def _slug(row: Row) -> str:
     return "".join(c if c.isalnum() else "-" for c in row.name.lower())
 
 
-def _same(path: Path, facts: Mapping[str, Any]) -> None:
-    """Writes what a folder is for, or refuses one that is for something else."""
+def _check_folder(path: Path, facts: Mapping[str, Any]) -> None:
+    """Writes `facts` to a new folder; refuses a folder that holds a benchmark with other facts."""
     plain = json.loads(json.dumps(facts))
     if not path.exists():
         write_text(path, json.dumps(plain, indent=1) + "\n")
@@ -311,11 +311,11 @@ def _same(path: Path, facts: Mapping[str, Any]) -> None:
                 key = next(k for k in {**ours, **theirs} if ours.get(k, "not given") != theirs.get(k, "not given"))
                 part, ours, theirs = f"{part} {key}", ours.get(key, "not given"), theirs.get(key, "not given")
             raise InvalidArgument(
-                f"{path.parent} holds another benchmark: {part} is {_brief(theirs)} there and {_brief(ours)} here; "
-                "choose another folder, or delete it"
+                f"{path.parent} holds another benchmark: {part} was {_shortened(theirs)}, now it is "
+                f"{_shortened(ours)}; choose another folder, or delete it"
             )
 
 
-def _brief(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) < 80 else f"{text[:77]}..."

@@ -39,13 +39,13 @@ class RunFolder:
         self._writer: Any = None
 
     def known(self) -> dict[str, Any]:
-        """The description of the run that the folder holds, flat: "fit.lr" and so on; empty without one.
+        """The settings of the run in this folder, flattened to keys such as "fit.lr"; empty if there is no run.
 
         Raises:
             InvalidArgument: it cannot be read.
         """
         if not (self.path / RUN).is_file() or not any((self.path / name).exists() for name in (STATE, BEST, LAST)):
-            return {}  # none, or begun and stopped before there was anything to lose
+            return {}  # no run, or one that stopped before it saved anything
         try:
             return dict(_flat(json.loads((self.path / RUN).read_text("utf-8"))))
         except ValueError as error:
@@ -54,23 +54,24 @@ class RunFolder:
             ) from None
 
     def describes(self, key: str) -> bool:
-        """Whether the description of the run there has an entry such as "fit.lr"."""
+        """Whether the settings of the run in this folder include `key`, such as "fit.lr"."""
         return key in self.known()
 
     def check(self, run: Mapping[str, Any], *, whole: bool = True) -> None:
-        """Compares the run that the folder holds, if any, with `run`, or (not `whole`) with those facts of it alone.
+        """Compares the settings of the run in this folder, if there is one, with `run`.
 
-        A finished run may be continued by one that is longer and otherwise the same.
+        With whole=False only the keys of `run` are compared. A finished run may be continued with more steps or epochs
+        and otherwise equal settings.
 
         Raises:
-            InvalidArgument: it holds another run (names what differs), or checkpoints without a description.
+            InvalidArgument: the settings differ (the message lists them), or there are checkpoints without settings.
         """
         if not (self.path / RUN).is_file():
             strangers = [name for name in (STATE, BEST, LAST) if (self.path / name).exists()]
             if strangers:
                 raise InvalidArgument(
-                    f"fit: {self.path} holds {', '.join(strangers)} of a run that it does not describe "
-                    f"(no {RUN}); choose another folder"
+                    f"fit: {self.path} holds {', '.join(strangers)} of an unknown run, because {RUN} is missing; "
+                    "choose another folder"
                 )
             return
         known = self.known()
@@ -81,7 +82,7 @@ class RunFolder:
         different = sorted(key for key in compared if known.get(key, "not given") != wanted.get(key, "not given"))
         if different and not (_is_longer(known, wanted, different) and self._finished(known)):
             shown = "; ".join(
-                f"{key} is {_short(known, key)} there and {_short(wanted, key)} here" for key in different[:3]
+                f"{key} was {_short(known, key)}, now it is {_short(wanted, key)}" for key in different[:3]
             )
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
             raise InvalidArgument(
@@ -89,17 +90,17 @@ class RunFolder:
             )
 
     def _finished(self, known: Mapping[str, Any]) -> bool:
-        """Whether the run there reached its last step: that one is always logged."""
+        """Whether the run in this folder reached its last step, which is always logged."""
         rows, samples, batch = self.rows(), known.get("fit.samples"), known.get("fit.batch")
         if not rows or not isinstance(samples, int) or not isinstance(batch, int):
             return False
         return int(rows[-1]["step"]) >= math.ceil(samples / batch) and (self.path / STATE).is_file()
 
     def begin(self, run: Mapping[str, Any], *, writes: bool) -> dict[str, Any] | None:
-        """Checks the folder, writes `run.json` if it is new, and returns the state to go on from, if there is one.
+        """Checks the folder, writes `run.json`, and returns the saved state to resume from, or None.
 
         Raises:
-            ValueError: see `check`; or the state cannot be read.
+            InvalidArgument: see `check`; or the state cannot be read.
         """
         self.check(run)
         state = None
@@ -124,13 +125,13 @@ class RunFolder:
         return state
 
     def rows(self) -> list[dict[str, Any]]:
-        """The log: one row a validation."""
+        """The log: one row per validation."""
         if not (self.path / LOG).is_file():
             return []
         with open(self.path / LOG, newline="") as file:
             rows = list(csv.DictReader(file))
         if not all((row.get("step") or "").isdigit() for row in rows):
-            raise InvalidArgument(f"fit: {self.path / LOG} is no log of a run (no column of steps); move it away")
+            raise InvalidArgument(f"fit: {self.path / LOG} is not a training log (no column step); move it away")
         return rows
 
     def log(self, row: Mapping[str, float]) -> None:

@@ -115,9 +115,9 @@ def _plan(recipe: str | os.PathLike[str], init: str | None, overrides: Mapping[s
     if init is not None:
         plan["model"]["init"] = init
     if not plan["model"]:
-        raise InvalidArgument(f"recipe {recipe}: no weights to start from; name them: --init ixi-4x (init= in Python)")
+        raise InvalidArgument(f"recipe {recipe}: no weights to start from; give them: --init ixi-4x (init= in Python)")
     if ("steps" in plan["fit"]) == ("epochs" in plan["fit"]):
-        raise InvalidArgument(f"recipe {recipe}: [fit] needs either steps or epochs")
+        raise InvalidArgument(f"recipe {recipe}: [fit] must contain either steps or epochs")
     for key in ("steps", "epochs"):
         if key in plan["fit"] and not 0 < plan["fit"][key] < math.inf:
             raise InvalidArgument(f"recipe {recipe}: {key} in [fit] is {plan['fit'][key]}; wanted a number above 0")
@@ -207,29 +207,29 @@ def _split(scans: Sequence[Scan], plan: dict[str, dict[str, Any]], data: Any) ->
     missing = sorted(set(weights or ()) - {scan.group for scan in train})
     if missing and train:
         warnings.warn(
-            f"{data} has no training volumes of {', '.join(missing)}; the recipe's other groups take their share",
+            f"{data} has no training volumes of {', '.join(missing)}; the other groups of the recipe replace them",
             stacklevel=3,
         )
     if not train or not val:
         groups = ", ".join(sorted({f"{scan.group or 'no group'} ({scan.split})" for scan in scans}))
         raise InvalidArgument(
-            f"train: {data} has {len(train)} volumes to train on and {len(val)} to validate on, both needed, of "
-            f"different subjects; the recipe wants {', '.join(weights or ['any'])} and {', '.join(wanted or ['any'])}; "
-            f"there are: {groups}. A {INDEX} in the folder (columns participant_id, file, split) decides who does what"
+            f"train: {data}: {len(train)} volumes to train on and {len(val)} to validate on; both are needed, from "
+            f"different subjects. The recipe needs {', '.join(weights or ['any'])} and {', '.join(wanted or ['any'])}; "
+            f"available: {groups}. A {INDEX} in the folder (columns participant_id, file, split) sets the splits"
         )
     return train, val
 
 
 def _described(scans: Sequence[Scan]) -> dict[str, Any]:
-    """How many subjects and volumes, and a hash of the subjects' names: a name may be a person's, and checkpoints are
-    given away."""
+    """The numbers of subjects and volumes, and a hash of the subject names. The names are not stored, because they may
+    identify a person and checkpoints are published."""
     names = subjects(scans)
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
     return {"subjects": len(names), "volumes": len(scans), "subjects_sha256": digest}
 
 
 def _thick_scores(val: Sequence[Scan]) -> Callable[[SRModel], dict[str, float]]:
-    """What a network for the slice direction reaches on in-plane images of `val`, and the cubic spline beside it."""
+    """A function that scores a network for the slice direction, and the cubic spline, on in-plane images of `val`."""
     cases = thick_cases(val)
 
     def scores(model: SRModel) -> dict[str, float]:
@@ -245,7 +245,7 @@ def _thick_scores(val: Sequence[Scan]) -> Callable[[SRModel], dict[str, float]]:
 
 
 def _degradation(settings: Mapping[str, Any]) -> str:
-    """What made the LR of a training, in words: "k-space crop, magnitude; 10 % k-space >> rician:snr=30"."""
+    """The degradations of a training, as text: "k-space crop, magnitude; 10 % k-space >> rician:snr=30"."""
     if settings.get("kind") == "thick":
         return "slice profiles, " + ", ".join(
             f"{key} {'-'.join(f'{value:g}' for value in settings[key])}"
@@ -257,7 +257,7 @@ def _degradation(settings: Mapping[str, Any]) -> str:
 
 
 def _inherited(start: Checkpoint) -> list[dict[str, Any]]:
-    """What is known of the weights that a training began with, and of those before them, oldest first."""
+    """The provenance of the initial weights and of all their predecessors, oldest first."""
     kept = ("name", "steps", "batch", "seed", "spacings_mm", "recipe")
     before = start.provenance.get("init")
     own = {"sha256": start.sha256, **{key: start.provenance[key] for key in kept if key in start.provenance}}
@@ -269,7 +269,7 @@ def _model(recipe: str | os.PathLike[str], arguments: Mapping[str, Any], start: 
     if start is not None and arguments.keys() == {"init"}:
         if start.class_name not in MODELS:
             raise InvalidArgument(
-                f"recipe {recipe}: {start.source} is a {start.class_name}; known: {', '.join(MODELS)}"
+                f"recipe {recipe}: {start.source} is a {start.class_name}; models: {', '.join(MODELS)}"
             )
         return MODELS[start.class_name].from_checkpoint(start)
     plain = {key: value for key, value in arguments.items() if key != "init"}

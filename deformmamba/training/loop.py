@@ -484,7 +484,7 @@ def _refuse_sharding(accelerator: Any) -> None:
 
 def _not_finite(what: str, step: int, indices: Sequence[int], dataset: Any) -> str:
     if not indices:
-        return f"fit: {what} at step {step}, for samples of another process, which names them"
+        return f"fit: {what} at step {step}, for samples of another process; its message lists them"
     names = [f"{i} ({dataset.describe(i)})" if hasattr(dataset, "describe") else str(i) for i in indices[:8]]
     more = f" and {len(indices) - 8} more" if len(indices) > 8 else ""
     return f"fit: {what} at step {step}, samples {', '.join(names)}{more}; check these, lower lr, or raise precision"

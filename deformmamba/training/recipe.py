@@ -47,13 +47,13 @@ def load_recipe(name: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     try:
         recipe = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise InvalidArgument(f"recipe {name}: not TOML: {error}") from None
+        raise InvalidArgument(f"recipe {name}: not valid TOML: {error}") from None
     for section in [*recipe, *SECTIONS]:
         if section not in SECTIONS or not isinstance(recipe.setdefault(section, {}), dict):
-            raise InvalidArgument(f"recipe {name}: no section [{section}]; sections: {', '.join(SECTIONS)}")
+            raise InvalidArgument(f"recipe {name}: unknown section [{section}]; sections: {', '.join(SECTIONS)}")
     model = recipe["model"].get("name", "DeformMambaSR")
     if model not in MODELS:
-        raise InvalidArgument(f"recipe {name}: no model {model!r}; models: {', '.join(MODELS)}")
+        raise InvalidArgument(f"recipe {name}: unknown model {model!r}; models: {', '.join(MODELS)}")
     _check_keys(name, "model", recipe["model"], MODELS[model].__init__, extra={"name": str, "preset": str, "init": str})
     kind = recipe["data"].get("kind", "in-plane")
     if kind not in KINDS:
@@ -62,9 +62,9 @@ def load_recipe(name: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     _check_keys(name, "fit", recipe["fit"], fit, extra={"loss": str, "beta": float})
     loss = recipe["fit"].get("loss", "sr")
     if loss not in LOSSES:
-        raise InvalidArgument(f"recipe {name}: no loss {loss!r}; losses: {', '.join(LOSSES)}")
+        raise InvalidArgument(f"recipe {name}: unknown loss {loss!r}; losses: {', '.join(LOSSES)}")
     if loss != "sr" and "beta" in recipe["fit"]:
-        raise InvalidArgument(f"recipe {name}: beta in [fit] weighs the edges of loss = 'sr', and loss is {loss!r}")
+        raise InvalidArgument(f"recipe {name}: beta in [fit] needs loss = 'sr', but loss is {loss!r}; leave beta out")
     return recipe
 
 
@@ -83,6 +83,8 @@ def _check_keys(name: Any, section: str, values: Mapping[str, Any], of: Any, ext
     kinds.update(extra)
     for key, value in values.items():
         if key not in kinds:
-            raise InvalidArgument(f"recipe {name}: no key {key!r} in [{section}]; keys: {', '.join(sorted(kinds))}")
+            raise InvalidArgument(
+                f"recipe {name}: unknown key {key!r} in [{section}]; keys: {', '.join(sorted(kinds))}"
+            )
         if not fits(value, kinds[key]):
             raise InvalidArgument(f"recipe {name}: {key} in [{section}] is {value!r}; wanted {described(kinds[key])}")

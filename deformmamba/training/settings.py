@@ -82,7 +82,7 @@ def n_samples(n: int, steps: int | None, epochs: float | None, batch: int) -> in
     if not n:
         raise InvalidArgument("fit: the data set is empty")
     if (steps is None) == (epochs is None):
-        raise InvalidArgument(f"fit: steps is {steps} and epochs is {epochs}; give one of the two")
+        raise InvalidArgument(f"fit: steps is {steps} and epochs is {epochs}; give exactly one")
     samples = steps * batch if steps is not None else round(epochs * n)  # type: ignore[operator]
     if samples < 1:
         raise InvalidArgument(f"fit: steps is {steps} and epochs is {epochs}; there is nothing to train")

@@ -176,7 +176,7 @@ def _dicom_choice(path: Path, series: int | str | None, stack: int | None, parti
         if not known:
             raise VolumeError(f"{path}: {_other_kind(path)}; give .nii, .nii.gz, .mgh, .mgz or DICOM")
     if series is not None or stack is not None:
-        raise VolumeError(f"{path}: is one file; series and stack choose among the DICOM files of a folder")
+        raise VolumeError(f"{path}: a single file; series and stack are for a folder of DICOM files; leave them out")
     return None
 
 
@@ -204,7 +204,7 @@ def _checked_voxels(volume: Volume, path: Path, nan: str, *, zeros: bool = False
             f'{path}: {bad} of {volume.array.size} voxels are NaN or infinite; nan="zero" (--nan zero) makes them 0'
         )
     if not zeros and not volume.array.any():
-        raise VolumeError(f"{path}: every voxel is zero; there is nothing in this volume")
+        raise VolumeError(f"{path}: every voxel is zero; the volume is empty")
     return volume
 
 
@@ -286,7 +286,7 @@ def writing(
     if len(shape) not in (3, 4) or min(shape) < 1 or axis not in (0, 1, 2):
         raise InvalidArgument(f"a volume has three sizes and the axes 0, 1 and 2; not shape {shape} and axis {axis}")
     if len(shape) == 4 and suffix(path) not in NIFTI_SUFFIXES:
-        raise VolumeError(f"{path}: several volumes are written as NIfTI only; name a file ending in .nii.gz")
+        raise VolumeError(f"{path}: several volumes can be written as NIfTI only; give a file name ending in .nii.gz")
     size = tuple(shape[a] for a in in_plane(axis))
     n_slices = shape[axis] * (shape[3] if len(shape) == 4 else 1)
     done = 0
@@ -375,10 +375,10 @@ def check_output(
     path = Path(path)
     if suffix(path) not in suffixes:
         or_dicom = "; or, as DICOM, to a folder" if source and isinstance(source.header, dicom.DicomSeries) else ""
-        raise VolumeError(f"{path}: can only be written as {', '.join(suffixes)}{or_dicom}; choose such a name")
+        raise VolumeError(f"{path}: wanted a file name ending in {', '.join(suffixes)}{or_dicom}")
     allowed = MGH_DTYPES if suffix(path) in MGH_SUFFIXES else DTYPES
     if dtype not in (None, *allowed):
         raise VolumeError(f"{path}: voxels can be written as {', '.join(allowed)}, not as {dtype}")
     if os.path.isdir(path):
-        raise VolumeError(f"{path}: is a folder; give the name of a file")
+        raise VolumeError(f"{path}: is a folder; give a file name")
     check_folder_of(path)

@@ -129,7 +129,7 @@ class _Series:
     def __init__(self, path: Path, choice: Choice) -> None:
         self._path = path
         datasets, self._notes = _images(path, choice.partial)
-        with parsing(path, "DICOM geometry that cannot be understood"):
+        with parsing(path, "its DICOM geometry cannot be read"):
             datasets = _one_series(path, datasets, choice.series)
             for file, dataset in datasets.items():
                 if reason := not_an_image(dataset):
@@ -145,16 +145,16 @@ class _Series:
     def volume(self, index: int) -> Volume:
         path = self._path
         frames = [place[index] for place in self._places]
-        with parsing(path, "DICOM geometry that cannot be understood"):
+        with parsing(path, "its DICOM geometry cannot be read"):
             affine = _affine(path, frames)
         used = {frame.path: self._datasets[frame.path] for frame in frames}
         for file, dataset in used.items():
-            with parsing(file, "a damaged DICOM file"):
+            with parsing(file, "damaged DICOM file"):
                 _check_pixels(file, dataset)
         with parsing(path, "its pixels cannot be decoded"):
             array = np.empty((*frames[0].size, len(frames)), np.float32, order="F")
         for file, dataset in used.items():
-            with parsing(file, "its pixels cannot be decoded: damaged, or compressed in an unusual way"):
+            with parsing(file, "its pixels cannot be decoded: damaged, or an unsupported compression"):
                 places = [k for k, frame in enumerate(frames) if frame.path == file]
                 # the tiles of a mosaic are all in one frame
                 indices = list(dict.fromkeys(frames[k].index for k in places))
@@ -163,7 +163,7 @@ class _Series:
                     top, bottom, left, right = frames[k].box or (0, frames[k].size[1], 0, frames[k].size[0])
                     pixels = decoded[frames[k].index][top:bottom, left:right]
                     array[:, :, k] = pixels.T * frames[k].slope + frames[k].intercept
-        with parsing(path, "DICOM geometry that cannot be understood"):
+        with parsing(path, "its DICOM geometry cannot be read"):
             header = DicomSeries(tuple(frames), used, affine)
             return Volume(array, affine, header=header, slices=2, notes=tuple(self._notes))
 
@@ -187,7 +187,7 @@ def _images(path: Path, partial: bool) -> tuple[dict[Path, Any], list[str]]:
     if not path.is_dir():
         dataset = _dataset(path)
         if "Rows" not in dataset:
-            raise VolumeError(f"{path}: {_kind_without_pixels(dataset)}; give the images themselves, or their folder")
+            raise VolumeError(f"{path}: {_kind_without_pixels(dataset)}; give the DICOM images or their folder")
         return {path: dataset}, []
     datasets: dict[Path, Any] = {}
     other: list[str] = []
@@ -212,13 +212,13 @@ def _images(path: Path, partial: bool) -> tuple[dict[Path, Any], list[str]]:
     if damaged and not partial:
         raise VolumeError(
             f"{path}: {len(damaged)} of {len(files)} files are empty or damaged ({_listed(damaged)}); copy them again, "
-            "or read the others alone with partial=True (--partial)"
+            "or read only the others with partial=True (--partial)"
         )
     notes = []
     if damaged:
-        notes.append(f"damaged files passed over: {_listed(damaged)}")
+        notes.append(f"damaged files skipped: {_listed(damaged)}")
     if other:
-        notes.append(f"files passed over, which are no DICOM images: {_listed(other)}")
+        notes.append(f"files skipped, because they are not DICOM images: {_listed(other)}")
     return datasets, notes
 
 
@@ -331,16 +331,18 @@ def _plane(frame: Frame) -> str:
 def _frames(path: Path, dataset: Any) -> Iterator[Frame]:
     is_grey = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2").startswith("MONOCHROME")
     if int(dataset.get("SamplesPerPixel", 1)) != 1 or not is_grey:
-        raise VolumeError(f"{path}: voxels are colours: take one channel first")
+        raise VolumeError(f"{path}: voxels are colours; extract one channel first")
     n_frames = int(dataset.get("NumberOfFrames") or 1)
     if "PerFrameFunctionalGroupsSequence" in dataset:
         groups = list(dataset.PerFrameFunctionalGroupsSequence)
         if len(groups) != n_frames:
-            raise VolumeError(f"{path}: multi-frame DICOM that says what {len(groups)} of {n_frames} frames are")
+            raise VolumeError(
+                f"{path}: multi-frame DICOM that describes {len(groups)} of its {n_frames} frames; export it again"
+            )
         shared = [*dataset.get("SharedFunctionalGroupsSequence", [])][:1]
         levels = [[group, *shared, dataset] for group in groups]
     elif n_frames > 1:
-        raise VolumeError(f"{path}: multi-frame DICOM of a kind that does not say where each frame lies; convert it")
+        raise VolumeError(f"{path}: multi-frame DICOM without a position for each frame; convert it to NIfTI")
     else:
         levels = [[dataset]]
     for index, level in enumerate(levels):
@@ -360,7 +362,7 @@ def _frames(path: Path, dataset: Any) -> Iterator[Frame]:
         }
         for field, value in geometry.items():
             if value is None:
-                raise VolumeError(f"{path}: has no {field}, so its place in the patient is unknown")
+                raise VolumeError(f"{path}: has no {field}, so its position in the patient is unknown")
         position, axes, spacing = (np.array(value, dtype=float) for value in geometry.values())
         position, axes = position.reshape(3), axes.reshape(2, 3)
         between = get("PixelMeasuresSequence", "SpacingBetweenSlices")
@@ -391,12 +393,12 @@ def _frames(path: Path, dataset: Any) -> Iterator[Frame]:
             (int(dataset.Columns), int(dataset.Rows)),
         )
         if min(frame.size) < 1:
-            raise VolumeError(f"{path}: its images have no pixels")
+            raise VolumeError(f"{path}: its images contain no pixels")
         if not mosaic.is_mosaic(dataset) and "MOSAIC" not in frame.parameters[2]:
             yield frame
             continue
         if "PerFrameFunctionalGroupsSequence" in dataset:
-            raise VolumeError(f"{path}: an enhanced Siemens mosaic, which is not read; convert it with dcm2niix")
+            raise VolumeError(f"{path}: an enhanced Siemens mosaic, which is not supported; convert it with dcm2niix")
         for box, where in mosaic.tiles(path, dataset, position, axes, frame.spacing):
             yield replace(frame, position=where, box=box, size=(box[3] - box[2], box[1] - box[0]))
 
@@ -422,21 +424,23 @@ def _places(source: Path, frames: list[Frame]) -> list[list[Frame]]:
     for place in places:
         place.sort(key=lambda frame: (frame.parameters, frame.order, str(frame.path)))
     n = len(places[0])
-    apart = "several slices share one position"
+    apart = "several slices have the same position"
     if any(len(place) != n for place in places):
-        raise VolumeError(f"{source}: {apart}, not as many at each; is a file missing, or there twice?")
+        raise VolumeError(
+            f"{source}: {apart}, and their number differs between positions; a file is missing or duplicated"
+        )
     if n > 1 and any(len({frame.parameters for frame in kth}) > 1 for kth in zip(*places, strict=True)):
-        raise VolumeError(f"{source}: {apart}, and nothing tells which of them belong together")
+        raise VolumeError(f"{source}: {apart}, and no DICOM field tells which of them belong to one volume")
     # a copy of a file under another name: nothing but the name differs
     if any(a.parameters == b.parameters and a.order == b.order for p in places for a, b in itertools.pairwise(p)):
-        raise VolumeError(f"{source}: {apart} and one number: files are there twice; keep one of each")
+        raise VolumeError(f"{source}: {apart} and the same number; remove the duplicated files")
     return places
 
 
 def _affine(source: Path, frames: list[Frame]) -> np.ndarray:
     first, last = frames[0], frames[-1]
     if not np.allclose(first.axes @ first.axes.T, np.eye(2), atol=1e-3):
-        raise VolumeError(f"{source}: ImageOrientationPatient holds no two perpendicular unit vectors")
+        raise VolumeError(f"{source}: ImageOrientationPatient is not two perpendicular unit vectors")
     along_row, along_column = first.axes / np.linalg.norm(first.axes, axis=1, keepdims=True)
     if len(frames) == 1:
         step = np.cross(along_row, along_column) * abs(first.step)
@@ -445,7 +449,7 @@ def _affine(source: Path, frames: list[Frame]) -> np.ndarray:
         gaps = np.diff([frame.position for frame in frames], axis=0)
         # a scanner rounds positions by far less than 2 % of a step
         if not np.abs(gaps - step).max() <= 0.02 * np.linalg.norm(step):
-            raise VolumeError(f"{source}: slices are not evenly spaced; is a file of the series missing?")
+            raise VolumeError(f"{source}: slices are not evenly spaced; probably a file of the series is missing")
     # PixelSpacing is (between rows, between columns)
     between_rows, between_columns = first.spacing
     affine = np.eye(4)
@@ -459,11 +463,11 @@ def _check_pixels(path: Path, dataset: Any) -> None:
 
     syntax = dataset.file_meta.get("TransferSyntaxUID")
     if syntax is None or not syntax.is_transfer_syntax or syntax.is_private:
-        raise VolumeError(f"{path}: does not say how its pixels are stored (TransferSyntaxUID)")
+        raise VolumeError(f"{path}: has no valid TransferSyntaxUID, so its pixel format is unknown")
     n_bytes = path.stat().st_size
     bits = int(dataset.get("BitsAllocated", 0))
     if bits not in (1, 8, 16, 32, 64):
-        raise VolumeError(f"{path}: says that a pixel has {bits} bits; 1, 8, 16, 32 and 64 are allowed")
+        raise VolumeError(f"{path}: its header gives {bits} bits per pixel; 1, 8, 16, 32 and 64 are allowed")
     voxels = int(dataset.Rows) * int(dataset.Columns) * int(dataset.get("NumberOfFrames") or 1)
     if syntax.is_encapsulated or syntax.is_deflated:
         if voxels > MOST_VOXELS_PER_BYTE * n_bytes:

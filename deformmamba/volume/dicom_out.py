@@ -59,9 +59,9 @@ def check_target(path: PathLike, source: Volume, dtype: str | None) -> None:
     """As `check_output`, for a DICOM target: a folder, or a file if one file holds the whole series."""
     series = source.header
     if not isinstance(series, DicomSeries):
-        raise VolumeError(f"{path}: DICOM is written of what came as DICOM only; name a file ending in .nii.gz")
+        raise VolumeError(f"{path}: DICOM output needs DICOM input; give a file name ending in .nii.gz")
     if any(frame.box for frame in series.frames):
-        raise VolumeError(f"{path}: a Siemens mosaic cannot be written as DICOM; name a file ending in .nii.gz")
+        raise VolumeError(f"{path}: a Siemens mosaic cannot be written as DICOM; give a file name ending in .nii.gz")
     if dtype not in (None, *DICOM_DTYPES):
         raise VolumeError(
             f"{path}: DICOM voxels are 16-bit integers with a slope (no dtype), or {', '.join(DICOM_DTYPES)} without "
@@ -69,20 +69,20 @@ def check_target(path: PathLike, source: Volume, dtype: str | None) -> None:
         )
     target = Path(os.path.realpath(path))
     if any(os.path.realpath(file) == str(target) for file in series.datasets):
-        raise VolumeError(f"{path}: is the input itself; a scan is not overwritten by what was made of it")
+        raise VolumeError(f"{path}: the output is the input file; choose another output name")
     if suffix(target) in SUFFIXES:
         if len(series.datasets) > 1 or (source.array.shape[2] > 1 and not _is_enhanced(series)):
-            raise VolumeError(f"{path}: a file cannot hold this series, which has one for each slice; name a folder")
+            raise VolumeError(f"{path}: this series has one file per slice; give a folder, not a file")
         if target.is_dir():
-            raise VolumeError(f"{path}: is a folder; give the name of a file, or of a folder without .dcm")
+            raise VolumeError(f"{path}: is a folder; give a file name, or a folder name without .dcm")
     elif target.is_dir():
         if any(os.path.realpath(file.parent) == str(target) for file in series.datasets):
-            raise VolumeError(f"{path}: is the folder of the input; name another one")
+            raise VolumeError(f"{path}: the output folder is the input folder; choose another folder")
         with parsing(Path(path), "cannot be read"):
             if not all(_is_ours(file) for file in target.iterdir()):
-                raise VolumeError(f"{path}: holds files that this command did not write; name a new or empty folder")
+                raise VolumeError(f"{path}: contains files that this command did not write; give a new or empty folder")
     elif target.exists():
-        raise VolumeError(f"{path}: is a file, where a DICOM series would be a folder; choose another name")
+        raise VolumeError(f"{path}: is a file, but a DICOM series is written to a folder; choose another name")
     check_folder_of(path)
 
 
@@ -126,7 +126,7 @@ def write(target: Path, like: Volume, voxels: Kept, dtype: str | None, derivatio
     series: DicomSeries = like.header
     axes = like.affine[:3, :2] / np.linalg.norm(like.affine[:3, :2], axis=0)
     if abs(axes[:, 0] @ axes[:, 1]) > 1e-3:
-        raise VolumeError("the rows and columns are not perpendicular, which DICOM cannot say; write NIfTI")
+        raise VolumeError("the rows and columns are not perpendicular, which DICOM cannot store; write NIfTI")
     middle = [(voxels.shape[0] - 1) / 2, (voxels.shape[1] - 1) / 2]
     source_from_out = np.linalg.inv(series.affine) @ like.affine
     nearest = [
@@ -156,7 +156,7 @@ def _encoding() -> Iterator[None]:
         raise
     except Exception as error:  # malformed data sets raise anything
         raise VolumeError(
-            f"the DICOM source is damaged ({type(error).__name__}); name a file ending in .nii.gz"
+            f"the DICOM source is damaged ({type(error).__name__}); give a file name ending in .nii.gz"
         ) from None
 
 

@@ -89,7 +89,7 @@ def parsing(path: Path, what: str) -> Iterator[None]:
     except PermissionError:
         raise VolumeError(f"{path}: permission denied") from None
     except MemoryError:
-        raise VolumeError(f"{path}: does not fit into memory") from None
+        raise VolumeError(f"{path}: too large for the memory") from None
     except Exception as error:  # malformed bytes raise anything
         raise VolumeError(f"{path}: {what} ({type(error).__name__})") from None
 
@@ -153,7 +153,7 @@ def volume_index(path: Path, n: int, volume: int | None) -> int:
         return 0
     if not 0 <= volume < n:
         allowed = f"0 to {n - 1}" if n > 1 else "only volume 0"
-        raise VolumeError(f"{path}: has no volume {volume}; it holds {n}: {allowed}")
+        raise VolumeError(f"{path}: has no volume {volume}; it has {n}: {allowed}")
     return volume
 
 
@@ -274,16 +274,16 @@ def check_folder_of(path: PathLike) -> None:
     """Checks that the parent folder of `path` exists and is writable."""
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
-        raise VolumeError(f"{path}: there is no folder {folder}; make it first")
+        raise VolumeError(f"{path}: the folder {folder} does not exist; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise VolumeError(f"{path}: the folder {folder} cannot be written to")
+        raise VolumeError(f"{path}: no permission to write to the folder {folder}; choose another folder")
     sweep(folder)
 
 
 def as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
     """`array` as `dtype`, integers rounded; values that do not fit raise an error and never wrap around."""
     if array.dtype.kind not in "biuf":
-        raise VolumeError(f"{array.dtype} is no real number; of complex voxels take the magnitude first")
+        raise VolumeError(f"voxels are {array.dtype}, not real numbers; take the magnitude of complex voxels first")
     extremes = float(array.min()), float(array.max())
     if not np.isfinite(extremes).all():
         raise VolumeError(f"NaN or infinite values do not fit {dtype}; replace them first")

@@ -85,7 +85,7 @@ def _checked_affine(matrix: npt.ArrayLike, name: str) -> np.ndarray:
         raise VolumeError(f"the {name} must be a finite 4x4 matrix")
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if (lengths == 0).any():
-        raise VolumeError(f"the voxel spacing is zero along axis {int(np.argmin(lengths))}; the geometry is broken")
+        raise VolumeError(f"the voxel spacing is zero along axis {int(np.argmin(lengths))}; correct the affine")
     # the volume of the parallelepiped of unit edges: 1 for orthogonal axes, 0 for axes in one plane
     if abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-3:
         raise VolumeError(f"the {name} is singular: its axes lie in one plane")
@@ -144,7 +144,7 @@ def chosen_axis(volume: Volume, axis: int | None) -> int:
     if axis is None:
         return slice_axis(volume)
     if axis not in (0, 1, 2):
-        raise VolumeError(f"axis is where slices are stacked: 0, 1 or 2, not {axis!r}")
+        raise VolumeError(f"axis is {axis!r}; it must be 0, 1 or 2, the axis along which slices are stacked")
     return axis
 
 

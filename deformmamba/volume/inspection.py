@@ -243,7 +243,7 @@ def inspect_volume(volume: Volume, *, axis: int | None = None, model: "SRModel |
     axis = chosen_axis(volume, axis)
     array = volume.array
     if array.dtype.kind not in "iuf" or not np.isfinite(array).all():
-        raise VolumeError("the scan holds voxels that are no real finite numbers; take the magnitude, replace NaN")
+        raise VolumeError("the scan has voxels that are complex, NaN or infinite; take the magnitude, replace NaN")
     first, second = in_plane(axis)
     matrix = (array.shape[first], array.shape[second])
     stated = stated_matrix(volume, axis)
@@ -263,7 +263,7 @@ def inspect_volume(volume: Volume, *, axis: int | None = None, model: "SRModel |
             "scan was probably interpolated, though k-space shows no border"
         )
     if orientation is None:
-        remarks.append("the file does not say how the image lies in the patient: no left or right can be shown")
+        remarks.append("the file has no patient orientation, so left and right are unknown")
     if model is not None:
         if min(matrix) < model.minimum_size:
             n = model.minimum_size
@@ -332,7 +332,7 @@ def spacing_remark(model: "SRModel", volume: Volume, axis: int) -> str:
         return "the weights do not say on which pixel sizes they were trained"
     known = f"the weights were trained on pixels of {trained[0]:.3g} to {trained[1]:.3g} mm"
     if not any(volume.codes):
-        return f"{known}; this file does not say where its own come from"
+        return f"{known}; the pixel size of this file is of unknown origin"
     first, second = in_plane(axis)
     pixel = (volume.spacing[first], volume.spacing[second])
     given = f"{pixel[0]:.3g} x {pixel[1]:.3g} mm"

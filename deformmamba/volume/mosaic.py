@@ -63,7 +63,7 @@ def _from_csa(path: Path, dataset: Any) -> tuple[int, np.ndarray]:
     """The number of tiles and the direction in which they are stacked."""
     from nibabel.nicom import csareader
 
-    problem = f"{path}: a Siemens mosaic without the private header that says how its slices lie; {_CURE}"
+    problem = f"{path}: a Siemens mosaic without the private header that gives its slice positions; {_CURE}"
     try:
         header = csareader.get_csa_header(dataset, "image")
         tags = header["tags"]

@@ -60,7 +60,7 @@ def _voxels_of(path: Path) -> Iterator[tuple["_Source", int]]:
             start = raw.read(132)
         packed = start[:2] == b"\x1f\x8b"
         if start[128:] == b"DICM":
-            raise VolumeError(f"{path}: a DICOM file under a {kind} name; rename it to end in .dcm")
+            raise VolumeError(f"{path}: a DICOM file with a {kind} name; rename it to end in .dcm")
         with gzip.open(path) if packed else path.open("rb") as file:
             source = _Source(path, file, n_bytes * (_MOST_UNPACKED if packed else 1), kind == "MGH")
             yield source, source.n_volumes
@@ -76,7 +76,7 @@ class _Source:
         self._header = _header(path, Bounded(file, n_bytes), is_mgh)
         self._dtype = np.dtype(self._header.get_data_dtype())
         if self._dtype.kind not in "iuf":
-            cure = "complex numbers: take the magnitude" if self._dtype.kind == "c" else "colours: take one channel"
+            cure = "complex numbers; take the magnitude" if self._dtype.kind == "c" else "colours; extract one channel"
             raise VolumeError(f"{path}: voxels are {cure} first")
         shape = tuple(int(n) for n in self._header.get_data_shape())
         extra = [n for n in shape[3:] if n != 1]
@@ -88,7 +88,7 @@ class _Source:
             raise VolumeError(f"{path}: a volume is a 3-D array, not one of shape {self._shape}")
         self._offset = int(self._header.get_data_offset())
         if self._offset + self._n_bytes * self.n_volumes > n_bytes:
-            raise VolumeError(f"{path}: truncated: shorter than its header says")
+            raise VolumeError(f"{path}: truncated: the file is shorter than its header requires")
 
     @property
     def _n_bytes(self) -> int:
@@ -102,7 +102,7 @@ class _Source:
         for k in range(self._shape[2]):
             block = self._file.read(n * self._dtype.itemsize)
             if len(block) < n * self._dtype.itemsize:
-                raise VolumeError(f"{self._path}: truncated: shorter than its header says")
+                raise VolumeError(f"{self._path}: truncated: the file is shorter than its header requires")
             plane = np.frombuffer(block, self._dtype).reshape(self._shape[:2], order="F")
             with np.errstate(over="ignore", invalid="ignore"):
                 if slope is not None and (slope, intercept) != (1, 0):
@@ -126,7 +126,7 @@ def _header(path: Path, file: Bounded, is_mgh: bool) -> Any:
     if kind.sizeof_hdr in sizes and len(block) >= kind.sizeof_hdr:
         raw = kind(block[: kind.sizeof_hdr], check=False)
         if not is_nifti2 and raw["magic"] in (b"ni1", b""):
-            what = "the .hdr half of a pair .hdr and .img" if raw["magic"] == b"ni1" else "an Analyze 7.5 header"
+            what = "the header of an .hdr and .img pair" if raw["magic"] == b"ni1" else "an Analyze 7.5 header"
             raise VolumeError(f"{path}: {what}; convert it to one .nii file")
         _check_pixdim(path, raw)
     file.seek(0)

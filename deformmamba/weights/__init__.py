@@ -99,7 +99,7 @@ def weights_entry(name: str) -> dict[str, Any]:
     if name in known["planned"]:
         plan = known["planned"][name]
         raise WeightsError(
-            f"no weights {name!r} exist yet ({plan['why']}); train them with {plan['recipe']}. Published: {names}"
+            f"weights {name!r} do not exist yet ({plan['why']}); train them with {plan['recipe']}. Published: {names}"
         )
     near = difflib.get_close_matches(name, [*known["weights"], *known["planned"]], n=1, cutoff=0.5)
     hint = f", did you mean {near[0]!r}?" if near else ","
@@ -219,12 +219,12 @@ def publish(
         WeightsError: a checkpoint that cannot be read, no licence, no permission, no network, in one line.
     """
     if not (match := _REPO.fullmatch(repo)) or match["revision"]:
-        raise WeightsError(f"{shown(repo)} is not a repository name; give org/name")
+        raise WeightsError(f"{shown(repo)} is not a repository name; wanted org/name")
     found = _find(source, None, None, True, with_card=True)
     content = _repository(found, found.read(), repo, license)
     if stated_license(content[CARD_FILE].decode("utf-8", "replace")) is None:
         raise WeightsError(
-            f"{shown(os.fspath(source))} names no licence; give license= (--license cc-by-4.0, apache-2.0 ...): one "
+            f"{shown(os.fspath(source))} has no licence; give license= (--license cc-by-4.0, apache-2.0 ...), one "
             "that the licences of its training data allow"
         )
     sizes = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in content.items()}
@@ -262,8 +262,8 @@ def verify(name: str | os.PathLike[str], *, sha256: str | None = None) -> str:
         )
     if stated is None and all(entry["sha256"] != checkpoint.sha256 for entry in list_weights()):
         raise WeightsError(
-            f"{found.source} can be read and has sha256 {checkpoint.sha256}, but there is no known hash to compare it "
-            "with; give the one that it should have (--sha256 HASH)"
+            f"{found.source} has sha256 {checkpoint.sha256}, but no expected hash is known; give it with --sha256 HASH "
+            "(sha256= in Python)"
         )
     return checkpoint.sha256
 
@@ -318,7 +318,7 @@ def _find(
     if match is not None:
         pinned = match["revision"]
         if pinned and revision and pinned != revision:
-            raise WeightsError(f"{text} names one revision and revision={revision!r} another; give one of them")
+            raise WeightsError(f"{text} contains a revision, but revision={revision!r} is another; give only one")
         repo = match["repo"]
         file, commit = download(repo, pinned or revision, with_card=with_card, **where)
         source = f"{repo}@{commit}"

@@ -281,7 +281,7 @@ def _parse(data: bytes, source: str) -> Checkpoint:
 def _header(data: bytes) -> dict[str, Any]:
     """The JSON header of a safetensors file, as a dict, before any of it is believed."""
     if data[:4] == b"PK\x03\x04" or (data[:1] == b"\x80" and data[1:2] <= b"\x05" and data[8:9] != b"{"):
-        raise WeightsError(f"it is a pickle or zip archive whatever its name says; {CONVERT}")
+        raise WeightsError(f"it is a pickle or zip archive, not safetensors; {CONVERT}")
     if len(data) < 8:
         raise WeightsError(f"it has only {len(data)} bytes")
     length = int.from_bytes(data[:8], "little")
@@ -300,7 +300,7 @@ def _header(data: bytes) -> dict[str, Any]:
 def _described(metadata: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Class, config and provenance of the header's metadata."""
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise WeightsError("its header has no metadata of texts; a state dict alone does not say which model it fits")
+        raise WeightsError("its header has no text metadata; a state dict alone does not identify its model")
     if metadata.get("format") != FORMAT:
         raise WeightsError(
             f"its format is {shown(metadata.get('format'))}, this version reads {FORMAT!r}; it may belong to another "
@@ -336,7 +336,7 @@ def _check_layout(header: dict[str, Any], n_bytes: int) -> None:
         if not (_naturals(shape) and len(shape) <= 8):
             raise WeightsError(f"tensor {shown(name)} has shape {shown(shape)}, which is not a shape")
         if not (_naturals(offsets) and len(offsets) == 2):
-            raise WeightsError(f"tensor {shown(name)} has data_offsets {shown(offsets)}, which are no two offsets")
+            raise WeightsError(f"tensor {shown(name)} has data_offsets {shown(offsets)}, which are not two offsets")
         if math.prod(shape) * _DTYPES[dtype][1] != offsets[1] - offsets[0]:
             raise WeightsError(f"tensor {shown(name)}: {dtype} {shown(shape)} does not fill bytes {shown(offsets)}")
         spans.append((offsets[0], offsets[1], name))
@@ -346,7 +346,7 @@ def _check_layout(header: dict[str, Any], n_bytes: int) -> None:
             raise WeightsError(f"tensor {shown(name)} starts at byte {start} of the data, not at {end}")
         end = stop
     if end != n_bytes:
-        raise WeightsError(f"its header describes {end} bytes of tensors, but {n_bytes} are there; fetch it again")
+        raise WeightsError(f"its header describes {end} bytes of tensors, but {n_bytes} are present; fetch it again")
 
 
 def _tensors(data: bytes) -> "dict[str, torch.Tensor]":
@@ -368,7 +368,7 @@ def _tensors(data: bytes) -> "dict[str, torch.Tensor]":
 def _load_json(text: bytes, what: str) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(pairs) != len({key for key, _ in pairs}):
-            raise InvalidArgument("a key stands twice")
+            raise InvalidArgument("a key occurs twice")
         return dict(pairs)
 
     def refuse(constant: str) -> float:

@@ -103,8 +103,8 @@ def upload(repo: str, content: Mapping[str, bytes], *, private: bool, message: s
     sent = hashlib.sha256(content[WEIGHTS_FILE]).hexdigest()
     if there != sent:
         raise WeightsError(
-            f"{repo}@{commit} holds a {WEIGHTS_FILE} with the hash {there}, but {sent} was sent; look at the "
-            f"repository before anybody uses it"
+            f"{repo}@{commit} holds a {WEIGHTS_FILE} with the hash {there}, but {sent} was sent; check the repository "
+            "before it is used"
         )
     return commit
 
@@ -124,7 +124,7 @@ def _hub_errors(repo: str, revision: str | None, verb: str, cache: str | None = 
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise WeightsError(
-            f"the Hub has no repository {repo} that you may read; check the name, and for a private one "
+            f"the Hub has no repository {repo} that you can access; check the name, and for a private one "
             f"`hf auth login` or set HF_TOKEN"
         ) from error
     except errors.RevisionNotFoundError as error:
@@ -133,7 +133,7 @@ def _hub_errors(repo: str, revision: str | None, verb: str, cache: str | None = 
         cause = error.__cause__
         if cause is None or isinstance(cause, errors.OfflineModeIsEnabled):
             raise WeightsError(
-                f"{where} is not in the local cache and the Hub may not be asked; unset HF_HUB_OFFLINE, or {elsewhere}"
+                f"{where} is not in the local cache and offline mode is on; unset HF_HUB_OFFLINE, or {elsewhere}"
             ) from error
         if _status(cause) == 429:
             raise WeightsError(_too_many(where, verb)) from error
@@ -155,7 +155,7 @@ def _hub_errors(repo: str, revision: str | None, verb: str, cache: str | None = 
         if status == 429:
             raise WeightsError(_too_many(where, verb)) from error
         if isinstance(error, errors.OfflineModeIsEnabled):
-            raise WeightsError(f"cannot {verb} {where}: the Hub may not be asked; unset HF_HUB_OFFLINE") from error
+            raise WeightsError(f"cannot {verb} {where}: offline mode is on; unset HF_HUB_OFFLINE") from error
         if isinstance(error, OSError) and error.errno is not None and status is None:
             folder = cache or constants.HF_HUB_CACHE
             full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))

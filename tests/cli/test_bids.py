@@ -58,7 +58,7 @@ def test_what_is_refused(data: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run(data, "--participant-label", "09")[0] == 2
     assert "no participant sub-09; participants: sub-01, sub-02" in capsys.readouterr().err
     assert run(data, "--suffix", "FLAIR")[0] == 2
-    assert "no scan of those that were asked for" in capsys.readouterr().err
+    assert "none of the requested scans" in capsys.readouterr().err
     (data / "dataset_description.json").unlink()
     assert run(data)[0] == 2
     assert "not a BIDS data set" in capsys.readouterr().err

@@ -65,7 +65,7 @@ def test_every_command_takes_the_common_options_before_and_after_its_name() -> N
 def test_quiet_leaves_results_and_warnings(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
     def run(_: Any) -> None:
         assert is_quiet()
-        say("about the work")
+        say("no progress bars")
         tell("a result")
         warnings.warn("look out", stacklevel=1)
 

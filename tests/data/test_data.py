@@ -70,7 +70,7 @@ def test_a_wrong_index_is_refused(folder, row, message):
 
 
 def test_a_folder_without_volumes_is_refused(tmp_path):
-    with pytest.raises(VolumeError, match="no volume there"):
+    with pytest.raises(VolumeError, match="no volume found"):
         find_scans(tmp_path)
     with pytest.raises(VolumeError, match="no such folder"):
         find_scans(tmp_path / "gone")
@@ -179,7 +179,7 @@ def test_a_sample_says_which_slice_it_is_of(tmp_path, phantom):
 
 def test_a_patch_larger_than_the_slices_is_refused(tmp_path, phantom):
     scan = Scan(write(tmp_path / "a.nii", phantom), "a", "train", "T2")
-    with pytest.raises(VolumeError, match="smaller than a patch"):
+    with pytest.raises(VolumeError, match="smaller than an HR patch"):
         PatchDataset([scan], scale=2, patch=32, length=1)
 
 
@@ -283,8 +283,8 @@ def test_jitter_takes_its_share_of_the_samples(tmp_path, phantom):
     [
         ({"area": 0.1}, "to the half-pixel grid; wanted 2 and origin"),
         ({"noise:snr=3": 0.1}, "shrinks by 1"),
-        ({"k-space": 0.7, "k-space >> noise:snr=30": 0.4}, "wanted at most 1 in all"),
-        ({"k-space": -0.1}, "wanted at most 1 in all"),
+        ({"k-space": 0.7, "k-space >> noise:snr=30": 0.4}, "their sum must be at most 1"),
+        ({"k-space": -0.1}, "their sum must be at most 1"),
         ({"nonsense": 0.1}, "nonsense"),
     ],
 )

@@ -281,13 +281,13 @@ def test_fastmri_with_lists_as_they_were_published(knees, tmp_path):
     with pytest.raises(VolumeError, match="give both lists"):
         plan_fastmri(knees, train_list=tmp_path / "train.csv")
     (tmp_path / "test.csv").write_text("file1000004.h5\nfile1009999\n")
-    with pytest.raises(VolumeError, match=r"names file1009999, and there is no file1009999.h5"):
+    with pytest.raises(VolumeError, match=r"lists file1009999, but there is no file1009999.h5"):
         plan_fastmri(knees, **lists)
     (tmp_path / "test.csv").write_text("file1000001\n")
     with pytest.raises(VolumeError, match="file1000001 is in both lists"):
         plan_fastmri(knees, **lists)
     (tmp_path / "train.csv").write_text("file1000000\n")
-    with pytest.raises(VolumeError, match="a patient of file1000001 is in both lists"):
+    with pytest.raises(VolumeError, match="the patient of file1000001 is in both lists"):
         plan_fastmri(knees, **lists)
 
 
@@ -407,7 +407,7 @@ def test_other_axes_and_ranges_are_obeyed_and_written_down(mixed, tmp_path, phan
         read_prepared(tmp_path / "out" / row["file"]).slices * row["unit"], phantom.astype(np.int16)[10:18], rtol=1e-6
     )
     assert manifest["options"]["slices"] == "10:-30"
-    with pytest.raises(VolumeError, match="none of them in 90:"):
+    with pytest.raises(VolumeError, match="is in the range 90:"):
         prepare(plan_folder(mixed, slices="90:"), tmp_path / "none", skip_unusable=False)
 
 
@@ -437,7 +437,7 @@ def test_a_prepared_folder_that_lost_a_file_or_was_damaged_says_so(ixi, tmp_path
     out = tmp_path / "out"
     prepare(plan_ixi(ixi), out)
     (out / "IXI002.safetensors").unlink()
-    with pytest.raises(VolumeError, match=r"IXI002.safetensors: its manifest names it, and it is missing"):
+    with pytest.raises(VolumeError, match=r"IXI002.safetensors: missing, although the manifest lists it"):
         find_scans(out)
     (out / "IXI003.safetensors").write_bytes((out / "IXI003.safetensors").read_bytes()[:-9])
     with pytest.raises(VolumeError, match="damaged or truncated"):
@@ -489,7 +489,7 @@ def test_slices_are_chosen_by_a_stated_rule(rule, n, wanted):
 @pytest.mark.parametrize("rule", ["", "middle", "central:0", "central:-1", "1:2:3", "a:b", "5"])
 def test_other_rules_are_refused_before_anything_is_written(ixi, tmp_path, rule, capsys):
     assert main(["prepare", "ixi", str(ixi), "-o", str(tmp_path / "out"), f"--slices={rule}"]) == 2
-    assert "is no range; wanted" in capsys.readouterr().err
+    assert "is not a range; wanted" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -505,7 +505,7 @@ def test_a_split_file_decides(ixi, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("subject,split\nIXI999,train", "names the subject IXI999, of whom there is no volume"),
+        ("subject,split\nIXI999,train", "no volume belongs to subject IXI999"),
         ("subject,split\nIXI002,train\nIXI002,test", "subject IXI002 is in test and train; wanted one split"),
         ("subject,split\nIXI002,later", "split 'later' of IXI002; splits are train, val, test, external"),
         ("name,split\nIXI002,train", "wanted a CSV or TSV file with the columns subject and split"),
@@ -524,7 +524,7 @@ def test_a_wrong_split_file_is_one_line(ixi, tmp_path, text, message, capsys):
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("ixi", "no T2 volume of IXI"), ("fastmri", "no .h5 file"), ("folder", "no volume there")],
+    [("ixi", "no T2 volume of IXI"), ("fastmri", "no .h5 file"), ("folder", "no volume found")],
 )
 def test_a_folder_with_nothing_usable_is_one_line(tmp_path, kind, message, capsys):
     if kind == "fastmri":
@@ -550,7 +550,7 @@ def test_a_damaged_ixi_file_stops_and_is_left_out_on_request(ixi, tmp_path, caps
     damaged.write_bytes(damaged.read_bytes()[:200])
     command = ["prepare", "ixi", str(ixi), "-o", str(tmp_path / "out")]
     assert main(command) == 2
-    assert "what is finished stays" in capsys.readouterr().err
+    assert "it resumes" in capsys.readouterr().err
     assert main([*command, "--skip-unusable"]) == 0
     assert "9 volumes, 1 files skipped" in capsys.readouterr().out
     assert [row["source"] for row in read_manifest(tmp_path / "out")["skipped"]] == [ixi_name(5)]

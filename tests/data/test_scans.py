@@ -82,7 +82,7 @@ def test_every_volume_of_a_file_with_several_counts(tmp_path, phantom):
     manifest = prepare(plan_folder(tmp_path, val=0, test=0), tmp_path / "out")
     assert manifest["volumes"][0]["slices"] == 18
     assert len(read_prepared(tmp_path / "out" / manifest["volumes"][0]["file"]).slices) == 18
-    with pytest.raises(VolumeError, match="holds 3 volumes, in which a range of slices has no meaning"):
+    with pytest.raises(VolumeError, match="holds 3 prepared volumes; use all slices of these"):
         prepare(plan_folder(tmp_path, slices="central:2"), tmp_path / "some", skip_unusable=False)
     assert path.is_file()
 

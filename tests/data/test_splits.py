@@ -49,15 +49,15 @@ HEADER = "participant_id\tfile\tsplit\n"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (HEADER + "sub-1\ta.nii\n", "line 2: no split; fill that cell"),
+        (HEADER + "sub-1\ta.nii\n", "line 2: the cell split is empty; fill it"),
         (HEADER + "\nsub-1\ta.nii\ttrain\nsub-2\t\ttrain\n", "line 4: no file"),
         (HEADER + "\ta.nii\ttrain\n", "line 2: no participant_id"),
-        (HEADER + "sub-1\ta.nii\ttrain\tmore\n", "line 2: 4 cells for 3 columns"),
+        (HEADER + "sub-1\ta.nii\ttrain\tmore\n", "line 2: 4 cells, but 3 columns"),
         (HEADER + "sub-1\tgone.nii\ttrain\n", "line 2: missing file gone.nii of sub-1"),
         (HEADER + "sub-1\ta.nii\tlearn\n", "line 2: split 'learn' of sub-1"),
         ("file\tsplit\na.nii\ttrain\n", "no column 'participant_id'"),
         ("", "no column 'participant_id'"),
-        (HEADER, "no volume there"),
+        (HEADER, "no volume found"),
     ],
 )
 def test_a_table_with_a_hole_is_one_line_that_names_it(tmp_path, text, message):
@@ -89,5 +89,5 @@ def test_semicolons_and_commas_separate_too(tmp_path):
 def test_a_table_that_names_subjects_takes_no_expression(tmp_path):
     (tmp_path / "a.nii").write_bytes(b"")
     (tmp_path / "volumes.tsv").write_text(HEADER + "sub-1\ta.nii\ttrain\n")
-    with pytest.raises(ValueError, match=r"volumes.tsv names the subjects"):
+    with pytest.raises(ValueError, match=r"volumes.tsv already assigns the subjects"):
         find_scans(tmp_path, subject="a")

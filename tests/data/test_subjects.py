@@ -79,7 +79,7 @@ def test_an_expression_decides():
     assert name_subjects(paths, ROOT, pattern="a[0-9]").certain
     with pytest.raises(VolumeError, match=r"'b/' finds no subject in a1c/y.nii"):
         name_subjects(paths, ROOT, pattern="b/")
-    with pytest.raises(VolumeError, match="no regular expression"):
+    with pytest.raises(VolumeError, match="not a regular expression"):
         name_subjects(paths, ROOT, pattern="a(")
 
 

@@ -787,7 +787,7 @@ def test_a_wrong_shape_is_named_with_the_right_one(change: dict, message: str, i
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"implementation": "fast"}, ValueError, "'fast' is not known; there are cpu, torchvision, gather"),
+        ({"implementation": "fast"}, ValueError, "unknown implementation 'fast'; available: cpu, torchvision, gather"),
         ({"stride": 0}, ValueError, r"stride \(0, 0\)"),
         ({"dilation": (1, 0)}, ValueError, r"dilation \(1, 0\)"),
         ({"padding": -1}, ValueError, r"padding \(-1, -1\)"),

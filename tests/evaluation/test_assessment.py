@@ -176,5 +176,5 @@ def test_the_whole_is_plain_and_readable(scans):
 
 
 def test_scans_of_other_groups_alone_are_refused(scans):
-    with pytest.raises(ValueError, match="no scan is of PD knee; 3 were given"):
+    with pytest.raises(ValueError, match="none of the 3 scans belongs to PD knee"):
         assess(ZeroFill(scale=2), scans, groups=["PD knee"])

@@ -192,9 +192,9 @@ def test_what_cannot_be_compared(scans: list[Scan]) -> None:
         compare({**MODELS, "other": BSpline(scale=4)}, scans)
     with pytest.raises(ValueError, match="0 volumes"):
         compare(MODELS, [])
-    with pytest.raises(ValueError, match=r"nothing called 'best'.*bicubic, zero-fill"):
+    with pytest.raises(ValueError, match=r"no model 'best'.*bicubic, zero-fill"):
         compare(MODELS, scans, against="best")
-    with pytest.raises(ValueError, match=r"no metric 'vif'.*hfen"):
+    with pytest.raises(ValueError, match=r"unknown metric 'vif'.*hfen"):
         evaluate(MODELS["bicubic"], scans, metrics=["vif"])
 
 
@@ -241,7 +241,7 @@ def test_the_command_takes_other_degradations(
         (["--scale", "2", "--slice", "1"], "--figure"),
         (["--scale", "2", "--figure", "a.gif"], ".png"),
         (["--scale", "2", "--csv", "a.txt"], ".csv"),
-        (["--scale", "2", "--against", "best"], "nothing called 'best'"),
+        (["--scale", "2", "--against", "best"], "no model 'best'"),
         (["--scale", "2", "--figure", "a.png", "--slice", "9"], "no slice 9"),
     ],
 )

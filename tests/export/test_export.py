@@ -250,7 +250,7 @@ class Unexportable(SRModel):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"format": "tflite"}, "format 'tflite' is not known; there are onnx, openvino, pt2"),
+        ({"format": "tflite"}, "unknown export format 'tflite'; formats: onnx, openvino, pt2"),
         ({"format": "pt2", "size": (0, 4)}, r"size is \(0, 4\); it must be \(h, w\) of at least 4"),
         ({"format": "pt2", "inputs": "base"}, 'inputs is \'base\'; it must be "lr", "lr,units" or "lr,base"'),
         ({"format": "pt2", "consistency": "always"}, 'consistency must be "exact", "object" or "off"'),
@@ -262,7 +262,7 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, arguments: dict[str
         export(Unexportable(), tmp_path / "m", **arguments)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ExportError, match="there is no folder"):
+    with pytest.raises(ExportError, match="does not exist"):
         export(Unexportable(), tmp_path / "none" / "m", format="pt2")
 
 
@@ -287,4 +287,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert second.startswith("  largest difference from the model on 7x6 pixels of a real scan: ")
     assert file.is_file()
     assert main([*arguments, str(tmp_path / "none" / "x.pt2")]) == 2
-    assert "there is no folder" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err

@@ -176,7 +176,7 @@ def test_a_dicom_series_lies_where_the_package_puts_it(browser: Any, page: str, 
     np.testing.assert_allclose(got.affine, wanted.affine, atol=1e-3)
     np.testing.assert_array_equal(got.get_fdata(dtype=np.float32), wanted.array)
     opened(browser, page, folder / "IM0.dcm", folder / "IM1.dcm", Path(__file__))
-    assert words(browser, "error").startswith("1 of 3 files are no DICOM images, empty or damaged (test_web.py)")
+    assert words(browser, "error").startswith("1 of 3 files are empty, damaged or not DICOM images (test_web.py)")
 
 
 def test_cancelling_leaves_the_page_usable(browser: Any, page: str, scan: Path) -> None:
@@ -196,16 +196,16 @@ def test_wrong_files_get_the_sentences_of_the_package(browser: Any, page: str, s
         "text.nii": (b"not a scan" * 100, "not a scan that can be read"),
         "cut.nii": (
             nibabel.Nifti1Image(array, whole.affine).to_bytes()[:5000],
-            "truncated: shorter than its header says",
+            "truncated: the file is shorter than its header requires",
         ),
         "four.nii": (nibabel.Nifti1Image(np.stack([array] * 2, -1), whole.affine).to_bytes(), "holds 2 volumes"),
         "complex.nii": (
             nibabel.Nifti1Image(array.astype(np.complex64), whole.affine).to_bytes(),
-            "voxels are complex numbers: take the magnitude first",
+            "voxels are complex numbers; take the magnitude first",
         ),
         "zeros.nii": (
             nibabel.Nifti1Image(np.zeros((4, 4, 4), np.float32), np.eye(4)).to_bytes(),
-            "every voxel is zero; there is nothing in this volume",
+            "every voxel is zero; the volume is empty",
         ),
         "nan.nii": (
             nibabel.Nifti1Image(np.full((4, 4, 4), np.nan, np.float32), np.eye(4)).to_bytes(),

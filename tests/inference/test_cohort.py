@@ -157,7 +157,7 @@ def test_a_bad_file_does_not_stop_the_others(tree: Path, tmp_path: Path, weights
     expected = {
         "broken.nii.gz": "not a NIfTI file",
         "dangling.nii": "No such file",
-        "link.nii": "leads out of the folder",
+        "link.nii": "a file outside the folder",
         "twice.nii.gz": "another scan has the output twice_desc-sr.json already",
     }
     assert failed.keys() == expected.keys()
@@ -221,14 +221,14 @@ def test_a_folder_of_dicom_is_a_scan_and_no_cohort(tree: Path, tmp_path: Path) -
     assert is_cohort(tree)
     assert not is_cohort(tree / "scanner" / "t2 tse")
     assert not is_cohort(tree / "README")
-    with pytest.raises(VolumeError, match="one scan; give the folder above"):
+    with pytest.raises(VolumeError, match="one scan, not a folder of scans; give its parent"):
         upscale_cohort(ZeroFill(scale=2), tree / "scanner" / "t2 tse", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(VolumeError, match="holds no scan"):
         upscale_cohort(ZeroFill(scale=2), tmp_path / "empty", tmp_path / "out")
     with pytest.raises(VolumeError, match="no such folder"):
         upscale_cohort(ZeroFill(scale=2), tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(VolumeError, match="cannot be made"):
+    with pytest.raises(VolumeError, match="cannot create this folder"):
         upscale_cohort(ZeroFill(scale=2), tree, tree / "README" / "out")
     assert not (tmp_path / "out").exists()
 
@@ -238,9 +238,9 @@ def test_options_for_one_scan_are_refused(tree: Path, tmp_path: Path, capsys: An
         ("--figure", "a.png", "a folder too"),
         ("--uncertainty", "u.nii", "a folder too"),
         ("--report", "a.html", "a folder too"),
-        ("--series", "0", "--series is for one scan"),
-        ("--stack", "0", "--stack is for one scan"),
-        ("--model", "auto", "--model auto is for one scan"),
+        ("--series", "0", "--series works on one scan"),
+        ("--stack", "0", "--stack works on one scan"),
+        ("--model", "auto", "--model auto works on one scan"),
     ):
         assert main(["upscale", str(tree), "-o", str(tmp_path / "out"), option, value]) == 2
         assert said in capsys.readouterr().err
@@ -357,7 +357,7 @@ def test_the_share_of_a_process(environment: dict[str, str], expected: tuple[int
 
 @pytest.mark.parametrize("bad", [{"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "-1", "WORLD_SIZE": "2"}])
 def test_no_share(bad: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match="no share of the work"):
+    with pytest.raises(ValueError, match="one of several processes"):
         processes(bad)
 
 

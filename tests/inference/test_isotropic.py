@@ -244,7 +244,7 @@ def missing(scan: Volume) -> Volume:
         (lambda scan: Volume(scan.array, np.diag([1, 1, 1.2, 1])), "isotropic already"),
         (lambda scan: Volume(np.where(scan.array > 0, scan.array, np.nan), scan.affine), "NaN"),
         (lambda scan: nibabel.Nifti1Image(np.zeros((4, 4, 4, 2), np.float32), np.eye(4)), "3-D"),
-        (lambda scan: scan.array, "no spacing|have no"),
+        (lambda scan: scan.array, "no voxel spacing|have no"),
     ],
 )
 def test_what_is_refused(truth: np.ndarray, change: object, words: str) -> None:
@@ -318,7 +318,7 @@ def test_noise_is_that_of_flat_tissue() -> None:
 
 
 def test_scale_one_is_one_of_the_zoo() -> None:
-    """The skip of a network at scale 1 is the input itself, so an untrained one changes nothing."""
+    """The skip of a network at scale 1 is the input file, so an untrained one changes nothing."""
     network = DeformMambaSR.from_preset("tiny", scale=1, dims=[16, 24], depths=[1, 1]).eval()
     image = torch.rand(1, 1, 21, 30)
     with torch.inference_mode():
@@ -373,6 +373,6 @@ def test_a_wrong_input_is_one_line_and_leaves_nothing(
     assert main(["isotropic", str(source), "-o", str(out), "--model", str(weights)]) == 2
     assert "isotropic already" in capsys.readouterr().err
     assert not out.exists()
-    with pytest.raises(VolumeError, match="input itself"):
+    with pytest.raises(VolumeError, match="input file"):
         isotropic_file(source, source, model=weights)
     assert read_volume(source).array.shape == truth.shape

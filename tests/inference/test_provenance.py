@@ -215,9 +215,9 @@ def test_choices_on_the_command_line(tmp_path: Path, weights: str, capsys: pytes
             main(["degrade", str(CASES / "nifti" / "quatern_over1.nii"), "-o", "x.nii", "--scale", "4", "--kind", kind])
             == 2
         )
-        assert "make them the same" in capsys.readouterr().err
+        assert "give one factor for both" in capsys.readouterr().err
     assert main(["upscale", str(CASES / "nifti" / "quatern_over1.nii")]) == 2
-    assert "no output; name it with -o OUTPUT" in capsys.readouterr().err
+    assert "no output given; give it with -o OUTPUT" in capsys.readouterr().err
 
 
 def test_advice_names_no_option_that_the_command_lacks() -> None:

@@ -115,7 +115,7 @@ def test_an_overlap_that_leaves_nothing_new_is_refused(tile: int, overlap: int, 
 
 
 def test_a_model_of_another_scale_is_refused() -> None:
-    with pytest.raises(ValueError, match="a tile came out as"):
+    with pytest.raises(ValueError, match="returned a tile of"):
         tiled(lambda cut, _: cut, image(1, 1, 30, 30), 2, tile=16)
 
 

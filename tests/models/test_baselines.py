@@ -261,8 +261,8 @@ def test_swinir_of_the_lightweight_kind_starts_from_zero_filling_too() -> None:
         (lambda: SRCNN(widths=(64,)), "three odd kernels"),
         (lambda: VDSR(layers=1), "2 to 256 layers"),
         (lambda: VDSR(width=0), "VDSR: width must be at least 1, not 0"),
-        (lambda: FMISR(widths=()), "channels a hidden layer"),
-        (lambda: FMISR(widths=(4, 0)), "channels a hidden layer"),
+        (lambda: FMISR(widths=()), "channels per hidden layer"),
+        (lambda: FMISR(widths=(4, 0)), "channels per hidden layer"),
         (lambda: T2Net(scale=5), "power of two or 3"),
         (lambda: T2Net(blocks=0), "1 to 128 blocks"),
         (lambda: SRCNN(grid="corner"), "grid must be .origin. or .half-pixel., not .corner."),  # type: ignore[arg-type]

@@ -44,7 +44,7 @@ def test_presets_are_the_papers_widths_and_small_ones():
     assert count["paper"] == paper.num_parameters()
     assert count["tiny"] < count["small"] < 4e6 < 90e6 < count["paper"] < 99e6
     assert 110e6 < count["paper-literal"] < 120e6, "the pointwise convolutions"
-    with pytest.raises(ValueError, match="no preset 'huge'; presets: paper"):
+    with pytest.raises(ValueError, match="unknown preset 'huge'; presets: paper"):
         DeformMambaSR.from_preset("huge")
 
 
@@ -118,7 +118,7 @@ def test_it_can_overfit_one_slice():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dims": [8]}, "one positive entry a level"),
+        ({"dims": [8]}, "one positive entry per level"),
         ({"depths": [1, 0]}, "at least one block"),
         ({"dims": [8] * 9, "depths": [1] * 9}, "1 to 8 levels"),
         ({"depths": [1, 300]}, "256 blocks"),

@@ -285,7 +285,7 @@ def test_a_checkpoint_of_another_class_is_refused_and_both_are_named(tmp_path: P
     with pytest.raises(WeightsError, match="holds a Toy, not a Grown"):
         Grown.from_pretrained(tmp_path / "toy")
     with pytest.raises(
-        WeightsError, match=r'holds a Toy, which this version does not know.*deformmamba.MODELS\["Toy"\] = Toy'
+        WeightsError, match=r'holds a Toy, which is not a model of this version.*deformmamba.MODELS\["Toy"\] = Toy'
     ):
         from_pretrained(tmp_path / "toy")
 

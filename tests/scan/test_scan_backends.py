@@ -133,7 +133,7 @@ def test_backward_stays_on_its_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    message = f"no scan backend 'cuda'; there are {', '.join(BACKENDS)}, and auto"
+    message = f"unknown scan backend 'cuda'; backends: {', '.join(BACKENDS)}, auto"
     with pytest.raises(ScanBackendError, match=message), scan_backend("cuda"):
         pass
     with pytest.raises(ScanBackendError, match=message):

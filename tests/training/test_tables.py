@@ -158,9 +158,9 @@ def test_a_stopped_benchmark_goes_on_where_it_was(
     assert (out / "figure2.png").stat().st_size > 10_000
     assert from_pretrained(out / "runs" / "fmisr-1" / "best.safetensors").provenance["row"] == "FMISR"
     monkeypatch.setitem(NANO, "FMISR", (1e-3, {"widths": [5]}))
-    with pytest.raises(ValueError, match=r"fmisr-0\.json is of another network than FMISR is now"):
+    with pytest.raises(ValueError, match=r"fmisr-0\.json belongs to another version of the network FMISR"):
         benchmark("table2", train, test, out, plan(), rows=rows, say=lambda _: None, progress=False)
-    with pytest.raises(ValueError, match=r"another benchmark: plan batch is 2 there and 4 here; choose another folder"):
+    with pytest.raises(ValueError, match=r"another benchmark: plan batch was 2, now it is 4; choose another folder"):
         benchmark("table2", train, test, out, plan(batch=4), say=lambda _: None, progress=False)
     with pytest.raises(ValueError, match=r"another benchmark: train subjects is .*sub-0.* there"):
         benchmark("table2", train[1:], test, out, plan(), say=lambda _: None, progress=False)
@@ -172,7 +172,7 @@ def test_all_methods_with_a_command(folder: Path, tmp_path: Path, capsys: pytest
     command = ["benchmark", "table2", "--data", str(folder), "--out", str(out), "--scale", "2", "--preset", "nano"]
     assert main([*command, "--steps", "1", "--seeds", "1", "--patch", "8", "--batch", "2"]) == 0
     said = capsys.readouterr().out
-    assert said.endswith(f"{out / 'table2.md'}: the table\n")
+    assert said.endswith(f"table written to {out / 'table2.md'}\n")
     table = cells((out / "table2.md").read_text("utf-8"))
     assert list(table)[2:] == [row.name for row in TABLES["table2"]]
     assert len(table["SRCNN"]) == 7, "no figures of the paper at 2x"
@@ -232,10 +232,10 @@ def test_the_commit_is_that_of_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_p
         ({"table": "table3"}, "tables: table1, table2"),
         ({"plan": plan(preset="huge")}, "presets: paper, tiny"),
         ({"rows": ["best"]}, r"no row 'best'; rows: w/o Deform"),
-        ({"plan": plan(minutes=3.0)}, "one of steps and minutes"),
-        ({"plan": plan(steps=None)}, "one of steps and minutes"),
+        ({"plan": plan(minutes=3.0)}, "give either steps or minutes"),
+        ({"plan": plan(steps=None)}, "give either steps or minutes"),
         ({"plan": plan(seeds=0)}, "must be positive"),
-        ({"plan": plan(data={"degradation": "area"})}, "half-pixel grid; the networks are on the origin grid"),
+        ({"plan": plan(data={"degradation": "area"})}, "half-pixel grid; the networks need the origin grid"),
         ({"plan": plan(data={"degradation": "magic"})}, "known: k-space"),
         ({"test": []}, "2 volumes to train on and 0 to score"),
         ({"test": "train"}, "in both: sub-0, sub-1"),
@@ -254,7 +254,10 @@ def test_what_is_no_benchmark(change: dict[str, Any], message: str, folder: Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "1", "--group", "knee"], "0 of split 'test' to score; both needed; there are: T2 brain (test)"),
+        (
+            ["--steps", "1", "--group", "knee"],
+            "0 of split 'test' to score; both are needed; available: T2 brain (test)",
+        ),
         (["--steps", "1", "--minutes", "1"], "not allowed with"),
         ([], "--steps --minutes is required"),
         (["--minutes", "0"], "must be positive"),

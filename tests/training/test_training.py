@@ -252,7 +252,7 @@ def test_ones_own_model_data_and_loss(tmp_path):
         assert set(file.keys()) == {"conv.weight", "conv.bias"}
         assert '"who": "us"' in file.metadata()["provenance"]
     run(tmp_path, model=Plain(), loss=loss, provenance={"who": "us"}, ema=0)  # finished: goes nowhere
-    with pytest.raises(ValueError, match=r'fit\.loss is "test_ones_own.*loss" there and "L1Loss\( beta=0\.0 .*" here'):
+    with pytest.raises(ValueError, match=r'fit\.loss was "test_ones_own.*loss", now it is "L1Loss\( beta=0\.0 .*"'):
         run(tmp_path, model=Plain(), loss=L1Loss(), provenance={"who": "us"}, ema=0)
 
 
@@ -318,14 +318,14 @@ def test_a_finished_run_that_is_made_longer_goes_on(tmp_path):
     best = DeformMambaSR.from_pretrained(run(tmp_path, steps=8))
     assert best.provenance["steps"] == 8
     assert [row["step"] for row in log(tmp_path)] == ["2", "4", "6", "8"]
-    with pytest.raises(ValueError, match=r"fit\.samples is 16 there and 8 here"):
+    with pytest.raises(ValueError, match=r"fit\.samples was 16, now it is 8"):
         run(tmp_path, steps=4)
 
 
 def test_a_stopped_run_of_another_length_is_another_run(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, data=Signalling(3, signal.SIGINT))
-    with pytest.raises(ValueError, match=r"fit\.samples is 12 there and 16 here"):
+    with pytest.raises(ValueError, match=r"fit\.samples was 12, now it is 16"):
         run(tmp_path, data=Signalling(-1, 0), steps=8)
 
 
@@ -434,15 +434,15 @@ def test_a_run_that_decayed_everything_goes_on_as_it_began(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 4}, r"fit\.samples is 12 there and 8 here"),
-        ({"lr": 2e-3}, r"fit\.lr is 0\.001 there and 0\.002 here"),
+        ({"steps": 4}, r"fit\.samples was 12, now it is 8"),
+        ({"lr": 2e-3}, r"fit\.lr was 0\.001, now it is 0\.002"),
         ({"accumulate": 2}, r"fit\.accumulate is 1 there"),
         ({"schedule": "step"}, r"fit\.schedule is \[\"cosine\"\] there"),
         ({"clip": 2.0}, r"fit\.clip is 1\.0 there"),
-        ({"loss": L1Loss()}, r"fit\.loss is \"SRLoss"),
-        ({"provenance": {"data": "mine"}}, r"provenance is null there and not given here; provenance\.data is not"),
-        ({"model": Plain()}, r'model\.class is "DeformMambaSR" there and "Plain" here'),
-        ({"data": samples(5)}, r"data\.length is 6 there and 5 here"),
+        ({"loss": L1Loss()}, r"fit\.loss was \"SRLoss"),
+        ({"provenance": {"data": "mine"}}, r"provenance was null, now it is not given; provenance\.data was not"),
+        ({"model": Plain()}, r'model\.class was "DeformMambaSR", now it is "Plain"'),
+        ({"data": samples(5)}, r"data\.length was 6, now it is 5"),
     ],
 )
 def test_another_run_in_the_same_folder_is_refused(tmp_path_factory, finished, options, message):
@@ -460,7 +460,7 @@ def finished(tmp_path_factory):
 
 def test_a_folder_with_strange_checkpoints_is_refused(tmp_path):
     network().save_pretrained(tmp_path / "best.safetensors")
-    with pytest.raises(ValueError, match=r"holds best\.safetensors of a run that it does not describe"):
+    with pytest.raises(ValueError, match=r"holds best\.safetensors of an unknown run"):
         run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["best.safetensors"]
 

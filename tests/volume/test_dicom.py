@@ -262,11 +262,11 @@ def test_gaps_and_duplicates_are_seen(tmp_path: Path) -> None:
     normal = oblique(0)[:3, 2] * (-1, -1, 1)
     inner = sorted(positions, key=lambda p: normal @ np.array(positions[p], float))[2]
     shutil.copy(inner, tmp_path / "series" / "again")
-    assert "share one position" in error_of(read_volume, tmp_path / "series")
+    assert "have the same position" in error_of(read_volume, tmp_path / "series")
     for path in positions:
         shutil.copy(path, tmp_path / "series" / f"again{path.name}")
     (tmp_path / "series" / "again").unlink()
-    assert "there twice" in error_of(read_volume, tmp_path / "series")
+    assert "duplicated" in error_of(read_volume, tmp_path / "series")
     for path in positions:
         (tmp_path / "series" / f"again{path.name}").unlink()
     inner.unlink()
@@ -285,7 +285,7 @@ def test_axes_that_are_not_perpendicular(tmp_path: Path) -> None:
     ("damage", "said"),
     [
         (lambda ds: ds.PerFrameFunctionalGroupsSequence.pop(), "4 of 5 frames"),
-        (lambda ds: delattr(ds, "PerFrameFunctionalGroupsSequence"), "where each frame lies"),
+        (lambda ds: delattr(ds, "PerFrameFunctionalGroupsSequence"), "a position for each frame"),
         (lambda ds: delattr(ds.SharedFunctionalGroupsSequence[0], "PixelMeasuresSequence"), "no PixelSpacing"),
         (lambda ds: delattr(ds.PerFrameFunctionalGroupsSequence[2], "PlanePositionSequence"), "ImagePositionPatient"),
         (lambda ds: delattr(ds, "SharedFunctionalGroupsSequence"), "has no ImageOrientationPatient"),
@@ -554,14 +554,14 @@ def test_targets_that_are_refused(tmp_path: Path) -> None:
         ("out.dcm", volume, "one for each slice"),
         ("out.png", volume, "as DICOM, to a folder"),
         ("no/such", volume, "no folder"),
-        ("out", plain, "came as DICOM only"),
-        ("out.dcm", plain, "came as DICOM only"),
+        ("out", plain, "DICOM output needs DICOM input"),
+        ("out.dcm", plain, "DICOM output needs DICOM input"),
         ("out.png", plain, ".mgz; choose"),
     ):
         for action in (lambda path, scan: check_output(path, source=scan), write_volume):
             assert said in error_of(action, tmp_path / name, scan), name
     single, files = source(tmp_path, "enhanced")
-    assert "is the input itself" in error_of(write_volume, files[0], single)
+    assert "the output is the input file" in error_of(write_volume, files[0], single)
     assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
     check_output(tmp_path / "out.nii.gz", source=volume)
     check_output(tmp_path / "empty", source=volume)

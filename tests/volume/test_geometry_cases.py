@@ -145,10 +145,10 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
         ("pair.hdr", "pair .hdr and .img"),
         ("pair.img", "pair .hdr and .img"),
         ("old.hdr", "pair .hdr and .img"),
-        ("header.nii", "the .hdr half of a pair"),
+        ("header.nii", "the header of an .hdr and .img pair"),
         ("scan.gz", "a gzip file under an unknown name"),
         ("bare.dcm", "without the preamble"),
-        ("dicom.nii", "a DICOM file under a NIfTI name"),
+        ("dicom.nii", "a DICOM file with a NIfTI name"),
     ):
         with pytest.raises(VolumeError, match=said):
             read_volume(tmp_path / name)
@@ -211,7 +211,7 @@ def test_nifti_says_its_slices_in_dim_info(tmp_path: Path, axis: int) -> None:
 def test_files_of_a_series_do_not_vanish(tmp_path: Path) -> None:
     with pytest.raises(VolumeError, match=r"2 of 6 files are empty or damaged \(004.dcm, 005.dcm\).*--partial"):
         read_volume(CASES / "dicom" / "zero_byte_tail")
-    with pytest.warns(UserWarning, match=r"damaged files passed over: 004.dcm, 005.dcm"):
+    with pytest.warns(UserWarning, match=r"damaged files skipped: 004.dcm, 005.dcm"):
         assert read_volume(CASES / "dicom" / "zero_byte_tail", partial=True).array.shape[2] == 4
     whole = tmp_path / "series"
     shutil.copytree(CASES / "dicom" / "rect_eq_thick", whole)

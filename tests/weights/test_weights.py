@@ -189,22 +189,22 @@ def _first(**changes: Any) -> Callable[[bytes], bytes]:
         (lambda data: b"", "it has only 0 bytes"),
         (lambda data: data[:7], "it has only 7 bytes"),
         (lambda data: data[:100], "ends inside its header"),
-        (lambda data: data[:-1], "bytes of tensors, but .* are there"),
-        (lambda data: data + b"\0", "bytes of tensors, but .* are there"),
+        (lambda data: data[:-1], "bytes of tensors, but .* are present"),
+        (lambda data: data + b"\0", "bytes of tensors, but .* are present"),
         (lambda data: (2**63 + 5).to_bytes(8, "little") + data[8:], "header claims 9223372036854775813 bytes"),
         (lambda data: b"<html>not found</html>" * 9, "header claims"),
-        (lambda data: pickle.dumps({"a": 1}, protocol=4), "pickle or zip archive whatever its name says.*save_pretr"),
+        (lambda data: pickle.dumps({"a": 1}, protocol=4), "pickle or zip archive, not safetensors.*save_pretr"),
         (lambda data: join(b"[]", b""), "header is not a JSON object"),
         (lambda data: join(b"{", b""), "header is not valid JSON"),
         (lambda data: join(b"\xff\xfe{\0}\0", b""), "header is not valid JSON"),
         (lambda data: join(b'{"a": NaN}', b""), "NaN is not JSON"),
-        (lambda data: join(b'{"a": {}, "a": {}}', b""), "a key stands twice"),
+        (lambda data: join(b'{"a": {}, "a": {}}', b""), "a key occurs twice"),
         (lambda data: join(b"[" * 200_000 + b"]" * 200_000, b""), "header is not valid JSON"),
         (lambda data: join(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b""), "header is not valid JSON"),
         (lambda data: join(b'{"a": 1' + b"0" * 5000 + b"}", b""), "not valid JSON|no metadata"),
-        (lambda data: join({}, b""), "no metadata of texts"),
-        (_with_header(lambda h: {"__metadata__": None}), "no metadata of texts"),
-        (_with_header(lambda h: {"__metadata__": {"format": 1}}), "no metadata of texts"),
+        (lambda data: join({}, b""), "no text metadata"),
+        (_with_header(lambda h: {"__metadata__": None}), "no text metadata"),
+        (_with_header(lambda h: {"__metadata__": {"format": 1}}), "no text metadata"),
         (_with_header(lambda h: {"__metadata__": {"format": "pt"}}), "its format is 'pt', this version reads 'deformm"),
         (_without("format"), "its format is None"),
         (_without("config"), "its header lacks config"),
@@ -213,9 +213,9 @@ def _first(**changes: Any) -> Callable[[bytes], bytes]:
         (_metadata(**{"class": "A" * 100}), "not a class name"),
         (_metadata(**{"class": "Дeform"}), "not a class name"),
         (_metadata(**{"class": "\ud800\n"}), "not a class name"),
-        (_metadata(**{"class": "Nothing"}), "holds a Nothing, which this version does not know"),
+        (_metadata(**{"class": "Nothing"}), "holds a Nothing, which is not a model of this version"),
         (_metadata(config="{"), "its config is not valid JSON"),
-        (_metadata(config='{"scale": 2, "scale": 4}'), "its config is not valid JSON: a key stands twice"),
+        (_metadata(config='{"scale": 2, "scale": 4}'), "its config is not valid JSON: a key occurs twice"),
         (_metadata(config="[]"), "config must be a JSON object"),
         (_metadata(config="[" * 10_000), "its config is not valid JSON"),
         (_metadata(config='{"scale": 1e999}'), "numbers are finite"),
@@ -223,7 +223,7 @@ def _first(**changes: Any) -> Callable[[bytes], bytes]:
         (_metadata(config='{"dims": [99999999999]}'), "integers lie within"),
         (_metadata(config='{"\\ud800": 1}'), "not an argument name"),
         (_metadata(config='{"größe": 1}'), r"does not build .*gr\\xf6\\xdfe"),
-        (_metadata(config="{}"), "asks for more than .* parameters, far more than the file holds"),
+        (_metadata(config="{}"), "needs more than .* parameters, far more than the file contains"),
         (_metadata(config=json.dumps({**TINY, "dims": [8, 16]})), r"should be \(.*16.*\)"),
         (_metadata(provenance="7"), "provenance is not a JSON object"),
         (_metadata(provenance='{"a": Infinity}'), "its provenance is not valid JSON"),
@@ -239,9 +239,9 @@ def _first(**changes: Any) -> Callable[[bytes], bytes]:
         (_first(shape=[1] * 9), "which is not a shape"),
         (_first(shape=[2**62, 2**62]), "does not fill"),
         (_first(shape=[0, 2**70], data_offsets=[0, 0]), "starts at byte|safetensors refuses it"),
-        (_first(data_offsets=[0]), "no two offsets"),
+        (_first(data_offsets=[0]), "not two offsets"),
         (_first(data_offsets=[4, 0]), "does not fill"),
-        (_first(data_offsets=[-4, 0]), "no two offsets"),
+        (_first(data_offsets=[-4, 0]), "not two offsets"),
         (_first(extra=1), "is not described by"),
         (
             _with_header(lambda h: {k: v for k, v in h.items() if k != "project.bias"}),
@@ -258,7 +258,7 @@ def test_malformed_files(mutate: Callable[[bytes], bytes], message: str, saved: 
 
 def test_state_dicts_without_a_header_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "plain.safetensors")
-    refused(lambda: from_pretrained(tmp_path / "plain.safetensors"), "does not say which model it fits")
+    refused(lambda: from_pretrained(tmp_path / "plain.safetensors"), "does not identify its model")
 
 
 class Trap:
@@ -512,7 +512,7 @@ def test_verify_is_ok_only_after_a_comparison(published: dict[str, Any], saved: 
     other = model.save_pretrained(folder / "model.safetensors")
     (folder / "config.json").unlink()
     refused(lambda: verify(folder), rf"sha256 {other}, but the README.md beside it states {digest}")
-    refused(lambda: verify(folder / "model.safetensors"), "no known hash to compare it with")
+    refused(lambda: verify(folder / "model.safetensors"), "no expected hash is known")
     assert verify(folder / "model.safetensors", sha256=other.upper()) == other
     refused(lambda: verify(folder / "model.safetensors", sha256="0" * 64), "was expected")
     model.save_pretrained(tmp_path / "own")
@@ -543,11 +543,11 @@ def test_a_saved_folder_has_a_card_and_one_of_a_person_stays(
 def test_publishing_asks_for_a_licence(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     ZeroFill(scale=2).save_pretrained(folder)
-    refused(lambda: publish(folder, "org/mine", dry_run=True), "names no licence; give license=")
+    refused(lambda: publish(folder, "org/mine", dry_run=True), "has no licence; give license=")
     assert publish(folder, "org/mine", dry_run=True, license="cc0-1.0").revision is None
     ZeroFill(scale=2).save_pretrained(folder, provenance={"license": "CC0-1.0"})
     assert publish(folder, "org/mine", dry_run=True).repo == "org/mine"
-    refused(lambda: ZeroFill(scale=2).push_to_hub("org/mine", dry_run=True), "names no licence")
+    refused(lambda: ZeroFill(scale=2).push_to_hub("org/mine", dry_run=True), "has no licence")
     assert ZeroFill(scale=2).push_to_hub("org/mine", dry_run=True, license="cc0-1.0").repo == "org/mine"
 
 
@@ -719,5 +719,5 @@ def test_what_a_file_holds_none_of_is_bounded_too() -> None:
     assert load(Tabled, scale=2, size=100).table.sum() == 10_000
     refused(lambda: load(Tabled, scale=2, size=65_536), "asks for 17179869184 bytes of tables beside the weights")
     assert load(Modules, scale=2, n=100).scale == 2
-    refused(lambda: load(Modules, scale=2, n=65_536), "asks for more than 256 modules, far more than the file holds")
+    refused(lambda: load(Modules, scale=2, n=65_536), "needs more than 256 modules, far more than the file contains")
     refused(lambda: load(Tabled, scale=2, size=8.0), "size must be int, not 8.0")

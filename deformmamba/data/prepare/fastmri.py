@@ -64,12 +64,14 @@ def plan_fastmri(
     check_shares(val)
     if crop < 1:
         raise InvalidArgument(
-            f"fastmri: crop is {crop}; wanted the pixels a side that are kept, 1 or more, such as 320"
+            f"fastmri: crop is {crop}; wanted the side of the central square in pixels, 1 or more, such as 320"
         )
     root = existing_folder(root)
     require("h5py", extra="data", what="fastMRI")
     if (train_list is None) != (test_list is None):
-        raise VolumeError("fastmri: give both lists, of files to train and to test on, or none")
+        raise VolumeError(
+            "fastmri: only one of the two file lists was given; give both, for training and testing, or neither"
+        )
     skipped: list[tuple[str, str]] = []
     by_name = _by_name(root, skipped)
     listed: dict[str, str] = {}
@@ -128,9 +130,9 @@ def _listed_splits(train_list: PathLike, test_list: PathLike, known: Container[s
     for file, split in ((train_list, "train"), (test_list, "test")):
         for name in _listed(file):
             if name not in known:
-                raise VolumeError(f"{file}: names {name}, and there is no {name}.h5 below {root}")
+                raise VolumeError(f"{file}: lists {name}, but there is no {name}.h5 in {root} or its subfolders")
             if listed.setdefault(name, split) != split:
-                raise VolumeError(f"{file}: {name} is in both lists; wanted one split")
+                raise VolumeError(f"{file}: {name} is in both lists; remove it from one")
     return listed
 
 
@@ -154,7 +156,7 @@ def _splits_of_patients(
     of_patient: dict[str, str] = {}
     for name, header in headers.items():
         if of_patient.setdefault(header.patient, listed[name]) != listed[name]:
-            raise VolumeError(f"{test_list}: a patient of {name} is in both lists; wanted one split")
+            raise VolumeError(f"{test_list}: the patient of {name} is in both lists; keep each patient in one list")
     return validating(of_patient, val)
 
 
@@ -179,7 +181,7 @@ def _read_header(path: Path) -> _Header:
         if missing:
             raise Unusable(
                 f"{path}: has no data set {missing[0]!r}, only {', '.join(sorted(file)) or 'none'}; wanted a fastMRI "
-                "single-coil file with kspace and ismrmrd_header (the challenge's test files have no full k-space)"
+                "single-coil file with kspace and ismrmrd_header (the test files of the fastMRI challenge lack it)"
             )
         if "mask" in file:
             raise Unusable(f"{path}: its k-space is undersampled (it has a mask); wanted a fully sampled one")
@@ -194,7 +196,7 @@ def _slice_reader(path: Path, crop: int) -> Callable[[], tuple[np.ndarray, tuple
             try:
                 kspace, header = file["kspace"][()], file["ismrmrd_header"][()]
             except OSError:
-                raise Unusable(f"{path}: a truncated file: its k-space cannot be read") from None
+                raise Unusable(f"{path}: truncated file: its k-space cannot be read") from None
         if kspace.ndim != 3 or not np.iscomplexobj(kspace):
             raise Unusable(f"{path}: k-space of shape {kspace.shape}; wanted single-coil (slices, rows, columns)")
         if min(kspace.shape[1:]) < crop:

@@ -60,7 +60,7 @@ def chosen_slices(rule: str, n: int) -> range:
         return range((n - k) // 2, (n - k) // 2 + k)
     part = re.fullmatch(r"(-?\d+)?:(-?\d+)?", rule)
     if not part:
-        raise InvalidArgument(f'slices: {rule!r} is no range; wanted "all", "central:100", or from:to such as "20:110"')
+        raise InvalidArgument(f'slices: {rule!r} is not a range; wanted "all", "central:100" or such as "20:110"')
     return range(n)[slice(*(None if end is None else int(end) for end in part.groups()))]
 
 
@@ -73,9 +73,9 @@ def volume_reader(
         try:
             volumes = list(read_volumes(path, series=series))
         except ChoiceNeeded as error:
-            raise Unusable(f"{error.problem}; a data set takes one: save the one that you want as a file") from None
+            raise Unusable(f"{error.problem}; save the one for the data set as a separate file") from None
         if len(volumes) > 1 and not several:
-            raise Unusable(f"{path}: holds {len(volumes)} volumes, in which a range of slices has no meaning; take all")
+            raise Unusable(f"{path}: holds {len(volumes)} prepared volumes; use all slices of these")
         along = chosen_axis(volumes[0], axis)
         height, width = (volumes[0].spacing[a] for a in in_plane(along))
         slices = [np.moveaxis(volume.array, along, 0) for volume in volumes]

@@ -32,7 +32,7 @@ def prepare(plan: Plan, out: PathLike, *, skip_unusable: bool | None = None, pro
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise VolumeError(f"{out}: cannot be made: {error.strerror}; choose another folder") from None
+        raise VolumeError(f"{out}: cannot create this folder: {error.strerror}; choose another folder") from None
     for leftover in (*out.glob(f".*{SUFFIX}"), *out.glob(".*.json")):  # of a run that was killed
         leftover.unlink(missing_ok=True)
     write_manifest(out, {"complete": False, **facts})
@@ -48,7 +48,9 @@ def prepare(plan: Plan, out: PathLike, *, skip_unusable: bool | None = None, pro
             rows.append(_prepare_one(source, out, plan))
         except Unusable as error:
             if not skip_unusable:
-                raise VolumeError(f"{error}; repair or remove it, and run again: what is finished stays") from None
+                raise VolumeError(
+                    f"{error}; repair or remove the file, and run the command again: it resumes"
+                ) from None
             skipped.append((source.source, str(error).replace(str(source.path), source.path.name)))
     if not rows:
         reason = f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
@@ -81,7 +83,9 @@ def _prepare_one(source: Source, out: Path, plan: Plan) -> dict[str, Any]:
             slices, spacing, axis = source.read()
             kept = chosen_slices(plan.options["slices"], len(slices))
             if not len(kept):
-                raise VolumeError(f"{source.path}: {len(slices)} slices, none of them in {plan.options['slices']}")
+                raise VolumeError(
+                    f"{source.path}: none of its {len(slices)} slices is in the range {plan.options['slices']}"
+                )
             slices = slices[kept.start : kept.stop]
             unit = intensity_scale(np.abs(slices) if np.iscomplexobj(slices) else slices)
         except VolumeError as error:
@@ -114,10 +118,10 @@ def _check_target(out: Path, facts: Mapping[str, Any]) -> None:
     if not out.exists():
         return
     if not out.is_dir():
-        raise VolumeError(f"{out}: is a file; name a folder")
+        raise VolumeError(f"{out}: is a file; give a folder")
     known = begun(out)
     if not known and any(out.iterdir()):
-        raise VolumeError(f"{out}: is not empty, and holds no prepared data set; name a new folder")
+        raise VolumeError(f"{out}: is not empty and holds no prepared data set; give a new folder")
     for key in ("kind", "options"):
         if known and known.get(key) != facts[key]:
-            raise VolumeError(f"{out}: was prepared with {key} {known.get(key)}, not {facts[key]}; name a new folder")
+            raise VolumeError(f"{out}: was prepared with {key} {known.get(key)}, not {facts[key]}; give a new folder")
