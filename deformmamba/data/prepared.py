@@ -53,7 +53,8 @@ def read_prepared(path: str | os.PathLike[str]) -> Prepared:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(os.fspath(path), framework="pt") as file:  # torch's reader maps, numpy's copies
+        # only the reader for torch maps the file into memory; the reader for numpy copies it
+        with safe_open(os.fspath(path), framework="pt") as file:
             facts = json.loads((file.metadata() or {})["deformmamba"])
             array = file.get_tensor("slices").numpy()
         height, width = facts["spacing_mm"]
@@ -116,7 +117,7 @@ def read_manifest(root: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def begun(root: str | os.PathLike[str]) -> dict[str, Any]:
-    """The manifest of `root`, finished or not; empty without one."""
+    """The manifest of `root`, finished or not; empty if there is none."""
     manifest = _load(Path(root))
     return manifest if manifest.get("format") == FORMAT else {}
 

@@ -88,7 +88,7 @@ def by_count(subjects: Iterable[str], wanted: tuple[int, int], val: float) -> tu
     order = sorted(set(subjects), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
     n = min(len(order), sum(wanted))
     n_train = max(1, min(n - 1, round(n * wanted[0] / sum(wanted))))
-    if n == 2 and val:  # nobody left to validate on otherwise
+    if n == 2 and val:  # else no subject would remain for validation
         n_train = 2
     split = {name: "train" if k < n_train else "test" for k, name in enumerate(order[:n])}
     rule = f"{len(order)} subjects by the SHA-256 of their id: the first {n_train} train, the next {n - n_train} test"

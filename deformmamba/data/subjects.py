@@ -186,7 +186,7 @@ def _shape(stem: str) -> str:
 
 
 def _person_parts(names: Mapping[Path, str]) -> dict[Path, str]:
-    """The first part of each name that may name a subject and does not occur in all names; empty without one."""
+    """The first part of each name that may name a subject and does not occur in all names; empty if there is none."""
     tokens = {path: _tokens(name) for path, name in names.items()}
     lists = [{token.lower() for token in found} for found in tokens.values()]
     common = set.intersection(*lists) if len({*names.values()}) > 1 else set()
@@ -241,7 +241,7 @@ def _one_case(names: Mapping[Path, str]) -> dict[Path, str]:
 
 
 def patient_id(folder: Path, series: str | None = None) -> str:
-    """The PatientID of the first readable DICOM file of a folder (of a series in it); empty where there is none."""
+    """The PatientID of the first readable DICOM file of a folder, or of one series in it; empty if there is none."""
     import pydicom
 
     for path in sorted(path for path in folder.iterdir() if path.is_file()):

@@ -23,8 +23,8 @@ from deformmamba.volume import VolumeError, in_plane
 
 # percentiles of a volume that become 0 and 1; the second among voxels above the first
 LOW, HIGH = 0.5, 99.5
-EMPTY = 0.02  # an image whose mean is below this, in units of the range, teaches nothing
-FEWEST = 4  # thick slices across an image
+EMPTY = 0.02  # images with a lower mean, in units of the range, are skipped as empty
+FEWEST = 4  # smallest number of thick slices across an image
 
 
 def robust_range(array: np.ndarray) -> tuple[float, float]:
@@ -34,7 +34,7 @@ def robust_range(array: np.ndarray) -> tuple[float, float]:
     equal the range is 1, to avoid a division by 0.
     """
     values = np.asarray(array, np.float32).ravel()
-    values = values[:: max(1, len(values) // 2_000_000)]  # as exact as any use needs
+    values = values[:: max(1, len(values) // 2_000_000)]  # a sample of the voxels is exact enough
     values = values[np.isfinite(values)]
     if not len(values):
         return 0.0, 1.0
@@ -49,39 +49,39 @@ def thick(image: torch.Tensor, *, ratio: float, profile: SliceProfile, phase: fl
 
     Args:
         ratio: rows from one slice centre to the next; any number of 1 or more.
-        profile: of a slice, its mm being rows.
+        profile: the slice profile; its unit, mm, stands for one row.
         phase: row of the first slice centre.
     """
     return thick_matrix(image.shape[0], ratio, profile, phase).to(image) @ image
 
 
 def thick_matrix(n: int, ratio: float, profile: SliceProfile, phase: float) -> torch.Tensor:
-    """(n, n), float32: what `thick` does to each column of an image, the spline after the slices."""
+    """The matrix (n, n), float32, that `thick` applies to each column of an image: slice sampling, then the spline."""
     at = slice_positions(n_slices(n, ratio, phase), ratio, phase)
     rows = (torch.arange(n, dtype=torch.float64) - phase) / ratio
     return (spline_matrix(len(at), rows) @ ThickSlices(n, 1.0, at, profile).matrix).float()
 
 
 def n_slices(n: int, ratio: float, phase: float = 0.0) -> int:
-    """How many slice centres fall on n rows."""
+    """The number of slice centres on n rows."""
     return int((n - 1 - phase) / ratio + 1e-9) + 1
 
 
 class ThickSample(NamedTuple):
-    """The interpolated thick slices (1, p, p), and the image that they were made of; about [0, 1]."""
+    """The interpolated thick slices and the original image, both (1, p, p), values of about [0, 1]."""
 
     lr: torch.Tensor
     hr: torch.Tensor
 
 
 class _Stack(NamedTuple):
-    """Images (n, h, w) in scanner units, their range, and where they come from."""
+    """Images (n, h, w) in scanner units, their intensity range, and their source."""
 
     images: torch.Tensor
     low: float
     high: float
     place: str
-    full: np.ndarray  # numbers of the images that are not empty
+    full: np.ndarray  # indices of the images that are not empty
 
 
 class ThickSliceDataset(Dataset[ThickSample]):
@@ -89,7 +89,7 @@ class ThickSliceDataset(Dataset[ThickSample]):
 
     Args:
         scans: the volumes; kept in memory.
-        patch: rows and columns of a sample; smaller images are left out.
+        patch: rows and columns of a sample; smaller images are skipped.
         length: number of samples.
         weights: share of each group (`Scan.group`), by name; other groups are ignored. None: in proportion to the
             number of volumes. Within a group every volume has the same share.
@@ -107,7 +107,7 @@ class ThickSliceDataset(Dataset[ThickSample]):
         progress: show a progress bar while reading volumes.
 
     Raises:
-        VolumeError: nothing to train on.
+        VolumeError: no image to train on.
         ValueError: a number out of range.
     """
 
@@ -151,7 +151,7 @@ class ThickSliceDataset(Dataset[ThickSample]):
             from tqdm import tqdm
 
             bar = tqdm(chosen, desc="reading", unit="volume", disable=None)
-        # of each group the in-plane stacks, and the stacks of sections across the slices
+        # for each group: the in-plane stacks, and the stacks of sections across the slices
         self.groups: dict[str, tuple[list[_Stack], list[_Stack]]] = {}
         spacings: list[float] = []
         for scan in bar:
@@ -195,12 +195,13 @@ class ThickSliceDataset(Dataset[ThickSample]):
         return self.length
 
     def describe(self, index: int) -> str:
-        """File and image that sample `index` is cut from."""
+        """File name and image number of sample `index`."""
         stack, k, _, _ = self._drawn(index)
         return f"{stack.place} {k}"
 
     def _drawn(self, index: int) -> tuple[_Stack, int, bool, np.random.Generator]:
-        """The stack of a sample, which image of it, whether it is a section, and the generator of all that follows."""
+        """The stack of a sample, the image number, whether it is a section, and the generator for the remaining
+        draws."""
         if not 0 <= index < self.length:
             raise IndexError(index)
         rng = np.random.default_rng((self.seed, index))
@@ -235,7 +236,7 @@ class ThickSliceDataset(Dataset[ThickSample]):
     def _recoloured(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         if self.contrast > 1:
             exponent = float(self.contrast ** rng.uniform(-1, 1))
-            image = image.sign() * image.abs() ** exponent  # below the low percentile stays below
+            image = image.sign() * image.abs() ** exponent  # values below the low percentile stay negative
         if self.invert and rng.random() < self.invert:
             image = 1 - image
         if self.gain > 1:
@@ -244,7 +245,7 @@ class ThickSliceDataset(Dataset[ThickSample]):
 
 
 class ThickCase(NamedTuple):
-    """A whole image for validation: interpolated thick slices (1, 1, n, w), the truth, and where it is from."""
+    """A whole image for validation: interpolated thick slices (1, 1, n, w), the truth, and the source file."""
 
     lr: torch.Tensor
     hr: torch.Tensor
@@ -254,7 +255,7 @@ class ThickCase(NamedTuple):
 def thick_cases(
     scans: Iterable[Scan], *, ratios: Sequence[float] = (2.7, 4.0, 5.5), images: int = 3, axis: int | None = None
 ) -> list[ThickCase]:
-    """The same `images` in-plane images of each scan at every call. The cases cycle through `ratios`, and alternate
+    """`images` in-plane images of each scan, the same in every call. The cases cycle through `ratios`, and alternate
     between rows and columns as the coarse direction."""
     cases: list[ThickCase] = []
     for scan in scans:

@@ -1,9 +1,9 @@
 """Assessment for a model card: results outside the training domain, and the effect on small lesions.
 
-Three functions return rows of plain values for `weights_manifest.json`: `by_spacing` (one model, many voxel sizes),
+Three functions return rows of plain values for `weights_manifest.json`: `by_spacing` (one model at many voxel sizes),
 `out_of_domain` (other contrasts and scanners; the same images rotated, shaded, noisy, or degraded in another way) and
-`lesions` (the recovered share of a small lesion's contrast, and lesion-like structure that the model invents). `assess`
-calls all three; `deformmamba.weights.cards.tables` renders the rows.
+`lesions` (the recovered share of a small lesion's contrast, and false lesion-like structures). `assess` calls all
+three; `deformmamba.weights.cards.tables` renders the rows.
 
 The baseline is always zero-filling of the same input. PSNR and SSIM follow protocol "volume", averaged over the volumes
 of a subject and then over subjects. All randomness follows from one seed.
@@ -33,13 +33,13 @@ Row = dict[str, Any]
 
 SPACINGS = (0.9, 1.2, 1.5, 2.0, 3.0)  # mm, of the ground truth
 SIZES = (2.0, 3.0, 4.0, 6.0)  # mm, diameter at half contrast
-CONTRAST = 0.25  # of a lesion, as a share of the volume's bright tissue (its 99.9th percentile); model cards say it
+CONTRAST = 0.25  # of a lesion, as a share of bright tissue (99.9th percentile of the volume); see model cards
 ANGLES = (3.0, 10.0)  # degrees
-SNRS = (60.0, 30.0, 15.0)  # of bright tissue in the LR image
+SNRS = (60.0, 30.0, 15.0)  # signal-to-noise ratios of bright tissue in the LR image
 APART = 25.0  # mm between lesions in one slice
-RING = 2.0  # mm, width of the surroundings that a lesion is compared with
-FINER = 0.95  # a spacing below this share of the data's own is finer than the data
-SMALLEST = 16  # pixels of an LR slice that still shows something
+RING = 2.0  # mm, width of the ring around a lesion with which it is compared
+FINER = 0.95  # a spacing below this share of the data's spacing counts as finer than the data
+SMALLEST = 16  # smallest side of an LR slice in pixels
 
 
 class _Stack(NamedTuple):
@@ -92,8 +92,8 @@ def by_spacing(
     Args:
         model: on the origin grid.
         scans: volumes it was not trained on.
-        spacings: of the truth, in mm.
-        slices: how many from the middle of each volume; None for all.
+        spacings: pixel sizes of the truth in mm.
+        slices: number of middle slices of each volume; None for all.
     """
     stacks = _stacks(model, scans, slices)
     trained = trained_spacings(model)
@@ -110,7 +110,7 @@ def by_spacing(
 
 
 def _coarser(stack: _Stack, spacing: float, scale: int) -> _Stack | None:
-    """The stack with pixels of `spacing`, by cropping k-space; None where the data do not give that."""
+    """The stack resampled to pixels of `spacing` by k-space cropping; None if the data are too coarse or too small."""
     factors = [spacing / own for own in stack.spacing]
     if min(factors) < FINER:
         return None
@@ -143,9 +143,9 @@ def out_of_domain(
     Args:
         model: on the origin grid.
         scans: volumes it was not trained on.
-        groups: those that the model is meant for (`Scan.group`); None: all.
-        slices: how many from the middle of each volume; None for all.
-        seed: of the noise.
+        groups: groups that the model is meant for (`Scan.group`); None: all.
+        slices: number of middle slices of each volume; None for all.
+        seed: random seed of the noise.
     """
     stacks = _stacks(model, scans, slices)
     crop = KSpaceCrop(model.scale)
@@ -174,7 +174,7 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _changes(scale: int) -> list[tuple[str, Change, Callable[..., torch.Tensor]]]:
-    """Name, what is done to the truth (about [0, 1]), and how the input is made of it."""
+    """For each case: its name, the change to the truth (about [0, 1]), and the degradation that makes the input."""
     crop = KSpaceCrop(scale)
 
     def averaged(hr: torch.Tensor, *, seed: int) -> torch.Tensor:
@@ -210,7 +210,7 @@ def _shaded(hr: torch.Tensor) -> torch.Tensor:
 
 
 def _shifted(image: torch.Tensor, pixels: torch.Tensor | float, axes: Sequence[int] = (-2, -1)) -> torch.Tensor:
-    """`image` (..., H, W) moved by `pixels` towards larger indices along `axes`, exactly and around the edges."""
+    """`image` (..., H, W) shifted by `pixels` towards larger indices along `axes`, exactly and with periodic edges."""
     for axis in axes:
         n = image.shape[axis]
         frequency = torch.fft.fftfreq(n, dtype=image.dtype).reshape([n, 1] if axis == -2 else [1, n])
@@ -220,10 +220,10 @@ def _shifted(image: torch.Tensor, pixels: torch.Tensor | float, axes: Sequence[i
 
 
 def turned(image: torch.Tensor, degrees: float) -> torch.Tensor:
-    """`image` (..., H, W) turned about its centre, without interpolating: three shears, each a shift in k-space.
+    """`image` (..., H, W) rotated about its centre without interpolation: three shears, each a shift in k-space.
 
-    Corners leave at one edge and come in at the other, so it is meant for small angles and empty corners. Negative
-    values, which ringing leaves in air, become 0.
+    The edges are periodic, so use it for small angles and images with empty corners. Negative values, which ringing
+    leaves in air, become 0.
 
     Source: Unser, Thevenaz and Yaroslavsky 1995.
     """
@@ -247,21 +247,24 @@ def lesions(
     """Measures the effect of a model on synthetic lesions: round, smooth-edged, bright or dark, within tissue, added
     before degradation.
 
-    A lesion's contrast is its centre's mean minus that of a ring of 2 mm around it. One row for each size and kind:
+    A lesion's contrast is its centre's mean minus that of a ring of 2 mm around it. The result has one row per size and
+    kind:
 
-    - `recovered`: the contrast that the lesion adds to the result, as a fraction of what it adds to the truth, mean
-      over lesions; 1 is all of it. `recovered_sd`: over lesions. Beside it zero-filling and bicubic.
-    - `invented`: the largest contrast of that size and kind which the result of the slice WITHOUT lesions has within
-      tissue beyond the truth's (allowing for a displacement of less than one LR pixel), in units of the lesion's
-      contrast, mean over slices. 1 would be a false lesion as strong as the true ones. Beside it the same two.
+    - `recovered`: the contrast that a lesion adds to the result divided by the contrast that it adds to the truth, mean
+      over lesions; 1 is full recovery. `recovered_sd`: its standard deviation over lesions. The row also has the mean
+      for zero-filling and bicubic interpolation.
+    - `invented`: measured on slices WITHOUT lesions: the largest contrast of that size and kind within tissue that
+      exceeds the truth's (allowing for a displacement of less than one LR pixel), in units of the lesion's contrast,
+      mean over slices. 1 is a false lesion as strong as the true ones. The row also has it for zero-filling and bicubic
+      interpolation.
 
     Args:
         model: on the origin grid.
         scans: volumes it was not trained on.
         sizes: diameters at half contrast, in mm.
-        per_slice: how many lesions of a kind at most in one slice, 25 mm apart.
-        slices: how many from the middle of each volume; None for all.
-        seed: of the places.
+        per_slice: largest number of lesions of a kind in one slice, 25 mm apart.
+        slices: number of middle slices of each volume; None for all.
+        seed: random seed of the positions.
     """
     models = {"": model, "zero_fill_": ZeroFill(scale=model.scale), "bicubic_": Bicubic(scale=model.scale)}
     crop = KSpaceCrop(model.scale)
@@ -304,7 +307,7 @@ def lesions(
 
 
 class _Lesion:
-    """A disc of `size` mm with a soft edge on pixels of `spacing` mm, and the detector that finds it."""
+    """A disc of `size` mm with a soft edge on pixels of `spacing` mm, and its detector."""
 
     def __init__(self, size: float, spacing: tuple[float, float]) -> None:
         radius, edge = size / 2, size / 3  # half contrast at the radius
@@ -328,7 +331,8 @@ class _Lesion:
         return F.conv2d(padded, self.detector.to(images)[None, None])[:, 0]
 
     def tissue(self, images: torch.Tensor, least: float) -> torch.Tensor:
-        """(n, H, W), bool: where lesion and ring lie within image and tissue, whose 3x3 means are at least `least`."""
+        """(n, H, W), bool: whether lesion and ring lie within the image and within tissue (3x3 means of at least
+        `least`)."""
         down, across = self.reach
         empty = (F.avg_pool2d(images[:, None], 3, 1, 1) < least).to(images)
         window = (self.detector.abs() + self.body > 0).to(images)
@@ -339,7 +343,7 @@ class _Lesion:
         return (near[:, 0] < 0.5) & inside
 
     def places(self, mask: torch.Tensor, most: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-        """Up to `most` pixels of `mask`, `APART` from one another, in random order."""
+        """Up to `most` pixels of `mask` in random order, at least `APART` from each other."""
         found: list[tuple[int, int]] = []
         candidates = mask.nonzero().numpy()
         for y, x in candidates[rng.permutation(len(candidates))]:
@@ -359,7 +363,7 @@ class _Lesion:
 
 
 def _grown(images: torch.Tensor, scale: int) -> torch.Tensor:
-    """The largest value within less than `scale` pixels, so that a slight displacement counts as the same thing."""
+    """The largest value within less than `scale` pixels, so that a small displacement does not count."""
     return F.max_pool2d(images[:, None], 2 * scale - 1, 1, scale - 1)[:, 0]
 
 

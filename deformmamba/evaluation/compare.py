@@ -48,23 +48,25 @@ def evaluate(
     Slices are those of `data.load_slices`, cropped at their ends to a multiple of the scale; complex ones are degraded
     with their phase and scored as magnitudes.
 
-    One row a volume: file, subject, group, slices, and the METRICS by `protocol`.
+    The result has one row per volume: file, subject, group, slices, and the METRICS by `protocol`.
 
     Args:
-        model: on whichever device it is.
-        volumes: files, or what `deformmamba.data.patches.find_scans` found.
+        model: on any device.
+        volumes: files, or the scans found by `deformmamba.data.patches.find_scans`.
         protocol: see `deformmamba.metrics`.
         degradation: the k-space crop of the paper (magnitude) if not given. Its noise refers to the volume's own
             brightness ("p99.9").
         metrics: names of additional metrics from `deformmamba.metrics.ON_REQUEST`.
-        slices: rows also have "by_slice", the values of each slice by metric, see `deformmamba.metrics.by_slice`.
-        consistency: see `upscale`; what the weights were found best with holds for k-space crops, others get none.
-        seed: of a degradation's noise, which also depends on the scan's voxels but not on its path.
+        slices: whether rows also have "by_slice", the values of each slice by metric, see
+            `deformmamba.metrics.by_slice`.
+        consistency: see `upscale`. The default of the weights applies to k-space crops only; for other degradations the
+            default is "off".
+        seed: random seed of the degradation's noise, which also depends on the scan's voxels but not on its path.
         visit: called with each scan and its HR and SR slices (n, H, W).
-        progress: a bar for each volume.
+        progress: show a progress bar over the volumes.
 
     Raises:
-        ValueError: a degradation of another scale than the model's, or on another grid, or an unknown metric.
+        ValueError: the degradation has another scale or grid than the model, or a metric is unknown.
     """
     degradation = degradation or KSpaceCrop(model.scale)
     unknown = [name for name in metrics if name not in ON_REQUEST]
@@ -109,11 +111,11 @@ class Comparison:
     """Several models on the same volumes.
 
     Attributes:
-        rows: by the name of the model, what `evaluate` gave.
-        sources: by the name of the model, where its weights come from; None for one without.
-        against: the model that differences are taken from.
-        settings: what the scores depend on: scale, degradation, protocol, seed, version.
-        shown: one slice, if one was asked for: for `figures.comparison`.
+        rows: the rows of `evaluate`, by model name.
+        sources: the source of the weights, by model name; None for a model without weights.
+        against: the reference model of the differences.
+        settings: scale, degradation, protocol, seed and version, on which the scores depend.
+        shown: one slice for `figures.comparison`, if requested.
     """
 
     rows: dict[str, list[dict[str, Any]]]
@@ -128,7 +130,7 @@ class Comparison:
 
     @property
     def any_rows(self) -> list[dict[str, Any]]:
-        """The rows of one of the models: the same volumes for all."""
+        """The rows of one model, for facts about the volumes, which are the same for all models."""
         return next(iter(self.rows.values()))
 
     @cached_property
@@ -138,7 +140,8 @@ class Comparison:
 
     @cached_property
     def differences(self) -> dict[str, dict[str, Spread]]:
-        """By model and metric: the model minus `against`, subject by subject. Empty for the model `against` itself."""
+        """By model and metric: the paired difference to `against` over subjects. Empty for the model `against`
+        itself."""
         reference = self.rows[self.against]
         return {
             name: {
@@ -150,7 +153,7 @@ class Comparison:
         }
 
     def table(self) -> str:
-        """For a terminal: what was done, the scores, and the differences."""
+        """Text for a terminal: settings, scores and differences."""
         return terminal_table(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -176,7 +179,7 @@ class Comparison:
         }
 
     def to_csv(self) -> str:
-        """One line for each model and volume; what the scores depend on is in columns, so that files can be joined."""
+        """One line per model and volume, with the settings as columns, so that files can be joined."""
         return csv_text(self)
 
 
@@ -194,16 +197,16 @@ def compare(
     at: int | None = None,
     progress: bool = False,
 ) -> Comparison:
-    """Scores every model on every volume, degraded alike.
+    """Scores every model on every volume, with the same degradation.
 
     Args:
-        models: by the name that tables show.
-        against: the model that differences are taken from; the first of `models` if not given.
+        models: by the name to show in tables.
+        against: the reference model of the differences; the first of `models` if not given.
         protocol, degradation, metrics, consistency, seed, progress: see `evaluate`.
         show: keep slice `at` of the first volume, along its slice axis, for a figure; None: the middle one.
 
     Raises:
-        ValueError: no model, no volume, models of different scales, or no such name or slice; and as `evaluate`.
+        ValueError: no model, no volume, models of different scales, an unknown name or slice; and as `evaluate`.
     """
     volumes = list(volumes)
     scales = {model.scale for model in models.values()}

@@ -8,7 +8,7 @@ import torch
 
 
 def hardware() -> str:
-    """The accelerator, or the processor and how many threads torch uses."""
+    """The accelerator, or the processor and the number of threads that torch uses."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
@@ -22,7 +22,8 @@ def hardware() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this file is tracked in, "+changes" if there are any; None without one."""
+    """The commit of the checkout that this file is tracked in, with "+changes" if there are any; None outside a
+    checkout."""
     here = Path(__file__)
 
     def git(*arguments: str) -> str:
@@ -34,5 +35,5 @@ def commit() -> str | None:
             return None
         changed = git("status", "--porcelain", "--untracked-files=no", ".")
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "") or None
-    except (OSError, subprocess.SubprocessError):  # no git here
+    except (OSError, subprocess.SubprocessError):  # git is not installed
         return None

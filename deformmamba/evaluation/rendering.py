@@ -1,4 +1,4 @@
-"""Renders a comparison: a table for the terminal, a CSV file, a slice of each result."""
+"""Renders a comparison: a table for the terminal, a CSV file, and one slice of each result."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def terminal_table(compared: "Comparison") -> str:
-    """What was done, the scores, and the differences, line by line."""
+    """The lines of the table: settings, scores and differences."""
     s, n_subjects = compared.settings, len({row["subject"] for row in compared.any_rows})
     few = n_subjects < FEWEST
     lines = [
@@ -40,7 +40,7 @@ def terminal_table(compared: "Comparison") -> str:
 
 
 def csv_text(compared: "Comparison") -> str:
-    """One line for each model and volume, with what the scores depend on."""
+    """One line per model and volume, with the settings."""
     text = io.StringIO()
     columns = ["model", "source", *compared.settings, "subject", "file", "group", "slices", *compared.metrics]
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
@@ -51,17 +51,18 @@ def csv_text(compared: "Comparison") -> str:
 
 
 class Shown:
-    """A slice of a volume and of what the models made of it, as a radiologist sees it.
+    """A slice of a volume and of each model's result, in radiological orientation.
 
     Attributes:
         hr: (H, W), row 0 on top.
         results: the SR images, by the name of the model.
         spacing: mm between rows and between columns.
-        title: which slice of which file this is.
+        title: file name and slice number.
     """
 
     def __init__(self, scan: Scan, hr: torch.Tensor, index: int | None) -> None:
-        """`index`: along the slice axis, from 0; None: the middle one. ValueError where there is no such slice."""
+        """`index`: slice number along the slice axis, from 0; None: the middle slice. Raises ValueError if it is
+        absent."""
         self._index = len(hr) // 2 if index is None else index
         if not 0 <= self._index < len(hr):
             raise InvalidArgument(f"{scan.path}: no slice {index}; slices: 0 to {len(hr) - 1}")
@@ -71,7 +72,7 @@ class Shown:
         self.title = f"{scan.path.name}, slice {self._index}"
 
     def add(self, name: str, sr: torch.Tensor) -> None:
-        """What the model `name` made of the volume, (n, H, W); the first volume counts."""
+        """Adds the result (n, H, W) of the model `name`; only the first volume is used."""
         if name not in self.results:
             self.results[name] = self._seen(sr).image
 
@@ -80,7 +81,7 @@ class Shown:
 
 
 def _columns(metrics: Sequence[str], scores: Mapping[str, Mapping[str, Spread]], sign: str = "") -> list[str]:
-    """Lines of a table: names on the left, a column a metric."""
+    """Lines of a table: names on the left, one column per metric."""
     cells = [["", *(f"{metric} [dB]" if metric == "psnr" else metric for metric in metrics)]]
     for name, row in scores.items():
         cells.append([name, *(_cell(row[metric], 2 if metric == "psnr" else 4, sign) for metric in metrics)])

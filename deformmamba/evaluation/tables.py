@@ -1,7 +1,7 @@
-"""The paper's tables 1 and 2: their rows, the figures that the paper prints, and our results beside them in Markdown.
+"""The paper's tables 1 and 2: their rows, the paper's figures, and Markdown with this package's results beside them.
 
-Sizes and learning rates of the networks stand in `SIZES`; the loss belongs to the method: L1, and for Deform-Mamba the
-paper's. `deformmamba.training.comparison` trains and scores the rows.
+`SIZES` holds sizes and learning rates of the networks. The loss is L1, and for Deform-Mamba the paper's loss.
+`deformmamba.training.comparison` trains and scores the rows.
 """
 
 import json
@@ -19,15 +19,15 @@ OURS = "Deform-Mamba"
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table.
+    """A row of a table.
 
     Attributes:
-        name: as the paper prints it, where it does.
-        model: of `deformmamba.models.MODELS`.
-        changes: constructor arguments beside those of `SIZES`.
-        beta: weight of the contrastive edge loss beside L1.
-        paper: PSNR in dB and SSIM that the paper prints, by the heading of its column; none where it has no such row.
-        trained: False for interpolation, which has nothing to learn.
+        name: the name in the paper, if the paper has this row.
+        model: a name in `deformmamba.models.MODELS`.
+        changes: constructor arguments in addition to those of `SIZES`.
+        beta: weight of the contrastive edge loss, which is added to L1.
+        paper: the paper's PSNR in dB and SSIM, by the heading of its column; empty if the paper has no such row.
+        trained: False for interpolation, which has no parameters.
     """
 
     name: str
@@ -91,7 +91,7 @@ SIZES: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {
 
 
 def markdown(out: str | Path) -> str:
-    """The table of a benchmark folder as far as it is finished."""
+    """The table of a benchmark folder, with empty cells for unfinished rows."""
     folder = Path(out)
     facts = json.loads((folder / "benchmark.json").read_text("utf-8"))
     plan, table = facts["plan"], TABLES[facts["table"]]
@@ -144,13 +144,13 @@ def budget(plan: Mapping[str, Any]) -> str:
 
 
 def _size(row: Row, plan: Mapping[str, Any]) -> str:
-    """How a row's network differs from the defaults of its class, which are its paper's."""
+    """The constructor arguments by which a row's network differs from the defaults of its class (its paper's)."""
     changes = {**SIZES[plan["preset"]][row.model][1], **row.changes}
     return f"{row.name} " + (", ".join(f"{k}={v}" for k, v in changes.items()) or "as published")
 
 
 def _measured(done: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The cells from "parameters" to the difference; empty ones where nothing is finished."""
+    """The cells from "parameters" to the difference; empty if no seed is finished."""
     if not done:
         return ["", "", "", "0", "not run", "", ""]
     psnr, ssim = ([mean_scores(d["volumes"])[metric] for d in done] for metric in ("psnr", "ssim"))

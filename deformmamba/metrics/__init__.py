@@ -1,4 +1,4 @@
-"""PSNR, SSIM, NMSE, HFEN and LPIPS with a named protocol, whose choice alone changes results by 5 dB.
+"""PSNR, SSIM, NMSE, HFEN and LPIPS with a named protocol; the choice of protocol alone changes results by 5 dB.
 
 A volume is (slices, H, W), or (H, W) for one slice, a numpy array or a tensor; results are Python floats, computed in
 float64 (LPIPS in float32). In every protocol SSIM is Wang et al. 2004 as fastMRI and scikit-image compute it: a uniform
@@ -6,11 +6,11 @@ float64 (LPIPS in float32). In every protocol SSIM is Wang et al. 2004 as fastMR
 
 Protocols:
     volume: one PSNR over the whole volume, data range = its HR maximum; SSIM of each slice with that same range,
-        averaged over slices (fastMRI, T2Net, SANet; inferred for the paper, which does not say).
-    slice: PSNR and SSIM of each slice with the slice's own HR maximum as data range, averaged over slices. Slices with
-        no signal (HR maximum 0) have no such range and are left out.
+        averaged over slices (as fastMRI, T2Net and SANet; assumed for the paper, which does not state it).
+    slice: PSNR and SSIM of each slice with the slice's own HR maximum as data range, averaged over slices. Slices
+        without signal (HR maximum 0) are left out.
     foreground: as volume, but over the pixels of `foreground(hr)` only, all slices pooled (SSIM: the windows centred on
-        them). Air is easy: in an image that is two thirds empty, `volume` gives about 4 dB more.
+        them). Air has small errors: in an image that is two thirds empty, `volume` gives about 4 dB more.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,12 +30,13 @@ Array = np.ndarray | torch.Tensor
 WINDOW = 7
 # of the 99.9th percentile of the HR volume: above the noise of air, below every tissue but cortical bone
 FOREGROUND_LEVEL = 0.1
-# a few slices at a time: a volume of 1,000 in float64 with its moments would take gigabytes
+# slices per step: 1,000 slices in float64 with their moments would need gigabytes
 _AT_ONCE = 8
 
 
 class _Pair(NamedTuple):
-    """Both volumes as (slices, H, W) in float64, the data range of each slice (slices,), and the pixels that count."""
+    """Both volumes as (slices, H, W) in float64, the data range of each slice (slices,), and the mask of the pixels
+    that count."""
 
     sr: torch.Tensor
     hr: torch.Tensor
@@ -78,8 +79,8 @@ def foreground(hr: Array) -> torch.Tensor:
     The rule: a pixel is bright if it exceeds `FOREGROUND_LEVEL` times the 99.9th percentile of the non-zero values of
     the volume; a pixel belongs to the foreground if bright pixels lie at or beyond it in all four directions of its
     slice: left and right in its row, above and below in its column. So dark tissue inside the body counts, and air
-    around it does not. It depends on HR alone. Made for heads: where a surface coil leaves half the picture at the
-    level of noise, the edge is ragged.
+    around it does not. It depends on HR alone. It is made for heads: if a surface coil leaves half of the image at
+    noise level, the edge of the mask is ragged.
     """
     b = _tensor(hr, "hr").double()
     values = b[b != 0].flatten()
@@ -94,7 +95,7 @@ def foreground(hr: Array) -> torch.Tensor:
 
 
 def _sums(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each slice: the sum of x (slices, H, W) over the pixels that count, and how many those are."""
+    """For each slice: the sum of x (slices, H, W) over the mask, and the number of pixels in the mask."""
     if mask is None:
         return x.sum((-2, -1)), torch.full((len(x),), float(x[0].numel()), dtype=x.dtype, device=x.device)
     return torch.where(mask, x, 0).sum((-2, -1)), mask.sum((-2, -1)).to(x.dtype)
@@ -110,7 +111,7 @@ def psnr(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
 
 
 def _similarity(pair: _Pair) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Of a few slices at a time: `_sums` of the map of SSIM."""
+    """`_sums` of the SSIM map, for a few slices at a time."""
     if min(pair.hr.shape[-2:]) < WINDOW:
         raise InvalidArgument(
             f"ssim: slices are {tuple(pair.hr.shape[-2:])}, smaller than the {WINDOW}x{WINDOW} window"
@@ -137,11 +138,11 @@ def ssim(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
     total, n = map(torch.cat, zip(*_similarity(_pair(sr, hr, protocol)), strict=True))
     if not n.any():
         raise InvalidArgument("ssim: no foreground pixel whose 7x7 window lies inside the image")
-    return float(total.sum() / n.sum())  # without a mask every slice has as many pixels: the mean over slices
+    return float(total.sum() / n.sum())  # without a mask this is the mean over slices
 
 
 def _energies(x: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | None, protocol: str) -> torch.Tensor:
-    """|x|^2 / |reference|^2 of the whole volume, (1,), or of each slice that is not flat, (slices,)."""
+    """|x|^2 / |reference|^2 of the whole volume, (1,), or of each slice with signal, (slices,)."""
     error, energy = (_sums(image.square(), mask)[0] for image in (x, reference))
     if protocol != "slice":
         error, energy = error.sum(0, keepdim=True), energy.sum(0, keepdim=True)
@@ -155,10 +156,10 @@ def nmse(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
 
 
 def by_slice(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> dict[str, list[float]]:
-    """PSNR, SSIM and NMSE of each slice with the data range of the protocol: the values of a spread over slices.
+    """PSNR, SSIM and NMSE of each slice with the data range of the protocol.
 
-    Under "volume" and "foreground" the PSNR of the volume is not the mean of these: it pools the squared errors. Slices
-    without a foreground pixel, or without a value other than 0 (NMSE), are left out of the list.
+    In the protocols "volume" and "foreground", the PSNR of the volume pools the squared errors, so it is not the mean
+    of these values. Slices without a foreground pixel, or with zeros only (NMSE), are left out of the list.
     """
     pair = _pair(sr, hr, protocol)
     a, b, peak, mask = pair
@@ -198,7 +199,7 @@ def _edges(x: torch.Tensor) -> torch.Tensor:
 
 
 def hfen(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
-    """High-frequency error norm |LoG(sr - hr)| / |LoG(hr)|: 0 for equal volumes, about 1 where all edges are missing.
+    """High-frequency error norm |LoG(sr - hr)| / |LoG(hr)|: 0 for equal volumes, about 1 if all edges are missing.
 
     LoG is a Laplacian of Gaussian of 15x15 pixels and standard deviation 1.5, edges replicated.
 
@@ -211,16 +212,17 @@ def hfen(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
 def lpips(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
     """Learned perceptual distance (AlexNet, version 0.1) of each slice, averaged over slices; 0 for equal volumes.
 
-    A slice is divided by the data range of the protocol, clipped to [0, 1], and given to the network in grey. It was
-    trained on photographs: a second opinion, not a measure of anatomy. Whole slices only: no "foreground".
+    A slice is divided by the data range of the protocol, clipped to [0, 1], and passed to the network as a grey image.
+    The network was trained on photographs, so LPIPS is a second opinion and not a measure of anatomy. It needs whole
+    slices, so the protocol "foreground" is refused.
 
-    The extra `lpips` brings the package, and with it the linear layers; AlexNet's own weights come from torchvision.
-    Nothing is downloaded here: they must lie in torch's cache of models already.
+    The extra `lpips` installs the package with its linear layers. AlexNet's weights come from torchvision and must
+    already be in torch's model cache, because this function downloads nothing.
 
     Source: Zhang et al., CVPR 2018.
 
     Raises:
-        MissingExtra: the package, torchvision or AlexNet's weights are not here; says how to get them.
+        MissingExtra: the package, torchvision or AlexNet's weights are missing; the message tells how to get them.
         ValueError: slices smaller than 32x32, or the protocol "foreground".
     """
     if protocol == "foreground":
@@ -257,7 +259,7 @@ def _lpips_network() -> Callable[..., torch.Tensor]:
             "python -c 'import torchvision; torchvision.models.alexnet(weights=\"IMAGENET1K_V1\")'"
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it asks torchvision in a deprecated way
+        warnings.simplefilter("ignore")  # lpips calls torchvision with a deprecated argument
         return package.LPIPS(net="alex", verbose=False).eval()
 
 

@@ -1,8 +1,8 @@
 """Statistics of scores: means over subjects, their spread, and paired differences between two methods.
 
-The unit is the SUBJECT: slices and sessions of one person look alike, so n volumes of three people are three values,
-not n. A confidence interval needs at least `FEWEST` subjects; with fewer, the spread over slices is given and labelled
-as such. The mean of each subject is taken first; subjects are never pooled.
+The unit is the SUBJECT: slices and sessions of one person are similar, so n volumes of three people are three values,
+not n. The mean over each subject's volumes is taken first. A confidence interval needs at least `FEWEST` subjects; with
+fewer, the spread over slices is given and labelled as such.
 
 A row is the result of `deformmamba.evaluation.evaluate` for one volume: a mapping with "subject", one value for each
 metric, and, with `slices`, "by_slice": a mapping of metrics to lists.
@@ -18,22 +18,22 @@ import numpy as np
 
 from deformmamba.errors import InvalidArgument
 
-# below this many values an interval is so wide that it says little
+# with fewer values, an interval is too wide to be useful
 FEWEST = 5
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean and how far the values lie from it.
+    """A mean and its spread.
 
     Attributes:
-        mean: of the values.
-        std: their sample standard deviation (n - 1); None for a single value or where one is infinite.
-        n: how many values.
-        over: what the values are of: "subjects", "slices", "seeds" ...
-        interval: confidence interval of the mean, by Student's t; None if there is no basis for one: fewer than
-            `FEWEST` values, or slices, which are not independent.
-        level: of the interval.
+        mean: the mean of the values.
+        std: their sample standard deviation (n - 1); None for a single value or if a value is infinite.
+        n: the number of values.
+        over: the unit of the values: "subjects", "slices", "seeds" ...
+        interval: confidence interval of the mean, by Student's t; None for fewer than `FEWEST` values, and for slices,
+            which are not independent.
+        level: confidence level of the interval.
     """
 
     mean: float
@@ -44,11 +44,11 @@ class Spread:
     level: float = 0.95
 
     def __str__(self) -> str:
-        """As `show`, with two digits; four where the mean is below 1."""
+        """As `show`, with two digits; with four if the mean is below 1."""
         return self.show(2 if abs(self.mean) >= 1 else 4)
 
     def show(self, digits: int) -> str:
-        """`mean ± std (n subjects)` or, where there is an interval, `mean ± std [low, high] (n subjects)`."""
+        """`mean ± std (n subjects)` or, with an interval, `mean ± std [low, high] (n subjects)`."""
         text = f"{self.mean:.{digits}f}"
         if self.std is not None:
             text += f" ± {self.std:.{digits}f}"
@@ -71,11 +71,11 @@ class Spread:
 def spread(values: Sequence[float] | Mapping[str, float], *, over: str = "subjects", level: float = 0.95) -> Spread:
     """Mean, standard deviation and, from `FEWEST` values on, a confidence interval of the mean.
 
-    `values`: one for each subject (or seed), as a list or by name. `over="slices"` never has an interval.
+    `values`: one per subject (or seed), as a list or by name. `over="slices"` never gives an interval.
 
     The interval is Student's: mean ± t * std / sqrt(n), with the quantile t of n - 1 degrees of freedom. It contains
     the true mean in a share `level` of all samples if the values are normally distributed, for any n. (A percentile
-    bootstrap of 5 or 6 values contains it in 82 to 88 % where 95 % is meant.)
+    bootstrap of 5 or 6 values contains it in 82 to 88 % of the samples instead of 95 %.)
 
     Source: Student, Biometrika 6 (1908).
 
@@ -103,8 +103,8 @@ def spread(values: Sequence[float] | Mapping[str, float], *, over: str = "subjec
 def t_quantile(level: float, freedom: int) -> float:
     """The t for which |T| < t with probability `level`, T of Student's distribution with `freedom` >= 1 degrees.
 
-    Source: Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 26.7.3 and 26.7.4: for a whole number of
-    degrees of freedom the probability is a finite sum; the equation is solved by bisection.
+    Source: Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 26.7.3 and 26.7.4: for an integer number
+    of degrees of freedom the probability is a finite sum, and bisection solves the equation.
     """
     low, high = 0.0, 1.0
     while _t_probability(high, freedom) < level:
@@ -122,7 +122,7 @@ def _t_probability(t: float, freedom: int) -> float:
     term, total = (cosine, cosine) if odd else (1.0, 1.0)
     if freedom == 1:
         total = 0.0
-    for k in range(2 + odd, freedom - 1, 2):  # each term is (k - 1) / k cos^2 times the one before
+    for k in range(2 + odd, freedom - 1, 2):  # each term is the previous one times (k - 1) / k cos^2
         term *= (k - 1) / k * cosine**2
         total += term
     return 2 / math.pi * (angle + sine * total) if odd else sine * total
@@ -137,11 +137,11 @@ def subject_means(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, f
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], metric: str, *, level: float = 0.95) -> Spread:
-    """The mean of a metric over subjects, with the spread that the data can bear.
+    """The mean of a metric over subjects, with the most reliable spread that the data allow.
 
-    From `FEWEST` subjects on: over subjects, with an interval. With fewer, and where rows hold `by_slice` values of the
-    metric: the same mean over subjects, with the standard deviation of the SLICES of all of them, and over="slices"
-    says so (slices with an infinite value are left out of it). With neither: over subjects, without an interval.
+    With at least `FEWEST` subjects: standard deviation over subjects, and an interval. With fewer, if the rows have
+    `by_slice` values of the metric: the same mean, but the standard deviation over all SLICES with a finite value,
+    marked by over="slices". Otherwise: standard deviation over subjects, no interval.
     """
     means = subject_means(rows, metric)
     result = spread(means, level=level)
@@ -152,15 +152,15 @@ def summarise(rows: Sequence[Mapping[str, Any]], metric: str, *, level: float = 
 
 
 def paired_difference(a: Mapping[str, float], b: Mapping[str, float], *, level: float = 0.95) -> Spread:
-    """`spread` of a - b, subject by subject: subjects differ far more from each other than two methods do on one.
+    """The `spread` of a - b over subjects. Subjects differ from each other far more than two methods do on one subject.
 
-    `a` and `b`: values by subject, as `subject_means` gives them, of the same subjects.
+    `a` and `b`: values by subject, as from `subject_means`, for the same subjects.
 
     Raises:
-        ValueError: a subject in one of them only.
+        ValueError: a subject is in only one of them.
     """
     if set(a) != set(b):
         odd = sorted(set(a) ^ set(b))
         raise InvalidArgument(f"paired_difference: both must have the same subjects; only in one: {', '.join(odd[:5])}")
-    # equal infinities have no difference: two methods that are both perfect on a subject are equal there
+    # inf - inf is undefined: two methods that are both perfect on a subject count as equal
     return spread({name: 0.0 if a[name] == b[name] else a[name] - b[name] for name in a}, level=level)

@@ -329,7 +329,7 @@ def spacing_remark(model: "SRModel", volume: Volume, axis: int) -> str:
     """Compares the pixel sizes of the training data with those of a scan's slices across `axis`, in one line."""
     trained = trained_spacings(model)
     if trained is None:
-        return "the weights do not say on which pixel sizes they were trained"
+        return "the weights do not record the pixel sizes of their training data"
     known = f"the weights were trained on pixels of {trained[0]:.3g} to {trained[1]:.3g} mm"
     if not any(volume.codes):
         return f"{known}; the pixel size of this file is of unknown origin"

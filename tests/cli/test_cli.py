@@ -329,7 +329,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
         "no tile": ([good, "--overlap", "4"], "--tile N"),
         "large overlap": ([good, "--tile", "8", "--overlap", "8"], "overlap of 8 does not go with tiles of 8"),
         "negative overlap": ([good, "--tile", "8", "--overlap", "-1"], "overlap must be an integer of 0 or more"),
-        "series of a file": ([good, "--series", "1"], "is one file"),
+        "series of a file": ([good, "--series", "1"], "a single file"),
         "report": ([good, "--report", str(folder / "a.pdf")], ".html"),
         "uncertainty": ([good, "--uncertainty", str(folder / "a.png")], ".nii.gz"),
         "input as uncertainty": ([good, "--uncertainty", good], "the output is the input file"),
@@ -408,7 +408,7 @@ def test_a_closed_folder(
     source = scan(tmp_path / "in.nii.gz")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     line = stopped(["upscale", source, "-o", str(tmp_path / "a.nii"), "--model", weights], capsys)
-    assert f"the folder {tmp_path} cannot be written to" in line
+    assert f"no permission to write to the folder {tmp_path}" in line
 
 
 @pytest.mark.parametrize(

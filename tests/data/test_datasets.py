@@ -166,12 +166,12 @@ def test_a_full_disk_is_one_line_and_the_rest_resumes(ixi, tmp_path, capsys):
 def test_a_folder_that_holds_something_else_is_left_alone(ixi, tmp_path):
     prepare(plan_ixi(ixi), tmp_path / "out")
     before = contents(tmp_path / "out")
-    with pytest.raises(VolumeError, match=r"was prepared with options .*name a new folder"):
+    with pytest.raises(VolumeError, match=r"was prepared with options .*give a new folder"):
         prepare(plan_ixi(ixi, slices="all"), tmp_path / "out")
     with pytest.raises(VolumeError, match="is not empty"):
         prepare(plan_ixi(ixi), ixi)
     (tmp_path / "file").touch()
-    with pytest.raises(VolumeError, match="is a file; name a folder"):
+    with pytest.raises(VolumeError, match="is a file; give a folder"):
         prepare(plan_ixi(ixi), tmp_path / "file")
     assert contents(tmp_path / "out") == before
 
@@ -278,7 +278,7 @@ def test_fastmri_with_lists_as_they_were_published(knees, tmp_path):
         "file1000000": "train", "file1000001": "train", "file1000004": "test", "file1000005": "test"
     }  # fmt: skip
     assert {reason for _, reason in plan.skipped} == {"in no list"}
-    with pytest.raises(VolumeError, match="give both lists"):
+    with pytest.raises(VolumeError, match="only one of the two file lists"):
         plan_fastmri(knees, train_list=tmp_path / "train.csv")
     (tmp_path / "test.csv").write_text("file1000004.h5\nfile1009999\n")
     with pytest.raises(VolumeError, match=r"lists file1009999, but there is no file1009999.h5"):
@@ -394,7 +394,7 @@ def test_a_folder_of_nifti_and_dicom_is_prepared_and_what_is_broken_is_skipped(m
     }
     slices = load_slices(tmp_path / "out" / dicom["file"]).array * dicom["unit"]
     np.testing.assert_allclose(slices, np.moveaxis(phantom.astype(np.uint16), 2, 0), rtol=1e-6)
-    with pytest.raises(VolumeError, match=r"broken.nii.gz: .*repair or remove it"):
+    with pytest.raises(VolumeError, match=r"broken.nii.gz: .*repair or remove the file"):
         prepare(plan_folder(mixed), tmp_path / "strict", skip_unusable=False)
 
 
@@ -506,7 +506,10 @@ def test_a_split_file_decides(ixi, tmp_path):
     ("text", "message"),
     [
         ("subject,split\nIXI999,train", "no volume belongs to subject IXI999"),
-        ("subject,split\nIXI002,train\nIXI002,test", "subject IXI002 is in test and train; wanted one split"),
+        (
+            "subject,split\nIXI002,train\nIXI002,test",
+            "subject IXI002 is in test and train; assign each subject to one split",
+        ),
         ("subject,split\nIXI002,later", "split 'later' of IXI002; splits are train, val, test, external"),
         ("name,split\nIXI002,train", "wanted a CSV or TSV file with the columns subject and split"),
         ("", "wanted a CSV or TSV file with the columns subject and split"),

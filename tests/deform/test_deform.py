@@ -629,7 +629,9 @@ def test_torch_func_takes_gather_by_itself() -> None:
     gradient = torch.func.grad(lambda at: run(at).square().sum())(offset)
     leaf = offset.clone().requires_grad_()
     torch.testing.assert_close(gradient, torch.autograd.grad(run(leaf).square().sum(), leaf)[0], rtol=1e-5, atol=1e-4)
-    with pytest.raises(ValueError, match=r'"cpu" cannot be used: it has no rule for torch\.func.*"gather" always can'):
+    with pytest.raises(
+        ValueError, match=r'"cpu" cannot be used: it has no rule for torch\.func.*"gather" always works'
+    ):
         torch.func.grad(lambda at: run(at, "cpu").sum())(offset)
 
 
@@ -650,7 +652,7 @@ def test_the_tensors_device_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
         ("torchvision", "mps", "takes CPU and CUDA tensors and x is on mps"),
     ):
         with pytest.raises(
-            ValueError, match=f'implementation "{name}" cannot be used: .*{reason}; "gather" always can'
+            ValueError, match=f'implementation "{name}" cannot be used: .*{reason}; "gather" always works'
         ):
             deform._choose(name, device)
 

@@ -224,7 +224,7 @@ def test_a_folder_of_dicom_is_a_scan_and_no_cohort(tree: Path, tmp_path: Path) -
     with pytest.raises(VolumeError, match="one scan, not a folder of scans; give its parent"):
         upscale_cohort(ZeroFill(scale=2), tree / "scanner" / "t2 tse", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(VolumeError, match="holds no scan"):
+    with pytest.raises(VolumeError, match="contains no scan"):
         upscale_cohort(ZeroFill(scale=2), tmp_path / "empty", tmp_path / "out")
     with pytest.raises(VolumeError, match="no such folder"):
         upscale_cohort(ZeroFill(scale=2), tmp_path / "nowhere", tmp_path / "out")
@@ -247,7 +247,7 @@ def test_options_for_one_scan_are_refused(tree: Path, tmp_path: Path, capsys: An
     assert main(["upscale", str(tree)]) == 2
     assert "no output" in capsys.readouterr().err
     assert main(["upscale", str(tree), "-o", str(tmp_path / "out.nii.gz")]) == 2
-    assert "the output is a folder too" in capsys.readouterr().err
+    assert "the output must be a folder too" in capsys.readouterr().err
 
 
 def test_what_is_no_scan_is_listed_with_the_reason(tree: Path, tmp_path: Path, weights: str, capsys: Any) -> None:

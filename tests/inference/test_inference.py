@@ -357,8 +357,8 @@ def test_the_bar_stays_away_from_files(wobble: Wobble, capfd: pytest.CaptureFixt
         (np.ones((12, 12), bool), None, "not real numbers"),
         (np.ones(9), None, "3-D"),
         (np.ones((1, 1, 12, 12)), None, "call the model itself"),
-        (np.ones((12, 12, 7)), 3, "0, 1 or 2, not 3"),
-        (np.ones((12, 12, 7)), -1, "0, 1 or 2, not -1"),
+        (np.ones((12, 12, 7)), 3, "axis is 3; it must be 0, 1 or 2"),
+        (np.ones((12, 12, 7)), -1, "axis is -1; it must be 0, 1 or 2"),
         (np.ones((12, 12)), 0, "2-D"),
     ],
 )

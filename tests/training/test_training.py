@@ -480,7 +480,7 @@ def test_a_broken_state_is_one_line(tmp_path):
         ({"ema": 1}, "ema is 1; it must be 0 or more, and below 1"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"seed": -1}, "seed is -1; it must be 0 or more"),
-        ({"steps": 2, "epochs": 1}, "steps is 2 and epochs is 1; give one of the two"),
+        ({"steps": 2, "epochs": 1}, "steps is 2 and epochs is 1; give exactly one"),
         ({"steps": 0}, "there is nothing to train"),
     ],
 )

@@ -545,13 +545,13 @@ def test_targets_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "again").symlink_to(tmp_path / "source")
     plain = Volume(volume.array, volume.affine)
     for name, scan, said in (
-        ("source", volume, "folder of the input"),
-        ("again", volume, "folder of the input"),
+        ("source", volume, "output folder is the input folder"),
+        ("again", volume, "output folder is the input folder"),
         ("other", volume, "did not write"),
         ("copy", volume, "did not write"),
         ("ours", volume, "did not write"),
         ("file", volume, "is a file"),
-        ("out.dcm", volume, "one for each slice"),
+        ("out.dcm", volume, "one file per slice"),
         ("out.png", volume, "as DICOM, to a folder"),
         ("no/such", volume, "no folder"),
         ("out", plain, "DICOM output needs DICOM input"),

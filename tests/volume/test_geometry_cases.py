@@ -216,7 +216,7 @@ def test_files_of_a_series_do_not_vanish(tmp_path: Path) -> None:
     whole = tmp_path / "series"
     shutil.copytree(CASES / "dicom" / "rect_eq_thick", whole)
     (whole / "notes.txt").write_text("no image")
-    with pytest.warns(UserWarning, match=r"no DICOM images: notes.txt"):
+    with pytest.warns(UserWarning, match=r"not DICOM images: notes.txt"):
         assert read_volume(whole).array.shape[2] == 6
     data = (whole / "005.dcm").read_bytes()
     for broken in (b"", data[:100], data[132:], data[:400], b"text\n" * 50):

@@ -199,7 +199,7 @@ def test_what_it_remarks(phantom: np.ndarray) -> None:
     assert (unknown.orientation, unknown.tilt) == (None, None)
     assert unknown.negative == pytest.approx((phantom < 100).mean())
     assert ["negative" in unknown.remarks[0], "no patient orientation" in unknown.remarks[1]] == [True, True]
-    with pytest.raises(VolumeError, match="0, 1 or 2, not 3"):
+    with pytest.raises(VolumeError, match="axis is 3; it must be 0, 1 or 2"):
         inspect_volume(Volume(phantom, np.eye(4)), axis=3)
     with pytest.raises(VolumeError, match="complex, NaN or infinite"):
         inspect_volume(Volume(phantom + 1j, np.eye(4)))
@@ -218,7 +218,7 @@ def test_what_it_says_about_a_model(phantom: np.ndarray) -> None:
     assert "are near that" in said(spacings_mm=[1.2, 1.4])
     assert "far from that" in said(spacings_mm=[2.0, 3.0])
     scan = replace(scan, codes=(0, 0))
-    assert "this file does not say" in said(spacings_mm=[0.8, 1.2])
+    assert "of this file is of unknown origin" in said(spacings_mm=[0.8, 1.2])
 
 
 # -------------------------------------------------------------------------------------------------------- the command

@@ -26,14 +26,14 @@ def prepare(plan: Plan, out: PathLike, *, skip_unusable: bool | None = None, pro
     """
     out = Path(out)
     skip_unusable = plan.kind == "folder" if skip_unusable is None else skip_unusable
-    chosen_slices(plan.options["slices"], 1)  # a wrong rule is refused before anything is written
+    chosen_slices(plan.options["slices"], 1)  # raises for an invalid rule before anything is written
     facts = {"version": __version__, "kind": plan.kind, "options": dict(plan.options), "rule": plan.rule}
     _check_target(out, facts)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise VolumeError(f"{out}: cannot create this folder: {error.strerror}; choose another folder") from None
-    for leftover in (*out.glob(f".*{SUFFIX}"), *out.glob(".*.json")):  # of a run that was killed
+    for leftover in (*out.glob(f".*{SUFFIX}"), *out.glob(".*.json")):  # left by a killed run
         leftover.unlink(missing_ok=True)
     write_manifest(out, {"complete": False, **facts})
     skipped = list(plan.skipped)
