@@ -309,7 +309,7 @@ export function units(data, rule) {
 /** The advice of volume.inspection.spacing_remark. */
 export function spacingAdvice(scan, weights) {
   const trained = (weights.spacings_mm ?? []).flat();
-  if (!trained.length) return "The weights do not say on which pixel sizes they were trained.";
+  if (!trained.length) return "The weights do not record the pixel sizes of their training data.";
   const [low, high] = [Math.min(...trained), Math.max(...trained)], show = (v) => String(Number(v.toPrecision(3)));
   const known = `The weights were trained on pixels of ${show(low)} to ${show(high)} mm`;
   if (!(scan.header.codes.sform > 0 || scan.header.codes.qform > 0)) return `${known}; this file does not say where its own come from.`;

@@ -135,7 +135,7 @@ def _checked(
     if inputs not in INPUTS:
         raise ExportError(f'inputs is {inputs!r}; it must be "lr", "lr,units" or "lr,base"')
     if not path.parent.is_dir():
-        raise ExportError(f"{path}: the folder {path.parent} does not exist; create it first")
+        raise ExportError(f"{path}: there is no folder {path.parent}; create it first")
     if format == "openvino" and path.suffix != ".xml":
         raise ExportError(f"{path}: an OpenVINO file must end in .xml; its weights go into a .bin file beside it")
     least = max(model.minimum_size, 1 if inputs == "lr,base" else 4)

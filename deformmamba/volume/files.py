@@ -274,7 +274,7 @@ def check_folder_of(path: PathLike) -> None:
     """Checks that the parent folder of `path` exists and is writable."""
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
-        raise VolumeError(f"{path}: the folder {folder} does not exist; create it first")
+        raise VolumeError(f"{path}: there is no folder {folder}; create it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise VolumeError(f"{path}: no permission to write to the folder {folder}; choose another folder")
     sweep(folder)

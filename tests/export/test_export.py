@@ -262,7 +262,7 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, arguments: dict[str
         export(Unexportable(), tmp_path / "m", **arguments)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ExportError, match="does not exist"):
+    with pytest.raises(ExportError, match="there is no folder"):
         export(Unexportable(), tmp_path / "none" / "m", format="pt2")
 
 
@@ -287,4 +287,4 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert second.startswith("  largest difference from the model on 7x6 pixels of a real scan: ")
     assert file.is_file()
     assert main([*arguments, str(tmp_path / "none" / "x.pt2")]) == 2
-    assert "does not exist" in capsys.readouterr().err
+    assert "there is no folder" in capsys.readouterr().err
