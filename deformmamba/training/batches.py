@@ -23,9 +23,9 @@ class Piece(NamedTuple):
 class Batches(Sampler[list[int]]):
     """One endless stream of shuffled passes over `n` samples, cut into steps of `batch`, from step `start` on.
 
-    `batch` counts the samples of a step over all `processes` and all `accumulate` pieces of each, so that their numbers
-    change nothing but rounding. The last step holds what is left of `samples`. Iterates over the indices of the pieces
-    that fall to process `rank`, `accumulate` a step.
+    `batch` counts the samples of a step over all `processes` and all `accumulate` pieces of each, so that these two
+    numbers change only rounding. The last step has the remaining ones of `samples`. Iterates over the indices of the
+    pieces of process `rank`, `accumulate` pieces per step.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class Batches(Sampler[list[int]]):
             yield from (piece.indices for piece in self.pieces(step))
 
     def indices(self, step: int) -> list[int]:
-        """Those of step `step` (from 0), over all processes."""
+        """The indices of step `step` (from 0), over all processes."""
         positions = range(step * self.batch, min((step + 1) * self.batch, self.samples))
         return [int(_order(self.n, self.seed, position // self.n)[position % self.n]) for position in positions]
 
     def pieces(self, step: int) -> list[Piece]:
-        """Those of this process at step `step`."""
+        """The pieces of this process at step `step`."""
         everything = self.indices(step)
         parts = np.array_split(everything, self.processes * self.accumulate)
         mine = parts[self.rank :: self.processes]
@@ -65,6 +65,6 @@ class Batches(Sampler[list[int]]):
         return [Piece(part.tolist() or everything[:1], len(part) * factor) for part in mine]
 
 
-@lru_cache(maxsize=4)  # the pass that is on, and the next one, which loading reaches first
+@lru_cache(maxsize=4)  # the current pass, and the next one, which data loading reaches first
 def _order(n: int, seed: int, number: int) -> np.ndarray:
     return np.random.default_rng((seed, number)).permutation(n)

@@ -1,8 +1,7 @@
 """Trains and scores the rows of the paper's tables on given data; each row is saved as soon as it is finished.
 
 All rows of a table share data, patches, batch, seeds, optimiser (AdamW, cosine) and budget. The budget is a number of
-steps, or of minutes, in which each network takes as many steps as fit. `deformmamba.evaluation.tables` defines the rows
-and writes the result.
+steps, or a number of minutes. `deformmamba.evaluation.tables` defines the rows and writes the result.
 """
 
 import json
@@ -34,16 +33,16 @@ from deformmamba.volume import write_text
 
 @dataclass(frozen=True)
 class Plan:
-    """What all rows share.
+    """The settings that all rows share.
 
     Attributes:
         scale: upsampling factor.
-        preset: of `SIZES`.
-        steps, minutes: the budget of each row and seed, one of the two.
-        seeds: how many; they are 0, 1, 2, ...
-        batch: patches a step.
+        preset: a key of `SIZES`.
+        steps, minutes: the budget of each row and seed; exactly one of the two.
+        seeds: the number of seeds, which are 0, 1, 2, ...
+        batch: patches per step.
         data: arguments of `PatchDataset`: patch, weights, augmentation; and the degradation, on the origin grid.
-        protocol: of the scores.
+        protocol: protocol of the scores.
     """
 
     scale: int = 4
@@ -66,7 +65,7 @@ class Plan:
         return cast(SRModel, made.from_preset(preset, **arguments) if preset else made(**arguments))
 
     def degradation(self) -> Degradation:
-        """What every row is trained and scored on."""
+        """The degradation with which every row is trained and scored."""
         return parse(str(self.data.get("degradation") or "k-space"), scale=self.scale)
 
     def rate(self, row: Row) -> float:
@@ -92,16 +91,16 @@ def benchmark(
     `runs/` (see `deformmamba.fit`), `<table>.md`, rewritten after each row, and for table 2 `figure2.png`.
 
     Args:
-        table: of `TABLES`.
+        table: a key of `TABLES`.
         train, test: volumes; no subject may be in both.
-        rows: names of rows, if not all.
-        say: told of each finished row.
+        rows: names of the rows to train; None: all.
+        say: called with one line of text for each finished row.
 
-    A row whose package is missing is left out, and the table says so.
+    A row whose package is missing is skipped, and the table notes it.
 
     Raises:
-        InvalidArgument: no such table, row or preset, a budget that is none, a subject in both sets, no volumes, or an
-            `out` that holds another benchmark (names what differs).
+        InvalidArgument: an unknown table, row or preset, an invalid budget, a subject in both sets, no volumes, or an
+            `out` that holds another benchmark (the message lists the difference).
     """
     chosen = _check(table, train, test, plan, rows)
     folder = Path(out)
@@ -117,12 +116,12 @@ def benchmark(
     document = folder / f"{table}.md"
 
     @cache
-    def patches() -> PatchDataset:  # read once, and only if a row is left to train
+    def patches() -> PatchDataset:  # read once, and only if a row remains to be trained
         return PatchDataset(train, scale=plan.scale, length=1, progress=progress, **plan.data)
 
     for row in chosen:
         try:
-            with torch.device("meta"):  # for its config alone
+            with torch.device("meta"):  # only to get its config
                 config = plan.build(row).config
         except MissingExtra as missing:
             say(f"{row.name}: skipped: {missing}")
@@ -186,7 +185,7 @@ def _run(
     plan: Plan,
     progress: bool,
 ) -> dict[str, Any]:
-    """Trains a row with a seed, if it learns at all, and scores it."""
+    """Trains a row with one seed, if it has parameters, and scores it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = plan.build(row)
@@ -228,7 +227,7 @@ def _run(
 
 
 def _steps(row: Row, dataset: PatchDataset, loss: SRLoss, folder: Path, plan: Plan, device: Any) -> int:
-    """How many steps of a row fit into the minutes, timed once and then kept for every seed and for a resumed run."""
+    """The number of steps of a row that fit into the minutes; timed once and kept for all seeds and resumed runs."""
     path = folder / "steps.json"
     known: dict[str, int] = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if row.name not in known:
@@ -248,7 +247,8 @@ def seconds_a_step(
     device: str | torch.device = "cpu",
     at_least: float = 3.0,
 ) -> float:
-    """Wall clock of a training step, data included: the mean of those after the second, for `at_least` seconds."""
+    """Wall-clock time of a training step with its data, averaged over at least `at_least` seconds without two first
+    steps."""
     model.to(device).train()
     loss.to(device)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -264,19 +264,19 @@ def seconds_a_step(
         value = loss(model(lr, base), hr)
         value.backward()
         optimizer.step()
-        value.item()  # waits for the device
+        value.item()  # synchronises with the device
         n += 1
     return (time.perf_counter() - start) / n
 
 
 def _seconds_before(run: Path) -> float:
-    """What earlier, interrupted calls spent on a run."""
+    """The seconds that earlier, interrupted calls spent on a run."""
     path = run / "seconds.json"
     return float(json.loads(path.read_text("utf-8"))) if path.exists() else 0.0
 
 
 def _figure(rows: Sequence[Row], test: Sequence[Scan], folder: Path, plan: Plan) -> None:
-    """Figure 2 with the networks of seed 0 and, of the interpolations, zero-filling."""
+    """Figure 2 with the networks of seed 0 and zero-filling."""
     from deformmamba.pictures.figures import comparison
 
     models: dict[str, SRModel] = {}

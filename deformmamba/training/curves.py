@@ -10,7 +10,7 @@ NOT_DRAWN = ("step", "lr", "images_per_second")
 
 
 def training_curve(rows: Sequence[Mapping[str, Any]], path: PathLike) -> None:
-    """Loss and validation scores against the step, a panel each, from the rows of a run's log.
+    """Draws the loss and each validation score over the steps, one panel each, from the rows of a run's log.
 
     `rows` hold "step" and any columns of numbers, as numbers or as text; empty cells are left out.
 

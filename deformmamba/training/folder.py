@@ -27,12 +27,13 @@ STATE, RUN, LOG, CURVE, BEST, LAST = (
     "last.safetensors",
 )
 
-# what a longer run of the same kind differs in
+# settings that may differ in a longer run of the same kind
 LENGTHS = ("fit.samples", "data.length", "provenance.recipe.fit.steps", "provenance.recipe.fit.epochs")
 
 
 class RunFolder:
-    """The folder of one run: `run.json` says which, `state.pt` how far it is; a log, a curve, two checkpoints."""
+    """The folder of one run: `run.json` (settings), `state.pt` (state to resume from), a log, a curve, two
+    checkpoints."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -108,14 +109,14 @@ class RunFolder:
             try:
                 state = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
                 state["step"]
-            except Exception as error:  # torch.load's errors are of many kinds
+            except Exception as error:  # torch.load raises many kinds of errors
                 raise InvalidArgument(
                     f"fit: {self.path / STATE} cannot be read ({one_line(error)}); delete it"
                 ) from None
         if writes:
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / RUN, json.dumps(_plain(run), indent=2) + "\n")
-            step = state["step"] if state else -1  # step 0 is the score of the start
+            step = state["step"] if state else -1  # step 0 is the score of the initial weights
             if (self.path / LOG).is_file():
                 self._write_rows([row for row in self.rows() if int(row["step"]) <= step])
             if find_spec("tensorboard"):
@@ -135,7 +136,7 @@ class RunFolder:
         return rows
 
     def log(self, row: Mapping[str, float]) -> None:
-        """Adds a row to the log, to TensorBoard where that is installed, and draws the curve again."""
+        """Adds a row to the log, and to TensorBoard if it is installed, and redraws the curve."""
         rows = [*self.rows(), dict(row)]
         self._write_rows(rows)
         training_curve(rows, self.path / CURVE)
@@ -152,8 +153,8 @@ class RunFolder:
     def keep(self, model: nn.Module, facts: Mapping[str, Any], score: float | None, best: float) -> float:
         """Saves `model` as the last one, and as the best unless another scored higher; returns the best score so far.
 
-        Without a score (None) every model is the best. One that is not finite compares with nothing: it is kept as the
-        best only where there is none yet.
+        Without a score (None) every model is the best. A model whose score is not finite becomes the best only if there
+        is no best model yet.
         """
         self.save_model(model, LAST, facts)
         if score is not None and not math.isfinite(score):
@@ -167,13 +168,14 @@ class RunFolder:
         return best
 
     def keep_unscored(self, model: nn.Module, facts: Mapping[str, Any]) -> None:
-        """Saves `model` as the last one, and as the best where there is none yet."""
+        """Saves `model` as the last one, and as the best if there is no best model yet."""
         self.save_model(model, LAST, facts)
         if not (self.path / BEST).exists():
             self.save_model(model, BEST, facts)
 
     def save_model(self, model: nn.Module, name: str, facts: Mapping[str, Any]) -> None:
-        """`save_pretrained` where the model has it, else its plain state as safetensors with `facts` in the header."""
+        """Saves with the model's `save_pretrained` if it has one, else its state as safetensors with `facts` in the
+        header."""
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(self.path / name, provenance=facts)  # type: ignore[operator]
             return
@@ -194,7 +196,7 @@ class RunFolder:
 
 
 def described(model: nn.Module) -> dict[str, Any]:
-    """What a model is, for comparison: its class, its config where it has one, and the shapes of its tensors."""
+    """Facts that identify a model: its class, its config if it has one, and the shapes of its tensors."""
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     return {
         "class": type(model).__name__,
@@ -205,7 +207,7 @@ def described(model: nn.Module) -> dict[str, Any]:
 
 
 def _plain(facts: Any) -> Any:
-    """As JSON gives it back: tuples are lists, whatever JSON does not know is its text."""
+    """`facts` as after a round trip through JSON: tuples become lists, other types become text."""
     return json.loads(json.dumps(facts, default=str))
 
 
@@ -218,9 +220,10 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_longer(known: Mapping[str, Any], wanted: Mapping[str, Any], different: Sequence[str]) -> bool:
-    """Whether `wanted` differs from `known` in its length alone, and is the longer one.
+    """Whether `wanted` differs from `known` only in its length, and is longer.
 
-    A data set that is as long as its run (an endless stream, such as `PatchDataset`) grows with it; no other may.
+    The length of the data set may differ too if it equals the length of the run (an endless stream, such as
+    `PatchDataset`).
     """
     for key in different:
         before, after = known.get(key), wanted.get(key)

@@ -1,4 +1,4 @@
-"""`train_recipe`: from a recipe and a folder of volumes to a call of `fit`."""
+"""`train_recipe`: calls `fit` with the settings of a recipe and a folder of volumes."""
 
 import hashlib
 import math
@@ -27,9 +27,9 @@ from deformmamba.weights import load_checkpoint
 from deformmamba.weights.checkpoint import Checkpoint
 
 SAMPLE = "sample.png"
-# what changes how a run is computed but not its result
+# settings that change how a run is computed but not its result
 INDIFFERENT = ("workers",)
-# facts about the weights of a start that hold for what is trained from them
+# facts about the initial weights that also hold for the trained weights
 INHERITED = ("consistency", "license")
 Plan = dict[str, dict[str, Any]]
 Validate = Callable[[Any], Mapping[str, float]]
@@ -54,7 +54,7 @@ def train_recipe(
         out: see `fit`; also receives `sample.png`, a picture of a validation slice.
         init: replaces the recipe's `init`, see `load_recipe`.
         subject: a regular expression that finds the subject in the path of a scan, see `find_scans`.
-        say: called with a line for each split: its subjects.
+        say: called with one line of text for each split, which lists its subjects.
         progress: see `fit`.
         overrides: replace [fit] keys if they are not None, such as `steps` (which replaces `epochs`) or `seed`.
 
@@ -64,7 +64,7 @@ def train_recipe(
     Returns the best checkpoint.
 
     Raises:
-        InvalidArgument: a recipe, data, weights to start from, or a folder that do not fit; before anything is
+        InvalidArgument: the recipe, the data, the initial weights or the folder do not fit; raised before anything is
             computed.
     """
     plan = _plan(recipe, init, overrides)
@@ -74,7 +74,7 @@ def train_recipe(
             say(line)
     start = load_checkpoint(plan["model"]["init"]) if "init" in plan["model"] else None
     folder = RunFolder(out)
-    # a run that an earlier version began goes on as it was begun
+    # a run started by an earlier version continues with its settings
     scored = start is not None and not (folder.describes("fit.samples") and not folder.describes("fit.score_start"))
     run = _run_facts(plan, train, val, start if scored else None)
     if start is not None:
@@ -105,7 +105,7 @@ def train_recipe(
 
 
 def _plan(recipe: str | os.PathLike[str], init: str | None, overrides: Mapping[str, Any]) -> Plan:
-    """The recipe with what the caller replaces in it; its length is checked."""
+    """The recipe with the caller's replacements; checks the length of the run."""
     plan = load_recipe(recipe)
     given = {key: value for key, value in overrides.items() if value is not None}
     for key, other in (("steps", "epochs"), ("epochs", "steps")):
@@ -125,10 +125,10 @@ def _plan(recipe: str | os.PathLike[str], init: str | None, overrides: Mapping[s
 
 
 def _run_facts(plan: Plan, train: Sequence[Scan], val: Sequence[Scan], start: Checkpoint | None) -> dict[str, Any]:
-    """What a checkpoint says of its training, and what two runs in one folder must share."""
+    """The facts about a training that are written into checkpoints and must be equal for two runs in one folder."""
     model = dict(plan["model"])
     if "init" in model:
-        model["init"] = Path(model["init"]).name  # a path may name a person
+        model["init"] = Path(model["init"]).name  # a path may contain a person's name
     return {
         "recipe": {
             "model": model,
@@ -152,7 +152,7 @@ def _data(
     *,
     progress: bool,
 ) -> tuple[PatchDataset | ThickSliceDataset, Validate]:
-    """The samples of a run, as many as it sees, and what scores a model; `picture` is drawn at each validation."""
+    """The training samples of a run, and the function that scores a model; it also draws `picture`."""
     batch, epochs, seed = plan["fit"].get("batch", 8), plan["fit"].get("epochs"), plan["fit"].get("seed", 0)
     length = plan["fit"].get("steps", 1) * batch
     settings = {key: value for key, value in plan["data"].items() if key not in ("validation", "kind")}
@@ -179,7 +179,7 @@ def _data(
             f"recipe {recipe}: degradation {degradation} gives the {degradation.grid} grid, and "
             f"{type(model).__name__} works on the {model.grid} grid"
         )
-    for scan in val:  # or a damaged one would end the training at its first validation
+    for scan in val:  # else a damaged volume would end the training at its first validation
         load_slices(scan, model.scale)
 
     def validate(candidate: SRModel) -> dict[str, float]:
@@ -191,7 +191,7 @@ def _data(
 
 
 def _split(scans: Sequence[Scan], plan: dict[str, dict[str, Any]], data: Any) -> tuple[list[Scan], list[Scan]]:
-    """The scans to train and to validate on; a folder that names no groups is taken whole, and `plan` says so then."""
+    """The scans to train and to validate on. Without groups in the folder all scans are used, and `plan` is changed."""
     settings = plan["data"]
     if not any(scan.group for scan in scans) and (settings.get("weights") or settings.get("validation")):
         warnings.warn(

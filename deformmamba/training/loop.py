@@ -67,11 +67,11 @@ def fit(
 ) -> Path:
     """Trains `model` in place and returns the path of its best checkpoint. Started again on the same `out`, it resumes.
 
-    Writes into `out`, each file completely or not at all: `run.json` (describes the run), `best.safetensors` (highest
-    "psnr" of `validate`; the last one without it), `last.safetensors`, `log.csv`, `curve.png`, `tensorboard/` if it is
-    installed, and `state.pt`, the state to resume from. It saves every `every` steps, at the end, and on ctrl-C or
-    SIGTERM after the current step (a second ctrl-C stops at once). On the CPU in float32, an interrupted run gives the
-    same bits as an uninterrupted one if samples are functions of their index alone.
+    Writes into `out`, each file completely or not at all: `run.json` (settings), `best.safetensors` (highest "psnr" of
+    `validate`; the last one without it), `last.safetensors`, `log.csv`, `curve.png`, `tensorboard/` if it is installed,
+    and `state.pt`, the state to resume from. It saves every `every` steps, at the end, and on ctrl-C or SIGTERM after
+    the current step (a second ctrl-C stops at once). On the CPU in float32, an interrupted run gives the same bits as
+    an uninterrupted one if samples are functions of their index alone.
 
     A finished run that is started again with more steps or epochs continues from its end, with the schedule of the
     longer run. The global random state and the mode (training or evaluation) of each module are restored; submodules
@@ -87,34 +87,35 @@ def fit(
             takes. Repeated in shuffled order until `steps` batches are done. Its `describe(index) -> str`, if present,
             names the samples of a batch whose loss is not finite.
         out: folder for this run only.
-        steps, epochs: length of the run: weight updates, or passes over `dataset`; give one of the two.
-        batch: samples a step, over all processes and accumulated pieces.
-        accumulate: in how many pieces a process computes its share of a batch, which saves memory.
-        loss: from (sr, hr) to a scalar, a mean over samples; `SRLoss()`, the paper's, by default.
-        lr, weight_decay: of AdamW (with no weight decay that is the paper's Adam). Biases, normalisations, and `A_log`
-            and `D` of a scan do not decay, see `optimizer.decays`.
-        optimizer: another optimiser: one of this model's parameters, or a function that makes one from parameter groups
+        steps, epochs: length of the run in optimizer steps, or in passes over `dataset`; give exactly one.
+        batch: samples per step, over all processes and accumulated pieces.
+        accumulate: number of pieces in which a process computes its share of a batch; more pieces need less memory.
+        loss: function of (sr, hr) that returns a scalar, a mean over samples; default: `SRLoss()`, the paper's loss.
+        lr, weight_decay: learning rate and weight decay of AdamW (without weight decay it is the paper's Adam). Biases,
+            normalisations, and `A_log` and `D` of a scan do not decay, see `optimizer.decays`.
+        optimizer: another optimiser of this model's parameters, or a function that builds one from parameter groups
             (dictionaries of params, lr and weight_decay). `schedule` multiplies the rate of each of its groups.
         warmup: steps over which the learning rate rises linearly.
         schedule: "cosine" falls to zero at the last step; "step" is multiplied by `gamma` at each of `milestones`,
             fractions of the run; "constant" stays.
         clip: largest norm of the gradient; 0 for no limit.
-        ema: decay of the exponential moving average of the weights, which is what is validated and saved; 0 for none.
-        precision: accelerate's mixed precision: "no", "bf16", "fp16"; accelerate allows one a process.
-        validate: scores a model, which is in evaluation mode; higher "psnr" is better, and one that is not finite is
-            never the best. Called every `every` steps.
+        ema: decay of the exponential moving average of the weights, which is validated and saved; 0 for no average.
+        precision: accelerate's mixed precision: "no", "bf16", "fp16"; accelerate allows one per process.
+        validate: returns the scores of a model in evaluation mode, and is called every `every` steps. The model with
+            the highest finite "psnr" is the best.
         score_start: also validates the model before the first step, as step 0, so that fine-tuning never returns worse
-            weights than it started from: `best.safetensors` then holds the start's weights, and a warning says so.
-        workers: processes that load data; 0 loads in this one.
-        seed: of the order of samples and of dropped paths.
-        provenance: written into every checkpoint beside the steps and scores.
-        progress: a bar on the terminal, with the loss and samples per second.
+            weights than the initial ones: if no validation scores higher, `best.safetensors` holds the initial weights,
+            and a warning is issued.
+        workers: number of data loading processes; 0 loads in this process.
+        seed: random seed for the order of samples and for dropped paths.
+        provenance: facts for the header of every checkpoint, in addition to steps and scores.
+        progress: show a progress bar with the loss and the samples per second.
 
     Raises:
-        InvalidArgument: an argument out of range, or `out` holds another run (names what differs).
+        InvalidArgument: an argument out of range, or `out` holds another run (the message lists the differences).
         MissingExtra: accelerate is not installed.
-        NotFinite: the loss or its gradient is not finite; names step and samples. The last saved state is
-            left as it was.
+        NotFinite: the loss or its gradient is not finite; the message gives step and samples. The last saved state is
+            kept.
     """
     accelerate = require("accelerate", extra="train", what="fit")
     settings = FitSettings(
@@ -146,7 +147,7 @@ def fit(
         )
     loss = loss or SRLoss()
     folder = RunFolder(out)
-    # runs of earlier versions, whose description does not mention it, decayed every parameter
+    # runs of earlier versions, whose settings lack this entry, decayed every parameter
     all_decay = folder.describes("fit.weight_decay") and not folder.describes("fit.undecayed")
     groups = parameter_groups(model, lr=lr, weight_decay=weight_decay, all_decay=all_decay)
     made = build_optimizer(model, optimizer, groups)
@@ -174,12 +175,12 @@ def fit(
 
 @dataclass
 class _Progress:
-    """How far a run is; a part of its saved state.
+    """The progress of a run; a part of its saved state.
 
     Attributes:
-        step: how many steps are done.
-        best: the highest score so far; -inf without one.
-        best_step: the step that has it; None without one.
+        step: number of finished steps.
+        best: the highest score so far; -inf before the first score.
+        best_step: the step of the highest score; None before the first score.
         recent, seen: sum and number of the losses since the last validation.
     """
 
@@ -191,7 +192,7 @@ class _Progress:
 
 
 class _Training:
-    """One run of `fit`: the loop, what it computes, and what it keeps."""
+    """One run of `fit`: the loop, its computations and its saved state."""
 
     def __init__(
         self,
@@ -222,7 +223,7 @@ class _Training:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """What is saved beside the progress: everything that has a `state_dict`."""
+        """The objects with a `state_dict` that are saved in addition to the progress."""
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
         if self.average.model is not self.model:
             parts["average"] = self.average.model
@@ -231,7 +232,7 @@ class _Training:
         return parts
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Goes back to a saved state; every process must see the same one."""
+        """Restores a saved state, which must be the same in every process."""
         if state is not None:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
@@ -248,15 +249,17 @@ class _Training:
             self.folder.save_state({**{name: part.state_dict() for name, part in self.parts.items()}, **vars(self.at)})
 
     def run(self, *, score_start: bool) -> None:
-        """All steps that are left.
+        """Runs all remaining steps.
 
         Raises:
-            KeyboardInterrupt: asked to stop, after the step was ended and saved.
+            KeyboardInterrupt: the run was asked to stop; raised after the current step is finished and saved.
         """
         from tqdm import tqdm
 
         settings, processes, rank = self.settings, self.accelerator.num_processes, self.accelerator.process_index
-        if processes > 1:  # the weights of depthwise convolutions: for one channel both layouts are the same memory
+        if (
+            processes > 1
+        ):  # the weights of depthwise convolutions: with one channel both layouts have the same memory order
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         batches = Batches(
             len(self.dataset),  # type: ignore[arg-type]
@@ -280,7 +283,7 @@ class _Training:
         if not self.model.training:
             self.model.train()
         with closing(self.folder), bar, _asked_to_stop() as asked, ExitStack() as stack:
-            # accelerate's autocast would stay on the model otherwise
+            # else accelerate's autocast would stay on the model
             stack.callback(self.accelerator.unwrap_model, self.network, keep_fp32_wrapper=False)
             if score_start:
                 self.validated(bar)
@@ -310,7 +313,7 @@ class _Training:
             )
 
     def step(self, samples: Iterator[Any], batches: Batches, asked: threading.Event) -> tuple[float, bool]:
-        """One update of the weights; the mean loss, and whether some process was asked to stop."""
+        """Updates the weights once; returns the mean loss, and whether a process was asked to stop."""
         accelerator, step = self.accelerator, self.at.step
         pieces = batches.pieces(step)
         values = []
@@ -325,7 +328,7 @@ class _Training:
         if not math.isfinite(loss):
             wrong = [i for v, piece in zip(values, pieces, strict=True) if not v.isfinite() for i in piece.indices]
             raise NotFinite(_not_finite(f"the loss is {loss}", step, wrong, self.dataset))
-        if not math.isfinite(norm) and accelerator.scaler is None:  # a scaler leaves such a step out
+        if not math.isfinite(norm) and accelerator.scaler is None:  # a scaler skips such a step
             what = f"the norm of the gradient is {norm}"
             raise NotFinite(_not_finite(what, step, batches.indices(step), self.dataset))
         for group, largest in zip(self.optimizer.param_groups, self.largest_rates, strict=True):
@@ -337,21 +340,21 @@ class _Training:
         return loss, bool(stopping)
 
     def gradient(self, sample: Any, piece: Piece) -> torch.Tensor:
-        """Adds the gradient of a piece; its mean loss."""
+        """Adds the gradient of a piece; returns its mean loss."""
         lr, target, *further = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in sample)
         value = self.loss(self.network(lr, *further[: self.n_further]), target)
         self.accelerator.backward(value * piece.weight)
         return value.detach().float()
 
     def validated(self, bar: Any) -> None:
-        """Scores the averaged weights, logs the row, and keeps them as the last and, if so, as the best."""
+        """Scores the averaged weights, logs the row, and saves them as the last and, if they are, the best ones."""
         at = self.at
         if self.main:
             try:
                 with _in_eval_mode(self.average.model):
                     scores = dict(self.validate(self.average.model)) if self.validate else {}
             except Exception:
-                if at.step:  # what was trained stays, and the same call goes on after it
+                if at.step:  # save the training so far, so that the same call resumes after this step
                     self.save()
                 raise
             row: dict[str, Any] = {"step": at.step, "loss": "", "lr": "", "images_per_second": ""}
@@ -368,7 +371,7 @@ class _Training:
         at.recent, at.seen = 0.0, 0
 
     def stopped(self, bar: Any) -> None:
-        """Ends a run that was asked to stop: the weights are kept even if none was validated yet."""
+        """Ends a run that was asked to stop; saves the weights even if none was validated yet."""
         if self.main:
             self.folder.keep_unscored(self.average.model, self.facts({}))
             if self.progress:
@@ -376,7 +379,7 @@ class _Training:
         raise KeyboardInterrupt
 
     def facts(self, scores: Scores) -> dict[str, Any]:
-        """What a checkpoint says of itself; JSON has no infinity."""
+        """The facts for the header of a checkpoint; infinite scores become None, because JSON has no infinity."""
         plain = {name: value if math.isfinite(value) else str(value) for name, value in scores.items()}
         settings = self.settings
         own = {"steps": self.at.step, "batch": settings.batch, "seed": settings.seed, "validation": plain}
@@ -384,7 +387,7 @@ class _Training:
 
 
 class _Speed:
-    """Images per second since it was made."""
+    """Images per second since this object was created."""
 
     def __init__(self) -> None:
         self.began, self.images = time.perf_counter(), 0
@@ -397,7 +400,7 @@ class _Speed:
 
 
 class _Average:
-    """The exponential moving average of a model's weights; the model itself at a decay of 0."""
+    """The exponential moving average of a model's weights; with a decay of 0, the model itself."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -406,7 +409,7 @@ class _Average:
     def update(self, model: nn.Module, step: int) -> None:
         if self.model is model:
             return
-        # a short memory first, so that the average does not drag the random start along
+        # a smaller decay in the first steps, so that the random initial weights do not stay in the average
         blend = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
         blend(list(self.model.parameters()), list(model.parameters()), step)
         for mine, current in zip(self.model.buffers(), model.buffers(), strict=True):
@@ -415,7 +418,7 @@ class _Average:
 
 @contextmanager
 def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each module has the mode that it had."""
+    """Evaluation mode within the block; afterwards each module has its former mode."""
     with _modes_kept(model):
         model.eval()
         yield
@@ -433,7 +436,7 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """The global random state, of the CPU and of CUDA devices in use, is afterwards what it was."""
+    """Restores the global random state, of the CPU and of the CUDA devices in use, after the block."""
     cuda = device.type == "cuda" or torch.cuda.is_initialized()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []):
         yield
@@ -441,9 +444,9 @@ def _random_state_kept(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[threading.Event]:
-    """An event that the first ctrl-C or SIGTERM sets; a second one raises KeyboardInterrupt wherever it comes."""
+    """An event that the first ctrl-C or SIGTERM sets; a second one raises KeyboardInterrupt at once."""
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         yield asked
         return
 
@@ -461,14 +464,14 @@ def _asked_to_stop() -> Iterator[threading.Event]:
 
 
 def _named(loss: Any) -> str:
-    """What a loss is, for comparison: a module shows its arguments, a function its name."""
+    """A text that identifies a loss: a module's arguments, or a function's name."""
     if isinstance(loss, nn.Module):
         return " ".join(repr(loss).split())
     return str(getattr(loss, "__qualname__", type(loss).__name__))
 
 
 def _n_further(model: nn.Module) -> int | None:
-    """How many positional arguments a model takes beside lr; None: any number."""
+    """The number of positional arguments of a model after lr; None: any number."""
     kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return None if inspect.Parameter.VAR_POSITIONAL in kinds else sum(kind in positional for kind in kinds) - 1

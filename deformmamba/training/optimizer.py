@@ -11,16 +11,15 @@ from deformmamba.errors import InvalidArgument, InvalidType
 Groups = list[dict[str, Any]]
 MakeOptimizer = Callable[[Groups], torch.optim.Optimizer]
 
-# parameters of a selective scan that are rates and gains, not weights of a sum
+# parameters of a selective scan that are rates and gains, not weights of a linear map
 _UNDECAYED = ("A_log", "D", "dt_bias")
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay is applied to a parameter.
 
-    It is not applied to parameters that their layer marks (`_no_weight_decay`, as Mamba's code does), to `A_log`, `D`
-    and `dt_bias` of a selective scan, to biases, and to parameters of one dimension, which are gains and offsets of
-    normalisations.
+    It is not applied to parameters marked by their layer (`_no_weight_decay`, as in Mamba's code), to `A_log`, `D` and
+    `dt_bias` of a selective scan, to biases, and to 1-D parameters, which are gains and offsets of normalisations.
     """
     last = name.rpartition(".")[2]
     marked = getattr(parameter, "_no_weight_decay", False)
@@ -30,7 +29,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float, all_decay: bool = False) -> Groups:
     """The model's parameters as groups for an optimiser: those that decay and those that do not, see `decays`.
 
-    One group where there is nothing to distinguish: no weight decay, or `all_decay`.
+    Without weight decay, or with `all_decay`, there is one group.
     """
     named = list(model.named_parameters())
     if all_decay or not weight_decay:
@@ -50,7 +49,7 @@ def build_optimizer(
 
     Raises:
         InvalidType: `given` is neither an optimiser nor a function that returns one.
-        InvalidArgument: an optimiser of other parameters than the model's.
+        InvalidArgument: the optimiser holds parameters that are not the model's.
     """
     if given is None:
         return torch.optim.AdamW(groups)
@@ -67,6 +66,6 @@ def build_optimizer(
 
 
 def optimizer_facts(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What an optimiser of the user's is, for comparison: its class, its settings, the rate of each group."""
+    """Facts that identify the user's optimiser: its class, its settings, and the learning rate of each group."""
     plain = {key: value for key, value in optimizer.defaults.items() if isinstance(value, (bool, int, float, str))}
     return {"class": type(optimizer).__name__, **plain, "rates": [group["lr"] for group in optimizer.param_groups]}

@@ -1,4 +1,4 @@
-"""Recipes: a run as a TOML file, so that it can be repeated on another folder of volumes."""
+"""Recipes: the settings of a run in a TOML file, so that it can be repeated on another folder of volumes."""
 
 import inspect
 import os
@@ -17,23 +17,24 @@ from deformmamba.models import MODELS
 from deformmamba.training.loop import fit
 
 SECTIONS = ("model", "data", "fit")
-# the data sets that a recipe can ask for
+# the data sets that a recipe can use
 KINDS: dict[str, type[PatchDataset] | type[ThickSliceDataset]] = {"in-plane": PatchDataset, "thick": ThickSliceDataset}
 
 
 def load_recipe(name: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
-    """A recipe: the name of one in the package ("ixi-4x"), or the path of a TOML file.
+    """Reads a recipe: the name of one in the package ("ixi-4x"), or the path of a TOML file.
 
     Sections:
         [model]: `name` (of MODELS), `preset`, `init` (name or path of weights to start from) and the constructor's
-            arguments. With nothing but `init`, class and arguments are those of these weights.
+            arguments. With `init` alone, class and arguments are those of these weights.
         [data]: `kind` ("in-plane", the default, or "thick", the slice direction), arguments of `PatchDataset` or of
             `ThickSliceDataset`, and `validation`, the groups to validate on.
         [fit]: arguments of `fit`, with `loss` by name (of LOSSES) and `beta`; `epochs` counts passes over the training
             slices, one patch of each.
 
     Raises:
-        InvalidArgument: no such recipe, an unknown section or key (names the allowed ones), or a value of a wrong type.
+        InvalidArgument: an unknown recipe, section or key (the message lists the allowed ones), or a value of a wrong
+            type.
     """
     packaged = {path.name.removesuffix(".toml"): path for path in files("deformmamba").joinpath("recipes").iterdir()}
     if str(name) in packaged:

@@ -16,11 +16,10 @@ def sample_picture(
 ) -> None:
     """The middle slice of `scan`, degraded and upscaled by `model`, beside the truth and, on its grid, zero-filling.
 
-    `degradation` is the k-space crop if not given. The slice is normalised by itself, where `evaluate` normalises the
-    volume.
+    The default of `degradation` is the k-space crop. The slice is normalised alone; `evaluate` normalises the volume.
 
     Raises:
-        VolumeError: the scan cannot be read, or `path` not be written.
+        VolumeError: the scan cannot be read, or `path` cannot be written.
     """
     volume, axis = load_volume(scan)
     middle = np.take(volume.array, volume.array.shape[axis] // 2, axis)

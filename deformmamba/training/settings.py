@@ -14,9 +14,9 @@ _NUMBERS = ("batch", "accumulate", "lr", "weight_decay", "warmup", "clip", "ema"
 
 @dataclass(frozen=True)
 class FitSettings:
-    """What `fit` was asked for; `fit` documents each field.
+    """The settings of a call of `fit`, which documents each field.
 
-    `samples` is how many samples the whole run sees: steps times batch, or epochs times the length of the data set.
+    `samples` is the number of samples of the whole run: steps times batch, or epochs times the length of the data set.
 
     Raises:
         InvalidArgument: an unknown schedule, or a number out of range.
@@ -67,17 +67,17 @@ class FitSettings:
         return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / max(self.n_steps - self.warmup, 1)))
 
     def facts(self) -> dict[str, Any]:
-        """What two runs must share to be the same run. `workers` changes how a run is computed and not its result."""
+        """The settings that must be equal for two runs to be the same. `workers` does not change the result."""
         plain = ("samples", "batch", "accumulate", "lr", "weight_decay", "warmup", "clip", "ema", "precision", "every")
         schedule = [self.schedule, *([list(self.milestones), self.gamma] if self.schedule == "step" else [])]
         return {**{name: getattr(self, name) for name in plain}, "schedule": schedule, "seed": self.seed}
 
 
 def n_samples(n: int, steps: int | None, epochs: float | None, batch: int) -> int:
-    """How many samples a run over a data set of `n` sees, from the number of steps or of epochs.
+    """The number of samples of a run over a data set of `n`, from the number of steps or of epochs.
 
     Raises:
-        InvalidArgument: an empty data set, both numbers or none, or nothing to train.
+        InvalidArgument: an empty data set, both numbers or neither, or zero samples.
     """
     if not n:
         raise InvalidArgument("fit: the data set is empty")

@@ -58,7 +58,7 @@ __all__ = [
     "write_checkpoint",
 ]
 
-# first parts of what is more often a path than an organisation on the Hub
+# first parts that are more often a path than an organisation on the Hub
 _FOLDERS = (
     "run",
     "runs",
@@ -90,7 +90,8 @@ def weights_entry(name: str) -> dict[str, Any]:
     """The manifest entry of one published checkpoint, with its `name`.
 
     Raises:
-        WeightsError: no such weights; names the nearest and all, or says that they are planned and how to make them.
+        WeightsError: no such weights. The message lists the nearest name and all names, or how to train planned
+            weights.
     """
     known = manifest()
     if name in known["weights"]:
@@ -110,10 +111,10 @@ def weights_entry(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Published:
-    """What `publish` put on the Hub, or would put there."""
+    """The files that `publish` uploaded to the Hub, or would upload."""
 
     repo: str
-    revision: str | None  # the commit; None where nothing was sent
+    revision: str | None  # the commit; None for a dry run
     files: dict[str, tuple[int, str]]  # name: bytes, sha256
 
 
@@ -122,10 +123,10 @@ class _Found:
     """A checkpoint on this machine, not yet read."""
 
     path: Path  # the file, or a folder that holds it
-    digest: str | None  # what the file must hash to
-    source: str  # what `Checkpoint.source` will say
+    digest: str | None  # the expected hash of the file
+    source: str  # the text for `Checkpoint.source`
     entry: dict[str, Any] | None = None  # of the manifest
-    hub: str | None = None  # org/repo@commit, of a repository that the manifest does not know
+    hub: str | None = None  # org/repo@commit, of a repository outside the manifest
 
     def read(self) -> Checkpoint:
         checkpoint = read_checkpoint(self.path, digest=self.digest)
@@ -158,8 +159,8 @@ def load_checkpoint(
        checked against the Hub's hash, and its commit is recorded in `source` and, as `hub`, in `provenance`.
 
     `revision`: the same as `@commit`, for a Hub repository only. `cache_dir`, `token`, `local_files_only` and
-    `force_download` (fetch again what is in the cache; nothing else changes): as in
-    huggingface_hub; its HF_HUB_OFFLINE=1, HF_HOME, HF_ENDPOINT and HF_TOKEN work here too.
+    `force_download` (download again although the file is in the cache) are as in huggingface_hub. Its variables
+    HF_HUB_OFFLINE=1, HF_HOME, HF_ENDPOINT and HF_TOKEN are respected.
 
     Raises:
         WeightsError: whatever goes wrong, in one line.
@@ -174,7 +175,7 @@ def fetch(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
-    """Brings a checkpoint to this machine, verifies it, and returns the path of its file.
+    """Downloads a checkpoint, verifies it, and returns the path of its file.
 
     With `folder`, writes `model.safetensors`, `config.json` and `README.md` there. Copy this folder to a machine
     without a network and pass it to `from_pretrained`. Without `folder`, a checkpoint on the Hub is downloaded into the
@@ -201,19 +202,19 @@ def publish(
     dry_run: bool = False,
     private: bool = False,
 ) -> Published:
-    """Uploads a checkpoint as one commit to a Hub repository, which is made if it is missing.
+    """Uploads a checkpoint as one commit to a Hub repository, which is created if it does not exist.
 
     The repository gets `model.safetensors`, byte for byte, `config.json` and `README.md`: the folder's own model card,
-    or one generated from the manifest entry or from the provenance. Afterwards the Hub is asked for its hash of the
-    file. To list the repository in the manifest, write its name and the commit as `repo` and `revision` of the entry.
+    or one generated from the manifest entry or from the provenance. Afterwards the Hub's hash of the file is checked.
+    To list the repository in the manifest, write its name and the commit as `repo` and `revision` of the entry.
 
     Args:
         source: a folder or file, or a name of the manifest whose file is on this machine.
         repo: org/name.
-        license: identifier of the licence, such as "cc-by-4.0"; needed unless the manifest, the provenance or the
-            folder's own card names one. Data with a share-alike licence hand it on to weights that were trained on it.
-        dry_run: nothing is sent; returns what would be.
-        private: whether a repository that this makes is private.
+        license: identifier of the licence, such as "cc-by-4.0"; required unless the manifest, the provenance or the
+            folder's own card has one. A share-alike licence of training data also applies to the weights.
+        dry_run: send nothing, and return the files that would be uploaded.
+        private: whether a newly created repository is private.
 
     Raises:
         WeightsError: a checkpoint that cannot be read, no licence, no permission, no network, in one line.
@@ -245,7 +246,7 @@ def verify(name: str | os.PathLike[str], *, sha256: str | None = None) -> str:
         WeightsError: unknown name, missing file, wrong hash, a file that cannot be read, or no known hash.
     """
     found = _find(name, None, None, True)
-    if found.hub and found.digest is None:  # a cache without links does not say it
+    if found.hub and found.digest is None:  # a cache without links does not record the hash
         repo, _, commit = found.hub.partition("@")
         found = replace(found, digest=hub_hash(found.file, repo, commit, local_files_only=False))
     checkpoint = found.read()
@@ -291,7 +292,7 @@ def _find(
     token: str | bool | None = None,
     force_download: bool = False,
 ) -> _Found:
-    """Where a checkpoint is; brings it into the cache if it is on the Hub only."""
+    """Finds a checkpoint; downloads it into the cache if it is only on the Hub."""
     text = os.fspath(name)
     path = os.path.expanduser(text)
     known = isinstance(name, str) and text in manifest()["weights"]
@@ -337,7 +338,7 @@ def _find(
 
 
 def _looks_like_a_path(text: str, match: re.Match[str] | None) -> bool:
-    """Whether a name that is neither in the manifest nor a file here was meant as a path rather than as org/repo."""
+    """Whether a name that is neither in the manifest nor a local file is probably a path and not org/repo."""
     if match is None:
         return (
             "/" in text or os.sep in text or "\\" in text or text.lower().endswith((".safetensors", *PICKLE_SUFFIXES))
@@ -357,7 +358,7 @@ def _looks_like_a_path(text: str, match: re.Match[str] | None) -> bool:
 def _repository(
     found: _Found, checkpoint: Checkpoint, repo: str | None, license: str | None = None
 ) -> dict[str, bytes]:
-    """The three files of a checkpoint, by name, as a Hub repository or a folder holds them."""
+    """The three files of a checkpoint in a Hub repository or a folder, by name."""
     data = found.file.read_bytes()
     entry = found.entry or next((e for e in list_weights() if e["sha256"] == checkpoint.sha256), None)
     own = read_card(found.file.parent) if found.path.is_dir() else None

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# lists of rows in an entry: title and explanation of the table that each becomes
+# lists of rows in an entry: title and explanation of the table for each
 TABLES = {
     "trained_on": ("Training data", "What the weights were fitted to, with its licences."),
     "scores": (
@@ -39,7 +39,7 @@ _USE = (
     "Research on the super-resolution of MR images that are coarse in the way that the facts below name. Not a medical "
     "device: not for diagnosis, and not for anything that a patient's care depends on."
 )
-# columns that share a cell, by the title of the column that they become
+# columns that are merged into one, by the title of the merged column
 _MERGED = {
     "subjects / slices": ("subjects", "slices"),
     "network": ("psnr", "ssim"),
@@ -52,24 +52,24 @@ _MERGED = {
     "recovered: network / zero-filling / bicubic": ("recovered", "zero_fill_recovered", "bicubic_recovered"),
     "invented: network / zero-filling / bicubic": ("invented", "zero_fill_invented", "bicubic_invented"),
 }
-# decimals of a number, by what its name contains
+# decimals of a number, by a part of its name
 _DECIMALS = {"psnr": 2, "ssim": 3, "nmse": 4, "recovered": 2, "invented": 2}
-# columns that the card leaves to the manifest
+# columns that only the manifest has
 _LEFT_OUT = ("nmse_sd_over_slices", "recovered_sd")
-# what sources of training data ask to be said, by a part of their name
+# acknowledgements that sources of training data require, by a part of their name
 _ACKNOWLEDGED = {
     "IXI": "IXI data set, brain-development.org, CC BY-SA 3.0.",
     "TCGA": "The results are in part based upon data of the TCGA Research Network (cancer.gov/tcga).",
 }
-# what has a place of its own in a card; anything else is a line under "Facts"
+# keys with their own place in a card; any other key is a line under "Facts"
 _PLACED = ("name", "meant_for", "summary", "license", "repo", "revision", "intended_use", "limits", *TABLES)
 
 
 def card(entry: Mapping[str, Any]) -> str:
-    """The model card of a manifest entry: Markdown with the front matter that the Hub reads.
+    """The model card of a manifest entry: Markdown with front matter for the Hub.
 
     Lists of rows (`trained_on`, `scores`, `by_spacing`, `out_of_domain`, `lesions`) become tables whose columns are the
-    rows' keys; whatever else the entry holds is a line under "Facts", so nothing that the manifest says is lost.
+    rows' keys; any other key of the entry is a line under "Facts", so the card is complete.
     """
     front = {
         "license": entry.get("license", "other"),
@@ -113,7 +113,7 @@ def card(entry: Mapping[str, Any]) -> str:
 
 
 def _acknowledgements(trained_on: Sequence[Any]) -> list[str]:
-    """Lines with what the sources of the training data ask to be said."""
+    """The acknowledgements that the sources of the training data require."""
     sources = " ".join(str(row.get("source")) for row in trained_on if isinstance(row, Mapping))
     asked = [text for name, text in _ACKNOWLEDGED.items() if name in sources]
     return ["", f"Acknowledgements: {' '.join(asked)}"] if asked else []
@@ -130,10 +130,10 @@ def checkpoint_card(
     repo: str | None = None,
     license: str | None = None,
 ) -> str:
-    """The model card of a checkpoint that no manifest lists, from what its file says of itself.
+    """The model card of a checkpoint outside the manifest, from the header of its file.
 
-    Its last line marks it as generated, so that it is replaced when the checkpoint is. `license` replaces the one of
-    the provenance.
+    Its last line marks it as generated, so that it is replaced together with the checkpoint. `license` replaces the
+    licence in the provenance.
     """
     facts = {
         **provenance,
@@ -149,7 +149,7 @@ def checkpoint_card(
 
 
 def is_generated(text: str) -> bool:
-    """Whether this package wrote a card, so that nothing of a person's is lost when it is replaced."""
+    """Whether this package generated a card; a card written by a person is never replaced."""
     return GENERATED in text or ('library_name: "deformmamba"' in text and stated_hash(text) is not None)
 
 
@@ -160,7 +160,7 @@ def stated_hash(text: str) -> str | None:
 
 
 def stated_license(text: str) -> str | None:
-    """The licence in a card's front matter; None where there is none, or only "other", which names none."""
+    """The licence in a card's front matter; None if it is missing or "other", which is no specific licence."""
     front = text.removeprefix("---\n").partition("\n---")[0] if text.startswith("---\n") else ""
     found = re.search(r"^license: *['\"]?([^'\"\n]+)", front, re.MULTILINE)
     name = found[1].strip() if found else ""
@@ -168,7 +168,7 @@ def stated_license(text: str) -> str | None:
 
 
 def tables(entry: Mapping[str, Any]) -> str:
-    """The lists of rows of a manifest entry, or of an assessment, each under its heading with how to read it."""
+    """The tables of a manifest entry, or of an assessment, each with its heading and explanation."""
     lines = []
     for key, (title, text) in TABLES.items():
         if entry.get(key):
@@ -179,7 +179,7 @@ def tables(entry: Mapping[str, Any]) -> str:
 def _table(rows: Sequence[Any]) -> list[str]:
     """Lines of a Markdown table; the columns are the keys of all rows, in the order of their first use.
 
-    Columns of `_MERGED` share a cell; a protocol that all rows share stands in the heading's text instead.
+    Columns in `_MERGED` are merged; a protocol that all rows share is written in the heading instead.
     """
     rows = [row if isinstance(row, Mapping) else {"": row} for row in rows]
     keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in _LEFT_OUT]
@@ -204,7 +204,7 @@ def _table(rows: Sequence[Any]) -> list[str]:
 
 
 def _shown(key: str, value: Any) -> str:
-    """A value of a table's cell: numbers of one kind with as many decimals everywhere."""
+    """The text of a table cell; numbers of one kind always have the same number of decimals."""
     decimals = next((n for part, n in _DECIMALS.items() if part in key), None)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return f"{value:.{decimals}f}" if number and decimals is not None else _prose(value)

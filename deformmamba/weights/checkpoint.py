@@ -2,12 +2,12 @@
 
 A checkpoint is a safetensors file whose header metadata holds four strings: `format` ("deformmamba-1"), `class` (a name
 in `deformmamba.models.MODELS`), `config` (JSON, the constructor's arguments) and `provenance` (JSON, where the numbers
-come from). A folder, as on the Hub, holds that file as `model.safetensors` and, for people, class and config once more
-as `config.json`; if the two disagree the folder is refused.
+come from). A folder, as on the Hub, holds that file as `model.safetensors` and, for readers, class and config again as
+`config.json`; if the two disagree the folder is refused.
 
 Reading never executes content of a checkpoint and validates everything: a hash is compared before parsing, the header
-has a size limit and must account for every byte of the file, and every fault raises a one-line `WeightsError`. Pickle
-is not supported. This module does not import models, and imports torch only to make or write tensors.
+has a size limit and must describe every byte of the file, and every fault raises a one-line `WeightsError`. Pickle is
+not supported. This module does not import models, and imports torch only to make or write tensors.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 
-# Bounds, in bytes where nothing else is said; the `paper` preset has a header of about 0.1 MB.
+# Limits, in bytes unless noted otherwise; the `paper` preset has a header of about 0.1 MB.
 MAX_FILE = 4 << 30
 MAX_HEADER = 4 << 20
 MAX_CONFIG = 1 << 14
 MAX_PROVENANCE = 1 << 18
-MAX_DEPTH = 8  # levels of lists and objects
-MAX_ITEMS = 1 << 12  # characters of a text, items of a list or object
+MAX_DEPTH = 8  # nesting levels of lists and objects
+MAX_ITEMS = 1 << 12  # characters of a text, or items of a list or object
 MAX_CONFIG_ITEMS = 1 << 6
 MAX_CONFIG_INT = 1 << 16
 
@@ -64,15 +64,15 @@ CONVERT = (
 
 
 class WeightsError(DeformMambaError):
-    """Weights that cannot be found, trusted, read or written; the message is one line with what to do next."""
+    """Weights cannot be found, trusted, read or written; the one-line message tells what to do next."""
 
     def __init__(self, message: str) -> None:
-        super().__init__("\\n".join(message.splitlines()))  # a path or a name may hold line breaks
+        super().__init__("\\n".join(message.splitlines()))  # a path or a name may contain line breaks
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint file holds, checked but not yet a model."""
+    """The checked content of a checkpoint file; not yet a model."""
 
     class_name: str
     config: dict[str, Any]
@@ -85,8 +85,8 @@ class Checkpoint:
 def read_checkpoint(path: str | os.PathLike[str], *, digest: str | None = None) -> Checkpoint:
     """Reads one checkpoint: a .safetensors file, or a folder that holds `model.safetensors`.
 
-    `digest`: what the file must hash to, as hexadecimal SHA-256, or as the SHA-1 by which git names a blob; compared
-    before anything in the file is parsed.
+    `digest`: the expected hexadecimal SHA-256 of the file, or its git blob SHA-1; compared before anything in the file
+    is parsed.
 
     Raises:
         WeightsError: no such file, a pickle, a wrong hash, or anything malformed or out of bounds in the file.
@@ -111,9 +111,9 @@ def write_checkpoint(
 ) -> str:
     """Writes one checkpoint and returns its sha256; equal contents give equal bytes.
 
-    A `path` that ends in .safetensors is the file; any other is a folder, made if it is missing, that gets
-    `model.safetensors`, `config.json` and a model card, `README.md` (one that a person wrote stays). Each file appears
-    complete or not at all: it is written under another name in the same folder and renamed.
+    A `path` that ends in .safetensors is a file. Any other path is a folder, created if necessary, for
+    `model.safetensors`, `config.json` and the model card `README.md` (a card written by a person is kept). Each file
+    appears complete or not at all: it is written under another name in the same folder and renamed.
 
     Raises:
         WeightsError: the path cannot be written, or the contents would not be read back (see `check_config`).
@@ -140,7 +140,7 @@ def write_checkpoint(
 
 
 def read_card(folder: Path) -> str | None:
-    """The text of the model card in a folder; None without one that can be read."""
+    """The text of the model card in a folder; None if it is missing or unreadable."""
     try:
         return (folder / CARD_FILE).read_text("utf-8")
     except (OSError, UnicodeDecodeError):
@@ -148,13 +148,13 @@ def read_card(folder: Path) -> str | None:
 
 
 def config_json(class_name: str, config: Mapping[str, Any]) -> bytes:
-    """The `config.json` that stands beside `model.safetensors` and says what its header says."""
+    """The text of the `config.json` beside `model.safetensors`, with the same class and config as its header."""
     beside = {"format": FORMAT, "class": class_name, "config": dict(config)}
     return (json.dumps(beside, indent=2) + "\n").encode()
 
 
 def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
-    """Writes files of the given names into a folder, made if it is missing; each appears complete or not at all.
+    """Writes files of the given names into a folder, created if necessary; each appears complete or not at all.
 
     Raises:
         WeightsError: the folder or a file in it cannot be written.
@@ -167,13 +167,13 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> N
 
 
 def check_config(config: Any, what: str = "config") -> None:
-    """Checks that `config` is plain data of a sane size, so that a model may be built from it.
+    """Checks that `config` is plain data of limited size, so that it is safe to build a model from it.
 
     A dict of argument names; values None, bool, int within +-65536, finite float, str, and lists and dicts of at most
     64 of these; at most 16 KiB of JSON.
 
     Raises:
-        WeightsError: naming the first entry that is not.
+        WeightsError: an entry is not; the message names the first one.
     """
     if not isinstance(config, dict):
         raise WeightsError(f"{what} must be a JSON object of constructor arguments, not {type(config).__name__}")
@@ -186,7 +186,7 @@ def check_config(config: Any, what: str = "config") -> None:
 
 
 def _check_plain(value: Any, where: str, items: int = MAX_ITEMS, largest: int = 1 << 63, depth: int = 0) -> None:
-    """Refuses what is not plain JSON data within the bounds; `where` is how a message calls `value`."""
+    """Refuses a value that is not plain JSON data within the limits; `where` is its name in messages."""
     if depth > MAX_DEPTH:
         raise WeightsError(f"{where} is nested more than {MAX_DEPTH} levels deep")
     if isinstance(value, (list, dict)):
@@ -209,7 +209,7 @@ def _check_plain(value: Any, where: str, items: int = MAX_ITEMS, largest: int = 
 def _serialise(
     class_name: str, config: Mapping[str, Any], tensors: "Mapping[str, torch.Tensor]", provenance: Mapping[str, Any]
 ) -> bytes:
-    # safetensors' own writer orders the metadata by a random hash, so the same model would get a new sha256 each time
+    # safetensors' own writer orders the metadata randomly, so equal models would get different sha256s
     import torch
 
     names = {getattr(torch, name): code for code, (name, _) in _DTYPES.items()}
@@ -279,7 +279,7 @@ def _parse(data: bytes, source: str) -> Checkpoint:
 
 
 def _header(data: bytes) -> dict[str, Any]:
-    """The JSON header of a safetensors file, as a dict, before any of it is believed."""
+    """The JSON header of a safetensors file, as a dict that is not validated yet."""
     if data[:4] == b"PK\x03\x04" or (data[:1] == b"\x80" and data[1:2] <= b"\x05" and data[8:9] != b"{"):
         raise WeightsError(f"it is a pickle or zip archive, not safetensors; {CONVERT}")
     if len(data) < 8:
@@ -298,7 +298,7 @@ def _header(data: bytes) -> dict[str, Any]:
 
 
 def _described(metadata: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Class, config and provenance of the header's metadata."""
+    """Class, config and provenance from the header's metadata."""
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise WeightsError("its header has no text metadata; a state dict alone does not identify its model")
     if metadata.get("format") != FORMAT:
@@ -381,7 +381,7 @@ def _load_json(text: bytes, what: str) -> Any:
 
 
 def _compare_config(checkpoint: Checkpoint, path: Path) -> None:
-    """Checks that a config.json says what the header of the weights beside it says."""
+    """Checks that a config.json agrees with the header of the weights beside it."""
     if path.stat().st_size > 2 * MAX_CONFIG:
         raise WeightsError(f"{path} has {path.stat().st_size} bytes, far more than any model's arguments take")
     try:

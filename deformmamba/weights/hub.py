@@ -1,7 +1,7 @@
-"""The Hub, through huggingface_hub's own client: a checkpoint from it, a checkpoint to it, and its errors in one line.
+"""Downloads from and uploads to the Hub with huggingface_hub's client, and turns its errors into one line.
 
 The client's settings (HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, time limits) work as usual. This module also
-checks the Hub's hash of a file, and its error messages give a cure.
+checks the Hub's hash of a file, and its error messages tell what to do.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ def download(
     force_download: bool = False,
     with_card: bool = False,
 ) -> tuple[Path, str]:
-    """Brings a checkpoint into the cache; returns its weights file, with its companions beside it, and the commit.
+    """Downloads a checkpoint into the cache; returns its weights file and the commit. The other files are beside it.
 
     Raises:
         WeightsError: whatever goes wrong, in one line with a cure.
@@ -51,7 +51,7 @@ def download(
     with _hub_errors(repo, revision, "fetch", cache):
         path = get(WEIGHTS_FILE, revision)
         commit = path.parent.name
-        # the header alone says what the file is: a companion that is not there has nothing to disagree with
+        # the weights file is complete without the other files, which are only compared with it if present
         for companion in (CONFIG_FILE, CARD_FILE) if with_card else (CONFIG_FILE,):
             with contextlib.suppress(EntryNotFoundError):
                 get(companion, commit)
@@ -61,10 +61,10 @@ def download(
 def hub_hash(
     path: Path, repo: str, commit: str, *, local_files_only: bool, token: str | bool | None = None
 ) -> str | None:
-    """The Hub's own hash of a cached file: SHA-256 of a large one, git's SHA-1 of a small one; None if it is not known.
+    """The Hub's own hash of a cached file: SHA-256 of a large file, git's SHA-1 of a small one; None if unknown.
 
-    The cache links a file to a blob of that name. (That blob may be a link as well, into a store that is shared by
-    repositories and names its files by another hash.) Where the cache cannot link, on Windows, the Hub is asked.
+    The cache links a file to a blob whose name is the hash. (That blob may itself be a link into a store shared by
+    repositories, whose file names are other hashes.) If the cache cannot link, as on Windows, the Hub is asked.
     """
     if path.is_symlink():
         name = Path(os.readlink(path)).name
@@ -86,10 +86,10 @@ def hub_hash(
 
 
 def upload(repo: str, content: Mapping[str, bytes], *, private: bool, message: str) -> str:
-    """Sends files as one commit to a repository, which is made if it is missing; returns the commit.
+    """Uploads files as one commit to a repository, which is created if it does not exist; returns the commit.
 
     Raises:
-        WeightsError: whatever goes wrong, or if the Hub then holds another weights file than the one that was sent.
+        WeightsError: any failure, also if the Hub's weights file afterwards differs from the one that was sent.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_hf_file_metadata, hf_hub_url
 
@@ -145,7 +145,7 @@ def _hub_errors(repo: str, revision: str | None, verb: str, cache: str | None = 
         raise WeightsError(f"{where} has no {WEIGHTS_FILE}; {CONVERT}") from error
     except errors.HFValidationError as error:
         raise WeightsError(f"{where} is not a repository name: {one_line(error)}") from error
-    except Exception as error:  # the client passes on what its HTTP library, its Xet library and the disk raise
+    except Exception as error:  # the client does not catch the errors of its HTTP library, its Xet library and the disk
         status = _status(error)
         if status in (401, 403):
             raise WeightsError(
@@ -172,7 +172,7 @@ def _hub_errors(repo: str, revision: str | None, verb: str, cache: str | None = 
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status in an error of the Hub client, or in the errors that it came from."""
+    """The HTTP status in an error of the Hub client, or in the errors that caused it."""
     seen: BaseException | None = error
     while seen is not None:
         status = getattr(getattr(seen, "response", None), "status_code", None)
