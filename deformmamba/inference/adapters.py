@@ -4,7 +4,7 @@
 model = deformmamba.from_pretrained("ixi-4x")
 monai.transforms.Compose([LoadImaged("t2"), EnsureChannelFirstd("t2"), UpscaleTransform(model, keys="t2")])
 torchio.Compose([torchio.ToCanonical(), UpscaleTransform(model)])
-UpscaleInferer(consistency="exact")(inputs, model)  # where MONAI wants an Inferer
+UpscaleInferer(consistency="exact")(inputs, model)  # where MONAI expects an Inferer
 ```
 """
 
@@ -37,7 +37,8 @@ class UpscaleInferer:
         self.settings = asdict(Settings(**settings))
 
     def __call__(self, inputs: torch.Tensor, network: "SRModel", *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Raises TypeError if the network is no SRModel, or for further arguments, because no SRModel takes any."""
+        """Raises TypeError if the network is not an SRModel, or if there are further arguments, which no SRModel
+        takes."""
         if not hasattr(network, "intensity") or not hasattr(network, "scale"):
             raise InvalidType(f"the network must be one of deformmamba's models, not {type(network).__name__}")
         if args or kwargs:
@@ -60,7 +61,8 @@ class UpscaleTransform:
         settings: as `inference.upscale`; `axis` counts the spatial axes from 0.
 
     Raises:
-        VolumeError: on use: no keys for a plain dictionary, a label map, an entry that is no image, or as `upscale`.
+        VolumeError: on use: no keys for a plain dictionary, a label map, an entry that is not an image, or as
+            `upscale`.
     """
 
     def __init__(self, model: "SRModel", keys: str | Iterable[str] | None = None, **settings: Any) -> None:

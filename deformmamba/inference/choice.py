@@ -28,7 +28,7 @@ class Fit:
     """How well weights fit a scan; a lower `distance` is better.
 
     Attributes:
-        name: of the weights.
+        name: name of the weights.
         distance: 0 if pixel size, contrast and anatomy match the training data.
         reason: one sentence, without a full stop.
     """

@@ -59,7 +59,7 @@ _BIDS = re.compile(r"sub-[A-Za-z0-9]+(_[a-z]+-[A-Za-z0-9+]+)*_[A-Za-z0-9]+")
 @dataclass(frozen=True)
 class Outcome:
     """The outcome of one scan. `reason` (why it failed or was passed over) and `remark` (`inspection.spacing_remark`)
-    are one line, and hold nothing from the scan except its sizes."""
+    are one line each, and contain no information from the scan except its sizes."""
 
     source: str  # relative to the folder of scans
     output: str  # relative to the output folder
@@ -102,8 +102,8 @@ def upscale_cohort(
 
     A scan is a NIfTI or MGH file, or a DICOM series in a folder (the output is also a folder; each of several series
     in a folder is a separate scan). `volume.scans_below` finds the scans. Masks, label images, phase images and outputs
-    of this package are listed as passed over, with the reason. Hidden names and `target` itself are left out; a link
-    that leads out of `source` fails. If a scan cannot be read or upscaled, it fails and the run continues.
+    of this package are listed as passed over, with the reason. Hidden files and `target` itself are ignored; a link to
+    a file outside `source` fails. If a scan cannot be read or upscaled, it fails and the run continues.
 
     Under `torchrun`, `accelerate launch` or `srun` each process takes its share (see `processes`), the largest scans
     first. No scan is processed twice, and no two processes write the same file. The folder must not change meanwhile.
@@ -117,15 +117,15 @@ def upscale_cohort(
         target: the output folder; created if missing.
         volume, dtype, effective, nan, partial, settings: as `inference.upscale_file`.
         uncertainty, figure, report: folders for one file per scan: the `uncertainty` of `upscale_file`, the middle
-            slice before and after as .png, a page for visual checks as .html.
-        told: called with each outcome immediately.
-        only: takes a scan's path relative to `source` and returns whether to upscale it; None: all.
+            slice before and after as .png, an HTML report for visual checks.
+            told: called with each `Outcome` as soon as its scan is finished.
+            only: takes a scan's path relative to `source` and returns whether to upscale it; None: all.
 
     Returns:
         The outcomes of this process, by source.
 
     Raises:
-        VolumeError: `source` is no folder or holds no scan; `target` cannot be created.
+        VolumeError: `source` is not a folder or contains no scan; `target` cannot be created.
         ValueError: the environment variables of `processes` are invalid.
     """
     chosen = Settings(**settings)
@@ -205,7 +205,7 @@ def run_cohort(
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise VolumeError(f"{target}: cannot create this folder: {error.strerror}; choose another folder") from None
-    # the largest first, so that the shares end at about the same time
+    # the largest first, so that all processes finish at about the same time
     tasks = sorted(tasks, key=lambda task: (-_size(task.source), task.name))
     outcomes: list[Outcome] = []
     try:
@@ -235,7 +235,7 @@ def processes(environment: Mapping[str, str]) -> tuple[int, int]:
     Raises:
         ValueError: they are not numbers, or the rank is not below the number of processes.
     """
-    # a batch script that calls no srun has SLURM_NTASKS too, but is one process
+    # SLURM_NTASKS is also set in a batch script without srun, which is one process
     for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         given = environment.get(rank), environment.get(world)
         if given[0] is None or given[1] is None:

@@ -20,8 +20,8 @@ def draw_slice(path: PathLike, done: Upscaled, model: "SRModel", *, title: str, 
         path: .png, .pdf or .svg.
         done: the result of `upscale_file(..., keep=...)` for one slice.
         model: the model of the result.
-        title: of the figure, before the number of the slice.
-        name: of the model, above its panel.
+        title: title of the figure; the slice number is appended.
+        name: name of the model, the title of its panel.
     """
     ((k, (image, _)),) = done.kept.items()
     n = done.source.array.shape[done.axis]

@@ -30,7 +30,7 @@ def coarsen(
         axis: where slices are stacked; None: `volume.slice_axis`.
         crop: crop rows and columns at the end to a multiple of the scale, so that voxel 0 keeps its position; without
             it such slices are refused.
-        seed: of the noise, if any.
+            seed: random seed of the noise, if any.
 
     Raises:
         VolumeError: voxels that are complex, NaN or infinite, no such axis, or slices smaller than the scale.
@@ -91,7 +91,7 @@ def to_effective(volume: Volume, *, axis: int | None = None, matrix: tuple[int, 
 def _each(
     volume: Volume, axis: int, size: tuple[int, int], change: Callable[[torch.Tensor, int], torch.Tensor]
 ) -> np.ndarray:
-    """Maps every slice, with its number, to one of `size`, and stacks the results along the same axis."""
+    """Applies `change` to every slice and its number, and stacks the results, of `size`, along the same axis."""
     out = np.empty([*size[:axis], volume.array.shape[axis], *size[axis:]], np.float32, order="F")
     made = np.moveaxis(out, axis, 0)
     for k, image in enumerate(np.moveaxis(volume.array, axis, 0)):

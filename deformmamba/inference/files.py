@@ -109,8 +109,8 @@ def upscale_file(
         target, dtype: as `volume.writing`; the output can be DICOM if the input is DICOM.
         as_image: also accept files that `volume.not_a_scan` rejects: a mask, a phase image, an output of this package.
         uncertainty: another file, for the second result of `upscale_with_uncertainty`; turns the ensemble on.
-        report: .html, a page for visual checks, see `report.write_report`; for a 4-D scan of its first volume. Until
-            the page is written, this needs disk space beside it for the output in float32.
+        report: .html, a report for visual checks, see `report.write_report`; for a 4-D scan, of its first volume. Until
+            the report is written, its folder needs disk space for the output in float32.
         sidecar: write the JSON file. An existing file that this package did not write is not changed.
         effective: start from the filled part of k-space, see `to_effective`.
         keep: gets the number of slices and returns the indices to keep in memory, for figures: `Upscaled.kept`; for a
@@ -239,7 +239,8 @@ def _reserve(file: IO[bytes], n_bytes: int) -> None:
 
 @contextmanager
 def _room(report: PathLike, job: Upscaling) -> Iterator[np.ndarray]:
-    """An array for the result in a file without a name beside `report`, which disappears with the process."""
+    """An array for the result in a temporary file without a name in the folder of `report`; it disappears with the
+    process."""
     with ExitStack() as stack:
         try:
             file = stack.enter_context(tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(report))))

@@ -23,7 +23,7 @@ from deformmamba.volume import PathLike, Volume, VolumeError, check_output, in_p
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
 
-# keyword arguments of `isotropic` that change the result
+# the keyword arguments of `isotropic` that change the result
 SHAPING = ("to", "thickness", "profile", "adapt", "seed", "consistency", "axis")
 
 
@@ -55,7 +55,7 @@ def isotropic_file(
         source, volume, series, stack, nan, partial: as `read_volume`.
         target, dtype: as `volume.writing`; if the input is DICOM, the output can be a DICOM series with more slices.
         uncertainty: another file, for half the difference of the two orientations, in the scan's units.
-        report: .html, a page for visual checks, see `report.write_report`: sections across the slices.
+        report: .html, a report for visual checks, see `report.write_report`: sections across the slices.
         settings: as `isotropic`.
 
     Raises:

@@ -16,9 +16,9 @@ from deformmamba.volume import mosaic
 from deformmamba.volume.files import Bounded, ChoiceNeeded, parsing, volume_index
 from deformmamba.volume.image import Volume, VolumeError
 
-# slices nearer to each other than this, in mm, lie at the same place
+# slices nearer to each other than this, in mm, have the same position
 SAME_PLACE = 0.01
-# no image that a radiologist reads is compressed more; a higher ratio means a damaged header
+# no clinical image is compressed more; a higher ratio means a damaged header
 MOST_VOXELS_PER_BYTE = 10_000
 LPS_FROM_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -57,7 +57,7 @@ class DicomSeries:
     affine: np.ndarray
 
     def __repr__(self) -> str:
-        return f"DicomSeries of {len(self.frames)} slices"  # a data set prints a patient's name
+        return f"DicomSeries of {len(self.frames)} slices"  # the repr of a data set contains the patient's name
 
 
 def is_dicom(path: Path) -> bool:
@@ -66,7 +66,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def holds_dicom(paths: Iterable[Path]) -> bool:
-    """Whether one of them is a DICOM file with an image, unlike a DICOMDIR or a report."""
+    """Whether one of the files is a DICOM image, and not a DICOMDIR or a report."""
     return any(image_header(path) is not None for path in paths)
 
 
@@ -79,7 +79,7 @@ def image_header(path: Path) -> Any:
 
 
 def not_an_image(dataset: Any) -> str:
-    """Why a DICOM object with pixels is no scan: a segmentation, a dose, a map; empty for a scan."""
+    """Why a DICOM object with pixels is not a scan: a segmentation, a dose, a map; empty for a scan."""
     name = str(getattr(dataset.get("SOPClassUID"), "name", ""))
     for kind in ("Segmentation", "RT Dose", "Parametric Map", "Presentation State"):
         if kind in name:
@@ -431,7 +431,7 @@ def _places(source: Path, frames: list[Frame]) -> list[list[Frame]]:
         )
     if n > 1 and any(len({frame.parameters for frame in kth}) > 1 for kth in zip(*places, strict=True)):
         raise VolumeError(f"{source}: {apart}, and no DICOM field tells which of them belong to one volume")
-    # a copy of a file under another name: nothing but the name differs
+    # copies of one file under different names are kept once
     if any(a.parameters == b.parameters and a.order == b.order for p in places for a, b in itertools.pairwise(p)):
         raise VolumeError(f"{source}: {apart} and the same number; remove the duplicated files")
     return places
@@ -486,7 +486,7 @@ def _pixels(path: Path, dataset: Any, indices: list[int]) -> Iterable[np.ndarray
     from pydicom.pixels import apply_modality_lut, iter_pixels
     from pydicom.uid import RLELossless
 
-    # another plugin for it ends the process on a damaged file; pydicom's own raises
+    # pydicom's own decoder raises an error for a damaged file; another plugin ends the process
     plugin = "pydicom" if dataset.file_meta.TransferSyntaxUID == RLELossless else ""
     with path.open("rb") as file:
         bounded: Any = Bounded(file, path.stat().st_size)
@@ -496,7 +496,7 @@ def _pixels(path: Path, dataset: Any, indices: list[int]) -> Iterable[np.ndarray
 
 
 def _stored_bits(pixels: np.ndarray, dataset: Any) -> np.ndarray:
-    """Clears the unused bits of each pixel, where old scanners store overlays, and extends the sign into them."""
+    """Clears the unused bits of each pixel, in which old scanners store overlays, and extends the sign into them."""
     allocated = 8 * pixels.itemsize
     stored = int(dataset.get("BitsStored") or allocated)
     above = allocated - 1 - int(dataset.get("HighBit") or stored - 1)

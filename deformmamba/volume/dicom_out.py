@@ -252,7 +252,7 @@ class _Made:
 
         self.series, self.voxels, self.stored, self.slope = series, voxels, stored, slope
         self.deviation = deviation
-        # from 0 to the largest value: the window of the image would show a deviation as black
+        # from 0 to the largest value, because the image's window would show a deviation as black
         planes = range(voxels.shape[2]) if deviation else ()
         self.largest = max((float(voxels.plane(k).max()) for k in planes), default=0.0)
         self.derivation = derivation.encode("ascii", "replace").decode()[:1024]
@@ -263,7 +263,7 @@ class _Made:
         self.orientation = [_decimal(n) for n in (*lps[:3, 0] / between_columns, *lps[:3, 1] / between_rows)]
         self.spacing = [_decimal(between_rows), _decimal(between_columns)]
         before = float(np.linalg.norm(series.affine[:3, 2]))
-        # thickness is not spacing: a gap or an overlap stays one, in proportion
+        # thickness differs from spacing: gaps and overlaps are kept in proportion
         self.thinner = between_slices / before
         self.slices_moved = voxels.shape[2] != len(series.frames) or abs(self.thinner - 1) > 1e-4
         self.positions = [[_decimal(n) for n in (lps @ [0, 0, k, 1])[:3]] for k in range(voxels.shape[2])]
@@ -422,7 +422,7 @@ class _Made:
     def _transformation(self, group: Any) -> None:
         group.RescaleIntercept = "0"
         group.RescaleSlope = f"{self.slope:.10g}"
-        group.RescaleType = group.get("RescaleType") or "US"  # unspecified, as it was before
+        group.RescaleType = group.get("RescaleType") or "US"  # unspecified, as before
 
     def _save(self, path: Path, made: Any) -> None:
         import pydicom
@@ -434,7 +434,7 @@ class _Made:
 def _decimal(value: float) -> str:
     from pydicom.valuerep import format_number_as_ds
 
-    return format_number_as_ds(float(value) + 0.0)  # no -0
+    return format_number_as_ds(float(value) + 0.0)  # avoids -0
 
 
 def _image_type(before: Any, second: str = "SECONDARY") -> list[str]:

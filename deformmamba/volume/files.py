@@ -71,7 +71,7 @@ def silenced() -> Iterator[None]:
                 for logger in loggers:
                     logger.removeFilter(_SILENCE)
                 for filters, added in _silent_filters:
-                    # a `catch_warnings` of another thread may have put a copy in the place of the list
+                    # a `catch_warnings` of another thread may have replaced the list by a copy
                     for entries in (filters, warnings.filters):
                         entries[:] = [entry for entry in entries if entry not in added]  # type: ignore[index]
                 _silent_filters.clear()
@@ -79,7 +79,7 @@ def silenced() -> Iterator[None]:
 
 @contextmanager
 def parsing(path: Path, what: str) -> Iterator[None]:
-    """Any exception of a foreign parser becomes a VolumeError that does not quote it."""
+    """Turns any exception of a foreign parser into a VolumeError that does not quote its text."""
     try:
         yield
     except ChoiceNeeded:
@@ -132,7 +132,7 @@ def suffix(path: Path) -> str:
 class ChoiceNeeded(VolumeError):
     """A file or folder holds several volumes, series or stacks, and one must be chosen.
 
-    The message names the argument of `read_volume`; `for_command` names the option of a command that has it.
+    The message gives the argument of `read_volume`; `for_command` gives the option of a command that has it.
     """
 
     def __init__(self, problem: str, argument: str, which: str) -> None:
@@ -217,7 +217,7 @@ def renamed_folder(path: PathLike) -> Iterator[Path]:
 
 @contextmanager
 def closed(file: Any) -> Iterator[Any]:
-    """`file`, closed at the end; after another error, an error of closing (a full disk, again) is ignored."""
+    """Closes `file` at the end. After another error, an error while closing (such as a full disk) is ignored."""
     try:
         yield file
     except BaseException:
@@ -243,7 +243,7 @@ class Kept:
         h, w = (self.shape[a] for a in in_plane(self._axis))
         if self._axis == 2:
             return self._read((w, h), k * w).T
-        # column k of each slice; reading, unlike mapping, keeps nothing else in memory
+        # column k of each slice; reading needs less memory than mapping the file
         columns = np.concatenate([self._read((1, h), n * w + k) for n in range(self.shape[self._axis])])
         return columns if self._axis == 0 else columns.T
 
@@ -265,7 +265,7 @@ class Kept:
 
 @contextmanager
 def kept(path: PathLike, shape: Sequence[int], axis: int, dtype: str) -> Iterator[Kept]:
-    """A `Kept` in a file without a name beside `path`; the operating system always removes it with the process."""
+    """A `Kept` in a temporary file without a name beside `path`; the operating system removes it with the process."""
     with closed(tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path)))) as file:
         yield Kept(file, shape, axis, dtype)
 

@@ -31,7 +31,7 @@ class Volume:
         notes: the reader's remarks about the file, one line each: inconsistent fields, skipped files.
 
     Raises:
-        VolumeError: the array is not 3-D, or the affine is no invertible 4x4.
+        VolumeError: the array is not 3-D, or the affine is not an invertible 4x4 matrix.
     """
 
     array: np.ndarray

@@ -17,21 +17,21 @@ from deformmamba.volume.dicom import DicomSeries
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
 
-# pixels beyond this factor of the range that the weights were trained on are far from it
+# a pixel outside the range of the training data by more than this factor is far from it
 FAR_SPACING = 1.5
 
 _N_SLICES = 32  # enough slices for a smooth profile
-_DYNAMIC_RANGE = 1e-12  # in power; below lies the rounding of float32 voxels
-_LOWEST = 0.15  # of the highest frequency: below, anatomy shapes the spectrum, and no scanner interpolates sevenfold
-# In power anatomy falls off like f ** -2 to f ** -5 and noise not at all: an edge is where the exponent passes STEEP,
+_DYNAMIC_RANGE = 1e-12  # in power; smaller values are rounding of float32 voxels
+_LOWEST = 0.15  # share of the highest frequency; lower frequencies are anatomy, and no scanner interpolates sevenfold
+# Power of anatomy falls off like f ** -2 to f ** -5, and power of noise is constant. A border is where the exponent
+# exceeds STEEP, and where the spectrum ends FALL dB below the power law f ** -NATURAL; or HARD_FALL dB, if it falls
+# within a few frequencies, as neither anatomy nor a filter does.
 _STEEP = 8.0
-# and where the spectrum ends up this many dB lower than f ** -NATURAL would have brought it: a tenth of the power, or
-# less where it falls within a few frequencies, as neither anatomy nor a filter does.
 _FALL, _HARD_FALL = 10.0, 4.0
 _NATURAL = 5.0
 # dB of a step beyond the slopes on both sides, and near the matrix that a header states
 _STEP, _STATED_STEP = 3.0, 1.5
-# of the slices: so many have to agree on a border, within this share of the axis, if the sum over slices has none
+# if the sum over slices has no border: share of the slices that must agree, within this share of the axis
 _MAJORITY, _FEWEST_VOTES, _AGREEMENT = 0.6, 3, 0.02
 
 
@@ -60,7 +60,7 @@ def effective_matrix(
         slices: (n, H, W).
         stated: (h, w) of a header, None for an unknown one of them.
 
-    Source: ours, not in the paper.
+    Source: this package; not in the paper.
 
     Raises:
         VolumeError: not three axes, or no slice.
@@ -107,12 +107,12 @@ def _filled(power: np.ndarray) -> int:
     """Number of filled frequencies of a centred power profile (n,); n if no border is found."""
     n = len(power)
     centre = n // 2
-    last = (n - 1) // 2  # the frequency -n / 2 of an even n has no partner and is left out
+    last = (n - 1) // 2  # the frequency -n / 2 of an even n has no positive partner and is dropped
     folded = np.maximum(power[centre : centre + last + 1], power[centre - last : centre + 1][::-1])
     if last < 8 or not folded.any():
         return n
     level = 10 * np.log10(np.maximum(folded, folded.max() * _DYNAMIC_RANGE))
-    bend = level[:-6] - 2 * level[3:-3] + level[6:]  # three apart: the window makes neighbours alike
+    bend = level[:-6] - 2 * level[3:-3] + level[6:]  # three apart, because the window correlates neighbours
     noise = 1.4826 * np.median(np.abs(bend)) / np.sqrt(6)
 
     reach = max(2, round(0.015 * last))
@@ -123,15 +123,15 @@ def _filled(power: np.ndarray) -> int:
     turns = np.flatnonzero(np.diff(np.r_[False, exponent >= _STEEP, False]))
     for first, end in zip(turns[::2], turns[1::2], strict=True):
         steepest = first + int(np.argmax(fall[first:end]))
-        # a third: a magnitude's smear can itself be steep just outside of a hard border
+        # a third point, because the smear of a magnitude image can itself be steep just outside a hard border
         gentle = np.flatnonzero(exponent[steepest:] < max(_STEEP, exponent[steepest] / 3))
         if not gentle.size:
-            continue  # falls to the very end: a filter's fading, with nothing beyond
+            continue  # falls until the end of the axis: the fading of a filter, not a border
         foot = int(at[steepest + gentle[0] - 1]) + reach
         inside = np.arange(at[0] - reach, at[steepest])
         excess = np.max(level[inside] - level[foot] - _NATURAL * 10 * np.log10(foot / inside))
         raised = np.flatnonzero(level[:foot] > level[foot] + min(6.0, excess / 4))
-        border = int(raised[-1]) - 1  # the window spreads everything by one frequency
+        border = int(raised[-1]) - 1  # the window widens the border by one frequency
         near, far = (level[max(border + 1 - d, 0)] - level[min(border + 1 + d, last)] for d in (2, 6))
         clear = excess / (_FALL + 3 * noise)
         if near > 2 / 3 * far:
@@ -188,7 +188,7 @@ class Inspection:
         matrix: pixels of a slice along its two axes, in the array's order.
         effective: the filled part of the k-space of `matrix`, see `effective_matrix`.
         resolution: true resolution along the same two axes, mm: the field of view divided by `effective`.
-        lowest, highest: of the voxels.
+        lowest, highest: smallest and largest voxel.
         intensity: the number by which a model divides the voxels, see `volume.intensity_scale`.
         negative: share of voxels below zero, 0 to 1.
         remarks: further remarks, also about the given model: one line each, without a full stop.
@@ -293,7 +293,7 @@ def stated_matrix(volume: Volume, axis: int) -> tuple[int | None, int | None]:
         return None, None
     dataset = next(iter(volume.header.datasets.values()))
     try:
-        # frequency rows, frequency columns, phase rows, phase columns: of rows and of columns one each is not 0
+        # frequency rows, frequency columns, phase rows, phase columns; one of each direction is not 0
         given = [int(value) for value in dataset.get("AcquisitionMatrix") or ()]
     except (TypeError, ValueError):
         return None, None
