@@ -29,8 +29,8 @@ from deformmamba.physics.slice_profile import along
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
 
-HELD_OUT = 6  # in-plane slices that adaptation does not see
-FEWEST_ACROSS = 4  # thick slices across an in-plane image; with fewer the comparison means nothing
+HELD_OUT = 6  # number of in-plane slices that are held out from adaptation
+FEWEST_ACROSS = 4  # smallest number of thick slices across an image for a meaningful comparison
 PATCH, BATCH, RATE = 96, 4, 1e-3
 SSIM_WEIGHT = 0.1
 

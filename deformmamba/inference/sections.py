@@ -12,8 +12,8 @@ from deformmamba.inference.adaptation import device_of
 from deformmamba.inference.sharing import shared_threads
 from deformmamba.inference.slice_consistency import TISSUE
 
-BATCH_PIXELS = 1 << 17  # of the sections that the network gets at once, on each thread
-MARGIN = 8  # pixels of air around the anatomy that the network sees
+BATCH_PIXELS = 1 << 17  # pixels of the sections in one batch, per thread
+MARGIN = 8  # pixels of air around the anatomy that are passed to the network
 
 
 def by_sections(network: nn.Module, fine: torch.Tensor, progress: bool) -> tuple[torch.Tensor, torch.Tensor]:

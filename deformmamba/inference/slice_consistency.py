@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from deformmamba.physics.consistency import Consistency
 from deformmamba.physics.slice_profile import ThickSlices, back_projected
 
-CONSISTENCY_STEPS = 3  # of conjugate gradients: about a twentieth of the difference is left
-TISSUE = 0.1  # of the intensity range: brighter than air
+CONSISTENCY_STEPS = 3  # of conjugate gradients; about a twentieth of the difference remains
+TISSUE = 0.1  # as a share of the intensity range; brighter voxels are not air
 NOISE_BLOCK = 8  # wavelet details, so 16 pixels
 
 

@@ -23,9 +23,9 @@ from deformmamba.physics.slice_profile import (
 from deformmamba.volume import Volume, VolumeError, chosen_axis, in_plane
 from deformmamba.volume.inspection import effective_matrix
 
-LEAST_RATIO = 1.3  # of slice spacing to the wanted voxel: below it a scan counts as isotropic
+LEAST_RATIO = 1.3  # slice spacing divided by the wanted voxel size; below this ratio a scan counts as isotropic
 TRAINED_RATIOS = (2.0, 8.0)  # of the weights `thick`
-FINEST = 4  # times finer than the in-plane pixel may the result be
+FINEST = 4  # the voxels of the result are at most this many times finer than the in-plane pixel
 FEWEST_SLICES = 8
 MOST_SHEAR = 1.0  # degrees between the slices' normal and the direction in which they are stacked
 SQUARE = 1.05  # in-plane pixels whose sides differ by less are left as they are
@@ -100,8 +100,8 @@ class Stack:
             to = math.sqrt(wanted[0] * wanted[1]) if max(wanted) <= SQUARE * min(wanted) else min(wanted)
         if to * FINEST < min(sides):
             raise InvalidArgument(
-                f"to is {to:.3g} mm, and pixels are {min(sides):.3g} mm: such voxels hold nothing new; give "
-                f"{min(sides) / FINEST:.2g} mm or more"
+                f"to is {to:.3g} mm, but pixels are {min(sides):.3g} mm, so smaller voxels contain no new information; "
+                f"give {min(sides) / FINEST:.2g} mm or more"
             )
         if (ratio := spacing / max(to, min(sides))) < LEAST_RATIO:  # no `to` makes thin slices thick
             wanted_voxel = f"voxels of {to:.3g} mm are wanted" if to > min(sides) else f"pixels are {min(sides):.3g} mm"
@@ -111,13 +111,13 @@ class Stack:
             )
         if len(array) < FEWEST_SLICES:
             raise VolumeError(
-                f"the scan has {len(array)} slices; at least {FEWEST_SLICES} are needed to go between them"
+                f"the scan has {len(array)} slices; at least {FEWEST_SLICES} are needed to interpolate between them"
             )
         _check_slices(array)
         place = volume.resampled(volume.array, spacing / to, (axis,), "origin")
         for a, n, side in zip((first, second), array.shape[1:], sides, strict=True):
             m = max(1, round(n * side / to))
-            if m == n or max(side, to) <= SQUARE * min(side, to):  # as fine as asked for, almost
+            if m == n or max(side, to) <= SQUARE * min(side, to):  # almost the requested voxel size
                 continue
             array = resampled(array, 1 if a == first else 2, m)
             place = place.resampled(place.array, m / n, (a,), "origin")
@@ -170,19 +170,16 @@ def _checked_spacing(volume: Volume, axis: int) -> float:
 
 
 def _check_slices(slices: np.ndarray) -> None:
-    """Raises VolumeError for a slice that is empty between others, or the same as its neighbour."""
+    """Raises VolumeError for an empty slice between others, or for two equal neighbours."""
     full = [bool(image.any()) and float(image.max()) > float(image.min()) for image in slices]
     inside = [k for k, is_full in enumerate(full) if is_full]
     missing = [k for k in range(inside[0], inside[-1]) if not full[k]] if inside else []
     if missing:
-        raise VolumeError(
-            f"slice {missing[0]} of {len(slices)} is empty between others, so it is missing; the stack must be complete"
-        )
+        raise VolumeError(f"slice {missing[0]} of {len(slices)} is empty, so it is missing; the stack must be complete")
     doubled = [k for k in inside[:-1] if full[k + 1] and np.array_equal(slices[k], slices[k + 1])]
     if doubled:
         raise VolumeError(
-            f"slices {doubled[0]} and {doubled[0] + 1} of {len(slices)} are the same image, so one is there twice; "
-            "keep one of each"
+            f"slices {doubled[0]} and {doubled[0] + 1} of {len(slices)} are the same image; remove the duplicate"
         )
 
 

@@ -213,7 +213,7 @@ def test_what_it_says_about_a_model(phantom: np.ndarray) -> None:
         model.provenance = provenance
         return inspect_volume(scan, model=model).remarks[-1]
 
-    assert "do not say" in said()
+    assert "do not record" in said()
     assert "are among them" in said(spacings_mm=[0.8, 1.2])
     assert "are near that" in said(spacings_mm=[1.2, 1.4])
     assert "far from that" in said(spacings_mm=[2.0, 3.0])
