@@ -1,8 +1,8 @@
 """Run one function on several CPU threads: PyTorch's own OpenMP threads if possible, else a thread pool.
 
-PyTorch's OpenMP threads spin for milliseconds after each operation. A second set of threads would share the cores with
-them. So the function runs on the spinning threads, as an OpenMP parallel region. The pool is used after a fork (OpenMP
-threads do not survive it) and with an OpenMP library other than GNU's.
+PyTorch's OpenMP threads spin for milliseconds after each operation. A second set of threads would compete with them for
+the cores. So the function runs on the spinning threads, as an OpenMP parallel region. The pool is used after a fork
+(OpenMP threads do not survive it) and with an OpenMP library other than GNU's.
 """
 
 import os
@@ -44,7 +44,7 @@ def run_on_threads(work: Callable[[], None], n: int) -> None:
 
 
 def _parallel_region() -> Callable[..., None] | None:
-    """GOMP_parallel, unless this process is a fork, which has none of PyTorch's threads."""
+    """GOMP_parallel, unless this process is a fork, in which PyTorch's threads do not exist."""
     return None if _forked else _gomp_parallel()
 
 
@@ -57,7 +57,7 @@ _forked = False
 
 
 def _after_fork() -> None:
-    """A forked process has the objects but no threads, and a lock may be held for ever."""
+    """Resets the pool, because a forked process has no threads and may inherit a held lock."""
     global _lock, _pool, _forked
     _lock, _pool, _forked = threading.Lock(), None, True
 
@@ -67,7 +67,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _workers(n: int) -> ThreadPoolExecutor:
-    """At least n threads, in each of which torch uses no further ones."""
+    """A pool of at least n threads; in each of them torch uses one thread."""
     global _pool
     with _lock:
         if _pool is None or _pool[0] < n:

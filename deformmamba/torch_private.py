@@ -1,7 +1,7 @@
-"""Every private part of PyTorch, and of the libraries under it, that this package relies on.
+"""All private functions of PyTorch, and of the libraries that it uses, on which this package relies.
 
-Each function here has a sentence that says why a public interface is not enough, and a test in
-`tests/test_torch_private.py` that fails when a release of PyTorch breaks it.
+Each docstring explains why a public function is not enough. A test in `tests/test_torch_private.py` fails if a release
+of PyTorch breaks one of them.
 """
 
 import ctypes
@@ -29,8 +29,8 @@ PARALLEL_REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 def constant_when_compiled(function: Function) -> Function:
     """Marks a function as one that torch.compile calls once and does not trace; arguments and result are constants.
 
-    Why: `torch.compiler.assume_constant_result` does the same, but imports the whole compiler (about a second) even
-    where nothing is compiled.
+    Why: `torch.compiler.assume_constant_result` does the same, but imports the whole compiler (about a second) even if
+    nothing is compiled.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -39,8 +39,8 @@ def constant_when_compiled(function: Function) -> Function:
 def differentiates_by_transform() -> bool:
     """Whether torch.func.grad, vjp, jvp or forward-mode differentiation is active.
 
-    Why: kernels have no rule for these, and PyTorch offers no public question. Without it their derivatives would be
-    zeros.
+    Why: kernels have no rule for these, and PyTorch has no public function for this. Without the check their
+    derivatives would be zeros.
     """
     from torch._C._functorch import TransformType, get_interpreter_stack
 
@@ -51,8 +51,8 @@ def differentiates_by_transform() -> bool:
 def transforms_are_active() -> bool:
     """Whether any transform of torch.func is active, vmap included.
 
-    Why: torch.utils.checkpoint does not work inside them, `.item()` does not inside vmap, and there is no public
-    question.
+    Why: torch.utils.checkpoint does not work inside these transforms, `.item()` does not work inside vmap, and PyTorch
+    has no public function for this.
     """
     return bool(torch._C._are_functorch_transforms_active())
 
@@ -60,8 +60,8 @@ def transforms_are_active() -> bool:
 def gomp_parallel() -> Callable[..., None] | None:
     """GOMP_parallel(function, its argument, threads, flags) of the OpenMP library that PyTorch has loaded, or None.
 
-    Why: PyTorch's OpenMP threads spin for milliseconds after each operation. Other threads would have to share the
-    cores with them, and PyTorch has no public way to run Python code on its own threads.
+    Why: PyTorch's OpenMP threads spin for milliseconds after each operation, and other threads would compete with them
+    for the cores. PyTorch has no public way to run Python code on its own threads.
     """
     library = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
     try:  # only if PyTorch has loaded it
@@ -75,8 +75,8 @@ def gomp_parallel() -> Callable[..., None] | None:
 def with_huge_pages(tensor: torch.Tensor, smallest: int = 32 << 20) -> torch.Tensor:
     """Asks Linux for huge pages behind a new, empty tensor of at least `smallest` bytes; returns the tensor.
 
-    Why: beyond 32 MB the C library takes memory from the system for each tensor and gives it back. Touching it first in
-    pages of 4 KB then takes as long as the scan. PyTorch and Python have no function for this.
+    Why: for tensors above 32 MB the C library requests new memory from the system each time. The first access in pages
+    of 4 KB then takes as long as the scan. PyTorch and Python have no function for this.
     """
     if tensor.nbytes >= smallest and sys.platform == "linux":
         start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -89,8 +89,8 @@ def with_huge_pages(tensor: torch.Tensor, smallest: int = 32 << 20) -> torch.Ten
 def limited_registration(**limits: int) -> Iterator[None]:
     """Raises InvalidArgument once this thread registers more `parameters`, `buffers` or `modules` than the limits.
 
-    Why: a checkpoint's config may ask for a network of any size. Counting while it is built stops it before memory runs
-    out. The hooks see every module of the process, so each one ignores other threads.
+    Why: a checkpoint's config may describe a network of any size. Counting during construction stops it before memory
+    is exhausted. The hooks are called for every module of the process, so each hook ignores other threads.
     """
     thread = get_ident()
     handles: list[RemovableHandle] = []
@@ -124,8 +124,8 @@ def limited_registration(**limits: int) -> Iterator[None]:
 class NotScriptable:
     """A base class for modules that torch.jit.script refuses in one line.
 
-    Why: TorchScript cannot compile these modules. It calls the method below first, so that the user reads the cure
-    instead of an error from inside its compiler.
+    Why: TorchScript cannot compile these modules. It calls the method below first, so the user gets advice instead of
+    an error from inside the compiler.
     """
 
     def __prepare_scriptable__(self) -> Any:

@@ -279,7 +279,7 @@ def _write(
         program = torch.export.export(
             module, (), inputs, dynamic_shapes=dims, prefer_deferred_runtime_asserts_over_guards=True
         )
-        # in OpenVINO a default would become a constant
+        # in OpenVINO a default value would become a constant
         defaults = {"units": np.zeros(3, np.float32)} if optional else {}
         if format == "onnx":
             onnx.write(program, hidden, path, list(inputs), facts, defaults)

@@ -7,7 +7,7 @@ convolution is ONNX's `DeformConv`, and the selective scan is optimised for spee
 One `Scan` runs all directions and channels. Its body computes `STEPS` time steps: exp(dt A) and dt u B as one
 operation each, then one multiplication and one addition per step, then C . h as one batched matrix product. Everything
 else is outside the `Scan`. Measured in ONNX Runtime on one core (72 channels, 8 states, 4 directions, 4,096 pixels):
-3.3 ns a state with 16 to 64 steps a body, 4.5 with 8, 5.0 with 4.
+3.3 ns per state with 16 to 64 steps per body, 4.5 with 8, 5.0 with 4.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from deformmamba.layers import SS2D, ChannelAttention, ModulatedDeformBlock, VisionMambaBlock
 
-OPSET = 20  # the first with DeformConv is 19; ONNX Runtime has it on the CPU from 1.24 on
+OPSET = 20  # DeformConv needs 19 or later; ONNX Runtime supports it on the CPU from version 1.24
 STEPS = 32  # time steps in the body of a Scan
-DOMAIN = "deformmamba"  # of the opaque operators, none of which stays in a file
+DOMAIN = "deformmamba"  # namespace of the opaque operators, which are all replaced before the file is written
 
 Value = Any  # an onnx_ir.Value; onnx_ir is imported where it is used
 

@@ -1,13 +1,13 @@
-"""Mamba's operations without mamba-ssm and causal-conv1d: their interfaces, on any device, with gradients.
+"""Mamba's operations without the packages mamba-ssm and causal-conv1d: same interfaces, any device, with gradients.
 
-Import the functions and blocks from here. Or call `install`: where mamba_ssm or causal_conv1d cannot be imported,
-`import mamba_ssm` and `import causal_conv1d` then give these functions:
+Import the functions and blocks from here, or call `install`: if mamba_ssm or causal_conv1d cannot be imported, `import
+mamba_ssm` and `import causal_conv1d` then return these functions:
 
     import deformmamba.mamba
     deformmamba.mamba.install()
 
-or, for a program: `python -m deformmamba.mamba script.py arguments`. On a CPU the scans run compiled; docs/mamba.md has
-the table of names, what each does not support, and how fast they are.
+or, for a program: `python -m deformmamba.mamba script.py arguments`. On a CPU the scans are compiled. docs/mamba.md
+lists all names, their limits and their speed.
 """
 
 from deformmamba.mamba.causal_conv import (

@@ -7,7 +7,7 @@ from deformmamba.mamba.standin import install
 
 
 def main() -> int:
-    """Run the program that sys.argv names, as Python would, after `install`."""
+    """Calls `install`, then runs the program given in sys.argv as Python would."""
     program = sys.argv[1:]
     as_module = program[:1] == ["-m"]
     program = program[1:] if as_module else program

@@ -2,8 +2,8 @@
 
     y[b, d, t] = bias[d] + sum over k of weight[d, k] x[b, d, t - (width - 1) + k]
 
-`causal_conv1d_ref` and `causal_conv1d_update_ref` are the definitions, a loop over steps each; the other functions
-equal them. Half-precision inputs are computed in float32.
+`causal_conv1d_ref` and `causal_conv1d_update_ref` are the definitions (loops over steps); the other functions give the
+same results. Half-precision inputs are computed in float32.
 """
 
 import itertools
@@ -34,12 +34,12 @@ def causal_conv1d_fn(
     Args:
         x: (b, d, l), with time or channels consecutive in memory (other layouts are copied).
         weight: (d, width). bias: (d,) or None.
-        seq_idx: (b, l) integers; a step sees steps with its own number only, and gives 0 where the number is
-            negative (padding). Not together with states. (Old callers pass the activation here; that works.)
+        seq_idx: (b, l) integers; a step uses only steps with the same number, and is 0 if the number is negative
+            (padding). Not together with states. (For old callers, the activation may be passed here.)
         initial_states: (b, d, width - 1), the steps before the first; zero by default.
-        return_final_states: also return (b, d, width - 1), the last steps, to go on from.
+        return_final_states: also return the last steps (b, d, width - 1), with which a later call can continue.
         final_states_out: a tensor to write the final states to.
-        activation: None, "silu" or "swish" (another word for "silu").
+        activation: None, "silu" or "swish" (the same as "silu").
 
     Returns:
         y (b, d, l) in x's dtype, or (y, final states).
@@ -47,7 +47,7 @@ def causal_conv1d_fn(
     Raises:
         InvalidArgument, InvalidType: a shape or dtype that does not fit, naming the argument and the rule.
     """
-    if isinstance(seq_idx, str):  # causal-conv1d before 1.1 had the activation in this place
+    if isinstance(seq_idx, str):  # causal-conv1d before 1.1 had the activation at this position
         seq_idx, activation = None, seq_idx
     b, d, length = _check(x, weight, bias, activation)
     width = weight.shape[1]
@@ -89,7 +89,7 @@ def causal_conv1d_ref(
     final_states_out: torch.Tensor | None = None,
     activation: str | None = None,
 ) -> Any:
-    """`causal_conv1d_fn` as it is defined: step by step, in the dtype of the weight."""
+    """The definition of `causal_conv1d_fn`: step by step, in the dtype of the weight."""
     b, d, length = _check(x, weight, bias, activation)
     width = weight.shape[1]
     state = x.new_zeros(b, d, width - 1) if initial_states is None else initial_states
@@ -114,7 +114,7 @@ def causal_conv1d_update(
     cache_seqlens: torch.Tensor | None = None,
     conv_state_indices: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The convolution of the next steps, and `conv_state` brought up to date in place.
+    """The convolution of the next steps; updates `conv_state` in place.
 
     Args:
         x: (b, d) or (b, d, l), the next steps.
@@ -122,7 +122,7 @@ def causal_conv1d_update(
         weight: (d, width). bias: (d,) or None. activation: None, "silu" or "swish".
         cache_seqlens: (b,) integers: conv_state is a ring, and the next step goes to place cache_seqlens % s.
         conv_state_indices: (b,) integers: the rows of a larger conv_state that belong to the rows of x; a negative
-            one gives 0 and leaves the states alone.
+            index gives 0 and leaves the states unchanged.
 
     Returns:
         y like x.
@@ -154,13 +154,13 @@ def causal_conv1d_update_ref(
     activation: str | None = None,
     cache_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`causal_conv1d_update` as it is defined: one step after the other, one image after the other."""
+    """The definition of `causal_conv1d_update`: step by step, sequence by sequence."""
     steps = x[..., None] if x.ndim == 2 else x
     width, size = weight.shape[1], conv_state.shape[2]
     rows = []
     for b in range(len(steps)):
         start = 0 if cache_seqlens is None else int(cache_seqlens[b])
-        # the oldest step first: in a ring the next place to write is the oldest
+        # the oldest step first: in a ring buffer the next position to write holds the oldest step
         ring = conv_state[b] if cache_seqlens is None else conv_state[b].roll(-(start % size), -1)
         outputs = []
         for t in range(steps.shape[2]):
@@ -181,7 +181,7 @@ def causal_conv1d_varlen_states(x: torch.Tensor, cu_seqlens: torch.Tensor, state
 
     Args:
         x: (total length, d), sequences one after the other.
-        cu_seqlens: (sequences + 1,) integers, sorted: where each begins, and the total length.
+        cu_seqlens: (sequences + 1,) sorted integers: the start of each sequence, and the total length.
         state_len: steps to keep.
 
     Returns:
@@ -194,7 +194,7 @@ def causal_conv1d_varlen_states(x: torch.Tensor, cu_seqlens: torch.Tensor, state
 
 
 def causal_conv1d_varlen_states_ref(x: torch.Tensor, cu_seqlens: torch.Tensor, state_len: int) -> torch.Tensor:
-    """`causal_conv1d_varlen_states` as it is defined, one sequence after the other."""
+    """The definition of `causal_conv1d_varlen_states`, sequence by sequence."""
     ends = cu_seqlens.tolist()
     states = x.new_zeros(len(ends) - 1, x.shape[1], state_len)
     for i, (start, end) in enumerate(itertools.pairwise(ends)):
@@ -235,7 +235,7 @@ def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
 
 
 def _packed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, seq_idx: torch.Tensor) -> torch.Tensor:
-    """The same where a step sees only steps whose number in seq_idx equals its own."""
+    """The same, but a step uses only steps with the same number in seq_idx."""
     width = weight.shape[1]
     y = x * weight[:, -1:]
     for back in range(1, min(width, x.shape[-1])):

@@ -1,7 +1,7 @@
 """The causal depthwise convolution on a CPU: an operator around the loops of `causal_conv_kernels`.
 
-Memory traffic bounds this operation. PyTorch's depthwise convolution takes several times as long, forwards and
-backwards, and wants its input padded.
+Memory traffic bounds this operation. PyTorch's depthwise convolution takes several times as long, forward and backward,
+and needs padded input.
 """
 
 import functools
@@ -16,7 +16,7 @@ from deformmamba.tensors import as_array, loop_over_batch, plain
 from deformmamba.threads import run_on_threads
 from deformmamba.torch_private import constant_when_compiled
 
-_BLOCK = 256  # channels of a job: its rows of x and y stay in the first-level cache
+_BLOCK = 256  # channels per job, so that its rows of x and y fit into the first-level cache
 
 
 def usable(x: Tensor) -> bool:
@@ -28,13 +28,13 @@ def usable(x: Tensor) -> bool:
 def _numba() -> bool:
     try:
         import numba
-    except Exception:  # a numpy that numba does not know yet raises ImportError, a broken llvmlite OSError
+    except Exception:  # a numpy that is too new for numba raises ImportError, a broken llvmlite OSError
         return False
     settings: Any = numba.config
     return not settings.DISABLE_JIT
 
 
-# `Optional`, because the schema is read from the annotations and older PyTorch does not know `Tensor | None`
+# `Optional`, because the schema is read from the annotations and older PyTorch does not support `Tensor | None`
 @torch.library.custom_op("deformmamba::causal_conv", mutates_args=())
 def causal_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  # noqa: UP045
     """y[b, d, t] = bias[d] + sum over k of weight[d, k] x[b, d, t - (width - 1) + k], x before the start being 0.
@@ -105,10 +105,10 @@ torch.library.register_vmap("deformmamba::causal_conv_backward", loop_over_batch
 
 
 def _check(operator: str, x: Tensor, weight: Tensor, **others: Tensor | None) -> None:
-    """Compares every shape, dtype, device and layout with every other: kernels get pointers.
+    """Checks that all shapes, dtypes, devices and layouts agree, because kernels get raw pointers.
 
     Raises:
-        InvalidArgument: something does not fit.
+        InvalidArgument: an argument does not fit the others.
     """
     name = f"deformmamba::{operator}"
     if x is None or weight is None or x.ndim != 3 or weight.ndim != 2 or weight.shape[1] < 1:
@@ -132,7 +132,7 @@ def _check(operator: str, x: Tensor, weight: Tensor, **others: Tensor | None) ->
 
 
 def _by_channel(x: Tensor) -> bool:
-    """Whether channels, not time steps, lie side by side in memory."""
+    """Whether channels, not time steps, are adjacent in memory."""
     return x.stride(1) == 1 and x.stride(2) != 1
 
 
@@ -149,7 +149,7 @@ def _empty(b: int, d: int, length: int, by_channel: bool, like: Tensor) -> Tenso
 
 
 def _flat(x: Tensor) -> np.ndarray:
-    """All numbers from the first of x to its last, in the order of the memory."""
+    """All elements of x as a flat view, in memory order."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
     return as_array(x.as_strided((extent,), (1,)))
 
@@ -161,7 +161,7 @@ def _strides(x: Tensor, by_channel: bool) -> tuple[int, int]:
 def _share(
     name: str, by_channel: bool, dtype: torch.dtype, arrays: tuple[Any, ...], images: int, channels: int
 ) -> None:
-    """Run the kernel on torch.get_num_threads() threads, each with its part of the jobs."""
+    """Runs the kernel on torch.get_num_threads() threads that share the jobs."""
     starts = range(0, channels, _BLOCK)
     jobs = np.array([(b, d, min(d + _BLOCK, channels)) for b in range(images) for d in starts], np.int64)
     if not len(jobs) or not arrays[-2]:
@@ -169,7 +169,7 @@ def _share(
             array[...] = 0
         return
     kernel = _kernel(f"{name}_{'channels' if by_channel else 'time'}", dtype)
-    # a thread that finds nothing left does nothing: fewer threads than asked for may come
+    # there may be fewer threads than requested, so jobs are taken from a shared queue until it is empty
     parts = [part for part in np.array_split(jobs, min(len(jobs), torch.get_num_threads())) if len(part)]
     left = list(parts)
 
@@ -186,7 +186,7 @@ def _share(
 
 @functools.cache
 def _kernel(name: str, dtype: torch.dtype) -> Any:
-    """The compiled kernel, from disk or made now."""
+    """The compiled kernel, loaded from disk or compiled now."""
     from numba import float32, float64, int64, njit, types
 
     from deformmamba.mamba import causal_conv_kernels
@@ -198,7 +198,7 @@ def _kernel(name: str, dtype: torch.dtype) -> Any:
         arguments = (flat, rows, flat, flat, real[:, :, ::1], rows)
 
     def compiled(cache: bool) -> Any:
-        # sums may be reordered to use vectors; NaN and infinity are data
+        # sums may be reordered for vector instructions; NaN and infinity stay valid
         flags = {"reassoc", "contract", "nsz"}
         kernel = njit(nogil=True, error_model="numpy", fastmath=flags, cache=cache)(getattr(causal_conv_kernels, name))
         kernel.compile(types.void(*arguments, int64, pair, int64[:, ::1]))
@@ -207,5 +207,5 @@ def _kernel(name: str, dtype: torch.dtype) -> Any:
 
     try:
         return compiled(cache=True)
-    except Exception:  # of the cache: nowhere to write, a full disk, a damaged file; any other comes again here
+    except Exception:  # of the cache: no writable folder, a full disk, a damaged file; other errors occur again below
         return compiled(cache=False)

@@ -1,8 +1,8 @@
 """The loops of the causal convolution on a CPU; compiled by numba, plain Python without it.
 
-Maps come as flat arrays with the strides of their axes, so that the innermost loop reads consecutive numbers:
-`forward_time` and `backward_time` for maps whose time steps lie side by side, `forward_channels` and
-`backward_channels` for maps whose channels do. A job is (image, first channel, end).
+Maps are flat arrays with the strides of their axes, so that the innermost loop reads consecutive numbers:
+`forward_time` and `backward_time` for maps with adjacent time steps, `forward_channels` and `backward_channels` for
+maps with adjacent channels. A job is (image, first channel, end).
 """
 
 import numpy as np

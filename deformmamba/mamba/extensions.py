@@ -1,4 +1,4 @@
-"""The compiled extensions that Mamba code calls directly, by their own signatures: `fwd` and `bwd` pairs.
+"""The compiled extensions that Mamba code calls directly, with their own signatures: `fwd` and `bwd` pairs.
 
 `selective_scan_cuda` belongs to mamba-ssm, `causal_conv1d_cuda` to causal-conv1d, and the `selective_scan_cuda_*` to
 VMamba. Programs with their own autograd functions (Vision Mamba, SegMamba, VMamba) call them. A backward pass here
@@ -51,7 +51,7 @@ def cross_scan_fwd(
     u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None,
     delta_bias: torch.Tensor | None, delta_softplus: bool, nrows: int = 1, out_float: bool = False,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """selective_scan_cuda_core.fwd and _oflex.fwd: [y, x]. `out_float`: y is float32 whatever u is."""
+    """selective_scan_cuda_core.fwd and _oflex.fwd: [y, x]. `out_float`: y is always float32."""
     u = u.float() if out_float and u.dtype != torch.float64 else u
     return scan_fwd(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
 
@@ -150,7 +150,7 @@ def conv_update_function(
 
 
 def _differentiate(run: Any, given: list[torch.Tensor | None], douts: Any) -> tuple[Any, list[torch.Tensor | None]]:
-    """The outputs of run(*given) and the gradients of all that is not None."""
+    """The outputs of run(*given) and the gradients of all inputs that are not None."""
     with torch.enable_grad():
         leaves = [None if t is None else t.detach().requires_grad_() for t in given]
         outputs = run(*leaves)

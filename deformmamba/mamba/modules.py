@@ -28,7 +28,7 @@ def _initial_dt(channels: int, dt_min: float, dt_max: float, floor: float, devic
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    """x in float32, or in float64 if it is."""
+    """x in float32; float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -42,12 +42,12 @@ class Mamba(nn.Module):
         expand: inner channels = expand * d_model.
         dt_rank: rank of the projection that gives the step sizes; "auto": ceil(d_model / 16).
         dt_min, dt_max, dt_init_floor: range of the initial step sizes, log-uniform.
-        dt_init: "random" or "constant", of the step size projection; dt_scale: its size.
+        dt_init: initialisation of the step size projection, "random" or "constant"; dt_scale: its size.
         conv_bias, bias: whether the convolution and the projections have one.
-        use_fast_path: accepted, without effect: both paths are one here.
+        use_fast_path: accepted, without effect, because there is only one path here.
         layer_idx: key of this layer's states in `inference_params`.
-        bimamba_type: "none": mamba-ssm's block. "v2": a second scan from the end with its own weights (Vision
-            Mamba). "v3": a third one across `nslices` slices (SegMamba).
+        bimamba_type: "none": mamba-ssm's block. "v2": adds a reversed scan with its own weights (Vision Mamba). "v3":
+            adds also a third scan across `nslices` slices (SegMamba).
         nslices: for "v3": the sequence is this many slices of equal length.
         if_divide_out: for "v2": the sum of both directions is halved.
         device, dtype: of the parameters; A_log and D are float32.
@@ -181,7 +181,7 @@ class Mamba(nn.Module):
     def step(
         self, hidden_states: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The next element: (b, 1, d_model), and the states, which are brought up to date in place."""
+        """The output for the next element, (b, 1, d_model), and the states, which are updated in place."""
         if hidden_states.shape[1] != 1:
             raise InvalidArgument(
                 f"Mamba.step takes one element at a time, (b, 1, d_model), got {tuple(hidden_states.shape)}"
@@ -226,7 +226,7 @@ def _states(
 
 
 class Mamba2(nn.Module):
-    """Mamba-2's block: one projection for everything, causal convolution, scan with one rate a head, gated norm.
+    """Mamba-2's block: one input projection, causal convolution, scan with one rate per head, gated norm.
 
     Args:
         d_model: channels in and out.
@@ -236,14 +236,14 @@ class Mamba2(nn.Module):
         headdim: channels of a head. ngroups: groups of heads, each with its own B and C.
         d_ssm: inner channels that are scanned; the others form a gated MLP. All of them by default.
         A_init_range: range of the initial rates -A, uniform.
-        D_has_hdim: D has one value a channel, not one a head.
+        D_has_hdim: D has one value per channel, not one per head.
         rmsnorm, norm_before_gate: whether there is a norm, and whether it comes before the gate.
         dt_min, dt_max, dt_init_floor: range of the initial step sizes, log-uniform.
         dt_limit: range to which step sizes are clamped.
         bias, conv_bias: whether the projections and the convolution have one.
         chunk_size, use_mem_eff_path, sequence_parallel: accepted, without effect.
         layer_idx: key of this layer's states in `inference_params`.
-        process_group: must be None: nothing here is split over processes.
+        process_group: must be None, because splitting over processes is not supported.
         device, dtype: of the parameters.
     """
 
@@ -327,7 +327,7 @@ class Mamba2(nn.Module):
 
         Args:
             seq_idx: (b, l) integers that separate the sequences of a pack.
-            cu_seqlens: (sequences + 1,) where each sequence of a pack begins; with `inference_params`, whose states
+            cu_seqlens: (sequences + 1,), the start of each sequence of a pack; with `inference_params`, whose states
                 are then those after each sequence.
             inference_params: as in `Mamba.forward`.
         """
@@ -422,7 +422,7 @@ class Mamba2(nn.Module):
     def step(
         self, hidden_states: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The next element: (b, 1, d_model), and the states, which are brought up to date in place."""
+        """The output for the next element, (b, 1, d_model), and the states, which are updated in place."""
         if hidden_states.shape[1] != 1:
             raise InvalidArgument(
                 f"Mamba2.step takes one element at a time, (b, 1, d_model), got {tuple(hidden_states.shape)}"

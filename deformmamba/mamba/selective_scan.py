@@ -2,8 +2,8 @@
 
     h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] u[t]        y[t] = (C[t] . h[t] + D u[t]) silu(z[t])
 
-`selective_scan_ref` and `mamba_inner_ref` are the definitions, a loop over steps; the other functions equal them and
-run on `deformmamba.scan`. The state is float32 (float64 for float64 inputs), whatever goes in.
+`selective_scan_ref` and `mamba_inner_ref` are the definitions, a loop over steps; the other functions give the same
+results with `deformmamba.scan`. The state is always float32 (float64 for float64 inputs).
 """
 
 from typing import Any
@@ -35,9 +35,9 @@ def selective_scan_fn(
         u: (b, d, l) input.
         delta: (b, d, l) step sizes, before bias and softplus.
         A: (d, n) rates, real or complex.
-        B, C: (b, g, n, l), or (b, n, l) for one group, or (d, n) where they do not change with time. Channel i belongs
-            to group i // (d / g). Beside a complex A, what changes with time holds real and imaginary parts in turn
-            along an axis of 2 l, and what does not is complex.
+        B, C: (b, g, n, l), or (b, n, l) for one group, or (d, n) if they do not change with time. Channel i belongs to
+            group i // (d / g). With a complex A, B and C that change with time hold real and imaginary parts
+            alternately along an axis of 2 l; constant ones are complex.
         D: (d,) factor of the direct path u -> y.
         z: (b, d, l) gate: y is multiplied by silu(z).
         delta_bias: (d,) added to delta.
@@ -47,8 +47,7 @@ def selective_scan_fn(
     Returns:
         y (b, d, l) in u's dtype, or (y, last state (b, d, n)). The last state has a gradient, unlike in mamba-ssm.
 
-    A complex A runs on the definition (a loop over steps), which is slow. B or C without time takes n times
-    the memory of u.
+    A complex A uses the definition (a loop over steps), which is slow. A constant B or C needs n times the memory of u.
 
     Raises:
         InvalidArgument, InvalidType: a shape, dtype or device that does not fit, naming the argument and the rule.
@@ -56,7 +55,7 @@ def selective_scan_fn(
     if A.is_complex():
         return selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     if B.ndim > 2 and C.ndim > 2:
-        if B.ndim != C.ndim:  # one of them for one group, which serves all groups of the other
+        if B.ndim != C.ndim:  # one of them has one group, which all groups of the other share
             B, C = (w[:, None] if w.ndim == 3 else w for w in (B, C))
             groups = max(B.shape[1], C.shape[1])
             B, C = (w.expand(-1, groups, -1, -1) if w.shape[1] == 1 else w for w in (B, C))
@@ -79,7 +78,7 @@ def selective_scan_ref(
     delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Any:
-    """`selective_scan_fn` as it is defined: a loop over steps. Arguments and results as there."""
+    """The definition of `selective_scan_fn`, a loop over steps, with the same arguments and results."""
     full = torch.promote_types(u.dtype, torch.float32)
     x, dt = u.to(full), delta.to(full)
     dt = dt if delta_bias is None else dt + delta_bias[:, None].to(full)
@@ -99,7 +98,7 @@ def selective_scan_ref(
 
 
 def _by_step(weights: torch.Tensor, A: torch.Tensor, d: int, full: torch.dtype) -> torch.Tensor:
-    """B or C in any of its forms as (b, d, n, l), or (1, d, n, 1) where it does not change with time."""
+    """B or C in any of its forms as (b, d, n, l), or (1, d, n, 1) if it does not change with time."""
     if weights.ndim == 2:
         return (weights if A.is_complex() else weights.to(full))[None, :, :, None]
     grouped = weights.to(full)[:, None] if weights.ndim == 3 else weights.to(full)
@@ -112,7 +111,7 @@ def _scan_of_states(
     u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None,
     z: torch.Tensor | None, delta_bias: torch.Tensor | None, delta_softplus: bool, return_last_state: bool,
 ) -> Any:  # fmt: skip
-    """The scan where B or C does not change with time: each state becomes a channel of a scan with one state."""
+    """The scan if B or C does not change with time: each state becomes a channel of a scan with one state."""
     (b, d, length), n = u.shape, A.shape[1]
     full = torch.promote_types(u.dtype, torch.float32)
     for name, weights in (("B", B), ("C", C)):
@@ -164,13 +163,13 @@ def mamba_inner_fn(
     Args:
         xz: (b, 2 d, l): the inner channels, then the gate.
         conv1d_weight: (d, 1, width). conv1d_bias: (d,) or None.
-        x_proj_weight: (r + 2 n, d), which gives dt, B and C; without the rows of what is given as B or C.
+        x_proj_weight: (r + 2 n, d), which gives dt, B and C; without the rows of B or C if they are given.
         delta_proj_weight: (d, r).
         out_proj_weight: (m, d). out_proj_bias: (m,) or None.
         A, B, C, D, delta_bias, delta_softplus: as in `selective_scan_fn`; B and C come from x unless they are given.
         B_proj_bias, C_proj_bias: (n,) added to B and C, or None.
-        checkpoint_lvl: accepted, without effect: what the backward pass needs is kept.
-        b_rms_weight, c_rms_weight (n,), dt_rms_weight (d,): weights of a root-mean-square norm of B, C and delta.
+        checkpoint_lvl: accepted, without effect, because nothing is recomputed in the backward pass. b_rms_weight,
+        c_rms_weight (n,), dt_rms_weight (d,): weights of a root-mean-square norm of B, C and delta.
         b_c_dt_rms_eps: its epsilon.
 
     Returns:
@@ -259,7 +258,7 @@ def mamba_inner_ref(
     C_proj_bias: torch.Tensor | None = None,
     delta_softplus: bool = True,
 ) -> torch.Tensor:
-    """`mamba_inner_fn` as it is defined: the definitions of its parts, one after the other."""
+    """The definition of `mamba_inner_fn`: the definitions of its parts, one after the other."""
     x, z = xz.chunk(2, 1)
     convolved = causal_conv1d_ref(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
     delta, B, C = _project(
@@ -276,7 +275,9 @@ def _project(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """delta (b, d, l), B and C of x (b, d, l)."""
     rank, n = delta_proj_weight.shape[1], A.shape[1] * (2 if A.is_complex() else 1)
-    projected = _linear(x.transpose(1, 2), x_proj_weight, None)  # (b, l, r + 2 n), columns of what is not given
+    projected = _linear(
+        x.transpose(1, 2), x_proj_weight, None
+    )  # (b, l, r + 2 n), without the columns of a given B or C
 
     def from_x(columns: torch.Tensor, bias: torch.Tensor | None, weight: torch.Tensor | None) -> torch.Tensor:
         columns = columns if bias is None else columns + bias.to(columns.dtype)

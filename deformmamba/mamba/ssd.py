@@ -2,8 +2,8 @@
 
     h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] B[t]'        y[t] = (h[t] C[t] + D x[t]) silu(z[t])
 
-Each head has one rate A, so that a sequence is a few matrix products a chunk (`ssd_chunks`). `ssd_ref` is the
-definition, a loop over steps. Sums run in float32 (float64 for float64 inputs), whatever goes in.
+Each head has one rate A, so that each chunk of a sequence needs only a few matrix products (`ssd_chunks`). `ssd_ref` is
+the definition, a loop over steps. Sums are always computed in float32 (float64 for float64 inputs).
 """
 
 import itertools
@@ -45,13 +45,13 @@ def mamba_chunk_scan_combined(
         dt: (b, l, h) step sizes, before bias, softplus and limits.
         A: (h,) rates; negative in a Mamba network.
         B, C: (b, l, g, n); head i belongs to group i // (h / g).
-        chunk_size: accepted, without effect: the size that fits is chosen here.
+        chunk_size: accepted, without effect, because a suitable size is chosen automatically.
         D: (h,) or (h, p), factor of the direct path x -> y.
         z: (b, l, h, p) gate: y is multiplied by silu(z).
         dt_bias: (h,) added to dt.
         initial_states: (b, h, p, n) before the first step, zero by default.
-        seq_idx: (b, l) integers: a step sees no step before the last change of the number.
-        cu_seqlens: (sequences + 1,) integers: where each sequence of a pack (b = 1) begins, and l. Used for
+        seq_idx: (b, l) integers: a step uses only steps since the last change of the number.
+        cu_seqlens: (sequences + 1,) integers: the start of each sequence of a pack (b = 1), and l. Used for
             `return_varlen_states` only; `seq_idx` separates the sequences.
         dt_softplus: dt = softplus(dt + dt_bias), else without softplus.
         dt_limit: dt is clamped to this range, after softplus.
@@ -60,7 +60,7 @@ def mamba_chunk_scan_combined(
         state_dtype: dtype of the returned states; float32 by default (float64 for float64 inputs).
 
     Returns:
-        y (b, l, h, p) in x's dtype, or a tuple of it and the states that were asked for, in this order.
+        y (b, l, h, p) in x's dtype, or a tuple of it and the requested states, in this order.
 
     Raises:
         InvalidArgument, InvalidType: a shape or dtype that does not fit, naming the argument and the rule.
@@ -96,7 +96,7 @@ def ssd_ref(
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`mamba_chunk_scan_combined` as it is defined: a loop over steps. (y, state after the last step)."""
+    """The definition of `mamba_chunk_scan_combined`, a loop over steps. Returns (y, state after the last step)."""
     full = torch.promote_types(x.dtype, torch.float32)
     step = _step_sizes(dt, dt_bias, dt_softplus, dt_limit, full)
     u, A, B, C = (t.to(full) for t in (x, A, B, C))
@@ -166,7 +166,7 @@ def mamba_split_conv1d_scan_combined(
         rmsnorm_weight: (d,) of a root-mean-square norm over groups, gated by z; None: y silu(z) without a norm.
         rmsnorm_eps, norm_before_gate: of that norm.
         outproj_weight: (m', m + d). outproj_bias: (m',). None: no output projection.
-        headdim: p, where D is (h,).
+        headdim: p; required if D is (h,).
         ngroups: g.
 
     Returns:
@@ -207,7 +207,7 @@ def mamba_split_conv1d_scan_ref(
     ngroups: int = 1,
     norm_before_gate: bool = True,
 ) -> torch.Tensor:
-    """`mamba_split_conv1d_scan_combined` as it is defined: the definitions of its parts, one after the other."""
+    """The definition of `mamba_split_conv1d_scan_combined`: the definitions of its parts, one after the other."""
     mlp, z, xBC, dt, p = _split(zxbcdt, conv1d_weight, D, headdim, ngroups)
     convolved = causal_conv1d_ref(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, activation=activation)
     x, B, C = _heads(convolved.transpose(1, 2), z.shape[-1], p, ngroups)

@@ -2,7 +2,7 @@
 
 Rules for every figure: all panels share one grey window, chosen from the reference image and never from a result. All
 show the same physical field with pixels of their true shape, so that on the origin-aligned grid LR pixel i is drawn
-centred on HR pixel scale * i. The whole image marks the zoomed region. Each figure states that this is no medical
+centred on HR pixel scale * i. The whole image marks the zoomed region. Each figure states that this is not a medical
 device.
 
 Images are (h, w) arrays in display order, row 0 on top: `oriented` turns a slice of a volume to this order.
@@ -62,7 +62,7 @@ def oriented_like(image: np.ndarray, volume: Volume, axis: int) -> Slice:
     directions = volume.affine[:3, [first, second]] / spacing
     # the world axis left out by the slice: 0 sagittal, 1 coronal, 2 axial
     normal = int(np.argmax(np.abs(np.cross(directions[:, 0], directions[:, 1]))))
-    across, down = [w for w in (0, 1, 2) if w != normal]  # x before y before z: what runs across comes first
+    across, down = [w for w in (0, 1, 2) if w != normal]  # x before y before z: the horizontal axis comes first
     if np.abs(directions[down, 0]) < np.abs(directions[down, 1]):
         image, directions, spacing = image.T, directions[:, ::-1], spacing[::-1]
     # rows must run towards the back (A to P) or the feet (S to I), columns towards the left (R to L) or the back
@@ -187,7 +187,7 @@ def _figure(
     """A figure without pyplot (no window, no global state); panels of the image's shape, square in the last rows."""
     from matplotlib.figure import Figure
 
-    aspect = min(max(shape[0] * spacing[0] / (shape[1] * spacing[1]), 0.4), 1.6)  # a whole spine is letterboxed
+    aspect = min(max(shape[0] * spacing[0] / (shape[1] * spacing[1]), 0.4), 1.6)  # limited for a whole spine
     heights = [aspect, 1.0, aspect][:n_rows]
     width = _PANEL * n_columns + _GAP * (n_columns - 1) + 2 * _MARGIN
     height = _PANEL * sum(heights) + _GAP * (n_rows - 1) + _TOP + bottom
@@ -295,7 +295,7 @@ def _busiest(image: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float, f
     scale = image.shape[0] / shape[0]
     down, across = np.gradient(np.asarray(image, dtype=np.float64))
     strength = np.hypot(down, across)
-    # a bright rim of skin and fat would win otherwise
+    # else a bright rim of skin and fat would be chosen
     strength = np.minimum(strength, np.percentile(strength[strength > 0], 95)) if strength.any() else strength + 1
     window = max(1, round(size * scale))
     total = np.pad(strength.cumsum(0).cumsum(1), ((1, 0), (1, 0)))

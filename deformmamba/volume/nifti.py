@@ -22,7 +22,7 @@ from deformmamba.volume.image import Volume, VolumeError
 _MM = {"unknown": 1.0, "mm": 1.0, "meter": 1000.0, "micron": 0.001}
 # The codes for an affine that the source did not state: ITK reads the qform of these two, nibabel the sform.
 _UNSTATED_CODES = (1, 2)
-# in the header's `aux_file`, so that an output does not claim a left and a right that its source did not have
+# written to the header's `aux_file` if the source has no orientation, so that an output does not state one
 _UNSTATED = b"orientation unknown"
 # a gzip file cannot unpack to more than this many times its size
 _MOST_UNPACKED = 1032

@@ -52,7 +52,7 @@ class Candidate:
 
 
 def scans_below(root: PathLike, *, skip: PathLike | None = None, outside: bool = True) -> Iterator[Candidate]:
-    """Every scan below `root`, and every similar file that is no scan, with the reason; sorted by name.
+    """Every scan below `root`, and every similar file that is not a scan, with the reason; sorted by name.
 
     Names that start with a dot are left out. Each folder is visited once, even if several links lead to it.
 
@@ -74,7 +74,7 @@ def scans_below(root: PathLike, *, skip: PathLike | None = None, outside: bool =
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         files = [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
         yield from _in_folder(Path(folder), files, Path(root))
-    yield from map(Candidate, closed)  # the reader says why it cannot be opened
+    yield from map(Candidate, closed)  # the reader reports why it cannot be opened
 
 
 def _is_below(path: str, top: str) -> bool:
