@@ -229,14 +229,12 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         "--nan",
         choices=("refuse", "zero"),
         default="refuse",
-        help="NaN and infinite voxels: stop with an error (refuse, the default) or set to 0 (zero)",
+        help="NaN and infinite voxels: an error (refuse, default) or 0 (zero)",
     )
     parser.add_argument(
         "--partial", action="store_true", help="read a DICOM folder even if some of its files are empty or damaged"
     )
-    parser.add_argument(
-        "--axis", type=int, choices=(0, 1, 2), help="axis along which slices are stacked (default: from the file)"
-    )
+    parser.add_argument("--axis", type=int, choices=(0, 1, 2), help="axis across the slices (default: from the file)")
 
 
 def reading(args: argparse.Namespace) -> dict[str, Any]:
@@ -320,8 +318,8 @@ def add_running(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--consistency",
         choices=CONSISTENCIES,
-        help="data consistency, which corrects the output so that degrading it returns the input: exact; object: only "
-        "inside the anatomy, reduced by the estimated noise; off (default: the best on validation data)",
+        help="make the degraded output equal the input: exact; only inside the anatomy, reduced by the noise (object); "
+        "or off (default: the best on validation data)",
     )
 
 

@@ -50,18 +50,16 @@ def add(commands: Any) -> None:
     add_reading(parser)
     add_model(parser, auto=True)
     add_running(parser)
-    parser.add_argument(
-        "--ensemble", action="store_true", help="self-ensemble: mean over eight flips and rotations; 8 times slower"
-    )
+    parser.add_argument("--ensemble", action="store_true", help="mean over eight flips and rotations; 8 times slower")
     parser.add_argument(
         "--uncertainty",
         metavar="FILE",
-        help="also write an uncertainty map: standard deviation of the self-ensemble, in the units of the scan",
+        help="also write an uncertainty map: standard deviation of these eight",
     )
     parser.add_argument(
         "--effective",
         action="store_true",
-        help="first remove the scanner's own interpolation (zero-filling in k-space)",
+        help="first undo the scanner's zero-filling in k-space",
     )
     parser.add_argument(
         "--tile", type=positive, metavar="N", help="process slices in tiles of N pixels (default: whole slices)"

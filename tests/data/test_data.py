@@ -325,7 +325,10 @@ def test_noise_is_drawn_anew_for_each_sample_and_follows_the_seed(tmp_path, phan
 
 def test_a_degradation_of_another_scale_or_name_is_refused(tmp_path, phantom):
     scan = Scan(write(tmp_path / "a.nii.gz", phantom), "a", "train", "T2")
-    for degradation, message in (("area:scale=4", "shrinks by 4; wanted 2"), ("blurry", "no 'blurry'; known")):
+    for degradation, message in (
+        ("area:scale=4", "shrinks by 4; wanted 2"),
+        ("blurry", "unknown name 'blurry'; degradations"),
+    ):
         with pytest.raises(ValueError, match=message):
             PatchDataset([scan], scale=2, patch=8, length=1, degradation=degradation)
 

@@ -445,7 +445,7 @@ def test_a_prepared_folder_that_lost_a_file_or_was_damaged_says_so(ixi, tmp_path
     from safetensors.numpy import save_file
 
     save_file({"a": np.zeros(3)}, tmp_path / "weights.safetensors")
-    with pytest.raises(VolumeError, match="holds no prepared slices"):
+    with pytest.raises(VolumeError, match="contains no prepared slices"):
         load_slices(tmp_path / "weights.safetensors")
     with pytest.raises(VolumeError, match="no such file"):
         load_slices(tmp_path / "gone.safetensors")

@@ -50,8 +50,8 @@ HEADER = "participant_id\tfile\tsplit\n"
     ("text", "message"),
     [
         (HEADER + "sub-1\ta.nii\n", "line 2: the cell split is empty; fill it"),
-        (HEADER + "\nsub-1\ta.nii\ttrain\nsub-2\t\ttrain\n", "line 4: no file"),
-        (HEADER + "\ta.nii\ttrain\n", "line 2: no participant_id"),
+        (HEADER + "\nsub-1\ta.nii\ttrain\nsub-2\t\ttrain\n", "line 4: the cell file is empty"),
+        (HEADER + "\ta.nii\ttrain\n", "line 2: the cell participant_id is empty"),
         (HEADER + "sub-1\ta.nii\ttrain\tmore\n", "line 2: 4 cells, but 3 columns"),
         (HEADER + "sub-1\tgone.nii\ttrain\n", "line 2: missing file gone.nii of sub-1"),
         (HEADER + "sub-1\ta.nii\tlearn\n", "line 2: split 'learn' of sub-1"),

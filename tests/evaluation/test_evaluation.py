@@ -167,7 +167,7 @@ def test_the_slice_that_is_shown_is_turned_as_a_radiologist_sees_it(scans: list[
     assert middle is not None
     assert middle.title.endswith("slice 1")
     assert compare(MODELS, scans[:1]).shown is None
-    with pytest.raises(ValueError, match="no slice 3; there are 3, from 0"):
+    with pytest.raises(ValueError, match="no slice 3; slices: 0 to 2"):
         compare(MODELS, scans[:1], show=True, at=3)
 
 
@@ -237,7 +237,7 @@ def test_the_command_takes_other_degradations(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--scale", "2", "--degradation", "magic"], "known: k-space"),
+        (["--scale", "2", "--degradation", "magic"], "degradations: k-space"),
         (["--scale", "2", "--slice", "1"], "--figure"),
         (["--scale", "2", "--figure", "a.gif"], ".png"),
         (["--scale", "2", "--csv", "a.txt"], ".csv"),

@@ -235,9 +235,9 @@ def test_a_folder_of_dicom_is_a_scan_and_no_cohort(tree: Path, tmp_path: Path) -
 
 def test_options_for_one_scan_are_refused(tree: Path, tmp_path: Path, capsys: Any) -> None:
     for option, value, said in (
-        ("--figure", "a.png", "a folder too"),
-        ("--uncertainty", "u.nii", "a folder too"),
-        ("--report", "a.html", "a folder too"),
+        ("--figure", "a.png", "give a folder here"),
+        ("--uncertainty", "u.nii", "give a folder here"),
+        ("--report", "a.html", "give a folder here"),
         ("--series", "0", "--series works on one scan"),
         ("--stack", "0", "--stack works on one scan"),
         ("--model", "auto", "--model auto works on one scan"),

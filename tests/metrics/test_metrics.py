@@ -196,7 +196,7 @@ def test_the_slice_protocol_leaves_out_slices_without_signal():
         (np.ones((2, 8, 8)), np.ones((2, 8, 9)), {}, "the same"),
         (np.ones((1, 2, 8, 8)), np.ones((1, 2, 8, 8)), {}, r"\(slices, H, W\)"),
         (np.ones((8, 8)), np.zeros((8, 8)), {}, "no positive value"),
-        (np.ones((8, 8)), np.ones((8, 8)), {"protocol": "best"}, "known: volume, slice, foreground"),
+        (np.ones((8, 8)), np.ones((8, 8)), {"protocol": "best"}, "protocols: volume, slice, foreground"),
         (np.ones((6, 8)), np.ones((6, 8)), {}, "smaller than the 7x7 window"),
     ],
 )

@@ -226,8 +226,8 @@ def test_the_scale_of_a_data_set_goes_where_none_was_given():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"no ''; known: k-space, truncation"),
-        ("kspace", r"no 'kspace'; known: k-space, truncation"),
+        ("", r"unknown name ''; degradations: k-space, truncation"),
+        ("kspace", r"unknown name 'kspace'; degradations: k-space, truncation"),
         ("k-space", "give scale, as in k-space:scale=..."),
         ("k-space:scale", "unknown argument 'scale'; k-space takes scale, output"),
         ("k-space:factor=2", "unknown argument 'factor=2'; k-space takes scale, output"),
@@ -241,7 +241,7 @@ def test_the_scale_of_a_data_set_goes_where_none_was_given():
         ("partial-fourier:fraction=0.5", "fraction must be above 0.5"),
         ("partial-fourier:axis=0", "axis must be -2"),
         ("area:scale=2 >> subsample:scale=2", "wanted one grid"),
-        ("area:scale=2 >>", "no ''; known"),
+        ("area:scale=2 >>", "unknown name ''; degradations"),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_one_line(text, message):

@@ -436,9 +436,9 @@ def test_a_run_that_decayed_everything_goes_on_as_it_began(tmp_path):
     [
         ({"steps": 4}, r"fit\.samples was 12, now it is 8"),
         ({"lr": 2e-3}, r"fit\.lr was 0\.001, now it is 0\.002"),
-        ({"accumulate": 2}, r"fit\.accumulate is 1 there"),
-        ({"schedule": "step"}, r"fit\.schedule is \[\"cosine\"\] there"),
-        ({"clip": 2.0}, r"fit\.clip is 1\.0 there"),
+        ({"accumulate": 2}, r"fit\.accumulate was 1, now"),
+        ({"schedule": "step"}, r"fit\.schedule was \[\"cosine\"\], now"),
+        ({"clip": 2.0}, r"fit\.clip was 1\.0, now"),
         ({"loss": L1Loss()}, r"fit\.loss was \"SRLoss"),
         ({"provenance": {"data": "mine"}}, r"provenance was null, now it is not given; provenance\.data was not"),
         ({"model": Plain()}, r'model\.class was "DeformMambaSR", now it is "Plain"'),

@@ -217,7 +217,7 @@ def test_a_group_that_is_not_there_is_said(folder, tmp_path, recipe):
         (("dims = [8, 12]", 'dims = [8, "12"]'), r"dims in \[model\] is \[8, '12'\]; wanted a list of int"),
         (('"T2 brain" = 1.0', '"T2 brain" = "all"'), r"weights in \[data\] .*; wanted a table of float"),
         (("[fit]", "[fit]\nloss = 'l2'"), "unknown loss 'l2'; losses: sr, l1"),
-        (("[model]", '[model]\nname = "Nothing"'), "no model 'Nothing'"),
+        (("[model]", '[model]\nname = "Nothing"'), "unknown model 'Nothing'"),
         (("[data]", "[date]"), r"unknown section \[date\]"),
         (("[data]", "[data"), "not valid TOML"),
     ],
@@ -237,7 +237,7 @@ def test_an_unknown_recipe_names_those_there_are():
     ("change", "message"),
     [
         (('validation = ["T2 brain"]', 'validation = ["T1 brain"]'), "2 volumes to train on and 0 to validate on"),
-        (('"T2 brain" = 1.0', '"T1 brain" = 1.0'), "0 volumes to train on and 1 to validate on.*there are: T2 brain"),
+        (('"T2 brain" = 1.0', '"T1 brain" = 1.0'), "0 volumes to train on and 1 to validate on.*available: T2 brain"),
         (("steps = 2", ""), "must contain either steps or epochs"),
         (("[model]", '[model]\npreset = "huge"'), "unknown preset 'huge'"),
         (("[model]", '[model]\nname = "SRCNN"\npreset = "tiny"'), r"unknown key|no presets"),

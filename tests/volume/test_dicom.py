@@ -155,7 +155,7 @@ def test_one_series_of_several_is_chosen(tmp_path: Path) -> None:
     assert "no series 2" in error_of(read_volume, tmp_path / "mixed", series=2)
     assert uid not in error_of(read_volume, tmp_path / "mixed", series=uid + "1")
     nibabel.save(nibabel.Nifti1Image(arrays[0], np.eye(4)), tmp_path / "a.nii")
-    assert "one file" in error_of(read_volume, tmp_path / "a.nii", series=0)
+    assert "a single file" in error_of(read_volume, tmp_path / "a.nii", series=0)
 
 
 def test_a_single_file() -> None:
@@ -284,7 +284,7 @@ def test_axes_that_are_not_perpendicular(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda ds: ds.PerFrameFunctionalGroupsSequence.pop(), "4 of 5 frames"),
+        (lambda ds: ds.PerFrameFunctionalGroupsSequence.pop(), "4 of its 5 frames"),
         (lambda ds: delattr(ds, "PerFrameFunctionalGroupsSequence"), "a position for each frame"),
         (lambda ds: delattr(ds.SharedFunctionalGroupsSequence[0], "PixelMeasuresSequence"), "no PixelSpacing"),
         (lambda ds: delattr(ds.PerFrameFunctionalGroupsSequence[2], "PlanePositionSequence"), "ImagePositionPatient"),

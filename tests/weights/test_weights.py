@@ -458,7 +458,7 @@ def test_unknown_names_suggest_the_nearest(published: dict[str, Any]) -> None:
 
 
 def test_planned_names_name_the_recipe(published: dict[str, Any]) -> None:
-    refused(lambda: load_checkpoint("fastmri-4x"), "no weights 'fastmri-4x' exist yet.*recipes/fastmri-4x.toml")
+    refused(lambda: load_checkpoint("fastmri-4x"), "weights 'fastmri-4x' do not exist yet.*recipes/fastmri-4x.toml")
 
 
 def test_a_name_of_the_manifest_is_never_a_folder_of_that_name(
