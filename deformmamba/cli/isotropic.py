@@ -57,8 +57,8 @@ def add(commands: Any) -> None:
         "--consistency",
         choices=CONSISTENCIES,
         default="object",
-        help="make the output's slices equal the input's: exact; only inside the anatomy, reduced by the noise (object, "
-        "default); or off",
+        help="make the output's slices equal the input's: exact; only inside the anatomy, reduced by the noise "
+        "(object, default); or off",
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed of the adaptation (default: 0)")
     parser.add_argument(
