@@ -2,10 +2,10 @@
 
     python benchmarks/deform.py [--device cuda] [--threads N] [--sizes 1,96,64,64 8,40,32,32] [--repeats N]
 
-Prints Markdown. 3x3 kernels, as many channels out as in, float32, channels-last tensors, offsets of about a pixel.
-Every implementation is compared with the float64 result before it is timed. They take turns, and the median of the
-repeats counts, with the best in brackets: on a busy machine read the ratios. Peak memory is what a call adds to the
-process (inputs excluded, result and gradients included), each in a process of its own (Linux).
+Prints Markdown. 3x3 kernels, equal numbers of input and output channels, float32, channels-last tensors, offsets of
+about a pixel. Every implementation is compared with the float64 result before it is timed. They are timed in turns; the
+table has the median of the repeats, with the best in brackets. On a busy machine use the ratios. Peak memory is the
+memory that a call adds (without inputs, with result and gradients), measured in a separate process (Linux).
 """
 
 import argparse
@@ -99,7 +99,7 @@ def runnable(device: str) -> list[str]:
     try:
         import torchvision.ops  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
-        print(f"torchvision is left out: it does not import ({error})\n")
+        print(f"torchvision is skipped, because it cannot be imported ({error})\n")
         names.remove("torchvision")
     return names
 
@@ -122,7 +122,7 @@ def seconds(names: list[str], size: tuple[int, ...], device: str, repeats: int) 
         for way, call in WAYS.items():
             for name in names:
                 n, spent = 0, 0.0
-                while spent < 0.02 and n < 100:  # short calls several times a round
+                while spent < 0.02 and n < 100:  # short calls are repeated several times per round
                     if device != "cpu":
                         torch.cuda.synchronize()
                     start = time.perf_counter()
@@ -137,7 +137,7 @@ def seconds(names: list[str], size: tuple[int, ...], device: str, repeats: int) 
 
 
 def resident(key: str) -> float:
-    """MiB of this process now ("VmRSS") or at most ("VmHWM"), by Linux."""
+    """MiB of this process: current ("VmRSS") or peak ("VmHWM"), from Linux."""
     found = re.search(key + r":\s+(\d+)", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) / 2**10
@@ -152,7 +152,7 @@ def _peak(name: str, way: str, size: tuple[int, ...], device: str, threads: int)
         before = torch.cuda.memory_allocated()
         WAYS[way](RUN[name], given)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the most so far is now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current value
     before = resident("VmRSS")
     WAYS[way](RUN[name], given)
     return resident("VmHWM") - before

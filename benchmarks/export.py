@@ -1,10 +1,10 @@
-"""The exported files beside PyTorch: seconds a slice, ratio, file size, largest difference; side by side.
+"""The exported files compared with PyTorch: seconds per slice, ratio, file size and largest difference.
 
 Run: python benchmarks/export.py [--model ixi-4x] [--size 64 64] [--threads 1] [--formats onnx openvino]
 
-Each file is compared with `upscale` when it is exported, and again here on the timed slice; nothing is timed if it
-differs. The runtimes take turns, and the table has the fastest run of each: seconds of processor time, so that other
-work on the machine counts less. PyTorch runs `upscale`'s steps on the same slice with the same data consistency.
+Each file is compared with `upscale` when it is exported, and again here on the timed slice; a file that differs is not
+timed. The runtimes run in turns, and the table has the fastest run of each, in seconds of processor time, which other
+work on the machine affects less. PyTorch runs the steps of `upscale` on the same slice with the same data consistency.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import deformmamba
 from deformmamba.export import FORMATS, export, onnx, openvino, pt2
 from deformmamba.inference.upscaling import scan_units
 
-TOLERANCE = 1e-4  # of the intensity scale, as in `export`
+TOLERANCE = 1e-4  # as a share of the intensity scale, as in `export`
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
             for part in Path(folder).glob("model.*"):
                 part.unlink()
         best = dict.fromkeys(runs, float("inf"))
-        for turn in range(args.runs + 1):  # the first warms up
+        for turn in range(args.runs + 1):  # the first run is a warm-up
             for name, run_once in runs.items():
                 start = time.process_time()
                 run_once()

@@ -1,16 +1,17 @@
-"""Thick slices made isotropic, against the truth: quality before speed, for nearest, linear, cubic spline and network.
+"""Thick slices made isotropic, compared with the truth: nearest, linear, cubic spline and network.
 
 Run: python benchmarks/isotropic.py --data DIR [--subjects T2,T1] [--mm 3,4,5,6] [--gaps 0,0.2] [--adapt "400 steps"]
          [--eclare PYTHON --eclare-minutes 3]
 
-Truth: a T2 of 1 mm isotropic voxels (sub-arc2208) and a T1 of 0.94 x 0.94 x 1.2 mm (sub-ixi002), neither ever trained
-on. They are made T mm thick along the last axis with a Gaussian profile, T mm apart or, with a gap, 1.2 T mm. Every
-method is evaluated at the truth's own positions, from the first slice centre to the last: PSNR / SSIM by the volume
-protocol over sections that hold the slice direction. Stripes: power at the slice period along the slice direction,
-divided by that of the truth.
+Truth: a T2 of 1 mm isotropic voxels (sub-arc2208) and a T1 of 0.94 x 0.94 x 1.2 mm (sub-ixi002), neither used for
+training. They are made T mm thick along the last axis with a Gaussian profile, T mm apart or, with a gap, 1.2 T mm.
+Every method is evaluated at the truth's own positions, from the first slice centre to the last: PSNR / SSIM by the
+volume protocol over sections that contain the slice direction. Stripes: power at the slice period along the slice
+direction, divided by that of the truth.
 
 It first verifies that the slices of a constant are constant and that the spline passes through the slices. Rows are
-printed as they come; --out appends them to a CSV file. Time is CPU time, which a busy machine changes little.
+printed as soon as they are finished; --out appends them to a CSV file. Time is CPU time, which depends little on other
+work on the machine.
 
 --eclare PYTHON compares with eclare 1.0.1, which needs an environment of its own:
 `python3.11 -m venv ~/eclare && ~/eclare/bin/pip install torch==2.13.0 eclare==1.0.1`, then `--eclare

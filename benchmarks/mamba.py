@@ -1,11 +1,11 @@
-"""Mamba networks through `deformmamba.mamba` beside plain PyTorch: Mamba-2's scan, and transformers' Mamba models.
+"""Mamba networks with `deformmamba.mamba` and with plain PyTorch: Mamba-2's scan, and transformers' Mamba models.
 
 Run: python benchmarks/mamba.py [ssd] [Mamba] [Mamba2] [FalconMamba] [--layers 24] [--tokens 2048] [--threads 1]
 
-The models need transformers 5.16 or later (`pip install transformers`); nothing is downloaded: configurations of the
-130M class with random weights. Each is run with transformers' own PyTorch functions and, after `install`, with ours, in
-one process; logits and generated tokens are compared first. With one thread, times are CPU seconds of this process, so
-that other work on the machine hardly counts; with more, seconds of the clock.
+The models need transformers 5.16 or later (`pip install transformers`); nothing is downloaded, because the models have
+the 130M configuration with random weights. Each model runs with transformers' PyTorch functions and, after `install`,
+with ours, in one process; logits and generated tokens are compared first. With one thread, times are CPU seconds of
+this process, which depend little on other work on the machine; with more threads, wall-clock seconds.
 
 The floor of Mamba-2's scan is the time of its matrix products alone, at the rate of a 1024x1024 product measured here.
 """
@@ -24,7 +24,7 @@ MODELS = ("Mamba", "Mamba2", "FalconMamba")
 
 
 def seconds(run: Callable[[], Any], repeats: int = 3) -> float:
-    """The best of some runs."""
+    """The time of the fastest of `repeats` runs."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times = []
     for _ in range(repeats):
@@ -58,7 +58,7 @@ def ssd(tokens: int) -> None:
         transformers.logging.set_verbosity_error()
         contenders["transformers"] = mamba2_chunk_scan
     except ImportError:
-        print("transformers is not installed: left out")
+        print("transformers is not installed: its models are skipped")
     expected = both(contenders["ours"])
     for name, scan in contenders.items():
         for ours, theirs in zip(expected, both(scan), strict=True):
@@ -66,8 +66,8 @@ def ssd(tokens: int) -> None:
     square = torch.randn(1024, 1024)
     rate = 2 * 1024**3 / seconds(lambda: square @ square, 7)
     chunk = 128  # ours
-    # per token and head: scores by values, states in and out; the backward pass has six of these products, and repeats
-    # two; scores themselves are shared by all heads
+    # per token and head: scores times values, and states in and out; the backward pass has six of these products and
+    # repeats two; all heads share the scores
     forward = 2 * (chunk * p + 2 * n * p)
     backward = 2 * (3 * chunk * p + 5 * n * p)
     floor = tokens * h * (forward + backward) / rate
@@ -81,7 +81,7 @@ def ssd(tokens: int) -> None:
 def listing(
     x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, q: int
 ) -> torch.Tensor:
-    """The listing of the Mamba-2 paper (Dao and Gu 2024, listing 1), which mamba-ssm has as its plain version."""
+    """Listing 1 of the Mamba-2 paper (Dao and Gu 2024), which is mamba-ssm's plain PyTorch version."""
     h = x.shape[2]
     B, C = (t.expand(-1, -1, h, -1) for t in (B, C))
     u, a = (x * dt[..., None]).unflatten(1, (-1, q)), (dt * A).unflatten(1, (-1, q)).permute(0, 3, 1, 2)

@@ -1,9 +1,9 @@
-"""The shipped network beside HAT and SwinIR-light (spandrel's): parameters, one slice, one training step; side by side.
+"""The shipped network compared with spandrel's HAT and SwinIR-light: parameters, one slice, one training step.
 
 Run: python benchmarks/model.py [--model ixi-4x] [--threads 2]
 
-The weights of the peers do not matter to their speed and are random. Ours is first compared with itself on the
-readable scan, and nothing is timed if the two differ.
+The peers have random weights, which do not affect their speed. First the result of our network is compared with that of
+the readable scan (`reference`); if they differ, nothing is timed.
 """
 
 import argparse

@@ -1,21 +1,22 @@
-"""The scan's backends on this CPU beside a loop over steps and mambapy's parallel scan; SS2D beside its composition.
+"""The scan's CPU backends compared with a loop over steps and mambapy's parallel scan; SS2D with its plain composition.
 
 Run: python benchmarks/scan.py [--threads 2] [--repeats 7] [--quick] [--write]
 
-`OMP_WAIT_POLICY` decides what PyTorch's threads do between operations; the table says whether it was set.
+`OMP_WAIT_POLICY` determines how PyTorch's threads wait between operations; the table notes whether it was set.
 
-Every result is compared with the definition before it is timed, and a wrong one is not timed: values and gradients with
-the eager backend in float64, whose values are compared with the reference; sequences too long for that with the
-reference (values) and this backend in float64 (gradients). Contenders run in turns, so that a busy machine slows all of
-them, three times in a row, since the first run pays for the caches and the memory that another one left, and keep their
-best time. Extra memory is the growth of the process's peak over what it held before. `--write`
-replaces the section "Scan" of benchmarks/README.md up to its first remark.
+Every result is verified before it is timed; a wrong one is not timed. Values and gradients are compared with the eager
+backend in float64, whose values are compared with the reference. Sequences that are too long for this are compared with
+the reference (values) and with this backend in float64 (gradients). Contenders run in turns, so that other work slows
+all of them. Each turn has three runs, because the first one suffers from the caches and the memory of the previous
+contender. The best time counts. Extra memory is the growth of the process's peak memory. `--write` replaces the section
+"Scan" of benchmarks/README.md up to its first remark.
 
 The floor. A step of one state of one channel takes nine multiplications or fused multiply-adds in the forward pass:
-delta A, five for the exponential by a polynomial, delta u B, h and y. The backward pass computes h once more (eight)
-and takes eight for the gradients. The floor is their number over the rate of fused multiply-adds measured here, by as
-many threads at once; softplus, sums over channels and memory are not in it. (With AVX-512 our kernels look part of the
-exponential up and save two of the nine; the floor still counts nine, so that machines compare.)
+delta A, five for the exponential by a polynomial, delta u B, h and y. The backward pass computes h again (eight) and
+needs eight for the gradients. The floor is their number divided by the rate of fused multiply-adds, measured here with
+the same number of threads. It excludes softplus, sums over channels and memory access. (With AVX-512 our kernels take
+part of the exponential from a table, which saves two of the nine; the floor still counts nine, so that machines can be
+compared.)
 """
 
 import argparse
@@ -52,7 +53,8 @@ Run = Callable[[], Any]
 
 
 def take_turns(contenders: dict[str, Run], repeats: int, seconds: float = 8) -> dict[str, float]:
-    """The best time of each, in seconds, of `repeats` turns; one that has had `seconds` in all is not run again."""
+    """The best time of each in seconds, over `repeats` turns; a contender that has used `seconds` in total is not run
+    again."""
     best = dict.fromkeys(contenders, math.inf)
     spent = dict.fromkeys(contenders, 0.0)
     for _ in range(repeats):
@@ -72,7 +74,7 @@ def status(field: str) -> int:
 
 
 def extra_memory(run: Run) -> int | None:
-    """Bytes that the process's peak rises by during `run`; None where Linux does not tell."""
+    """The growth of the process's peak memory during `run`, in bytes; None on other systems than Linux."""
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -86,7 +88,7 @@ def extra_memory(run: Run) -> int | None:
 
 
 def multiply_adds_per_second(threads: int) -> float:
-    """float32 fused multiply-adds a second of so many threads at once, which share clock and power."""
+    """float32 fused multiply-adds per second of this number of threads, which share clock and power."""
     import numba
     from llvmlite import binding
 
@@ -136,7 +138,7 @@ def times(ratio: float | None) -> str:
 
 
 class Row(NamedTuple):
-    """A line of the table: how many times faster than others it is, and how many times slower a doubling makes it."""
+    """A row of the table: the ratios to other contenders, and the ratio to half the length."""
 
     what: str
     size: str
@@ -155,7 +157,7 @@ HEAD = "contender, size, pass, time, x reference, x loop, x mambapy, x plain, a 
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown, without the columns that nothing stands in."""
+    """The rows in Markdown, without empty columns."""
     cells = [HEAD.split(", ")]
     cells.append(["---"] * 3 + ["---:"] * (len(cells[0]) - 3))
     for row in rows:
@@ -196,7 +198,7 @@ def ours(backend: str) -> Callable[..., torch.Tensor]:
 
 
 def mambapy_scan(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, bias: Any) -> torch.Tensor:
-    """mambapy's parallel scan, with around it what mambapy puts there."""
+    """mambapy's parallel scan, with the surrounding steps of mambapy's block."""
     from mambapy.pscan import pscan
 
     each = CHANNELS // GROUPS
@@ -254,13 +256,13 @@ def both_passes(given: list[torch.Tensor], dy: torch.Tensor) -> dict[str, Run]:
 
 
 def share(passes: str, length: int, seconds: float, rate: float, n: int = N) -> float:
-    """Of the time, what the floor would take."""
+    """The floor as a share of the time."""
     each = FORWARD if passes == PASSES[0] else FORWARD + BACKWARD
     return each * CHANNELS * length * n / rate / seconds
 
 
 def sequences(lengths: list[int], repeats: int, rate: float) -> Iterator[Row]:
-    """Every contender beside the others. `rate`: fused multiply-adds a second."""
+    """The rows that compare all contenders. `rate`: fused multiply-adds per second."""
     contenders: dict[str, Callable[..., torch.Tensor]] = {
         **{name: ours(name) for name in ("cpu", "eager", "reference")},
         "loop over steps": step_by_step,
@@ -320,9 +322,8 @@ def maps(sizes: list[tuple[int, int, int]], repeats: int) -> Iterator[Row]:
 
 
 def alone(lengths: list[int], rates: dict[int, float], repeats: int) -> Iterator[Row]:
-    """The CPU backend beside no other: how it grows, and at the second length, with other numbers of states, how it
-    shares work among the numbers of threads in `rates`, and what it takes where channels are consecutive in memory, as
-    `SS2D` has them."""
+    """The CPU backend alone: for several lengths, and at the second length for other numbers of states, for the numbers
+    of threads in `rates`, and with channels consecutive in memory, as in `SS2D`."""
     all_threads = torch.get_num_threads()
     rate = rates[all_threads]
     before: dict[str, float] = {}

@@ -1,10 +1,11 @@
-"""The selective scan on a GPU: Triton against plain PyTorch, mamba-ssm where it is installed, and the memory bandwidth.
+"""The selective scan on a GPU: Triton compared with plain PyTorch, with mamba-ssm if installed, and with the memory
+bandwidth.
 
     python benchmarks/scan_gpu.py [--backends triton,eager,mamba_ssm] [--dtypes float32,bfloat16]
 
-Prints Markdown. Values and gradients are compared with a float64 result before anything is timed, and what is wrong is
-not timed. The floor is the time in which the GPU copies as many bytes as the operation must move: every input read
-once, every result written once. Its bandwidth is measured by a copy. Times are medians.
+Prints Markdown. Values and gradients are compared with a float64 result first; a wrong backend is not timed. The floor
+is the time in which the GPU copies as many bytes as the operation must move: every input read once, every result
+written once. Its bandwidth is measured by a copy. Times are medians.
 """
 
 import argparse
@@ -24,7 +25,7 @@ STATES = 16
 
 
 def arguments(size: tuple[int, ...], dtype: torch.dtype) -> Tensors:
-    """What `selective_scan` (three sizes) or `selective_scan_2d` (four) is called with; parameters in float32."""
+    """The arguments for `selective_scan` (three sizes) or `selective_scan_2d` (four sizes); parameters in float32."""
     make = torch.Generator("cuda").manual_seed(0)
     if len(size) == 3:
         b, d, length = size
@@ -64,7 +65,7 @@ def error(backend: str, given: Tensors, dy: torch.Tensor, exact: Tensors) -> flo
 
 
 def milliseconds(run: Callable[[], Any], budget: float = 2000) -> float:
-    """The median of as many runs as fit into the budget, 3 at least, after a warm-up."""
+    """The median over the runs that fit into the budget, at least 3, after a warm-up."""
     run()
     times: list[float] = []
     while len(times) < 3 or (sum(times) < budget and len(times) < 100):
@@ -100,7 +101,7 @@ def main() -> None:
         print(f"nothing measured: {reason}")
         return
     if not torch.cuda.is_available():
-        print("nothing measured: PyTorch finds no CUDA device, and an interpreter's times say nothing")
+        print("nothing measured: PyTorch finds no CUDA device, and times of Triton's interpreter are meaningless")
         return
     rate = bandwidth()
     print(f"{torch.cuda.get_device_name()}, copies at {rate / 1e6:.0f} GB/s, PyTorch {torch.__version__}\n")

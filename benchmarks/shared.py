@@ -1,11 +1,11 @@
-"""One and two threads on two cores, quiet and with one of them busy, by what PyTorch's threads do between operations.
+"""One and two threads on two cores, with both idle and with one busy, for two ways in which PyTorch's threads wait.
 
 Run: python benchmarks/shared.py [--seconds 2]
 
-Takes two of the CPUs it may use. "busy" runs a loop in another process that is bound to the first of them. Each case is
-a process of its own, because the OpenMP library reads its settings when it is loaded: "spin" leaves them alone,
-"sleep" sets GOMP_SPINCOUNT=1000, as the command `deformmamba` does. The table gives the median time in milliseconds;
-the last column divides two threads by the better of one and two in the same row, and should stay below 1.2.
+Uses two of the allowed CPUs. "busy" runs a loop in another process that is bound to the first CPU. Each case runs in a
+separate process, because the OpenMP library reads its settings when it is loaded: "spin" keeps the default, "sleep"
+sets GOMP_SPINCOUNT=1000, as the command `deformmamba` does. The table has the median time in milliseconds. The last
+column is the time of two threads divided by the better one of the same row; it should stay below 1.2.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def measure(threads: int, seconds: float) -> dict[str, float]:
     torch.set_num_threads(threads)
     found = {}
     for name, task in tasks().items():
-        task()  # compiles, and takes memory
+        task()  # compiles, and allocates memory
         times: list[float] = []
         stop = time.perf_counter() + seconds
         while len(times) < 3 or time.perf_counter() < stop:
@@ -81,7 +81,7 @@ def measure(threads: int, seconds: float) -> dict[str, float]:
 
 
 def occupy(cpu: int) -> None:
-    """Never returns: keeps one CPU busy."""
+    """Keeps one CPU busy; never returns."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {cpu})
     while True:
@@ -89,7 +89,7 @@ def occupy(cpu: int) -> None:
 
 
 def run(threads: int, setting: str, cpus: list[int], seconds: float) -> dict[str, float]:
-    """`measure` in a process of its own."""
+    """`measure` in a separate process."""
     environment = {**os.environ, **SETTINGS[setting], "OMP_NUM_THREADS": str(threads)}
     if setting == "spin":
         for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
@@ -114,7 +114,7 @@ def main() -> None:
     if len(cpus) < 2:
         raise SystemExit("this needs two CPUs")
     cpus = cpus[:2]
-    print(f"load average before: {os.getloadavg()[0]:.1f} (a quiet machine has below 0.3)")
+    print(f"load average before: {os.getloadavg()[0]:.1f} (below 0.3 on a quiet machine)")
     print("| machine | threads wait by | operation | 1 thread | 2 threads | 2 / best |\n|---|---|---|---|---|---|")
     for machine in ("quiet", "busy"):
         other = multiprocessing.Process(target=occupy, args=(cpus[0],), daemon=True)

@@ -1,6 +1,6 @@
-"""What released Mamba code offers on a CPU: the selective scan as a Python loop over steps. Frozen; do not improve it.
+"""The selective scan as a Python loop over steps, which is what released Mamba code runs on a CPU. Do not improve it.
 
-The benchmarks' ratios refer to this function, so it must stay what it was: the loop of mamba-ssm's
+The ratios of the benchmarks refer to this function, so it must not change. It is the loop of mamba-ssm's
 `selective_scan_ref`, which VMamba copies, in float32.
 """
 

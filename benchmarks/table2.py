@@ -1,8 +1,9 @@
-"""Seconds that a training step of each network of the paper's table 2 takes, beside one another.
+"""Seconds per training step of each network of the paper's table 2.
 
 Run: python benchmarks/table2.py [--preset tiny] [--threads 1]
 
-Batches of 8 patches of 32x32 to 128x128 from made-up volumes; the networks come in turns, twice, and keep their best.
+Batches of 8 patches, 32x32 to 128x128, from synthetic volumes. The networks run in turns, twice, and the best time
+counts.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Where a training step's time goes, whether loading keeps up with it, and what a second process brings.
+"""The time of each part of a training step, the speed of data loading, and the gain of a second process.
 
 Run: python benchmarks/training.py [--recipe ixi-4x] [--steps 20] [--threads 1] [--write]
 
-Everything runs on made-up volumes of 256 x 256, by the recipe's own model, data and batch. The parts of a step are
-timed one after another within the same steps; the kinds of operation are those of torch's profiler. `fit` itself is
-then run in one process, in one that another one loads data for, and in two (gloo; the same samples a step), in turns,
-and keeps its best speed of each. The losses of all must agree, or nothing is reported. `--write` replaces the section
-"Training" of benchmarks/README.md.
+Everything runs on synthetic volumes of 256 x 256 with the recipe's model, data and batch. The parts of a step are timed
+within the same steps; the kinds of operation come from torch's profiler. Then `fit` runs in turns in one process, in
+one process with a data loading process, and in two processes (gloo; the same samples per step), and the best speed of
+each counts. All losses must agree, or nothing is reported. `--write` replaces the section "Training" of
+benchmarks/README.md.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def prepared(plan: dict[str, dict[str, Any]], folder: Path, length: int) -> tupl
 
 
 def parts_of_a_step(model: SRModel, dataset: PatchDataset, batch: int, steps: int) -> dict[str, float]:
-    """Seconds a step, by part, as `fit` takes them; the first step is not counted."""
+    """Seconds per step, by part, as in `fit`, without the first step."""
     spent: dict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -97,7 +97,7 @@ def parts_of_a_step(model: SRModel, dataset: PatchDataset, batch: int, steps: in
 
 
 def operations(model: SRModel, dataset: PatchDataset, batch: int) -> dict[str, float]:
-    """The share of a step (without loading) that each kind of operation takes by itself, largest first."""
+    """The share of each kind of operation in a step (without loading), without its callees, largest first."""
     lr, hr, base, _ = (torch.stack(images) for images in zip(*(dataset[k] for k in range(batch)), strict=True))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         SRLoss()(model(lr, base), hr).backward()
@@ -108,22 +108,22 @@ def operations(model: SRModel, dataset: PatchDataset, batch: int) -> dict[str, f
 
 
 def run_fit(plan: dict[str, dict[str, Any]], folder: Path, out: Path, steps: int, workers: int) -> None:
-    """One short run of `fit`; its log says how fast."""
+    """One short run of `fit`; its log contains the speed."""
     batch = plan["fit"].get("batch", 8)
     model, dataset = prepared(plan, folder, steps * batch)
     fit(model, dataset, out=out, steps=steps, batch=batch, every=steps, workers=workers, progress=False)
 
 
 def logged(out: Path) -> tuple[float, float]:
-    """Images a second and the mean loss."""
+    """Images per second and the mean loss."""
     with open(out / "log.csv", newline="") as file:
         row = list(csv.DictReader(file))[-1]
     return float(row["images_per_second"]), float(row["loss"])
 
 
 def processes(recipe: str, steps: int, threads: int, repeats: int) -> dict[str, tuple[float, float]]:
-    """The best (images a second, loss) of each way of running `fit`."""
-    # accelerate's own word for two CPU processes needs MPI; its launcher for GPUs starts them as well
+    """The best (images per second, loss) of each way of running `fit`."""
+    # accelerate's option for two CPU processes needs MPI; its launcher for GPUs can start them too
     two = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
            "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
     ways = {"one process": ([], 0), "one, and one that loads": ([], 1), "two processes": (two, 0)}
@@ -183,16 +183,16 @@ def main() -> None:
                 [[part, f"{1000 * s:.1f} ms", f"{s / whole:.1%}"] for part, s in parts.items()],
             ),
             "",
-            f"Loading brings {batch / parts['loading']:.0f} images a second, the rest of the step takes "
+            f"Loading delivers {batch / parts['loading']:.0f} images per second, the rest of the step processes "
             f"{batch / computing:.1f}: loading is {computing / parts['loading']:.0f} times as fast.",
             "",
             table(
-                ["operation, forward and backward", "share of its own"],
+                ["operation, forward and backward", "share without callees"],
                 [[f"`{key}`", f"{share:.1%}"] for key, share in list(shares.items())[:12]],
             ),
             "",
             table(
-                ["`fit`", "images a second", "x one process"],
+                ["`fit`", "images per second", "x one process"],
                 [[way, f"{speed:.2f}", f"{speed / first:.2f}"] for way, (speed, _) in speeds.items()],
             ),
         ]

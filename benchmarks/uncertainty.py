@@ -4,7 +4,7 @@ Run: python benchmarks/uncertainty.py ixi-4x --data FOLDER --split test [--group
 
 Each HR volume is degraded (k-space crop, magnitude), upscaled alone and as an ensemble, and scored (volume protocol).
 Correlations are those of spread and absolute error over voxels: all of them, and the object (above 5 % of the volume's
-99.9th percentile), where the empty background flatters nobody. Means over the volumes of a subject, then over subjects.
+99.9th percentile), where the empty background does not count. Means over the volumes of a subject, then over subjects.
 """
 
 import argparse

@@ -3,9 +3,9 @@ per slice of other networks; the measured data consistency error.
 
 Run: python benchmarks/volume.py [--scan FILE | --shape 256 256 130] [--model ixi-4x --model ixi-2x] [--threads 2]
 
-Every row is a process of its own, so that its peak is its own; peaks are above what the process held with the model
+Every row runs in a separate process, so that its peak memory can be measured. Peaks exclude the memory with the model
 loaded and the input read. Before anything is timed, a slice of the written file is compared with `upscale`. Peers are
-spandrel's, with random weights, which do not matter to their speed; one slice each.
+spandrel's networks with random weights, which do not affect their speed; one slice each.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from deformmamba.volume import Volume, intensity_scale, read_volume, slice_axis,
 
 
 def loaded(name: str) -> SRModel:
-    """A model by name, or `random-2x`, `random-4x`: the small network without training, for what is not published."""
+    """A model by name, or `random-2x`, `random-4x`: the small network with random weights."""
     if name.startswith("random-"):
         torch.manual_seed(0)
         return DeformMambaSR.from_preset("tiny", scale=int(name[7])).eval()
@@ -71,7 +71,7 @@ def volume_row(job: dict[str, Any]) -> dict[str, float]:
 
 
 def peer_row(job: dict[str, Any]) -> dict[str, float]:
-    """Seconds and MB of one slice through a peer."""
+    """Seconds and MB for one slice with a peer."""
     from spandrel.architectures.HAT import HAT
     from spandrel.architectures.SwinIR import SwinIR
 
@@ -112,7 +112,7 @@ def guarantee_row(job: dict[str, Any]) -> dict[str, float]:
     def off(image: torch.Tensor) -> float:
         return float((kspace.degrade(image, model.scale) - lr).abs().max() / lr.max())
 
-    top = 4095 / float(tight.max())  # a 12-bit scanner's integers
+    top = 4095 / float(tight.max())  # integers of a 12-bit scanner
     return {
         "without": off(sr),
         "with": off(tight),
@@ -134,7 +134,7 @@ def measured(kind: str, **job: Any) -> dict[str, float]:
 
 
 def synthetic(shape: tuple[int, int, int]) -> np.ndarray:
-    """Smooth ellipses with edges, texture and noise, in made-up scanner units."""
+    """Smooth ellipses with edges, texture and noise, in arbitrary scanner units."""
     rng = np.random.default_rng(0)
     y, x, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij", sparse=True)
     head = (y**2 / 0.8 + x**2 / 0.6 + z**2 / 2) < 0.9
@@ -188,7 +188,7 @@ def main() -> None:
                 for peer in ("SwinIR-light", "HAT"):
                     try:
                         row = measured("peer", peer=peer, scale=scale, size=size, threads=args.threads)
-                    except ChildProcessError as error:  # spandrel wants a torchvision that imports
+                    except ChildProcessError as error:  # spandrel needs a torchvision that can be imported
                         print(f"| {peer} {scale}x | not measured: {error} | | | |")
                         continue
                     print(

@@ -1,7 +1,7 @@
 """MultiViewContext in the bottleneck of a U-Net: `python examples/context_in_a_unet.py`.
 
-It keeps size and channels, so it goes wherever a feature map passes. Choose rates that fit the map: here it is 8x8.
-The task: fill in the closed outline of a disk, which takes more context than a few 3x3 convolutions see.
+It keeps size and channels, so it can be placed anywhere in a network. Choose rates that fit the map: here it is 8x8.
+The task: fill the outline of a disk, which needs more context than a few 3x3 convolutions have.
 """
 
 import torch
@@ -45,7 +45,7 @@ def disks(n: int, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main(steps: int = 40) -> list[float]:
-    """The loss of every step."""
+    """Returns the loss of every step."""
     torch.manual_seed(0)
     model = UNet()
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)

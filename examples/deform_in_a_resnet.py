@@ -1,7 +1,7 @@
-"""ModulatedDeformBlock in the place of a 3x3 convolution in a ResNet: `python examples/deform_in_a_resnet.py`.
+"""ModulatedDeformBlock instead of a 3x3 convolution in a ResNet: `python examples/deform_in_a_resnet.py`.
 
-The block is the basic block of He et al. (torchvision's `BasicBlock`), with its second convolution replaced as DCNv2
-does. The task: tell by how many pixels, and which way, a texture was shifted against its copy.
+The block is the basic block of He et al. (torchvision's `BasicBlock`), with its second convolution replaced as in
+DCNv2. The task: find the shift between a texture and its shifted copy, in pixels.
 """
 
 import torch
@@ -49,7 +49,7 @@ def pairs(n: int, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main(steps: int = 40) -> list[float]:
-    """The loss of every step."""
+    """Returns the loss of every step."""
     torch.manual_seed(0)
     model = ResNet()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)

@@ -1,6 +1,6 @@
 """ContrastiveEdgeLoss in a plain training loop: `python examples/edge_loss_in_a_loop.py`.
 
-It compares edges, so it goes beside a loss that compares values: the paper's sum is L1 + 0.1 * edges (`SRLoss`). The
+It compares only edges, so combine it with a loss that compares values: the paper uses L1 + 0.1 * edges (`SRLoss`). The
 task: sharpen blurred images of rectangles with three convolutions.
 """
 
@@ -20,7 +20,7 @@ def rectangles(n: int, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main(steps: int = 40) -> list[float]:
-    """The loss of every step."""
+    """Returns the loss of every step."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),

@@ -1,6 +1,6 @@
 """Models compared on a scan, and the paper's figure 2: `python examples/evaluate_and_draw.py scan.nii.gz figure.png`.
 
-The scan is the truth. It is first made four times coarser, as by a scanner that measures less of k-space.
+The scan is the truth. It is first degraded by a factor of four, as by a scanner that measures less of k-space.
 `deformmamba evaluate ixi-4x --data scan.nii.gz --figure figure.png` does the same.
 """
 

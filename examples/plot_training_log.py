@@ -1,4 +1,4 @@
-"""Draw the picture of docs/training-log.md: validation PSNR over the steps of every stage of every published name.
+"""Draws the figure of docs/training-log.md: validation PSNR over the steps of every stage of all published weights.
 
 Run: python examples/plot_training_log.py [docs/images/training.png]
 """
@@ -17,7 +17,7 @@ NAMES = {
     "spine-4x": (23.37, ("spine-4x", "spine-4x-stage2")),
 }
 LABELS = (("first stage", "C0"), ("larger fields", "C1"), ("coarser voxels, noise", "C2"), ("real scans", "C3"))
-FIRST = {"spine-4x": 1}  # which of LABELS a name begins with, if not the first: spine-4x goes on from ixi-4x
+FIRST = {"spine-4x": 1}  # the first entry of LABELS for a name, if not 0, because spine-4x continues ixi-4x
 
 
 def curve(log: Path) -> tuple[list[int], list[float]]:

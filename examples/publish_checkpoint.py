@@ -3,10 +3,10 @@
 Run: python examples/publish_checkpoint.py runs/mine/best.safetensors ixi-4x --data scans/ --machine "2 cores" --hours 1
      --limits "What it was not trained for."
 
-`--data` is the folder that the run was trained on, with its volumes.tsv. Of the kinds of data consistency the weights
-get the one with the highest PSNR on the validation split among those whose SSIM is not 0.002 below that of none. Test
-and external scans are scored once, with the published file, for their scores and for `evaluation.assessment` (voxel
-sizes, other data, lesions), and every such evaluation is appended to docs/evaluations.csv with the file's hash.
+`--data` is the folder of the training run, with its volumes.tsv. The mode of data consistency is selected on the
+validation split: the highest PSNR among the modes whose SSIM is at most 0.002 below that without consistency. Test and
+external scans are scored once, with the published file, for their scores and for `evaluation.assessment` (voxel sizes,
+other data, lesions), and every such evaluation is appended to docs/evaluations.csv with the file's hash.
 """
 
 import argparse
@@ -31,14 +31,14 @@ LOG = ROOT / "docs" / "evaluations.csv"
 
 
 def best_consistency(model: SRModel, scans: list[Scan]) -> tuple[Consistency, dict[str, dict[str, float]]]:
-    """The kind of data consistency that pays on these (validation) scans, and the scores with each."""
+    """The best mode of data consistency on these (validation) scans, and the scores of all modes."""
     scores = {kind: mean_scores(evaluate(model, scans, consistency=kind)) for kind in CONSISTENCIES}
     allowed = [kind for kind in CONSISTENCIES if scores[kind]["ssim"] >= scores["off"]["ssim"] - 0.002]
     return max(allowed, key=lambda kind: scores[kind]["psnr"]), {str(kind): found for kind, found in scores.items()}
 
 
 def score(model: SRModel, scans: list[Scan], groups: list[str] | None) -> dict[str, list[dict[str, Any]]]:
-    """The model beside zero-filling and bicubic, volume protocol: a row a split and group, and a row a subject.
+    """The model compared with zero-filling and bicubic, volume protocol: one row per split and group, and per subject.
 
     `scores`: the mean over the volumes of a subject, then over subjects. `by_subject`: the subjects of `groups`.
     """
@@ -71,13 +71,13 @@ def score(model: SRModel, scans: list[Scan], groups: list[str] | None) -> dict[s
 
 
 def _scores(own: list[dict[str, Any]], compared: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
-    """PSNR and SSIM, rounded, of the model and of what it is compared with."""
+    """Rounded PSNR and SSIM of the model and of the baselines."""
     means = {name: mean_scores(rows) for name, rows in {"": own, **compared}.items()}
     return {f"{name}{metric}": round(mean[metric], 4) for name, mean in means.items() for metric in ("psnr", "ssim")}
 
 
 def spread_over_slices(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Standard deviation of each metric over all slices of all volumes, without empty ones, whose PSNR is infinite."""
+    """Standard deviation of each metric over all slices of all volumes, without empty slices (infinite PSNR)."""
     found = {}
     for name in rows[0]["by_slice"]:
         values = np.array([value for row in rows for value in row["by_slice"][name]], np.float64)
@@ -102,7 +102,7 @@ def log(rows: list[dict[str, Any]], name: str, sha256: str) -> None:
 
 
 def as_logged(assessment: dict[str, list[dict[str, Any]]], groups: list[str] | None) -> list[dict[str, Any]]:
-    """The rows of an assessment with what distinguishes them in the column `protocol`."""
+    """The rows of an assessment; the column `protocol` distinguishes them."""
     split, meant = "test+external", ", ".join(groups or ["all"])
     return [
         *(
@@ -121,8 +121,9 @@ def as_logged(assessment: dict[str, list[dict[str, Any]]], groups: list[str] | N
 
 
 def trained_on(data: Path, model: SRModel) -> list[dict[str, Any]]:
-    """Sources, licences and sizes of the training split, from volumes.tsv: of this training and of those before it."""
-    if "converted" in model.provenance:  # weights unchanged since another file was published with them
+    """Sources, licences and sizes of the training split, from volumes.tsv: for this training and the previous
+    stages."""
+    if "converted" in model.provenance:  # the weights are unchanged since a previous publication
         return list(model.provenance["trained_on"])
     stages = [model.provenance, *model.provenance.get("init", [])]
     shares = [stage.get("recipe", {}).get("data", {}).get("weights") for stage in stages]
@@ -168,7 +169,9 @@ def main() -> None:
         "budget": {"machine": args.machine, "hours": args.hours},
     }
     final = ROOT / "deformmamba" / "checkpoints" / f"{args.name}.safetensors"
-    path = final.with_suffix(".new.safetensors")  # takes its place with the manifest, when all of it is scored
+    path = final.with_suffix(
+        ".new.safetensors"
+    )  # moved into place together with the manifest, after all scores are computed
     sha256 = model.save_pretrained(path, provenance=facts)
 
     published = from_pretrained(path)

@@ -25,7 +25,7 @@ FINAL = ROOT / "deformmamba" / "checkpoints" / f"{NAME}.safetensors"
 
 
 def publish(args: argparse.Namespace) -> dict[str, Any]:
-    """The entry of the manifest; the checkpoint is in its place."""
+    """Writes the checkpoint into the package and returns its entry for the manifest."""
     model = from_pretrained(args.checkpoint)
     facts = {
         **model.provenance,
@@ -79,7 +79,7 @@ def publish(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def described(mm: str, gap: str) -> str:
-    """The slices of a case in words."""
+    """The slices of a case as text."""
     return f"slices of {float(mm):g} mm" + (f", gap of {float(gap):.0%}" if float(gap) else "")
 
 
@@ -90,7 +90,7 @@ def scored(entry: dict[str, Any], table: Path) -> None:
         for row in csv.DictReader(file):
             if row["method"] == "network" and row["adapted"] == "0" and not entry["sha256"].startswith(row["sha256"]):
                 raise SystemExit(f"{table}: a row was made with other weights, {row['sha256']}")
-            # the comparison stands in the rows before the network's, which says whether it was adapted
+            # the rows before the network's row hold the baselines; the network's row tells whether it was adapted
             case = cases.setdefault((row["subject"], row["mm"], row["gap"]), {})
             if row["method"] == "cubic spline":
                 case |= {"spline_psnr": float(row["psnr"]), "spline_ssim": float(row["ssim"])}

@@ -1,4 +1,4 @@
-"""SS2D in the place of attention in a vision transformer: `python examples/ss2d_in_a_vit.py`.
+"""SS2D instead of attention in a vision transformer: `python examples/ss2d_in_a_vit.py`.
 
 The block is timm's, LayerNorm, token mixer, LayerNorm, MLP, each with a residual; only the mixer changes. Its cost is
 linear in the number of pixels, and it needs no position embedding. The task: find the row and column of a bright spot.
@@ -49,7 +49,7 @@ def spots(n: int, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main(steps: int = 40) -> list[float]:
-    """The loss of every step."""
+    """Returns the loss of every step."""
     torch.manual_seed(0)
     model = ViT()
     optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
