@@ -184,7 +184,7 @@ def main() -> None:
             ),
             "",
             f"Loading delivers {batch / parts['loading']:.0f} images per second, the rest of the step processes "
-            f"{batch / computing:.1f}: loading is {computing / parts['loading']:.0f} times as fast.",
+            f"{batch / computing:.1f}, so loading is {computing / parts['loading']:.0f} times as fast.",
             "",
             table(
                 ["operation, forward and backward", "share without callees"],

@@ -23,7 +23,7 @@ class InvalidType(DeformMambaError, TypeError):
 
 
 class UnsupportedCall(DeformMambaError, RuntimeError):
-    """A call that is valid by itself, and that cannot be done here: on this device, under this tool, in this state."""
+    """A valid call that is not supported in this situation: on this device, under this tool, in this state."""
 
 
 def shown(value: Any) -> str:

@@ -17,8 +17,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         markdown = markdown.replace("<!-- weights table -->", _table())
     if "<!-- benchmarks -->" in markdown:
         text = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
-        markdown = markdown.replace("<!-- benchmarks -->", text.split("\n", 1)[1])  # the page has a title of its own
-    # links out of docs/ lead to files that are no part of the site
+        markdown = markdown.replace("<!-- benchmarks -->", text.split("\n", 1)[1])  # the page has its own title
+    # links to files outside docs/ would be broken on the site
     return re.sub(r"\[([^]]+)\]\((?:\.\./|(?:examples|benchmarks|deformmamba|tests)/)[^)]*\)", r"\1", markdown)
 
 

@@ -184,7 +184,7 @@ def _complete(parser: argparse.ArgumentParser) -> None:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    # torch has a class of its own for a GPU, and a plain RuntimeError for the CPU
+    # torch has a separate class for a GPU, and raises a plain RuntimeError for the CPU
     cuda = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
     return isinstance(error, (MemoryError, cuda)) or "DefaultCPUAllocator" in str(error)
 

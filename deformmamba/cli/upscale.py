@@ -218,7 +218,7 @@ def _upscale_folder(args: argparse.Namespace) -> int:
 
 
 def check_folder(args: argparse.Namespace, for_one_scan: Sequence[str]) -> None:
-    """Refuses options for single scans, and an output that is no folder."""
+    """Refuses options for single scans, and an output that is not a folder."""
     from deformmamba.volume import VolumeError
 
     if not args.output:

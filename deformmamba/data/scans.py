@@ -172,7 +172,7 @@ def _from_tree(
         names = sorted(split)
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         warnings.warn(
-            f"{root}: no {INDEX} and no sub-<label> says whose scans these are; subjects were guessed from "
+            f"{root}: neither {INDEX} nor sub-<label> gives the subjects; they were guessed from "
             f"{named_by.rule}: {shown}. If that is wrong, one person can be in two splits: give --subject REGEX "
             f"(subject= in Python) or write a {INDEX}",
             stacklevel=4,

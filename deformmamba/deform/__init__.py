@@ -49,11 +49,10 @@ def modulated_deform_conv2d(
         bias: (c_out,), or None for zeros.
         stride, padding, dilation: as in `conv2d`, one integer, or one or two of them (y, x).
         implementation: one of IMPLEMENTATIONS, obeyed or refused with the reason; None chooses by the tensor:
-            "cpu" for a CPU tensor (numba and BLAS; a few MiB for each of torch's threads, whatever the size),
-            "torchvision" for a CUDA tensor where torchvision imports, else
-            "gather" (plain PyTorch: any device, forward-mode and higher derivatives, torch.func). It is chosen
-            automatically under torch.func, in forward mode and in torch.export, so that an exported program runs
-            without this package.
+            "cpu" for a CPU tensor (numba and BLAS; a few MiB for each of torch's threads, for any size), "torchvision"
+            for a CUDA tensor where torchvision imports, else "gather" (plain PyTorch: any device, forward-mode and
+            higher derivatives, torch.func). It is chosen automatically under torch.func, in forward mode and in
+            torch.export, so that an exported program runs without this package.
 
     Between pixels x is bilinear, and outside the image it is zero: a sample fades out over the first pixel beyond the
     border. At integer positions the bilinear surface has a corner; the gradient of `offset` is the one to the right and

@@ -31,7 +31,7 @@ def portable_program(
     ONNX Scan. Arguments as in `torch.export.export`; tensors on the CPU; gradients are not exported.
     A free size is a `torch.export.Dim` with min=2 (a model: `multiple + 1`): PyTorch treats size 1 as special.
     """
-    with torch.no_grad(), scan_backend("cpu"):  # one operator, whatever the length
+    with torch.no_grad(), scan_backend("cpu"):  # one operator, for any length
         program = torch.export.export(
             module, args, kwargs, dynamic_shapes=dynamic_shapes, prefer_deferred_runtime_asserts_over_guards=True
         )

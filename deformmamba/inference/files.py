@@ -260,7 +260,7 @@ def _warn_if_filled(scan: Volume, axis: int) -> None:
     if (rows, columns) != (h, w):
         warnings.warn(
             f"the slices have {h}x{w} pixels, but their k-space is filled to about {rows}x{columns}: the scan was "
-            "interpolated, its true resolution is lower than its header says; effective=True (--effective) starts "
-            "from what was measured",
+            "interpolated, and its true resolution is lower than the header states; effective=True (--effective) "
+            "undoes the interpolation first",
             stacklevel=3,  # the caller of `upscale_file`
         )

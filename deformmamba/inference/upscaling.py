@@ -126,7 +126,7 @@ def upscale_with_uncertainty(model: "SRModel | nn.Module | PathLike", scan: Scan
     """`upscale(model, scan, ensemble=True)`, and the disagreement of its eight members.
 
     The second result has the shape, kind and units of the first: the standard deviation of the eight members in each
-    voxel. It is no confidence interval: a small value means that the eight agree, not that they are right. On
+    voxel. It is not a confidence interval: a small value means that the eight agree, not that they are right. On
     validation data (ixi-4x, T2 brain) its correlation with the absolute error is 0.57 over all voxels and 0.35 inside
     the head, and it is a fifth of the error's size; benchmarks/uncertainty.py measures this.
 

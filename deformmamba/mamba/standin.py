@@ -25,7 +25,7 @@ _CONVOLUTIONS = _of(causal_conv, "causal_conv1d_fn", "causal_conv1d_update")
 _NORMS = _of(norm, "RMSNorm", "layer_norm_fn", "rms_norm_fn", "layer_norm_ref", "rms_norm_ref")
 
 
-# What stands in for what: module, then name in it. Extensions come first, because packages look for them.
+# The replacements: by module, then by name. Extensions come first, because packages look for them.
 NAMES: dict[str, dict[str, Any]] = {
     "selective_scan_cuda": _SCANS,
     "selective_scan_cuda_core": _CROSS_SCANS,
@@ -88,7 +88,7 @@ NAMES: dict[str, dict[str, Any]] = {
     "selective_scan": _of(selective_scan, "selective_scan_fn", "selective_scan_ref"),  # VMamba's first package
 }
 
-_installed: dict[str, ModuleType | None] = {}  # the stand-ins in sys.modules, and what was there before
+_installed: dict[str, ModuleType | None] = {}  # the replacements in sys.modules, and the modules that they replaced
 
 
 class _StandIn(ModuleType):
@@ -136,14 +136,12 @@ def install(*, quiet: bool = False) -> list[str]:
     if reasons and not quiet:
         others = [root for root in dict.fromkeys(name.split(".")[0] for name in NAMES) if root not in roots]
         left = f"; left alone, because they can be imported: {', '.join(others)}" if others else ""
-        print(
-            f"deformmamba: deformmamba.mamba stands in for {', '.join(reasons)} (not importable){left}", file=sys.stderr
-        )
+        print(f"deformmamba: deformmamba.mamba replaces {', '.join(reasons)} (not importable){left}", file=sys.stderr)
     return roots
 
 
 def uninstall() -> None:
-    """Take back what `install` did. Programs keep what they have imported from a stand-in, but transformers' models."""
+    """Undoes `install`. Programs keep the names that they imported from a replacement, except transformers' models."""
     for name, before in _installed.items():
         if isinstance(sys.modules.get(name), _StandIn):
             del sys.modules[name]

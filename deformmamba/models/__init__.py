@@ -67,8 +67,8 @@ def from_pretrained(
         revision, cache_dir, token, local_files_only, force_download: see `deformmamba.weights.load_checkpoint`.
 
     Raises:
-        WeightsError: no such weights, or a checkpoint that is not exactly what it says.
-        InvalidArgument: no such device here, or a dtype that the model does not run in.
+        WeightsError: no such weights, or a checkpoint whose contents do not match its header.
+        InvalidArgument: the device is not available, or the model does not support the dtype.
     """
     checkpoint = load_checkpoint(
         name,
@@ -82,6 +82,6 @@ def from_pretrained(
         made = checkpoint.class_name
         raise WeightsError(
             f"{checkpoint.source} holds a {made}, which is not a model of this version ({', '.join(MODELS)}); upgrade "
-            f'deformmamba, or register a class of your own first: deformmamba.MODELS["{made}"] = {made}'
+            f'deformmamba, or register your own class first: deformmamba.MODELS["{made}"] = {made}'
         )
     return MODELS[checkpoint.class_name].from_checkpoint(checkpoint).placed(device, dtype)

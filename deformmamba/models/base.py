@@ -185,7 +185,7 @@ class SRModel(nn.Module):
         try:
             with torch.device("meta"), limited_registration(**limits):
                 model = found(**checkpoint.config)
-        except Exception as error:  # whatever a constructor does with arguments that nobody meant
+        except Exception as error:  # a constructor may raise anything for unintended arguments
             raise WeightsError(
                 f"{checkpoint.source}: its config does not build a {checkpoint.class_name}: {one_line(error)}"
             ) from error
@@ -374,7 +374,7 @@ class SRModel(nn.Module):
             warnings.warn(
                 f"{name}: the image reaches {peak:.4g}, but models expect about [0, 1]; divide it by "
                 f"volume.intensity_scale(lr, {self.intensity!r}) and multiply the result",
-                stacklevel=5,  # whoever called the model: forward and two frames of nn.Module lie between
+                stacklevel=5,  # the caller of the model: forward and two frames of nn.Module are between
             )
 
 
@@ -409,7 +409,7 @@ def _family(cls: type[Model]) -> Iterator[type[Model]]:
 def _bound(cls: type[nn.Module], args: Sequence[Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The value of every argument of the constructor of `cls`, by name: those given and the defaults of the others.
 
-    Arguments that a subclass passes on as `**rest` are entries of their own.
+    Arguments that a subclass passes on as `**rest` are separate entries.
     """
     signature = inspect.signature(cls.__init__)
     bound = signature.bind(None, *args, **arguments)

@@ -46,7 +46,7 @@ class Degradation(ABC):
 
     @property
     def no_adjoint(self) -> str | None:
-        """Why there is no adjoint; None if there is one."""
+        """The reason why there is no adjoint; None if there is one."""
         return None
 
     @property
@@ -62,7 +62,7 @@ class Degradation(ABC):
             first: the number of the first slice within its volume, for a stack that is a part of one.
 
         Raises:
-            ValueError: `scale` does not divide H and W, or `hr` is no image of floating-point numbers.
+            ValueError: `scale` does not divide H and W, or `hr` is not an image of floating-point numbers.
         """
         if hr.ndim < 2 or hr.dtype not in self._dtypes:
             wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in self._dtypes)
@@ -87,7 +87,7 @@ class Degradation(ABC):
         """A* of y (..., h, w): the image (..., scale * h, scale * w) with <A x, y> = <x, A* y> for every x.
 
         Raises:
-            ValueError: there is none: the degradation is not linear; `no_adjoint` says why.
+            ValueError: the degradation is not linear, so it has no adjoint; `no_adjoint` gives the reason.
         """
         if self.no_adjoint:
             raise InvalidArgument(f"{self}: has no adjoint: {self.no_adjoint}")
@@ -350,8 +350,8 @@ class GaussianNoise(_Noise):
 class RicianNoise(_Noise):
     """The magnitude of an image with normal noise in its real and in its imaginary part: what scanners give.
 
-    Standard deviation of each part: reference / snr. `reference` as in `GaussianNoise`. Where there is no signal the
-    result has the mean of a Rayleigh distribution, sqrt(pi / 2) standard deviations.
+    Standard deviation of each part: reference / snr. `reference` as in `GaussianNoise`. Without signal the result has
+    the mean of a Rayleigh distribution, sqrt(pi / 2) standard deviations.
 
     Source: Gudbjartsson and Patz, MRM 34 (1995), equation 1.
     """

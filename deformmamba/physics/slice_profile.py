@@ -36,7 +36,7 @@ class SliceProfile:
         table: (z in mm, weight) of a measured profile, z increasing; linear between, zero outside; its area is made 1.
 
     Raises:
-        SliceProfileError: an unknown kind, a thickness that is not positive, or a table that is no profile.
+        SliceProfileError: an unknown kind, a thickness that is not positive, or an invalid table.
     """
 
     kind: str = "gaussian"
@@ -148,7 +148,7 @@ class ThickSlices:
         at = torch.as_tensor(positions, dtype=torch.float64)
         edges = (torch.arange(n + 1, dtype=torch.float64) - 0.5) * voxel
         cumulative = profile.cumulative(edges - at[:, None])
-        cumulative[:, 0], cumulative[:, -1] = 0, 1  # beyond the ends: the outermost voxel goes on
+        cumulative[:, 0], cumulative[:, -1] = 0, 1  # beyond the ends, the outermost voxel continues
         self.matrix = cumulative.diff(dim=1)
 
     def __call__(self, image: torch.Tensor, axis: int = -1) -> torch.Tensor:

@@ -104,7 +104,7 @@ def selective_scan(
         z: (b, d, l) gate: y is multiplied by silu(z).
         delta_bias: (d,) added to delta.
         delta_softplus: dt = softplus(delta + delta_bias), else without softplus.
-        return_last_state: also return the state after the last step, to go on from.
+        return_last_state: also return the state after the last step, with which a later call can continue.
         initial_state: (b, d, n) state before the first step, zero by default.
         discretization: "euler": dt B u enters the state, as in released Mamba kernels; "zoh": exact zero-order hold,
             (exp(dt A) - 1) / A B u, equation 2 of the paper.

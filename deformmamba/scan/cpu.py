@@ -103,8 +103,8 @@ def backward(
     zoh: bool,
     delta_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """The gradients of u, delta, A, B, C, D, delta_bias (empty where there is none), initial_state, and delta_weight if
-    there is one."""
+    """The gradients of u, delta, A, B, C, D, delta_bias (empty if not given), initial_state, and delta_weight if there
+    is one."""
     images, groups, _, channels = u.shape
     directions, n = A.shape[0], A.shape[-1]
     jobs = _jobs(images, groups, channels, torch.get_num_threads())
@@ -205,8 +205,8 @@ def _run_kernel(
     jobs: np.ndarray,
     *rest: Any,
 ) -> None:
-    """Run the kernel `name` over all jobs, on torch.get_num_threads() threads. Each takes jobs until there are none,
-    inside of compiled code, and has its own scratch memory."""
+    """Run the kernel `name` over all jobs, on torch.get_num_threads() threads. Each takes jobs until none is left,
+    inside compiled code, and has its own scratch memory."""
     if not len(jobs):
         return
     kernel = _kernel(name, inputs[0].dtype, zoh)

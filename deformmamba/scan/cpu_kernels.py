@@ -357,7 +357,7 @@ def _magic(element: types.Float) -> tuple[int, int, float]:
 
 
 def _fraction(context: Any, builder: Any, kind: Vector, x: Any) -> tuple[Any, Any]:
-    """(fraction in [-1/2, 1/2], the integer that remains, as `_scaled` wants it)."""
+    """(fraction in [-1/2, 1/2], the integer that remains, as `_scaled` needs it)."""
     element = x.type.element
     if _has_scalef(context):
         fraction = _avx512(builder, "reduce", element, [x], 0)

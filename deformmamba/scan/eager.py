@@ -45,8 +45,8 @@ def scan(
     us = torch.stack([u[:, :, walk] for walk in walks])
     dt, B, C = (torch.stack([x[k][:, :, walk] for k, walk in enumerate(walks)]) for x in (dt, B, C))
     h = u.new_zeros(*us.shape[:3], u.shape[3], A.shape[-1]) if initial_state is None else initial_state
-    # a chunk's states are needed once more in the backward pass: computing them again is cheaper than keeping them
-    # (torch.func knows no checkpoints)
+    # the backward pass needs a chunk's states again, and recomputing them is cheaper than keeping them (torch.func does
+    # not support checkpoints)
     plain = torch.compiler.is_compiling() or transforms_are_active()
     remember = torch.is_grad_enabled() and not plain
     ys = []

@@ -142,7 +142,7 @@ def _checked(
 
 
 def _refuse_none(operator: str, tensors: list[Any], more: dict[str, Any]) -> None:
-    """PyTorch passes an undefined tensor on as None, also where the schema wants one."""
+    """PyTorch passes an undefined tensor on as None, also if the schema needs one."""
     named = {**dict(zip(["u", "delta", "A", "B", "C"], tensors, strict=False)), **more}
     missing = [name for name, x in named.items() if x is None and name != "initial_state"]
     if missing:

@@ -100,7 +100,7 @@ def backward(
     zoh: bool,
     delta_weight: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The gradients of u, delta, A, B, C, D, delta_bias (empty where there is none) and the initial state."""
+    """The gradients of u, delta, A, B, C, D, delta_bias (empty if not given) and the initial state."""
     directions, images, groups, _, channels = delta.shape
     n = A.shape[-1]
     du, ddelta, dA, dB, dC, dstate = (torch.empty_like(x) for x in (u, delta, A, B, C, dlast))

@@ -158,7 +158,7 @@ def _data(
     settings = {key: value for key, value in plan["data"].items() if key not in ("validation", "kind")}
     if plan["data"].get("kind") == "thick":
         if model.scale != 1 or epochs is not None:
-            raise InvalidArgument(f"recipe {recipe}: kind = 'thick' wants scale = 1 and steps, not epochs")
+            raise InvalidArgument(f"recipe {recipe}: kind = 'thick' needs scale = 1 and steps, not epochs")
         thick = ThickSliceDataset(train, length=length, seed=seed, progress=progress, **settings)
         return thick, _thick_scores(val)
     dataset = PatchDataset(

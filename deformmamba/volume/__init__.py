@@ -255,7 +255,7 @@ def writing(
     `path`. It is as large as the voxels (float32 for DICOM) and disappears with the process.
 
     NIfTI and MGH: voxels are `dtype`, one of `DTYPES` (default float32). Integers are rounded, and values are never
-    rescaled, whatever the source's header states. NIfTI keeps the header of the source (units, description,
+    rescaled, even if the source's header has a slope. NIfTI keeps the header of the source (units, description,
     extensions). Sform and qform are both written, each under its own code.
 
     DICOM output requires DICOM input. It is a new series in a folder: one file a slice for a classic series, one

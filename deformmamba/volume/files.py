@@ -143,7 +143,7 @@ class ChoiceNeeded(VolumeError):
         """The message for a command with these options."""
         if self.argument in options:
             return f"{self.problem}; choose one with --{self.argument} K, {self.which}"
-        return f"{self.problem}; this command takes a single volume: save the one that you want as a file of its own"
+        return f"{self.problem}; this command takes a single volume; save the wanted one as a separate file"
 
 
 def volume_index(path: Path, n: int, volume: int | None) -> int:

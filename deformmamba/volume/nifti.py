@@ -210,8 +210,8 @@ def _sizes_differ(affine: np.ndarray, sizes: np.ndarray) -> bool:
 
 
 def _qform(header: Any, sizes: np.ndarray) -> np.ndarray:
-    """The qform, whatever its code. A quaternion that rounding made longer than 1 is scaled to 1, as NIfTI's own C
-    library does; nibabel refuses it."""
+    """The qform, for any code. A quaternion that rounding made longer than 1 is scaled to 1, as NIfTI's own C library
+    does; nibabel refuses it."""
     from nibabel.quaternions import quat2mat
 
     vector = np.array([float(header[f"quatern_{name}"]) for name in "bcd"])

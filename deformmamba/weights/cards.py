@@ -23,7 +23,7 @@ TABLES = {
     "out_of_domain": (
         "Other inputs",
         "Scans of other groups, and changes to those of the group that is meant; noise is Rician and on the input. "
-        "Protocol volume; gains are over zero-filling of the same input. `degradation` above says what was trained.",
+        "Protocol volume; gains are over zero-filling of the same input. `degradation` above is that of the training.",
     ),
     "lesions": (
         "Synthetic lesions",

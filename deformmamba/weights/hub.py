@@ -29,7 +29,7 @@ def download(
     """Downloads a checkpoint into the cache; returns its weights file and the commit. The other files are beside it.
 
     Raises:
-        WeightsError: whatever goes wrong, in one line with a cure.
+        WeightsError: any failure, as one line that tells what to do.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
@@ -111,7 +111,7 @@ def upload(repo: str, content: Mapping[str, bytes], *, private: bool, message: s
 
 @contextlib.contextmanager
 def _hub_errors(repo: str, revision: str | None, verb: str, cache: str | None = None) -> Iterator[None]:
-    """Turns whatever the Hub client raises into one line with a cure."""
+    """Turns any error of the Hub client into one line that tells what to do."""
     from huggingface_hub import constants, errors
 
     where = repo if revision is None else f"{repo}@{revision}"

@@ -58,9 +58,9 @@ def plan_folder(
         read = volume_reader(scan.path, axis, scan.series, several=slices == "all")
         sources.append(Source(scan.path, source, name, scan.subject, chosen, scan.group, read))
     if split is not None:
-        rule = "as the split file says"
+        rule = "as in the split file"
     elif (root / INDEX).is_file():
-        rule = f"as the folder's {INDEX} says"
+        rule = f"as in the folder's {INDEX}"
     else:
         rule = f"subjects by their hash with seed {seed}: the shares {test:g} test and {val:g} validate"
     options = {

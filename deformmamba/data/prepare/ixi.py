@@ -69,7 +69,7 @@ def plan_ixi(
     if splits is None:
         split, rule = by_count(by_subject, IXI_SUBJECTS, val)
     else:
-        split, rule = read_splits(splits, by_subject), "as the split file says"
+        split, rule = read_splits(splits, by_subject), "as in the split file"
     sources = []
     for subject, path in by_subject.items():
         if subject in split:

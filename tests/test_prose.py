@@ -1,0 +1,94 @@
+"""Docstrings, comments, messages and documentation avoid a short list of phrases that readers have to read twice."""
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# phrase (a regular expression): what to write instead
+BANNED = {
+    r"whoever|whomsoever": "the user, the caller",
+    r"(?:could|can) not be had|cannot be had": "is not available",
+    r"(?:is|are|was|were) none(?! (?:of|left)\b)": "there is no ..., or: is missing",
+    r"(?<!there )(?:is|are) no (?:number|folder|scan|image|file|regular expression|range|model|DICOM|BIDS|MR)s?": (
+        "is not a ..."
+    ),
+    r"knows": "has, contains, supports",
+    r"hears": "is called when",
+    r"wants": "needs, takes",
+    r"of (?:one|your|their|his|her|our)(?:'s)? own": "your own ..., a separate ...",
+    r"as (?:it|they) comes?": "unchanged",
+    r"that which": "the ... that",
+    r"beside one another": "compared",
+    r"goes on": "continues, resumes",
+    r"to go on (?:from|with)": "to continue from, to resume",
+    r"asked for by": "given by",
+    r"brought up to date": "updated",
+    r"people's networks": "your own networks",
+    r"made-up": "synthetic",
+    r"nobody meant|flatters": "say what happens",
+    r"a page to look at": "an HTML report for visual checks",
+}
+ALLOWED = ("if there is none",)
+_ANY = re.compile("|".join(rf"\b(?:{phrase})\b" for phrase in BANNED))
+
+
+def documents() -> list[Path]:
+    folders = ("deformmamba", "docs", "examples", "benchmarks", "web", ".github")
+    found = [
+        path
+        for folder in folders
+        for ending in ("*.py", "*.md", "*.toml", "*.html", "*.yml")
+        for path in (ROOT / folder).rglob(ending)
+        if not {"node_modules", "build", "__pycache__"} & set(path.parts)
+    ]
+    return sorted([*found, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))])
+
+
+def prose(path: Path) -> Iterator[tuple[int, str]]:
+    """The sentences of a file with their first line: all strings and comments of Python, all text of other files."""
+    text = path.read_text("utf-8")
+    if path.suffix != ".py":
+        yield 1, text
+        return
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+
+
+def faults(text: str) -> list[str]:
+    """The banned phrases in `text`, each with the words around it and the advice."""
+    words = " ".join(text.split())
+    for allowed in ALLOWED:
+        words = words.replace(allowed, "")
+    if not _ANY.search(words):
+        return []
+    return [
+        f"... {words[max(0, found.start() - 40) : found.end() + 20]} ... write: {advice}"
+        for phrase, advice in BANNED.items()
+        for found in re.finditer(rf"\b(?:{phrase})\b", words)
+    ]
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_plain_english(path: Path) -> None:
+    found = [f"{path.relative_to(ROOT)}:{line}: {fault}" for line, text in prose(path) for fault in faults(text)]
+    assert not found, "\n".join(found)
+
+
+def test_the_guard_finds_what_it_looks_for() -> None:
+    assert faults("A file that\n  knows its shape") == [
+        "... A file that knows its shape ... write: has, contains, supports"
+    ]
+    assert faults("x.nii: is no BIDS data set")
+    assert faults("the result as it comes")
+    assert not faults("The fallback is known; empty if there is none.")
