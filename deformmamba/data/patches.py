@@ -186,9 +186,9 @@ class PatchDataset(Dataset[Sample]):
 
     def describe(self, index: int) -> str:
         """File name and slice number (along the slice axis, from 0) of sample `index`."""
-        return self._drawn(index)[0].place
+        return self._draw(index)[0].place
 
-    def _drawn(self, index: int) -> tuple["_Slice", float, np.random.Generator]:
+    def _draw(self, index: int) -> tuple["_Slice", float, np.random.Generator]:
         """The slice of a sample, its coarsening factor, and the random generator for the remaining draws."""
         if not 0 <= index < self.length:
             raise IndexError(index)
@@ -198,7 +198,7 @@ class PatchDataset(Dataset[Sample]):
         return self.groups[group][rng.integers(len(self.groups[group]))], factor, rng
 
     def __getitem__(self, index: int) -> Sample:
-        drawn, factor, rng = self._drawn(index)
+        drawn, factor, rng = self._draw(index)
         hr = self._coarsened(self.augmentation(drawn.image / drawn.unit, rng), factor)
         lr = self._degradation(rng)(hr, seed=(self.seed, index))
         hr = hr.abs() if hr.is_complex() else hr

@@ -196,10 +196,10 @@ class ThickSliceDataset(Dataset[ThickSample]):
 
     def describe(self, index: int) -> str:
         """File name and image number of sample `index`."""
-        stack, k, _, _ = self._drawn(index)
+        stack, k, _, _ = self._draw(index)
         return f"{stack.place} {k}"
 
-    def _drawn(self, index: int) -> tuple[_Stack, int, bool, np.random.Generator]:
+    def _draw(self, index: int) -> tuple[_Stack, int, bool, np.random.Generator]:
         """The stack of a sample, the image number, whether it is a section, and the generator for the remaining
         draws."""
         if not 0 <= index < self.length:
@@ -213,7 +213,7 @@ class ThickSliceDataset(Dataset[ThickSample]):
         return stack, int(stack.full[rng.integers(len(stack.full))]), is_section, rng
 
     def __getitem__(self, index: int) -> ThickSample:
-        stack, k, is_section, rng = self._drawn(index)
+        stack, k, is_section, rng = self._draw(index)
         image = (stack.images[k] - stack.low) / (stack.high - stack.low)
         if not is_section and rng.random() < 0.5:
             image = image.mT

@@ -59,9 +59,9 @@ def modulated_deform_conv2d(
     below, as in torchvision. An infinite offset points outside: the sample is zero, and so is its gradient. If dy or dx
     is NaN, then the sample and the gradients of both are NaN, and no pixel is read.
 
-    Precision: float64 is computed in float64, all else in float32: a position in bfloat16 would be off by whole pixels.
-    The result has the dtype that `conv2d` would give: that of x, or the autocast dtype where autocast is on.
-    A channels-last x gives a channels-last result. A channels-last weight saves "cpu" a copy of it.
+    Precision: float64 is computed in float64, all other types in float32, because a position in bfloat16 would be off
+    by whole pixels. The result has the dtype of `conv2d`: that of x, or the autocast dtype if autocast is on. A
+    channels-last x gives a channels-last result. A channels-last weight saves "cpu" a copy of it.
 
     Second derivatives: "gather" supports them, "cpu" computes them with "gather", "torchvision" has none.
 

@@ -25,22 +25,22 @@ from deformmamba.errors import InvalidArgument
 from deformmamba.tensors import as_array, loop_over_batch, plain
 from deformmamba.threads import run_on_threads
 
-_CHUNK_BYTES = 2 << 20  # of columns: they stay in a core's cache between the kernel and the product
-_CHUNK_PIXELS = 512  # or at least this many, so that reading a large weight again pays
+_CHUNK_BYTES = 2 << 20  # size of the columns: they stay in a core's cache between the kernel and the product
+_CHUNK_PIXELS = 512  # at least this many pixels, so that reading a large weight again is worth it
 _TASK_ELEMENTS = 1 << 17  # column elements below which handing work to another thread costs more than it saves
 _TASK_CHANNELS = 8  # channels below which locating a sample costs more than summing it
 
 
 def _kernel(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Compiled when first called, without Python's lock, and kept on disk for the next process where that is possible.
+    """Compiles a function on its first call, without Python's lock, and caches it on disk if possible.
 
     Plain threads run the kernels: numba's own parallel loops abort when two Python threads enter them (workqueue).
-    Fast math without nnan and ninf: a NaN that goes in must come out.
+    Fast math without nnan and ninf, because NaN must propagate.
     """
     options |= {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "arcp", "contract", "afn", "reassoc"}}
     try:
         return njit(cache=True, **options)(function)
-    except RuntimeError:  # neither the package's folder nor the user's can be written
+    except RuntimeError:  # neither the package's folder nor the user's cache is writable
         return njit(**options)(function)
 
 
@@ -49,10 +49,11 @@ _inline = partial(_kernel, forceinline=True)
 
 @_inline
 def _locate(y, x, h, w):  # type: ignore[no-untyped-def]
-    """Where to sample: (inside, (four pixels), (parts: top, bottom, left, right), (which of those four exist)).
+    """The sampling position: (inside, (four pixels), (parts: top, bottom, left, right), (which of the four pixels
+    exist)).
 
     A pixel outside the image is replaced by its neighbour inside and has part 0. A sample outside [-1, h) x [-1, w) is
-    not inside, and zero; a position that is NaN makes parts that are NaN. (At -1 the value is 0, but not the gradient.)
+    not inside, and zero; a NaN position gives NaN parts. (At -1 the value is 0, but not the gradient.)
     """
     if not (y >= -1.0 and y < h and x >= -1.0 and x < w):
         part = 0.0 if y == y and x == x else np.nan
@@ -143,7 +144,7 @@ def _sample(x, offset, mask, geometry, columns, first):  # type: ignore[no-untyp
                         real(m * bottom * left),
                         real(m * bottom * right),
                     )
-                    # one run of channels for each group of the convolution that this deformable group meets
+                    # one range of channels for each convolution group that overlaps this deformable group
                     low, end, g = d * share, (d + 1) * share, 0
                     while low < end:
                         while (g + 1) * c_in <= low:
@@ -167,9 +168,9 @@ def _sample(x, offset, mask, geometry, columns, first):  # type: ignore[no-untyp
 def _scatter(  # type: ignore[no-untyped-def]
     x, offset, mask, geometry, columns, first, grad_x, grad_offset, grad_mask, start
 ):
-    """For the channels from `start` on that `columns` holds: put its values in the place of its gradient.
+    """For the channels in `columns`, from `start` on: replaces the gradient of the columns by their values.
 
-    Adds to grad_x, and writes what these channels give to grad_offset and grad_mask; leaves alone those that are empty.
+    Adds to grad_x, and writes the contribution of these channels to grad_offset and grad_mask, unless they are empty.
     """
     h, w, h_out, w_out, kh, kw, stride_y, stride_x, pad_y, pad_x, step_y, step_x = geometry
     n, taps, c_in = columns.shape[1:]
@@ -229,7 +230,7 @@ def _run_parts(work: Callable[[int, int], None], parts: list[tuple[int, int]]) -
     """work(start, stop) for each of the parts, at the same time."""
     waiting = deque(parts)
 
-    @torch.inference_mode()  # allows what any of the caller's modes allows
+    @torch.inference_mode()  # permits the same operations as the caller's modes
     def some() -> None:
         while True:
             try:
@@ -248,7 +249,7 @@ def _parts(n: int, n_parts: int, multiple: int = 1) -> list[tuple[int, int]]:
 
 
 class _Call:
-    """One call's tensors as kernels and products want them: contiguous, with all pixels in one axis."""
+    """One call's tensors in the layout for kernels and products: contiguous, with all pixels in one axis."""
 
     def __init__(self, x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, geometry: Sequence[int]) -> None:
         (b, h, w, c), (_, h_out, w_out, _), (c_out, kh, kw, c_in) = x.shape, offset.shape, weight.shape
@@ -286,10 +287,10 @@ def _check(
     geometry: Sequence[int],
     grad: Tensor | None = None,
 ) -> None:
-    """Compares every shape, dtype, device and layout with every other: kernels get pointers.
+    """Checks that all shapes, dtypes, devices and layouts agree, because kernels get raw pointers.
 
     Raises:
-        InvalidArgument: something does not fit.
+        InvalidArgument: an argument does not fit the others.
     """
     name = f"deformmamba::{operator}"
     if x is None or offset is None or weight is None:  # PyTorch passes an undefined tensor on as None
@@ -398,7 +399,7 @@ def deform_conv2d_backward(
     grad = grad.contiguous().view(call.pixels, len(weight))
     c, c_in = x.shape[-1], weight.shape[-1]
     parts = _parts(c, min(call.threads, c // _TASK_CHANNELS), multiple=4 if call.groups == 1 else c_in)
-    # what each part gives to the offsets, to be added up
+    # the contribution of each part to the offsets' gradient; summed afterwards
     grad_offset = x.new_zeros(len(parts), *call.offset.shape) if wanted[1] else x.new_empty(len(parts), 0, 0, 0, 0)
     grad_mask = x.new_zeros(len(parts), *call.mask.shape) if wanted[2] else x.new_empty(len(parts), 0, 0, 0)
     grad_x = torch.zeros_like(call.x) if wanted[0] else x.new_empty(0, 0)
@@ -466,7 +467,7 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    """`gather` has the same gradient, and PyTorch can differentiate that one."""
+    """Uses `gather`, which has the same gradient and which PyTorch can differentiate."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # views: `grad` may be a function of the others, and is an independent variable here

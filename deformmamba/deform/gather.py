@@ -26,8 +26,8 @@ def gather(
     groups, n_deform = c // c_in, offset.shape[-1] // (2 * kh * kw)
     stride_y, stride_x, pad_y, pad_x, step_y, step_x = geometry
 
-    # Two zeros around the image stand for all that is outside it: pixels are clamped to them.
-    # A row for each pixel and deformable group, holding its channels.
+    # Two zeros around the image represent everything outside it: pixels are clamped to them. A row for each pixel and
+    # deformable group, holding its channels.
     ring = 2
     height, width = h + 2 * ring, w + 2 * ring
     rows = F.pad(x, (0, 0, ring, ring, ring, ring)).reshape(-1, c // n_deform)

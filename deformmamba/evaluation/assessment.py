@@ -99,7 +99,7 @@ def by_spacing(
     trained = trained_spacings(model)
     rows = []
     for spacing in spacings:
-        coarser = [made for stack in stacks if (made := _coarser(stack, spacing, model.scale))]
+        coarser = [made for stack in stacks if (made := _at_spacing(stack, spacing, model.scale))]
         if not coarser:
             continue
         scores = [_compared(model, KSpaceCrop(model.scale)(stack.hr), stack.hr) for stack in coarser]
@@ -109,7 +109,7 @@ def by_spacing(
     return rows
 
 
-def _coarser(stack: _Stack, spacing: float, scale: int) -> _Stack | None:
+def _at_spacing(stack: _Stack, spacing: float, scale: int) -> _Stack | None:
     """The stack resampled to pixels of `spacing` by k-space cropping; None if the data are too coarse or too small."""
     factors = [spacing / own for own in stack.spacing]
     if min(factors) < FINER:
@@ -282,7 +282,7 @@ def lesions(
             added = torch.stack([shape.image(at, image.shape) for at, image in zip(places, stack.hr, strict=True)])
             ill = (stack.hr + sign * strength * added).clamp(min=0)
             truth = shape.contrast(ill - stack.hr)
-            before = _grown((sign * shape.contrast(stack.hr)).clamp(min=0), model.scale)
+            before = _largest_nearby((sign * shape.contrast(stack.hr)).clamp(min=0), model.scale)
             for name, made in models.items():
                 change = shape.contrast(upscale(made, crop(ill), axis=0) - plain[name])
                 recovered[size, kind, name] += [
@@ -362,7 +362,7 @@ class _Lesion:
         return image
 
 
-def _grown(images: torch.Tensor, scale: int) -> torch.Tensor:
+def _largest_nearby(images: torch.Tensor, scale: int) -> torch.Tensor:
     """The largest value within less than `scale` pixels, so that a small displacement does not count."""
     return F.max_pool2d(images[:, None], 2 * scale - 1, 1, scale - 1)[:, 0]
 

@@ -118,7 +118,7 @@ def markdown(out: str | Path) -> str:
         "|---|" + "---:|" * (len(columns) - 1),
     ]
     for row in table:
-        cells = [row.name, *_measured(by_row[row.name], by_row[OURS] if row.name != OURS else [])]
+        cells = [row.name, *_score_cells(by_row[row.name], by_row[OURS] if row.name != OURS else [])]
         cells += ["{:.2f} / {:.4f}".format(*row.paper[h]) if h in row.paper else "" for h in headings]
         lines.append("| " + " | ".join(cells) + " |")
     for title, key in (("Hardware", "hardware"), ("Version", "version"), ("Commit", "commit")):
@@ -149,7 +149,7 @@ def _size(row: Row, plan: Mapping[str, Any]) -> str:
     return f"{row.name} " + (", ".join(f"{k}={v}" for k, v in changes.items()) or "as published")
 
 
-def _measured(done: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]) -> list[str]:
+def _score_cells(done: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]) -> list[str]:
     """The cells from "parameters" to the difference; empty if no seed is finished."""
     if not done:
         return ["", "", "", "0", "not run", "", ""]

@@ -203,7 +203,7 @@ def _takes_base(model: SRModel) -> bool:
 
 
 @dataclass
-class _Image:
+class _TestImages:
     """The inputs for a file, and the expected result.
 
     Attributes:
@@ -223,7 +223,9 @@ class _Image:
         return float((got - self.wanted).abs().max()) / self.unit
 
 
-def _images(model: SRModel, h: int, w: int, batch: int, inputs: str, consistency: Consistency, *, own: bool) -> _Image:
+def _images(
+    model: SRModel, h: int, w: int, batch: int, inputs: str, consistency: Consistency, *, own: bool
+) -> _TestImages:
     """Slices of a brain (real, from nibabel's test data), and the model's result.
 
     `own`: normalise each slice by its own intensities, not by those of the stack.
@@ -246,13 +248,13 @@ def _images(model: SRModel, h: int, w: int, batch: int, inputs: str, consistency
     if inputs == "lr,base":
         lr = lr / float(np.percentile(volume, 99.9))
         given = {"lr": lr, "base": model.whole_slice(lr)["base"]} if _takes_base(model) else {"lr": lr}
-        return _Image(given, model(**given), 1.0)
+        return _TestImages(given, model(**given), 1.0)
     units = scan_units(model, raw)
     floor = NO_FLOOR if units.floor is None else units.floor
     given = {"lr": lr, "units": torch.zeros(3) if own else torch.tensor([units.zero, units.scale, floor])}
     stacks = [raw[k : k + 1] for k in range(batch)] if own else [raw]
     sharp = np.concatenate([upscale(model, stack, axis=0, consistency=consistency) for stack in stacks])
-    return _Image(given, torch.from_numpy(sharp)[:, None].repeat(1, channels, 1, 1), units.scale)
+    return _TestImages(given, torch.from_numpy(sharp)[:, None].repeat(1, channels, 1, 1), units.scale)
 
 
 def _write(

@@ -80,7 +80,7 @@ def _fit(entry: dict[str, Any], pixel: tuple[float, float] | None, contrast: str
             distance += 0.0 if wanted == theirs else float(np.log(cost))
             said.append(f"{kind} {wanted}" + ("" if wanted == theirs else f", trained for {theirs}"))
         elif theirs:
-            said.append(f"trained for {theirs}, and the scan does not say its {kind}")
+            said.append(f"trained for {theirs}, and the {kind} of the scan is unknown")
     return Fit(str(entry["name"]), float(distance), "; ".join(said) or "nothing is known about its training data")
 
 

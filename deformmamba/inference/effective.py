@@ -53,7 +53,7 @@ def coarsen(
     def coarser(image: torch.Tensor, k: int) -> torch.Tensor:
         return made(image[:h, :w] / unit, seed=seed, first=k) * unit
 
-    coarse = _each(volume, axis, made.size(h, w), coarser)
+    coarse = _map_slices(volume, axis, made.size(h, w), coarser)
     return volume.resampled(coarse, 1 / scale, in_plane(axis), made.grid)
 
 
@@ -82,13 +82,13 @@ def to_effective(volume: Volume, *, axis: int | None = None, matrix: tuple[int, 
         low = resize(image, found)
         return low.abs() if (image >= 0).all() else low.real
 
-    array = _each(volume, axis, found, cropped)
+    array = _map_slices(volume, axis, found, cropped)
     for a, m, n in zip((first, second), found, size, strict=True):
         volume = volume.resampled(array, m / n, (a,), "origin")
     return volume
 
 
-def _each(
+def _map_slices(
     volume: Volume, axis: int, size: tuple[int, int], change: Callable[[torch.Tensor, int], torch.Tensor]
 ) -> np.ndarray:
     """Applies `change` to every slice and its number, and stacks the results, of `size`, along the same axis."""

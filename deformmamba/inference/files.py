@@ -153,7 +153,9 @@ def upscale_file(
     made_by = derivation(found, far=bool(job.cautions))
     outputs = [(target, dtype)] if uncertainty is None else [(target, dtype), (uncertainty, None)]
     with ExitStack() as until_reported:
-        pages = [until_reported.enter_context(_room(report, job)) for _ in outputs] if report is not None else []
+        pages = (
+            [until_reported.enter_context(_temporary_array(report, job)) for _ in outputs] if report is not None else []
+        )
         jobs = itertools.chain([job], (Upscaling(found, prepared(one), chosen, warn=False) for one in scans))
         kept = _write(jobs, n_volumes, job, outputs, made_by, pages, keep(scan.array.shape[job.axis]))
         seconds = time.perf_counter() - start
@@ -238,7 +240,7 @@ def _reserve(file: IO[bytes], n_bytes: int) -> None:
 
 
 @contextmanager
-def _room(report: PathLike, job: Upscaling) -> Iterator[np.ndarray]:
+def _temporary_array(report: PathLike, job: Upscaling) -> Iterator[np.ndarray]:
     """An array for the result in a temporary file without a name in the folder of `report`; it disappears with the
     process."""
     with ExitStack() as stack:

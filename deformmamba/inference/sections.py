@@ -26,7 +26,7 @@ def by_sections(network: nn.Module, fine: torch.Tensor, progress: bool) -> tuple
 
     device = device_of(network)
     outs = fine.clone(), fine.clone()
-    rows, columns = _box(fine)
+    rows, columns = _anatomy_box(fine)
     inner, into = fine[:, rows, columns], [out[:, rows, columns] for out in outs]
     # (n, h) sections at each w, and (n, w) sections at each h
     views = [(inner.permute(2, 0, 1), into[0].permute(2, 0, 1)), (inner.permute(1, 0, 2), into[1].permute(1, 0, 2))]
@@ -49,7 +49,7 @@ def by_sections(network: nn.Module, fine: torch.Tensor, progress: bool) -> tuple
     return outs
 
 
-def _box(fine: torch.Tensor) -> tuple[slice, slice]:
+def _anatomy_box(fine: torch.Tensor) -> tuple[slice, slice]:
     """The rows and columns of (n, h, w) with anatomy, and MARGIN more on each side."""
     signal = (fine > TISSUE / 2).float().mean(0)
     spans = []

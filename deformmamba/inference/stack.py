@@ -124,7 +124,7 @@ class Stack:
         if thickness is None and (known := _dicom_thickness(volume)) is not None:
             thickness, origin = known, "DICOM's SliceThickness"
         elif thickness is None:
-            thickness, origin = spacing, "the spacing between slices, as the file does not say"
+            thickness, origin = spacing, "the spacing between slices, because the file has no thickness"
         else:
             origin = "as given"
         found = slice_profile(profile, thickness)

@@ -48,7 +48,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  #
     given = weight.t().contiguous() if by_channel else weight.contiguous()
     bias = x.new_zeros(d) if bias is None else bias.contiguous()
     arrays = (_flat(x), as_array(given), as_array(bias), _flat(y), length, _strides(x, by_channel))
-    _share("forward", by_channel, x.dtype, arrays, b, d)
+    _run_kernel("forward", by_channel, x.dtype, arrays, b, d)
     return y
 
 
@@ -75,7 +75,7 @@ def causal_conv_backward(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor,
         _flat(x), as_array(given), _flat(dy), _flat(dx), as_array(dweight), as_array(dbias), length,
         _strides(x, by_channel),
     )  # fmt: skip
-    _share("backward", by_channel, x.dtype, arrays, b, d)
+    _run_kernel("backward", by_channel, x.dtype, arrays, b, d)
     dweight = dweight.sum(0)
     return dx, dweight.t().contiguous() if by_channel else dweight, dbias.sum(0)
 
@@ -158,7 +158,7 @@ def _strides(x: Tensor, by_channel: bool) -> tuple[int, int]:
     return x.stride(0), x.stride(2 if by_channel else 1)
 
 
-def _share(
+def _run_kernel(
     name: str, by_channel: bool, dtype: torch.dtype, arrays: tuple[Any, ...], images: int, channels: int
 ) -> None:
     """Runs the kernel on torch.get_num_threads() threads that share the jobs."""

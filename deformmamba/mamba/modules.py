@@ -27,7 +27,7 @@ def _initial_dt(channels: int, dt_min: float, dt_max: float, floor: float, devic
     return dt + torch.log(-torch.expm1(-dt))
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """x in float32; float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -148,10 +148,10 @@ class Mamba(nn.Module):
     def _scan(self, xz: torch.Tensor, suffix: str) -> torch.Tensor:
         """(b, 2 d, l) to (b, d, l) with the weights of one direction."""
         conv, x_proj, dt_proj, D = (getattr(self, f"{name}{suffix}") for name in ("conv1d", "x_proj", "dt_proj", "D"))
-        A = -torch.exp(_wide(getattr(self, f"A{suffix}_log")))
-        bias = _wide(dt_proj.bias)
+        A = -torch.exp(_at_least_float32(getattr(self, f"A{suffix}_log")))
+        bias = _at_least_float32(dt_proj.bias)
         return mamba_inner_fn_no_out_proj(
-            xz, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, A, D=_wide(D), delta_bias=bias
+            xz, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, A, D=_at_least_float32(D), delta_bias=bias
         )
 
     def _fill(self, xz: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> torch.Tensor:
@@ -166,12 +166,12 @@ class Mamba(nn.Module):
         y, last = selective_scan_fn(
             x,
             self.dt_proj.weight @ dt.transpose(1, 2),
-            -torch.exp(_wide(self.A_log)),
+            -torch.exp(_at_least_float32(self.A_log)),
             B.transpose(1, 2),
             C.transpose(1, 2),
-            _wide(self.D),
+            _at_least_float32(self.D),
             z=z,
-            delta_bias=_wide(self.dt_proj.bias),
+            delta_bias=_at_least_float32(self.dt_proj.bias),
             delta_softplus=True,
             return_last_state=True,
         )
@@ -190,7 +190,7 @@ class Mamba(nn.Module):
         x = causal_conv1d_update(x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
         dt = F.linear(dt, self.dt_proj.weight)
-        A = -torch.exp(_wide(self.A_log))
+        A = -torch.exp(_at_least_float32(self.A_log))
         bias = self.dt_proj.bias
         y = selective_state_update(ssm_state, x, dt, A, B, C, self.D, z=z, dt_bias=bias, dt_softplus=True)
         return self.out_proj(y)[:, None], conv_state, ssm_state
@@ -344,7 +344,7 @@ class Mamba2(nn.Module):
                 self.conv1d.weight.squeeze(1),
                 self.conv1d.bias,
                 self.dt_bias,
-                -torch.exp(_wide(self.A_log)),
+                -torch.exp(_at_least_float32(self.A_log)),
                 self._D(),
                 self.chunk_size,
                 seq_idx=seq_idx,
@@ -389,7 +389,7 @@ class Mamba2(nn.Module):
         y, *states = mamba_chunk_scan_combined(
             x,
             dt,
-            -torch.exp(_wide(self.A_log)),
+            -torch.exp(_at_least_float32(self.A_log)),
             B,
             C,
             self.chunk_size,
@@ -430,11 +430,14 @@ class Mamba2(nn.Module):
         z0, x0, z, xBC, dt = self._parts(self.in_proj(hidden_states[:, 0]))
         xBC = causal_conv1d_update(xBC, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation)
         x, B, C = self._split_conv(xBC)
-        A = -torch.exp(_wide(self.A_log))[:, None, None].expand(-1, self.headdim, self.d_state)
+        A = -torch.exp(_at_least_float32(self.A_log))[:, None, None].expand(-1, self.headdim, self.d_state)
         dt = dt[..., None].expand(-1, -1, self.headdim)
         bias: torch.Tensor | None = self.dt_bias[:, None].expand(-1, self.headdim)
         if tuple(self.dt_limit) != (0.0, math.inf):
-            dt, bias = F.softplus(_wide(dt) + _wide(self.dt_bias)[:, None]).clamp(*self.dt_limit), None
+            dt, bias = (
+                F.softplus(_at_least_float32(dt) + _at_least_float32(self.dt_bias)[:, None]).clamp(*self.dt_limit),
+                None,
+            )
         D = self._D() if self.D_has_hdim else self.D[:, None].expand(-1, self.headdim)
         gate = None if self.rmsnorm else self._by_head(z)
         y = selective_state_update(ssm_state, x, dt, A, B, C, D, z=gate, dt_bias=bias, dt_softplus=bias is not None)

@@ -28,7 +28,7 @@ _CHUNK_EAGER = 32
 _RANGE = 120.0  # of s in a chunk: exp(60) times what follows is far from the limits of float32
 
 
-# `Optional`, because the schema is read from the annotations and older PyTorch does not know `Tensor | None`
+# `Optional`, because the schema is read from the annotations and older PyTorch does not support `Tensor | None`
 @torch.library.custom_op("deformmamba::ssd", mutates_args=())
 def scan(
     x: Tensor,

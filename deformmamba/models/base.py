@@ -25,7 +25,7 @@ from deformmamba.weights.checkpoint import Checkpoint, WeightsError, check_confi
 
 Model = TypeVar("Model", bound="SRModel")
 
-# |x| beyond this is not "about [0, 1]": an image in scanner units, most likely
+# larger |x| is not "about [0, 1]": probably an image in scanner units
 FAR_OUTSIDE = 8.0
 
 # bytes of buffers that a constructor may compute because no checkpoint stores them
@@ -92,7 +92,7 @@ class SRModel(nn.Module):
         given = _bound(type(self), args, arguments)
         given = {key: given[key] for key in ("scale", "intensity") if key in given} | given  # these two first
         self.config: dict[str, Any] = {}
-        self._not_plain: dict[str, Any] = {}  # arguments of a user's class that no file can hold
+        self._not_plain: dict[str, Any] = {}  # arguments of a user's class that cannot be stored in a file
         for key, value in given.items():
             try:
                 # through JSON, so that a tuple is a list before it is saved as well as after
@@ -147,7 +147,7 @@ class SRModel(nn.Module):
 
         Raises:
             WeightsError: no such weights, an unusable file, or a checkpoint of another class than this one.
-            InvalidArgument: no such device here, or a dtype that the model does not run in.
+            InvalidArgument: the device is not available, or the model does not support the dtype.
         """
         checkpoint = load_checkpoint(
             name,
@@ -180,7 +180,7 @@ class SRModel(nn.Module):
         mistyped = _mistyped(found, checkpoint.config)
         if mistyped:
             raise WeightsError(f"{checkpoint.source}: its config does not build a {checkpoint.class_name}: {mistyped}")
-        n = len(checkpoint.tensors)  # a constructor that registers far more asks for more than the file holds
+        n = len(checkpoint.tensors)  # a constructor that registers far more needs more than the file contains
         limits = {"parameters": 2 * n + 64, "buffers": 2 * n + 64, "modules": 8 * n + 256}
         try:
             with torch.device("meta"), limited_registration(**limits):
@@ -254,7 +254,7 @@ class SRModel(nn.Module):
         """The model itself, moved to `device` and `dtype` as `Module.to` does; None changes nothing.
 
         Raises:
-            InvalidArgument: no such device here, or a dtype that the model does not run in.
+            InvalidArgument: the device is not available, or the model does not support the dtype.
         """
         name = type(self).__name__
         if dtype is not None and not isinstance(dtype, torch.dtype):
@@ -344,7 +344,7 @@ class SRModel(nn.Module):
         return {"base": zero_fill(lr.to(torch.promote_types(lr.dtype, torch.float32)), self.scale)}
 
     def check_lr(self, lr: torch.Tensor) -> None:
-        """Checks the input of `forward`, and in eval mode warns where it is far from [0, 1].
+        """Checks the input of `forward`, and in eval mode warns if it is far from [0, 1].
 
         Raises:
             TypeError: not a floating-point tensor.
@@ -381,12 +381,12 @@ class SRModel(nn.Module):
 def pad_to_multiple(lr: torch.Tensor, multiple: int, minimum: int = 1) -> tuple[torch.Tensor, tuple[int, int]]:
     """Pads (b, c, h, w) at the bottom and right until h and w are multiples of `multiple`, and at least `minimum`.
 
-    The edge is replicated, so index 0 stays where it is and any amount of padding works. Returns the padded image and
-    (h, w), from which the caller crops: `crop(sr, scale * h, scale * w)`.
+    The edge is replicated, so index 0 does not move and any amount of padding works. Returns the padded image and (h,
+    w), from which the caller crops: `crop(sr, scale * h, scale * w)`.
     """
     h, w = lr.shape[-2:]
     bottom, right = ((max(n, minimum) + multiple - 1) // multiple * multiple - n for n in (h, w))
-    # a compiled or exported program holds the padding, which may be none, so that it serves every size
+    # a compiled or exported program includes the padding, which may be zero, so that it works for every size
     if torch.compiler.is_compiling() or bottom or right:
         lr = F.pad(lr, (0, right, 0, bottom), mode="replicate")
     return lr, (h, w)
@@ -436,7 +436,7 @@ def _mistyped(cls: type[nn.Module], config: Mapping[str, Any]) -> str | None:
     """The first argument in `config` that is not of the type that the constructor of `cls` declares, or None."""
     try:
         hints = get_type_hints(cls.__init__)
-    except NameError:  # a class of the user's, whose annotations are known to type checkers only
+    except NameError:  # a user's class, whose annotations only type checkers can resolve
         return None
     for name, value in config.items():
         if name in hints and not fits(value, hints[name]):

@@ -66,7 +66,7 @@ class DeformMambaSR(Block, SRModel):
             grows linearly from 0 to this value over the blocks.
         extra_activations: two SiLUs that the paper does not print, after the deform branch and in the multi-view
             context, without which both are linear.
-        separable: a 1x1 convolution after each depthwise one, as the printed "depthwise separable convolution" has it.
+        separable: a 1x1 convolution after each depthwise one, as in the paper's "depthwise separable convolution".
         final_norm: a LayerNorm in the final expansion, as in VM-UNet; it removes the local amplitude of the output.
         deform: False is the paper's ablation "w/o Deform".
         context: False is the paper's ablation "w/o MVC".

@@ -21,7 +21,7 @@ class FMISR(SRModel):
     Args:
         scale: upsampling factor.
         widths: output channels of each hidden layer.
-        grid: that of the pairs it is trained on; the convolutions before the pixel shuffle learn it.
+        grid: the grid of the training pairs; the convolutions before the pixel shuffle learn it.
         skip: None, as published; "zero-fill" adds the zero-filled input, see `deformmamba.models.skip`.
         intensity: see `SRModel`.
 

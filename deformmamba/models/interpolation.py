@@ -35,11 +35,11 @@ class _Separable(SRModel):
         self.grid = grid
 
     def matrix(self, n: int) -> torch.Tensor:
-        """(scale * n, n), float64: what each output sample takes of each of n input samples."""
+        """(scale * n, n), float64: the weight of each of n input samples in each output sample."""
         raise NotImplementedError
 
     def positions(self, n: int) -> torch.Tensor:
-        """Where the scale * n output samples lie, in units of the input's samples, float64."""
+        """The positions of the scale * n output samples, in units of the input's samples, float64."""
         i = torch.arange(self.scale * n, dtype=torch.float64)
         return i / self.scale if self.grid == "origin" else (i + 0.5) / self.scale - 0.5
 
@@ -51,7 +51,9 @@ class _Separable(SRModel):
     def enlarge(self, lr: torch.Tensor) -> torch.Tensor:
         """`forward` without its checks, for a network that starts from the interpolated image."""
         rows, columns = (self.matrix(n).to(lr) for n in lr.shape[-2:])
-        with without_autocast(lr.device.type):  # half precision would be seen in what is only resampled
+        with without_autocast(
+            lr.device.type
+        ):  # the error of half precision would be visible, because the image is only resampled
             return rows @ lr @ columns.T
 
 

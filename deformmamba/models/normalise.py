@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 NORMALISATIONS = (None, "slice")
-LOWEST, HIGHEST = -0.25, 2.0  # of what the network sees; air is about 0 and bright tissue about 1
+LOWEST, HIGHEST = -0.25, 2.0  # range of the network's input; air is about 0 and bright tissue about 1
 REACH = 2  # LR pixels: a neighbourhood is 5x5
 
 
@@ -25,7 +25,7 @@ def slice_range(lr: torch.Tensor) -> torch.Tensor:
 
 
 def normalised(lr: torch.Tensor, centre: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
-    """What the network sees of `lr`; zeros where `spread` is 0, as of a constant slice."""
+    """The network's input for `lr`; zeros if `spread` is 0, as for a constant slice."""
     known = spread > 0
     image = (lr - centre) / torch.where(known, spread, torch.ones_like(spread))
     return torch.where(known, image, torch.zeros_like(image)).clamp(LOWEST, HIGHEST)
@@ -38,7 +38,8 @@ def constant_neighbourhood(lr: torch.Tensor) -> torch.Tensor:
 
 
 def keep_constant(sr: torch.Tensor, lr: torch.Tensor, scale: int) -> torch.Tensor:
-    """`sr`, but the value of `lr` where its 5x5 neighbourhood is constant: a masked background stays as it is."""
+    """`sr`, but the value of `lr` where its 5x5 neighbourhood is constant, so that a masked background does not
+    change."""
     kept = torch.where(constant_neighbourhood(lr), lr, torch.full_like(lr, torch.nan))
     kept = F.interpolate(kept, scale_factor=float(scale), mode="nearest").to(sr.dtype)
     return torch.where(kept.isnan(), sr, kept)

@@ -10,7 +10,7 @@ from deformmamba.errors import InvalidArgument
 from deformmamba.physics.edges import zero_fill_edges
 from deformmamba.physics.kspace import Grid, zero_fill
 
-# name: the image that a network adds to, made of the WHOLE slice (see `physics.edges` for the second)
+# name: the image to which a network adds, computed from the WHOLE slice (see `physics.edges` for the second)
 BASES = {"zero-fill": zero_fill, "zero-fill-edges": zero_fill_edges}
 SKIPS = (None, *BASES)
 
@@ -31,7 +31,7 @@ def start_at_zero(last: nn.Module) -> None:
 
 
 def base_image(lr: torch.Tensor, scale: int, skip: str) -> torch.Tensor:
-    """The image that a network with this `skip` adds its output to, for whole slices `lr` (..., h, w); >= float32.
+    """The image to which a network with this `skip` adds its output, for whole slices `lr` (..., h, w); >= float32.
 
     At scale 1 that is `lr` itself.
     """
@@ -42,9 +42,9 @@ def base_image(lr: torch.Tensor, scale: int, skip: str) -> torch.Tensor:
 def add_base(
     name: str, sr: torch.Tensor, lr: torch.Tensor, base: torch.Tensor | None, scale: int, skip: str = "zero-fill"
 ) -> torch.Tensor:
-    """`sr` plus `base`, the cut of the whole slice's `base_image` at the place of `lr`.
+    """`sr` plus `base`, the part of the whole slice's `base_image` at the position of `lr`.
 
-    None takes `lr` for the whole slice.
+    With None, `lr` is the whole slice.
     """
     if base is None:
         base = base_image(lr, scale, skip)

@@ -18,7 +18,8 @@ class SRCNN(SRModel):
     Args:
         scale: upsampling factor.
         kernels: sizes of the three kernels, all odd. The journal version compares 9-1-5 (8,032 weights), 9-3-5 (24,416)
-            and 9-5-5 (57,184, the default), its best and the one it compares with others. Table 2 does not say which.
+            and 9-5-5 (57,184, the default), its best and the one it compares with others. Table 2 does not state which
+            one it uses.
         widths: channels after the first and the second convolution.
         grid: that of the pairs it is trained on; the bicubic interpolation before the network lies on it.
         intensity: see `SRModel`.

@@ -38,7 +38,7 @@ class _Windowed(SRModel):
     def build(self, network: Callable[..., nn.Module], **arguments: Any) -> nn.Module:
         """The spandrel network of `arguments`; on the meta device too."""
         window = self.multiple
-        with _Modern():
+        with _AdaptedConstructors():
             # the size for which an attention mask is kept, the smallest that has shifted windows; others are computed
             made = network(
                 img_size=2 * window, window_size=window, in_chans=self.channels, upscale=self.scale, **arguments
@@ -168,9 +168,10 @@ class HAT(_Windowed):
         )
 
 
-class _Modern(TorchFunctionMode):
-    """What the networks' constructors need here: their drop rates, read from a `torch.linspace`, on the CPU even if all
-    else is on the meta device, which has no numbers; and the indexing that `torch.meshgrid` warns about, said."""
+class _AdaptedConstructors(TorchFunctionMode):
+    """Two adaptations of the networks' constructors. They read drop rates from a `torch.linspace`, which must be on the
+    CPU because the meta device has no numbers; and `torch.meshgrid` gets the explicit indexing without which it
+    warns."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         said = {torch.linspace: {"device": "cpu"}, torch.meshgrid: {"indexing": "ij"}}.get(function, {})
@@ -178,7 +179,7 @@ class _Modern(TorchFunctionMode):
 
 
 def _spandrel(name: str) -> Callable[..., nn.Module]:
-    """A network class of spandrel. It imports torchvision, which raises where it does not fit the installed torch."""
+    """A network class of spandrel. It imports torchvision, which raises if it does not fit the installed torch."""
     try:
         require("torchvision", extra="baselines", what=f"{name} needs spandrel, which")
     except RuntimeError as error:

@@ -40,7 +40,7 @@ def unusable(tensor: torch.Tensor | None = None) -> str | None:
         return f"it runs on CPU tensors only, the tensor is on {tensor.device}; move it to the CPU"
     try:
         import numba
-    except Exception as error:  # a numpy that numba does not know yet raises ImportError, a broken llvmlite OSError
+    except Exception as error:  # a numpy that is too new for numba raises ImportError, a broken llvmlite OSError
         return f"numba cannot be imported ({error}); pip install --upgrade numba"
     settings: Any = numba.config
     if settings.DISABLE_JIT:
@@ -242,7 +242,7 @@ _DIMENSIONS = {  # of the arrays in `inputs`, `outputs` and `scratch`
 
 
 def _kernel(name: str, dtype: torch.dtype, zoh: bool) -> Any:
-    """The compiled kernel, from this process, from disk, or made now."""
+    """The compiled kernel: from this process, from disk, or compiled now."""
     key = (name, dtype, zoh)
     if key not in _kernels:
         with _compiling:

@@ -23,10 +23,12 @@ def unusable(tensor: torch.Tensor | None = None) -> str | None:
         # the extension itself: the package imports without it
         import selective_scan_cuda
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    except Exception as error:  # not there, built for another torch, or broken by a version of what it imports
+    except Exception as error:  # not installed, built for another torch, or broken by the version of a dependency
         return f"mamba-ssm's extension cannot be imported ({' '.join(str(error).split())}); {_CURE}"
     for found in (type(selective_scan_cuda), selective_scan_fn):
-        if found.__module__.startswith("deformmamba."):  # of deformmamba.mamba.install: it would call this scan
+        if found.__module__.startswith(
+            "deformmamba."
+        ):  # the replacement by deformmamba.mamba.install would call this scan
             return f"mamba-ssm here is the stand-in that deformmamba.mamba.install put there; {_CURE}"
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device; use backend 'cpu'"

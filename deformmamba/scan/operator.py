@@ -22,7 +22,7 @@ MODULES: dict[str, Backend] = {**KERNELS, **PLAIN}  # in the order in which "aut
 DIRECTIONS = (1, 2, 4)
 
 
-# `Optional`, because the schema is read from the annotations and older PyTorch does not know `Tensor | None`
+# `Optional`, because the schema is read from the annotations and older PyTorch does not support `Tensor | None`
 @torch.library.custom_op("deformmamba::scan", mutates_args=())
 def scan(
     backend: str,

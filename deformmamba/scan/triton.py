@@ -24,7 +24,7 @@ def unusable(tensor: Tensor | None = None) -> str | None:
     """Why the kernels cannot run on `tensor` (None: on anything here), and the cure, separated by a semicolon."""
     try:
         import triton  # noqa: F401
-    except Exception as error:  # not there, or broken
+    except Exception as error:  # not installed, or broken
         cure = "pip install triton on Linux, where PyTorch's CUDA builds bring it along"
         return f"Triton cannot be imported ({' '.join(str(error).split())}); {cure}"
     if tensor is not None and tensor.dtype == torch.float64:
@@ -167,7 +167,7 @@ class _Launches:
     ) -> None:  # fmt: skip
         self.directions, self.images, self.groups, self.length, self.channels = delta.shape
         n = A.shape[-1]
-        # kernels count within an image in 32 bits; what they mask may lie as far behind its end as it is long
+        # kernels count within an image in 32 bits; masked elements may be as far behind its end as the image is long
         if (values := self.length * max(self.groups * self.channels, n, 2)) >= 2**31:
             raise InvalidArgument(
                 f"an image has {values} values but the Triton scan counts below 2^31; use backend 'eager'"

@@ -195,8 +195,8 @@ def _split(scans: Sequence[Scan], plan: dict[str, dict[str, Any]], data: Any) ->
     settings = plan["data"]
     if not any(scan.group for scan in scans) and (settings.get("weights") or settings.get("validation")):
         warnings.warn(
-            f"{data} does not say what its volumes show (no contrast and anatomy in a volumes.tsv): all count alike, "
-            "where the recipe has shares of groups",
+            f"{data}: contrast and anatomy of the volumes are unknown (no volumes.tsv with these columns), so the "
+            "group weights of the recipe are ignored and all volumes count equally",
             stacklevel=3,
         )
         settings.pop("weights", None)

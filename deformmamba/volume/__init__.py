@@ -27,16 +27,16 @@ from deformmamba.volume.files import (
     MGH_SUFFIXES,
     NIFTI_SUFFIXES,
     ChoiceNeeded,
-    Kept,
     PathLike,
+    SliceFile,
     check_folder_of,
-    kept,
     parsing,
     refusals,
     renamed,
     renamed_folder,
     replacing,
     silenced,
+    slice_file,
     suffix,
     write_text,
 )
@@ -327,13 +327,13 @@ def _turned(
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """Takes slices across `axis`, volume after volume, and passes slices across the third axis on to `planes`."""
     with planes as put_plane, ExitStack() as current:
-        slices: list[Kept] = []
+        slices: list[SliceFile] = []
         n_put = 0
 
         def put(image: np.ndarray) -> None:
             nonlocal n_put
             if not slices:
-                slices.append(current.enter_context(kept(path, shape, axis, dtype)))
+                slices.append(current.enter_context(slice_file(path, shape, axis, dtype)))
             slices[0].put(image)
             n_put += 1
             if n_put == shape[axis]:

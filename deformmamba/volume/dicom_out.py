@@ -33,13 +33,13 @@ from deformmamba import __version__
 from deformmamba.volume.dicom import LPS_FROM_RAS, DicomSeries, Frame, is_dicom, number
 from deformmamba.volume.files import (
     DICOM_DTYPES,
-    Kept,
     PathLike,
+    SliceFile,
     as_dtype,
     check_folder_of,
     closed,
-    kept,
     parsing,
+    slice_file,
     suffix,
 )
 from deformmamba.volume.image import Volume, VolumeError
@@ -113,12 +113,14 @@ def slices(
 
     The shared slope depends on the range of all slices.
     """
-    with kept(path, shape, axis, "float32") as voxels:
+    with slice_file(path, shape, axis, "float32") as voxels:
         yield voxels.put
         write(target, like, voxels, dtype, derivation, deviation)
 
 
-def write(target: Path, like: Volume, voxels: Kept, dtype: str | None, derivation: str | None, deviation: bool) -> None:
+def write(
+    target: Path, like: Volume, voxels: SliceFile, dtype: str | None, derivation: str | None, deviation: bool
+) -> None:
     """Writes a new series to `target`, an empty folder or a file: (column, row, slice), with the geometry of `like`.
 
     Each slice is written into a copy of the data set of the nearest source slice.
@@ -160,7 +162,7 @@ def _encoding() -> Iterator[None]:
         ) from None
 
 
-def _quantisation(voxels: Kept, dtype: str | None) -> tuple[str, float]:
+def _quantisation(voxels: SliceFile, dtype: str | None) -> tuple[str, float]:
     """The stored type of the voxels and the slope, short enough for a decimal string of 16 characters.
 
     Zero is stored as zero. Without a `dtype` the 16 bits are used in full, independent of the source's range.
@@ -242,7 +244,7 @@ class _Made:
         self,
         like: Volume,
         series: DicomSeries,
-        voxels: Kept,
+        voxels: SliceFile,
         stored: str,
         slope: float,
         derivation: str,

@@ -227,7 +227,7 @@ def closed(file: Any) -> Iterator[Any]:
     file.close()
 
 
-class Kept:
+class SliceFile:
     """A file of slices across one axis, written in order; read as planes across the last axis."""
 
     def __init__(self, file: Any, shape: Sequence[int], axis: int, dtype: str) -> None:
@@ -264,10 +264,10 @@ class Kept:
 
 
 @contextmanager
-def kept(path: PathLike, shape: Sequence[int], axis: int, dtype: str) -> Iterator[Kept]:
-    """A `Kept` in a temporary file without a name beside `path`; the operating system removes it with the process."""
+def slice_file(path: PathLike, shape: Sequence[int], axis: int, dtype: str) -> Iterator[SliceFile]:
+    """A `SliceFile` in a temporary file without a name beside `path`, which disappears with the process."""
     with closed(tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path)))) as file:
-        yield Kept(file, shape, axis, dtype)
+        yield SliceFile(file, shape, axis, dtype)
 
 
 def check_folder_of(path: PathLike) -> None:

@@ -225,7 +225,7 @@ def test_a_patch_larger_than_a_coarse_slice_goes_on_at_the_opposite_edge(tmp_pat
     assert min(dataset._coarse_size(48, 40, 9.0)) == 2 * 16  # LR pixels that are always left
     wrapped = 0
     for index, sample in enumerate(dataset):
-        drawn, factor, _ = dataset._drawn(index)
+        drawn, factor, _ = dataset._draw(index)
         h, w = dataset._coarse_size(48, 40, factor)
         if factor == 1 or min(h, w) >= 40:
             continue
@@ -267,7 +267,7 @@ def test_jitter_takes_its_share_of_the_samples(tmp_path, phantom):
     plain = PatchDataset([scan], **options)
     other = "k-space:output=real"
     jittered = PatchDataset([scan], **options, jitter={other: 0.3, "k-space >> rician:snr=20": 0.2})
-    drawn = [jittered._degradation(jittered._drawn(index)[2]) for index in range(200)]
+    drawn = [jittered._degradation(jittered._draw(index)[2]) for index in range(200)]
     assert 40 < drawn.count(parse(other, scale=2)) < 80
     assert 20 < drawn.count(parse("k-space >> rician:snr=20", scale=2)) < 60
     assert 70 < drawn.count(plain.degradation) < 130

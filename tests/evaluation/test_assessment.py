@@ -11,7 +11,7 @@ from deformmamba.data.patches import Scan
 from deformmamba.evaluation.assessment import (
     APART,
     _changes,
-    _grown,
+    _largest_nearby,
     _Lesion,
     assess,
     by_spacing,
@@ -159,8 +159,8 @@ def test_what_a_model_invents_is_seen_and_does_not_count_as_recovered(scans):
 def test_a_slight_displacement_is_no_invention():
     image = torch.zeros(1, 16, 16)
     image[0, 8, 8] = 1
-    assert (torch.roll(image, (3, -3), (1, 2)) - _grown(image, 4)).max() <= 0
-    assert (torch.roll(image, 4, 1) - _grown(image, 4)).max() == 1
+    assert (torch.roll(image, (3, -3), (1, 2)) - _largest_nearby(image, 4)).max() <= 0
+    assert (torch.roll(image, 4, 1) - _largest_nearby(image, 4)).max() == 1
 
 
 def test_the_whole_is_plain_and_readable(scans):

@@ -197,7 +197,7 @@ def test_other_workers_do_not_make_another_run(folder, tmp_path, recipe):
 def test_a_folder_without_groups_is_taken_whole_and_says_so(folder, tmp_path, recipe, monkeypatch):
     plain = [dataclasses.replace(scan, group="") for scan in find_scans(folder)]
     monkeypatch.setattr("deformmamba.training.from_recipe.find_scans", lambda root, subject: plain)
-    with pytest.warns(UserWarning, match="does not say what its volumes show"):
+    with pytest.warns(UserWarning, match="contrast and anatomy of the volumes are unknown"):
         best = train_recipe(recipe, folder, tmp_path / "out", progress=False)
     assert "weights" not in DeformMambaSR.from_pretrained(best).provenance["recipe"]["data"]
 

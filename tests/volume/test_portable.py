@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deformmamba.inference.files import _reserve
-from deformmamba.volume.files import kept
+from deformmamba.volume.files import slice_file
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -16,7 +16,7 @@ def test_planes_without_preadv(axis: int, tmp_path: Path, monkeypatch: pytest.Mo
     array = np.random.default_rng(0).normal(size=(4, 3, 5)).astype(np.float32)
 
     def planes() -> list[np.ndarray]:
-        with kept(tmp_path / "x.nii", array.shape, axis, "float32") as store:
+        with slice_file(tmp_path / "x.nii", array.shape, axis, "float32") as store:
             for image in np.moveaxis(array, axis, 0):
                 store.put(image)
             return [store.plane(k) for k in range(array.shape[2])]
