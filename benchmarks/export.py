@@ -19,7 +19,7 @@ import torch
 
 import deformmamba
 from deformmamba.export import FORMATS, export, onnx, openvino, pt2
-from deformmamba.inference.upscaling import scan_units
+from deformmamba.volume import intensity_scale
 
 TOLERANCE = 1e-4  # as a share of the intensity scale, as in `export`
 
@@ -36,7 +36,7 @@ def main() -> None:
     model = deformmamba.from_pretrained(args.model)
     image = np.random.default_rng(0).random(args.size, np.float32)[None] * 1000
     wanted = deformmamba.upscale(model, image, axis=0)
-    unit = scan_units(model, image).scale
+    unit = intensity_scale(image)
     inputs = {"lr": torch.from_numpy(image)[:, None], "units": torch.zeros(3)}
     runs: dict[str, Callable[[], object]] = {"PyTorch (upscale)": lambda: deformmamba.upscale(model, image, axis=0)}
     facts: dict[str, tuple[float, float, float]] = {}

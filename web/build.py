@@ -12,9 +12,8 @@ import subprocess
 from pathlib import Path
 
 import deformmamba
-from deformmamba.export import export
+from deformmamba.export import export, smallest_side
 from deformmamba.export.whole_slice import NO_FLOOR
-from deformmamba.inference.upscaling import ABOVE_P99
 from deformmamba.volume.inspection import FAR_SPACING
 from deformmamba.weights import list_weights, weights_entry
 
@@ -50,10 +49,9 @@ def build(out: Path, names: list[str], files: Path | None = None) -> None:
                 "licence": entry["license"],
                 "sha256": model.sha256,
                 "spacings_mm": model.provenance.get("spacings_mm"),
-                "minimum_size": max(model.minimum_size, model.multiple + 1, 5),
+                "minimum_size": smallest_side(model),
                 "any_intensity": model.any_intensity,
                 "share": 1.0 if model.intensity == "max" else float(model.intensity.removeprefix("p")) / 100,
-                "above_p99": ABOVE_P99,
                 "no_floor": NO_FLOOR,
                 "far_spacing": FAR_SPACING,
             }

@@ -295,12 +295,8 @@ function percentile(sorted, share) {
 
 /** [zero, scale, floor] of a whole scan, as inference.upscaling.scan_units; `rule` is of weights.json. */
 export function units(data, rule) {
+  if (rule.any_intensity) return [0, 0, 0]; // each slice has its own, inside the exported model
   const sorted = Float32Array.from(data).sort(), lowest = sorted[0], highest = sorted.at(-1);
-  if (rule.any_intensity) {
-    const low = percentile(sorted, 0.01), high = percentile(sorted, 0.99);
-    const scale = rule.above_p99 * (high - low) || highest - lowest || 1;
-    return [low, scale, (lowest - low) / scale];
-  }
   const used = sorted.filter((v) => v !== 0), scale = used.length ? percentile(used, rule.share) : 1;
   const largest = Math.max(Math.abs(lowest), Math.abs(highest));
   return [0, scale > 0 ? scale : largest, lowest >= 0 ? 0 : rule.no_floor];

@@ -59,7 +59,43 @@ def add(commands: Any) -> None:
     evaluate.add_argument(
         "--slice", type=int, metavar="K", help="slice of the figure, counted from 0 (default: the middle slice)"
     )
+    evaluate.add_argument(
+        "--real-scans",
+        action="store_true",
+        help="instead, test each MODEL on markers, other units, cut fields of view and masked backgrounds, and print "
+        "Markdown tables (default split of a folder: val)",
+    )
     add_running(evaluate)
+
+
+def _real_scans(args: argparse.Namespace) -> None:
+    """`evaluation.real_scans` of each model, as Markdown."""
+    from deformmamba.data.scans import describe_splits
+    from deformmamba.evaluation.real_scans import markdown, real_scans
+    from deformmamba.volume import write_text
+
+    unused = [f"--{name}" for name in ("csv", "figure", "against") if getattr(args, name)]
+    if unused or args.degradation != "k-space":
+        raise InvalidArgument(
+            f"--real-scans has cases of its own and does not go with {unused[0] if unused else '--degradation'}; "
+            "leave one of them out"
+        )
+    if not args.model:
+        raise InvalidArgument("--real-scans tests models, and no MODEL was given; name one or more, such as ixi-4x")
+    scans = chosen(args.data, args.split, args.group, args.subject)
+    if args.split is None:
+        scans = [scan for scan in scans if scan.split == "val"] or scans
+    for line in describe_splits(scans):
+        tell(line)
+    found = {}
+    for name in args.model:
+        model = load_model(name)
+        model.to(device_here(args.device))
+        found[name] = real_scans(model, scans)
+        for line in ("", f"## {short(name)}", "", *markdown(found[name]).splitlines()):
+            tell(line)
+    if args.json:
+        write_text(args.json, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
 
 
 def add_volumes(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +159,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         check_target(args.figure, "", figure=True)
     if args.slice is not None and not args.figure:
         raise InvalidArgument("--slice needs --figure, because it chooses the slice of the figure; give --figure FILE")
+    if args.real_scans:
+        _real_scans(args)
+        return
     from deformmamba.data.scans import describe_splits
     from deformmamba.evaluation.compare import compare
     from deformmamba.physics.degradations import parse

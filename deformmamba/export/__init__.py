@@ -29,6 +29,8 @@ from deformmamba.export.whole_slice import NO_FLOOR, WholeSlice
 from deformmamba.inference.upscaling import scan_units, upscale
 from deformmamba.models import SRModel
 from deformmamba.physics.consistency import Consistency, check_consistency
+from deformmamba.physics.edges import NEAR
+from deformmamba.volume import intensity_scale
 from deformmamba.weights import manifest
 
 __all__ = ["FACTS", "FORMATS", "INPUTS", "TOLERANCE", "Export", "ExportError", "export", "portable_program"]
@@ -103,7 +105,7 @@ def export(
     path = Path(path)
     how = _checked(model, path, format, size, inputs, consistency)
     model = copy.deepcopy(model).cpu().float().eval()
-    smallest = max(model.minimum_size, model.multiple + 1, 2 if inputs == "lr,base" else 5)
+    smallest = smallest_side(model, inputs)
     sizes = [(int(size[0]), int(size[1]))] if size else [(max(33, smallest), max(22, smallest)), (smallest + 7, 48)]
     facts = _facts(model, size, smallest, inputs, how)
     if format == "openvino":
@@ -169,7 +171,8 @@ def _facts(
         described = {
             "lr": "float32 (b, c, h, w), whole slices in the scanner's units",
             "units": "float32 (3,): intensity that counts as 0, intensity that counts as 1 less the former, lowest "
-            f"value of the result in these units ({NO_FLOOR:g}: any); zeros: each slice by itself",
+            f"value of the result in these units ({NO_FLOOR:g}: any); zeros: each slice by itself, as `upscale` does "
+            "for models of any intensity",
         }
     else:
         about = f"of about [0, 1]: divide by the intensity {rule} of the LR volume"
@@ -223,6 +226,15 @@ class _TestImages:
         return float((got - self.wanted).abs().max()) / self.unit
 
 
+def smallest_side(model: SRModel, inputs: str = "lr") -> int:
+    """The smallest h and w in pixels of a file with free sizes."""
+    if inputs == "lr,base":
+        return max(model.minimum_size, model.multiple + 1, 2)
+    return max(
+        model.minimum_size, model.multiple + 1, NEAR if getattr(model, "skip", None) == "zero-fill-robust" else 5
+    )
+
+
 def _images(
     model: SRModel, h: int, w: int, batch: int, inputs: str, consistency: Consistency, *, own: bool
 ) -> _TestImages:
@@ -254,7 +266,8 @@ def _images(
     given = {"lr": lr, "units": torch.zeros(3) if own else torch.tensor([units.zero, units.scale, floor])}
     stacks = [raw[k : k + 1] for k in range(batch)] if own else [raw]
     sharp = np.concatenate([upscale(model, stack, axis=0, consistency=consistency) for stack in stacks])
-    return _TestImages(given, torch.from_numpy(sharp)[:, None].repeat(1, channels, 1, 1), units.scale)
+    unit = units.scale or intensity_scale(raw)
+    return _TestImages(given, torch.from_numpy(sharp)[:, None].repeat(1, channels, 1, 1), float(unit))
 
 
 def _write(

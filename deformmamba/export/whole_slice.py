@@ -22,7 +22,16 @@ from torch import Tensor, nn
 from deformmamba.inference.upscaling import ABOVE_P99
 from deformmamba.models import SRModel
 from deformmamba.physics.consistency import ENOUGH_AIR, SIGNAL, Consistency
-from deformmamba.physics.edges import cut_edges
+from deformmamba.physics.edges import (
+    BEYOND,
+    away_from_cut,
+    cut_edges,
+    cut_likelihood,
+    edge_models,
+    extended,
+    outliers,
+    prediction,
+)
 
 NO_FLOOR = -1e30  # the floor of data with a sign
 
@@ -141,6 +150,31 @@ def cubic(image: Tensor, scale: int) -> Tensor:
     return rows @ image @ columns.mT
 
 
+def extension_filled(lines: Tensor, gate: Tensor, scale: int) -> Tensor:
+    """(..., n) to (..., scale * n): the part of `edges.zero_fill_robust` of one axis."""
+    n = lines.shape[-1]
+    plain = lines @ axis(n, scale, lines).dirichlet.mT
+    longer = axis(n + 2 * BEYOND, scale, lines).dirichlet
+    inside = longer.index_select(0, torch.arange(n * scale, device=lines.device) + scale * BEYOND)
+    return plain + gate * (extended(lines) @ inside.mT - plain)
+
+
+def _base(x: Tensor, rows: Axis, columns: Axis, scale: int, skip: str) -> Tensor:
+    """`models.skip.base_image` of whole slices (..., h, w)."""
+    if skip == "zero-fill":
+        return zero_fill(x, rows, columns)
+    if skip == "zero-fill-edges":
+        smooth = smooth_part(x, cut_edges(x))
+        return zero_fill(x - smooth, rows, columns) + cubic(smooth, scale)
+    spots = outliers(x)
+    rest = x - spots
+    gate = cut_likelihood(rest, scale)[..., None, None]
+    down, across = gate[..., 0, :, :], gate[..., 1, :, :]
+    filled = extension_filled(extension_filled(rest.mT, down, scale).mT, across, scale)
+    corner = (rows.alternating @ rest @ columns.alternating)[..., None, None] * _outer(rows.sine, columns.sine)
+    return filled - (1 - down) * (1 - across) * corner + cubic(spots, scale)
+
+
 def percentile(values: Tensor, share: float, used: Tensor) -> Tensor:
     """(b, 1): the percentile 100 * share of the `used` elements of each row of (b, n), interpolated as numpy does."""
     ordered = torch.where(used, values, torch.full_like(values, math.inf)).sort(dim=1).values
@@ -161,6 +195,9 @@ class WholeSlice(nn.Module):
     def __init__(self, model: SRModel, consistency: Consistency) -> None:
         super().__init__()
         self.model, self.consistency = model, consistency
+        if getattr(model, "skip", None) == "zero-fill-robust":  # a tracer must find these constants computed
+            edge_models(model.scale)
+            prediction()
         self.share = 1.0 if model.intensity == "max" else float(model.intensity.removeprefix("p")) / 100
 
     def forward(self, lr: Tensor, units: Tensor) -> Tensor:
@@ -180,12 +217,7 @@ class WholeSlice(nn.Module):
         x = (lr - zero) / span
         rows, columns = (axis(n, scale, x) for n in x.shape[-2:])
         skip = getattr(model, "skip", None)
-        if skip is None:
-            sr = model(x)
-        else:
-            smooth = smooth_part(x, cut_edges(x)) if skip == "zero-fill-edges" else None
-            base = zero_fill(x if smooth is None else x - smooth, rows, columns)
-            sr = model(x, base if smooth is None else base + cubic(smooth, scale))
+        sr = model(x) if skip is None else model(x, _base(x, rows, columns, scale, skip))
         sr, x = sr - floor, x - floor
         if self.consistency != "off":
             sr = self._corrected(sr, x, signed, rows, columns)
@@ -214,7 +246,12 @@ class WholeSlice(nn.Module):
         """`consistency.corrected` in real arithmetic."""
         scale = self.model.scale
         edges = self.model.any_intensity and self.consistency == "object"
-        cut = cut_edges(x) if edges else None
+        robust = self.consistency == "object" and getattr(self.model, "skip", None) == "zero-fill-robust"
+        if robust:
+            spots = outliers(x)
+            sharp = cubic(spots, scale)
+            x, sr = x - spots, sr - sharp
+        cut = (cut_likelihood(x, scale) if robust else cut_edges(x)) if edges else None
         if cut is None:
             real, imaginary = lowpass(sr, rows, columns, scale)
         else:
@@ -239,6 +276,10 @@ class WholeSlice(nn.Module):
         if edges:
             varying = (F.max_pool2d(x, 5, 1, 2) != -F.max_pool2d(-x, 5, 1, 2)).to(x.dtype)
             share = share * F.interpolate(varying, scale_factor=float(scale), mode="nearest")
+        if robust:
+            assert cut is not None
+            share = share * away_from_cut(cut, x.shape[-2], x.shape[-1], scale)
+            sr = sr + sharp
         return sr + share * correction
 
     def _object_share(self, sr: Tensor, difference: Tensor, signed: Tensor) -> Tensor:

@@ -267,20 +267,31 @@ class Upscaling:
                     future.cancel()
 
     def _sharpened(self, images: np.ndarray, units: "_Units") -> tuple[np.ndarray, np.ndarray | None]:
-        """Upscales slices (n, h, w) in scanner units; returns them and their deviation."""
+        """Upscales slices (n, h, w) in scanner units; returns them and their deviation.
+
+        `units` as `scan_units` gives them.
+        """
         model = self._model
         with torch.inference_mode():
             image = torch.from_numpy(images).to(self._device, self._dtype)
+            units = slice_units(image) if model.any_intensity else units
             lr = normalise(image - units.zero, units.scale)[:, None]
             settings, floor = self.settings, units.floor
+            if isinstance(floor, torch.Tensor):
+                floor = floor[:, None]
             sr, spread = predict(model, lr, ensemble=settings.ensemble, tile=settings.tile, overlap=settings.overlap)
             assert settings.consistency is not None
-            how, edges = settings.consistency, model.any_intensity
-            if floor is None:
-                sr = corrected(sr, lr, model.scale, how, magnitude=False, edges=edges)
-            else:  # magnitudes, above the lowest possible value
-                sr = corrected(sr - floor, lr - floor, model.scale, how, magnitude=True, edges=edges).clamp_(min=0)
-                sr = sr + floor
+            lowest = 0.0 if floor is None else floor
+            sr = corrected(
+                sr - lowest,
+                lr - lowest,
+                model.scale,
+                settings.consistency,
+                magnitude=floor is not None,
+                edges=model.any_intensity,
+                robust=getattr(model, "skip", None) == "zero-fill-robust",
+            )
+            sr = sr if floor is None else sr.clamp_(min=0) + floor  # magnitudes, above the lowest possible value
             sharp = restore(sr[:, 0], units.scale) + units.zero
             deviation = None if spread is None else restore(spread[:, 0], units.scale)
             made = [None if x is None else x.to("cpu", torch.float32).numpy() for x in (sharp, deviation)]
@@ -307,27 +318,43 @@ class _Units(NamedTuple):
     """The model gets (slice - zero) / scale.
 
     `floor`: the lowest allowed value of the result, in the model's units; None for data with a sign.
+
+    Numbers that hold for the whole scan, or tensors (n, 1, 1) with one value for each of n slices.
     """
 
-    zero: float
-    scale: float
-    floor: float | None
+    zero: float | torch.Tensor
+    scale: float | torch.Tensor
+    floor: float | torch.Tensor | None
 
 
 def scan_units(model: "SRModel", array: np.ndarray) -> _Units:
-    """The units in which a model gets the whole scan.
+    """The units in which a model for images of about [0, 1] gets the whole scan: divided by its intensity rule.
 
-    For a model of images of about [0, 1], the scan is divided by the model's intensity rule. A scan with a negative
-    value counts as data with a sign. A model for any intensity does not depend on units. To make data consistency
-    independent of units too, its scan is mapped to [0, 1] by the 1st and the 99th percentile. Its lowest allowed value
-    is the scan's lowest value instead of 0.
+    A scan with a negative value counts as data with a sign. All are 0 for a model for any intensity: there each slice
+    has its own, see `slice_units`.
     """
-    lowest = float(array.min())
-    if not model.any_intensity:
-        return _Units(0.0, intensity_scale(array, model.intensity), 0.0 if lowest >= 0 else None)
-    low, high = (float(value) for value in np.percentile(array, (1, 99)))
-    scale = ABOVE_P99 * (high - low) or float(array.max()) - lowest or 1.0
-    return _Units(low, scale, (lowest - low) / scale)
+    if model.any_intensity:
+        return _Units(0.0, 0.0, 0.0)
+    return _Units(0.0, intensity_scale(array, model.intensity), 0.0 if float(array.min()) >= 0 else None)
+
+
+def slice_units(slices: torch.Tensor) -> _Units:
+    """The units in which a model for any intensity gets slices (n, h, w), one by one.
+
+    The model itself does not depend on units. To make data consistency independent of them too, each slice is mapped to
+    [0, 1] by its 1st and 99th percentile. Its lowest allowed value is its lowest value.
+    """
+    values = slices.flatten(1).cpu().numpy()
+    low, high = np.percentile(values, (1, 99), axis=1)
+    lowest, highest = values.min(1), values.max(1)
+    span = ABOVE_P99 * (high - low)
+    span = np.where(span > 0, span, highest - lowest)
+    span = np.where(span > 0, span, 1.0)
+    zero, scale, floor = (
+        torch.from_numpy(value.astype(np.float32)).to(slices)[:, None, None]
+        for value in (low, span, (lowest - low) / span)
+    )
+    return _Units(zero, scale, floor)
 
 
 def _checked_overlap(model: "SRModel", tile: int, overlap: int | None) -> int:

@@ -73,7 +73,8 @@ class DeformMambaSR(Block, SRModel):
         context_rates: dilation rates of the multi-view context; not printed.
         skip: None is the paper's network. "zero-fill" adds the zero-filled input to the output, so that the network
             learns the difference only; its last convolution then starts at zero. "zero-fill-edges" does the
-            same for fields of view that are cut at their edges, see `physics.edges`.
+            same for fields of view that are cut at their edges, and "zero-fill-robust" does it better and keeps
+            outliers from ringing, see `physics.edges`.
         normalise: None is the paper's network, for images of about [0, 1]. "slice" takes images of any gain, offset
             and outliers: each slice is normalised inside (`models.normalise`), and where the 5x5 neighbourhood of an
             input pixel is constant, as in a masked background, the output is that constant.

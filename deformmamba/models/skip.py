@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from deformmamba.errors import InvalidArgument
-from deformmamba.physics.edges import zero_fill_edges
+from deformmamba.physics.edges import zero_fill_edges, zero_fill_robust
 from deformmamba.physics.kspace import Grid, zero_fill
 
 # name: the image to which a network adds, computed from the WHOLE slice (see `physics.edges` for the second)
-BASES = {"zero-fill": zero_fill, "zero-fill-edges": zero_fill_edges}
+BASES = {"zero-fill": zero_fill, "zero-fill-edges": zero_fill_edges, "zero-fill-robust": zero_fill_robust}
 SKIPS = (None, *BASES)
 
 

@@ -181,11 +181,11 @@ def intensity_scale(array: npt.ArrayLike, rule: str = "p99.9") -> float:
 Image = TypeVar("Image", bound=Any)
 
 
-def normalise(image: Image, scale: float) -> Image:
+def normalise(image: Image, scale: float | Image) -> Image:
     """Scanner units to about [0, 1] (array or tensor); `scale` from `intensity_scale`. Nothing is clipped."""
     return image / scale
 
 
-def restore(image: Image, scale: float) -> Image:
+def restore(image: Image, scale: float | Image) -> Image:
     """The inverse of `normalise`: about [0, 1] to scanner units."""
     return image * scale

@@ -14,6 +14,7 @@ from tolerances import assert_close
 import deformmamba.export
 from deformmamba.cli import main
 from deformmamba.export import FACTS, ExportError, export, onnx, openvino, pt2, whole_slice
+from deformmamba.export.whole_slice import WholeSlice
 from deformmamba.inference import upscale
 from deformmamba.inference.upscaling import scan_units
 from deformmamba.models import DeformMambaSR, SRModel
@@ -126,7 +127,26 @@ NETWORKS = [
     ({"skip": "zero-fill"}, "object"),
     ({"dims": [4, 6], "depths": [1, 1], "discretization": "zoh", "directions": 2, "separable": True}, "off"),
     ({"skip": "zero-fill-edges", "normalise": "slice", "directions": 1, "context": False}, "object"),
+    ({"skip": "zero-fill-robust", "normalise": "slice", "directions": 1, "context": False}, "object"),
 ]
+
+
+@pytest.mark.parametrize("skip", ["zero-fill", "zero-fill-edges", "zero-fill-robust"])
+@pytest.mark.parametrize("consistency", ["object", "exact", "off"])
+@pytest.mark.filterwarnings("ignore:the scan does not look like a magnitude image")
+def test_what_is_exported_is_upscale_in_any_units(skip: str, consistency: str) -> None:
+    model = small(skip=skip, normalise="slice")
+    module = WholeSlice(model, consistency).eval()
+    whole = scan(26, 24, 2)
+    whole[:, 3:5, 15:17] = 40_000  # a marker
+    for stack in (whole, scan(40, 41, 2)[:, 10:27, 12:28]):  # a whole slice, and a window with tissue at its edges
+        wanted = upscale(model, stack, axis=0, consistency=consistency)
+        for gain, offset in ((1, 0), (0.03, 0), (1, -1500), (20, 2000)):
+            changed = torch.from_numpy(stack * np.float32(gain) + np.float32(offset))[:, None]
+            with torch.no_grad():
+                sr = module(changed, torch.zeros(3))[:, 0].numpy()
+            # float32 holds the range with the offset to 1e-7, and a few layers amplify that
+            np.testing.assert_allclose((sr - offset) / gain, wanted, rtol=0, atol=5e-5 * np.abs(wanted).max())
 
 
 @pytest.mark.slow
@@ -152,10 +172,10 @@ def test_an_onnx_file_gives_what_upscale_gives(tmp_path: Path, options: dict[str
         given = np.float32([units.zero, units.scale, units.floor])
         (sr,) = session.run(["sr"], {"lr": stack[:, None], "units": given})
         wanted = upscale(model, stack, axis=0, consistency=consistency)
-        np.testing.assert_allclose(sr[:, 0], wanted, atol=1e-5 * units.scale)
+        np.testing.assert_allclose(sr[:, 0], wanted, atol=1e-5 * (units.scale or 2000))
         (sr,) = session.run(["sr"], {"lr": stack[:1, None]})
         wanted = upscale(model, stack[:1], axis=0, consistency=consistency)
-        np.testing.assert_allclose(sr[:, 0], wanted, atol=1e-5 * units.scale)
+        np.testing.assert_allclose(sr[:, 0], wanted, atol=1e-5 * (units.scale or 2000))
 
 
 @pytest.mark.slow

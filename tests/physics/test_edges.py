@@ -6,7 +6,20 @@ from tolerances import assert_close
 
 from deformmamba.models import Bicubic
 from deformmamba.physics.consistency import corrected
-from deformmamba.physics.edges import cubic, cut_edges, smooth_part, zero_fill_edges
+from deformmamba.physics.edges import (
+    BEYOND,
+    SIDE,
+    _likely_cut,
+    cubic,
+    cut_edges,
+    edge_models,
+    extended,
+    outliers,
+    prediction,
+    smooth_part,
+    zero_fill_edges,
+    zero_fill_robust,
+)
 from deformmamba.physics.kspace import degrade, zero_fill
 
 CUT = torch.ones(2, dtype=torch.float64)
@@ -70,3 +83,89 @@ def test_consistency_leaves_a_masked_background_alone() -> None:
     sr = zero_fill_edges(lr, 2)
     sr[..., :12, :] = 0
     assert corrected(sr, lr, 2, "object", magnitude=True, edges=True)[..., :12, :].abs().max() == 0
+
+
+def test_the_robust_zero_filling_of_a_whole_slice_loses_nothing() -> None:
+    whole = torch.zeros(96, 80, dtype=torch.float64)
+    whole[8:90, 6:76] = smooth_scene(82, 70)
+    whole[30:60, 20:70] += 1
+    lr = degrade(whole, 4)
+    plain, robust = ((fill(lr, 4) - whole).square().mean() for fill in (zero_fill, zero_fill_robust))
+    assert 10 * torch.log10(robust / plain) < 0.02  # dB
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_edges_drawn_from_each_model_are_told_apart(scale: int) -> None:
+    inverse, determinant = edge_models(scale)
+    random = torch.Generator().manual_seed(0)
+    found = []
+    for covariance in torch.linalg.inv(inverse):
+        noise = torch.randn(400, 2 * SIDE, generator=random, dtype=torch.float64)
+        sides = noise @ torch.linalg.cholesky(covariance).mT
+        lines = torch.cat([sides[:, SIDE:], sides[:, :SIDE]], dim=1)
+        found.append(float(_likely_cut(lines, inverse, determinant)))
+    assert found[0] == 1  # index 0 is a cut edge
+    assert max(found[1:]) < (0.9 if scale == 2 else 0.6)  # at 2x the models differ less
+
+
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_the_robust_zero_filling_passes_through_the_samples_and_commutes_with_gain_and_offset(scale: int) -> None:
+    image = smooth_scene(18, 25)
+    image[4:6, 7:9] += 90
+    filled = zero_fill_robust(image, scale)
+    assert_close(filled[::scale, ::scale], image)
+    assert_close(zero_fill_robust(0.03 * image - 7, scale), 0.03 * filled - 7)
+
+
+def test_an_outlier_does_not_ring() -> None:
+    image = smooth_scene(40, 36)
+    marked = image.clone()
+    marked[20:22, 10:12] = 100
+    far = torch.ones(160, 144, dtype=torch.bool)
+    far[4 * 17 : 4 * 25, 4 * 7 : 4 * 15] = False
+    plain, robust = ((fill(marked, 4) - fill(image, 4))[far].abs().max() for fill in (zero_fill, zero_fill_robust))
+    assert plain > 1
+    assert robust < 0.1 * plain
+    assert outliers(marked).gt(0).sum() == 4
+    assert outliers(torch.zeros(12, 12)).max() == 0
+
+
+def test_the_robust_zero_filling_of_a_window_is_closer_to_that_of_the_whole_slice() -> None:
+    y, x = torch.meshgrid(torch.arange(256).double(), torch.arange(256).double(), indexing="ij")
+    whole = degrade(2 + torch.sin(x / 9 + y / 23) + torch.cos(y / 13 - x / 31) + torch.sin(x * y / 2000), 4)
+    window = whole[21:41, 17:37]
+    wanted = zero_fill(whole, 4)[84:164, 68:148]
+    errors = [(fill(window, 4) - wanted).square().mean().sqrt() for fill in (zero_fill, zero_fill_robust)]
+    assert errors[1] < 0.7 * errors[0]
+
+
+def test_predictions_keep_a_constant_and_lines_too_short_to_tell_stay_as_they_are() -> None:
+    assert_close(prediction().sum(1), torch.ones(BEYOND, dtype=torch.float64))
+    assert_close(extended(torch.full((2, 9), 3.0)), torch.full((2, 9 + 2 * BEYOND), 3.0))
+    small = torch.rand(5, 6, dtype=torch.float64)
+    assert_close(zero_fill_robust(small, 2), zero_fill(small, 2))
+
+
+def test_robust_consistency_leaves_cut_edges_alone_and_outliers_out() -> None:
+    image = smooth_scene(24, 20).float()[None, None]
+    sr = zero_fill_robust(image, 2) + 0.1 * torch.rand(1, 1, 48, 40)
+    changed = corrected(sr, image, 2, "object", magnitude=False, edges=True, robust=True) != sr
+    assert not changed[..., :4, :].any()  # within two LR pixels of a cut edge
+    assert not changed[..., -4:].any()
+    assert changed[..., 12:-12, 12:-12].all()
+    whole = torch.zeros(64, 64)
+    whole[8:56, 8:56] = smooth_scene(48, 48).float()
+    lr = degrade(whole, 2)[None, None]
+    estimate = 0.9 * whole[None, None]
+    marked = lr.clone()
+    marked[..., 15:17, 15:17] = 200
+    with_marker = corrected(estimate + (zero_fill_robust(marked, 2) - zero_fill_robust(lr, 2)), marked, 2, "object",
+                            magnitude=False, edges=True, robust=True)  # fmt: skip
+    without = corrected(estimate, lr, 2, "object", magnitude=False, edges=True, robust=True)
+    far = torch.ones(64, 64, dtype=torch.bool)
+    far[24:40, 24:40] = False
+    assert (without - estimate).abs().max() > 0.05
+    naive = corrected(estimate + (zero_fill_robust(marked, 2) - zero_fill_robust(lr, 2)), marked, 2, "object",
+                      magnitude=False, edges=True)  # fmt: skip
+    changes = [(made - without)[..., far].abs().max() for made in (naive, with_marker)]
+    assert changes[1] < 0.1 * changes[0]

@@ -1,0 +1,269 @@
+"""Scores on what real scans have: markers, other units, cut fields of view, masked backgrounds.
+
+`real_scans` changes the LR image of high-resolution scans in these ways and compares the result with that of the
+unchanged image. The cases are simulated from the truth, so the loss of each one is measured, not judged by eye.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from deformmamba.data.scans import Scan, load_slices, named_scans
+from deformmamba.errors import InvalidArgument
+from deformmamba.inference import upscale
+from deformmamba.models.base import SRModel
+from deformmamba.models.interpolation import ZeroFill
+from deformmamba.models.normalise import constant_neighbourhood
+from deformmamba.physics.kspace import degrade
+from deformmamba.volume import intensity_scale
+
+Row = dict[str, Any]
+
+MARKERS = (5.0, 20.0)  # times the 99.9th percentile of the input
+MARKED_SHARE = 0.005  # of a slice's pixels, the largest marker
+AROUND = 4  # LR pixels around a marker that do not count as elsewhere
+GAINS = (20.0, 0.05, 0.03)
+OFFSETS = (-200.0, -600.0, -1500.0, 2000.0)  # in the scan's own units
+TISSUE = 0.15  # of the 99.9th percentile: darker pixels belong to the background that a mask sets to 0
+WELL_OUTSIDE = 4  # LR pixels from the mask
+
+
+class _Stack(NamedTuple):
+    """Slices (n, h, w) of one volume: truth and input, in the scan's own units."""
+
+    subject: str
+    hr: torch.Tensor
+    lr: torch.Tensor
+
+
+def real_scans(
+    model: SRModel, scans: Iterable[Scan | str], *, slices: int = 8, window: int = 20, tile: int = 32
+) -> list[Row]:
+    """One row a case: `case`, `subjects`, and the means over subjects of what the case measures.
+
+    - `psnr`, `zero_fill_psnr`: in dB by the maximum of the volume's truth, over the pixels that the case is about.
+    - `psnr_without`: the network's value for the same pixels of the unchanged image; `loss`: `psnr_without` - `psnr`.
+    - `deviation`: for other units, the difference from a * output(x) + b, root mean square, as a share of the
+      network's change of the zero-filled image.
+    - `nonzero`, `largest`: of a region that is 0 in the input: share of voxels that are not 0 in the output, and the
+      largest absolute value as a share of the output's maximum.
+
+    Args:
+        model: on the origin grid.
+        scans: high-resolution volumes.
+        slices: of each volume, spread evenly over its middle half.
+        window: side in LR pixels of the cut fields of view. There are three in each slice, around its middle.
+        tile: side in LR pixels of the tiles with which the invariance is checked as well.
+
+    Raises:
+        InvalidArgument: no scan, a model on the half-pixel grid, or slices smaller than two windows.
+    """
+    if model.grid != "origin":
+        raise InvalidArgument(f"real_scans: {type(model).__name__} is on the {model.grid} grid; wanted the origin grid")
+    stacks = [_stack(scan, model.scale, slices, window) for scan in named_scans(scans)]
+    if not stacks:
+        raise InvalidArgument("real_scans: no scan was given")
+    measured: dict[str, list[Row]] = {}
+    with warnings.catch_warnings():
+        # offsets and markers are meant
+        warnings.filterwarnings("ignore", "the scan does not look like a magnitude image")
+        warnings.filterwarnings("ignore", ".*models expect about")
+        for stack in stacks:
+            for row in _rows(model, stack, window, tile):
+                measured.setdefault(row.pop("case"), []).append({"subject": stack.subject, **row})
+    return [_mean_over_subjects(case, rows) for case, rows in measured.items()]
+
+
+def _stack(scan: Scan, scale: int, slices: int, window: int) -> _Stack:
+    array = load_slices(scan, scale).array
+    n = len(array)
+    middle = np.unique(np.linspace(n // 4, max(n // 4, 3 * n // 4 - 1), slices).round().astype(int))
+    hr = torch.from_numpy(array[middle])
+    lr = degrade(hr, scale)
+    if min(lr.shape[-2:]) < 2 * window:
+        raise InvalidArgument(
+            f"real_scans: {scan.path.name} has slices of {lr.shape[-2]}x{lr.shape[-1]} pixels at {scale}x; wanted at "
+            f"least {2 * window}x{2 * window}, twice the window"
+        )
+    return _Stack(scan.subject, hr, lr)
+
+
+def _mean_over_subjects(case: str, rows: Sequence[Row]) -> Row:
+    people = sorted({row["subject"] for row in rows})
+    keys = [key for key in rows[0] if key != "subject"]
+    means = {
+        key: float(np.mean([np.mean([row[key] for row in rows if row["subject"] == one]) for one in people]))
+        for key in keys
+    }
+    return {"case": case, "subjects": len(people), **means}
+
+
+def _rows(model: SRModel, stack: _Stack, window: int, tile: int) -> list[Row]:
+    """The rows of one volume."""
+    zero_fill = ZeroFill(scale=model.scale)
+    clean, plain = upscale(model, stack.lr, axis=0), upscale(zero_fill, stack.lr, axis=0)
+    rows = [{"case": "unchanged", "psnr": _psnr(clean, stack.hr), "zero_fill_psnr": _psnr(plain, stack.hr)}]
+    rows += _marker_rows(model, stack, clean)
+    rows += _unit_rows(model, stack, clean, plain, tile)
+    rows += _window_rows(model, stack, clean, window)
+    rows += _background_rows(model, stack)
+    return rows
+
+
+def _psnr(sr: torch.Tensor, hr: torch.Tensor, where: torch.Tensor | None = None) -> float:
+    """PSNR by the maximum of the truth, over the pixels `where` (bool, as `hr`)."""
+    error = (sr - hr).square()
+    return float(10 * torch.log10(hr.max() ** 2 / (error if where is None else error[where]).mean()))
+
+
+def _marker_rows(model: SRModel, stack: _Stack, clean: torch.Tensor) -> list[Row]:
+    """Square markers on the input of each slice: 2x2 pixels, and as many as `MARKED_SHARE` allows."""
+    h, w = stack.lr.shape[-2:]
+    largest = max(2, int((MARKED_SHARE * h * w) ** 0.5))
+    bright = float(np.percentile(stack.lr.numpy(), 99.9))
+    top, left = h // 3, w // 3
+    rows = []
+    for times, side in [*((times, 2) for times in MARKERS), *((times, largest) for times in MARKERS if largest > 2)]:
+        marked = stack.lr.clone()
+        marked[:, top : top + side, left : left + side] = times * bright
+        elsewhere = torch.ones_like(stack.hr, dtype=torch.bool)
+        first, last = (model.scale * (at - AROUND) for at in (top, left)), model.scale * (side + 2 * AROUND)
+        y, x = (max(0, start) for start in first)
+        elsewhere[:, y : y + last, x : x + last] = False
+        with_it, without = upscale(model, marked, axis=0), _psnr(clean, stack.hr, elsewhere)
+        value = _psnr(with_it, stack.hr, elsewhere)
+        rows.append(
+            {
+                "case": f"marker of {side}x{side} pixels, {times:g} times as bright",
+                "psnr": value,
+                "zero_fill_psnr": _psnr(upscale(ZeroFill(scale=model.scale), marked, axis=0), stack.hr, elsewhere),
+                "psnr_without": without,
+                "loss": without - value,
+            }
+        )
+    return rows
+
+
+def _unit_rows(model: SRModel, stack: _Stack, clean: torch.Tensor, plain: torch.Tensor, tile: int) -> list[Row]:
+    """a * x + b for several a and b, for different ones in each slice, and in tiles and as a self-ensemble."""
+    one = torch.ones(len(stack.lr), 1, 1)
+    odd = torch.arange(len(stack.lr))[:, None, None] % 2
+    by_slice = 0.05 ** odd.to(one), 600.0 * odd.to(one)
+    changes = [
+        *((f"times {gain:g}", gain * one, 0 * one) for gain in GAINS),
+        *((f"{offset:+g} in the scan's units", one, offset * one) for offset in OFFSETS),
+        ("every second slice times 0.05, plus 600", *by_slice),
+    ]
+    ways: list[tuple[str, Mapping[str, Any]]] = [("tiles", {"tile": tile}), ("self-ensemble", {"ensemble": True})]
+    tried: list[tuple[str, torch.Tensor, torch.Tensor, Mapping[str, Any]]]
+    tried = [(name, gain, offset, {}) for name, gain, offset in changes]
+    tried += [(f"{way}: times 0.03, plus 2000", 0.03 * one, 2000 * one, settings) for way, settings in ways]
+    rows = []
+    for name, gain, offset, settings in tried:
+        few = slice(0, 2 if settings else None)  # tiles and ensembles take long
+        lr, hr, base = stack.lr[few], stack.hr[few], plain[few]
+        wanted = upscale(model, lr, axis=0, **settings) if settings else clean
+        given = (upscale(model, gain[few] * lr + offset[few], axis=0, **settings) - offset[few]) / gain[few]
+        value, without, moved = _psnr(given, hr), _psnr(wanted, hr), (wanted - base).square().mean().sqrt()
+        rows.append(
+            {
+                "case": name,
+                "psnr": value,
+                "zero_fill_psnr": _psnr(base, hr),
+                "psnr_without": without,
+                "loss": without - value,
+                "deviation": float((given - wanted).square().mean().sqrt() / moved) if moved > 0 else 0.0,
+            }
+        )
+    return rows
+
+
+def _window_rows(model: SRModel, stack: _Stack, clean: torch.Tensor, window: int) -> list[Row]:
+    """Three windows around the middle, each as an image of its own and as part of the whole slice."""
+    scale = model.scale
+    found: dict[str, list[float]] = {}
+    for top, left in window_corners((stack.lr.shape[-2], stack.lr.shape[-1]), window):
+        cut = stack.lr[:, top : top + window, left : left + window].contiguous()
+        here = (slice(None), *(slice(scale * at, scale * (at + window)) for at in (top, left)))
+        truth = stack.hr[here]
+        for key, sr in (
+            ("psnr", upscale(model, cut, axis=0)),
+            ("zero_fill_psnr", upscale(ZeroFill(scale=scale), cut, axis=0)),
+            ("psnr_without", clean[here]),
+        ):
+            found.setdefault(key, []).append(_psnr(sr, truth))
+    row = {key: float(np.mean(values)) for key, values in found.items()}
+    return [
+        {
+            "case": f"windows of {window}x{window} pixels as images of their own",
+            **row,
+            "loss": row["psnr_without"] - row["psnr"],
+        }
+    ]
+
+
+def window_corners(size: tuple[int, int], window: int) -> list[tuple[int, int]]:
+    """(top, left) of the three windows: in the middle, up and to the right of it, and down and to the left."""
+    middle = [n // 2 for n in size]
+    near, far = window // 5, window - window // 10
+    corners = [(window // 2, window // 2), (far, near), (near, far)]
+    return [
+        (min(max(0, middle[0] - down), size[0] - window), min(max(0, middle[1] - across), size[1] - window))
+        for down, across in corners
+    ]
+
+
+def _background_rows(model: SRModel, stack: _Stack) -> list[Row]:
+    """Regions that are 0 in the input: around a mask, and beside tissue that a cut edge ends."""
+    bright = intensity_scale(stack.lr.numpy())
+    tissue = (stack.lr > TISSUE * bright).to(stack.lr)[:, None]
+    filled = -F.max_pool2d(-F.max_pool2d(tissue, 7, 1, 3), 7, 1, 3)
+    masked = stack.lr * filled[:, 0]
+    reach = 2 * WELL_OUTSIDE + 1
+    outside = F.max_pool2d(filled, reach, 1, WELL_OUTSIDE)[:, 0] == 0
+    half = masked[:, masked.shape[-2] // 2 :].contiguous()
+    empty_row = constant_neighbourhood(half[:, None])[:, 0].all(-1, keepdim=True).expand_as(half)
+    cases: list[tuple[str, torch.Tensor, torch.Tensor]] = [
+        ("masked background, well outside of the mask", masked, outside),
+        ("lower half of a masked slice, rows without tissue", half, empty_row),
+    ]
+    rows = []
+    for name, lr, region in cases:
+        sr = upscale(model, lr, axis=0).abs()
+        inside = sr[region.repeat_interleave(model.scale, -1).repeat_interleave(model.scale, -2)]
+        rows.append(
+            {
+                "case": name,
+                "nonzero": float((inside > 0).float().mean()) if len(inside) else 0.0,
+                "largest": float(inside.max() / sr.max()) if len(inside) else 0.0,
+            }
+        )
+    return rows
+
+
+COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("psnr", "network", lambda x: f"{x:.2f}"),
+    ("zero_fill_psnr", "zero-filling", lambda x: f"{x:.2f}"),
+    ("psnr_without", "network, unchanged", lambda x: f"{x:.2f}"),
+    ("loss", "loss [dB]", lambda x: f"{x:.2f}"),
+    ("deviation", "deviation", lambda x: f"{100 * x:.2f} %"),
+)
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of `real_scans` as two Markdown tables: scores, and regions that are 0 in the input."""
+    scored = [row for row in rows if "psnr" in row]
+    lines = ["| case | " + " | ".join(title for _, title, _ in COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
+    for row in scored:
+        lines.append(f"| {row['case']} | " + " | ".join(f(row[k]) if k in row else "" for k, _, f in COLUMNS) + " |")
+    lines += ["", "| region that is 0 in the input | voxels not 0 | largest, of the maximum |", "|---|---:|---:|"]
+    lines += [
+        f"| {row['case']} | {100 * row['nonzero']:.2f} % | {100 * row['largest']:.3f} % |"
+        for row in rows
+        if "nonzero" in row
+    ]
+    return "\n".join(lines) + "\n"
