@@ -1,4 +1,4 @@
-"""Checks plain values, as JSON and TOML hold them, against the annotations of a function."""
+"""Checks plain values, as in JSON and TOML, against the annotations of a function."""
 
 from collections.abc import Mapping, Sequence
 from types import UnionType

@@ -18,7 +18,7 @@ _TEMPORARY = re.compile(r"\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8
 
 
 def temporary_name(target: Path, ending: str) -> Path:
-    """A hidden name in the folder of `target` that nothing has; `sweep` removes it if this process is killed."""
+    """An unused hidden name in the folder of `target`; `sweep` removes the file if this process is killed."""
     return target.with_name(f".{_machine()}-{os.getpid()}-{secrets.token_hex(4)}{ending}")
 
 
@@ -57,9 +57,9 @@ def renamed(path: PathLike) -> Iterator[Path]:
     """Yields a temporary name in the folder of `path`; the block writes a file of that name.
 
     After the block the file is flushed to the disk (fsync) and renamed to `path`; an existing file is replaced, and its
-    permissions stay. If the block raises, the temporary file is removed and `path` is left as it was. A symbolic link
-    at `path` stays, and the file that it points to is replaced. The temporary name starts with a dot and keeps the
-    ending of `path`.
+    permissions stay. If the block raises, the temporary file is removed and `path` is unchanged. A symbolic link at
+    `path` stays, and the file that it points to is replaced. The temporary name starts with a dot and keeps the ending
+    of `path`.
 
     Raises:
         OSError: the operating system refused.
@@ -69,7 +69,7 @@ def renamed(path: PathLike) -> Iterator[Path]:
     temporary = temporary_name(target, ending)
     try:
         yield temporary
-        with open(temporary, "r+b") as file:  # writable: Windows flushes no other
+        with open(temporary, "r+b") as file:  # opened for writing, because Windows flushes only such files
             os.fsync(file.fileno())
         with suppress(FileNotFoundError):
             os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))

@@ -11,7 +11,7 @@ class MissingExtra(DeformMambaError, ImportError):
 
 
 def require(module: str, *, extra: str, what: str) -> ModuleType:
-    """The module `module`, or `MissingExtra`: `what` needs it; pip install 'deformmamba[`extra`]' brings it."""
+    """The module `module`, or `MissingExtra`: `what` needs it, and pip install 'deformmamba[`extra`]' installs it."""
     try:
         return import_module(module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Operation counts by torch's own counter, which needs a formula for each operator of ours.
+"""Operation counts with torch's own counter, which needs a formula for each operator of this package.
 
 The formulas are registered when this module is imported, and not before: the counter loads more than networks need.
 """
@@ -40,7 +40,7 @@ def _scan_backward(
 
 @register_flop_formula(torch.ops.deformmamba.deform_conv2d)
 def _deform(x: Any, offset: Any, mask: Any, weight: Any, *_: Any, **__: Any) -> int:
-    """Of the plain convolution of its size, as PyTorch counts it; arguments are shapes, offset (b, h, w, 2K)."""
+    """The count of a plain convolution of the same size; arguments are shapes, offset (b, h, w, 2K)."""
     return 2 * math.prod(offset[:3]) * math.prod(weight)
 
 
@@ -53,7 +53,7 @@ def _deform_backward(grad: Any, x: Any, offset: Any, mask: Any, weight: Any, *_:
 def count_flops(module: nn.Module, *inputs: torch.Tensor) -> dict[str, int]:
     """Floating point operations of `module(*inputs)` by operator name; their sum is the total.
 
-    A multiply-add counts as two. What is linear in the data (norms, activations, FFTs) is not counted, as is usual.
+    A multiply-add counts as two. Norms, activations and FFTs are not counted, as is usual.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)

@@ -31,7 +31,7 @@ Device = torch.device | str | int | None
 Dtype = torch.dtype | None
 Module = TypeVar("Module", bound=nn.Module)
 
-torch.fx.wrap("rearrange")  # einops does not know a symbolic value
+torch.fx.wrap("rearrange")  # einops does not support symbolic values
 
 DIRECTIONS = (1, 2, 4)
 # largest dilation rate: the padding grows with it, and the config of a checkpoint is not trusted
@@ -292,8 +292,8 @@ class SS2D(Block):
         dt_rank: rank of the projection that gives the time steps; ceil(channels / 16) by default.
         directions: 4 (rows, columns, both reversed), 2 (rows, rows reversed) or 1 (rows).
         dt_min, dt_max: range of the initial time steps, log-uniform.
-        discretization: "euler" (what released Mamba kernels do) or "zoh" (equation 2 as printed).
-        backend: a scan backend by name; None lets the tensor's device choose.
+        discretization: "euler" (as in released Mamba kernels) or "zoh" (equation 2 of the paper).
+        backend: name of a scan backend; None chooses by the tensor's device.
 
     Parameters have VMamba's shapes: x_proj (K, R + 2N, D), dt_proj (K, D, R), dt_bias (K, D), A_log (K * D, N) and
     D (K * D) for K directions; A = -exp(A_log) starts at -(1..N), D at 1. Computed in float32 (float64 for a float64
@@ -372,8 +372,9 @@ class VisionMambaBlock(Block):
         d_state, dt_rank, directions, discretization, backend: as in `SS2D`.
         expand: inner channels = round(expand * channels).
         kernel_size: of the depthwise convolution before the scan; odd.
-        separable: a 1x1 convolution follows the depthwise one (a depthwise separable convolution, as the text prints).
-        channel_attention: whether the channel attention is there.
+        separable: a 1x1 convolution follows the depthwise one (a depthwise separable convolution, as in the paper's
+            text).
+        channel_attention: whether to use channel attention.
         drop_path: probability of stochastic depth.
 
     Source: section 2.2 and figure 1 (B-2); sizes not printed are Mamba's (expand 2, depthwise 3x3 as in VMamba).
@@ -502,7 +503,7 @@ class MultiViewContext(Block):
 
     Args:
         channels: channels in and out.
-        rates: one dilation rate a branch. A rate near the size of the map sees only padding: choose rates that fit.
+        rates: one dilation rate per branch. With a rate near the size of the map, a branch gets only padding.
         branch_channels: channels of a branch; channels / len(rates) by default, so that all branches together cost no
             more than one plain 3x3 convolution ("without increasing the number of parameters").
         activation: a module before the fusion; None: SiLU. `nn.Identity()` is the paper as printed.

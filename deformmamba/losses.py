@@ -15,7 +15,7 @@ EDGE_KERNELS = (
 
 
 def check_pair(name: str, sr: torch.Tensor, hr: torch.Tensor) -> None:
-    """Refuses a pair of tensors that is not two floating-point images of one shape; `name` is the loss's."""
+    """Refuses tensors that are not two floating-point images of the same shape; `name` is the name of the loss."""
     if isinstance(sr, torch.fx.Proxy):  # a symbolic trace has no shapes
         return
     if sr.shape != hr.shape or sr.ndim != 4 or not (sr.is_floating_point() and hr.is_floating_point()):

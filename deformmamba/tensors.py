@@ -22,7 +22,7 @@ _TYPES: dict[torch.dtype, str] = {torch.float32: np.dtype(np.float32).str, torch
 
 
 def plain(value: Any) -> Any:
-    """A tensor of a subclass as a `torch.Tensor` with the same memory and the same gradient; anything else as it is.
+    """A tensor of a subclass as a `torch.Tensor` with the same memory and the same gradient; other objects unchanged.
 
     A subclass that computes in `__torch_dispatch__` (DTensor, fake tensors) stays, because its memory is elsewhere.
     """
@@ -94,7 +94,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 
 def refuse_tracing(name: str) -> None:
-    """Raises where torch.jit.trace runs, which would keep height and width as constants and be wrong at other sizes.
+    """Raises under torch.jit.trace, which would record height and width as constants and be wrong at other sizes.
 
     Raises:
         UnsupportedCall: always under torch.jit.trace, and under torch.onnx.export(dynamo=False), which uses it.

@@ -1,4 +1,4 @@
-"""Data consistency: an output corrected so that degrading it gives the input back.
+"""Data consistency: corrects an output so that degrading it gives the input back.
 
 Three names, the same in Python, on the command line and in checkpoints: "exact" (everywhere), "object" (inside the
 anatomy, reduced by the estimated noise) and "off".
@@ -19,7 +19,7 @@ CONSISTENCIES: tuple[Consistency, ...] = get_args(Consistency)
 # Share of the intensity scale above which a pixel is signal, not air. Best of 0.02, 0.05 and 0.1 on validation data
 # (ixi-4x).
 SIGNAL = 0.1
-# Share of a slice's pixels: with less air than this, noise is not estimated.
+# Share of a slice's pixels; with less air than this, the noise is not estimated.
 ENOUGH_AIR = 0.02
 
 
@@ -53,8 +53,8 @@ def corrected(
 ) -> torch.Tensor:
     """`sr` after the data consistency named `how`; arguments as `data_consistency`, values about [0, 1].
 
-    `edges`: with "object", opposite edges of `lr` that do not fit together are treated as `physics.edges` does, and
-    pixels stay as they are where the 5x5 neighbourhood in `lr` is constant, as in a masked background.
+    `edges`: with "object", opposite edges of `lr` that differ are treated as in `physics.edges`, and pixels do not
+    change where the 5x5 neighbourhood in `lr` is constant, as in a masked background.
 
     `robust`: for the skip "zero-fill-robust". Edges are judged by `cut_likelihood`, outliers are left out of the
     correction, and so are the pixels near a cut edge, where the residual of a window is not that of the object. On
@@ -88,9 +88,9 @@ def object_share(
     """The share, 0 to 1 for each pixel of `sr`, of the correction that consistency "object" applies.
 
     In air it is 0. Air is every pixel more than two pixels away from signal, which is a tenth of the intensity scale;
-    the border is soft. What the estimate removes from the air of `lr` is taken as noise: normal, or Rayleigh for a
+    the border is soft. The difference between the estimate and `lr` in air is taken as noise: normal, or Rayleigh for a
     magnitude image, with twice the power of one component. In the anatomy, the share is the gain of a Wiener filter,
-    one number a slice: 1 - noise power / power of the difference. It is 0 where noise explains the whole difference.
+    one number per slice: 1 - noise power / power of the difference. It is 0 if noise explains the whole difference.
 
     Source: ours, not in the paper.
     """
@@ -132,11 +132,11 @@ def data_consistency(
     belongs to the magnitude: the real part then becomes sign * sqrt(lr^2 - b^2). An estimate whose b exceeds the
     measured magnitude somewhere cannot be right there: its b is dropped.
 
-    `within` (broadcastable to `sr`) is the share of the correction that each pixel takes, in [0, 1]; where it is not 1
-    everywhere, degrading the result gives `lr` back only nearly.
+    `within` (broadcastable to `sr`) is the share of the correction applied to each pixel, in [0, 1]; unless it is 1
+    everywhere, degrading the result gives `lr` only approximately.
 
-    `cut` (..., 2): how far the edges of `lr` are cut (`physics.edges.cut_edges`). Where they are, the jump across them
-    is taken out before each Fourier transform, as a smooth part that is sampled or interpolated directly.
+    `cut` (..., 2): how far the edges of `lr` are cut (`physics.edges.cut_edges`). At cut edges, the jump across them is
+    removed before each Fourier transform, as a smooth part that is sampled or interpolated directly.
 
     Source: ours, not in the paper.
 

@@ -36,8 +36,8 @@ class Degradation(ABC):
 
     Attributes:
         kind: its name in `DEGRADATIONS`.
-        scale: the image shrinks by this factor in height and width; 1 where the size stays.
-        grid: where the samples of the result lie on the image; at scale 1 both grids are the same.
+        scale: the image shrinks by this factor in height and width; 1 for an unchanged size.
+        grid: the positions of the result's samples on the image; at scale 1 both grids are the same.
     """
 
     kind: ClassVar[str]
@@ -58,7 +58,7 @@ class Degradation(ABC):
 
         Args:
             hr: the image to degrade; noise levels refer to values of about [0, 1].
-            seed: of the noise, where there is any; one non-negative integer or several.
+            seed: random seed of the noise, if any; one non-negative integer or several.
             first: the number of the first slice within its volume, for a stack that is a part of one.
 
         Raises:
@@ -74,7 +74,7 @@ class Degradation(ABC):
     def _apply(self, hr: torch.Tensor, seed: tuple[int, ...], first: int) -> torch.Tensor: ...
 
     def size(self, h: int, w: int) -> tuple[int, int]:
-        """The size of the result of an image of h x w; ValueError where it does not work out."""
+        """The size of the result of an image of h x w; ValueError if the scale does not divide it."""
         s = self.scale
         if h % s or w % s or not h or not w:
             raise InvalidArgument(
@@ -100,7 +100,7 @@ class Degradation(ABC):
         return Compose((*_parts(self), *_parts(after)))
 
     def __str__(self) -> str:
-        """As `parse` reads it."""
+        """The text from which `parse` builds this degradation."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
         return self.kind + (":" if values else "") + ",".join(f"{name}={value}" for name, value in values.items())
 
@@ -142,7 +142,7 @@ class KSpaceCrop(_KSpace):
 
     Origin-aligned. The adjoint of the real part is zero-filling, divided by scale^2.
 
-    Source: the paper, section 3.1, and what it follows there.
+    Source: the paper, section 3.1, and its references there.
     """
 
     scale: int
@@ -187,7 +187,7 @@ class Truncation(_KSpace):
 
 @dataclass(frozen=True)
 class PartialFourier(_KSpace):
-    """k-space whose last lines were never measured and are left zero, as in a shortened scan; the size stays.
+    """k-space whose last lines are not measured and are zero, as in a shortened scan; the size does not change.
 
     Of n lines along `axis` (-2: rows, -1: columns) the first round(fraction * n) are kept, from the most negative
     frequency on, so more than one half: 0.75 is a scanner's 6/8. The real part is its own adjoint.
@@ -214,11 +214,11 @@ class PartialFourier(_KSpace):
 
 
 class _Separable(Degradation):
-    """One matrix a side: lr = rows @ hr @ columns^T. The adjoint is the transposed matrices."""
+    """One matrix per side: lr = rows @ hr @ columns^T. The adjoint uses the transposed matrices."""
 
     @abstractmethod
     def matrix(self, n: int) -> torch.Tensor:
-        """(n / scale, n), float64: what each output sample takes of each of n input samples."""
+        """(n / scale, n), float64: the weight of each of n input samples in each output sample."""
 
     def _apply(self, hr: torch.Tensor, seed: tuple[int, ...], first: int) -> torch.Tensor:
         rows, columns = (_matrix(self, n).to(hr) for n in hr.shape[-2:])
@@ -236,7 +236,7 @@ def _matrix(degradation: _Separable, n: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class AreaAverage(_Separable):
-    """The mean of scale x scale pixels, as a larger detector element sees it. Half-pixel grid."""
+    """The mean of scale x scale pixels, as measured by a larger detector element. Half-pixel grid."""
 
     scale: int
     kind: ClassVar[str] = "area"
@@ -252,7 +252,7 @@ class AreaAverage(_Separable):
 
 @dataclass(frozen=True)
 class Bicubic(_Separable):
-    """Cubic resampling with an antialiasing kernel, as Pillow and the "bicubic" data sets of photographs have it.
+    """Cubic resampling with an antialiasing kernel, as in Pillow and the "bicubic" data sets of photographs.
 
     a = -0.5, the kernel `scale` times as wide as for enlarging, cut and renormalised at the edges. Half-pixel grid.
     """
@@ -330,7 +330,7 @@ class _Noise(Degradation):
 
 @dataclass(frozen=True)
 class GaussianNoise(_Noise):
-    """Normal noise of standard deviation reference / snr is added: what the real part of a measured image has.
+    """Adds normal noise of standard deviation reference / snr, as in the real part of a measured image.
 
     `reference` is the intensity that `snr` refers to: 1, the bright tissue of an image divided by its intensity scale.
     """
@@ -348,7 +348,7 @@ class GaussianNoise(_Noise):
 
 @dataclass(frozen=True)
 class RicianNoise(_Noise):
-    """The magnitude of an image with normal noise in its real and in its imaginary part: what scanners give.
+    """The magnitude of an image with normal noise in its real and its imaginary part, as from scanners.
 
     Standard deviation of each part: reference / snr. `reference` as in `GaussianNoise`. Without signal the result has
     the mean of a Rayleigh distribution, sqrt(pi / 2) standard deviations.
@@ -419,7 +419,7 @@ def _parts(degradation: Degradation) -> tuple[Degradation, ...]:
     return degradation.parts if isinstance(degradation, Compose) else (degradation,)
 
 
-# by name; `Compose` has none: it is written with >>
+# by name; `Compose` has no name, because it is written with >>
 DEGRADATIONS: dict[str, type[Degradation]] = {
     made.kind: made
     for made in (
@@ -437,15 +437,15 @@ DEGRADATIONS: dict[str, type[Degradation]] = {
 
 
 def parse(text: str, *, scale: int | None = None) -> Degradation:
-    """The degradation that a line of text names, as recipes, the command line and `str(degradation)` write it.
+    """Builds the degradation from a line of text, as in recipes, on the command line and from `str(degradation)`.
 
     One part or several, joined by `>>`; a part is a name of `DEGRADATIONS`, and its arguments after a colon:
     "k-space", "k-space:scale=4,output=real", "blur:sigma=1.5 >> subsample:scale=4 >> rician:snr=30".
 
-    `scale` is taken by parts that have such an argument and do not give it; truncation takes it as its factor.
+    `scale` is used for parts that have this argument and do not set it; for truncation it is the factor.
 
     Raises:
-        ValueError: an unknown name or argument, a missing one, or a value that is not allowed; lists those that are.
+        ValueError: an unknown or missing name or argument, or an invalid value; the message lists the valid ones.
     """
     parts = [_parse_part(part.strip(), scale) for part in text.split(">>")]
     return parts[0] if len(parts) == 1 else Compose(tuple(parts))

@@ -2,8 +2,8 @@
 
 Two kinds: `zero_fill_edges` splits off a smooth part (first text), `zero_fill_robust` extends the image (second text).
 
-k-space is periodic. Where tissue reaches the edges and the image was cut from a larger one, zero-filling joins the left
-edge to the right one and rings at both. Here the image is split into a periodic part, which is zero-filled, and a
+k-space is periodic. If tissue reaches the edges because the image was cut from a larger one, zero-filling joins the
+left edge to the right one and rings at both. Here the image is split into a periodic part, which is zero-filled, and a
 smooth part, which carries the jump across the edges and is interpolated by cubic convolution.
 
 Formula, for x of h x w pixels:
@@ -68,7 +68,7 @@ NEAR, BEYOND = 8, 8
 def smooth_part(image: torch.Tensor, *, gate: torch.Tensor | None = None) -> torch.Tensor:
     """The smooth part s of `image` (..., H, W), real floating point; image - s has no jump across its opposite edges.
 
-    `gate` (..., 2): g of the rows and of the columns; None: as the image itself tells (`cut_edges`).
+    `gate` (..., 2): g of the rows and of the columns; None: estimated from the image (`cut_edges`).
     """
     h, w = image.shape[-2:]
     gate = cut_edges(image) if gate is None else gate
@@ -124,7 +124,7 @@ def cubic(image: torch.Tensor, scale: int) -> torch.Tensor:
 def zero_fill_edges(lr: torch.Tensor, scale: int) -> torch.Tensor:
     """`zero_fill` for any field of view: real (..., h, w) to (..., scale * h, scale * w), origin-aligned.
 
-    Passes through the LR samples, as `zero_fill` does. The formula stands at the top of this module.
+    Passes through the LR samples, as `zero_fill` does. The docstring of this module has the formula.
     """
     smooth = smooth_part(lr)
     return zero_fill(lr - smooth, scale) + cubic(smooth, scale)

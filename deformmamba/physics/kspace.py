@@ -1,9 +1,9 @@
 """k-space physics: low-resolution acquisition by cropping k-space, and zero-filling.
 
 Conventions. An image is (..., H, W), real or complex. Its spectrum is centred in FREQUENCY only: `fftshift` is applied
-to the spectrum, never to the image, so image index 0 stays where it is and index n // 2 of the spectrum is frequency 0.
-The forward transform divides by H * W ("forward" normalisation): a spectrum holds amplitudes in the image's own unit,
-and cropping or zero-padding it keeps intensities without a factor.
+to the spectrum, never to the image, so image index 0 does not move and index n // 2 of the spectrum is frequency 0. The
+forward transform divides by H * W ("forward" normalisation): a spectrum holds amplitudes in the image's own unit, and
+cropping or zero-padding it keeps intensities without a factor.
 
 Cropping k-space gives an ORIGIN-aligned image: LR[i] lies on HR[scale * i]. See `Grid`.
 """
@@ -32,7 +32,7 @@ def ifft2c(spectrum: torch.Tensor) -> torch.Tensor:
 
 
 def _start(n: int, m: int) -> int:
-    """Where the central m of n frequencies begin. Not (n - m) // 2: that one loses frequency 0 for 252 -> 63."""
+    """The index of the first of the central m of n frequencies. (n - m) // 2 would lose frequency 0 for 252 -> 63."""
     return n // 2 - m // 2
 
 
@@ -61,7 +61,7 @@ def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         raise InvalidArgument(f"resize: {h}x{w} frequencies wanted, but the image has only {n_rows}x{n_columns}")
 
     def central(n: int, m: int) -> torch.Tensor:
-        """Where the central m of n frequencies stand in a spectrum that was not shifted: 0, 1, ... -2, -1."""
+        """The indices of the central m of n frequencies in a spectrum that was not shifted: 0, 1, ... -2, -1."""
         k = torch.arange(m, device=image.device)
         return torch.where(k < m - m // 2, k, k + n - m)
 
