@@ -1,12 +1,12 @@
-"""numba kernels of the CPU backend, and the vector type that they are written in.
+"""The numba kernels of the CPU backend, and the vector type that they use.
 
-Numba vectorises loops when it feels like it; here the lanes are part of the program. `Vector` is LANES consecutive
-channels held in registers; LLVM lowers it to what the machine has (one AVX-512 register, two AVX2, four SSE or NEON).
+Numba does not vectorise loops reliably, so here the lanes are part of the program. `Vector` is LANES consecutive
+channels in registers; LLVM maps it to the registers of the machine (one AVX-512 register, two AVX2, four SSE or NEON).
 A kernel then reads like the scalar algorithm: no sum crosses lanes except in dB and dC, and rows of a channels-last map
 are loaded as they lie in memory.
 
-Everything a kernel calls stands in this file, because numba's disk cache looks for changes in this file alone.
-Fast-math is `contract` only: nothing may assume that NaN and infinity do not occur.
+All functions that a kernel calls are in this file, because numba's disk cache checks this file alone for changes.
+Fast-math is `contract` only, because NaN and infinity may occur.
 """
 
 import math
@@ -26,7 +26,7 @@ LANES = 16
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 
-# as mypy sees them: a compiled function is not called with the arguments of its definition
+# for mypy: a compiled function is not called with the arguments of its definition
 intrinsic: Any = numba.extending.intrinsic
 inline: Any = njit(forceinline=True, error_model="numpy")
 
@@ -69,7 +69,7 @@ def _size(array_type: Any) -> int:
 
 @intrinsic
 def claim(typing: Any, counter: Any) -> Any:
-    """counter[0] before it is raised by one, so that each number goes to one thread alone."""
+    """Increments counter[0] and returns its old value, so that each number goes to one thread only."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = context.make_array(counter)(context, builder, args[0]).data
@@ -80,7 +80,7 @@ def claim(typing: Any, counter: Any) -> Any:
 
 @intrinsic
 def load(typing: Any, array: Any, index: Any) -> Any:
-    """LANES consecutive numbers of `array` from `index` on, whatever the array's other axes."""
+    """LANES consecutive numbers of `array` from `index` on, for any other axes of the array."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = _address(context, builder, array, *args)
@@ -475,7 +475,7 @@ def walk(order: Array, direction: int, start: int, height: int, width: int) -> N
 def gather(tile: Array, source: Array, order: Array, count: int, straight: bool, first: int, lanes: int) -> None:
     """tile[i, j] = source[order[i], first + j] for j < lanes, else 0; `source` (l, r) is consecutive along r or l.
 
-    `straight` says that `order` counts up by one, so that steps can be read as rows."""
+    `straight`: `order` counts up by one, so that steps can be read as rows."""
     done = 0
     if source.strides[1] == source.itemsize:
         if lanes == LANES:
@@ -528,7 +528,7 @@ def spread(lines: Array, order: Array, along: bool) -> None:
 @inline
 def columns(tile: Array, source: Array, first: int, lanes: int, factor: Array) -> None:
     """tile[s, j] = factor * source[first + j, s], for a source (r, n)."""
-    # any NaN becomes the default one: exponents are added to its bits where there is no `scalef`
+    # every NaN becomes the default NaN, because without `scalef` exponents are added to its bits
     done = 0
     if lanes == LANES and source.strides[1] == source.itemsize:
         while done + LANES <= source.shape[1]:
@@ -606,7 +606,7 @@ def step_sizes(
 def advance_state(
     s: int, decay: Array, inverse: Array, B: Array, C: Array, u: Array, delta: Array, h: Array, y: Array, zoh: Any
 ) -> Array:
-    """One state of one step of `advance`: y with what it adds."""
+    """One state of one step of `advance`; returns y plus its contribution."""
     if zoh is None:
         a, phi = exp2(delta * get(decay, s)), delta
     else:
@@ -786,7 +786,7 @@ def prepare(
     A: Array, D: Array, delta_bias: Array, delta_weight: Array, first: int, end: int,
     decays: Array, inverses: Array, skips: Array, biases: Array, mixes: Array, zoh: Any,
 ) -> None:  # fmt: skip
-    """What every chunk needs of A, D, delta_bias and delta_weight, tile by tile."""
+    """The parts of A, D, delta_bias and delta_weight that every chunk needs, tile by tile."""
     for tile in range(decays.shape[0]):
         c = first + tile * LANES
         lanes = min(LANES, end - c)
@@ -804,7 +804,7 @@ def prepare(
 
 @inline
 def of_job(inputs: Any, image: int, group: int) -> Any:
-    """What both passes read, of one image and one group."""
+    """The inputs of both passes, for one image and one group."""
     u, delta, A, B, C, D, delta_bias, delta_weight = inputs
     return (
         u[image, group], delta[:, image, group], A[:, group], B[:, image, group], C[:, image, group],

@@ -3,21 +3,22 @@
 One program is one warp: 32 or 64 channels of one group of one image, walking a stretch of one direction in tiles of
 STEPS x LANES. The states are taken one after the other; for each, the tile's recurrence is one associative scan over
 its steps. A lane is a channel and owns all of the channel's steps, so that the scan is a plain loop in registers in
-which no lane waits for another, and directions are index arithmetic. What a state hands on to the next tile passes
-through a small array in memory: registers do not grow with the number of states, whose loop needs no padding.
+which no lane waits for another, and directions are index arithmetic. The value of a state at the end of a tile passes
+to the next tile through a small array in memory. So the number of registers does not depend on the number of states,
+and their loop needs no padding.
 
-Long walks are cut into stretches that run side by side. Each is first walked from a zero state (`forward` with neither
-OUTPUT nor EVERY), `carry_on` strings the results together, then each is walked again from its true state. The gradient
-of the state travels the same way backwards.
+Long walks are cut into stretches that run in parallel. Each stretch is first walked from a zero state (`forward` with
+neither OUTPUT nor EVERY). `carry_on` combines the results, and each stretch is walked again from its true state. The
+gradient of the state is computed in the same way, backwards.
 
-Nothing is atomic, so that results are the same in every run: directions add to y one launch after the other, and the
-sums over channels (dB, dC), images and stretches (dA, dD, dbias) leave one part per program.
+There are no atomic operations, so results are the same in every run. Directions add to y one launch after the other,
+and each program writes its part of the sums over channels (dB, dC), images and stretches (dA, dD, dbias).
 
-`unit` is always 1. The compiler does not know, and so it cannot give neighbouring channels to one lane.
+`unit` is always 1. The compiler cannot rely on this, so it does not assign neighbouring channels to one lane.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# (what Triton compiles has no types that the annotations could tell)
+# (values in Triton functions have no Python types to annotate)
 
 import triton
 import triton.language as tl
@@ -31,7 +32,8 @@ _PLAIN = ["images", "groups", "height", "width", "first", "turn", "splits", "til
 
 @triton.jit
 def decay(a, b):
-    """The product of two decays. It stops short of zero: an infinite state passes it as it passes step by step."""
+    """The product of two decays. It never becomes zero, so that an infinite state propagates as in the step-by-step
+    computation."""
     return tl.maximum(a * b, TINY, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -43,7 +45,8 @@ def after(a1, x1, a2, x2):
 
 @triton.jit
 def after_apart(a1, e1, b1, a2, e2, b2):
-    """The same where x = e + b and b is the last step's own input: e is what that step keeps of the state before."""
+    """The same for x = e + b, where b is the input of the last step and e the part that it keeps of the previous
+    state."""
     return decay(a1, a2), a2 * (e1 + b1) + e2, b2
 
 
@@ -135,8 +138,8 @@ def forward(
 ):  # fmt: skip
     """Walk a stretch from the state in carry[.., 0], and leave its last state in carry[.., tiles % 2].
 
-    OUTPUT: y, on top of what is there if ADD. EVERY > 0: the state before every EVERY-th tile, in kept. Neither of
-    them: the sum of dt, in sums.
+    OUTPUT: writes y, or adds to it if ADD. EVERY > 0: writes the state before every EVERY-th tile to kept. With
+    neither, writes the sum of dt to sums.
 
     u, y (image, pixel, group, channel), delta (direction, ..), with SEQUENCE (.., group, channel, step); A (direction,
     group, state, channel); B, C by their strides; D, bias (direction, group, channel); carry (direction, image, group,
@@ -192,7 +195,7 @@ def forward(
             tl.store(y + corner + at, out.to(y.dtype.element_ty), mask=mask)
         elif EVERY == 0:
             total += tl.sum(dt, 0)[None, :]
-        tl.debug_barrier()  # whichever thread reads a carry next, it has been written
+        tl.debug_barrier()  # a carry is written before any thread reads it
     if not OUTPUT and EVERY == 0:
         tl.store(sums + (plane * splits + split) * channels + c, total, mask=real)
 
@@ -205,7 +208,7 @@ def carry_on(
     """Set carry[.., 0] of every stretch: `edge` (direction, image, group, state, channel) in the first, then from
     stretch to stretch by what each leaves from zero, carry[.., final], and by its sum of dt. BACK: last to first.
 
-    A program has one state of a block of channels; the state stands where `_where` has the stretch.
+    A program has one state of a block of channels; the state replaces the stretch in `_where`.
     """
     block, group, n, image, direction = _where(images, groups, channels, N, LANES)
     c = block * LANES + tl.arange(0, LANES)
