@@ -1,4 +1,4 @@
-"""Scores on what real scans have: markers, other units, cut fields of view, masked backgrounds.
+"""Scores on properties of real scans: markers, other units, cut fields of view, masked backgrounds.
 
 `real_scans` changes the LR image of high-resolution scans in these ways and compares the result with that of the
 unchanged image. The cases are simulated from the truth, so the loss of each one is measured, not judged by eye.
@@ -43,7 +43,7 @@ class _Stack(NamedTuple):
 def real_scans(
     model: SRModel, scans: Iterable[Scan | str], *, slices: int = 8, window: int = 20, tile: int = 32
 ) -> list[Row]:
-    """One row a case: `case`, `subjects`, and the means over subjects of what the case measures.
+    """One row per case: `case`, `subjects`, and the means over subjects of the measured values.
 
     - `psnr`, `zero_fill_psnr`: in dB by the maximum of the volume's truth, over the pixels that the case is about.
     - `psnr_without`: the network's value for the same pixels of the unchanged image; `loss`: `psnr_without` - `psnr`.

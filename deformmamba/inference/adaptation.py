@@ -85,7 +85,7 @@ def split_slices(slices: torch.Tensor, job: Stack) -> tuple[torch.Tensor, torch.
     middle = full[len(full) // 10 : len(full) - len(full) // 10]
     inner = middle if len(middle) >= 2 else full
     some = max(1, min(HELD_OUT, len(full) // 4))
-    # the middles of equal parts, to avoid the first and last slices, which show little
+    # the middles of equal parts; the first and last slices show little anatomy
     held = inner[[int((number + 0.5) * len(inner) / some) for number in range(some)]]
     rest = torch.tensor([k for k in full.tolist() if k not in set(held.tolist())], dtype=torch.long)
     return slices[held], slices[rest]
@@ -133,7 +133,7 @@ def measured(network: nn.Module, held: torch.Tensor, job: Stack) -> Gain:
     """Compares network and spline on in-plane slices (k, h, w), degraded along their rows, then along their columns."""
     rows = []
     for images in (held, held.mT):
-        phase = 0.5 * ((images.shape[1] - 1) % job.ratio)  # the same distance to both ends
+        phase = 0.5 * ((images.shape[1] - 1) % job.ratio)  # equal distances to both ends
         spline = along(thick_matrix(images.shape[1], job.ratio, job.in_rows, phase), images, 1)
         sharp = run(network, spline)
         rows.append([f(image, images) for f in (psnr, ssim) for image in (sharp, spline)])
@@ -184,7 +184,7 @@ def adapted_to(
             torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
 
         if steps is None:
-            gradients(0)  # compiles, and fills caches
+            gradients(0)  # compiles the kernels and fills caches
             before = time.perf_counter()
             for number in range(3):
                 gradients(number)
@@ -203,7 +203,7 @@ def adapted_to(
 
 
 def _twin(network: "SRModel") -> "SRModel":
-    """A copy that has the parameters of `network` itself, but gradients of its own."""
+    """A copy that shares the parameters of `network` but has separate gradients."""
     twin = copy.deepcopy(network)
     for copied, parameter in zip(twin.parameters(), network.parameters(), strict=True):
         copied.data = parameter.data

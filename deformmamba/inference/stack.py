@@ -71,7 +71,7 @@ class Stack:
         return spline_matrix(len(self.slices), torch.arange(self.n_fine, dtype=torch.float64) / self.ratio)
 
     def operator(self) -> ThickSlices:
-        """From the result to the slices."""
+        """The linear operator from the result to the slices."""
         return ThickSlices(self.n_fine, self.to, slice_positions(len(self.slices), self.spacing), self.profile)
 
     @classmethod
@@ -103,7 +103,7 @@ class Stack:
                 f"to is {to:.3g} mm, but pixels are {min(sides):.3g} mm, so smaller voxels contain no new information; "
                 f"give {min(sides) / FINEST:.2g} mm or more"
             )
-        if (ratio := spacing / max(to, min(sides))) < LEAST_RATIO:  # no `to` makes thin slices thick
+        if (ratio := spacing / max(to, min(sides))) < LEAST_RATIO:  # `to` cannot make thin slices thick
             wanted_voxel = f"voxels of {to:.3g} mm are wanted" if to > min(sides) else f"pixels are {min(sides):.3g} mm"
             raise VolumeError(
                 f"slices are {spacing:.3g} mm apart and {wanted_voxel}: the scan is isotropic already (the ratio is "
@@ -193,7 +193,7 @@ def _resolved(slices: np.ndarray, sides: Sequence[float], remarks: list[str]) ->
         f"the slices were interpolated by the scanner: k-space is filled to {filled[0]}x{filled[1]} of "
         f"{slices.shape[1]}x{slices.shape[2]}, so voxels of {min(found):.3g} mm are made; to (--to) asks for others"
     )
-    return [min(found)] * 2  # what either side resolves is kept
+    return [min(found)] * 2  # the finer of the two resolutions is kept
 
 
 def _dicom_thickness(volume: Volume) -> float | None:
@@ -226,6 +226,6 @@ def resampled(array: np.ndarray, axis: int, m: int) -> np.ndarray:
     n = array.shape[axis]
     spectrum = torch.fft.rfft(torch.from_numpy(np.ascontiguousarray(array)).movedim(axis, -1), norm="forward")
     if m > n and n % 2 == 0:
-        spectrum[..., -1] /= 2  # shared out between -n / 2 and n / 2
+        spectrum[..., -1] /= 2  # divided between -n / 2 and n / 2
     new = torch.fft.irfft(spectrum[..., : m // 2 + 1], n=m, norm="forward").movedim(-1, axis).numpy()
     return np.maximum(new, 0) if array.min() >= 0 else new

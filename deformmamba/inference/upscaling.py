@@ -40,13 +40,13 @@ if TYPE_CHECKING:
 # a Volume, an array, a tensor or a nibabel image: the result is of the same kind
 Scan = TypeVar("Scan")
 
-# HR pixels in one batch on a CPU: larger batches cost memory and gain no speed there
+# HR pixels in one batch on a CPU; larger batches need more memory and are not faster
 CPU_BATCH_PIXELS = 1 << 18
 # HR pixels in all batches that run at once on a CPU
 CPU_PARALLEL_PIXELS = 8 * CPU_BATCH_PIXELS
-# of the accelerator's free memory, after the first slice has shown how much a slice takes
+# share of the accelerator's free memory; the first slice shows how much memory a slice needs
 FREE_MEMORY_SHARE = 0.6
-# the 99.9th percentile of a T2 scan of the head over its 99th (validation: 1.3): a share of it is what consistency uses
+# ratio of the 99.9th to the 99th percentile of T2 head scans (validation: 1.3); consistency uses a share of it
 ABOVE_P99 = 1.3
 
 
@@ -96,7 +96,7 @@ def upscale(
             model takes.
         ValueError: data consistency for a model on the half-pixel grid; a tile too small for the model or the overlap;
             a missing device.
-        TypeError: no model, or a model in half precision.
+        TypeError: `model` is not a model, or is in half precision.
     """
     settings = Settings(
         axis=axis, batch_size=batch_size, consistency=consistency, ensemble=ensemble, tile=tile, overlap=overlap,
@@ -239,13 +239,13 @@ class Upscaling:
                 start += n
             return
         threads = torch.get_num_threads()
-        # small slices or tiles: a batch for each thread, rather than one batch that all threads share
+        # small slices or tiles: a separate batch for each thread
         most = self.settings.batch_size or self._batch(slices.shape[-2:], first=False)
         n = min(most, -(-len(slices) // threads)) if self.settings.batch_size is None else min(most, len(slices))
         starts = range(0, len(slices), n)
         pixels = n * slices.shape[1] * slices.shape[2] * self._model.scale**2
         workers = min(threads, len(starts), max(1, CPU_PARALLEL_PIXELS // pixels))
-        # autocast belongs to a thread; a compiled model is traced by one thread at a time
+        # autocast is per thread; only one thread at a time can trace a compiled model
         if workers == 1 or torch.is_autocast_enabled("cpu") or is_compiled(self._model):
             for start in starts:
                 yield sharpened(start, n)
@@ -381,7 +381,8 @@ def _check_slices(model: "SRModel", volume: Volume, axis: int) -> None:
 
 
 def _cautions(model: "SRModel", volume: Volume, axis: int) -> tuple[str, ...]:
-    """Reasons why the result may be worse than reported: no magnitude image, or a pixel size far from the trained."""
+    """Reasons why the result may be worse than reported: not a magnitude image, or a pixel size far from the training
+    data."""
     found = []
     first, second = in_plane(axis)
     trains = next(model.parameters(), None) is not None  # interpolation takes any image

@@ -1,6 +1,6 @@
-"""`install` puts this package's functions where programs import mamba_ssm and causal_conv1d from.
+"""`install` lets programs import this package's functions as mamba_ssm and causal_conv1d.
 
-Only packages that cannot be imported get a stand-in; a package that can be imported is not replaced.
+Only packages that cannot be imported are replaced.
 """
 
 import importlib
@@ -111,12 +111,12 @@ class _StandIn(ModuleType):
 def install(*, quiet: bool = False) -> list[str]:
     """Let `import mamba_ssm`, `import causal_conv1d` and the extensions behind them give this package's functions.
 
-    Only what cannot be imported is replaced, and one line on stderr names it (not with `quiet`). Call it before the
-    program imports its model; models of transformers follow even when they are imported already. Calling it again
-    does nothing more. Nothing is written to disk.
+    Only packages that cannot be imported are replaced, and one line on stderr lists them (not with `quiet`). Call it
+    before the program imports its model; transformers' models use the replacements even if they are already imported. A
+    second call does nothing. Nothing is written to disk.
 
     Returns:
-        The packages and extensions that have a stand-in now.
+        The packages and extensions that are replaced now.
     """
     reasons = {}
     for root in dict.fromkeys(name.split(".")[0] for name in NAMES):
@@ -125,10 +125,10 @@ def install(*, quiet: bool = False) -> list[str]:
         before = set(sys.modules)
         try:
             importlib.import_module(root)
-        except Exception as error:  # not there, built for another torch, or in need of a GPU
+        except Exception as error:  # not installed, built for another torch, or in need of a GPU
             reasons[root] = " ".join(str(error).split()) or type(error).__name__
             for name in set(sys.modules) - before:
-                if name.startswith(f"{root}."):  # imported before the rest failed
+                if name.startswith(f"{root}."):  # parts that were imported before the package failed
                     del sys.modules[name]
             _put(root)
     _rebind_transformers()

@@ -30,8 +30,8 @@ def selective_state_update(
         A: (d, n), or (heads, d, n). D, dt_bias: (d,), or (heads, d), or None.
         B, C: (b, n), or (b, g, n); head i belongs to group i // (heads / g).
         dt_softplus: dt = softplus(dt + dt_bias), else without softplus.
-        state_batch_indices: (b,) integers: the rows of a larger state that belong to the rows of x; a negative one
-            gives 0 and leaves the state alone.
+        state_batch_indices: (b,) integers: the rows of a larger state that belong to the rows of x; a negative index
+            gives 0 and leaves the state unchanged.
 
     Returns:
         y like x.
@@ -51,7 +51,7 @@ def selective_state_update(
     heads = state if state.ndim == 4 else state[:, None]
     u, step, gate, A_, D_, bias, B_, C_ = _with_heads(heads, x, dt, z, A, D, dt_bias, B, C)
     full = torch.promote_types(torch.promote_types(state.dtype, x.dtype), torch.float32)
-    # Mamba-2 has one rate and one dt a head, expanded: one exponential does for all its states
+    # Mamba-2 has one rate and one dt per head, expanded, so one exponential serves all states of the head
     narrow = (A_, step) if bias is None else (A_, step, bias)
     if all(tensor.stride(-1) == 0 for tensor in narrow) and A_.stride(-2) == 0:
         A_, step = A_[..., :1, :1], step[..., :1]
@@ -84,7 +84,7 @@ def selective_state_update_ref(
     dt_bias: torch.Tensor | None = None,
     dt_softplus: bool = False,
 ) -> torch.Tensor:
-    """`selective_state_update` as it is defined, head by head."""
+    """The definition of `selective_state_update`, head by head."""
     heads = state if state.ndim == 4 else state[:, None]
     x_, dt_, z_, A_, D_, bias, B_, C_ = _with_heads(heads, x, dt, z, A, D, dt_bias, B, C)
     outputs = []
