@@ -375,7 +375,7 @@ def check_output(
     path = Path(path)
     if suffix(path) not in suffixes:
         or_dicom = "; or, as DICOM, to a folder" if source and isinstance(source.header, dicom.DicomSeries) else ""
-        raise VolumeError(f"{path}: wanted a file name ending in {', '.join(suffixes)}{or_dicom}")
+        raise VolumeError(f"{path}: wanted a file name ending in {', '.join(suffixes)}{or_dicom}; choose another name")
     allowed = MGH_DTYPES if suffix(path) in MGH_SUFFIXES else DTYPES
     if dtype not in (None, *allowed):
         raise VolumeError(f"{path}: voxels can be written as {', '.join(allowed)}, not as {dtype}")

@@ -449,7 +449,7 @@ def test_a_prepared_folder_that_lost_a_file_or_was_damaged_says_so(ixi, tmp_path
         load_slices(tmp_path / "weights.safetensors")
     with pytest.raises(VolumeError, match="no such file"):
         load_slices(tmp_path / "gone.safetensors")
-    with pytest.raises(VolumeError, match="no prepared data set"):
+    with pytest.raises(VolumeError, match="not a prepared data set"):
         read_manifest(ixi)
 
 
