@@ -10,12 +10,12 @@ volume protocol over sections that contain the slice direction. Stripes: power a
 direction, divided by that of the truth.
 
 It first verifies that the slices of a constant are constant and that the spline passes through the slices. Rows are
-printed as soon as they are finished; --out appends them to a CSV file. Time is CPU time, which depends little on other
-work on the machine.
+printed as soon as they are finished; --out appends them to a CSV file. CPU time depends less on other work on the
+machine than the wall time.
 
 --eclare PYTHON compares with eclare 1.0.1, which needs an environment of its own:
 `python3.11 -m venv ~/eclare && ~/eclare/bin/pip install torch==2.13.0 eclare==1.0.1`, then `--eclare
-~/eclare/bin/python`. It trains for --eclare-minutes of CPU time (eclare_timed.py); applying its network comes on top.
+~/eclare/bin/python`. It trains for --eclare-minutes (eclare_timed.py); applying its network comes on top.
 eclare keeps the middle of the field of view and not the first slice centre, so its voxels lie elsewhere than ours. Its
 output is interpolated to the truth's positions by a cubic spline. This is verified: shifted by half a voxel or more to
 either side, the output must fit the truth worse.
@@ -24,6 +24,7 @@ either side, the output must fit the truth worse.
 import argparse
 import csv
 import json
+import resource
 import subprocess
 import tempfile
 import time
@@ -39,6 +40,7 @@ from deformmamba.metrics import psnr, ssim
 from deformmamba.physics.slice_profile import SliceProfile, ThickSlices, along, slice_positions, spline_matrix
 from deformmamba.volume import Volume, read_volume
 
+COLUMNS = ("expected", "chosen", "adapted", "cpu_s", "wall_s", "peak_mb", "sha256")
 SUBJECTS = {
     "T2": ("sub-arc2208/anat/sub-arc2208_T2w.nii.gz", 1.0),
     "T1": ("sub-ixi002/anat/sub-ixi002_T1w.nii.gz", 0.9375),
@@ -116,7 +118,7 @@ def main() -> None:
     parser.add_argument("--model", default="thick")
     parser.add_argument("--adapt", default="0")
     parser.add_argument("--eclare", metavar="PYTHON", help="also eclare, by the Python of its environment")
-    parser.add_argument("--eclare-minutes", type=float, default=3.0, help="of training, CPU time (default: 3)")
+    parser.add_argument("--eclare-minutes", type=float, default=3.0, help="of training (default: 3)")
     parser.add_argument("--eclare-batch", type=int, default=128, help="patches a step (default: 128, as eclare's)")
     parser.add_argument("--only-eclare", action="store_true", help="leave out our network")
     parser.add_argument("--out", type=Path)
@@ -140,19 +142,21 @@ def main() -> None:
                     how: (at_positions(slices, at / spacing, how), {}) for how in ("nearest", "linear", "cubic spline")
                 }
                 if not args.only_eclare:
-                    start = time.process_time()
+                    start, began = time.process_time(), time.perf_counter()
                     out, report = isotropic(volume, to=to, thickness=thickness, model=network, adapt=args.adapt, axis=2)
                     facts = {
                         "expected": "" if report.expected is None else f"{report.expected.db:+.2f}",
                         "chosen": report.method,
                         "adapted": report.adapted,
                         "cpu_s": round(time.process_time() - start, 1),
+                        "wall_s": round(time.perf_counter() - began, 1),
+                        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
                         "sha256": (report.sha256 or network.sha256 or "")[:12],
                     }
                     results["network"] = at_positions(out.array, at / report.to, "cubic spline"), facts
                 if args.eclare:
                     image, facts = by_eclare(volume, thickness, at, wanted, args)
-                    facts = {"adapted": facts["steps"], "cpu_s": round(facts["total_s"], 1)}
+                    facts = {"adapted": facts["steps"]} | {key: round(facts[key], 1) for key in ("cpu_s", "wall_s")}
                     results["eclare"] = image, facts
                 power = power_at_period(wanted, voxel, spacing)
                 for how, (image, facts) in results.items():
@@ -164,7 +168,7 @@ def main() -> None:
                         "psnr": round(psnr(image, wanted), 3),
                         "ssim": round(ssim(image, wanted), 4),
                         "stripes": round(power_at_period(image, voxel, spacing) / power, 3),
-                    } | {key: facts.get(key, "") for key in ("expected", "chosen", "adapted", "cpu_s", "sha256")}
+                    } | {key: facts.get(key, "") for key in COLUMNS}
                     print(*row.values(), sep="\t", flush=True)
                     if args.out:
                         new = not args.out.exists()
