@@ -33,6 +33,7 @@ HELD_OUT = 6  # number of in-plane slices that are held out from adaptation
 FEWEST_ACROSS = 4  # smallest number of thick slices across an image for a meaningful comparison
 PATCH, BATCH, RATE = 96, 4, 1e-3
 SSIM_WEIGHT = 0.1
+REPLAN = 10  # steps after which the number of steps that fit the minutes is computed again
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,8 @@ def adapted_to(
 ) -> tuple["SRModel", int]:
     """A copy of the network, trained on degraded slices `own` (k, h, w); and the number of steps.
 
-    Minutes are converted to steps by timing three steps that do not change the network. On a CPU the batch is divided
-    among torch's threads.
+    The learning rate falls along a cosine of the number of steps. Minutes are converted to steps by timing one step,
+    and again after every few steps. On a CPU the batch is divided among torch's threads.
     """
     from tqdm import tqdm
 
@@ -183,23 +184,29 @@ def adapted_to(
             _gradients(twins, pool, *patches(own, job, seed, number))
             torch.nn.utils.clip_grad_norm_(tuned.parameters(), 1.0)
 
+        start, total = time.perf_counter(), steps or 0
         if steps is None:
             gradients(0)  # compiles the kernels and fills caches
-            before = time.perf_counter()
-            for number in range(3):
-                gradients(number)
-            steps = max(1, int(60 * minutes / ((time.perf_counter() - before) / 3)))
+            start = time.perf_counter()
+            gradients(0)
+            total = max(1, round(60 * minutes / (time.perf_counter() - start)))
             optimizer.zero_grad(set_to_none=True)
-        with tqdm(total=steps, unit="step", desc="adapting", disable=None if progress else True) as bar:
-            for number in range(steps):
+            start = time.perf_counter()
+        number = 0
+        with tqdm(total=total, unit="step", desc="adapting", disable=None if progress else True) as bar:
+            while number < total:
                 gradients(number)
                 for group in optimizer.param_groups:
                     warm = min(1.0, (number + 1) / 20)
-                    group["lr"] = RATE * warm * 0.5 * (1 + math.cos(math.pi * number / steps))
+                    group["lr"] = RATE * warm * 0.5 * (1 + math.cos(math.pi * number / total))
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+                number += 1
+                if steps is None and number % REPLAN == 0:  # a busy machine does fewer steps in the same time
+                    seconds = time.perf_counter() - start
+                    bar.total = total = number + max(0, round((60 * minutes - seconds) * number / seconds))
                 bar.update()
-    return tuned.eval(), steps
+    return tuned.eval(), number
 
 
 def _twin(network: "SRModel") -> "SRModel":

@@ -129,7 +129,7 @@ def isotropic(
             slice centre and weight.
         model: a name, a path or a model; at scale 1, trained for the slice direction.
         adapt: minutes of adaptation to this scan, such as 3; or "400 steps"; 0: no adaptation. Minutes are converted to
-            steps by timing a few steps; the report states the number.
+            steps by timing them; the report states the number.
         seed: of the adaptation. Equal seeds, steps and threads give equal results.
         consistency: correct the result so that averaging it by the profile gives the input slices.
             "object": inside the anatomy only, reduced by the estimated noise. "exact": everywhere. "off": none.
