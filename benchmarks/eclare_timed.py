@@ -1,6 +1,6 @@
 """Runs eclare 1.0.1 for a given time. benchmarks/isotropic.py calls it with the Python of eclare's own environment.
 
-Run: python benchmarks/eclare_timed.py IN.nii OUT_FOLDER RELATIVE_THICKNESS MINUTES THREADS BATCH
+Run: python benchmarks/eclare_timed.py IN.nii OUT_FOLDER RELATIVE_THICKNESS MINUTES THREADS BATCH MARGIN_I MARGIN_J
 
 eclare's number of training steps is its `--n-patches` divided by `--batch-size`, and its learning rate follows from
 that number. So the time of one step is measured first: CPU time divided by THREADS, which is the wall time of a quiet
@@ -8,6 +8,9 @@ machine. MINUTES are those of training; applying the trained network to the scan
 settings are eclare's defaults, with two exceptions. The slice thickness is given, so that eclare does not estimate the
 profile. Its mixed precision, which eclare 1.0.1 uses on GPUs only, is also used on the CPU (bfloat16): on a processor
 with matrix units it makes eclare several times faster.
+
+The trained network is applied to the sections that are MARGIN_I and MARGIN_J or more from the ends of the first two
+axes; only voxels in both ranges are complete in the output. With margins of 0 these are all voxels.
 
 The last line of the output is JSON: steps, seconds of a step, CPU and wall seconds of everything, the written file.
 """
@@ -48,11 +51,28 @@ def seconds_a_step(separation: float, batch: int) -> float:
     return (time.process_time() - start) / 2 / torch.get_num_threads()
 
 
+def restrict(margins: list[int]) -> None:
+    """Lets eclare skip sections. It calls `apply_to_vol` for the sections of the first axis, then for the second's."""
+    import eclare.eclare as module
+
+    whole = module.apply_to_vol
+
+    def apply_to_vol(model: torch.nn.Module, image: torch.Tensor, batch_size: int) -> torch.Tensor:
+        margin = margins.pop(0)
+        inner = whole(model, image[margin : len(image) - margin], batch_size)
+        out = inner.new_zeros(len(image), *inner.shape[1:])
+        out[margin : len(image) - margin] = inner
+        return out
+
+    module.apply_to_vol = apply_to_vol
+
+
 def main() -> None:
-    source, folder, thickness, minutes, threads, batch = sys.argv[1:]
+    source, folder, thickness, minutes, threads, batch, *margins = sys.argv[1:]
     import nibabel
     from eclare.main import main as eclare
 
+    restrict([int(margin) for margin in margins])
     torch.set_num_threads(int(threads))
     autocast = torch.amp.autocast
     torch.amp.autocast = lambda device: autocast("cpu", torch.bfloat16)  # eclare asks for "cuda"
