@@ -199,7 +199,7 @@ def _window_rows(model: SRModel, stack: _Stack, clean: torch.Tensor, window: int
     row = {key: float(np.mean(values)) for key, values in found.items()}
     return [
         {
-            "case": f"windows of {window}x{window} pixels as images of their own",
+            "case": f"windows of {window}x{window} pixels as separate images",
             **row,
             "loss": row["psnr_without"] - row["psnr"],
         }

@@ -1,6 +1,7 @@
 """Zero-filling of an image whose opposite edges differ, as in a cut field of view.
 
-Two kinds: `zero_fill_edges` splits off a smooth part (first text), `zero_fill_robust` extends the image (second text).
+There are two methods: `zero_fill_edges` separates a smooth part (described first), and `zero_fill_robust` extends the
+image (described second).
 
 k-space is periodic. If tissue reaches the edges because the image was cut from a larger one, zero-filling joins the
 left edge to the right one and rings at both. Here the image is split into a periodic part, which is zero-filled, and a
@@ -28,7 +29,7 @@ Source: Moisan, J Math Imaging Vis 39 (2011) 161-179; the gate g is ours.
 `zero_fill_robust`:
 
 1. Outliers: the part above `OUTLIER` times the slice's range (1st to 99th percentile) is interpolated by cubic
-   convolution, which does not ring beyond two pixels. The rest goes on.
+   convolution, which does not ring beyond two pixels. The rest is processed in steps 2 and 3.
 2. The edges: the last and the first `SIDE` samples of all lines across a pair of opposite edges are compared under
    Gaussian models: cut (the two sides are independent), and periodic, where the step between the edges, or up to three
    HR pixels of air there, went through the k-space crop together with the rest. With L = log(quadratic form)
