@@ -45,7 +45,7 @@ def test_zero_filling_is_measured_as_what_it_is(scan: str) -> None:
     losses = [rows[f"marker of 2x2 pixels, {times:g} times as bright"]["loss"] for times in MARKERS]
     assert losses[0] < losses[1]  # a marker rings over the whole slice
     assert losses[1] > 0.05
-    windows = rows["windows of 12x12 pixels as images of their own"]
+    windows = rows["windows of 12x12 pixels as separate images"]
     assert windows["psnr_without"] - windows["psnr"] == pytest.approx(windows["loss"])
     assert windows["loss"] > 0.5  # a cut field of view rings at its edges
     masked = rows["masked background, well outside of the mask"]
