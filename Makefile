@@ -28,7 +28,7 @@ $(BIN)/.installed-%: $(BIN)/.installed
 	$(BIN)/python -m pip install --editable '.[$*]'
 	touch $@
 
-demo: $(BIN)/.installed  ## a scan with its truth, a real scan, and what to type next; pictures in demo-output/
+demo: $(BIN)/.installed  ## upscale a phantom and a real scan, with figures in demo-output/
 	$(BIN)/deformmamba demo -o demo-output
 
 test: $(BIN)/.installed-dev  ## all tests
@@ -37,8 +37,8 @@ test: $(BIN)/.installed-dev  ## all tests
 test-fast: $(BIN)/.installed-test  ## the tests that take less than a few seconds each
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
-# the oldest instruction set that each library supports: the same sums are rounded differently
-test-generic: $(BIN)/.installed-test  ## the numerical tests, as another processor would compute them
+# the oldest instruction set that each library supports, with which sums are rounded differently
+test-generic: $(BIN)/.installed-test  ## the numerical tests with the instruction set of an old processor
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 NUMBA_CPU_NAME=generic OMP_NUM_THREADS=1 \
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests/scan tests/deform tests/physics tests/test_layers.py \
 	tests/test_losses.py tests/inference/test_adapters.py
@@ -53,11 +53,11 @@ check: lint test  ## style, types, tests
 bench: $(BIN)/.installed-dev  ## every benchmark; each verifies its result before it times it
 	set -e; for script in benchmarks/*.py; do grep -q "__main__" $$script && $(BIN)/python $$script; done
 
-docs: $(BIN)/.installed-docs  ## the documentation, in build/site/; a broken link is an error
+docs: $(BIN)/.installed-docs  ## build the documentation in build/site/; a broken link is an error
 	$(BIN)/python docs/command_line.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-web: $(BIN)/.installed-export  ## the page that runs the network in a browser, in build/web/; needs npm
+web: $(BIN)/.installed-export  ## build the browser page in build/web/; needs npm
 	$(BIN)/python web/build.py -o build/web
 
 dist: $(BIN)/.installed-dev  ## sdist and wheel in dist/, checked as a package index checks them

@@ -1,4 +1,4 @@
-"""Before a release is built: checks the tag, and gives README and metadata the addresses of the repository.
+"""Run before a release is built: checks the tag, and puts the repository's address into README and metadata.
 
     python .github/prepare_release.py OWNER/NAME vX.Y.Z
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def absolute(text: str, repository: str, tag: str) -> str:
-    """Markdown whose relative links lead to files of the repository at a tag, and whose pictures to their bytes."""
+    """Markdown with absolute links to files of the repository at a tag, and to the raw files for pictures."""
 
     def whole(match: re.Match[str]) -> str:
         picture, words, target = match.groups()

@@ -1,4 +1,4 @@
-"""What the site takes from elsewhere when it is built, so that each fact keeps one place."""
+"""Inserts text from other files when the site is built, so that each fact is stored in one place."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Puts model cards and the benchmarks' own page where a page asks for them."""
+    """Replaces the placeholders of a page by model cards, the table of weights and the benchmark page."""
     if "<!-- model cards -->" in markdown:
         markdown = markdown.replace("<!-- model cards -->", "\n\n".join(map(_card, list_weights())))
     if "<!-- weights table -->" in markdown:

@@ -2,7 +2,7 @@
 
 Run: python web/build.py [-o build/web] [--weights ixi-4x ixi-2x]
 
-Needs Node's npm and the extra `export`. Everything that the page loads lies in the folder afterwards.
+Needs Node's npm and the extra `export`. Afterwards the folder contains everything that the page loads.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def build(out: Path, names: list[str], files: Path | None = None) -> None:
 
 
 def _licences(entries: list[dict[str, object]]) -> str:
-    """What the folder holds, and under which licence."""
+    """The parts in the folder and their licences."""
     lines = ["Deform-Mamba page and package: Apache-2.0"]
     lines += [f"Weights {entry['name']}: {entry['licence']}" for entry in entries]
     package = HERE / "node_modules" / "onnxruntime-web"

@@ -1,5 +1,5 @@
-// Scans in and out: NIfTI-1 and uncompressed DICOM to voxels with a place in the patient, and NIfTI-1 back.
-// The rules and the sentences are those of the package (deformmamba/volume).
+// Reads NIfTI-1 and uncompressed DICOM as voxels with a position in the patient, and writes NIfTI-1.
+// Rules and messages are those of the package (deformmamba/volume).
 
 /** A file that cannot be used; the message is one line for the reader. */
 export class ScanError extends Error {}

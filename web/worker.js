@@ -1,4 +1,4 @@
-// Runs the network, one slice at a time, away from the page's own thread.
+// Runs the network, one slice at a time, in a separate thread from the page.
 import * as ort from "./ort.wasm.bundle.min.mjs";
 
 ort.env.wasm.wasmPaths = new URL("./", import.meta.url).href;
