@@ -16,7 +16,8 @@ from training import made_up
 from deformmamba.data.patches import PatchDataset
 from deformmamba.evaluation.tables import SIZES, TABLES
 from deformmamba.losses import SRLoss
-from deformmamba.training.comparison import Plan, seconds_a_step
+from deformmamba.training.budget import seconds_a_step
+from deformmamba.training.comparison import Plan
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--preset", default="tiny", choices=list(SIZES))

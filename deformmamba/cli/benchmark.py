@@ -16,7 +16,9 @@ def add(commands: Any) -> None:
         "train and score every row of a table of the paper, with equal budgets and the same data",
         "benchmark table1 --data scans/ --out runs/table1 --minutes 20 --recipe ixi-4x",
     )
-    parser.add_argument("table", choices=("table1", "table2"), help="table1: the ablation; table2: the methods")
+    parser.add_argument(
+        "table", choices=("table1", "table2", "all"), help="table1: the ablation; table2: the methods; all: both"
+    )
     parser.add_argument("--data", required=True, metavar="DIR", help="folder of volumes, split by subject")
     add_subject(parser)
     parser.add_argument(
@@ -42,7 +44,24 @@ def add(commands: Any) -> None:
     parser.add_argument("--patch", type=positive, metavar="P", help="side of a patch in LR pixels (default: 32)")
     parser.add_argument("--batch", type=positive, default=8, metavar="B", help="patches per step (default: 8)")
     parser.add_argument(
-        "--split", choices=("val", "test", "external"), default="test", help="split to score (default: test)"
+        "--split",
+        nargs="+",
+        choices=("val", "test", "external"),
+        default=["test"],
+        help="splits to score (default: test)",
+    )
+    parser.add_argument("--people", nargs="+", metavar="NAME", help="score only these subjects of the splits")
+    parser.add_argument(
+        "--slices", type=positive, metavar="N", help="score at most N slices of a volume, spread evenly (default: all)"
+    )
+    parser.add_argument(
+        "--rates",
+        nargs="+",
+        type=float,
+        default=[],
+        metavar="F",
+        help="factors on each learning rate that are tried with a tenth of the budget, such as 0.3 1 3; the best on "
+        "the validation split is used",
     )
     parser.add_argument("--group", metavar="NAME", help='contrast and anatomy to score, such as "T2 brain"')
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows")
@@ -73,12 +92,25 @@ def _benchmark(args: argparse.Namespace) -> None:
         data["patch"] = args.patch
     shares = data.get("weights")
     train = [scan for scan in scans if scan.split == "train" and (shares is None or scan.group in shares)]
-    test = [scan for scan in scans if scan.split == args.split and args.group in (None, scan.group)]
+    test = [
+        scan
+        for scan in scans
+        if scan.split in args.split
+        and args.group in (None, scan.group)
+        and scan.subject in (args.people or [scan.subject])
+    ]
+    missing = sorted({*(args.people or ())} - {scan.subject for scan in test})
+    if missing:
+        raise InvalidArgument(
+            f"{args.data} has no volume to score of {missing[0]!r} in split {', '.join(args.split)}; there are: "
+            + ", ".join(sorted({scan.subject for scan in scans if scan.split in args.split}))
+        )
+    val = [scan for scan in scans if scan.split == "val" and args.group in (None, scan.group)] if args.rates else []
     if not train or not test:
         groups = ", ".join(sorted({f"{scan.group or 'no group'} ({scan.split})" for scan in scans}))
         raise InvalidArgument(
-            f"{args.data}: {len(train)} volumes to train on and {len(test)} of split {args.split!r} to score; both "
-            f"are needed; available: {groups}"
+            f"{args.data}: {len(train)} volumes to train on and {len(test)} of split {', '.join(args.split)} to score; "
+            f"both are needed; available: {groups}"
         )
     for line in describe_splits([*train, *test]):
         tell(line)
@@ -91,6 +123,8 @@ def _benchmark(args: argparse.Namespace) -> None:
         batch=args.batch,
         data=data,
         protocol=args.protocol,
+        rates=tuple(args.rates),
+        slices=args.slices,
     )
-    document = benchmark(args.table, train, test, args.out, plan, rows=args.rows, say=tell)
+    document = benchmark(args.table, train, test, args.out, plan, val=val, rows=args.rows, say=tell)
     tell(f"table written to {document}")

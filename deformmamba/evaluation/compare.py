@@ -38,6 +38,7 @@ def evaluate(
     degradation: Degradation | None = None,
     metrics: Sequence[str] = (),
     slices: bool = False,
+    most: int | None = None,
     consistency: Consistency | None = None,
     seed: int = 0,
     visit: Visit | None = None,
@@ -59,6 +60,7 @@ def evaluate(
         metrics: names of additional metrics from `deformmamba.metrics.ON_REQUEST`.
         slices: whether rows also have "by_slice", the values of each slice by metric, see
             `deformmamba.metrics.by_slice`.
+        most: largest number of slices of a volume, spread evenly over it; None: all.
         consistency: see `upscale`. The default of the weights applies to k-space crops only; for other degradations the
             default is "off".
         seed: random seed of the degradation's noise, which also depends on the scan's voxels but not on its path.
@@ -83,6 +85,8 @@ def evaluate(
     rows = []
     for scan in named_scans(volumes):
         measured = torch.from_numpy(load_slices(scan, model.scale, phase=True).array)
+        if most is not None and most < len(measured):
+            measured = measured[[(2 * k + 1) * len(measured) // (2 * most) for k in range(most)]]
         hr = measured.abs() if measured.is_complex() else measured
         unit = intensity_scale(hr.numpy(), "p99.9")
         scaled = measured / unit

@@ -12,7 +12,7 @@ from typing import Any
 
 from deformmamba.data.scans import counted
 from deformmamba.evaluation.compare import mean_scores
-from deformmamba.metrics.statistics import Spread, spread
+from deformmamba.metrics.statistics import FEWEST, Spread, paired_difference, spread, subject_means
 
 OURS = "Deform-Mamba"
 
@@ -42,11 +42,15 @@ def _paper(ixi: tuple[float, float], fastmri: tuple[float, float]) -> dict[str, 
     return {"IXI 4x": ixi, "fastMRI 4x": fastmri}
 
 
+ABLATIONS = (
+    Row("w/o Deform", "DeformMambaSR", {"deform": False}, 0.1, {"scale not stated": (32.42, 0.9250)}),
+    Row("w/o MVC", "DeformMambaSR", {"context": False}, 0.1, {"scale not stated": (32.60, 0.9266)}),
+    Row("w/o CELoss", "DeformMambaSR", {}, 0.0, {"scale not stated": (32.59, 0.9264)}),
+)
+
 TABLES: dict[str, tuple[Row, ...]] = {
     "table1": (
-        Row("w/o Deform", "DeformMambaSR", {"deform": False}, 0.1, {"scale not stated": (32.42, 0.9250)}),
-        Row("w/o MVC", "DeformMambaSR", {"context": False}, 0.1, {"scale not stated": (32.60, 0.9266)}),
-        Row("w/o CELoss", "DeformMambaSR", {}, 0.0, {"scale not stated": (32.59, 0.9264)}),
+        *ABLATIONS,
         Row(OURS, "DeformMambaSR", {}, 0.1, {"scale not stated": (32.65, 0.9270)}),
     ),
     "table2": (
@@ -62,6 +66,11 @@ TABLES: dict[str, tuple[Row, ...]] = {
         Row(OURS, "DeformMambaSR", beta=0.1, paper=_paper((30.60, 0.8965), (32.11, 0.7194))),
     ),
 }
+
+# table 2 with the ablations of table 1, for a comparison at equal time
+TABLES["all"] = (*TABLES["table2"], *ABLATIONS)
+
+TITLES = {"table1": "Table 1", "table2": "Table 2", "all": "All networks"}
 
 SKIP = {"skip": "zero-fill"}
 
@@ -107,7 +116,7 @@ def markdown(out: str | Path) -> str:
         for k in ("train", "test")
     )
     lines = [
-        f"# {facts['table'].replace('table', 'Table ')} at {plan['scale']}x, {budget(plan)}",
+        f"# {TITLES[facts['table']]} at {plan['scale']}x, {budget(plan)}",
         "",
         f"Scores: {of}, degradation {facts['degradation']}, protocol {plan['protocol']}; the mean over subjects, ± the "
         "standard deviation over seeds.",
@@ -121,6 +130,7 @@ def markdown(out: str | Path) -> str:
         cells = [row.name, *_score_cells(by_row[row.name], by_row[OURS] if row.name != OURS else [])]
         cells += ["{:.2f} / {:.4f}".format(*row.paper[h]) if h in row.paper else "" for h in headings]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += _differences_over_people(by_row)
     for title, key in (("Hardware", "hardware"), ("Version", "version"), ("Commit", "commit")):
         values = sorted({str(d[key]) for d in done if d[key]})
         lines += ["", f"{title}: {'; '.join(values)}."] if values else []
@@ -130,6 +140,14 @@ def markdown(out: str | Path) -> str:
             f"{name} {d['lr']:g}" + (f" (beta {d['beta']:g})" if d["beta"] else "") for name, d in rates.items()
         )
         lines += ["", f"Learning rates: {told}; loss L1, with CELoss where a beta is named."]
+        tried = {name: d["tried"] for name, d in rates.items() if d.get("tried")}
+        if tried:
+            lines += [
+                "",
+                "Each rate is the best of those tried, by PSNR on validation scans after a shorter training: "
+                + "; ".join(f"{name} {', '.join(f'{r}: {v:.2f}' for r, v in of.items())}" for name, of in tried.items())
+                + ".",
+            ]
         lines += ["", f"Networks: {'; '.join(_size(row, plan) for row in table if row.name in rates)}."]
     lines += [
         "",
@@ -137,6 +155,35 @@ def markdown(out: str | Path) -> str:
         "a tenth of a decibel, nor to several where the protocol differs.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _differences_over_people(by_row: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """A table of the paired differences from our network over people; nothing for fewer than two people or rows."""
+    people = {name: _by_person(done) for name, done in by_row.items() if done}
+    ours = people.pop(OURS, None)
+    if not ours or len(ours["psnr"]) < 2 or not people:
+        return []
+    lines = [
+        "",
+        f"Paired differences from {OURS} over {len(ours['psnr'])} people, mean ± standard deviation, with the 95 % "
+        f"interval of the mean from {FEWEST} people on:",
+        "",
+        "| | PSNR [dB] | SSIM |",
+        "|---|---:|---:|",
+    ]
+    for name, own in people.items():
+        psnr, ssim = (paired_difference(own[metric], ours[metric]) for metric in ("psnr", "ssim"))
+        lines.append(f"| {name} | {psnr.show(2)} | {ssim.show(4)} |")
+    return lines
+
+
+def _by_person(done: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """The mean over seeds of each person's scores, by metric."""
+    found: dict[str, dict[str, float]] = {}
+    for metric in ("psnr", "ssim"):
+        means = [subject_means(d["volumes"], metric) for d in done]
+        found[metric] = {one: sum(mean[one] for mean in means) / len(means) for one in means[0]}
+    return found
 
 
 def budget(plan: Mapping[str, Any]) -> str:

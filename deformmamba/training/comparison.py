@@ -1,12 +1,13 @@
 """Trains and scores the rows of the paper's tables on given data; each row is saved as soon as it is finished.
 
 All rows of a table share data, patches, batch, seeds, optimiser (AdamW, cosine) and budget. The budget is a number of
-steps, or a number of minutes. `deformmamba.evaluation.tables` defines the rows and writes the result.
+steps, or a number of minutes: CPU time on one CPU thread, so that a busy machine is fair.
+`deformmamba.evaluation.tables` defines the rows and writes the result.
 """
 
+import csv
 import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -27,6 +28,8 @@ from deformmamba.losses import SRLoss
 from deformmamba.metrics import Protocol
 from deformmamba.models import MODELS, SRModel, from_pretrained
 from deformmamba.physics.degradations import Degradation, parse
+from deformmamba.training.budget import Validation, clock, seconds_a_step
+from deformmamba.training.curves import curves_over_time
 from deformmamba.training.loop import fit
 from deformmamba.volume import write_text
 
@@ -43,6 +46,10 @@ class Plan:
         batch: patches per step.
         data: arguments of `PatchDataset`: patch, weights, augmentation; and the degradation, on the origin grid.
         protocol: protocol of the scores.
+        rates: factors on the learning rate of each row that are tried first, such as (0.3, 1, 3). The best by PSNR on
+            validation scans is used for every seed. Empty: the rate of `SIZES`.
+        tuning: share of a row's budget that each trial of a rate takes.
+        slices: largest number of slices of a scored volume, spread evenly over it; None: all.
     """
 
     scale: int = 4
@@ -53,6 +60,9 @@ class Plan:
     batch: int = 8
     data: Mapping[str, Any] = field(default_factory=dict)
     protocol: Protocol = "volume"
+    rates: tuple[float, ...] = ()
+    tuning: float = 0.1
+    slices: int | None = None
 
     def build(self, row: Row) -> SRModel:
         """The network of a row, with random weights (or none)."""
@@ -80,6 +90,7 @@ def benchmark(
     out: str | Path,
     plan: Plan,
     *,
+    val: Sequence[Scan] = (),
     rows: Sequence[str] | None = None,
     say: Callable[[str], None] = print,
     progress: bool = True,
@@ -88,11 +99,14 @@ def benchmark(
 
     An interrupted benchmark resumes from the same `out`: finished rows and seeds are kept, and an interrupted training
     resumes. `out` holds `benchmark.json` (shared settings), `rows/` (one JSON per row and seed: scores, seconds, size),
-    `runs/` (see `deformmamba.fit`), `<table>.md`, rewritten after each row, and for table 2 `figure2.png`.
+    `runs/` (see `deformmamba.fit`), `<table>.md`, rewritten after each row, `curves.png` (validation PSNR
+    over minutes, with `val`), and `figure2.png` except for table 1.
 
     Args:
         table: a key of `TABLES`.
         train, test: volumes; no subject may be in both.
+        val: volumes of other subjects for the choice of learning rates (`Plan.rates`), of the best checkpoint of a
+            training, and for its curve; a few slices of each are used.
         rows: names of the rows to train; None: all.
         say: called with one line of text for each finished row.
 
@@ -102,15 +116,16 @@ def benchmark(
         InvalidArgument: an unknown table, row or preset, an invalid budget, a subject in both sets, no volumes, or an
             `out` that holds another benchmark (the message lists the difference).
     """
-    chosen = _check(table, train, test, plan, rows)
+    chosen = _check(table, train, test, val, plan, rows)
     folder = Path(out)
     (folder / "rows").mkdir(parents=True, exist_ok=True)
     facts = {
         "table": table,
-        "plan": {key: value for key, value in asdict(plan).items() if key != "seeds"},
+        "plan": {key: value for key, value in asdict(plan).items() if key not in _unset(plan)},
         "degradation": str(plan.degradation()),
         "train": {"subjects": subjects(train), "volumes": [scan.path.name for scan in train]},
         "test": {"subjects": subjects(test), "volumes": [scan.path.name for scan in test]},
+        **({"val": {"subjects": subjects(val), "volumes": [scan.path.name for scan in val]}} if val else {}),
     }
     _check_folder(folder / "benchmark.json", facts)
     document = folder / f"{table}.md"
@@ -134,19 +149,45 @@ def benchmark(
                         f"{path} belongs to another version of the network {row.name}; delete it and {folder}/runs"
                     )
                 continue
-            result = _run(row, seed, patches, test, folder, plan, progress)
+            result = _run(row, seed, patches, test, val, folder, plan, progress)
             write_text(path, json.dumps(result, indent=1) + "\n")
             scores = mean_scores(result["volumes"])
             say(f"{row.name}, seed {seed}: {scores['psnr']:.2f} dB, {scores['ssim']:.4f}, {result['steps']} steps")
             write_text(document, markdown(folder))
     write_text(document, markdown(folder))
-    if table == "table2":
+    if val:
+        curves_over_time(_curves(chosen, folder), folder / "curves.png")
+    if table != "table1":
         _figure(chosen, test, folder, plan)
     return document
 
 
+def _unset(plan: Plan) -> list[str]:
+    """Settings that a benchmark's folder does not record: the number of seeds, and options that are not used."""
+    return ["seeds", *(["rates", "tuning"] if not plan.rates else []), *(["slices"] if plan.slices is None else [])]
+
+
+def _curves(rows: Sequence[Row], folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Validation PSNR over training minutes of each trained row, seed 0."""
+    found = {}
+    for row in rows:
+        log, done = folder / "runs" / f"{_slug(row)}-0" / "log.csv", folder / "rows" / f"{_slug(row)}-0.json"
+        if row.trained and log.exists() and done.exists():
+            result = json.loads(done.read_text("utf-8"))
+            minutes = result["seconds"] / result["steps"] / 60
+            with open(log, newline="") as file:
+                lines = [line for line in csv.DictReader(file) if line.get("psnr")]
+            found[row.name] = [(minutes * int(line["step"]), float(line["psnr"])) for line in lines]
+    return found
+
+
 def _check(
-    table: str, train: Sequence[Scan], test: Sequence[Scan], plan: Plan, rows: Sequence[str] | None
+    table: str,
+    train: Sequence[Scan],
+    test: Sequence[Scan],
+    val: Sequence[Scan],
+    plan: Plan,
+    rows: Sequence[str] | None,
 ) -> list[Row]:
     if table not in TABLES or plan.preset not in SIZES:
         tables, presets = ", ".join(TABLES), ", ".join(SIZES)
@@ -167,7 +208,14 @@ def _check(
         raise InvalidArgument(
             f"benchmark: {degradation} is on the {degradation.grid} grid; the networks need the origin grid"
         )
-    both = sorted({*subjects(train)} & {*subjects(test)})
+    if plan.rates and (not val or min(plan.rates) <= 0 or not 0 < plan.tuning <= 1):
+        raise InvalidArgument(
+            f"benchmark: rates={list(plan.rates)}, tuning={plan.tuning}, {len(val)} volumes to validate on; rates must "
+            "be positive, tuning in (0, 1], and learning rates are chosen on validation volumes: give some"
+        )
+    if plan.slices is not None and plan.slices < 1:
+        raise InvalidArgument(f"benchmark: slices={plan.slices}; wanted a positive number, or None for all")
+    both = sorted({*subjects(train)} & {*subjects(test)} | {*subjects(val)} & {*subjects(train), *subjects(test)})
     if both or not train or not test:
         raise InvalidArgument(
             f"benchmark: {len(train)} volumes to train on and {len(test)} to score; both are needed, from different "
@@ -181,49 +229,113 @@ def _run(
     seed: int,
     patches: Callable[[], PatchDataset],
     test: Sequence[Scan],
+    val: Sequence[Scan],
     folder: Path,
     plan: Plan,
     progress: bool,
 ) -> dict[str, Any]:
     """Trains a row with one seed, if it has parameters, and scores it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = plan.build(row)
+    model = _new(row, seed, plan)
     result: dict[str, Any] = {"row": row.name, "seed": seed, "steps": 0, "seconds": 0.0}
     result |= {"parameters": model.num_parameters(), "config": model.config}
     if row.trained:
         device = require("accelerate", extra="train", what="benchmark").Accelerator().device
-        dataset, loss, rate = patches(), SRLoss(beta=row.beta), plan.rate(row)
-        dataset.seed = seed
+        dataset, loss = patches(), SRLoss(beta=row.beta)
         steps = plan.steps or _steps(row, dataset, loss, folder, plan, device)
-        dataset.length = steps * plan.batch
+        validation = Validation(val, plan.degradation(), plan.protocol, device) if val else None
+        rate, tried = _rate(row, dataset, steps, folder, plan, validation, progress)
         run = folder / "runs" / f"{_slug(row)}-{seed}"
-        before, start = _seconds_before(run), time.perf_counter()
-        try:
-            checkpoint = fit(
-                model,
-                dataset,
-                out=run,
-                steps=steps,
-                batch=plan.batch,
-                loss=loss,
-                lr=rate,
-                warmup=min(100, steps // 10),
-                every=min(500, steps),
-                seed=seed,
-                provenance={"row": row.name, "degradation": str(plan.degradation())},
-                progress=progress,
-            )
-        finally:
-            seconds = before + time.perf_counter() - start
-            if run.is_dir():
-                write_text(run / "seconds.json", json.dumps(seconds) + "\n")
+        checkpoint, seconds = _trained(model, row, dataset, run, steps, rate, seed, plan, validation, device, progress)
         result |= {"steps": steps, "seconds": round(seconds, 1), "beta": row.beta, "lr": rate, "batch": plan.batch}
+        result |= {"tried": tried} if tried else {}
         model = from_pretrained(checkpoint).to(device)
     rows = evaluate(
-        model, test, protocol=plan.protocol, degradation=plan.degradation(), consistency="off", progress=progress
+        model,
+        test,
+        protocol=plan.protocol,
+        degradation=plan.degradation(),
+        consistency="off",
+        most=plan.slices,
+        progress=progress,
     )
     return {**result, "hardware": hardware(), "version": __version__, "commit": commit(), "volumes": rows}
+
+
+def _new(row: Row, seed: int, plan: Plan) -> SRModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return plan.build(row)
+
+
+def _trained(
+    model: SRModel,
+    row: Row,
+    dataset: PatchDataset,
+    run: Path,
+    steps: int,
+    rate: float,
+    seed: int,
+    plan: Plan,
+    validation: Validation | None,
+    device: Any,
+    progress: bool,
+) -> tuple[Path, float]:
+    """Trains in the folder `run`; the best checkpoint, and the seconds of training without its validations."""
+    dataset.seed, dataset.length = seed, steps * plan.batch
+    now = clock(device)
+    before, start = _seconds_before(run), now()
+    validated = validation.seconds if validation else 0.0
+    try:
+        checkpoint = fit(
+            model,
+            dataset,
+            out=run,
+            steps=steps,
+            batch=plan.batch,
+            loss=SRLoss(beta=row.beta),
+            lr=rate,
+            warmup=min(100, steps // 10),
+            validate=validation,
+            every=max(1, math.ceil(steps / 8)) if validation else min(500, steps),
+            seed=seed,
+            provenance={"row": row.name, "degradation": str(plan.degradation())},
+            progress=progress,
+        )
+    finally:
+        seconds = before + now() - start - ((validation.seconds if validation else 0.0) - validated)
+        if run.is_dir():
+            write_text(run / "seconds.json", json.dumps(seconds) + "\n")
+    return checkpoint, seconds
+
+
+def _rate(
+    row: Row,
+    dataset: PatchDataset,
+    steps: int,
+    folder: Path,
+    plan: Plan,
+    validation: Validation | None,
+    progress: bool,
+) -> tuple[float, dict[str, float]]:
+    """The learning rate of a row, and the validation PSNR of each rate that was tried; kept for all seeds."""
+    if not plan.rates or validation is None:
+        return plan.rate(row), {}
+    path = folder / "rates.json"
+    known: dict[str, dict[str, float]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    found = known.setdefault(row.name, {})
+    few = max(1, round(steps * plan.tuning))
+    for factor in plan.rates:
+        rate = f"{factor * plan.rate(row):g}"
+        if rate not in found:
+            model = _new(row, 0, plan)
+            run = folder / "trials" / f"{_slug(row)}-{rate}"
+            checkpoint, _ = _trained(
+                model, row, dataset, run, few, float(rate), 0, plan, validation, model.device, progress
+            )
+            found[rate] = round(validation(from_pretrained(checkpoint))["psnr"], 4)
+            write_text(path, json.dumps(known, indent=1) + "\n")
+    best = max(found, key=lambda rate: found[rate])
+    return float(best), found
 
 
 def _steps(row: Row, dataset: PatchDataset, loss: SRLoss, folder: Path, plan: Plan, device: Any) -> int:
@@ -236,37 +348,6 @@ def _steps(row: Row, dataset: PatchDataset, loss: SRLoss, folder: Path, plan: Pl
         known[row.name] = max(1, round(60 * plan.minutes / seconds))
         write_text(path, json.dumps(known, indent=1) + "\n")
     return known[row.name]
-
-
-def seconds_a_step(
-    model: SRModel,
-    dataset: PatchDataset,
-    loss: SRLoss,
-    *,
-    batch: int = 8,
-    device: str | torch.device = "cpu",
-    at_least: float = 3.0,
-) -> float:
-    """Wall-clock time of a training step with its data, averaged over at least `at_least` seconds without two first
-    steps."""
-    model.to(device).train()
-    loss.to(device)
-    optimizer = torch.optim.AdamW(model.parameters())
-    dataset.length = max(dataset.length, batch)
-    n, start = -2, time.perf_counter()
-    while n < 2 or time.perf_counter() - start < at_least:
-        if n == 0:
-            start = time.perf_counter()
-        lr, hr, base, _ = (
-            torch.stack(images).to(device) for images in zip(*(dataset[k] for k in range(batch)), strict=True)
-        )
-        optimizer.zero_grad(set_to_none=True)
-        value = loss(model(lr, base), hr)
-        value.backward()
-        optimizer.step()
-        value.item()  # synchronises with the device
-        n += 1
-    return (time.perf_counter() - start) / n
 
 
 def _seconds_before(run: Path) -> float:

@@ -36,3 +36,28 @@ def training_curve(rows: Sequence[Mapping[str, Any]], path: PathLike) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def curves_over_time(curves: Mapping[str, Sequence[tuple[float, float]]], path: PathLike) -> None:
+    """Draws PSNR (dB) over training minutes: one line for each name of `curves`, in one panel.
+
+    Raises:
+        VolumeError: `path` cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 4.2), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for k, (name, points) in enumerate(curves.items()):
+        minutes, values = [minute for minute, _ in points], [value for _, value in points]
+        axes.plot(
+            minutes, values, label=name, marker=".", linewidth=1.3, color=f"C{k}", linestyle="-" if k < 7 else "--"
+        )
+    axes.set_xlabel("training, minutes")
+    axes.set_ylabel("validation PSNR [dB]")
+    axes.grid(alpha=0.3, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if curves:
+        axes.legend(fontsize=8, frameon=False, loc="lower right", ncols=2)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -2,11 +2,14 @@
 
 import json
 import re
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from deformmamba.cli import main
 from deformmamba.data.patches import PatchDataset, Scan, find_scans
@@ -14,9 +17,10 @@ from deformmamba.evaluation import machine
 from deformmamba.evaluation.machine import commit, hardware
 from deformmamba.evaluation.tables import OURS, SIZES, TABLES, markdown
 from deformmamba.losses import SRLoss
-from deformmamba.models import MODELS, from_pretrained
+from deformmamba.models import MODELS, ZeroFill, from_pretrained
 from deformmamba.training import comparison as tables
-from deformmamba.training.comparison import Plan, benchmark, seconds_a_step
+from deformmamba.training.budget import Validation, clock, seconds_a_step
+from deformmamba.training.comparison import Plan, benchmark
 from deformmamba.volume import Volume, write_volume
 
 DATA = {"patch": 8}
@@ -58,8 +62,9 @@ def plan(**changes: Any) -> Plan:
 
 
 def cells(document: str) -> dict[str, list[str]]:
-    """The lines of the Markdown table, by their first cell."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in document.splitlines() if line[:1] == "|"]
+    """The lines of the first Markdown table, by their first cell."""
+    first = document[document.index("\n|") + 1 :].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.splitlines()]
     return {row[0]: row[1:] for row in rows}
 
 
@@ -256,7 +261,7 @@ def test_what_is_no_benchmark(change: dict[str, Any], message: str, folder: Path
     [
         (
             ["--steps", "1", "--group", "knee"],
-            "0 of split 'test' to score; both are needed; available: T2 brain (test)",
+            "0 of split test to score; both are needed; available: T2 brain (test)",
         ),
         (["--steps", "1", "--minutes", "1"], "not allowed with"),
         ([], "--steps --minutes is required"),
@@ -271,3 +276,65 @@ def test_the_command_refuses_in_one_line(
     errors = capsys.readouterr().err
     assert message in errors
     assert errors.count("\n") == 1
+
+
+def test_learning_rates_are_chosen_on_validation_and_written_down(folder: Path, tmp_path: Path) -> None:
+    train, test = split(folder)
+    val = [replace(test[0], split="val")]
+    out = tmp_path / "out"
+    equal = plan(steps=None, minutes=0.002, seeds=1, rates=(0.1, 1, 10), tuning=0.5, slices=1)
+    rows = ["SRCNN", "FMISR", OURS]
+    document = benchmark("all", train, test[1:], out, equal, val=val, rows=rows, say=lambda _: None, progress=False)
+    text = document.read_text("utf-8")
+    rates = json.loads((out / "rates.json").read_text("utf-8"))
+    for name in rows:
+        assert list(rates[name]) == ["0.0001", "0.001", "0.01"]
+        result = json.loads((out / "rows" / f"{name.lower()}-0.json").read_text("utf-8"))
+        assert result["tried"] == rates[name]
+        assert rates[name][f"{result['lr']:g}"] == max(rates[name].values())
+        assert result["seconds"] > 0
+        assert [v["slices"] for v in result["volumes"]] == [1]
+        assert f"{name} 0.0001: {rates[name]['0.0001']:.2f}" in text
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    curves = tables._curves(TABLES["all"], out)
+    assert set(curves) == set(rows)
+    for points in curves.values():
+        assert points == sorted(points)
+        assert points[-1][0] > 0
+
+
+def test_differences_are_paired_over_people(folder: Path, tmp_path: Path) -> None:
+    train, test = split(folder)
+    document = benchmark("table2", train, test, tmp_path / "out", plan(seeds=1), rows=["SRCNN", OURS],
+                         say=lambda _: None, progress=False)  # fmt: skip
+    scores = {
+        name: [v["psnr"] for v in json.loads((tmp_path / "out" / "rows" / f"{name}-0.json").read_text())["volumes"]]
+        for name in ("srcnn", "deform-mamba")
+    }
+    gaps = np.subtract(scores["srcnn"], scores["deform-mamba"])
+    line = document.read_text("utf-8").rpartition("| SRCNN |")[2].splitlines()[0]
+    assert f"{gaps.mean():.2f} ± {gaps.std(ddof=1):.2f} (2 subjects)" in line
+
+
+def test_time_is_cpu_time_on_one_thread_only() -> None:
+    assert clock("cpu") is time.process_time
+    torch.set_num_threads(2)
+    assert clock("cpu") is time.perf_counter
+    assert clock("meta") is time.perf_counter
+
+
+def test_the_time_of_validations_is_known(folder: Path) -> None:
+    validation = Validation(split(folder)[1], plan().degradation(), "volume", "cpu")
+    scores = validation(ZeroFill(scale=2))
+    assert scores["psnr"] > 10
+    assert validation.seconds > 0
+
+
+def test_the_command_scores_chosen_people(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["benchmark", "table2", "--data", str(folder), "--out", str(tmp_path / "out"), "--scale", "2", "--preset"]
+    common += ["nano", "--steps", "1", "--seeds", "1", "--patch", "8", "--batch", "2", "--rows", "bicubic"]
+    assert main([*common, "--people", "sub-3", "--slices", "1"]) == 0
+    facts = json.loads((tmp_path / "out" / "benchmark.json").read_text("utf-8"))
+    assert facts["test"]["subjects"] == ["sub-3"]
+    assert main([*common, "--people", "sub-9"]) == 2
+    assert "sub-2, sub-3" in capsys.readouterr().err
