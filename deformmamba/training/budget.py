@@ -13,7 +13,7 @@ from deformmamba.metrics import Protocol
 from deformmamba.models import SRModel
 from deformmamba.physics.degradations import Degradation
 
-VALIDATION_SLICES = 12  # of each volume, for learning rates and curves
+VALIDATION_SLICES = 6  # of each volume, for learning rates and curves
 
 
 def clock(device: str | torch.device) -> Callable[[], float]:

@@ -329,9 +329,7 @@ def _rate(
         if rate not in found:
             model = _new(row, 0, plan)
             run = folder / "trials" / f"{_slug(row)}-{rate}"
-            checkpoint, _ = _trained(
-                model, row, dataset, run, few, float(rate), 0, plan, validation, model.device, progress
-            )
+            checkpoint, _ = _trained(model, row, dataset, run, few, float(rate), 0, plan, None, model.device, progress)
             found[rate] = round(validation(from_pretrained(checkpoint))["psnr"], 4)
             write_text(path, json.dumps(known, indent=1) + "\n")
     best = max(found, key=lambda rate: found[rate])

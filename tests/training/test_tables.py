@@ -265,7 +265,7 @@ def test_what_is_no_benchmark(change: dict[str, Any], message: str, folder: Path
         ),
         (["--steps", "1", "--minutes", "1"], "not allowed with"),
         ([], "--steps --minutes is required"),
-        (["--minutes", "0"], "only positive numbers"),
+        (["--minutes", "0"], "must be positive, not 0"),
         (["--steps", "1", "--recipe", "none-4x"], "no recipe 'none-4x'"),
     ],
 )
