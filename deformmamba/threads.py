@@ -89,7 +89,7 @@ def _workers(n: int) -> ThreadPoolExecutor:
 
 
 def waiting_policy() -> str:
-    """How PyTorch's OpenMP threads wait for the next operation, by the environment, and the cure where they spin."""
+    """How PyTorch's OpenMP threads wait for the next operation, from the environment, and advice if they spin."""
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         if value := os.environ.get(name):
             return f"{name}={value}"

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from deformmamba.errors import UnsupportedCall
 
-SPAN = 512  # steps between kept states: a backward pass computes the states of a span once more
+SPAN = 512  # steps between kept states; a backward pass recomputes the states of a span
 _CHUNKS = (128, 64, 32, 16)
 _CHUNK_EAGER = 32
-_RANGE = 120.0  # of s in a chunk: exp(60) times what follows is far from the limits of float32
+_RANGE = 120.0  # largest range of s in a chunk; products with exp(60) are far from the limits of float32
 
 
 # `Optional`, because the schema is read from the annotations and older PyTorch does not support `Tensor | None`
@@ -184,10 +184,10 @@ def _span(
 
 
 class _Chunks(NamedTuple):
-    """What both passes need: c chunks of q steps, their decays and the states between them.
+    """The data of both passes: c chunks of q steps, their decays and the states between them.
 
-    Either decays are factors (`decay` is None), m being the middle of the range of s, or `decay` has each of them, and
-    m stands for s of the last step."""
+    Either the decays are products of factors (`decay` is None), and m is the middle of the range of s; or `decay` has
+    each decay, and m is s of the last step."""
 
     dt: Tensor  # (c, q, r)
     x: Tensor  # (c, q, r, p)
@@ -207,7 +207,8 @@ class _Chunks(NamedTuple):
 
 
 def _chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, run: Tensor | None, h: Tensor) -> _Chunks:
-    """The chunks of a span, of the largest size whose decays are factors within range, if there is one."""
+    """The chunks of a span, of the largest size for which the factors of the decays are within range, if there is
+    one."""
     (r, p), n = x.shape[1:], B.shape[1]
     for q in _CHUNKS:
         if q >= 2 * len(x) and q != _CHUNKS[-1]:
@@ -215,7 +216,7 @@ def _chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, run: Tensor 
         missing = -len(x) % q
         s = F.pad(dt * A, (0, 0, 0, missing)).double().view(-1, q, r).cumsum(1)
         low, high, last = s.amin(1, keepdim=True), s.amax(1, keepdim=True), s[:, -1:]
-        if factors := bool((high - low <= _RANGE).all()):  # not where something is NaN
+        if factors := bool((high - low <= _RANGE).all()):  # not if a value is NaN
             break
     c, m = len(s), (low + high) / 2 if factors else last
     dt, x, B, C = (F.pad(t, (0, 0) * (t.ndim - 1) + (0, missing)) for t in (dt, x, B, C))

@@ -274,12 +274,12 @@ class SRModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are; the CPU for a model without any, which follows its input."""
+        """The device of the weights; the CPU for a model without weights, which follows its input."""
         return next((tensor.device for tensor in self._floats()), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights; float32 for a model without any, which follows its input."""
+        """The dtype of the weights; float32 for a model without weights, which follows its input."""
         return next((tensor.dtype for tensor in self._floats()), torch.float32)
 
     def _floats(self) -> Iterator[torch.Tensor]:

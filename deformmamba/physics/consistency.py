@@ -191,6 +191,7 @@ def _backproject(residual: torch.Tensor, scale: int) -> torch.Tensor:
 
 
 def _reversed_conjugate(row: torch.Tensor) -> torch.Tensor:
-    """conj(row) at the negative of each frequency along the last, centred axis: what a real image has at -k."""
+    """conj(row) at the negative of each frequency along the last, centred axis: the value of a real image's spectrum at
+    -k."""
     flipped = row.flip(-1).conj()
     return flipped.roll(1, -1) if row.shape[-1] % 2 == 0 else flipped

@@ -56,7 +56,7 @@ from deformmamba.physics.kspace import zero_fill
 # beta up to which an edge counts as cut, and from which on it counts as periodic
 CUT, PERIODIC = 0.15, 0.25
 
-# of the range from the 1st to the 99th percentile of a slice, from the 1st: what is brighter is an outlier
+# in units of the range from the 1st to the 99th percentile of a slice, from the 1st; brighter pixels are outliers
 OUTLIER = 3.0
 # LR samples on each side of an edge that tell a cut image from a periodic one; d of cut and of periodic edges
 SIDE, SURELY_CUT, SURELY_PERIODIC = 4, 0.1, 0.35
@@ -143,7 +143,8 @@ def percentile_range(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def outliers(image: torch.Tensor) -> torch.Tensor:
-    """What `image` (..., h, w) exceeds `OUTLIER` times its range by, zero elsewhere and in a slice with no range."""
+    """The excess of `image` (..., h, w) over `OUTLIER` times its range; zero elsewhere and in a slice without a
+    range."""
     low, spread = percentile_range(image)
     above = (image - low - OUTLIER * spread).clamp(min=0)
     return torch.where(spread > 0, above, torch.zeros_like(above))

@@ -30,7 +30,7 @@ FULL = (torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Abilities:
-    """What a backend can compute.
+    """The computations that a backend supports.
 
     Attributes:
         dtypes: of u, delta, B and C; other half precisions are converted to float32 first.
