@@ -121,6 +121,7 @@ class Stack:
                 continue
             array = resampled(array, 1 if a == first else 2, m)
             place = place.resampled(place.array, m / n, (a,), "origin")
+        given = thickness
         if thickness is None and (known := _dicom_thickness(volume)) is not None:
             thickness, origin = known, "DICOM's SliceThickness"
         elif thickness is None:
@@ -128,8 +129,13 @@ class Stack:
         else:
             origin = "as given"
         found = slice_profile(profile, thickness)
-        if found.table is not None:
-            origin = "the file of the profile"
+        if found.table is not None or isinstance(profile, SliceProfile):  # it has a width of its own
+            origin = "the width of the profile"
+            if given is not None:
+                raise InvalidArgument(
+                    f"thickness is {given:.3g} mm, but the profile {found.kind} is {found.width():.3g} mm wide; "
+                    "give one of the two"
+                )
         if not 0.1 * spacing <= found.width() <= 4 * spacing:
             raise InvalidArgument(
                 f"slices {found.width():.3g} mm thick ({origin}) do not fit slices {spacing:.3g} mm apart; give a "

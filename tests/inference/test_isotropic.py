@@ -210,6 +210,12 @@ def test_thickness_profile_and_gap(truth: np.ndarray, tmp_path: Path) -> None:
     path = tmp_path / "profile.txt"
     path.write_text("-2 0\n0 1\n2 0\n")
     assert Stack.of(scan, profile=path).profile.width() == pytest.approx(2.0, abs=0.01)
+    made = Stack.of(scan, profile=SliceProfile("boxcar", 2.5))
+    assert made.profile.width() == 2.5
+    assert made.thickness_from == Stack.of(scan, profile=path).thickness_from == "the width of the profile"
+    for own in (path, made.profile):
+        with pytest.raises(InvalidArgument, match="give one of the two"):
+            Stack.of(scan, profile=own, thickness=3.0)
     with pytest.raises(SliceProfileError, match="gaussian or boxcar"):
         Stack.of(scan, profile="sinc")
     with pytest.raises(InvalidArgument, match="do not fit"):
