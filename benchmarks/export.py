@@ -1,10 +1,11 @@
 """The exported files compared with PyTorch: seconds per slice, ratio, file size and largest difference.
 
-Run: python benchmarks/export.py [--model ixi-4x] [--size 64 64] [--threads 1] [--formats onnx openvino]
+Run: python benchmarks/export.py [--model ixi-4x] [--sizes 64x64 96x128] [--threads 1] [--formats onnx openvino pt2]
 
-Each file is compared with `upscale` when it is exported, and again here on the timed slice; a file that differs is not
-timed. The runtimes run in turns, and the table has the fastest run of each, in seconds of processor time, which other
-work on the machine affects less. PyTorch runs the steps of `upscale` on the same slice with the same data consistency.
+Each file is compared with `upscale` when it is exported, and again here on every timed slice; a file that differs is
+not timed. The runtimes run in turns, and the table has the fastest run of each, in seconds of processor time, which
+other work on the machine affects less. PyTorch runs the steps of `upscale` on the same slice with the same data
+consistency.
 """
 
 import argparse
@@ -21,56 +22,69 @@ import deformmamba
 from deformmamba.export import FORMATS, export, onnx, openvino, pt2
 from deformmamba.volume import intensity_scale
 
+Runner = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 TOLERANCE = 1e-4  # as a share of the intensity scale, as in `export`
+
+
+BUDGET = 20.0  # seconds that one runtime may take for a size, after its first run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ixi-4x")
-    parser.add_argument("--size", type=int, nargs=2, default=(64, 64), metavar=("H", "W"))
+    parser.add_argument("--sizes", nargs="+", default=["64x64", "96x128"], metavar="HxW")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx", "openvino"])
     parser.add_argument("--runs", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = deformmamba.from_pretrained(args.model)
-    image = np.random.default_rng(0).random(args.size, np.float32)[None] * 1000
-    wanted = deformmamba.upscale(model, image, axis=0)
-    unit = intensity_scale(image)
-    inputs = {"lr": torch.from_numpy(image)[:, None], "units": torch.zeros(3)}
-    runs: dict[str, Callable[[], object]] = {"PyTorch (upscale)": lambda: deformmamba.upscale(model, image, axis=0)}
-    facts: dict[str, tuple[float, float, float]] = {}
+    files: dict[str, Runner] = {}
+    facts: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.formats:
-            path = Path(folder) / f"model.{'xml' if name == 'openvino' else name}"
+            path = Path(folder) / f"{name}.{'xml' if name == 'openvino' else name}"
             start = time.process_time()
             export(model, path, format=name)
             seconds = time.process_time() - start
-            run = {"onnx": onnx.runner, "openvino": openvino.runner, "pt2": pt2.runner}[name](path)
-            difference = float(np.abs(run(inputs)[:, 0].numpy() - wanted).max()) / unit
-            if not difference <= TOLERANCE:
-                raise SystemExit(f"{name} differs by {difference:.3g} of the intensity scale; not timed")
-            size = sum(part.stat().st_size for part in Path(folder).glob("model.*") if part.stem == "model")
-            facts[name] = (size / 1e6, difference, seconds)
-            runs[name] = lambda run=run: run(inputs)  # type: ignore[misc]
-            for part in Path(folder).glob("model.*"):
-                part.unlink()
-        best = dict.fromkeys(runs, float("inf"))
-        for turn in range(args.runs + 1):  # the first run is a warm-up
-            for name, run_once in runs.items():
+            files[name] = {"onnx": onnx.runner, "openvino": openvino.runner, "pt2": pt2.runner}[name](path)
+            size = sum(part.stat().st_size for part in Path(folder).glob(f"{name}.*"))
+            facts[name] = f"{size / 1e6:.2f} | {seconds:.0f}"
+        print(f"{args.model}, {args.threads} threads, torch {torch.__version__}, "
+              f"{platform.processor() or platform.machine()}")  # fmt: skip
+        print("| pixels | runtime | CPU s a slice | ratio | largest difference | file, MB | CPU seconds of export |")
+        print("|---|---|---|---|---|---|---|", flush=True)
+        for size in args.sizes:
+            h, w = (int(n) for n in size.split("x"))
+            for name, seconds, ratio, difference in timed(model, files, h, w, args.runs):
+                print(f"| {h}x{w} | {name} | {seconds:.3f} | {ratio:.2f} | {difference:.1e} | "
+                      f"{facts.get(name, '- | -')} |", flush=True)  # fmt: skip
+
+
+def timed(
+    model: deformmamba.SRModel, files: dict[str, Runner], h: int, w: int, runs: int
+) -> list[tuple[str, float, float, float]]:
+    """(runtime, CPU seconds a slice, ratio to PyTorch, largest difference as a share of the intensity scale)."""
+    image = np.random.default_rng(0).random((1, h, w), np.float32) * 1000
+    wanted = deformmamba.upscale(model, image, axis=0)
+    unit = intensity_scale(image)
+    inputs = {"lr": torch.from_numpy(image)[:, None], "units": torch.zeros(3)}
+    differences = {name: float(np.abs(run(inputs)[:, 0].numpy() - wanted).max()) / unit for name, run in files.items()}
+    for name, difference in differences.items():
+        if not difference <= TOLERANCE:
+            raise SystemExit(f"{name} differs by {difference:.3g} of the intensity scale at {h}x{w}; not timed")
+    calls: dict[str, Callable[[], object]] = {"PyTorch (upscale)": lambda: deformmamba.upscale(model, image, axis=0)}
+    calls.update({name: lambda run=run: run(inputs) for name, run in files.items()})  # type: ignore[misc]
+    best, spent = dict.fromkeys(calls, float("inf")), dict.fromkeys(calls, 0.0)
+    for _ in range(runs):
+        for name, call in calls.items():
+            if spent[name] < BUDGET:
                 start = time.process_time()
-                run_once()
-                if turn:
-                    best[name] = min(best[name], time.process_time() - start)
-    print(f"{args.model}, {args.size[0]}x{args.size[1]}, {args.threads} threads, torch {torch.__version__}, "
-          f"{platform.processor() or platform.machine()}")  # fmt: skip
-    print("| runtime | CPU seconds a slice | ratio | file, MB | largest difference | CPU seconds of the export |")
-    print("|---|---|---|---|---|---|")
+                call()
+                seconds = time.process_time() - start
+                best[name], spent[name] = min(best[name], seconds), spent[name] + seconds
     reference = best["PyTorch (upscale)"]
-    for name, seconds in best.items():
-        size, difference, exporting = facts.get(name, (0.0, 0.0, 0.0))
-        rest = f"{size:.2f} | {difference:.1e} | {exporting:.0f}" if name in facts else "- | - | -"
-        print(f"| {name} | {seconds:.3f} | {seconds / reference:.2f} | {rest} |")
+    return [(name, seconds, seconds / reference, differences.get(name, 0.0)) for name, seconds in best.items()]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
+import { makeView } from "./view.js";
 import { finer, niftiBytes, putSlice, readScan, ScanError, slice, spacingAdvice, units } from "./volume.js";
 
 const $ = (id) => document.getElementById(id);
 const catalogue = await (await fetch("weights.json")).json();
+const DARK = 0.005, BRIGHT = 0.995; // shares of the voxels that the view shows as black and as white
 let scan, result, worker, run = 0;
 
 for (const weights of catalogue) {
@@ -41,8 +43,18 @@ async function open(files) {
   $("compare").disabled = true;
   $("numbers").textContent = "";
   advise();
+  const view = await views;
+  $("plane-choice").hidden = !view.planes;
+  await view.open(scan, range(scan.data));
   draw();
   say("Ready to upscale");
+}
+
+/** The intensities that the view shows as black and as white. */
+function range(data) {
+  const sorted = Float32Array.from(data).sort(), at = (share) => sorted[Math.round(share * (sorted.length - 1))];
+  const low = Math.min(0, at(DARK)), used = sorted.filter((v) => v !== 0);
+  return [low, Math.max(used[Math.round(BRIGHT * (used.length - 1))], low + 1e-6)];
 }
 
 function advise() {
@@ -52,29 +64,13 @@ function advise() {
 }
 
 /** Left of the handle the input, right of it the result. */
-function draw() {
+async function draw() {
   if (!scan) return;
-  const k = Number($("slice").value), before = slice(scan, k), after = result && result.done > k ? slice(result.scan, k) : undefined;
+  const view = await views, k = Number($("slice").value), share = result ? Number($("compare").value) / 100 : 1;
   $("slice-number").textContent = `${k + 1} of ${scan.shape[scan.slices]}`;
-  // the first axis of the slice runs to the right, the second one up
-  const shown = after ?? before, canvas = $("view");
-  canvas.width = shown.h;
-  canvas.height = shown.w;
-  const context = canvas.getContext("2d"), pixels = context.createImageData(shown.h, shown.w);
-  scan.top ??= units(scan.data, { any_intensity: false, share: 0.995 })[1];
-  const share = after ? Number($("compare").value) / 100 : 1, factor = shown.h / before.h;
-  for (let x = 0; x < shown.h; x++) {
-    for (let y = 0; y < shown.w; y++) {
-      const left = x < share * shown.h;
-      const value = left ? before.data[Math.floor(x / factor) * before.w + Math.floor(y / factor)] : after.data[x * shown.w + y];
-      const at = 4 * ((shown.w - 1 - y) * shown.h + x), grey = (255 * value) / scan.top;
-      pixels.data.set([grey, grey, grey, 255], at);
-    }
-  }
-  context.putImageData(pixels, 0, 0);
-  const [first, second] = [0, 1, 2].filter((axis) => axis !== scan.slices);
-  canvas.style.aspectRatio = `${scan.shape[first] * scan.spacing[first]} / ${scan.shape[second] * scan.spacing[second]}`;
-  canvas.setAttribute("aria-label", after ? `Slice ${k + 1}: input left of ${Math.round(share * 100)} %, result right of it` : `Slice ${k + 1} of the input`);
+  view.draw(k, share);
+  const what = result ? `Slice ${k + 1}: input left of ${Math.round(share * 100)} %, result right of it` : `Slice ${k + 1} of the input`;
+  for (const canvas of document.querySelectorAll("#view canvas")) canvas.setAttribute("aria-label", what);
 }
 
 function stop() {
@@ -101,14 +97,14 @@ async function upscale() {
   $("progress").max = n;
   $("progress").value = 0;
   say("Loading the network");
-  const given = units(input.data, weights), made = { scan: finer(input, weights.scale), done: 0, weights };
+  const given = units(input.data, weights), made = { scan: finer(input, weights.scale), weights };
   worker = new Worker("worker.js", { type: "module" });
   worker.onerror = (event) => {
     stop();
     fail(`the network cannot run here: ${event.message}`);
   };
   const start = performance.now();
-  let seconds = 0, threads = 1;
+  let seconds = 0, threads = 1, bytes = 0;
   for (let k = 0; k < n; k++) {
     const image = slice(input, k);
     const answer = await new Promise((resolve) => {
@@ -122,22 +118,25 @@ async function upscale() {
       return;
     }
     putSlice(made.scan, k, answer.image);
-    made.done = k + 1;
     seconds += answer.seconds;
-    threads = answer.threads;
+    [threads, bytes] = [answer.threads, answer.bytes];
     $("progress").value = k + 1;
     say(`Slice ${k + 1} of ${n}`);
-    result = made;
-    if (k === Number($("slice").value)) draw();
   }
   stop();
-  result = made;
-  const memory = performance.memory ? `, ${Math.round(performance.memory.usedJSHeapSize / 2 ** 20)} MiB of the page's memory` : "";
+  const all = performance.now() - start;
+  const memory = bytes ? `, ${Math.round(bytes / 2 ** 20)} MiB of memory for the network` : "";
   $("numbers").textContent =
-    `${(seconds / n).toFixed(2)} s a slice, ${((performance.now() - start) / 1000).toFixed(1)} s in all, ${threads} thread${threads > 1 ? "s" : ""}${memory}`;
+    `${(seconds / n).toFixed(2)} s a slice, ${(all / 1000).toFixed(1)} s in all, ${threads} thread${threads > 1 ? "s" : ""}${memory}`;
+  result = made;
   $("save").disabled = false;
-  $("compare").disabled = false;
   say("Done. Compare with the slider, then save.");
+  try {
+    await (await views).compare(made.scan);
+    $("compare").disabled = false;
+  } catch (error) {
+    say(`Done. It cannot be shown here: ${error.message}. Save it.`);
+  }
   draw();
 }
 
@@ -149,6 +148,14 @@ function save() {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
+const views = makeView($("view"), (k) => {
+  $("slice").value = k;
+  $("slice-number").textContent = `${k + 1} of ${scan.shape[scan.slices]}`;
+});
+$("planes").addEventListener("change", async () => {
+  (await views).setPlanes($("planes").value);
+  draw();
+});
 $("file").addEventListener("change", () => open($("file").files));
 $("weights").addEventListener("change", () => advise());
 $("start").addEventListener("click", upscale);

@@ -18,20 +18,23 @@ from deformmamba.volume.inspection import FAR_SPACING
 from deformmamba.weights import list_weights, weights_entry
 
 HERE = Path(__file__).parent
-PAGE = ("index.html", "style.css", "app.js", "volume.js", "worker.js")
+PAGE = ("index.html", "style.css", "app.js", "files.js", "nifti.js", "dicom.js", "volume.js", "view.js", "worker.js")
+PACKAGES = ("onnxruntime-web", "@niivue/niivue")
 RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm", "ort-wasm-simd-threaded.mjs")
 
 
 def build(out: Path, names: list[str], files: Path | None = None) -> None:
     """Fills the folder `out`. `files`: a folder with NAME.onnx of earlier exports, which are not exported again."""
     out.mkdir(parents=True, exist_ok=True)
-    if not (HERE / "node_modules" / "onnxruntime-web").is_dir():
+    if not all((HERE / "node_modules" / name).is_dir() for name in PACKAGES):
         subprocess.run(["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts"], cwd=HERE, check=True)
     runtime = HERE / "node_modules" / "onnxruntime-web"
     for name in PAGE:
         shutil.copyfile(HERE / name, out / name)
     for name in RUNTIME:
         shutil.copyfile(runtime / "dist" / name, out / name)
+    viewer = (HERE / "node_modules" / "@niivue" / "niivue" / "dist" / "index.js").read_text("utf-8")
+    (out / "niivue.js").write_text(viewer.replace("//# sourceMappingURL=index.js.map", ""), "utf-8")
     entries = []
     for name in names:
         model = deformmamba.from_pretrained(name)
@@ -61,15 +64,21 @@ def build(out: Path, names: list[str], files: Path | None = None) -> None:
 
 
 def _licences(entries: list[dict[str, object]]) -> str:
-    """The parts in the folder and their licences."""
+    """The parts of the folder with their licences. NiiVue's file includes most of the packages that it depends on."""
     lines = ["Deform-Mamba page and package: Apache-2.0"]
     lines += [f"Weights {entry['name']}: {entry['licence']}" for entry in entries]
-    package = HERE / "node_modules" / "onnxruntime-web"
-    facts = json.loads((package / "package.json").read_text("utf-8"))
-    lines += [f"{facts['name']} {facts['version']}: {facts['license']}, Copyright (c) Microsoft Corporation"]
-    for path in sorted(package.glob("LICENSE*")):
-        lines += ["", path.read_text("utf-8")]
-    return "\n".join(lines) + "\n"
+    # these two packages come without the text
+    own = {"@niivue/niivue": "niivue-licence.txt", "onnxruntime-web": "onnxruntime-licence.txt"}
+    texts = [(name, (HERE / file).read_text("utf-8")) for name, file in own.items()]
+    lock = json.loads((HERE / "package-lock.json").read_text("utf-8"))
+    for path, facts in lock["packages"].items():
+        folder = HERE / path
+        if not path or facts.get("dev") or not folder.is_dir():  # the page itself; not part of it; for other systems
+            continue
+        name = path.removeprefix("node_modules/")
+        lines.append(f"{name} {facts['version']}: {facts['license']}")
+        texts += [(name, file.read_text("utf-8")) for file in sorted(folder.glob("LICENSE*"))]
+    return "\n".join(lines) + "\n" + "".join(f"\n--- {name}\n\n{text.strip()}\n" for name, text in texts)
 
 
 def main() -> None:

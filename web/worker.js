@@ -1,13 +1,24 @@
 // Runs the network, one slice at a time, in a separate thread from the page.
-import * as ort from "./ort.wasm.bundle.min.mjs";
 
-ort.env.wasm.wasmPaths = new URL("./", import.meta.url).href;
-// threads need shared memory, which a host allows by two headers; see docs/browser.md
-ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
+// the runtime's memory, so that the page can show its size
+let memory;
+WebAssembly.Memory = class extends WebAssembly.Memory {
+  constructor(limits) {
+    super(limits);
+    memory = this;
+  }
+};
+const loading = import("./ort.wasm.bundle.min.mjs").then((ort) => {
+  ort.env.wasm.wasmPaths = new URL("./", import.meta.url).href;
+  // threads need shared memory, which a host allows by two headers; see docs/browser.md
+  ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
+  return ort;
+});
 let session, loaded;
 
 self.onmessage = async ({ data: message }) => {
   try {
+    const ort = await loading;
     if (message.model !== loaded) {
       await session?.release();
       session = undefined;
@@ -24,7 +35,8 @@ self.onmessage = async ({ data: message }) => {
       units: new ort.Tensor("float32", Float32Array.from(message.units), [3]),
     });
     const image = new Float32Array(sr.data);
-    self.postMessage({ k: message.k, image, seconds: (performance.now() - start) / 1000, threads: ort.env.wasm.numThreads }, [image.buffer]);
+    const seconds = (performance.now() - start) / 1000, bytes = memory?.buffer.byteLength;
+    self.postMessage({ k: message.k, image, seconds, threads: ort.env.wasm.numThreads, bytes }, [image.buffer]);
   } catch (error) {
     self.postMessage({ k: message.k, error: String(error?.message ?? error) });
   }

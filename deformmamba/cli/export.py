@@ -40,6 +40,12 @@ def add(commands: Any) -> None:
         choices=("exact", "object", "off"),
         help="data consistency inside the file (default: the best on validation data)",
     )
+    export.add_argument(
+        "--variant",
+        choices=("scan", "linear-attention"),
+        default="scan",
+        help="ONNX only. scan: fast on a CPU (default); linear-attention: the operator of opset 27, for GPUs",
+    )
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -53,6 +59,7 @@ def _export(args: argparse.Namespace) -> None:
         size=args.size and tuple(args.size),
         inputs=args.inputs,
         consistency=args.consistency,
+        variant=args.variant,
     )
     compared = " and ".join(f"{h}x{w}" for h, w in done.sizes)
     say(f"{args.output}: {short(args.model)} as {args.format}, input size {done.facts['size']}")

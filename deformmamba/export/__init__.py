@@ -33,10 +33,21 @@ from deformmamba.physics.edges import NEAR
 from deformmamba.volume import intensity_scale
 from deformmamba.weights import manifest
 
-__all__ = ["FACTS", "FORMATS", "INPUTS", "TOLERANCE", "Export", "ExportError", "export", "portable_program"]
+__all__ = [
+    "FACTS",
+    "FORMATS",
+    "INPUTS",
+    "TOLERANCE",
+    "VARIANTS",
+    "Export",
+    "ExportError",
+    "export",
+    "portable_program",
+]
 
 FORMATS = ("onnx", "openvino", "pt2")
 INPUTS = ("lr", "lr,units", "lr,base")
+VARIANTS = tuple(onnx.OPSETS)
 TOLERANCE = 1e-4  # of an image of about [0, 1]
 LARGEST = 16384  # largest h and w in pixels of a file with free sizes
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "pt2": ()}
@@ -74,6 +85,7 @@ def export(
     size: tuple[int, int] | None = None,
     inputs: str = "lr",
     consistency: Consistency | None = None,
+    variant: str = "scan",
     tolerance: float = TOLERANCE,
 ) -> Export:
     """Writes the model to a file, runs the file on a real image, compares with the model, and keeps it if they agree.
@@ -96,6 +108,9 @@ def export(
             [0, 1], and a model with a global skip also takes `base` (b, c, scale * h, scale * w), the matching part of
             the WHOLE slice's base image (`SRModel.whole_slice`).
         consistency: inside the file, as in `upscale`; None: the best mode for the weights. Not for inputs "lr,base".
+        variant: how an ONNX file computes the selective scan. "scan": loops of opset 20, fast on a CPU.
+            "linear-attention": the operator LinearAttention of opset 27, for runtimes with a fast one on a GPU; on the
+            CPU it is slower. Needs onnx and ONNX Runtime with this operator.
         tolerance: the largest accepted difference between file and model.
 
     Raises:
@@ -103,22 +118,23 @@ def export(
             operation, or a file that differs by more than `tolerance`.
     """
     path = Path(path)
-    how = _checked(model, path, format, size, inputs, consistency)
+    how = _checked(model, path, format, size, inputs, consistency, variant)
     model = copy.deepcopy(model).cpu().float().eval()
     smallest = smallest_side(model, inputs)
     sizes = [(int(size[0]), int(size[1]))] if size else [(max(33, smallest), max(22, smallest)), (smallest + 7, 48)]
     facts = _facts(model, size, smallest, inputs, how)
     if format == "openvino":
         facts["compile_with"] = json.dumps(openvino.SETTINGS)
+    if format == "onnx":
+        facts["variant"] = variant
     with _quiet(), torch.no_grad():
         images = [_images(model, h, w, 1 if size else 2, inputs, how, own=bool(k)) for k, (h, w) in enumerate(sizes)]
         exported: nn.Module = model if inputs == "lr,base" else WholeSlice(model, how).eval()
         with _written(path, format) as temporary:
             optional = format == "onnx" and inputs == "lr"
-            _write(exported, model, format, temporary, images[0].inputs, None if size else smallest, facts, optional)
-            run: Callable[[dict[str, Tensor]], Tensor]
-            run = {"onnx": onnx.runner, "openvino": openvino.runner, "pt2": pt2.runner}[format](temporary)
-            difference = max(image.difference(run(image.inputs)) for image in images)
+            free = None if size else smallest
+            _write(exported, model, format, temporary, images[0].inputs, free, facts, optional, variant)
+            difference = _difference(format, temporary, images)
             if not difference <= tolerance:
                 raise ExportError(
                     f"{path}: the exported {type(model).__name__} differs from the model by {difference:.3g}, more "
@@ -129,13 +145,23 @@ def export(
 
 
 def _checked(
-    model: SRModel, path: Path, format: str, size: tuple[int, int] | None, inputs: str, consistency: Consistency | None
+    model: SRModel,
+    path: Path,
+    format: str,
+    size: tuple[int, int] | None,
+    inputs: str,
+    consistency: Consistency | None,
+    variant: str,
 ) -> Consistency:
     """Checks all arguments and returns the consistency to export."""
     if format not in FORMATS:
         raise ExportError(f"unknown export format {format!r}; formats: {', '.join(FORMATS)}")
     if inputs not in INPUTS:
         raise ExportError(f'inputs is {inputs!r}; it must be "lr", "lr,units" or "lr,base"')
+    if variant not in VARIANTS or (variant != "scan" and format != "onnx"):
+        raise ExportError(
+            f'variant is {variant!r}; it must be "scan", or with format "onnx" one of {", ".join(VARIANTS)}'
+        )
     if not path.parent.is_dir():
         raise ExportError(f"{path}: there is no folder {path.parent}; create it first")
     if format == "openvino" and path.suffix != ".xml":
@@ -147,6 +173,11 @@ def _checked(
     if missing:
         raise ExportError(
             f"{NAMES[format]} needs {', '.join(missing)}; install it with: pip install 'deformmamba[export]'"
+        )
+    if format == "onnx" and (known := onnx.newest_opset()) < onnx.OPSETS[variant]:
+        raise ExportError(
+            f"variant {variant!r} needs opset {onnx.OPSETS[variant]}, and the installed onnx has {known}; install a "
+            "newer one with: pip install --upgrade onnx onnxruntime"
         )
     try:
         how = model.consistency if consistency is None else check_consistency(consistency)
@@ -279,6 +310,7 @@ def _write(
     smallest: int | None,
     facts: dict[str, str],
     optional: bool,
+    variant: str,
 ) -> None:
     """Traces and writes. Sizes are free from `smallest` up, or fixed if None; `optional`: `units` has a default."""
     dims: dict[str, Any] | None = None
@@ -297,7 +329,7 @@ def _write(
         # in OpenVINO a default value would become a constant
         defaults = {"units": np.zeros(3, np.float32)} if optional else {}
         if format == "onnx":
-            onnx.write(program, hidden, path, list(inputs), facts, defaults)
+            onnx.write(program, hidden, path, list(inputs), facts, defaults, variant)
             return
         between = path.with_suffix(".onnx")
         try:
@@ -309,6 +341,19 @@ def _write(
         raise ExportError(
             f"torch {torch.__version__} cannot export {type(model).__name__} to {NAMES[format]}: "
             f"{type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def _difference(format: str, path: Path, images: list[_TestImages]) -> float:
+    """Runs the file on all images and returns the largest difference."""
+    run: Callable[[dict[str, Tensor]], Tensor]
+    try:
+        run = {"onnx": onnx.runner, "openvino": openvino.runner, "pt2": pt2.runner}[format](path)
+        return max(image.difference(run(image.inputs)) for image in images)
+    except Exception as error:  # a runtime that is too old for the file's operators
+        raise ExportError(
+            f"the installed {NAMES[format]} cannot run the exported file: {type(error).__name__}: {one_line(error)}; "
+            "upgrade it with: pip install --upgrade 'deformmamba[export]'"
         ) from error
 
 

@@ -4,10 +4,15 @@
 opaque operator each; this module writes the graphs of those blocks. So a trace takes seconds, the deformable
 convolution is ONNX's `DeformConv`, and the selective scan is optimised for speed:
 
-One `Scan` runs all directions and channels. Its body computes `STEPS` time steps: exp(dt A) and dt u B as one
-operation each, then one multiplication and one addition per step, then C . h as one batched matrix product. Everything
-else is outside the `Scan`. Measured in ONNX Runtime on one core (72 channels, 8 states, 4 directions, 4,096 pixels):
-3.3 ns per state with 16 to 64 steps per body, 4.5 with 8, 5.0 with 4.
+One `Scan` runs all directions and channels. Its body computes `STEPS` time steps: the step sizes dt, exp(dt A) and
+dt u B as one operation each, then one multiplication and one addition per step, then C . h as one batched matrix
+product. Measured in ONNX Runtime on one core for the whole `SS2D` (96 channels, 8 states, 4 directions, 4,096 pixels):
+4.2 ns a state with 32 steps a body, 4.3 with 16, 4.6 with 64.
+
+The variant "linear-attention" writes each scan as one operator instead: LinearAttention of opset 27 with the rule
+"gated", S[t] = exp(g[t]) S[t-1] + k[t] v[t], y[t] = q[t] . S[t]. Every channel is a head with N states and one value:
+g = dt A, k = B (Euler) or phi B (zero-order hold), v = dt u or u, q = C. ONNX Runtime also has this operator for GPUs,
+where a Scan of thousands of steps is slow.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +25,10 @@ from torch import Tensor, nn
 
 from deformmamba.layers import SS2D, ChannelAttention, ModulatedDeformBlock, VisionMambaBlock
 
-OPSET = 20  # DeformConv needs 19 or later; ONNX Runtime supports it on the CPU from version 1.24
+OPSETS = {"scan": 20, "linear-attention": 27}  # by variant; DeformConv needs 19, LinearAttention 27
 STEPS = 32  # time steps in the body of a Scan
+# 2 artanh(z) / z as a polynomial of z^2 up to 1/9: Chebyshev interpolation, relative error 4e-9
+ARTANH = (2.000000007681758, 0.6666632164140144, 0.40024595229818943, 0.2796515775679465, 0.28157778313522575)
 DOMAIN = "deformmamba"  # namespace of the opaque operators, which are all replaced before the file is written
 
 Value = Any  # an onnx_ir.Value; onnx_ir is imported where it is used
@@ -83,6 +90,7 @@ def write(
     names: Sequence[str],
     facts: dict[str, str],
     defaults: dict[str, np.ndarray],
+    variant: str = "scan",
 ) -> None:
     """Writes the program of a module that `hide_blocks` has changed.
 
@@ -93,6 +101,7 @@ def write(
         names: of the inputs; the output is "sr".
         facts: becomes the file's metadata.
         defaults: values that inputs have if they are not given (ONNX: an initializer of the input's name).
+        variant: a key of `OPSETS`.
     """
     import onnx_ir as ir
 
@@ -104,14 +113,14 @@ def write(
         optimize=False,
         input_names=list(names),
         output_names=["sr"],
-        opset_version=OPSET,
+        opset_version=OPSETS["scan"],
     )
     assert exported is not None
     graph = exported.model.graph
     for node in list(graph):
         if node.domain == DOMAIN:
             name, block = hidden[node.attributes["number"].as_int()]
-            nodes = Nodes(graph, name)
+            nodes = Nodes(graph, name, attention=variant == "linear-attention")
             writer = _writer(block)
             assert writer is not None
             with torch.no_grad():
@@ -120,12 +129,19 @@ def write(
             result.name, result.shape, result.type = output.name, output.shape, output.type
             ir.convenience.replace_nodes_and_values(graph, node, [node], nodes.made, [output], [result])
     exported.model.opset_imports.pop(DOMAIN, None)
+    # the operators that PyTorch writes have only got more types since
+    exported.model.opset_imports[""] = OPSETS[variant]
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         del graph.initializers[name]
     for value in graph.inputs:
         if value.name in defaults:
             value.const_value = ir.tensor(defaults[value.name], name=value.name)
             graph.register_initializer(value)
+    # PyTorch notes for every node the lines of the source that made it: a quarter of the file, with paths
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
     exported.model.metadata_props.update(facts)
     exported.save(path, external_data=False)
 
@@ -135,10 +151,12 @@ class Nodes:
 
     Attributes:
         made: the nodes, in order.
+        attention: write scans as LinearAttention, not as Scan.
     """
 
-    def __init__(self, graph: Any, prefix: str) -> None:
+    def __init__(self, graph: Any, prefix: str, *, attention: bool = False) -> None:
         self.made: list[Any] = []
+        self.attention = attention
         self._graph, self._prefix = graph, prefix
         self._known: dict[bytes, Value] = {}
 
@@ -236,34 +254,17 @@ def scan_2d(nodes: Nodes, block: SS2D, u: Value) -> Value:
         walks.append(nodes("Reshape", nodes("Transpose", u, perm=[2, 1, 0, 3]), shape))
     there = nodes("Concat", *walks, axis=0) if len(walks) > 1 else walks[0]
     walked = nodes("Concat", there, backwards(there), axis=0) if k > 1 else there
-    # zeros at the end, up to a multiple of STEPS
-    missing = nodes("Mod", nodes("Neg", length), [STEPS])
-    walked = nodes("Pad", walked, nodes("Concat", [0, 0, 0, 0, 0], missing, [0, 0], axis=0))
+    if not nodes.attention:
+        # zeros at the end, up to a multiple of STEPS
+        missing = nodes("Mod", nodes("Neg", length), [STEPS])
+        walked = nodes("Pad", walked, nodes("Concat", [0, 0, 0, 0, 0], missing, [0, 0], axis=0))
 
     flat = nodes("Reshape", walked, [k, -1, d])
-    zoh = block.discretization == "zoh"
-    weight = block.x_proj.clone()
-    weight[:, r : r + n] *= -1
-    low, B, C = nodes("Split", nodes("MatMul", flat, weight.mT), [r, n, n], outputs=3, axis=-1)
-    # -softplus(delta) = log(sigmoid(-delta)): ONNX Runtime's own Softplus takes longer than the scan. Its Sigmoid is
-    # bounded at 18, where softplus(delta) is delta. The sign goes into A and into the weights of B.
-    minus = nodes("Add", nodes("MatMul", low, -block.dt_proj.mT), -block.dt_bias[:, None])
-    dt = nodes("Min", nodes("Log", nodes("Sigmoid", minus)), minus)
-
-    def chunks(x: Value, *last: int) -> Value:
-        return nodes("Reshape", x, nodes("Concat", [k, -1, STEPS], b, list(last), axis=0))
-
-    A = block.A_log.exp().view(k, 1, 1, d, n).mT
-    start = nodes("ConstantOfShape", nodes("Concat", [k, 1], b, [n, d], axis=0))
-    x = chunks(flat if zoh else nodes("Mul", dt, flat), 1, d)
-    inputs = [start, chunks(dt, 1, d), x, chunks(B, n, 1), chunks(C, 1, n)]
-    _, y = nodes(
-        "Scan", *inputs, outputs=2, body=_body(nodes, A, zoh), num_scan_inputs=4,
-        scan_input_axes=[1] * 4, scan_output_axes=[1],
-    )  # fmt: skip
-
-    y = nodes("Reshape", y, nodes("Concat", [k, -1], b, [d], axis=0))
-    y = nodes("Slice", y, [0], length, [1])
+    low, B, C = nodes("Split", nodes("MatMul", flat, block.x_proj.mT), [r, n, n], outputs=3, axis=-1)
+    if nodes.attention:
+        y = _attention(nodes, block, low, flat, B, C, b)
+    else:
+        y = nodes("Slice", _scan(nodes, block, low, flat, B, C, b), [0], length, [1])
     if k > 1:
         there, back = nodes("Split", y, [k // 2, k // 2], outputs=2, axis=0)
         y = nodes("Add", there, backwards(back))
@@ -275,14 +276,81 @@ def scan_2d(nodes: Nodes, block: SS2D, u: Value) -> Value:
     return nodes("Add", nodes("Transpose", total, perm=[2, 0, 1, 3]), nodes("Mul", u, block.D.view(k, d).sum(0)))
 
 
-def _body(outer: Nodes, A: Tensor, zoh: bool) -> Any:
-    """The body of the Scan: STEPS steps for (k, STEPS, b, ...) inputs, from state (k, 1, b, n, d).
+def _step_sizes(nodes: Nodes, block: SS2D, low: Value) -> Value:
+    """softplus(dt_proj low + dt_bias) of (k, L, r): (k, L, d).
 
-    dt, A and B have the opposite sign of the definition, so their products dt A and dt B are unchanged.
+    softplus(x) = max(x, 0) + log(1 + e) with e = exp(-|x|), and log(1 + e) = 2 artanh(z) with z = e / (e + 2).
+    ONNX Runtime's own Softplus and Log take several times as long.
+    """
+    x = nodes("Add", nodes("MatMul", low, block.dt_proj.mT), block.dt_bias.view(block.directions, 1, -1))
+    e = nodes("Exp", nodes("Neg", nodes("Abs", x)))
+    z = nodes("Div", e, nodes("Add", e, 2.0))
+    square = nodes("Mul", z, z)
+    series = nodes.constant(ARTANH[-1])
+    for coefficient in ARTANH[-2::-1]:
+        series = nodes("Add", nodes("Mul", square, series), coefficient)
+    return nodes("Add", nodes("Max", x, 0.0), nodes("Mul", z, series))
+
+
+def _decay(block: SS2D) -> Tensor:
+    """A as (k, 1, 1, d, n)."""
+    return -block.A_log.exp().view(block.directions, 1, 1, block.channels, block.d_state)
+
+
+def _scan(nodes: Nodes, block: SS2D, low: Value, u: Value, B: Value, C: Value, b: Value) -> Value:
+    """A Scan over (k, L * b, ...) with L a multiple of STEPS; (k, L, b, d)."""
+    k, d, n, r = block.directions, block.channels, block.d_state, block.dt_rank
+
+    def chunks(x: Value, *last: int) -> Value:
+        return nodes("Reshape", x, nodes("Concat", [k, -1, STEPS], b, list(last), axis=0))
+
+    start = nodes("ConstantOfShape", nodes("Concat", [k, 1], b, [n, d], axis=0))
+    low = nodes("Reshape", low, nodes("Concat", [k, -1], nodes("Mul", b, [STEPS]), [r], axis=0))
+    inputs = [start, low, chunks(u, 1, d), chunks(B, n, 1), chunks(C, 1, n)]
+    _, y = nodes(
+        "Scan", *inputs, outputs=2, body=_body(nodes, block), num_scan_inputs=4,
+        scan_input_axes=[1] * 4, scan_output_axes=[1],
+    )  # fmt: skip
+    return nodes("Reshape", y, nodes("Concat", [k, -1], b, [d], axis=0))
+
+
+def _attention(nodes: Nodes, block: SS2D, low: Value, u: Value, B: Value, C: Value, b: Value) -> Value:
+    """A LinearAttention over (k, L * b, ...); (k, L, b, d)."""
+    k, d, n = block.directions, block.channels, block.d_state
+    dt, A, zoh = _step_sizes(nodes, block, low), _decay(block), block.discretization == "zoh"
+
+    def sequences(x: Value, *last: int) -> Value:
+        """(k, L * b, ...) to (k, b, L, ...)."""
+        split = nodes("Reshape", x, nodes("Concat", [k, -1], b, list(last), axis=0))
+        return nodes("Transpose", split, perm=[0, 2, 1, *range(3, 3 + len(last))])
+
+    step = sequences(dt, d, 1)
+    exponent = nodes("Mul", step, A)
+    ones = torch.ones(d, 1)
+    query, key = (nodes("Mul", sequences(x, 1, n), ones) for x in (C, B))
+    if zoh:
+        key = nodes("Mul", key, _hold(nodes, step, exponent, nodes("Exp", exponent), A))
+    heads = nodes("Concat", nodes("Mul", b, [k]), [-1, d * n], axis=0)
+    values = nodes("Concat", nodes("Mul", b, [k]), [-1, d], axis=0)
+    value = nodes("Reshape", sequences(u if zoh else nodes("Mul", dt, u), d), values)
+    query, key, exponent = (nodes("Reshape", x, heads) for x in (query, key, exponent))
+    y, _ = nodes(
+        "LinearAttention", query, key, value, None, exponent, outputs=2,
+        q_num_heads=d, kv_num_heads=d, update_rule="gated", scale=1.0,
+    )  # fmt: skip
+    y = nodes("Reshape", y, nodes("Concat", [k], b, [-1, d], axis=0))
+    return nodes("Transpose", y, perm=[0, 2, 1, 3])
+
+
+def _body(outer: Nodes, block: SS2D) -> Any:
+    """The body of the Scan: STEPS steps from state (k, 1, b, n, d).
+
+    It takes low (k, STEPS * b, r), u (k, STEPS, b, 1, d), B (k, STEPS, b, n, 1) and C (k, STEPS, b, 1, n). All that
+    grows with d is computed here, where it stays in the processor's cache.
     """
     import onnx_ir as ir
 
-    k, _, _, n, d = A.shape
+    k, d, n, r = block.directions, block.channels, block.d_state, block.dt_rank
     name = f"{outer.made[-1].name}.body"
     nodes = Nodes(outer._graph, name)
 
@@ -290,8 +358,11 @@ def _body(outer: Nodes, A: Tensor, zoh: bool) -> Any:
         return ir.Value(name=f"{name}.{what}", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
 
     state = first = given("state", k, 1, "b", n, d)
-    dt, x = (given(what, k, STEPS, "b", 1, d) for what in ("dt", "x"))
+    low, u = given("low", k, None, r), given("u", k, STEPS, "b", 1, d)
     B, C = given("B", k, STEPS, "b", n, 1), given("C", k, STEPS, "b", 1, n)
+    zoh, A = block.discretization == "zoh", _decay(block).mT
+    dt = nodes("Reshape", _step_sizes(nodes, block, low), [k, STEPS, -1, 1, d])
+    x = u if zoh else nodes("Mul", dt, u)
     exponent = nodes("Mul", dt, A)
     decay = nodes("Exp", exponent)
     entering = nodes("Mul", B, x)
@@ -306,7 +377,7 @@ def _body(outer: Nodes, A: Tensor, zoh: bool) -> Any:
     last = nodes("Identity", state)
     for value in (y, last):
         value.dtype = ir.DataType.FLOAT
-    return ir.Graph([first, dt, x, B, C], [last, y], nodes=nodes.made, name=name)
+    return ir.Graph([first, low, u, B, C], [last, y], nodes=nodes.made, name=name)
 
 
 def _hold(nodes: Nodes, dt: Value, exponent: Value, decay: Value, A: Tensor) -> Value:
@@ -318,6 +389,13 @@ def _hold(nodes: Nodes, dt: Value, exponent: Value, decay: Value, A: Tensor) -> 
         series = nodes("Add", nodes("Mul", series, nodes("Mul", near, 1 / m)), 1.0)
     far = nodes("Div", nodes("Sub", decay, 1.0), A)
     return nodes("Where", small, nodes("Mul", dt, series), far)
+
+
+def newest_opset() -> int:
+    """The newest opset of the installed onnx."""
+    import onnx.defs
+
+    return int(onnx.defs.onnx_opset_version())
 
 
 def runner(path: Path, threads: int | None = None) -> Callable[[dict[str, Tensor]], Tensor]:

@@ -1,6 +1,7 @@
 """Exports programs to PyTorch's pt2 format: `torch.export.load(path).module()` runs them without this package.
 
-The selective scan is a loop over steps (`torch.ops.higher_order.scan`), so that one file serves every size.
+The selective scan is a loop (`torch.ops.higher_order.scan`), so that one file serves every size. Each round of the loop
+computes `STEPS` time steps, because most of the time goes into starting a round.
 """
 
 import json
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from deformmamba.scan import scan_backend
 from deformmamba.scan.reference import discretize, step_sizes
 
+STEPS = 32  # time steps in one round of the loop
 FACTS = "deformmamba.json"  # the name of the facts inside a pt2 file
 
 
@@ -55,7 +57,7 @@ def _scan_by_steps(
     keep: bool,
     mix: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`deformmamba::scan` as a loop over steps for a graph, all directions at once; with the same shapes."""
+    """`deformmamba::scan` as a loop over chunks of steps for a graph, all directions at once; with the same shapes."""
     from torch._higher_order_ops.scan import scan_op
 
     b, g, _, r = u.shape
@@ -69,16 +71,28 @@ def _scan_by_steps(
             xs[1], xs[3] = (_transposed(x, height, width) for x in (xs[1], xs[3]))
         return torch.stack([x.flip(2) if i >= (k + 1) // 2 and k > 1 else x for i, x in enumerate(xs)]).movedim(3, 0)
 
-    def step(h: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor) -> list[Tensor]:
+    length = height * width
+    chunks = length // STEPS + 1  # at least one step of padding, so that no size can be 0
+
+    def chunked(x: Tensor) -> Tensor:
+        """(chunks, STEPS, ...) of (l, ...), with zeros at the end: these steps change nothing."""
+        padded = torch.cat([x, x.new_zeros(chunks * STEPS - length, *x.shape[1:])])
+        return padded.reshape(chunks, STEPS, *x.shape[1:])
+
+    def chunk(h: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor) -> list[Tensor]:
         a, phi = discretize(dt[..., None], A, zoh)
-        h = a * h + phi * u[..., None] * B[..., None, :]
-        return [h, (h * C[..., None, :]).sum(-1)]
+        x = phi * u[..., None] * B[..., None, :]
+        states = []
+        for decay, entering in zip(a.unbind(0), x.unbind(0), strict=True):
+            h = decay * h + entering
+            states.append(h)
+        return [h, (torch.stack(states) * C[..., None, :]).sum(-1)]
 
     dt = step_sizes(delta, bias, softplus)
-    steps = [walked(list(x)).contiguous() for x in ([u] * k, dt, B, C)]
+    steps = [chunked(walked(list(x))) for x in ([u] * k, dt, B, C)]
     h = A.new_zeros(k, b, g, r, n) if state is None else state.clone()
-    last, ys = scan_op(step, (h,), tuple(steps), (A[:, None].clone(),))
-    y = list(ys.movedim(0, 3))
+    last, ys = scan_op(chunk, (h,), tuple(steps), (A[:, None].clone(),))
+    y = list(ys.flatten(0, 1)[:length].movedim(0, 3))
     y = [x.flip(2) if i >= (k + 1) // 2 and k > 1 else x for i, x in enumerate(y)]
     if k == 4:
         y[1], y[3] = (_transposed(x, width, height) for x in (y[1], y[3]))

@@ -17,6 +17,7 @@ from deformmamba.export import FACTS, ExportError, export, onnx, openvino, pt2, 
 from deformmamba.export.whole_slice import WholeSlice
 from deformmamba.inference import upscale
 from deformmamba.inference.upscaling import scan_units
+from deformmamba.layers import SS2D
 from deformmamba.models import DeformMambaSR, SRModel
 from deformmamba.physics import edges
 from deformmamba.physics.consistency import data_consistency
@@ -123,6 +124,14 @@ def scan(h: int, w: int, b: int) -> np.ndarray:
     return np.float32(2000 * np.hypot(inside + noise[0], noise[1]))
 
 
+SHARE = 1e-5  # of the intensities: float32 sums of a few hundred terms in another order
+
+
+def spread(stack: np.ndarray, unit: float) -> float:
+    """The intensity that rounding is relative to: the unit, or a marker far above it."""
+    return max(unit, float(np.abs(stack).max()))
+
+
 NETWORKS = [
     ({"skip": "zero-fill"}, "object"),
     ({"dims": [4, 6], "depths": [1, 1], "discretization": "zoh", "directions": 2, "separable": True}, "off"),
@@ -162,20 +171,59 @@ def test_an_onnx_file_gives_what_upscale_gives(tmp_path: Path, options: dict[str
     checker.checker.check_model(file)
     assert {p.key: p.value for p in file.metadata_props}.items() >= done.facts.items()
     assert {node.domain for node in file.graph.node} == {""}
+    assert str(Path(__file__).parents[2]).encode() not in file.SerializeToString()
+    assert not any(entry.metadata_props for entry in (*file.graph.node, *file.graph.value_info))
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     assert [i.name for i in session.get_inputs()] == ["lr"]
     assert [i.name for i in session.get_overridable_initializers()] == ["units"]
     smallest = int(done.facts["minimum_size"])
-    for h, w, b in [(smallest, smallest, 1), (21, 16, 2)]:
-        stack = scan(h, w, b)
+    large = scan(24, 18, 2)
+    marked = large.copy()
+    marked[:, 2, 3] = 20 * large.max()
+    stacks = {
+        "smallest": scan(smallest, smallest, 1),
+        "several": scan(21, 16, 2),
+        "cropped": large[:, 7:18, 5:14],
+        "offset": large + 500,
+        "marked": marked,
+        "masked": np.where(large > 300, large, np.float32(0)),
+        "signed": large - large.mean(),
+        "constant": np.full((1, 12, 13), 7, np.float32),
+    }
+    for name, stack in stacks.items():
         units = scan_units(model, stack)
-        given = np.float32([units.zero, units.scale, units.floor])
+        atol = SHARE * spread(stack, units.scale or 2000)
+        given = np.float32([units.zero, units.scale, whole_slice.NO_FLOOR if units.floor is None else units.floor])
         (sr,) = session.run(["sr"], {"lr": stack[:, None], "units": given})
         wanted = upscale(model, stack, axis=0, consistency=consistency)
-        np.testing.assert_allclose(sr[:, 0], wanted, atol=1e-5 * (units.scale or 2000))
+        np.testing.assert_allclose(sr[:, 0], wanted, atol=atol, rtol=0, err_msg=name)
         (sr,) = session.run(["sr"], {"lr": stack[:1, None]})
         wanted = upscale(model, stack[:1], axis=0, consistency=consistency)
-        np.testing.assert_allclose(sr[:, 0], wanted, atol=1e-5 * (units.scale or 2000))
+        np.testing.assert_allclose(sr[:, 0], wanted, atol=atol, rtol=0, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zoh", [False, True])
+def test_the_variant_for_gpus_gives_the_same(tmp_path: Path, zoh: bool) -> None:
+    """On the CPU, with one operator for each scan and no loop."""
+    pytest.importorskip("onnxscript")
+    checker, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    if checker.defs.onnx_opset_version() < onnx.OPSETS["linear-attention"]:
+        pytest.skip("the installed onnx has no LinearAttention")
+    if tuple(int(n) for n in onnxruntime.__version__.split(".")[:2]) < (1, 32):
+        pytest.skip("the installed ONNX Runtime may have no LinearAttention")
+    model = small(skip="zero-fill", discretization="zoh" if zoh else "euler", directions=2 if zoh else 4)
+    done = export(model, tmp_path / "m.onnx", format="onnx", inputs="lr,base", variant="linear-attention")
+    file = checker.load(tmp_path / "m.onnx")
+    checker.checker.check_model(file)
+    assert done.facts["variant"] == "linear-attention"
+    kinds = [node.op_type for node in file.graph.node]
+    assert kinds.count("LinearAttention") == sum(isinstance(part, SS2D) for part in model.modules())
+    assert "Scan" not in kinds
+    lr = image(9, 14, 2)
+    with torch.no_grad():
+        got = onnx.runner(tmp_path / "m.onnx")({"lr": lr, "base": zero_fill(lr, 2)})
+        torch.testing.assert_close(got, model(lr), atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
@@ -274,6 +322,10 @@ class Unexportable(SRModel):
         ({"format": "pt2", "size": (0, 4)}, r"size is \(0, 4\); it must be \(h, w\) of at least 4"),
         ({"format": "pt2", "inputs": "base"}, 'inputs is \'base\'; it must be "lr", "lr,units" or "lr,base"'),
         ({"format": "pt2", "consistency": "always"}, 'consistency must be "exact", "object" or "off"'),
+        (
+            {"format": "pt2", "variant": "linear-attention"},
+            "variant is 'linear-attention'; it must be \"scan\", or with",
+        ),
         ({"format": "pt2", "size": (4, 4)}, "torch .* cannot export Unexportable to pt2: "),
     ],
 )

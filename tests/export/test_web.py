@@ -1,11 +1,14 @@
 """The page in headless Chromium: the package's numbers, its sentences, and what a person needs to use it.
 
-Skips where Node's npm, Chromium or its driver, selenium or the extra `export` is missing.
+Skips where Node's npm, Chromium or its driver, selenium or the extra `export` is missing; fails instead if
+DEFORMMAMBA_PAGE is set.
 """
 
 import base64
 import http.server
 import importlib.util
+import io
+import os
 import shutil
 import threading
 import time
@@ -32,8 +35,18 @@ MISSING = [name for name in ("npm", "chromium", "chromedriver") if shutil.which(
 MISSING += [
     name for name in ("selenium", "onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None
 ]
-if MISSING or not WEB.is_dir():
-    pytest.skip(f"the page is not tested here: {', '.join(MISSING) or 'web/'} missing", allow_module_level=True)
+MISSING += [] if WEB.is_dir() else ["web/"]
+
+
+def not_tested(reason: str) -> None:
+    """Skips, or fails if this run has to test the page."""
+    if os.environ.get("DEFORMMAMBA_PAGE"):
+        pytest.fail(f"the page has to be tested here: {reason}")
+    pytest.skip(f"the page is not tested here: {reason}", allow_module_level=True)
+
+
+if MISSING:
+    not_tested(f"{', '.join(MISSING)} missing")
 
 
 def builder() -> ModuleType:
@@ -63,7 +76,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     try:
         builder().build(folder, ["ixi-4x"])
     except builder().subprocess.CalledProcessError:
-        pytest.skip("the page is not tested here: npm could not install its packages")
+        not_tested("npm could not install its packages")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}/"
@@ -77,11 +90,13 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = str(shutil.which("chromium"))
     for flag in (
-        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--headless", "--no-sandbox", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--use-angle=swiftshader", "--enable-unsafe-swiftshader",  # WebGL without a GPU
         "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
         f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
     ):  # fmt: skip
         options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(str(shutil.which("chromedriver"))))
     driver.set_script_timeout(120)
     yield driver
@@ -131,7 +146,26 @@ def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def picture(browser: Any) -> np.ndarray:
+    """The view as grey values of 0 to 1, (rows, columns)."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(browser.find_element("id", "view").screenshot_as_png)) as image:
+        return np.asarray(image.convert("L"), np.float32) / 255
+
+
+def moved(browser: Any, name: str, value: str) -> np.ndarray:
+    """The view after the slider or choice `name` has got `value`."""
+    code = "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
+    browser.execute_script(
+        code + "e.dispatchEvent(new Event('input')); e.dispatchEvent(new Event('change'));", name, value
+    )
+    time.sleep(0.5)
+    return picture(browser)
+
+
 def test_the_page_gives_what_the_package_gives(browser: Any, page: str, scan: Path, tmp_path: Path) -> None:
+    """The numbers, then the view of input and result."""
     opened(browser, page, scan)
     assert "The weights were trained on pixels of" in words(browser, "advice")
     start = time.monotonic()
@@ -139,12 +173,48 @@ def test_the_page_gives_what_the_package_gives(browser: Any, page: str, scan: Pa
     until(lambda: words(browser, "numbers") or words(browser, "error"), 600, "upscaled")
     print(f"64x64x3 in {time.monotonic() - start:.0f} s: {words(browser, 'numbers')}")
     assert not words(browser, "error")
+    assert "s a slice" in words(browser, "numbers")
+    assert "MiB of memory for the network" in words(browser, "numbers")
     got = saved(browser, "result", tmp_path)
     wanted: Any = deformmamba.upscale(deformmamba.from_pretrained("ixi-4x"), nibabel.load(scan))
     np.testing.assert_allclose(got.affine, wanted.affine, atol=1e-4)
     assert got.shape == wanted.shape == (256, 256, 3)
     expected = wanted.get_fdata(dtype=np.float32)
     np.testing.assert_allclose(got.get_fdata(dtype=np.float32), expected, atol=SHARE * np.ptp(expected), rtol=0)
+
+    until(lambda: browser.find_element("id", "compare").is_enabled(), 60, "compared")
+    result, half, before = (moved(browser, "compare", value) for value in ("0", "50", "100"))
+    middle = half.shape[1] // 2
+    np.testing.assert_array_equal(half[:, : middle - 3], before[:, : middle - 3])
+    np.testing.assert_array_equal(half[:, middle + 3 :], result[:, middle + 3 :])
+    assert before.max() > 0.5 < result.max()
+    # one slice on the same grid: alike, but not the same
+    assert np.corrcoef(before.ravel(), result.ravel())[0, 1] > 0.9
+    assert np.abs(before - result).max() > 0.05
+    assert np.abs(moved(browser, "slice", "0") - before).max() > 0.05
+    if browser.find_element("id", "plane-choice").is_displayed():
+        assert np.abs(moved(browser, "planes", "three") - before).max() > 0.05
+    elsewhere = "return performance.getEntriesByType('resource').map((r) => r.name).filter((n) => /^http/.test(n))"
+    assert all(name.startswith(page) for name in browser.execute_script(elsewhere))
+    errors = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert errors == []
+
+
+def test_without_webgl_the_page_draws_by_itself(browser: Any, page: str, scan: Path) -> None:
+    hidden = (
+        "const get = HTMLCanvasElement.prototype.getContext;"
+        "HTMLCanvasElement.prototype.getContext = function (kind, ...more) {"
+        "  return kind === 'webgl2' ? null : get.call(this, kind, ...more); };"
+    )
+    script = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": hidden})
+    try:
+        opened(browser, page, scan)
+        before = picture(browser)
+        assert before.max() > 0.5
+        assert np.abs(moved(browser, "slice", "0") - before).max() > 0.05
+        assert not browser.find_element("id", "plane-choice").is_displayed()
+    finally:
+        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
 
 
 def test_a_dicom_series_lies_where_the_package_puts_it(browser: Any, page: str, tmp_path: Path) -> None:
@@ -250,7 +320,7 @@ def test_the_keyboard_reaches_everything(browser: Any, page: str, scan: Path) ->
 
 
 def test_nothing_comes_from_elsewhere() -> None:
-    for name in ("index.html", "app.js", "worker.js", "volume.js", "style.css"):
+    for name in builder().PAGE:
         source = (WEB / name).read_text("utf-8")
         assert "://" not in source, name
     assert "connect-src" not in (WEB / "index.html").read_text("utf-8")

@@ -1,0 +1,252 @@
+"""The page's readers and writer of files, in Node: the voxels, affines and sentences of the package."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, MRImageStorage, generate_uid
+
+import deformmamba
+from deformmamba.volume import slice_axis
+
+VOLUME = Path(__file__).parents[2] / "web" / "volume.js"
+if shutil.which("node") is None or not VOLUME.is_file():
+    missing = "web/" if shutil.which("node") else "Node"
+    pytest.skip(f"the page's readers are not tested here: {missing} missing", allow_module_level=True)
+
+# reads each file; prints what it is, and writes it as read and as an empty result of scale 2
+SCRIPT = """
+import { readFileSync, writeFileSync } from "node:fs";
+const [, module, ...files] = process.argv;
+const { finer, niftiBytes, readScan } = await import(module);
+const told = {};
+for (const path of files) {
+  const name = path.split("/").at(-1);
+  try {
+    const scan = await readScan([new File([readFileSync(path)], name)]);
+    writeFileSync(path + ".read", Buffer.from(niftiBytes(scan)));
+    writeFileSync(path + ".result", Buffer.from(niftiBytes(finer(scan, 2))));
+    told[name] = { slices: scan.slices, spacing: scan.spacing };
+  } catch (error) {
+    told[name] = { error: error.constructor.name === "ScanError" ? error.message : String(error.stack) };
+  }
+}
+console.log(JSON.stringify(told));
+"""
+
+
+def in_node(files: list[Path]) -> dict[str, dict[str, Any]]:
+    """What the page makes of each file by itself."""
+    done = subprocess.run(
+        ["node", "--input-type=module", "-e", SCRIPT, VOLUME.as_uri(), *map(str, files)],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    return told
+
+
+def affine() -> np.ndarray:
+    """Oblique and mirrored: 0.8 x 0.9 x 4 mm."""
+    rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))
+    made = np.eye(4)
+    made[:3, :3] = rotation * [0.8, 0.9, 4.0]
+    made[:3, 3] = [-20.0, 13.5, 7.25]
+    return made
+
+
+def nifti(dtype: str, kind: Any = nibabel.Nifti1Image, end: str = "<", shape: tuple[int, ...] = (5, 4, 3)) -> Any:
+    array = np.random.default_rng(1).integers(1, 100, shape).astype(dtype)
+    header = kind.header_class(endianness=end)
+    header.set_data_dtype(np.dtype(dtype))
+    return kind(array, affine(), header)
+
+
+def scaled() -> Any:
+    image = nifti("int16")
+    image.header.set_slope_inter(0.25, -3.0)
+    return image
+
+
+def coded(qform: int, sform: int, units: str = "mm") -> Any:
+    image = nifti("uint8")
+    image.header.set_xyzt_units(units)
+    image.set_qform(affine(), qform)
+    image.set_sform(affine(), sform)
+    return image
+
+
+def stacked_first() -> Any:
+    image = nifti("float32")
+    image.header.set_dim_info(slice=0)
+    return image
+
+
+READ: dict[str, Callable[[], Any]] = {
+    **{f"{dtype}.nii": lambda dtype=dtype: nifti(dtype) for dtype in ("uint8", "int16", "uint16", "int32", "float64")},
+    "big.nii": lambda: nifti("int16", end=">"),
+    "big-second.nii": lambda: nifti("float32", nibabel.Nifti2Image, end=">"),
+    "second.nii": lambda: nifti("int16", nibabel.Nifti2Image),
+    "packed.nii.gz": lambda: nifti("int16"),
+    "packed-second.nii.gz": lambda: nifti("float64", nibabel.Nifti2Image),
+    "scaled.nii": scaled,
+    "flat.nii": lambda: nifti("int16", shape=(5, 4)),
+    "one-volume.nii": lambda: nifti("int16", shape=(5, 4, 3, 1)),
+    "qform.nii": lambda: coded(1, 0),
+    "both.nii": lambda: coded(1, 2),
+    "neither.nii": lambda: coded(0, 0),
+    "metres.nii": lambda: coded(1, 1, "meter"),
+    "microns.nii": lambda: coded(1, 0, "micron"),
+    "first.nii": stacked_first,
+}
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("scans")
+    for name, make in READ.items():
+        nibabel.save(make(), folder / name)
+    return folder, in_node([folder / name for name in READ])
+
+
+@pytest.mark.filterwarnings("ignore:.*the header has two voxel sizes")
+@pytest.mark.parametrize("name", READ)
+def test_a_file_is_read_and_saved_as_the_package_does(scans: tuple[Path, dict[str, dict[str, Any]]], name: str) -> None:
+    folder, told = scans
+    assert "error" not in told[name], told[name]
+    wanted = deformmamba.read_volume(folder / name)
+    assert told[name]["slices"] == slice_axis(wanted)
+    np.testing.assert_allclose(told[name]["spacing"], wanted.spacing, rtol=1e-6)
+    for what in ("read", "result"):
+        (folder / f"{what}-{name.removesuffix('.gz')}").write_bytes((folder / f"{name}.{what}").read_bytes())
+    got = deformmamba.read_volume(folder / f"read-{name.removesuffix('.gz')}")
+    np.testing.assert_array_equal(got.array, wanted.array)
+    assert got.codes == wanted.codes
+    result: Any = nibabel.load(folder / f"result-{name.removesuffix('.gz')}")
+    axes = [axis for axis in range(3) if axis != told[name]["slices"]]
+    place = wanted.resampled(wanted.array, 2, tuple(axes), "origin")  # type: ignore[arg-type]
+    # positions in float32: a few units in the last place of the largest coordinate
+    for given, expected in ((got.affine, wanted.affine), (result.affine, place.affine)):
+        np.testing.assert_allclose(given, expected, atol=1e-5, rtol=1e-6)
+    assert result.get_data_dtype() == np.float32
+    if got.codes[0] > 0:
+        sizes = np.linalg.norm(place.qform[:3, :3], axis=0)
+        np.testing.assert_allclose(result.header.get_zooms(), sizes, rtol=1e-6)
+        np.testing.assert_allclose(got.qform, wanted.qform, atol=1e-5, rtol=1e-6)
+
+
+def dicom(syntax: str = ExplicitVRLittleEndian, **elements: Any) -> bytes:
+    """One DICOM image."""
+    from io import BytesIO
+
+    ds = Dataset()
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.SeriesInstanceUID = MRImageStorage, generate_uid(), generate_uid()
+    ds.ImageType, ds.ImageOrientationPatient = ["ORIGINAL", "PRIMARY", "M"], [1, 0, 0, 0, 1, 0]
+    ds.ImagePositionPatient, ds.PixelSpacing = [0, 0, 0], [1, 1]
+    ds.Columns, ds.Rows, ds.SamplesPerPixel, ds.PhotometricInterpretation = 4, 3, 1, "MONOCHROME2"
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 0
+    ds.PixelData = np.arange(12, dtype="<u2").tobytes()
+    for name, value in elements.items():
+        setattr(ds, name, value)
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = syntax
+    if syntax == JPEG2000Lossless:
+        from pydicom.encaps import encapsulate
+
+        ds.PixelData = encapsulate([b"\xff\x4f\xff\x51" * 4])
+        ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+    file = BytesIO()
+    ds.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+def without_a_voxel_size() -> bytes:
+    image = coded(1, 0)
+    image.header["pixdim"][1:4] = 0
+    return bytes(image.header.binaryblock) + bytes(4) + image.get_fdata().astype(np.uint8).tobytes()
+
+
+REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
+    "text.nii": (lambda: b"not a scan" * 100, "not a scan that can be read"),
+    "empty.nii": (lambda: b"", "not a scan that can be read"),
+    "cut.nii": (lambda: nifti("float64").to_bytes()[:500], "truncated: the file is shorter than its header requires"),
+    "cut.nii.gz": (lambda: b"\x1f\x8b\x08\x00 not gzip", "not a NIfTI file, or a damaged one"),
+    "four.nii": (
+        lambda: nifti("int16", shape=(3, 3, 3, 2)).to_bytes(),
+        "holds 2 volumes; save the one to upscale",
+    ),
+    "five.nii": (lambda: nifti("int16", shape=(3, 3, 3, 2, 2)).to_bytes(), "has 5 dimensions (3, 3, 3, 2, 2)"),
+    "complex.nii": (lambda: nifti("complex64").to_bytes(), "voxels are complex numbers; take the magnitude first"),
+    "unsized.nii": (without_a_voxel_size, "the voxel spacing in the header is zero or missing"),
+    "nan.nii": (
+        lambda: nibabel.Nifti1Image(np.full((4, 4, 4), np.nan, np.float32), np.eye(4)).to_bytes(),
+        "64 of 64 voxels are NaN or infinite",
+    ),
+    "zeros.nii": (
+        lambda: nibabel.Nifti1Image(np.zeros((4, 4, 4), np.float32), np.eye(4)).to_bytes(),
+        "every voxel is zero; the volume is empty",
+    ),
+    "half.hdr": (lambda: b"\0" * 348, "half of a pair .hdr and .img (NIfTI or Analyze), which is not read"),
+    "brain.mgh": (lambda: b"\0\0\0\1" * 100, "MGH, which this page cannot read; use the deformmamba package"),
+    "bare.dcm": (
+        lambda: dicom()[132:],
+        'DICOM without the preamble ("DICM" after 128 bytes), which is not read; convert it with dcm2niix',
+    ),
+    "packed.dcm": (
+        lambda: dicom(JPEG2000Lossless),
+        f"pixels are compressed or big endian ({JPEG2000Lossless}), which this page cannot read",
+    ),
+    "mosaic.dcm": (
+        lambda: dicom(ImageType=["ORIGINAL", "PRIMARY", "M", "MOSAIC"]),
+        "a Siemens mosaic, which this page cannot read; use the deformmamba package",
+    ),
+    "frames.dcm": (
+        lambda: dicom(NumberOfFrames=2, PixelData=bytes(48)),
+        "multi-frame DICOM, which this page cannot read; use the deformmamba package",
+    ),
+    "placeless.dcm": (
+        lambda: dicom(ImagePositionPatient=[]),
+        "has no ImagePositionPatient, so its position in the patient is unknown",
+    ),
+    "colours.dcm": (
+        lambda: dicom(SamplesPerPixel=3, PixelData=bytes(72)),
+        "voxels are colours; extract one channel first",
+    ),
+}
+
+
+def test_what_is_not_read_is_one_sentence(tmp_path: Path) -> None:
+    for name, (make, _) in REFUSED.items():
+        (tmp_path / name).write_bytes(make())
+    told = in_node([tmp_path / name for name in REFUSED])
+    for name, (_, sentence) in REFUSED.items():
+        assert told[name].get("error", "").startswith(f"{name}: {sentence}"), told[name]
+        assert "\n" not in told[name]["error"]
+
+
+def test_the_view_shows_the_input_on_the_grid_of_its_result() -> None:
+    """Origin-aligned: voxel i of the input lies on voxel s * i of the result, and no place is between two pixels."""
+    shape, scale = (3, 4, 2), 2
+    array = np.arange(24, dtype=np.float32).reshape(shape, order="F")
+    script = (
+        "const [, module, text] = process.argv; const { finer, onGridOf } = await import(module);"
+        "const scan = { ...JSON.parse(text), affine: [[1,0,0,0],[0,1,0,0],[0,0,1,0]], slices: 2,"
+        "  header: { qform: { zooms: [1, 1, 1] } } };"
+        "console.log(JSON.stringify([...onGridOf(scan, finer(scan, 2)).data]));"
+    )
+    given = json.dumps({"shape": shape, "data": array.ravel(order="F").tolist()})
+    done = subprocess.run(
+        ["node", "--input-type=module", "-e", script, VOLUME.as_uri(), given],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    got = np.reshape(json.loads(done.stdout), (6, 8, 2), order="F")
+    np.testing.assert_array_equal(got[::scale, ::scale], array)
+    np.testing.assert_array_equal(got[1], got[2])  # halves are rounded up, as the half-pixel between two voxels
+    np.testing.assert_array_equal(got[-1], got[-2])  # beyond the last voxel
