@@ -7,6 +7,8 @@ VENV ?= .venv
 TORCH ?= torch torchvision
 BIN := $(VENV)/bin
 WORKERS ?= 2
+# a file's tests run in one worker, so that it makes what they share once
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: web setup demo test test-fast test-generic check lint bench docs dist clean
 
@@ -32,15 +34,15 @@ demo: $(BIN)/.installed  ## upscale a phantom and a real scan, with figures in d
 	$(BIN)/deformmamba demo -o demo-output
 
 test: $(BIN)/.installed-dev  ## all tests
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(PYTEST)
 
 test-fast: $(BIN)/.installed-test  ## the tests that take less than a few seconds each
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # the oldest instruction set that each library supports, with which sums are rounded differently
 test-generic: $(BIN)/.installed-test  ## the numerical tests with the instruction set of an old processor
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 NUMBA_CPU_NAME=generic OMP_NUM_THREADS=1 \
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests/scan tests/deform tests/physics tests/test_layers.py \
+	$(PYTEST) -m "not slow" tests/scan tests/deform tests/physics tests/test_layers.py \
 	tests/test_losses.py tests/inference/test_adapters.py
 
 lint: $(BIN)/.installed-dev  ## style and types

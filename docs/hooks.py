@@ -22,6 +22,18 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return re.sub(r"\[([^]]+)\]\((?:\.\./|(?:examples|benchmarks|deformmamba|tests)/)[^)]*\)", r"\1", markdown)
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """An empty corner of a table is no heading."""
+    return re.sub(r"<th([^>]*)></th>", r"<td\1></td>", html)
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Names for a screen reader: of the search, and of the contents' parts, where one is called like a section."""
+    output = output.replace(' role="dialog"', ' role="dialog" aria-label="Search"')
+    contents = r'(<nav class="md-nav" aria-label="[^"]+)"'
+    return re.sub(contents, r'\1, on this page"', output)
+
+
 def _card(entry: Any) -> str:
     body = card(entry).split("---\n", 2)[2]
     return re.sub(r"^#", "##", body, flags=re.MULTILINE).replace("\n### #", "\n### ")

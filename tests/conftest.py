@@ -1,8 +1,13 @@
 """What several test files share: real volumes where they are at hand, small synthetic ones where they are not."""
 
+import importlib.util
 import os
+import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from threading import RLock
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +39,60 @@ def phantom() -> np.ndarray:
     inner = ((y - 0.1) ** 2 / 0.1 + (x + 0.1) ** 2 / 0.05) < 0.9
     texture = np.cos(9 * x + 7 * y) * np.cos(11 * y - 5 * x)
     return (head * (500 + 120 * texture) + inner * 300 + rng.random(y.shape) * 5).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Headless Chromium under selenium, one for each file, with logs; skips where either is missing."""
+    missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+    missing += ["selenium"] if importlib.util.find_spec("selenium") is None else []
+    if missing:
+        pytest.skip(f"no browser to test with: {', '.join(missing)} missing")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    for flag in (
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):  # fmt: skip
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(str(shutil.which("chromedriver"))))
+    driver.set_script_timeout(120)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _workers_compile_in_turn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of pytest-xdist's workers one compiles a kernel; the others wait, and take it from the cache."""
+    if "PYTEST_XDIST_WORKER" not in os.environ or importlib.util.find_spec("fcntl") is None:
+        yield
+        return
+    import fcntl
+
+    from numba.core.dispatcher import Dispatcher
+
+    path, thread, compiles, depth = tmp_path_factory.getbasetemp().parent / "compiling", RLock(), Dispatcher.compile, 0
+
+    def in_turn(self: Any, signature: Any) -> Any:
+        nonlocal depth
+        with thread:
+            depth += 1  # a kernel compiles the functions that it calls
+            try:
+                if depth > 1:
+                    return compiles(self, signature)
+                with path.open("w") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    return compiles(self, signature)
+            finally:
+                depth -= 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dispatcher, "compile", in_turn)
+        yield
 
 
 @pytest.fixture(autouse=True)

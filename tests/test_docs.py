@@ -1,4 +1,4 @@
-"""Every Python block and command of docs/ runs, the site builds strictly, and it lists all that is public."""
+"""Every Python block and command of docs/ runs, and the pages list all that is public."""
 
 import importlib.util
 import os
@@ -86,24 +86,6 @@ def test_the_reference_lists_what_is_public() -> None:
     assert len(listed) == len(set(listed))
     for module, name in deformmamba._HOME.items():
         assert (name, module) in listed, f"docs/api.md lacks ::: deformmamba.{module}.{name}"
-
-
-@pytest.mark.slow
-def test_the_site_builds_strictly(tmp_path: Path) -> None:
-    pytest.importorskip("material")
-    pytest.importorskip("mkdocstrings")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
-    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    pages = {path.name for path in (tmp_path / "site").glob("*.html")}
-    assert {page.with_suffix(".html").name for page in PAGES} <= pages
-    for path in (tmp_path / "site").glob("*.html"):
-        text = path.read_text("utf-8")
-        assert "<!-- model cards -->" not in text
-        assert "<!-- weights table -->" not in text
-        for source in re.findall(r'<(?:script|img|iframe)[^>]*\ssrc="([^"]+)"', text):
-            assert "//" not in source, f"{path.name} asks for {source}"
 
 
 @pytest.mark.slow

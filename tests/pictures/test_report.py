@@ -1,10 +1,8 @@
 """The report: it says what ran and nothing of the patient, stays small, asks for nothing, and moves when touched."""
 
 import re
-import shutil
 import time
 from base64 import b64decode
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
@@ -114,22 +112,6 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path, scans: tuple[V
 
 
 # -------------------------------------------------------------------------------------------------------- in a browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver")
-    found = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    if not all(found):
-        pytest.skip("no chromium with chromedriver here")
-    options = webdriver.ChromeOptions()
-    options.binary_location = found[0]
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(found[1]))
-    yield driver
-    driver.quit()
 
 
 def opened(browser: Any, path: Path, width: int) -> None:

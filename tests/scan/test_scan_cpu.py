@@ -153,17 +153,25 @@ torch.testing.assert_close(y, z)
 def scan_in_a_process(**environment: str) -> str:
     """What a scan in a fresh process says on stderr."""
     # -P: the package of PYTHONPATH, not that of the folder in which the tests run
-    return in_a_process("-P", "-c", SCAN, **{"NUMBA_CACHE_DIR": ""} | environment)
+    # NUMBA_OPT: code that is not optimized is compiled in a fraction of the time, and kept on disk in the same way
+    return in_a_process("-P", "-c", SCAN, **{"NUMBA_CACHE_DIR": "", "NUMBA_OPT": "0"} | environment)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder in which a process has kept its compiled code, and what that process said; tests take copies."""
+    folder = tmp_path_factory.mktemp("compiled")
+    return folder, scan_in_a_process(NUMBA_CACHE_DIR=str(folder))
 
 
 @pytest.mark.slow
-def test_compiled_once_and_said_so(tmp_path: Path) -> None:
-    said = scan_in_a_process(NUMBA_CACHE_DIR=str(tmp_path))
+def test_compiled_once_and_said_so(compiled: tuple[Path, str]) -> None:
+    folder, said = compiled
     assert said in ("", "deformmamba: compiling the CPU scan (forward pass, float32), once\n")  # "": in under a second
-    index, code = (list(tmp_path.rglob(f"*forward*.{kind}")) for kind in ("nbi", "nbc"))
+    index, code = (list(folder.rglob(f"*forward*.{kind}")) for kind in ("nbi", "nbc"))
     assert len(index) == len(code) == 1
     written = code[0].stat().st_mtime_ns
-    assert scan_in_a_process(NUMBA_CACHE_DIR=str(tmp_path)) == ""
+    assert scan_in_a_process(NUMBA_CACHE_DIR=str(folder)) == ""
     assert code[0].stat().st_mtime_ns == written
 
 
@@ -175,11 +183,13 @@ def test_two_processes_share_a_new_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_damaged_cache_files_are_replaced(tmp_path: Path) -> None:
-    scan_in_a_process(NUMBA_CACHE_DIR=str(tmp_path))
-    for file in (*tmp_path.rglob("*.nbi"), *tmp_path.rglob("*.nbc")):
+def test_damaged_cache_files_are_replaced(compiled: tuple[Path, str], tmp_path: Path) -> None:
+    folder = shutil.copytree(compiled[0], tmp_path / "damaged")
+    files = [*folder.rglob("*.nbi"), *folder.rglob("*.nbc")]
+    assert files
+    for file in files:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    scan_in_a_process(NUMBA_CACHE_DIR=str(tmp_path))
+    scan_in_a_process(NUMBA_CACHE_DIR=str(folder))
 
 
 @pytest.mark.slow
