@@ -10,7 +10,7 @@ WORKERS ?= 2
 # a file's tests run in one worker, so that it makes what they share once
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: web setup demo test test-fast test-generic check lint bench docs dist clean
+.PHONY: web setup demo test test-all test-fast test-generic check lint bench docs dist clean
 
 setup: $(BIN)/.installed-dev  ## environment with everything for development
 
@@ -33,7 +33,10 @@ $(BIN)/.installed-%: $(BIN)/.installed
 demo: $(BIN)/.installed  ## upscale a phantom and a real scan, with figures in demo-output/
 	$(BIN)/deformmamba demo -o demo-output
 
-test: $(BIN)/.installed-dev  ## all tests
+test: $(BIN)/.installed-dev  ## every subject, without the tests marked long
+	$(PYTEST) -m "not long"
+
+test-all: $(BIN)/.installed-dev  ## all tests, as in CI
 	$(PYTEST)
 
 test-fast: $(BIN)/.installed-test  ## the tests that take less than a few seconds each
@@ -50,7 +53,7 @@ lint: $(BIN)/.installed-dev  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint test  ## style, types, tests
+check: lint test-all  ## style, types, all tests
 
 bench: $(BIN)/.installed-dev  ## every benchmark; each verifies its result before it times it
 	set -e; for script in benchmarks/*.py; do grep -q "__main__" $$script && $(BIN)/python $$script; done

@@ -88,7 +88,7 @@ def test_the_reference_lists_what_is_public() -> None:
         assert (name, module) in listed, f"docs/api.md lacks ::: deformmamba.{module}.{name}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_worked_examples_pass_when_they_are_pasted(tmp_path: Path) -> None:
     """The loss and the baseline of contributing.md, in a copy of the tree: style, and the contracts of their tables."""
     for name in ("deformmamba", "tests"):

@@ -146,7 +146,7 @@ def test_the_metadata(built: Built) -> None:
     assert "![" in str(metadata.get_payload()), "the README is the description"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_wheel_works_where_there_is_no_checkout(built: Built, tmp_path: Path) -> None:
     """In an empty environment that sees this one's packages, but not an editable installation of ours."""
     venv = tmp_path / "venv"

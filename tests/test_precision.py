@@ -303,7 +303,7 @@ def test_the_table_is_true(block: str, column: str, cell: str) -> None:
     CHECKS[column, cell][0](block)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_inductor_gives_the_same_network() -> None:
     compiled("DeformMambaSR", "inductor")

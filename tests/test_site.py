@@ -99,6 +99,7 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
     return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text("utf-8")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_no_page_breaks_a_rule_of_accessibility(site: Path, browser: Any, axe: str, scheme: str) -> None:
     emulated = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}

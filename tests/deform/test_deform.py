@@ -405,7 +405,7 @@ def test_what_is_outside_is_zero_even_beside_an_infinite_pixel(implementation: s
     assert (y == 0).all()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_kernels_stay_inside_their_arrays(tmp_path: Path) -> None:
     """Values, pieces and wild offsets again, with numba checking every index (in a cache of its own)."""
     program = """

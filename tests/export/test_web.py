@@ -26,7 +26,7 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
 import deformmamba
 
-pytestmark = [pytest.mark.slow]
+pytestmark = [pytest.mark.long]
 
 ROOT = Path(__file__).parents[2]
 WEB = ROOT / "web"

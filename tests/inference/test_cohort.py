@@ -431,7 +431,7 @@ def test_one_of_two_processes_killed_and_the_run_repeated(tmp_path: Path) -> Non
         assert read_volume(out / f"sub-{k}_desc-sr_T2w.nii").array.shape == (16, 12, 3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_under_torchrun_a_bad_file_stops_nobody(tmp_path: Path, weights: str) -> None:
     root, out = tmp_path / "in", tmp_path / "out"
     scan(root / "sub-0_T2w.nii", 0, (6, 6, 1))

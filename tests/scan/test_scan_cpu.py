@@ -153,8 +153,7 @@ torch.testing.assert_close(y, z)
 def scan_in_a_process(**environment: str) -> str:
     """What a scan in a fresh process says on stderr."""
     # -P: the package of PYTHONPATH, not that of the folder in which the tests run
-    # NUMBA_OPT: code that is not optimized is compiled in a fraction of the time, and kept on disk in the same way
-    return in_a_process("-P", "-c", SCAN, **{"NUMBA_CACHE_DIR": "", "NUMBA_OPT": "0"} | environment)
+    return in_a_process("-P", "-c", SCAN, **{"NUMBA_CACHE_DIR": ""} | environment)
 
 
 @pytest.fixture(scope="module")
@@ -175,14 +174,14 @@ def test_compiled_once_and_said_so(compiled: tuple[Path, str]) -> None:
     assert code[0].stat().st_mtime_ns == written
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_share_a_new_cache(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: scan_in_a_process(NUMBA_CACHE_DIR=str(tmp_path)), range(2)))
     assert scan_in_a_process(NUMBA_CACHE_DIR=str(tmp_path)) == ""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_damaged_cache_files_are_replaced(compiled: tuple[Path, str], tmp_path: Path) -> None:
     folder = shutil.copytree(compiled[0], tmp_path / "damaged")
     files = [*folder.rglob("*.nbi"), *folder.rglob("*.nbc")]
@@ -192,7 +191,7 @@ def test_damaged_cache_files_are_replaced(compiled: tuple[Path, str], tmp_path: 
     scan_in_a_process(NUMBA_CACHE_DIR=str(folder))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nowhere_to_cache(tmp_path: Path) -> None:
     """A read-only installation and no home: every place that numba tries is a file, not a folder."""
     package = tmp_path / "deformmamba"

@@ -549,7 +549,7 @@ TWO = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"
        "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no")  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_what_one_does(tmp_path):
     options = "epochs=1.5, batch=4, every=1, ema=0, lr=1e-2"  # 9 samples: 4, 4 and an uneven 1
     alone = eval(f"run(tmp_path / 'alone', {options})")
@@ -569,7 +569,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     assert max((a[name] - b[name]).abs().max() for name in a) < 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_if_one_of_two_processes_is_asked_to_stop_both_do_and_one_goes_on(tmp_path):
     options = {"steps": 5, "batch": 4, "ema": 0, "lr": 1e-2}
     alone = run(tmp_path / "alone", data=Signalling(-1, 0), **options)
