@@ -23,7 +23,7 @@ from torch import nn
 
 from deformmamba.deform import modulated_deform_conv2d
 from deformmamba.errors import InvalidArgument, InvalidType
-from deformmamba.scan import Discretization, selective_scan_2d
+from deformmamba.scan import Discretization, scan_checked_map
 from deformmamba.tensors import overridable, refuse_tracing, without_autocast
 from deformmamba.torch_private import NotScriptable
 
@@ -264,7 +264,7 @@ def scan_map(
         u = _last(x.to(torch.promote_types(x.dtype, torch.float32)))
         projected = F.linear(u, x_proj.flatten(0, 1).to(u.dtype)).unflatten(-1, (k, r + 2 * n))
         dt, B, C = projected.split([r, n, n], dim=-1)
-        y = selective_scan_2d(
+        y = scan_checked_map(
             u,
             dt.permute(3, 0, 1, 2, 4),
             -A_log.to(u.dtype).exp(),

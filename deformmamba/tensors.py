@@ -18,6 +18,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_NO_SUBCLASS = frozenset((*_PLAIN, type(None), bool, int, float, str, tuple))
 _TYPES: dict[torch.dtype, str] = {torch.float32: np.dtype(np.float32).str, torch.float64: np.dtype(np.float64).str}
 
 
@@ -47,6 +48,8 @@ def overridable(function: Callable[P, R]) -> Callable[P, R]:
         given = (*args, *kwargs.values())
         if has_torch_function(given):
             return handle_torch_function(call, given, *args, **kwargs)
+        if _NO_SUBCLASS.issuperset(map(type, given)):
+            return function(*args, **kwargs)
         if all(type(x) in _PLAIN or not isinstance(x, Tensor) for x in given):
             return function(*args, **kwargs)
         module = sys.modules.get("torch.distributed.tensor")
@@ -126,6 +129,7 @@ def loop_over_batch(operator: Callable[..., Any]) -> Callable[..., Any]:
 class _Memory:
     """Holds numpy's array interface to the memory of a tensor, and the tensor itself so that it stays alive."""
 
+    __slots__ = ("__array_interface__", "tensor")
     tensor: Tensor
     __array_interface__: dict[str, Any]
 
@@ -144,8 +148,8 @@ def as_array(tensor: Tensor) -> np.ndarray:
     memory.tensor = tensor
     memory.__array_interface__ = {
         "data": (pointer, False),
-        "shape": tuple(tensor.shape),
-        "strides": tuple([size * step for step in tensor.stride()]),
+        "shape": tensor.shape,
+        "strides": None if tensor.is_contiguous() else tuple([size * step for step in tensor.stride()]),
         "typestr": _TYPES[tensor.dtype],
         "version": 3,
     }

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
@@ -42,8 +43,6 @@ def differentiates_by_transform() -> bool:
     Why: kernels have no rule for these, and PyTorch has no public function for this. Without the check their
     derivatives would be zeros.
     """
-    from torch._C._functorch import TransformType, get_interpreter_stack
-
     levels = [interpreter.key() for interpreter in get_interpreter_stack() or ()]
     return forward_ad._current_level >= 0 or any(key in (TransformType.Grad, TransformType.Jvp) for key in levels)
 

@@ -98,6 +98,8 @@ def modulated_deform_conv2d(
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
     """(y, x) from one integer, or from a sequence of one or two; numpy's integers and symbolic sizes are integers."""
+    if type(value) is int:
+        return value, value
     if hasattr(value, "tolist"):  # numpy arrays and tensors
         value = value.tolist()
     numbers = list(value) if isinstance(value, (tuple, list)) else [value]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deformmamba.deform.gather import gather
 from deformmamba.errors import InvalidArgument
-from deformmamba.tensors import as_array, loop_over_batch, plain
+from deformmamba.tensors import as_array, loop_over_batch, plain, without_autocast
 from deformmamba.threads import run_on_threads
 
 _CHUNK_BYTES = 2 << 20  # size of the columns: they stay in a core's cache between the kernel and the product
@@ -228,6 +228,9 @@ def _scatter(  # type: ignore[no-untyped-def]
 
 def _run_parts(work: Callable[[int, int], None], parts: list[tuple[int, int]]) -> None:
     """work(start, stop) for each of the parts, at the same time."""
+    if len(parts) == 1:
+        with torch.inference_mode():
+            return work(*parts[0])
     waiting = deque(parts)
 
     @torch.inference_mode()  # permits the same operations as the caller's modes
@@ -274,7 +277,7 @@ class _Call:
 
     def by_group(self, pixels: Tensor) -> Tensor:
         """(n, c_out) as (groups, n, c_out / groups), not copied."""
-        return pixels.view(len(pixels), self.groups, -1).transpose(0, 1)
+        return pixels.view(pixels.shape[0], self.groups, -1).transpose(0, 1)
 
 
 def _check(
@@ -333,7 +336,7 @@ def _check(
         ("grad", grad, (b, h_out, w_out, c_out)),
     ):
         if tensor is not None and not (
-            tuple(tensor.shape) == shape
+            tensor.shape == shape
             and tensor.dtype == x.dtype
             and tensor.device.type == "cpu"
             and tensor.layout == torch.strided
@@ -348,7 +351,6 @@ def _check(
 
 
 @torch.library.custom_op("deformmamba::deform_conv2d", mutates_args=(), device_types="cpu")
-@torch.autocast("cpu", enabled=False)
 def deform_conv2d(
     x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]
 ) -> Tensor:
@@ -356,18 +358,20 @@ def deform_conv2d(
     x, offset, mask, weight, bias = map(plain, (x, offset, mask, weight, bias))
     _check("deform_conv2d", x, offset, mask, weight, bias, geometry)
     call = _Call(x, offset, mask, weight, geometry)
-    out = x.new_zeros(call.pixels, len(weight))
+    c_out, _, _, c_in = weight.shape
+    out = x.new_zeros(call.pixels, c_out)
     if bias is not None:
         out += bias
     matrix = call.weight.flatten(2).transpose(1, 2)
 
     def work(start: int, stop: int) -> None:
-        for first, last, columns in call.chunks(start, stop, call.groups, weight.shape[-1]):
-            _sample(*call.arrays, as_array(columns), first)
+        for first, last, columns in call.chunks(start, stop, call.groups, c_in):
+            _sample(*call.arrays, columns.numpy(), first)
             call.by_group(out[first:last]).baddbmm_(columns.flatten(2), matrix)
 
-    _run_parts(work, _parts(call.pixels, call.threads))
-    return out.view(*offset.shape[:3], len(weight))
+    with without_autocast("cpu"):
+        _run_parts(work, _parts(call.pixels, call.threads))
+    return out.view(*offset.shape[:3], c_out)
 
 
 @deform_conv2d.register_fake
@@ -378,7 +382,6 @@ def _(
 
 
 @torch.library.custom_op("deformmamba::deform_conv2d_backward", mutates_args=(), device_types="cpu")
-@torch.autocast("cpu", enabled=False)
 def deform_conv2d_backward(
     grad: Tensor,
     x: Tensor,
@@ -416,13 +419,14 @@ def deform_conv2d_backward(
         for first, last, columns in call.chunks(0, call.pixels, len(matrix), here[-1].stop - low):
             rows = call.by_group(grad[first:last])[groups]
             torch.bmm(rows, matrix, out=columns.flatten(2))
-            _scatter(*call.arrays, as_array(columns), first, *into, start)
+            _scatter(*call.arrays, columns.numpy(), first, *into, start)
             if grad_matrix is not None:
                 grad_matrix.baddbmm_(rows.transpose(1, 2), columns.flatten(2))
         if grad_matrix is not None:
             grad_weight[here] = grad_matrix.unflatten(2, (call.taps, -1))
 
-    _run_parts(work, parts)
+    with without_autocast("cpu"):
+        _run_parts(work, parts)
     return (
         grad_x.view(x.shape if wanted[0] else 0),
         grad_offset.sum(0).view(offset.shape if wanted[1] else 0),

@@ -84,15 +84,22 @@ def check_device(device: str | torch.device) -> None:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Eval mode in the block; afterwards the mode of every module is restored, also if these differ."""
+    """Evaluation mode in the block; afterwards each module has its mode of before, also if these differ."""
     wrapper = model._wrapper if isinstance(model, _Wrapped) else model
-    before = [(module, module.training) for module in wrapper.modules()]
-    wrapper.eval()
+    with modes_kept(wrapper):
+        wrapper.eval()
+        yield
+
+
+@contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """After the block, every module inside `module` is in training or evaluation mode as it was before."""
+    before = [(part, part.training) for part in module.modules()]
     try:
         yield
     finally:
-        for module, training in before:
-            module.training = training
+        for part, training in before:
+            part.training = training
 
 
 def is_compiled(model: Any) -> bool:

@@ -208,10 +208,35 @@ def selective_scan_2d(
         ("B", B, "b h w k n"), ("C", C, "b h w k n"), ("D", D, "k*d"), ("delta_bias", delta_bias, "k*d"),
         ("delta_weight", delta_weight, "k*d r"),
     )  # fmt: skip
-    b, h, w, d = u.shape
-    k, n = B.shape[3:]
+    k = B.shape[3]
     if k not in (1, 2, 4):
         raise InvalidArgument(f"delta has {k} directions (shape {tuple(delta.shape)}); 1, 2 or 4 are defined")
+    return scan_checked_map(
+        u, delta, A, B, C, D, delta_bias, delta_softplus=delta_softplus, delta_weight=delta_weight,
+        discretization=discretization, backend=backend,
+    )  # fmt: skip
+
+
+def scan_checked_map(
+    u: torch.Tensor,
+    delta: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    delta_bias: torch.Tensor | None,
+    *,
+    delta_softplus: bool,
+    delta_weight: torch.Tensor | None,
+    discretization: Discretization,
+    backend: str | None,
+) -> torch.Tensor:
+    """`selective_scan_2d` for a module that made the arguments itself, so that their shapes and dtypes fit.
+
+    The operators with kernels compare all of them once more.
+    """
+    b, h, w, d = u.shape
+    k, n = B.shape[3:]
     y, _ = _run(
         u.reshape(b, 1, h * w, d),
         delta.reshape(k, b, 1, h * w, delta.shape[-1]),
@@ -234,33 +259,41 @@ def _check_shapes(*arguments: tuple[str, torch.Tensor | None, str]) -> None:
     """Every given tensor has the named axes, equal where a name returns, and u's device and kind of dtype."""
     sizes: dict[str, int] = {}
     first = arguments[0][1]
+
+    def wanted(name: str, axes: list[str], tensor: torch.Tensor) -> str:
+        return f"{name} must have shape ({', '.join(axes)}), got {tuple(tensor.shape)}"
+
     for name, tensor, pattern in arguments:
         if tensor is None and name not in ("u", "delta", "A", "B", "C"):
             continue
         if not isinstance(tensor, torch.Tensor) or not isinstance(first, torch.Tensor):
             raise InvalidType(f"{name} must be a tensor ({pattern.replace(' ', ', ')}), got {type(tensor).__name__}")
         axes = pattern.split()
-        shape = tuple(tensor.shape)
-        rule = f"{name} must have shape ({', '.join(axes)}), got {shape}"
-        if len(shape) != len(axes):
-            raise InvalidArgument(f"{rule}: {len(shape)} axes instead of {len(axes)}")
-        for axis, size in zip(axes, shape, strict=True):
-            expected = sizes["k"] * sizes["d"] if axis == "k*d" else sizes.setdefault(axis, size)
-            if size != expected:
-                raise InvalidArgument(f"{rule}: {axis} is {expected} in the arguments before it")
-        if tensor.is_complex():
-            raise InvalidType(
-                f"{name} is {tensor.dtype}; complex numbers are not supported, because the state is real in every "
-                "backend; give real tensors"
-            )
+        if tensor.ndim != len(axes):
+            raise InvalidArgument(f"{wanted(name, axes, tensor)}: {tensor.ndim} axes instead of {len(axes)}")
+        if "k*d" in axes:
+            sizes["k*d"] = sizes["k"] * sizes["d"]
+        for axis, size in zip(axes, tensor.shape, strict=True):
+            if size != sizes.setdefault(axis, size):
+                raise InvalidArgument(
+                    f"{wanted(name, axes, tensor)}: {axis} is {sizes[axis]} in the arguments before it"
+                )
         if not tensor.is_floating_point():
-            raise InvalidType(
-                f"{name} must be floating point, got {tensor.dtype}; convert it, for example with .float()"
-            )
+            _refuse_numbers(name, tensor.dtype)
         if (tensor.dtype == torch.float64) != (first.dtype == torch.float64):
             raise InvalidType(f"{name} is {tensor.dtype} but u is {first.dtype}; float64 needs all tensors in float64")
         if tensor.device != first.device:
             raise InvalidArgument(f"{name} is on {tensor.device} but u is on {first.device}; move them to one device")
+
+
+def _refuse_numbers(name: str, dtype: torch.dtype) -> None:
+    """Raises for an argument whose dtype is not floating point."""
+    if dtype.is_complex:
+        raise InvalidType(
+            f"{name} is {dtype}; complex numbers are not supported, because the state is real in every backend; give "
+            "real tensors"
+        )
+    raise InvalidType(f"{name} must be floating point, got {dtype}; convert it, for example with .float()")
 
 
 def _known(name: str) -> None:
@@ -316,11 +349,11 @@ def _run(
     abilities = operator.MODULES[name].ABILITIES
     full = torch.float64 if u.dtype == torch.float64 else torch.float32
     half = u.dtype if u.dtype in abilities.dtypes else full
-    u, delta, B, C = (x.to(half) for x in (u, delta, B, C))
+    u, delta, B, C = [x.to(half) for x in (u, delta, B, C)]
     A = A.to(full).contiguous()
-    D, delta_bias, initial_state, delta_weight = (
+    D, delta_bias, initial_state, delta_weight = [
         None if x is None else x.to(full).contiguous() for x in (D, delta_bias, initial_state, delta_weight)
-    )
+    ]
     with without_autocast(u.device.type):  # operations inside a backend keep the dtype they were given
         if delta_weight is not None and not abilities.low_rank:
             delta, delta_weight = torch.einsum("kbglq,kgrq->kbglr", delta, delta_weight.to(half)), None

@@ -168,12 +168,18 @@ def _lanes() -> int:
 
 def _scratch(like: torch.Tensor, *shapes: tuple[int, ...]) -> tuple[Any, ...]:
     """Memory of each shape, whose last axis counts vectors, in one piece; each starts on a cache line."""
-    sizes = [math.prod(shape) * _lanes() for shape in shapes]
-    memory = np.empty(sum(sizes) * like.element_size() + 64, np.uint8)
-    numbers = memory[-memory.ctypes.data % 64 :][: sum(sizes) * like.element_size()].view(_DTYPES[like.dtype])
-    starts = itertools.accumulate(sizes, initial=0)
-    pieces = (numbers[start : start + size] for start, size in zip(starts, sizes, strict=False))
-    return tuple(x.reshape(*shape[:-1], shape[-1] * _lanes()) for x, shape in zip(pieces, shapes, strict=True))
+    pieces, total = _layout(shapes)
+    memory = np.empty(total * like.element_size() + 64, np.uint8)
+    numbers = memory[-memory.ctypes.data % 64 :][: total * like.element_size()].view(_DTYPES[like.dtype])
+    return tuple([numbers[start:stop].reshape(shape) for start, stop, shape in pieces])
+
+
+@lru_cache
+def _layout(shapes: tuple[tuple[int, ...], ...]) -> tuple[list[tuple[int, int, tuple[int, ...]]], int]:
+    """For each of `_scratch`'s shapes: first and last number in the memory, shape in numbers; and the total."""
+    in_numbers = [(*shape[:-1], shape[-1] * _lanes()) for shape in shapes]
+    ends = list(itertools.accumulate(map(math.prod, in_numbers)))
+    return list(zip([0, *ends], ends, in_numbers, strict=False)), ends[-1]
 
 
 # ------------------------------------------------------------------------------------------------------------- threads

@@ -203,7 +203,7 @@ def _check(
             )
         q = delta_weight.shape[3]
     chunks = -(-length // KERNELS[backend].CHUNK)
-    last = (k, b, g, r, n)
+    last, device = (k, b, g, r, n), u.device
     for name, tensor, shape, dtype in (
         ("u", u, (b, g, length, r), half),
         ("delta", delta, (k, b, g, length, q), half),
@@ -219,9 +219,9 @@ def _check(
         ("dlast", more.get("dlast"), last, full),
     ):
         if tensor is not None and not (
-            tuple(tensor.shape) == shape
+            tensor.shape == shape
             and tensor.dtype == dtype
-            and tensor.device == u.device
+            and tensor.device == device
             and tensor.layout == torch.strided
         ):
             raise InvalidArgument(

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from deformmamba.errors import DeformMambaError, InvalidArgument
 from deformmamba.extras import require
+from deformmamba.inference.networks import evaluating, modes_kept
 from deformmamba.losses import SRLoss
 from deformmamba.training.batches import Batches, Piece
 from deformmamba.training.folder import BEST, RunFolder, described
@@ -117,7 +118,6 @@ def fit(
         NotFinite: the loss or its gradient is not finite; the message gives step and samples. The last saved state is
             kept.
     """
-    accelerate = require("accelerate", extra="train", what="fit")
     settings = FitSettings(
         samples=n_samples(len(dataset), steps, epochs, max(batch, 1)),  # type: ignore[arg-type]
         batch=batch,
@@ -135,42 +135,72 @@ def fit(
         workers=workers,
         seed=seed,
     )
+    accelerator = _accelerator(precision)
+    folder, loss = RunFolder(out), loss or SRLoss()
+    # runs of earlier versions, whose settings lack this entry, decayed every parameter
+    all_decay = folder.describes("fit.weight_decay") and not folder.describes("fit.undecayed")
+    groups = parameter_groups(model, lr=lr, weight_decay=weight_decay, all_decay=all_decay)
+    made = build_optimizer(model, optimizer, groups)
+    given = None if optimizer is None else made
+    undecayed = bool(weight_decay) and not all_decay
+    run = _described_run(model, dataset, settings, provenance, loss, given, undecayed, score_start)
+    state = folder.begin(run, writes=accelerator.is_main_process)
+    with _random_state_kept(accelerator.device), modes_kept(model):
+        parts = accelerator, model, dataset, loss, made, settings, folder
+        training = _Training(*parts, validate, provenance or {}, progress)
+        training.restore(state)
+        training.run(score_start=score_start and state is None)
+    return folder.path / BEST
+
+
+def _accelerator(precision: str) -> Any:
+    """accelerate's `Accelerator`, if it is set up for a kind of training that `fit` supports.
+
+    Raises:
+        InvalidArgument: it would divide the model among processes, or use one of several processes only.
+        MissingExtra: accelerate is not installed.
+    """
+    accelerate = require("accelerate", extra="train", what="fit")
     accelerator = accelerate.Accelerator(
         mixed_precision=precision,
         kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=LONGEST_VALIDATION)],
     )
-    _refuse_sharding(accelerator)
+    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
+        raise InvalidArgument(
+            f"fit: accelerate is configured for {kind}; fit keeps whole models: use MULTI_GPU or MULTI_CPU"
+        )
     if accelerator.num_processes == 1 and os.environ.get("WORLD_SIZE", "1") != "1":
         raise InvalidArgument(
             f"fit: started as one of {os.environ['WORLD_SIZE']} processes, but accelerate trains in one; without a GPU "
             "set ACCELERATE_USE_CPU=true"
         )
-    loss = loss or SRLoss()
-    folder = RunFolder(out)
-    # runs of earlier versions, whose settings lack this entry, decayed every parameter
-    all_decay = folder.describes("fit.weight_decay") and not folder.describes("fit.undecayed")
-    groups = parameter_groups(model, lr=lr, weight_decay=weight_decay, all_decay=all_decay)
-    made = build_optimizer(model, optimizer, groups)
-    run = {
+    return accelerator
+
+
+def _described_run(
+    model: nn.Module,
+    dataset: Any,
+    settings: FitSettings,
+    provenance: Mapping[str, Any] | None,
+    loss: Loss,
+    optimizer: torch.optim.Optimizer | None,
+    undecayed: bool,
+    score_start: bool,
+) -> dict[str, Any]:
+    """The content of run.json. Options that are off have no entry, as in runs of versions that did not have them."""
+    return {
         "model": described(model),
         "fit": {
             **settings.facts(),
             "loss": _named(loss),
-            **({"undecayed": True} if weight_decay and not all_decay else {}),
-            **({"optimizer": optimizer_facts(made)} if optimizer is not None else {}),
+            **({"undecayed": True} if undecayed else {}),
+            **({"optimizer": optimizer_facts(optimizer)} if optimizer is not None else {}),
             **({"score_start": True} if score_start else {}),
         },
-        "data": {"class": type(dataset).__name__, "length": len(dataset)},  # type: ignore[arg-type]
+        "data": {"class": type(dataset).__name__, "length": len(dataset)},
         "provenance": provenance,
     }
-    state = folder.begin(run, writes=accelerator.is_main_process)
-    with _random_state_kept(accelerator.device), _modes_kept(model):
-        training = _Training(
-            accelerator, model, dataset, loss, made, settings, folder, validate, provenance or {}, progress
-        )
-        training.restore(state)
-        training.run(score_start=score_start and state is None)
-    return folder.path / BEST
 
 
 @dataclass
@@ -248,6 +278,20 @@ class _Training:
         if self.main:
             self.folder.save_state({**{name: part.state_dict() for name, part in self.parts.items()}, **vars(self.at)})
 
+    def batches(self) -> Batches:
+        """Which samples this process gets, from the next step on."""
+        settings = self.settings
+        return Batches(
+            len(self.dataset),  # type: ignore[arg-type]
+            samples=settings.samples,
+            batch=settings.batch,
+            seed=settings.seed,
+            accumulate=settings.accumulate,
+            processes=self.accelerator.num_processes,
+            rank=self.accelerator.process_index,
+            start=self.at.step,
+        )
+
     def run(self, *, score_start: bool) -> None:
         """Runs all remaining steps.
 
@@ -257,20 +301,10 @@ class _Training:
         from tqdm import tqdm
 
         settings, processes, rank = self.settings, self.accelerator.num_processes, self.accelerator.process_index
-        if (
-            processes > 1
-        ):  # the weights of depthwise convolutions: with one channel both layouts have the same memory order
+        if processes > 1:
+            # the weights of depthwise convolutions: with one channel both layouts have the same memory order
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-        batches = Batches(
-            len(self.dataset),  # type: ignore[arg-type]
-            samples=settings.samples,
-            batch=settings.batch,
-            seed=settings.seed,
-            accumulate=settings.accumulate,
-            processes=processes,
-            rank=rank,
-            start=self.at.step,
-        )
+        batches = self.batches()
         pinned = self.accelerator.device.type == "cuda"
         loader = DataLoader(self.dataset, batch_sampler=batches, num_workers=settings.workers, pin_memory=pinned)
         bar = tqdm(
@@ -351,7 +385,7 @@ class _Training:
         at = self.at
         if self.main:
             try:
-                with _in_eval_mode(self.average.model):
+                with evaluating(self.average.model):
                     scores = dict(self.validate(self.average.model)) if self.validate else {}
             except Exception:
                 if at.step:  # save the training so far, so that the same call resumes after this step
@@ -417,24 +451,6 @@ class _Average:
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the block; afterwards each module has its former mode."""
-    with _modes_kept(model):
-        model.eval()
-        yield
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
 def _random_state_kept(device: torch.device) -> Iterator[None]:
     """Restores the global random state, of the CPU and of the CUDA devices in use, after the block."""
     cuda = device.type == "cuda" or torch.cuda.is_initialized()
@@ -475,14 +491,6 @@ def _n_further(model: nn.Module) -> int | None:
     kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return None if inspect.Parameter.VAR_POSITIONAL in kinds else sum(kind in positional for kind in kinds) - 1
-
-
-def _refuse_sharding(accelerator: Any) -> None:
-    kind = str(accelerator.distributed_type).rpartition(".")[2]
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
-        raise InvalidArgument(
-            f"fit: accelerate is configured for {kind}; fit keeps whole models: use MULTI_GPU or MULTI_CPU"
-        )
 
 
 def _not_finite(what: str, step: int, indices: Sequence[int], dataset: Any) -> str:
