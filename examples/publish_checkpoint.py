@@ -140,6 +140,44 @@ def trained_on(data: Path, model: SRModel) -> list[dict[str, Any]]:
     ]
 
 
+def description(model: SRModel, facts: dict[str, Any], file: Path, sha256: str) -> dict[str, Any]:
+    """What a manifest entry says of a published file beside its scores and the sentences for readers."""
+    before = [{key: stage.get(key) for key in ("steps", "batch", "seed", "sha256")} for stage in facts.get("init", [])]
+    return {
+        "file": file.name,
+        "sha256": sha256,
+        "size": file.stat().st_size,
+        "repo": None,
+        "revision": None,
+        "class": type(model).__name__,
+        "parameters": model.num_parameters(),
+        "preset": facts["recipe"]["model"].get("preset"),
+        "config": model.config,
+        "scale": model.scale,
+        "grid": model.grid,
+        "degradation": facts["degradation"],
+        "spacings_mm": facts.get("spacings_mm"),
+        "trained_on": facts["trained_on"],
+        "seed": facts["seed"],
+        "steps": facts["steps"],
+        "batch": facts["batch"],
+        "trained_before": before or None,
+        "converted": facts.get("converted"),
+        "budget": facts["budget"],
+        "consistency": facts["consistency"],
+        "validation": facts["validation"],
+    }
+
+
+def read_manifest() -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((ROOT / "weights_manifest.json").read_text("utf-8"))
+    return manifest
+
+
+def write_manifest(manifest: dict[str, Any]) -> None:
+    (ROOT / "weights_manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
@@ -182,8 +220,7 @@ def main() -> None:
     assessment = assess(published, kept_aside, groups=groups, slices=args.slices)
     log(as_logged(assessment, groups), args.name, sha256)
     print(tables(assessment))
-    manifest_path = ROOT / "weights_manifest.json"
-    manifest = json.loads(manifest_path.read_text("utf-8"))
+    manifest = read_manifest()
     manifest["planned"].pop(args.name, None)
     before = manifest["weights"].get(args.name, {})
     path.replace(final)
@@ -192,35 +229,11 @@ def main() -> None:
         "meant_for": args.meant_for or before.get("meant_for", ""),
         "limits": args.limits,
         "summary": args.summary or before.get("summary", ""),
-        "file": final.name,
-        "sha256": sha256,
-        "size": final.stat().st_size,
-        "repo": None,
-        "revision": None,
-        "class": type(published).__name__,
-        "parameters": published.num_parameters(),
-        "preset": facts["recipe"]["model"].get("preset"),
-        "config": published.config,
-        "scale": published.scale,
-        "grid": published.grid,
-        "degradation": facts["degradation"],
-        "spacings_mm": facts.get("spacings_mm"),
-        "trained_on": facts["trained_on"],
-        "seed": facts["seed"],
-        "steps": facts["steps"],
-        "batch": facts["batch"],
-        "trained_before": [
-            {key: stage.get(key) for key in ("steps", "batch", "seed", "sha256")} for stage in facts.get("init", [])
-        ]
-        or None,
-        "converted": facts.get("converted"),
-        "budget": facts["budget"],
-        "consistency": consistency,
-        "validation": validation,
+        **description(published, facts, final, sha256),
         **scored,
         **assessment,
     }
-    manifest_path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    write_manifest(manifest)
     print(f"{final}: sha256 {sha256}")
 
 

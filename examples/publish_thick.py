@@ -11,16 +11,14 @@ published file by the benchmark; the last command puts these scores into the ent
 
 import argparse
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
-from publish_checkpoint import ROOT, trained_on
+from publish_checkpoint import ROOT, description, read_manifest, trained_on, write_manifest
 
 from deformmamba.models import from_pretrained
 
 NAME = "thick"
-MANIFEST = ROOT / "weights_manifest.json"
 FINAL = ROOT / "deformmamba" / "checkpoints" / f"{NAME}.safetensors"
 
 
@@ -35,44 +33,20 @@ def publish(args: argparse.Namespace) -> dict[str, Any]:
         "budget": {"machine": args.machine, "hours": args.hours},
     }
     sha256 = model.save_pretrained(FINAL, provenance=facts)
-    validation = facts["validation"]
     return {
         "license": args.license,
         "limits": args.limits,
         "meant_for": "thick-slice scans of any contrast, slices 2 to 8 pixels apart, pixels of 0.67 to 1.25 mm",
         "summary": "The slice direction of thick-slice scans of any contrast, for `deformmamba isotropic`: 2 to 8 "
         "times finer, after a cubic spline.",
-        "file": FINAL.name,
-        "sha256": sha256,
-        "size": FINAL.stat().st_size,
-        "repo": None,
-        "revision": None,
-        "class": type(model).__name__,
-        "parameters": model.num_parameters(),
-        "preset": facts["recipe"]["model"].get("preset"),
-        "config": model.config,
-        "scale": model.scale,
-        "grid": model.grid,
-        "degradation": facts["degradation"],
-        "spacings_mm": facts.get("spacings_mm"),
-        "trained_on": facts["trained_on"],
-        "seed": facts["seed"],
-        "steps": facts["steps"],
-        "batch": facts["batch"],
-        "trained_before": [
-            {key: stage.get(key) for key in ("steps", "batch", "seed", "sha256")} for stage in facts.get("init", [])
-        ]
-        or None,
-        "budget": facts["budget"],
-        "consistency": facts["consistency"],
-        "validation": validation,
+        **description(model, facts, FINAL, sha256),
         "scores": [
             {
                 "split": "val",
                 "group": "all",
                 "input": "in-plane images, made 2.7 to 5.5 times as coarse",
                 "protocol": "each image by its own maximum",
-                **{"_".join(reversed(key.split("_"))): round(value, 4) for key, value in validation.items()},
+                **{"_".join(reversed(key.split("_"))): round(value, 4) for key, value in facts["validation"].items()},
             }
         ],
     }
@@ -116,12 +90,12 @@ def main() -> None:
     parser.add_argument("--limits", default="")
     parser.add_argument("--scores", type=Path, help="a table of benchmarks/isotropic.py")
     args = parser.parse_args()
-    manifest = json.loads(MANIFEST.read_text("utf-8"))
+    manifest = read_manifest()
     if args.checkpoint:
         manifest["weights"][NAME] = publish(args)
     if args.scores:
         scored(manifest["weights"][NAME], args.scores)
-    MANIFEST.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    write_manifest(manifest)
     print(f"{FINAL}: sha256 {manifest['weights'][NAME]['sha256']}")
 
 

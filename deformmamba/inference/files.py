@@ -125,13 +125,7 @@ def upscale_file(
     """
     chosen = Settings(**settings)
     found: SRModel = network(model)
-    named = [path for path in (source, target, uncertainty, report) if path is not None]
-    if len({os.path.realpath(path) for path in named}) < len(named):
-        raise VolumeError(
-            f"{target}: the output is the input file, or two outputs have the same name; nothing was written"
-        )
-    if report is not None:
-        check_output(report, REPORT_SUFFIXES)
+    _check_paths(source, target, uncertainty, report)
     scans, n_volumes = _scans(
         source, target, volume, {"series": series, "stack": stack, "nan": nan, "partial": partial}
     )
@@ -160,19 +154,24 @@ def upscale_file(
         kept = _write(jobs, n_volumes, job, outputs, made_by, pages, keep(scan.array.shape[job.axis]))
         seconds = time.perf_counter() - start
         if report is not None:
-            after, *spread = (replace(job.place, array=page) for page in pages)
-            facts = report_facts(found, job.settings, seconds, effective)
-            deviation = spread[0] if spread else None
-            write_report(
-                report, scan, after, axis=job.axis, grid=found.grid, facts=facts, uncertainty=deviation,
-                cautions=(*scan.notes, *job.cautions),
-            )  # fmt: skip
+            _write_page(report, found, scan, job, pages, report_facts(found, job.settings, seconds, effective))
     if sidecar:
         write_sidecar(target, source, found, job, {"volume": volume, "dtype": dtype, "effective": effective})
     remark = spacing_remark(found, scan, job.axis)
     return Upscaled(
         scan, job.place, job.shape, job.axis, kept, remark, seconds, job.settings, n_volumes, job.cautions, made_by
     )
+
+
+def _check_paths(source: PathLike, target: PathLike, uncertainty: PathLike | None, report: PathLike | None) -> None:
+    """Raises VolumeError where two of the files are the same one, or the report cannot be written."""
+    named = [path for path in (source, target, uncertainty, report) if path is not None]
+    if len({os.path.realpath(path) for path in named}) < len(named):
+        raise VolumeError(
+            f"{target}: the output is the input file, or two outputs have the same name; nothing was written"
+        )
+    if report is not None:
+        check_output(report, REPORT_SUFFIXES)
 
 
 def _scans(
@@ -225,6 +224,28 @@ def _write(
 
             job.run(put, progress)
     return kept
+
+
+def _write_page(
+    report: PathLike,
+    model: "SRModel",
+    scan: Volume,
+    job: Upscaling,
+    pages: Sequence[np.ndarray],
+    facts: dict[str, str],
+) -> None:
+    """The report on a scan and its result; `pages` are the result and, if there is one, its deviation."""
+    after, *spread = (replace(job.place, array=page) for page in pages)
+    write_report(
+        report,
+        scan,
+        after,
+        axis=job.axis,
+        grid=model.grid,
+        facts=facts,
+        uncertainty=spread[0] if spread else None,
+        cautions=(*scan.notes, *job.cautions),
+    )
 
 
 def _reserve(file: IO[bytes], n_bytes: int) -> None:

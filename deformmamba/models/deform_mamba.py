@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,22 +121,10 @@ class DeformMambaSR(Block, SRModel):
         intensity: str = "p99.9",
     ) -> None:
         super().__init__(scale=scale, intensity=intensity)
-        if not 1 <= len(dims) == len(depths) <= 8 or min(dims) < patch or patch < 1 or not 1 <= sum(depths) <= 256:
-            raise InvalidArgument(
-                f"DeformMambaSR: dims={list(dims)}, depths={list(depths)}, patch={patch}; dims and depths need one "
-                "positive entry per level (1 to 8 levels, 256 blocks), and dims at least the patch size"
-            )
-        if min(depths) < 1:
-            raise InvalidArgument(f"DeformMambaSR: depths={list(depths)}; each level needs at least one block")
-        if skip not in SKIPS:
-            raise InvalidArgument(f"DeformMambaSR: skip is {skip!r}; it must be one of {SKIPS}")
-        if normalise not in NORMALISATIONS:
-            raise InvalidArgument(f"DeformMambaSR: normalise is {normalise!r}; it must be one of {NORMALISATIONS}")
-        self.channels = in_channels
-        self.skip = skip
-        self.normalise = normalise
+        _check_arguments(dims, depths, patch, skip, normalise)
+        self.channels, self.checkpointing = in_channels, checkpointing
+        self.skip, self.normalise = skip, normalise
         self.any_intensity = normalise is not None
-        self.checkpointing = checkpointing
         hr_multiple = patch * 2 ** (len(dims) - 1)
         self.multiple = hr_multiple // math.gcd(hr_multiple, scale)
 
@@ -152,22 +141,14 @@ class DeformMambaSR(Block, SRModel):
         }
         n_blocks = 2 * sum(depths)
         drops = iter([drop_path * i / (n_blocks - 1) for i in range(n_blocks)])
-        self.encoder = nn.ModuleList(
-            nn.ModuleList(
-                DeformMambaBlock(dim, deform=deform, activation=extra_activations, drop_path=next(drops), **mamba)
-                for _ in range(depth)
-            )
-            for dim, depth in zip(dims, depths, strict=True)
-        )
+        block = partial(DeformMambaBlock, deform=deform, activation=extra_activations, **mamba)
+        self.encoder = _levels(block, dims, depths, drops)
         self.merges = nn.ModuleList(PatchMerge(a, b) for a, b in itertools.pairwise(dims))
         activation = None if extra_activations else nn.Identity()
         self.context = (
             MultiViewContext(dims[-1], rates=context_rates, activation=activation) if context else nn.Identity()
         )
-        self.decoder = nn.ModuleList(
-            nn.ModuleList(VisionMambaBlock(dim, drop_path=next(drops), **mamba) for _ in range(depth))
-            for dim, depth in zip(dims[::-1], depths[::-1], strict=True)
-        )
+        self.decoder = _levels(partial(VisionMambaBlock, **mamba), dims[::-1], depths[::-1], drops)
         self.expands = nn.ModuleList(PatchExpand(b, a) for a, b in zip(dims[-2::-1], dims[:0:-1], strict=True))
         self.final = PatchExpand(dims[0], dims[0] // patch, patch, norm=final_norm)
         self.project = nn.Conv2d(dims[0] // patch, in_channels, 3, padding=1)
@@ -240,3 +221,29 @@ class DeformMambaSR(Block, SRModel):
         for block in blocks:  # type: ignore[attr-defined]
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
         return x
+
+
+def _check_arguments(
+    dims: Sequence[int], depths: Sequence[int], patch: int, skip: str | None, normalise: str | None
+) -> None:
+    if not 1 <= len(dims) == len(depths) <= 8 or min(dims) < patch or patch < 1 or not 1 <= sum(depths) <= 256:
+        raise InvalidArgument(
+            f"DeformMambaSR: dims={list(dims)}, depths={list(depths)}, patch={patch}; dims and depths need one "
+            "positive entry per level (1 to 8 levels, 256 blocks), and dims at least the patch size"
+        )
+    if min(depths) < 1:
+        raise InvalidArgument(f"DeformMambaSR: depths={list(depths)}; each level needs at least one block")
+    if skip not in SKIPS:
+        raise InvalidArgument(f"DeformMambaSR: skip is {skip!r}; it must be one of {SKIPS}")
+    if normalise not in NORMALISATIONS:
+        raise InvalidArgument(f"DeformMambaSR: normalise is {normalise!r}; it must be one of {NORMALISATIONS}")
+
+
+def _levels(
+    block: Callable[..., nn.Module], dims: Sequence[int], depths: Sequence[int], drops: Iterator[float]
+) -> nn.ModuleList:
+    """The blocks of each level, one list a level; each block takes the next of the rates `drops`."""
+    return nn.ModuleList(
+        nn.ModuleList(block(dim, drop_path=next(drops)) for _ in range(depth))
+        for dim, depth in zip(dims, depths, strict=True)
+    )

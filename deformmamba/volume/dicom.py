@@ -329,9 +329,23 @@ def _plane(frame: Frame) -> str:
 
 
 def _frames(path: Path, dataset: Any) -> Iterator[Frame]:
+    """The images of a file; a Siemens mosaic is cut into its tiles."""
     is_grey = str(dataset.get("PhotometricInterpretation") or "MONOCHROME2").startswith("MONOCHROME")
     if int(dataset.get("SamplesPerPixel", 1)) != 1 or not is_grey:
         raise VolumeError(f"{path}: voxels are colours; extract one channel first")
+    for index, groups in enumerate(_functional_groups(path, dataset)):
+        frame = _frame(path, dataset, index, groups)
+        if not mosaic.is_mosaic(dataset) and "MOSAIC" not in frame.parameters[2]:
+            yield frame
+            continue
+        if "PerFrameFunctionalGroupsSequence" in dataset:
+            raise VolumeError(f"{path}: an enhanced Siemens mosaic, which is not supported; convert it with dcm2niix")
+        for box, where in mosaic.tiles(path, dataset, frame.position, frame.axes, frame.spacing):
+            yield replace(frame, position=where, box=box, size=(box[3] - box[2], box[1] - box[0]))
+
+
+def _functional_groups(path: Path, dataset: Any) -> list[list[Any]]:
+    """For each frame, the groups that can hold its fields: its own, the shared ones, the data set itself."""
     n_frames = int(dataset.get("NumberOfFrames") or 1)
     if "PerFrameFunctionalGroupsSequence" in dataset:
         groups = list(dataset.PerFrameFunctionalGroupsSequence)
@@ -340,67 +354,62 @@ def _frames(path: Path, dataset: Any) -> Iterator[Frame]:
                 f"{path}: multi-frame DICOM that describes {len(groups)} of its {n_frames} frames; export it again"
             )
         shared = [*dataset.get("SharedFunctionalGroupsSequence", [])][:1]
-        levels = [[group, *shared, dataset] for group in groups]
-    elif n_frames > 1:
+        return [[group, *shared, dataset] for group in groups]
+    if n_frames > 1:
         raise VolumeError(f"{path}: multi-frame DICOM without a position for each frame; convert it to NIfTI")
-    else:
-        levels = [[dataset]]
-    for index, level in enumerate(levels):
+    return [[dataset]]
 
-        def get(macro: str, field: str, level: list[Any] = level) -> Any:
-            """A field of a functional group, of the frame or shared; of a classic image, of the data set itself."""
-            for group in level:
-                found = group if group is dataset else next(iter(group.get(macro) or []), None)
-                if found is not None and found.get(field) not in (None, ""):
-                    return found[field].value
-            return None
 
-        geometry = {
-            "ImagePositionPatient": get("PlanePositionSequence", "ImagePositionPatient"),
-            "ImageOrientationPatient": get("PlaneOrientationSequence", "ImageOrientationPatient"),
-            "PixelSpacing": get("PixelMeasuresSequence", "PixelSpacing"),
-        }
-        for field, value in geometry.items():
-            if value is None:
-                raise VolumeError(f"{path}: has no {field}, so its position in the patient is unknown")
-        position, axes, spacing = (np.array(value, dtype=float) for value in geometry.values())
-        position, axes = position.reshape(3), axes.reshape(2, 3)
-        between = get("PixelMeasuresSequence", "SpacingBetweenSlices")
-        kind = get("MRImageFrameTypeSequence", "FrameType") or dataset.get("ImageType") or ()
-        echo = get("MREchoSequence", "EffectiveEchoTime")
-        frame = Frame(
-            path,
-            index,
-            position,
-            axes,
-            (float(spacing[0]), float(spacing[1])),
-            number(between) or number(get("PixelMeasuresSequence", "SliceThickness")) or 1.0,
-            float(get("PixelValueTransformationSequence", "RescaleSlope") or 1),
-            float(get("PixelValueTransformationSequence", "RescaleIntercept") or 0),
-            (
-                number(dataset.get("EchoTime") if echo is None else echo),
-                number(get("MRDiffusionSequence", "DiffusionBValue")),
-                "\\".join(str(value) for value in kind),
-            ),
-            (
-                number(get("FrameContentSequence", "TemporalPositionIndex")),
-                number(dataset.get("TemporalPositionIdentifier")),
-                number(dataset.get("AcquisitionNumber")),
-                number(dataset.get("TriggerTime")),
-                number(dataset.get("InstanceNumber")),
-                float(index),
-            ),
-            (int(dataset.Columns), int(dataset.Rows)),
-        )
-        if min(frame.size) < 1:
-            raise VolumeError(f"{path}: its images contain no pixels")
-        if not mosaic.is_mosaic(dataset) and "MOSAIC" not in frame.parameters[2]:
-            yield frame
-            continue
-        if "PerFrameFunctionalGroupsSequence" in dataset:
-            raise VolumeError(f"{path}: an enhanced Siemens mosaic, which is not supported; convert it with dcm2niix")
-        for box, where in mosaic.tiles(path, dataset, position, axes, frame.spacing):
-            yield replace(frame, position=where, box=box, size=(box[3] - box[2], box[1] - box[0]))
+def _frame(path: Path, dataset: Any, index: int, groups: list[Any]) -> Frame:
+    """Frame `index` of a file, from the groups that hold its fields."""
+
+    def get(macro: str, field: str) -> Any:
+        """A field of a functional group, of the frame or shared; of a classic image, of the data set itself."""
+        for group in groups:
+            found = group if group is dataset else next(iter(group.get(macro) or []), None)
+            if found is not None and found.get(field) not in (None, ""):
+                return found[field].value
+        return None
+
+    geometry = {
+        "ImagePositionPatient": get("PlanePositionSequence", "ImagePositionPatient"),
+        "ImageOrientationPatient": get("PlaneOrientationSequence", "ImageOrientationPatient"),
+        "PixelSpacing": get("PixelMeasuresSequence", "PixelSpacing"),
+    }
+    for field, value in geometry.items():
+        if value is None:
+            raise VolumeError(f"{path}: has no {field}, so its position in the patient is unknown")
+    position, axes, spacing = (np.array(value, dtype=float) for value in geometry.values())
+    between = get("PixelMeasuresSequence", "SpacingBetweenSlices")
+    kind = get("MRImageFrameTypeSequence", "FrameType") or dataset.get("ImageType") or ()
+    echo = get("MREchoSequence", "EffectiveEchoTime")
+    frame = Frame(
+        path,
+        index,
+        position.reshape(3),
+        axes.reshape(2, 3),
+        (float(spacing[0]), float(spacing[1])),
+        number(between) or number(get("PixelMeasuresSequence", "SliceThickness")) or 1.0,
+        float(get("PixelValueTransformationSequence", "RescaleSlope") or 1),
+        float(get("PixelValueTransformationSequence", "RescaleIntercept") or 0),
+        (
+            number(dataset.get("EchoTime") if echo is None else echo),
+            number(get("MRDiffusionSequence", "DiffusionBValue")),
+            "\\".join(str(value) for value in kind),
+        ),
+        (
+            number(get("FrameContentSequence", "TemporalPositionIndex")),
+            number(dataset.get("TemporalPositionIdentifier")),
+            number(dataset.get("AcquisitionNumber")),
+            number(dataset.get("TriggerTime")),
+            number(dataset.get("InstanceNumber")),
+            float(index),
+        ),
+        (int(dataset.Columns), int(dataset.Rows)),
+    )
+    if min(frame.size) < 1:
+        raise VolumeError(f"{path}: its images contain no pixels")
+    return frame
 
 
 def number(value: Any) -> float:
