@@ -1,4 +1,4 @@
-"""Atomic file writes: a file appears under its name complete, or not at all."""
+"""Atomic writes: a file or a folder appears under its name complete, or not at all."""
 
 import hashlib
 import os
@@ -77,6 +77,34 @@ def renamed(path: PathLike) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def renamed_folder(path: PathLike) -> Iterator[Path]:
+    """An empty temporary folder beside `path`; it replaces `path` if the block succeeds, else it is removed.
+
+    The old content of `path` is removed only after the new folder is in place.
+
+    Raises:
+        OSError: the operating system refused.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = temporary_name(target, "")
+    before = temporary.with_name(temporary.name + ".before")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if target.is_dir() and any(target.iterdir()):
+            os.replace(target, before)
+        try:
+            os.replace(temporary, target)
+        except BaseException:
+            if before.exists():
+                os.replace(before, target)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
 
 
 def write_bytes(path: PathLike, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The base class of every exception of this package, and the two functions that keep a message on one line.
+"""The base class of every exception of this package, and the functions that keep a message on one line.
 
 A message has one line: what was wrong, what was given, what is allowed, what to do next.
 """
@@ -32,10 +32,15 @@ def shown(value: Any) -> str:
         text = ascii(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, a deep nesting
         text = f"a {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shortened(text, 80)
 
 
 def one_line(error: BaseException) -> str:
     """The message of an exception of another package: one line of ASCII, cut to 300 characters."""
     text = " ".join(str(error).split()).encode("ascii", "backslashreplace").decode()
-    return text if len(text) <= 300 else text[:297] + "..."
+    return shortened(text, 300)
+
+
+def shortened(text: str, longest: int) -> str:
+    """`text`, cut to `longest` characters that end in three dots if it has more."""
+    return text if len(text) <= longest else text[: longest - 3] + "..."

@@ -56,6 +56,27 @@ def transforms_are_active() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def uncompiled(module: nn.Module) -> nn.Module | None:
+    """The module that torch.compile has wrapped in `module`; None if `module` is no such wrapper.
+
+    Why: an image goes through the wrapper, the model's facts are read from the module inside, and the wrapper has no
+    public way to it.
+    """
+    inside: nn.Module | None = getattr(module, "_orig_mod", None)
+    return inside
+
+
+def scan_operator() -> Callable[..., Any]:
+    """PyTorch's operator for a loop over steps with a state, which exported programs can hold.
+
+    Why: it has no public name yet, and a program must not contain an operator of this package to run without it.
+    """
+    from torch._higher_order_ops.scan import scan_op
+
+    operator: Callable[..., Any] = scan_op
+    return operator
+
+
 def gomp_parallel() -> Callable[..., None] | None:
     """GOMP_parallel(function, its argument, threads, flags) of the OpenMP library that PyTorch has loaded, or None.
 

@@ -92,6 +92,54 @@ def test_every_module_of_the_table_exists_or_is_planned() -> None:
     assert len(LEVEL) == sum(map(len, LEVELS)), "a module stands on two levels"
 
 
+# A reader takes in about this much at once: lines of code, without the docstring, comments and blank lines.
+LONGEST_FUNCTION = 60
+# Longer ones, with a reason: kernels keep their state in registers of one function.
+LONG_FUNCTIONS = {
+    "scan/cpu_kernels.py:backward_job",
+    "scan/triton_kernels.py:backward",
+}
+
+
+def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef, source: list[str]) -> int:
+    first = function.body[0]
+    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and len(function.body) > 1
+    docstring = range(first.lineno, (first.end_lineno or 0) + 1) if documented else range(0)
+    texts = [
+        source[n - 1].strip() for n in range(function.lineno, (function.end_lineno or 0) + 1) if n not in docstring
+    ]
+    return sum(bool(text) and not text.startswith("#") for text in texts)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_functions_are_short_enough_to_read(path: Path) -> None:
+    text = path.read_text("utf-8")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            name = f"{path.relative_to(PACKAGE).as_posix()}:{node.name}"
+            n = lines_of_code(node, text.splitlines())
+            assert (n > LONGEST_FUNCTION) <= (name in LONG_FUNCTIONS), f"{name} has {n} lines of code"
+
+
+def test_what_the_command_parses_stays_in_the_command() -> None:
+    """Functions below `cli` have arguments of their own, so that Python users can call them."""
+    found = {module_of(path) for path in FILES for name, _ in imports(path) if name.split(".")[0] == "argparse"}
+    assert found == {"cli"}
+
+
+def test_private_parts_of_pytorch_stand_in_one_file() -> None:
+    """`torch_private` gives the reason for each, and tests tell when a release of PyTorch breaks it."""
+    for path in FILES:
+        tree = ast.parse(path.read_text("utf-8"))
+        used = [(name, line) for name, line in imports(path) if name.split(".")[0] == "torch"]
+        used += [(ast.unparse(node), node.lineno) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+        for name, line in used:
+            parts = name.split(".")
+            private = parts[0] == "torch" and any(part.startswith("_") and part[1:2] != "_" for part in parts)
+            hook = parts[0] == "ctypes" or parts[-1] in ("_orig_mod", "_dynamo_marked_constant")
+            assert module_of(path) == "torch_private" or not (private or hook), f"{path}:{line}: {name}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_nothing_here_unpickles_or_evaluates(path: Path) -> None:
     assert not {name.split(".")[0] for name, _ in imports(path)} & {"pickle", "dill", "cloudpickle", "joblib", "shelve"}

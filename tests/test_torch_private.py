@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -95,3 +96,21 @@ def test_scripting_is_refused_by_a_module_inside_a_module() -> None:
 
     with pytest.raises(UnsupportedCall, match=r"^Ours: torch.jit.script does not support it; use torch.export.export"):
         torch.jit.script(nn.Sequential(nn.Linear(2, 2), Ours()))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own, when its compiler is imported
+def test_a_compiled_module_shows_the_one_inside() -> None:
+    model = nn.Linear(2, 2)
+    compiled: Any = torch.compile(model)
+    assert torch_private.uncompiled(compiled) is model
+    assert torch_private.uncompiled(model) is None
+
+
+def test_the_scan_operator_runs_a_loop_with_a_state() -> None:
+    def step(h: torch.Tensor, x: torch.Tensor, factor: torch.Tensor) -> list[torch.Tensor]:
+        h = factor * h + x
+        return [h, h + 1]
+
+    last, ys = torch_private.scan_operator()(step, (torch.zeros(2),), (torch.ones(3, 2),), (torch.tensor(2.0),))
+    assert last.tolist() == [7, 7]
+    assert ys.tolist() == [[2, 2], [4, 4], [8, 8]]

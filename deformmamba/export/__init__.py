@@ -8,7 +8,6 @@ import copy
 import json
 import logging
 import os
-import secrets
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from deformmamba import __version__
-from deformmamba.atomic import renamed
+from deformmamba.atomic import renamed, temporary_name
 from deformmamba.errors import DeformMambaError, one_line
 from deformmamba.export import onnx, openvino, pt2
 from deformmamba.export.pt2 import FACTS, portable_program
@@ -364,7 +363,7 @@ def _written(path: Path, format: str) -> Iterator[Path]:
         with renamed(path) as temporary:
             yield temporary
         return
-    temporary = path.parent / f".{secrets.token_hex(8)}.xml"
+    temporary = temporary_name(path, ".xml")
     try:
         yield temporary
         os.replace(temporary.with_suffix(".bin"), path.with_suffix(".bin"))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from deformmamba.scan import scan_backend
 from deformmamba.scan.reference import discretize, step_sizes
+from deformmamba.torch_private import scan_operator
 
 STEPS = 32  # time steps in one round of the loop
 FACTS = "deformmamba.json"  # the name of the facts inside a pt2 file
@@ -48,22 +49,20 @@ def _scan_by_steps(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    bias: Tensor | None,
-    state: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
     height: int,
     width: int,
-    softplus: bool,
+    delta_softplus: bool,
     zoh: bool,
     keep: bool,
-    mix: Tensor | None = None,
+    delta_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`deformmamba::scan` as a loop over chunks of steps for a graph, all directions at once; with the same shapes."""
-    from torch._higher_order_ops.scan import scan_op
-
     b, g, _, r = u.shape
     k, n = A.shape[0], A.shape[-1]
-    if mix is not None:
-        delta = torch.einsum("kbglq,kgrq->kbglr", delta, mix)
+    if delta_weight is not None:
+        delta = torch.einsum("kbglq,kgrq->kbglr", delta, delta_weight)
 
     def walked(xs: list[Tensor]) -> Tensor:
         """(l, k, b, g, ...): the values for each direction at each step."""
@@ -88,10 +87,10 @@ def _scan_by_steps(
             states.append(h)
         return [h, (torch.stack(states) * C[..., None, :]).sum(-1)]
 
-    dt = step_sizes(delta, bias, softplus)
+    dt = step_sizes(delta, delta_bias, delta_softplus)
     steps = [chunked(walked(list(x))) for x in ([u] * k, dt, B, C)]
-    h = A.new_zeros(k, b, g, r, n) if state is None else state.clone()
-    last, ys = scan_op(chunk, (h,), tuple(steps), (A[:, None].clone(),))
+    h = A.new_zeros(k, b, g, r, n) if initial_state is None else initial_state.clone()
+    last, ys = scan_operator()(chunk, (h,), tuple(steps), (A[:, None].clone(),))
     y = list(ys.flatten(0, 1)[:length].movedim(0, 3))
     y = [x.flip(2) if i >= (k + 1) // 2 and k > 1 else x for i, x in enumerate(y)]
     if k == 4:

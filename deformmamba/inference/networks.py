@@ -12,6 +12,7 @@ from torch import nn
 from deformmamba.errors import InvalidArgument, InvalidType
 from deformmamba.models import from_pretrained
 from deformmamba.models.base import SRModel
+from deformmamba.torch_private import uncompiled
 from deformmamba.volume import MGH_SUFFIXES, NIFTI_SUFFIXES
 
 
@@ -42,7 +43,7 @@ def network(model: Any) -> Any:
         return from_pretrained(model)
     inside = model
     while isinstance(inside, nn.Module) and not isinstance(inside, SRModel):
-        inner = getattr(inside, "_orig_mod", None) or getattr(inside, "module", None)
+        inner = uncompiled(inside) or getattr(inside, "module", None)
         if inner is None:
             break
         inside = inner
@@ -103,4 +104,4 @@ def modes_kept(module: nn.Module) -> Iterator[None]:
 
 
 def is_compiled(model: Any) -> bool:
-    return isinstance(model, _Wrapped) and hasattr(model._wrapper, "_orig_mod")
+    return isinstance(model, _Wrapped) and uncompiled(model._wrapper) is not None

@@ -225,6 +225,16 @@ def _states(
     return kept[block.layer_idx]
 
 
+def _check_mamba2(d_ssm: int, d_inner: int, headdim: int, ngroups: int, A_init_range: tuple[float, float]) -> None:
+    if d_ssm % headdim or (d_ssm // headdim) % ngroups or d_ssm > d_inner:
+        raise InvalidArgument(
+            f"Mamba2: d_ssm {d_ssm}, headdim {headdim}, ngroups {ngroups}: headdim must divide d_ssm, ngroups the "
+            f"number of heads, and d_ssm be at most {d_inner}"
+        )
+    if not 0 < A_init_range[0] <= A_init_range[1]:
+        raise InvalidArgument(f"Mamba2: A_init_range is {A_init_range}; it must be positive and in order")
+
+
 class Mamba2(nn.Module):
     """Mamba-2's block: one input projection, causal convolution, scan with one rate per head, gated norm.
 
@@ -284,13 +294,7 @@ class Mamba2(nn.Module):
         self.d_inner = int(expand * d_model)
         self.headdim, self.ngroups, self.D_has_hdim = headdim, ngroups, D_has_hdim
         self.d_ssm = self.d_inner if d_ssm is None else d_ssm
-        if self.d_ssm % headdim or (self.d_ssm // headdim) % ngroups or self.d_ssm > self.d_inner:
-            raise InvalidArgument(
-                f"Mamba2: d_ssm {self.d_ssm}, headdim {headdim}, ngroups {ngroups}: headdim must divide d_ssm, ngroups "
-                f"the number of heads, and d_ssm be at most {self.d_inner}"
-            )
-        if not 0 < A_init_range[0] <= A_init_range[1]:
-            raise InvalidArgument(f"Mamba2: A_init_range is {A_init_range}; it must be positive and in order")
+        _check_mamba2(self.d_ssm, self.d_inner, headdim, ngroups, A_init_range)
         self.nheads = self.d_ssm // headdim
         self.rmsnorm, self.norm_before_gate, self.dt_limit = rmsnorm, norm_before_gate, dt_limit
         self.chunk_size, self.use_mem_eff_path, self.layer_idx = chunk_size, use_mem_eff_path, layer_idx

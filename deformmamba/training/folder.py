@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deformmamba.errors import InvalidArgument, one_line
+from deformmamba.errors import InvalidArgument, one_line, shortened
 from deformmamba.training.curves import training_curve
 from deformmamba.volume import replacing, write_text
 
@@ -236,5 +236,4 @@ def _is_longer(known: Mapping[str, Any], wanted: Mapping[str, Any], different: S
 
 
 def _short(facts: Mapping[str, Any], key: str) -> str:
-    text = json.dumps(facts[key]) if key in facts else "not given"
-    return text if len(text) <= 80 else text[:77] + "..."
+    return shortened(json.dumps(facts[key]), 80) if key in facts else "not given"

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from deformmamba.atomic import renamed, renamed_folder
 from deformmamba.errors import InvalidArgument
 from deformmamba.volume import dicom, dicom_out, nifti
 from deformmamba.volume.dicom import holds_dicom
@@ -32,8 +33,6 @@ from deformmamba.volume.files import (
     check_folder_of,
     parsing,
     refusals,
-    renamed,
-    renamed_folder,
     replacing,
     silenced,
     slice_file,

@@ -4,7 +4,6 @@ import errno
 import io
 import logging
 import os
-import shutil
 import tempfile
 import threading
 import warnings
@@ -16,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from deformmamba.atomic import PathLike, renamed, sweep, temporary_name
+from deformmamba.atomic import PathLike, renamed, sweep
 from deformmamba.volume.image import VolumeError, in_plane
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -188,31 +187,6 @@ def refusals(path: PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         raise VolumeError(f"{path}: cannot be written: {error.strerror or type(error).__name__}") from error
-
-
-@contextmanager
-def renamed_folder(path: PathLike) -> Iterator[Path]:
-    """An empty temporary folder beside `path`; it replaces `path` if the block succeeds, else it is removed.
-
-    The old content of `path` is removed only after the new folder is in place.
-    """
-    target = Path(os.path.realpath(path))
-    temporary = temporary_name(target, "")
-    before = temporary.with_name(temporary.name + ".before")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if target.is_dir() and any(target.iterdir()):
-            os.replace(target, before)
-        try:
-            os.replace(temporary, target)
-        except BaseException:
-            if before.exists():
-                os.replace(before, target)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)
 
 
 @contextmanager

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from deformmamba.atomic import PathLike
 from deformmamba.data.scans import folders_below
 from deformmamba.data.splits import read_text
 from deformmamba.errors import InvalidArgument
 from deformmamba.volume import ChoiceNeeded, VolumeError, chosen_axis, in_plane, read_volumes
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
