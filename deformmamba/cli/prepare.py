@@ -37,27 +37,7 @@ def add(commands: Any) -> None:
         "prepare folder scans/ -o slices --test 0.2",
     )
     for made in (ixi, fastmri, folder):
-        made.add_argument("root", metavar="DIR", help="folder of the downloaded files; subfolders are searched")
-        made.add_argument(
-            "-o",
-            "--output",
-            required=True,
-            metavar="OUT",
-            help="new folder for the data set; an interrupted preparation resumes",
-        )
-        made.add_argument(
-            "--slices",
-            default="central:100" if made is ixi else "all",
-            metavar="RANGE",
-            help="slices to keep: all, central:100 (the middle 100) or from:to, such as 20:110 (default: %(default)s)",
-        )
-        made.add_argument(
-            "--val",
-            type=float,
-            default=0.1,
-            metavar="SHARE",
-            help="share of the training subjects (folder: of all subjects) used for validation (default: %(default)s)",
-        )
+        _add_shared(made, slices="central:100" if made is ixi else "all")
     ixi.add_argument("--contrast", choices=("T2", "T1", "PD"), default="T2", help="contrast (default: T2)")
     folder.add_argument(
         "--test", type=float, default=0.1, metavar="SHARE", help="share of the subjects used for testing (default: 0.1)"
@@ -83,6 +63,31 @@ def add(commands: Any) -> None:
     )
     fastmri.add_argument("--train-list", metavar="FILE", help="text file with the names of the training files")
     fastmri.add_argument("--test-list", metavar="FILE", help="text file with the names of the test files")
+
+
+def _add_shared(command: argparse.ArgumentParser, *, slices: str) -> None:
+    """The arguments of every kind of data set; `slices`: the default of --slices."""
+    command.add_argument("root", metavar="DIR", help="folder of the downloaded files; subfolders are searched")
+    command.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="OUT",
+        help="new folder for the data set; an interrupted preparation resumes",
+    )
+    command.add_argument(
+        "--slices",
+        default=slices,
+        metavar="RANGE",
+        help="slices to keep: all, central:100 (the middle 100) or from:to, such as 20:110 (default: %(default)s)",
+    )
+    command.add_argument(
+        "--val",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="share of the training subjects (folder: of all subjects) used for validation (default: %(default)s)",
+    )
 
 
 def _ixi(args: argparse.Namespace) -> None:

@@ -121,26 +121,7 @@ class Stack:
                 continue
             array = resampled(array, 1 if a == first else 2, m)
             place = place.resampled(place.array, m / n, (a,), "origin")
-        given = thickness
-        if thickness is None and (known := _dicom_thickness(volume)) is not None:
-            thickness, origin = known, "DICOM's SliceThickness"
-        elif thickness is None:
-            thickness, origin = spacing, "the spacing between slices, because the file has no thickness"
-        else:
-            origin = "as given"
-        found = slice_profile(profile, thickness)
-        if found.table is not None or isinstance(profile, SliceProfile):  # it has a width of its own
-            origin = "the width of the profile"
-            if given is not None:
-                raise InvalidArgument(
-                    f"thickness is {given:.3g} mm, but the profile {found.kind} is {found.width():.3g} mm wide; "
-                    "give one of the two"
-                )
-        if not 0.1 * spacing <= found.width() <= 4 * spacing:
-            raise InvalidArgument(
-                f"slices {found.width():.3g} mm thick ({origin}) do not fit slices {spacing:.3g} mm apart; give a "
-                f"thickness from {0.1 * spacing:.2g} to {4 * spacing:.3g} mm (--thickness)"
-            )
+        found, origin = _profile_of_slice(volume, profile, thickness, spacing)
         if not TRAINED_RATIOS[0] <= spacing / to <= TRAINED_RATIOS[1]:
             least, most = TRAINED_RATIOS
             remarks.append(
@@ -148,6 +129,33 @@ class Stack:
                 "look at the result with care"
             )
         return cls(array, place, axis, spacing, to, pixel, found, origin, tuple(remarks))
+
+
+def _profile_of_slice(
+    volume: Volume, profile: "str | os.PathLike[str] | SliceProfile", thickness: float | None, spacing: float
+) -> tuple[SliceProfile, str]:
+    """The profile of one slice, and where its thickness comes from, in words."""
+    given = thickness
+    if thickness is None and (known := _dicom_thickness(volume)) is not None:
+        thickness, origin = known, "DICOM's SliceThickness"
+    elif thickness is None:
+        thickness, origin = spacing, "the spacing between slices, because the file has no thickness"
+    else:
+        origin = "as given"
+    found = slice_profile(profile, thickness)
+    if found.table is not None or isinstance(profile, SliceProfile):  # it has a width of its own
+        origin = "the width of the profile"
+        if given is not None:
+            raise InvalidArgument(
+                f"thickness is {given:.3g} mm, but the profile {found.kind} is {found.width():.3g} mm wide; "
+                "give one of the two"
+            )
+    if not 0.1 * spacing <= found.width() <= 4 * spacing:
+        raise InvalidArgument(
+            f"slices {found.width():.3g} mm thick ({origin}) do not fit slices {spacing:.3g} mm apart; give a "
+            f"thickness from {0.1 * spacing:.2g} to {4 * spacing:.3g} mm (--thickness)"
+        )
+    return found, origin
 
 
 def check_voxel(to: float | None) -> None:

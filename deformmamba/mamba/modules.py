@@ -225,7 +225,11 @@ def _states(
     return kept[block.layer_idx]
 
 
-def _check_mamba2(d_ssm: int, d_inner: int, headdim: int, ngroups: int, A_init_range: tuple[float, float]) -> None:
+def _check_mamba2(
+    d_ssm: int, d_inner: int, headdim: int, ngroups: int, A_init_range: tuple[float, float], process_group: Any
+) -> None:
+    if process_group is not None:
+        raise UnsupportedCall("Mamba2: process_group is not supported; leave it out")
     if d_ssm % headdim or (d_ssm // headdim) % ngroups or d_ssm > d_inner:
         raise InvalidArgument(
             f"Mamba2: d_ssm {d_ssm}, headdim {headdim}, ngroups {ngroups}: headdim must divide d_ssm, ngroups the "
@@ -286,15 +290,13 @@ class Mamba2(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if process_group is not None:
-            raise UnsupportedCall("Mamba2: process_group is not supported; leave it out")
         self.d_model, self.d_state, self.d_conv, self.conv_init, self.expand = (
             d_model, d_state, d_conv, conv_init, expand
         )  # fmt: skip
         self.d_inner = int(expand * d_model)
         self.headdim, self.ngroups, self.D_has_hdim = headdim, ngroups, D_has_hdim
         self.d_ssm = self.d_inner if d_ssm is None else d_ssm
-        _check_mamba2(self.d_ssm, self.d_inner, headdim, ngroups, A_init_range)
+        _check_mamba2(self.d_ssm, self.d_inner, headdim, ngroups, A_init_range, process_group)
         self.nheads = self.d_ssm // headdim
         self.rmsnorm, self.norm_before_gate, self.dt_limit = rmsnorm, norm_before_gate, dt_limit
         self.chunk_size, self.use_mem_eff_path, self.layer_idx = chunk_size, use_mem_eff_path, layer_idx
