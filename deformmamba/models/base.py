@@ -378,6 +378,16 @@ class SRModel(nn.Module):
             )
 
 
+def check_scale_of_shuffles(model: SRModel) -> None:
+    """For a network whose upsampling is pixel shuffles of 2, or one of 3.
+
+    Raises:
+        InvalidArgument: its scale is another one.
+    """
+    if model.scale & (model.scale - 1) and model.scale != 3:
+        raise InvalidArgument(f"{type(model).__name__}: scale must be a power of two or 3, not {model.scale}")
+
+
 def pad_to_multiple(lr: torch.Tensor, multiple: int, minimum: int = 1) -> tuple[torch.Tensor, tuple[int, int]]:
     """Pads (b, c, h, w) at the bottom and right until h and w are multiples of `multiple`, and at least `minimum`.
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deformmamba.errors import InvalidArgument
-from deformmamba.models.base import SRModel
+from deformmamba.models.base import SRModel, check_scale_of_shuffles
 from deformmamba.models.skip import add_base, checked_skip, start_at_zero
 from deformmamba.physics.kspace import Grid
 from deformmamba.tensors import without_autocast
@@ -56,12 +56,9 @@ class T2Net(SRModel):
         intensity: str = "p99.9",
     ) -> None:
         super().__init__(scale=scale, intensity=intensity)
-        if scale & (scale - 1) and scale != 3:
-            raise InvalidArgument(f"T2Net: scale must be a power of two or 3, not {scale}")
-        if width < 1 or not 1 <= blocks <= 128:
-            raise InvalidArgument(
-                f"T2Net: width={width}, blocks={blocks}; at least 1 channel and 1 to 128 blocks are needed"
-            )
+        check_scale_of_shuffles(self)
+        if not 1 <= blocks <= 128:
+            raise InvalidArgument(f"T2Net: blocks={blocks}; 1 to 128 blocks are needed")
         self.grid = grid
         self.skip = checked_skip("T2Net", skip, grid)
         self.channels = in_channels

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from deformmamba.errors import InvalidArgument
 from deformmamba.extras import MissingExtra, require
-from deformmamba.models.base import SRModel, crop, pad_to_multiple
+from deformmamba.models.base import SRModel, check_scale_of_shuffles, crop, pad_to_multiple
 from deformmamba.models.skip import add_base, checked_skip, start_at_zero
 from deformmamba.physics.kspace import Grid
 
@@ -194,8 +194,7 @@ def _spandrel(name: str) -> Callable[..., nn.Module]:
 
 def _check(model: SRModel, width: int, depths: Sequence[int], heads: Sequence[int], window: int) -> None:
     name = type(model).__name__
-    if model.scale & (model.scale - 1) and model.scale != 3:
-        raise InvalidArgument(f"{name}: scale must be a power of two or 3, not {model.scale}")
+    check_scale_of_shuffles(model)
     if not 1 <= len(depths) == len(heads) <= 32 or min(*depths, *heads) < 1 or any(width % n for n in heads):
         raise InvalidArgument(
             f"{name}: width={width}, depths={list(depths)}, heads={list(heads)}; depths and heads need one positive "
