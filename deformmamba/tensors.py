@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from deformmamba.errors import UnsupportedCall
+from deformmamba.errors import InvalidArgument, UnsupportedCall
 from deformmamba.torch_private import transforms_are_active
 
 P = ParamSpec("P")
@@ -107,6 +107,17 @@ def refuse_tracing(name: str) -> None:
             f"{name}: torch.jit.trace would record the image size as a constant and be wrong at any other size; "
             "use torch.export.export, or torch.onnx.export(..., dynamo=True)"
         )
+
+
+def check_given(operator: str, **tensors: Any) -> None:
+    """PyTorch passes an undefined tensor on as None, also if the operator's schema needs one.
+
+    Raises:
+        InvalidArgument: one of these arguments is None.
+    """
+    missing = [name for name, tensor in tensors.items() if tensor is None]
+    if missing:
+        raise InvalidArgument(f"deformmamba::{operator}: {', '.join(missing)} must be given and cannot be None")
 
 
 def loop_over_batch(operator: Callable[..., Any]) -> Callable[..., Any]:

@@ -150,6 +150,20 @@ def test_what_the_deform_operator_needs_must_be_given(index: int) -> None:
         OPS.deform_conv2d(*given, None, [1, 1, 1, 1, 1, 1])
 
 
+def test_tensors_without_memory_must_be_given_as_well() -> None:
+    x, offset, mask, weight = (tensor.to("meta") for tensor in deform_arguments())
+    geometry = [1, 1, 1, 1, 1, 1]
+    calls: list[Callable[[], Any]] = [
+        lambda: OPS.deform_conv2d(x, None, mask, weight, None, geometry),
+        lambda: OPS.deform_conv2d_backward(None, x, offset, mask, weight, geometry, [True] * 4),
+        lambda: OPS.causal_conv(x[0, 0, None], None, None),
+        lambda: OPS.causal_conv_backward(x[0, 0, None], weight[:, 0, 0], None),
+    ]
+    for call in calls:
+        with pytest.raises(InvalidArgument, match="must be given"):
+            call()
+
+
 @pytest.mark.parametrize("change", [{0: (2, 4, 6)}, {1: (4, 3)}, {1: (5, 0)}, {2: (4,)}, {2: (5, 1)}])
 def test_the_causal_convolution_refuses_what_does_not_fit(change: dict[int, tuple[int, ...]]) -> None:
     shapes = {0: (2, 5, 6), 1: (5, 3), 2: (5,)} | change

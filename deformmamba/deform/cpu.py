@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deformmamba.deform.gather import gather
 from deformmamba.errors import InvalidArgument
-from deformmamba.tensors import as_array, loop_over_batch, plain, without_autocast
+from deformmamba.tensors import as_array, check_given, loop_over_batch, plain, without_autocast
 from deformmamba.threads import run_on_threads
 
 _CHUNK_BYTES = 2 << 20  # size of the columns: they stay in a core's cache between the kernel and the product
@@ -296,8 +296,7 @@ def _check(
         InvalidArgument: an argument does not fit the others.
     """
     name = f"deformmamba::{operator}"
-    if x is None or offset is None or weight is None:  # PyTorch passes an undefined tensor on as None
-        raise InvalidArgument(f"{name}: x, offset and weight must be given; only mask and bias may be None")
+    check_given(operator, x=x, offset=offset, weight=weight)
     if x.ndim != 4 or weight.ndim != 4 or offset.ndim != 4 or min(x.shape[1:]) < 1 or min(weight.shape) < 1:
         raise InvalidArgument(
             f"{name}: x is {tuple(x.shape)}, offset {tuple(offset.shape)}, weight {tuple(weight.shape)}; wanted "
@@ -378,6 +377,7 @@ def deform_conv2d(
 def _(
     x: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor | None, geometry: Sequence[int]
 ) -> Tensor:
+    check_given("deform_conv2d", x=x, offset=offset, weight=weight)
     return x.new_empty(*offset.shape[:3], weight.shape[0])
 
 
@@ -393,8 +393,7 @@ def deform_conv2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, offset, mask and weight in their shapes; empty where not wanted."""
     x, offset, mask, weight, grad = map(plain, (x, offset, mask, weight, grad))
-    if grad is None:
-        raise InvalidArgument("deformmamba::deform_conv2d_backward: grad must be given")
+    check_given("deform_conv2d_backward", grad=grad)
     _check("deform_conv2d_backward", x, offset, mask, weight, None, geometry, grad)
     if len(wanted) != 4:
         raise InvalidArgument(f"deformmamba::deform_conv2d_backward: wanted has {len(wanted)} entries; it must have 4")
@@ -445,6 +444,7 @@ def _(
     geometry: Sequence[int],
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
+    check_given("deform_conv2d_backward", grad=grad, x=x, offset=offset, weight=weight)
     inputs = zip((x, offset, mask, weight), wanted, strict=True)
     return tuple(x.new_empty(t.shape if want and t is not None else 0) for t, want in inputs)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deformmamba.errors import InvalidArgument
-from deformmamba.tensors import as_array, loop_over_batch, plain
+from deformmamba.tensors import as_array, check_given, loop_over_batch, plain
 from deformmamba.threads import run_on_threads
 from deformmamba.torch_private import constant_when_compiled
 
@@ -54,6 +54,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:  #
 
 @causal_conv.register_fake
 def _(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+    check_given("causal_conv", x=x, weight=weight)
     b, d, length = x.shape
     return _empty(b, d, length, _by_channel(x), x)
 
@@ -63,8 +64,7 @@ def causal_conv_backward(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor,
     """The gradients of x, weight and bias."""
     x, weight, dy = map(plain, (x, weight, dy))
     _check("causal_conv_backward", x, weight, dy=dy)
-    if dy is None:
-        raise InvalidArgument("deformmamba::causal_conv_backward: dy must be given")
+    check_given("causal_conv_backward", dy=dy)
     b, d, length = x.shape
     x, by_channel = _readable(x)
     dy = dy.transpose(1, 2).contiguous().transpose(1, 2) if by_channel else dy.contiguous()
@@ -82,6 +82,7 @@ def causal_conv_backward(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor,
 
 @causal_conv_backward.register_fake
 def _(x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    check_given("causal_conv_backward", x=x, weight=weight, dy=dy)
     b, d, length = x.shape
     return _empty(b, d, length, _by_channel(x), x), weight.new_empty(weight.shape), weight.new_empty(len(weight))
 

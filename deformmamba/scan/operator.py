@@ -13,7 +13,7 @@ from torch import Tensor
 from deformmamba.errors import InvalidArgument, UnsupportedCall
 from deformmamba.scan import cpu, eager, mamba_ssm, reference, triton
 from deformmamba.scan.backend import Backend, KernelBackend, PlainBackend
-from deformmamba.tensors import loop_over_batch, plain
+from deformmamba.tensors import check_given, loop_over_batch, plain
 
 # numba and other optional packages are imported when a backend runs
 KERNELS: dict[str, KernelBackend] = {"cpu": cpu, "triton": triton}
@@ -141,15 +141,11 @@ def _checked(
     return module
 
 
-def _refuse_none(operator: str, tensors: list[Any], more: dict[str, Any]) -> None:
-    """PyTorch passes an undefined tensor on as None, also if the schema needs one."""
-    named = {**dict(zip(["u", "delta", "A", "B", "C"], tensors, strict=False)), **more}
-    missing = [name for name, x in named.items() if x is None and name != "initial_state"]
-    if missing:
-        raise InvalidArgument(
-            f"deformmamba::{operator}: {', '.join(missing)} must be given; only D, delta_bias, "
-            "delta_weight and initial_state may be None"
-        )
+def _check_given(operator: str, tensors: list[Any], more: dict[str, Any]) -> None:
+    """Checks the arguments that every call needs."""
+    u, delta, A, B, C, *_ = tensors
+    needed = {name: tensor for name, tensor in more.items() if name != "initial_state"}
+    check_given(operator, u=u, delta=delta, A=A, B=B, C=C, **needed)
 
 
 def _checked_fake(
@@ -162,7 +158,7 @@ def _checked_fake(
     zoh: bool,
 ) -> None:
     """The same for tensors without memory. Symbolic sizes are not compared: that would fix them in a program."""
-    _refuse_none(operator, tensors, more)
+    _check_given(operator, tensors, more)
     sizes = (height, width, *(n for x in (*tensors, *more.values()) if x is not None for n in x.shape))
     if all(type(n) is int for n in sizes):
         _check(operator, backend, tensors, height, width, more)
@@ -176,7 +172,7 @@ def _check(
             f"deformmamba::{operator}: backend {backend!r} has no kernels; there are {', '.join(KERNELS)}"
         )
     u, delta, A, B, C, D, delta_bias, delta_weight = tensors
-    _refuse_none(operator, tensors, more)
+    _check_given(operator, tensors, more)
     abilities = KERNELS[backend].ABILITIES
     if u.ndim != 4 or u.dtype not in abilities.dtypes:
         raise InvalidArgument(
