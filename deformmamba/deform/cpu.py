@@ -412,7 +412,7 @@ def deform_conv2d_backward(
         groups, low = slice(start // c_in, -(-stop // c_in)), start % c_in
         here = groups, slice(None), slice(None), slice(low, low + min(stop - start, c_in))
         part = parts.index((start, stop))
-        into = tuple(map(as_array, (grad_x, grad_offset[part], grad_mask[part])))
+        into = as_array(grad_x), grad_offset[part].numpy(), grad_mask[part].numpy()  # the caller gets grad_x only
         matrix = call.weight[here].flatten(2)
         grad_matrix = torch.zeros_like(matrix) if wanted[3] else None
         for first, last, columns in call.chunks(0, call.pixels, len(matrix), here[-1].stop - low):
