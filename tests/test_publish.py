@@ -1,5 +1,6 @@
 """Publishing a training run: the packaged file is the one described, test scans are scored once, and all is logged."""
 
+import argparse
 import csv
 import importlib.util
 import json
@@ -13,7 +14,7 @@ import pytest
 from deformmamba.models import DeformMambaSR, from_pretrained
 from deformmamba.weights import card
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "publish_checkpoint.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture
@@ -30,11 +31,16 @@ def folder(tmp_path):
     return root
 
 
-@pytest.fixture
-def publish(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("publish_checkpoint", EXAMPLE)
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def publish(tmp_path, monkeypatch):
+    module = example("publish_checkpoint")
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "LOG", tmp_path / "docs" / "evaluations.csv")
     (tmp_path / "deformmamba" / "checkpoints").mkdir(parents=True)
@@ -89,3 +95,19 @@ def test_a_run_becomes_an_entry(tmp_path, folder, publish, monkeypatch, capsys):
     wanted = ("scores", "by_subject", "by_spacing", "out_of_domain", "lesions")
     assert len(logged) == sum(len(entry[name]) for name in wanted)
     assert "## Synthetic lesions" in capsys.readouterr().out
+
+
+def test_weights_for_the_slice_direction_are_described_by_the_same_function(tmp_path, folder, publish, monkeypatch):
+    monkeypatch.setitem(sys.modules, "publish_checkpoint", publish)
+    thick = example("publish_thick")
+    monkeypatch.setattr(thick, "FINAL", tmp_path / "deformmamba" / "checkpoints" / "thick.safetensors")
+    model = DeformMambaSR(scale=1, dims=[8, 12], depths=[1, 1], patch=2, d_state=2)
+    facts = {"degradation": "slice profile", "seed": 0, "steps": 1, "batch": 2, "validation": {"psnr_spline": 30.12345}}
+    facts["recipe"] = {"model": {"preset": "tiny"}, "data": {}}
+    model.save_pretrained(tmp_path / "best.safetensors", provenance=facts)
+    given = {"checkpoint": tmp_path / "best.safetensors", "data": folder, "machine": "none", "hours": 0.0}
+    entry = thick.publish(argparse.Namespace(**given, license="CC0", limits="made up"))
+    packaged = from_pretrained(thick.FINAL)
+    assert entry.items() >= publish.description(packaged, packaged.provenance, thick.FINAL, packaged.sha256).items()
+    assert entry["scores"][0]["spline_psnr"] == 30.1234
+    assert (entry["preset"], entry["consistency"]) == ("tiny", "off")
