@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -108,7 +108,7 @@ def backward(
     images, groups, _, channels = u.shape
     directions, n = A.shape[0], A.shape[-1]
     jobs = _jobs(images, groups, channels, torch.get_num_threads())
-    parts = 1 + max(jobs[:, 0], default=0)
+    parts = jobs.parts
     low_rank = delta_weight is not None
     D, delta_bias, delta_weight = _four_axes(A, D, delta_bias, delta_weight)
     q = delta_weight.shape[-1]
@@ -128,7 +128,7 @@ def backward(
     _run_kernel("backward", zoh, *arrays, scratch, jobs, (height, width), delta_softplus)
 
     def total(parts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return torch.sum(parts[: len(parts) if len(jobs) else 0], 0, out=torch.empty_like(like))
+        return torch.sum(parts[: len(parts) if len(jobs.rows) else 0], 0, out=torch.empty_like(like))
 
     ddelta = total(ddelta, delta) if low_rank else ddelta[0]
     dD, dbias = (x.sum(0).squeeze(-1) for x in (dD, dbias))
@@ -138,14 +138,10 @@ def backward(
 
 def _four_axes(A: torch.Tensor, *weights: torch.Tensor | None) -> list[torch.Tensor]:
     """D and delta_bias (k, g, r) and delta_weight (k, g, r, q) for kernels: four axes, one of them empty for None."""
-    D, delta_bias, delta_weight = (
-        None if x is None else x.reshape(*A.shape[:3], 1 if x.ndim == 3 else x.shape[3]) for x in weights
-    )
-    none, full_rank = A.new_empty(*A.shape[:2], 0, 1), A.new_empty(*A.shape[:3], 0)
+    D, delta_bias, delta_weight = weights
     return [
-        none if D is None else D,
-        none if delta_bias is None else delta_bias,
-        full_rank if delta_weight is None else delta_weight,
+        *(A.new_empty(*A.shape[:2], 0, 1) if x is None else x.unsqueeze(-1) for x in (D, delta_bias)),
+        A.new_empty(*A.shape[:3], 0) if delta_weight is None else delta_weight,
     ]
 
 
@@ -185,21 +181,36 @@ def _layout(shapes: tuple[tuple[int, ...], ...]) -> tuple[list[tuple[int, int, t
 # ------------------------------------------------------------------------------------------------------------- threads
 
 
+class _Jobs(NamedTuple):
+    """The work of one call.
+
+    Attributes:
+        rows: (part, image, group, first channel, end) of each job.
+        parts: in how many parts the channels are divided.
+        tiles: vectors of channels in the largest job.
+    """
+
+    rows: np.ndarray
+    parts: int
+    tiles: int
+
+
 @lru_cache
-def _jobs(images: int, groups: int, channels: int, threads: int) -> np.ndarray:
-    """Rows of (part, image, group, first channel, end), a few for each thread, so that one that starts late does less.
+def _jobs(images: int, groups: int, channels: int, threads: int) -> _Jobs:
+    """A few jobs for each thread, so that one that starts late does less.
 
     Every part reads B and C and has its own gradients of them, which are summed later. So channels are split into even
     parts, which are smaller than about six vectors only if this is needed to occupy every thread."""
     lanes, vectors = _lanes(), _vectors(channels)
     total = images * groups * vectors
     if not total:
-        return np.empty((0, 5), np.int64)
+        return _Jobs(np.empty((0, 5), np.int64), 1, 0)
     per_part = min(max(-(-total // (4 * threads)), 6), -(-total // threads), vectors) if threads > 1 else vectors
     parts = -(-vectors // per_part)
     edges = np.minimum(np.arange(parts + 1) * vectors // parts * lanes, channels)
     image, group, part = (x.ravel() for x in np.indices((images, groups, parts)))
-    return np.stack([part, image, group, edges[part], edges[part + 1]], 1).astype(np.int64, copy=False)
+    rows = np.stack([part, image, group, edges[part], edges[part + 1]], 1).astype(np.int64, copy=False)
+    return _Jobs(rows, parts, _vectors(int(np.diff(edges).max())))
 
 
 def _run_kernel(
@@ -208,22 +219,22 @@ def _run_kernel(
     inputs: tuple[torch.Tensor, ...],
     outputs: tuple[torch.Tensor, ...],
     scratch: Callable[[int], tuple[Any, ...]],
-    jobs: np.ndarray,
+    jobs: _Jobs,
     *rest: Any,
 ) -> None:
     """Run the kernel `name` over all jobs, on torch.get_num_threads() threads. Each takes jobs until none is left,
     inside compiled code, and has its own scratch memory."""
-    if not len(jobs):
+    rows, taken = jobs.rows, np.zeros(1, np.int64)
+    if not len(rows):
         return
     kernel = _kernel(name, inputs[0].dtype, zoh)
     arrays = [tuple(map(as_array, tensors)) for tensors in (inputs, outputs)]
-    tiles, taken = _vectors(int((jobs[:, 4] - jobs[:, 3]).max())), np.zeros(1, np.int64)
 
     def work() -> None:
-        if taken[0] < len(jobs):
-            kernel(*arrays, scratch(tiles), jobs, taken, *rest, zoh or None)
+        if taken[0] < len(rows):
+            kernel(*arrays, scratch(jobs.tiles), rows, taken, *rest, zoh or None)
 
-    run_on_threads(work, min(torch.get_num_threads(), len(jobs)))
+    run_on_threads(work, min(torch.get_num_threads(), len(rows)))
 
 
 # ----------------------------------------------------------------------------------------------------------- compiling
@@ -279,9 +290,9 @@ def _compile(name: str, dtype: torch.dtype, zoh: bool) -> Any:
         for dimensions, layout in zip(_DIMENSIONS[name], ("A", "A", "C"), strict=True)  # scratch alone is contiguous
     )
     pair = types.UniTuple(types.int64, 2)
-    exact = types.boolean if zoh else types.none
+    has_zoh = types.boolean if zoh else types.none
     jobs, taken = array(types.int64, 2, "C"), array(types.int64, 1, "C")
-    signature = types.void(inputs, outputs, scratch, jobs, taken, pair, types.boolean, exact)
+    signature = types.void(inputs, outputs, scratch, jobs, taken, pair, types.boolean, has_zoh)
 
     def compiled(cache: bool) -> Any:
         kernel = njit(nogil=True, error_model="numpy", cache=cache)(getattr(cpu_kernels, name))

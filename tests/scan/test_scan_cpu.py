@@ -76,7 +76,7 @@ def test_one_image_occupies_every_thread(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_jobs_share_the_work(threads: int, images: int) -> None:
     """Every channel once, in a few pieces a thread, none of them so thin that it costs more; one thread splits none."""
     groups, channels = 2, 40 * cpu._lanes() - 3
-    jobs = cpu._jobs(images, groups, channels, threads)
+    jobs = cpu._jobs(images, groups, channels, threads).rows
     for image in range(images):
         for group in range(groups):
             mine = [(part, first, end) for part, *at, first, end in jobs if at == [image, group]]
