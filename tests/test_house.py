@@ -94,7 +94,8 @@ def test_every_module_of_the_table_exists_or_is_planned() -> None:
 
 # A reader takes in about this much at once: lines of code, without the docstring, comments and blank lines.
 LONGEST_FUNCTION = 60
-# Longer ones, with a reason: kernels keep their state in registers of one function.
+# Longer ones: a kernel is one function, and keeps its state in registers. The options of a command (`cli/*.py:add`) are
+# a list, not a program, and may be longer too.
 LONG_FUNCTIONS = {
     "scan/cpu_kernels.py:backward_job",
     "scan/triton_kernels.py:backward",
@@ -118,7 +119,8 @@ def test_functions_are_short_enough_to_read(path: Path) -> None:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             name = f"{path.relative_to(PACKAGE).as_posix()}:{node.name}"
             n = lines_of_code(node, text.splitlines())
-            assert (n > LONGEST_FUNCTION) <= (name in LONG_FUNCTIONS), f"{name} has {n} lines of code"
+            allowed = name in LONG_FUNCTIONS or (name.startswith("cli/") and node.name == "add")
+            assert n <= LONGEST_FUNCTION or allowed, f"{name} has {n} lines of code"
 
 
 def test_what_the_command_parses_stays_in_the_command() -> None:
