@@ -65,7 +65,7 @@ def test_any_number_of_threads_agrees(images: int) -> None:
 def test_one_image_occupies_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[int] = []
     run = cpu._run_kernel
-    monkeypatch.setattr(cpu, "_run_kernel", lambda *given: jobs.append(len(given[5])) or run(*given))
+    monkeypatch.setattr(cpu, "_run_kernel", lambda *given: jobs.append(len(given[5].rows)) or run(*given))
     torch.set_num_threads(4)
     selective_scan_2d(*(x[:, :1] if x.ndim == 5 and x.shape[0] == 4 else x[:1] if x.ndim > 2 else x for x in given()))
     assert jobs == [4]
