@@ -84,7 +84,7 @@ def check_voxels(array: np.ndarray) -> None:
     """Raises VolumeError for voxels that are complex, NaN or infinite, or too large or too small for float32."""
     if array.dtype.kind not in "iuf":
         raise VolumeError(
-            f"the scan has the type {array.dtype}; wanted real numbers; take the magnitude of complex ones first"
+            f"the scan has the type {array.dtype}, not real numbers; take the magnitude of complex ones first"
         )
     if not np.isfinite(array).all():
         raise VolumeError("the scan holds NaN or infinite voxels; replace them first")

@@ -59,7 +59,7 @@ def test_plain_arrays_and_dictionaries() -> None:
     assert made["label"] == 3
     assert torch.equal(made["t2"], sharp)
     assert data["t2"] is volume
-    with pytest.raises(VolumeError, match="no entry 't2'; there are t1"):
+    with pytest.raises(VolumeError, match="no entry 't2'; entries: t1"):
         transform({"t1": volume})
     with pytest.raises(VolumeError, match="entries to upscale in keys="):
         UpscaleTransform(ZeroFill(scale=2))(data)
