@@ -62,21 +62,24 @@ def tasks() -> dict[str, Callable[[], object]]:
     }  # fmt: skip
 
 
-def measure(threads: int, seconds: float) -> dict[str, float]:
-    """The median milliseconds of each task."""
+def measure(seconds: float) -> dict[str, list[float]]:
+    """The median milliseconds of each task with one and with two threads, which take turns."""
     import torch
 
-    torch.set_num_threads(threads)
     found = {}
     for name, task in tasks().items():
-        task()  # compiles, and allocates memory
-        times: list[float] = []
-        stop = time.perf_counter() + seconds
-        while len(times) < 3 or time.perf_counter() < stop:
-            start = time.perf_counter()
-            task()
-            times.append(1e3 * (time.perf_counter() - start))
-        found[name] = statistics.median(times)
+        times: dict[int, list[float]] = {1: [], 2: []}
+        stop = None
+        while stop is None or len(times[1]) < 3 or time.perf_counter() < stop:
+            for threads, mine in times.items():
+                torch.set_num_threads(threads)
+                task()  # compiles, allocates memory, starts threads
+                start = time.perf_counter()
+                task()
+                if stop is not None:
+                    mine.append(1e3 * (time.perf_counter() - start))
+            stop = stop or time.perf_counter() + seconds
+        found[name] = [statistics.median(mine) for mine in times.values()]
     return found
 
 
@@ -88,27 +91,26 @@ def occupy(cpu: int) -> None:
         pass
 
 
-def run(threads: int, setting: str, cpus: list[int], seconds: float) -> dict[str, float]:
+def run(setting: str, cpus: list[int], seconds: float) -> dict[str, list[float]]:
     """`measure` in a separate process."""
-    environment = {**os.environ, **SETTINGS[setting], "OMP_NUM_THREADS": str(threads)}
-    if setting == "spin":
-        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-            environment.pop(name, None)
-    command = [sys.executable, __file__, "--child", str(threads), "--seconds", str(seconds), "--cpus", *map(str, cpus)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | SETTINGS[setting]
+    environment["OMP_NUM_THREADS"] = "2"
+    command = [sys.executable, __file__, "--child", "--seconds", str(seconds), "--cpus", *map(str, cpus)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seconds", type=float, default=2, help="for each operation of each case")
-    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--cpus", type=int, nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, set(args.cpus))
-        print(json.dumps(measure(args.child, args.seconds)))
+        print(json.dumps(measure(args.seconds)))
         return
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     if len(cpus) < 2:
@@ -122,13 +124,9 @@ def main() -> None:
             other.start()
         try:
             for setting in SETTINGS:
-                one, two = (run(n, setting, cpus, args.seconds) for n in (1, 2))
-                for name in one:
-                    ratio = two[name] / min(one[name], two[name])
-                    print(
-                        f"| {machine} | {setting} | {name} | {one[name]:.1f} | {two[name]:.1f} | {ratio:.2f} |",
-                        flush=True,
-                    )
+                for name, (one, two) in run(setting, cpus, args.seconds).items():
+                    ratio = two / min(one, two)
+                    print(f"| {machine} | {setting} | {name} | {one:.1f} | {two:.1f} | {ratio:.2f} |", flush=True)
         finally:
             if machine == "busy":
                 other.kill()

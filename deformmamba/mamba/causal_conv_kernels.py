@@ -3,6 +3,8 @@
 Maps are flat arrays with the strides of their axes, so that the innermost loop reads consecutive numbers:
 `forward_time` and `backward_time` for maps with adjacent time steps, `forward_channels` and `backward_channels` for
 maps with adjacent channels. A job is (image, first channel, end).
+
+The innermost loops run from 0 over slices: numba does not vectorise a loop whose index may be negative.
 """
 
 import numpy as np
@@ -19,12 +21,26 @@ def forward_time(
         for d in range(jobs[job, 1], jobs[job, 2]):
             start = image * strides[0] + d * strides[1]
             out = (image * channels + d) * length
-            for t in range(length):
-                y[out + t] = bias[d]
+            whole, result = x[start : start + length], y[out : out + length]
+            offset = bias[d]
+            if width == 4 and length > 3:
+                w0, w1, w2, w3 = weight[d, 0], weight[d, 1], weight[d, 2], weight[d, 3]
+                result[0] = offset + w3 * whole[0]
+                result[1] = offset + w3 * whole[1] + w2 * whole[0]
+                result[2] = offset + w3 * whole[2] + w2 * whole[1] + w1 * whole[0]
+                late = result[3:]
+                x0, x1, x2, x3 = whole[: length - 3], whole[1 : length - 2], whole[2 : length - 1], whole[3:]
+                for i in range(length - 3):
+                    late[i] = offset + w0 * x0[i] + w1 * x1[i] + w2 * x2[i] + w3 * x3[i]
+                continue
+            for i in range(length):
+                result[i] = offset
             for k in range(width):
                 factor, shift = weight[d, k], width - 1 - k
-                for t in range(shift, length):
-                    y[out + t] += factor * x[start + t - shift]
+                if shift < length:
+                    late = result[shift:]
+                    for i in range(length - shift):
+                        late[i] += factor * whole[i]
 
 
 def backward_time(
@@ -38,17 +54,20 @@ def backward_time(
         for d in range(jobs[job, 1], jobs[job, 2]):
             start = image * strides[0] + d * strides[1]
             out = (image * channels + d) * length
+            whole, given, result = x[start : start + length], dy[out : out + length], dx[out : out + length]
             total = dy.dtype.type(0)
-            for t in range(length):
-                dx[out + t] = 0
-                total += dy[out + t]
+            for i in range(length):
+                result[i] = 0
+                total += given[i]
             dbias[image, d] = total
             for k in range(width):
                 factor, shift = weight[d, k], width - 1 - k
                 total = dy.dtype.type(0)
-                for t in range(shift, length):
-                    total += dy[out + t] * x[start + t - shift]
-                    dx[out + t - shift] += factor * dy[out + t]
+                if shift < length:
+                    late = given[shift:]
+                    for i in range(length - shift):
+                        total += late[i] * whole[i]
+                        result[i] += factor * late[i]
                 dweight[image, d, k] = total
 
 
@@ -60,14 +79,27 @@ def forward_channels(
     width, channels = weight.shape
     for job in range(len(jobs)):
         image, first, end = jobs[job, 0], jobs[job, 1], jobs[job, 2]
+        size = end - first
+        offset = bias[first:end]
         for t in range(length):
-            out = (image * length + t) * channels
-            for d in range(first, end):
-                y[out + d] = bias[d]
+            out = (image * length + t) * channels + first
+            result = y[out : out + size]
+            start = image * strides[0] + t * strides[1] + first
+            if width == 4 and t > 2:
+                w0, w1, w2, w3 = weight[0, first:end], weight[1, first:end], weight[2, first:end], weight[3, first:end]
+                x0 = x[start - 3 * strides[1] : start - 3 * strides[1] + size]
+                x1 = x[start - 2 * strides[1] : start - 2 * strides[1] + size]
+                x2, x3 = x[start - strides[1] : start - strides[1] + size], x[start : start + size]
+                for i in range(size):
+                    result[i] = offset[i] + w0[i] * x0[i] + w1[i] * x1[i] + w2[i] * x2[i] + w3[i] * x3[i]
+                continue
+            for i in range(size):
+                result[i] = offset[i]
             for k in range(max(width - 1 - t, 0), width):
-                start = image * strides[0] + (t - (width - 1) + k) * strides[1]
-                for d in range(first, end):
-                    y[out + d] += weight[k, d] * x[start + d]
+                step = start - (width - 1 - k) * strides[1]
+                row, factor = x[step : step + size], weight[k, first:end]
+                for i in range(size):
+                    result[i] += factor[i] * row[i]
 
 
 def backward_channels(
@@ -78,16 +110,21 @@ def backward_channels(
     width, channels = weight.shape
     for job in range(len(jobs)):
         image, first, end = jobs[job, 0], jobs[job, 1], jobs[job, 2]
+        size = end - first
         dweight[image, :, first:end] = 0
-        dbias[image, first:end] = 0
+        into_bias = dbias[image, first:end]
+        into_bias[:] = 0
         for t in range(length):
-            out = (image * length + t) * channels
-            for d in range(first, end):
-                dx[out + d] = 0
-                dbias[image, d] += dy[out + d]
+            out = (image * length + t) * channels + first
+            given, result = dy[out : out + size], dx[out : out + size]
+            for i in range(size):
+                result[i] = 0
+                into_bias[i] += given[i]
             for k in range(max(width - 1 - t, 0), width):
                 shift = width - 1 - k
-                start = image * strides[0] + (t - shift) * strides[1]
-                for d in range(first, end):
-                    dweight[image, k, d] += dy[out + d] * x[start + d]
-                    dx[out - shift * channels + d] += weight[k, d] * dy[out + d]
+                step = image * strides[0] + (t - shift) * strides[1] + first
+                row, factor, into = x[step : step + size], weight[k, first:end], dweight[image, k, first:end]
+                earlier = dx[out - shift * channels : out - shift * channels + size]
+                for i in range(size):
+                    into[i] += given[i] * row[i]
+                    earlier[i] += factor[i] * given[i]

@@ -51,7 +51,7 @@ def cross_scan_fwd(
     u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None,
     delta_bias: torch.Tensor | None, delta_softplus: bool, nrows: int = 1, out_float: bool = False,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """selective_scan_cuda_core.fwd and _oflex.fwd: [y, x]. `out_float`: y is always float32."""
+    """The fwd of selective_scan_cuda_core, _oflex and _nrow: [y, x]. `out_float`: y is always float32."""
     u = u.float() if out_float and u.dtype != torch.float64 else u
     return scan_fwd(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
 
@@ -60,8 +60,28 @@ def cross_scan_bwd(
     u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None,
     delta_bias: torch.Tensor | None, dout: torch.Tensor, x: torch.Tensor | None, delta_softplus: bool, nrows: int = 1,
 ) -> list[torch.Tensor | None]:  # fmt: skip
-    """selective_scan_cuda_core.bwd and _oflex.bwd: [du, ddelta, dA, dB, dC, dD, ddelta_bias]."""
+    """The bwd of selective_scan_cuda_core, _oflex and _nrow: [du, ddelta, dA, dB, dC, dD, ddelta_bias]."""
     return scan_bwd(u, delta, A, B, C, D, None, delta_bias, dout, x, None, None, delta_softplus, False)
+
+
+def one_state_fwd(
+    u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None,
+    delta_bias: torch.Tensor | None, delta_softplus: bool, nrows: int = 1,
+) -> list[torch.Tensor]:  # fmt: skip
+    """selective_scan_cuda_ndstate.fwd: [y, x] of a scan with one state per channel, A (d,) and B, C (b, g, l)."""
+    return cross_scan_fwd(u, delta, A[:, None], B[:, :, None], C[:, :, None], D, delta_bias, delta_softplus)
+
+
+def one_state_bwd(
+    u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None,
+    delta_bias: torch.Tensor | None, dout: torch.Tensor, x: torch.Tensor | None, delta_softplus: bool, nrows: int = 1,
+) -> list[torch.Tensor | None]:  # fmt: skip
+    """selective_scan_cuda_ndstate.bwd: [du, ddelta, dA (d,), dB and dC (b, g, l), dD, ddelta_bias]."""
+    du, ddelta, dA, dB, dC, *rest = cross_scan_bwd(
+        u, delta, A[:, None], B[:, :, None], C[:, :, None], D, delta_bias, dout, x, delta_softplus
+    )
+    squeezed = (dA if dA is None else dA[:, 0], *(w if w is None else w[:, :, 0] for w in (dB, dC)))
+    return [du, ddelta, *squeezed, *rest]
 
 
 def conv_fwd(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any) -> torch.Tensor:

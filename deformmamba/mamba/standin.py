@@ -15,6 +15,7 @@ from deformmamba.mamba import causal_conv, extensions, modules, norm, selective_
 
 _SCANS = {"fwd": extensions.scan_fwd, "bwd": extensions.scan_bwd}
 _CROSS_SCANS = {"fwd": extensions.cross_scan_fwd, "bwd": extensions.cross_scan_bwd}
+_ONE_STATE_SCANS = {"fwd": extensions.one_state_fwd, "bwd": extensions.one_state_bwd}
 
 
 def _of(module: ModuleType, *names: str) -> dict[str, Any]:
@@ -30,6 +31,8 @@ NAMES: dict[str, dict[str, Any]] = {
     "selective_scan_cuda": _SCANS,
     "selective_scan_cuda_core": _CROSS_SCANS,
     "selective_scan_cuda_oflex": _CROSS_SCANS,
+    "selective_scan_cuda_nrow": _CROSS_SCANS,
+    "selective_scan_cuda_ndstate": _ONE_STATE_SCANS,
     "causal_conv1d_cuda": {
         "causal_conv1d_fwd": extensions.conv_fwd,
         "causal_conv1d_bwd": extensions.conv_bwd,
