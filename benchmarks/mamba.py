@@ -11,6 +11,7 @@ The floor of Mamba-2's scan is the time of its matrix products alone, at the rat
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,9 +24,13 @@ import deformmamba.mamba
 MODELS = ("Mamba", "Mamba2", "FalconMamba")
 
 
+def clock() -> float:
+    """CPU time of this process with one thread, so that other work on the machine hardly counts; else time."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def seconds(run: Callable[[], Any], repeats: int = 3) -> float:
     """The time of the fastest of `repeats` runs."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times = []
     for _ in range(repeats):
         start = clock()
@@ -130,6 +135,7 @@ def model(name: str, layers: int, tokens: int) -> None:
         times.append((seconds(prefill, 3 if ours else 1), seconds(lambda: decode(16), 2)))
     deformmamba.mamba.uninstall()
     (theirs, tokens_theirs), (logits, tokens_ours) = results
+    floor = layers * seconds(lambda: linear_layers(network, tokens))
     scale = theirs.abs().max().item()
     worst = (logits - theirs).abs().max().item()
     print(f"{name}, {layers} layers, {tokens} tokens: largest difference of logits {worst:.1e} of {scale:.1f}")
@@ -139,19 +145,83 @@ def model(name: str, layers: int, tokens: int) -> None:
             f"  {what}: {a:.2f} s with transformers' functions, {b:.2f} s with ours, {a / b:.1f} times as fast",
             flush=True,
         )
+    theirs_prefill, ours_prefill = times[0][0], times[1][0]
+    print(
+        f"  the linear layers alone: {floor:.2f} s; with the rest at no cost, the prefill would be "
+        f"{theirs_prefill / floor:.1f} times as fast; ours takes {ours_prefill / floor:.1f} times the linear layers"
+    )
+
+
+@torch.inference_mode()
+def linear_layers(network: Any, tokens: int) -> None:
+    """The linear layers of one block, on `tokens` steps."""
+    for layer in network.backbone.layers[0].mixer.children():
+        if isinstance(layer, torch.nn.Linear):
+            layer(torch.ones(1, tokens, layer.in_features))
+
+
+def segmamba(source: str, size: int) -> None:
+    """SegMamba's network, unmodified, on a cube: both passes with our functions and with the loop over steps."""
+    sys.path.insert(0, source)
+    deformmamba.mamba.install(quiet=True)
+    from model_segmamba.segmamba import SegMamba  # type: ignore[import-not-found]
+
+    from deformmamba.mamba import selective_scan
+
+    torch.manual_seed(0)
+    network, x = SegMamba(in_chans=1, out_chans=4), torch.randn(1, 1, size, size, size)
+    ours = {name: getattr(selective_scan, name) for name in ("selective_scan_fn", "causal_conv1d_fn")}
+    plain = {"selective_scan_fn": selective_scan.selective_scan_ref, "causal_conv1d_fn": plain_convolution}
+
+    def both(functions: dict[str, Any]) -> list[torch.Tensor]:
+        for name, function in functions.items():
+            setattr(selective_scan, name, function)
+        network.zero_grad()
+        y = network(x)
+        y.square().mean().backward()
+        return [y.detach(), *(p.grad.clone() for p in network.parameters() if p.grad is not None)]
+
+    found = both(ours)
+    mine = seconds(lambda: both(ours), 2)
+    start = clock()
+    expected = both(plain)
+    loop = clock() - start
+    (y, *gradients), (y_loop, *gradients_loop) = found, expected
+    error = ((y - y_loop).abs().max() / y_loop.abs().max()).item()
+    # of the largest gradient of all: a weight before a norm has none but rounding
+    largest = max(g.abs().max() for g in gradients_loop)
+    worst = max(((a - b).abs().max() / largest).item() for a, b in zip(gradients, gradients_loop, strict=True))
+    parameters = sum(p.numel() for p in network.parameters()) / 1e6
+    print(
+        f"SegMamba, {parameters:.0f} million parameters, {size}x{size}x{size}, both passes: {mine:.1f} s, with the "
+        f"loop over steps {loop:.1f} s, {loop / mine:.1f} times as long; largest difference {error:.1e} of the largest "
+        f"output, {worst:.1e} of the largest gradient"
+    )
+
+
+def plain_convolution(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, activation: str
+) -> torch.Tensor:
+    """The causal convolution in PyTorch's own functions."""
+    assert activation == "silu"
+    return F.silu(F.conv1d(F.pad(x, (weight.shape[1] - 1, 0)), weight[:, None], bias, groups=len(weight)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("what", nargs="*", default=["ssd", *MODELS], choices=["ssd", *MODELS])
+    parser.add_argument("what", nargs="*", default=["ssd", *MODELS], choices=["ssd", *MODELS, "SegMamba"])
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--source", default="SegMamba", help="folder of SegMamba's source code")
+    parser.add_argument("--size", type=int, default=32, help="edge of the cube for SegMamba, a multiple of 32")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for what in args.what:
         if what == "ssd":
             ssd(args.tokens)
+        elif what == "SegMamba":
+            segmamba(args.source, args.size)
         else:
             model(what, args.layers, args.tokens)
 

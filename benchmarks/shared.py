@@ -1,11 +1,12 @@
-"""One and two threads on two cores, with both idle and with one busy, for two ways in which PyTorch's threads wait.
+"""One and two threads on two cores, quiet and with one core busy, for two settings of PyTorch's threads.
 
 Run: python benchmarks/shared.py [--seconds 2]
 
-Uses two of the allowed CPUs. "busy" runs a loop in another process that is bound to the first CPU. Each case runs in a
-separate process, because the OpenMP library reads its settings when it is loaded: "spin" keeps the default, "sleep"
-sets GOMP_SPINCOUNT=1000, as the command `deformmamba` does. The table has the median time in milliseconds. The last
-column is the time of two threads divided by the better one of the same row; it should stay below 1.2.
+Uses two of the CPUs of this process. "busy" runs a loop in another process that is bound to the first of them. Each
+setting is a separate process, because the OpenMP library reads its settings when it is loaded: "python" keeps the
+defaults, "command" is what the command `deformmamba` sets (docs/threads.md). One and two threads take turns. The table
+gives the median time in milliseconds, and two threads divided by the better of one and two. The last column does the
+same for the number of threads that the command chooses, which is below 2 only for training.
 """
 
 import argparse
@@ -17,8 +18,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
-SETTINGS: dict[str, dict[str, str]] = {"spin": {}, "sleep": {"GOMP_SPINCOUNT": "1000"}}
+SETTINGS = ("python", "command")
+TRAINING = "training step"
 
 
 def tasks() -> dict[str, Callable[[], object]]:
@@ -58,7 +61,7 @@ def tasks() -> dict[str, Callable[[], object]]:
             image, offset, mask, weight, padding=1
         ).sum().backward(),
         "slice": slice_of_a_scan,
-        "training step": training_step,
+        TRAINING: training_step,
     }  # fmt: skip
 
 
@@ -91,42 +94,58 @@ def occupy(cpu: int) -> None:
         pass
 
 
-def run(setting: str, cpus: list[int], seconds: float) -> dict[str, list[float]]:
-    """`measure` in a separate process."""
-    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    environment = {name: value for name, value in os.environ.items() if name not in names} | SETTINGS[setting]
-    environment["OMP_NUM_THREADS"] = "2"
-    command = [sys.executable, __file__, "--child", "--seconds", str(seconds), "--cpus", *map(str, cpus)]
+def run(setting: str, cpus: list[int], seconds: float) -> dict[str, Any]:
+    """`child` in a separate process."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    command = [sys.executable, __file__, "--child", setting, "--seconds", str(seconds), "--cpus", *map(str, cpus)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def child(setting: str, cpus: list[int], seconds: float) -> dict[str, Any]:
+    """The number of threads that training gets, and the times of `measure`."""
+    from deformmamba.cli import cores
+
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, set(cpus))
+    chosen = None
+    if setting == "command":
+        cores.limit_spinning()
+        cores.take_short_turns()
+        chosen = cores.use_threads(None, idle_only=True)
+        os.environ["OMP_NUM_THREADS"] = "2"
+    return {"chosen": chosen or 2, "times": measure(seconds)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seconds", type=float, default=2, help="for each operation of each case")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=SETTINGS, help=argparse.SUPPRESS)
     parser.add_argument("--cpus", type=int, nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, set(args.cpus))
-        print(json.dumps(measure(args.seconds)))
+        print(json.dumps(child(args.child, args.cpus, args.seconds)))
         return
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     if len(cpus) < 2:
         raise SystemExit("this needs two CPUs")
     cpus = cpus[:2]
     print(f"load average before: {os.getloadavg()[0]:.1f} (below 0.3 on a quiet machine)")
-    print("| machine | threads wait by | operation | 1 thread | 2 threads | 2 / best |\n|---|---|---|---|---|---|")
+    print("| machine | setting | operation | 1 thread | 2 threads | 2 / best | threads, time / best |")
+    print("|---|---|---|---|---|---|---|")
     for machine in ("quiet", "busy"):
         other = multiprocessing.Process(target=occupy, args=(cpus[0],), daemon=True)
         if machine == "busy":
             other.start()
         try:
             for setting in SETTINGS:
-                for name, (one, two) in run(setting, cpus, args.seconds).items():
-                    ratio = two / min(one, two)
-                    print(f"| {machine} | {setting} | {name} | {one:.1f} | {two:.1f} | {ratio:.2f} |", flush=True)
+                found = run(setting, cpus, args.seconds)
+                for name, (one, two) in found["times"].items():
+                    best, chosen = min(one, two), found["chosen"] if name == TRAINING else 2
+                    ratio = (two if chosen == 2 else one) / best
+                    row = (machine, setting, name, f"{one:.1f}", f"{two:.1f}", f"{two / best:.2f}")
+                    print(f"| {' | '.join(row)} | {chosen}, {ratio:.2f} |", flush=True)
         finally:
             if machine == "busy":
                 other.kill()

@@ -93,7 +93,7 @@ def waiting_policy() -> str:
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         if value := os.environ.get(name):
             return f"{name}={value}"
-    return "they spin; on a busy machine set GOMP_SPINCOUNT=1000 in the environment before torch is imported"
+    return "they spin; on a busy machine set OMP_WAIT_POLICY=passive in the environment before torch is imported"
 
 
 def environment_warnings() -> list[str]:

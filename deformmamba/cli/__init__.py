@@ -9,6 +9,7 @@ is imported only when a command needs it.
 
 import argparse
 import contextlib
+import math
 import os
 import platform
 import re
@@ -38,7 +39,7 @@ from deformmamba.cli import (
     weights,
 )
 from deformmamba.cli.arguments import Parser, add_common, printable, quiet_if, refuse
-from deformmamba.cli.cores import limit_spinning, use_threads
+from deformmamba.cli.cores import allowed_threads, limit_spinning, take_short_turns, use_threads
 from deformmamba.errors import DeformMambaError
 
 COMMANDS = (
@@ -71,7 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stopped.code or 0)
     start = time.monotonic()
     limit_spinning()
-    use_threads(args.threads)
+    take_short_turns()
+    threads = use_threads(args.threads, args.idle_only)
+    if args.idle_only and not args.threads and not args.quiet and (threads or math.inf) < allowed_threads():
+        print(
+            f"deformmamba: {threads} of {allowed_threads()} threads, because other programs use the other CPUs; "
+            "--threads N changes it",
+            file=sys.stderr,
+        )
     with warnings.catch_warnings(), quiet_if(args.quiet), stopped_cleanly():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = _ShowOnce()
@@ -213,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add(commands)
     add_common(parser, listed=True)
-    parser.set_defaults(threads=None, quiet=False, verbose=False, traceback=False)
+    parser.set_defaults(threads=None, quiet=False, verbose=False, traceback=False, idle_only=False)
     for leaf in leaves(parser):
         add_common(leaf, listed=False)
     return parser

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from deformmamba.errors import InvalidArgument, InvalidType
-from deformmamba.mamba import causal_conv_cpu
+from deformmamba.mamba import causal_conv_cpu, step_cpu
 from deformmamba.torch_private import constant_when_compiled, differentiates_by_transform, transforms_are_active
 
 _ACTIVATIONS = (None, "silu", "swish")
@@ -127,6 +127,11 @@ def causal_conv1d_update(
     Returns:
         y like x.
     """
+    one_step = x.ndim == 2 or (x.ndim == 3 and x.shape[2] == 1)
+    if one_step and cache_seqlens is None and conv_state_indices is None and activation in _ACTIVATIONS:
+        y = step_cpu.convolution(x.reshape(x.shape[:2]), conv_state, weight, bias, activation is not None)
+        if y is not None:
+            return y.view(x.shape)
     steps = x[..., None] if x.ndim == 2 else x
     _check(steps, weight, bias, activation)
     if conv_state.ndim != 3 or conv_state.shape[1] != steps.shape[1] or conv_state.shape[2] < weight.shape[1] - 1:

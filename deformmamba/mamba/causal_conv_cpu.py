@@ -21,11 +21,12 @@ _BLOCK = 256  # channels per job, so that its rows of x and y fit into the first
 
 def usable(x: Tensor) -> bool:
     """Whether the kernels run on tensors like `x`: on the CPU, float32 or float64, where numba can be imported."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and _numba()
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and numba_compiles()
 
 
 @constant_when_compiled
-def _numba() -> bool:
+def numba_compiles() -> bool:
+    """Whether numba can be imported and compiles."""
     try:
         import numba
     except Exception:  # a numpy that is too new for numba raises ImportError, a broken llvmlite OSError

@@ -85,10 +85,11 @@ def selective_scan_ref(
     dt = F.softplus(dt) if delta_softplus else dt
     B, C = (_by_step(weights, A, u.shape[1], full) for weights in (B, C))
     h = torch.zeros(u.shape[0], *A.shape, dtype=A.dtype if A.is_complex() else full, device=u.device)
+    B, C = (weights.expand(*weights.shape[:3], u.shape[2]) for weights in (B, C))
     steps = []
-    for t in range(u.shape[2]):
-        B_t, C_t = (weights[..., min(t, weights.shape[-1] - 1)] for weights in (B, C))
-        h = torch.exp(dt[..., t, None] * A) * h + dt[..., t, None] * B_t * x[..., t, None]
+    # not by index: the gradient of x[..., t] is a tensor of the size of x, for each t
+    for x_t, dt_t, B_t, C_t in zip(*(tensor.unbind(-1) for tensor in (x, dt, B, C)), strict=True):
+        h = torch.exp(dt_t[..., None] * A) * h + dt_t[..., None] * B_t * x_t[..., None]
         y = (C_t * h).sum(-1)
         steps.append(2 * y.real if A.is_complex() else y)
     y = torch.stack(steps, -1) if steps else x

@@ -23,7 +23,8 @@ from torch import Tensor
 from deformmamba.errors import UnsupportedCall
 
 SPAN = 512  # steps between kept states; a backward pass recomputes the states of a span
-_CHUNKS = (128, 64, 32, 16)
+_CHUNKS = (128, 64, 32, 16)  # with decays as factors; shorter ones for short sequences
+_PAIRED_CHUNK = 64  # with each decay computed separately
 _CHUNK_EAGER = 32
 _RANGE = 120.0  # largest range of s in a chunk; products with exp(60) are far from the limits of float32
 
@@ -210,14 +211,14 @@ def _chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, run: Tensor 
     """The chunks of a span, of the largest size for which the factors of the decays are within range, if there is
     one."""
     (r, p), n = x.shape[1:], B.shape[1]
-    for q in _CHUNKS:
-        if q >= 2 * len(x) and q != _CHUNKS[-1]:
-            continue
-        missing = -len(x) % q
-        s = F.pad(dt * A, (0, 0, 0, missing)).double().view(-1, q, r).cumsum(1)
-        low, high, last = s.amin(1, keepdim=True), s.amax(1, keepdim=True), s[:, -1:]
+    sizes = [q for q in _CHUNKS if q < 2 * len(x)] or [_CHUNKS[-1]]
+    for q in sizes:
+        s, low, high = _cumulative(dt * A, q)
         if factors := bool((high - low <= _RANGE).all()):  # not if a value is NaN
             break
+        if q <= _PAIRED_CHUNK:
+            break
+    missing, last = -len(x) % q, s[:, -1:]
     c, m = len(s), (low + high) / 2 if factors else last
     dt, x, B, C = (F.pad(t, (0, 0) * (t.ndim - 1) + (0, missing)) for t in (dt, x, B, C))
     dt, x, B, C = dt.view(c, q, r), x.view(c, q, r, p), B.view(c, q, n), C.view(c, q, n)
@@ -235,7 +236,9 @@ def _chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, run: Tensor 
     if not factors:
         by_head = s.transpose(1, 2)
         later = torch.ones(q, q, dtype=torch.bool).triu(1)
-        decay = (by_head[..., None] - by_head[:, :, None]).masked_fill_(later, -torch.inf).exp_().to(x.dtype)
+        decay = x.new_empty(c, r, q, q)
+        # the difference in float64, the exponential in the dtype of x
+        torch.sub(by_head[..., None], by_head[:, :, None], out=decay).masked_fill_(later, -torch.inf).exp_()
     far_in, carry = far_in[..., None], carry[..., None]
     u = (x * (dt * near_in)[..., None]).view(c, q, r * p)
     states = x.new_empty(c + 1, n, r * p)
@@ -246,6 +249,12 @@ def _chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, run: Tensor 
     for i in range(c):
         by_head[i + 1].addcmul_(by_head[i], carry[i])
     return _Chunks(dt, x, B, C, reaches, same, scores, decay, near_out, near_in, far_out, far_in, carry, u, states)
+
+
+def _cumulative(rates: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor]:
+    """s (c, q, r), the sums of dt A from the start of each chunk, in float64; and the ends of their range."""
+    s = F.pad(rates, (0, 0, 0, -len(rates) % q)).double().view(-1, q, rates.shape[1]).cumsum(1)
+    return s, s.amin(1, keepdim=True), s.amax(1, keepdim=True)
 
 
 def _forward(

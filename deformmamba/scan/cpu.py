@@ -48,6 +48,19 @@ def unusable(tensor: torch.Tensor | None = None) -> str | None:
     return None
 
 
+def compiled_for() -> str:
+    """The processor that numba compiles the kernels for, and which variant of 2^x they use on it."""
+    from numba.core.registry import cpu_target
+
+    from deformmamba.scan.cpu_kernels import LANES
+
+    _, name, features = cpu_target.target_context.codegen().magic_tuple()
+    found = features.split(",")
+    wide = next((word for flag, word in (("+avx512dq", "AVX-512"), ("+avx2", "AVX2")) if flag in found), "no AVX2")
+    exponential = "a table and two coefficients" if wide == "AVX-512" else "a polynomial"
+    return f"{name} ({wide}), vectors of {LANES} channels, 2^x by {exponential}"
+
+
 def forward(
     u: torch.Tensor,
     delta: torch.Tensor,

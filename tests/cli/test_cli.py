@@ -214,7 +214,7 @@ def test_weights(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 def test_backends(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["backends"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    names = [line.split()[0] for line in lines if not line.startswith(("threads:", "warning:"))]
+    names = [line.split()[0] for line in lines if not line.startswith(("CPU kernels:", "threads:", "warning:"))]
     assert "reference" in names
     assert any(line.startswith(f"threads: {torch.get_num_threads()}, CPUs allowed: ") for line in lines)
     assert main(["backends", "--json"]) == 0

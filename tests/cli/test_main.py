@@ -147,7 +147,7 @@ def test_threads_are_obeyed(command: Any) -> None:
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [({}, "1000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    [({}, "passive"), ({"GOMP_SPINCOUNT": "5"}, None), ({"OMP_WAIT_POLICY": "active"}, "active")],
 )
 def test_waiting_threads_sleep_soon_unless_the_user_set_it(
     given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
@@ -162,8 +162,8 @@ def test_waiting_threads_sleep_soon_unless_the_user_set_it(
     loaded = {name: module for name, module in sys.modules.items() if name != "torch"}
     monkeypatch.setattr(sys, "modules", loaded)
     cores.limit_spinning()
-    assert os.environ.get("GOMP_SPINCOUNT") == expected
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert os.environ.get("OMP_WAIT_POLICY") == expected
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
 
 
 def test_the_default_is_what_the_container_allows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,6 +175,43 @@ def test_the_default_is_what_the_container_allows(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cores, "quota", lambda: 2.0)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert cores.use_threads(None) is None, "a user who set it is obeyed"
+
+
+def test_training_uses_idle_cpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in cores.VARIABLES:
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(sys, "modules", {name: module for name, module in sys.modules.items() if name != "torch"})
+    monkeypatch.setattr(cores, "quota", lambda: math.inf)
+    monkeypatch.setattr(cores, "affinity", lambda: 4)
+    for idle, threads in ((3.9, None), (3.1, 3), (2.9, 3), (0.9, 1), (0.0, 1)):
+        monkeypatch.setattr(cores, "idle_cpus", lambda idle=idle: idle)
+        assert cores.use_threads(None, idle_only=True) == threads
+        assert cores.use_threads(None) is None
+        assert os.environ["OMP_NUM_THREADS"] == ("" if threads is None else str(threads))
+        monkeypatch.setenv("OMP_NUM_THREADS", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="counts CPUs as Linux does")
+def test_idle_cpus_are_counted_among_those_of_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2})
+    tables = iter(
+        [
+            "cpu  9 0 0 9 0 0 0 0\ncpu0 100 0 0 50 0 0 0 0\ncpu1 0 0 0 0 0 0 0 0\ncpu2 5 5 5 100 5 0 0 0\n",
+            "cpu  9 0 0 9 0 0 0 0\ncpu0 110 0 0 50 0 0 0 0\ncpu1 0 0 0 9 0 0 0 0\ncpu2 5 5 5 106 7 1 1 0\n",
+        ]
+    )
+    stat = tmp_path / "stat"
+    stat.write_text(next(tables))
+    monkeypatch.setattr("time.sleep", lambda _: stat.write_text(next(tables)))
+    assert cores.idle_cpus(0, stat) == 0.8  # all of CPU 0 is busy, and 2 of 10 ticks of CPU 2; CPU 1 is not ours
+    assert cores.idle_cpus(0, tmp_path / "missing") == 2
+
+
+def test_short_turns_where_the_system_has_them() -> None:
+    # in a process of its own, because the setting cannot be taken back by name
+    code = "from deformmamba.cli import cores; print(cores.take_short_turns(), cores.turn_length())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() in ("True 100000", "False None"), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,21 @@ def test_the_scan_extension_gives_values_and_gradients() -> None:
     assert len(extensions.cross_scan_bwd(*without, dy, x2, True, 1)) == 7
 
 
+def test_the_extension_for_one_state_leaves_its_axis_out() -> None:
+    u, delta, A, B, C, D, _, bias = scan_arguments(dtype=torch.float64)
+    short = [u, delta, A[:, 0], B[:, :, 0], C[:, :, 0], D, bias]
+    y, x = extensions.one_state_fwd(*short, True, 1)
+    full = [t.clone().requires_grad_() for t in (u, delta, A[:, :1], B[:, :, :1], C[:, :, :1], D, bias)]
+    expected, last = ours.selective_scan_fn(*full[:6], None, full[6], True, True)
+    assert_close(y, expected)
+    assert_close(x[:, :, -1, 1::2], last)
+    dy = torch.randn_like(y)
+    found = extensions.one_state_bwd(*short, dy, x, True, 1)
+    grads = torch.autograd.grad(expected, full, dy)
+    assert [t.shape for t in found if t is not None] == [t.shape for t in short]
+    assert_close(found, [t.reshape(like.shape) for t, like in zip(grads, short, strict=True)])
+
+
 def test_the_convolution_extension_knows_every_version() -> None:
     x, weight, bias = torch.randn(2, 3, 7).double(), torch.randn(3, 4).double(), torch.randn(3).double()
     y = ours.causal_conv1d_fn(x, weight, bias, activation="silu")
