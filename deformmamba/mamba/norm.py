@@ -70,9 +70,10 @@ def rms_norm_fn(
     Returns:
         The norm in x's dtype, or (norm, sum).
     """
-    _refuse(x1=x1, weight1=weight1, bias1=bias1, rowscale=rowscale, return_dropout_mask=return_dropout_mask or None)
-    x = F.dropout(x, dropout_p) if dropout_p else x
-    return _normalise(x, weight, bias, residual, eps, prenorm, True, residual_in_fp32, True)
+    return layer_norm_fn(
+        x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, residual_in_fp32, True,
+        return_dropout_mask,
+    )  # fmt: skip
 
 
 def layer_norm_fn(

@@ -6,6 +6,7 @@
 results with `deformmamba.scan`. The state is always float32 (float64 for float64 inputs).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -203,11 +204,9 @@ def mamba_inner_fn_no_out_proj(
     b_c_dt_rms_eps: float = 1e-6,
 ) -> torch.Tensor:
     """`mamba_inner_fn` before the output projection, (b, d, l): a name that Vision Mamba and SegMamba add."""
-    x, z = xz.chunk(2, 1)
-    x = causal_conv1d_fn(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
-    delta, B, C = _project(
-        x, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias,
-        (b_rms_weight, c_rms_weight, dt_rms_weight), b_c_dt_rms_eps,
+    x, z, delta, B, C = _scan_inputs(
+        causal_conv1d_fn, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias,
+        C_proj_bias, (b_rms_weight, c_rms_weight, dt_rms_weight), b_c_dt_rms_eps,
     )  # fmt: skip
     return selective_scan_fn(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
 
@@ -231,11 +230,10 @@ def bimamba_inner_fn(
     delta_softplus: bool = True,
 ) -> torch.Tensor:
     """`mamba_inner_fn` with the scan in both directions, rates A_b backwards: a name that Vision Mamba adds."""
-    x, z = xz.chunk(2, 1)
-    x = causal_conv1d_fn(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
-    delta, B, C = _project(
-        x, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias, (None, None, None), 0.0
-    )
+    x, z, delta, B, C = _scan_inputs(
+        causal_conv1d_fn, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias,
+        C_proj_bias,
+    )  # fmt: skip
     y = selective_scan_fn(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
     B, C = (weights.flip(-1) if weights.ndim > 2 else weights for weights in (B, C))
     y_b = selective_scan_fn(x.flip(-1), delta.flip(-1), A_b, B, C, D, z.flip(-1), delta_bias, delta_softplus)
@@ -260,21 +258,23 @@ def mamba_inner_ref(
     delta_softplus: bool = True,
 ) -> torch.Tensor:
     """The definition of `mamba_inner_fn`: the definitions of its parts, one after the other."""
-    x, z = xz.chunk(2, 1)
-    convolved = causal_conv1d_ref(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
-    delta, B, C = _project(
-        convolved, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias, (None, None, None), 0.0
-    )
-    y = selective_scan_ref(convolved, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    x, z, delta, B, C = _scan_inputs(
+        causal_conv1d_ref, xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias,
+        C_proj_bias,
+    )  # fmt: skip
+    y = selective_scan_ref(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return _linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
 
 
-def _project(
-    x: torch.Tensor, x_proj_weight: torch.Tensor, delta_proj_weight: torch.Tensor, A: torch.Tensor,
+def _scan_inputs(
+    convolve: Callable[..., torch.Tensor], xz: torch.Tensor, conv1d_weight: torch.Tensor,
+    conv1d_bias: torch.Tensor | None, x_proj_weight: torch.Tensor, delta_proj_weight: torch.Tensor, A: torch.Tensor,
     B: torch.Tensor | None, C: torch.Tensor | None, B_bias: torch.Tensor | None, C_bias: torch.Tensor | None,
-    rms_weights: tuple[torch.Tensor | None, ...], eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """delta (b, d, l), B and C of x (b, d, l)."""
+    rms_weights: tuple[torch.Tensor | None, ...] = (None, None, None), eps: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """x after the convolution, the gate z, delta (all (b, d, l)), B and C."""
+    x, z = xz.chunk(2, 1)
+    x = convolve(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
     rank, n = delta_proj_weight.shape[1], A.shape[1] * (2 if A.is_complex() else 1)
     projected = _linear(
         x.transpose(1, 2), x_proj_weight, None
@@ -296,7 +296,7 @@ def _project(
     delta = torch.matmul(delta_proj_weight.to(x.dtype), projected[..., :rank].transpose(1, 2))
     if dt_rms is not None:
         delta = rms_norm_ref(delta.transpose(1, 2), dt_rms, None, eps=eps, upcast=True).transpose(1, 2)
-    return delta, B, C
+    return x, z, delta, B, C
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -5,10 +5,10 @@ start of the chunk. It falls into a factor of i and a factor of j, so that all h
 
     y = exp(s - m) (tril(C B') (exp(m - s) dt x)) + exp(s) (C h)        h' = exp(last) h + exp(last - m) B' (...)
 
-where m, the middle of the range of s, keeps both factors within float32. `scan` uses this wherever the range allows it,
-with chunks of 128 to 16 steps; where it does not (a step with dt A below -7.5) each decay of each head is computed
-for itself. `scan_eager` does so always, in PyTorch that any of its transforms can differentiate. Sums of dt A are
-float64, because their differences matter.
+where m, the middle of the range of s, keeps both factors within float32. `scan` uses this in chunks of 128 or 64 steps,
+if the range of s allows it. Otherwise it computes each decay of each head separately, in chunks of 64: shorter chunks
+with factors would need more products with states, which cost more. `scan_eager` computes each decay separately too, in
+PyTorch that any of its transforms can differentiate. Sums of dt A are float64, because their differences matter.
 
 x (b, l, h, p), dt (b, l, h), A (h), B, C (b, l, g, n), state (b, h, p, n), run (b, l) integers that grow by one where a
 new sequence starts in a pack (its first step does not see what came before), or None. All in float32 or float64.

@@ -22,7 +22,11 @@ _MAGIC = _F(1.5 * 2.0**23)  # adding it rounds a number to an integer, which the
 _LOWEST, _HIGHEST = _F(-127), _F(128)
 
 
-@njit(forceinline=True, fastmath={"contract"})
+# as mypy sees it: a compiled function is not called with the arguments of its definition
+inline: Any = njit(forceinline=True, fastmath={"contract"})
+
+
+@inline
 def _exp2(x: Any) -> Any:
     """2^x to 2 ulp; 0 and infinity beyond the range of float32, NaN for NaN."""
     limited = _LOWEST if x < _LOWEST else x
