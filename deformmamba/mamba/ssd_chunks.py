@@ -7,8 +7,9 @@ start of the chunk. It falls into a factor of i and a factor of j, so that all h
 
 where m, the middle of the range of s, keeps both factors within float32. `scan` uses this in chunks of 128 or 64 steps,
 if the range of s allows it. Otherwise it computes each decay of each head separately, in chunks of 64: shorter chunks
-with factors would need more products with states, which cost more. `scan_eager` computes each decay separately too, in
-PyTorch that any of its transforms can differentiate. Sums of dt A are float64, because their differences matter.
+would need more products with states, which cost more. (In float64: factors down to chunks of 16.) `scan_eager` computes
+each decay separately too, in PyTorch that any of its transforms can differentiate. Sums of dt A are float64, because
+their differences matter.
 
 x (b, l, h, p), dt (b, l, h), A (h), B, C (b, l, g, n), state (b, h, p, n), run (b, l) integers that grow by one where a
 new sequence starts in a pack (its first step does not see what came before), or None. All in float32 or float64.
@@ -24,7 +25,8 @@ from deformmamba.errors import UnsupportedCall
 
 SPAN = 512  # steps between kept states; a backward pass recomputes the states of a span
 _CHUNKS = (128, 64, 32, 16)  # with decays as factors; shorter ones for short sequences
-_PAIRED_CHUNK = 64  # with each decay computed separately
+# the longest with each decay computed separately: differences of s lose digits, which float64 would show
+_PAIRED_CHUNKS = {torch.float32: 64, torch.float64: 16}
 _CHUNK_EAGER = 32
 _RANGE = 120.0  # largest range of s in a chunk; products with exp(60) are far from the limits of float32
 
@@ -216,7 +218,7 @@ def _chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, run: Tensor 
         s, low, high = _cumulative(dt * A, q)
         if factors := bool((high - low <= _RANGE).all()):  # not if a value is NaN
             break
-        if q <= _PAIRED_CHUNK:
+        if q <= _PAIRED_CHUNKS[x.dtype]:
             break
     missing, last = -len(x) % q, s[:, -1:]
     c, m = len(s), (low + high) / 2 if factors else last
