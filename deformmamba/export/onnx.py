@@ -138,6 +138,8 @@ def write(
             value.const_value = ir.tensor(defaults[value.name], name=value.name)
             graph.register_initializer(value)
     # PyTorch notes for every node the lines of the source that made it: a quarter of the file, with paths
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
     for node in ir.traversal.RecursiveGraphIterator(graph):
         node.metadata_props.clear()
         for value in node.outputs:
