@@ -159,6 +159,7 @@ def test_what_is_exported_is_upscale_in_any_units(skip: str, consistency: str) -
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the scan does not look like a magnitude image")
 @pytest.mark.parametrize(("options", "consistency"), NETWORKS)
 def test_an_onnx_file_gives_what_upscale_gives(tmp_path: Path, options: dict[str, object], consistency: str) -> None:
     """At sizes it was not made at, each slice alone, and with the units of a stack."""
