@@ -49,9 +49,9 @@ def selective_state_update(
         y = selective_state_update(picked, x_, dt_, A, B_, C_, D, z_, dt_bias, dt_softplus)
         state[rows[used]] = picked
         return torch.zeros_like(x).index_copy(0, used, y)
-    y = step_cpu.scan(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
-    if y is not None:
-        return y
+    stepped = step_cpu.scan(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    if stepped is not None:
+        return stepped
     heads = state if state.ndim == 4 else state[:, None]
     u, step, gate, A_, D_, bias, B_, C_ = _with_heads(heads, x, dt, z, A, D, dt_bias, B, C)
     full = torch.promote_types(torch.promote_types(state.dtype, x.dtype), torch.float32)

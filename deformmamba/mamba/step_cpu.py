@@ -124,7 +124,7 @@ def _functions() -> dict[str, Callable[..., None]]:
     from deformmamba.mamba import step_kernels
 
     real, whole = types.CPointer(types.float32), types.int64
-    functions = {}
+    functions: dict[str, Callable[..., None]] = {}
     for name, pointers, integers in (("scan_step", 7, 11), ("head_step", 7, 11), ("conv_step", 5, 5)):
         # sums may be reordered to use vectors; NaN and infinity are data
         options: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
@@ -134,7 +134,8 @@ def _functions() -> dict[str, Callable[..., None]]:
         except Exception:  # of the cache: nowhere to write, a full disk, a damaged file; any other comes again here
             compiled = cfunc(signature, **options)(getattr(step_kernels, name))
         prototype = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * pointers, *[ctypes.c_int64] * integers)
-        functions[name] = prototype(compiled.address)
+        address: Any = compiled.address
+        functions[name] = prototype(address)
         _kept.append(compiled)
     return functions
 
