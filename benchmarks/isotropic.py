@@ -90,6 +90,16 @@ def power_at_period(image: np.ndarray, voxel: float, spacing: float) -> float:
     return float(np.mean(np.abs(image @ wave) ** 2))
 
 
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Adds a row to a CSV file; a new file gets the header first."""
+    new = not path.exists()
+    with open(path, "a", newline="") as table:
+        writer = csv.DictWriter(table, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
 def by_eclare(
     volume: Volume,
     thickness: float,
@@ -190,12 +200,7 @@ def main() -> None:
                     } | {key: facts.get(key, "") for key in COLUMNS}
                     print(*row.values(), sep="\t", flush=True)
                     if args.out:
-                        new = not args.out.exists()
-                        with open(args.out, "a", newline="") as table:
-                            writer = csv.DictWriter(table, row)
-                            if new:
-                                writer.writeheader()
-                            writer.writerow(row)
+                        append_row(args.out, row)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ mean over all neighbouring planes.
 """
 
 import argparse
-import csv
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isotropic import append_row
 
 from deformmamba.inference.isotropic import cubic_spline, isotropic
 from deformmamba.pictures.sections import section_figure
@@ -74,12 +74,7 @@ def main() -> None:
             }
             print(*row.values(), sep="\t", flush=True)
             if args.out:
-                new = not args.out.exists()
-                with open(args.out, "a", newline="") as table:
-                    writer = csv.DictWriter(table, row)
-                    if new:
-                        writer.writeheader()
-                    writer.writerow(row)
+                append_row(args.out, row)
         if args.figures:
             args.figures.mkdir(parents=True, exist_ok=True)
             figure = args.figures / f"{path.name.removesuffix('.nii.gz')}.png"

@@ -17,8 +17,8 @@ from deformmamba.torch_private import transforms_are_active
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-_NO_SUBCLASS = frozenset((*_PLAIN, type(None), bool, int, float, str, tuple))
+PLAIN = (Tensor, torch.nn.Parameter)
+_NO_SUBCLASS = frozenset((*PLAIN, type(None), bool, int, float, str, tuple))
 _TYPES: dict[torch.dtype, str] = {torch.float32: np.dtype(np.float32).str, torch.float64: np.dtype(np.float64).str}
 
 
@@ -27,7 +27,7 @@ def plain(value: Any) -> Any:
 
     A subclass that computes in `__torch_dispatch__` (DTensor, fake tensors) stays, because its memory is elsewhere.
     """
-    if type(value) in _PLAIN or not isinstance(value, Tensor) or _dispatches(value):
+    if type(value) in PLAIN or not isinstance(value, Tensor) or _dispatches(value):
         return value
     return value.as_subclass(Tensor)
 
@@ -50,7 +50,7 @@ def overridable(function: Callable[P, R]) -> Callable[P, R]:
             return handle_torch_function(call, given, *args, **kwargs)
         if _NO_SUBCLASS.issuperset(map(type, given)):
             return function(*args, **kwargs)
-        if all(type(x) in _PLAIN or not isinstance(x, Tensor) for x in given):
+        if all(type(x) in PLAIN or not isinstance(x, Tensor) for x in given):
             return function(*args, **kwargs)
         module = sys.modules.get("torch.distributed.tensor")
         if module is not None and any(isinstance(x, module.DTensor) for x in given):
@@ -82,7 +82,7 @@ def has_values(tensor: Tensor) -> bool:
     """Whether Python can read numbers from it: not meta, not fake, not inside a transform of torch.func or a trace."""
     return not (
         tensor.is_meta
-        or (type(tensor) not in _PLAIN and _dispatches(tensor))
+        or (type(tensor) not in PLAIN and _dispatches(tensor))
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or transforms_are_active()

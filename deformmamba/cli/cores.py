@@ -60,7 +60,8 @@ def _groups(root: Path, own: Path) -> list[Path]:
 
 def allowed_threads() -> int:
     """The number of CPUs for this process, rounded up, at least 1."""
-    return max(1, min(affinity(), math.ceil(quota()) if quota() < math.inf else affinity()))
+    limit = quota()
+    return max(1, min(affinity(), math.ceil(limit)) if limit < math.inf else affinity())
 
 
 def idle_cpus(seconds: float = 0.2, stat: Path = Path("/proc/stat")) -> float:

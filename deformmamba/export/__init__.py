@@ -260,9 +260,7 @@ def smallest_side(model: SRModel, inputs: str = "lr") -> int:
     """The smallest h and w in pixels of a file with free sizes."""
     if inputs == "lr,base":
         return max(model.minimum_size, model.multiple + 1, 2)
-    return max(
-        model.minimum_size, model.multiple + 1, NEAR if getattr(model, "skip", None) == "zero-fill-robust" else 5
-    )
+    return max(model.minimum_size, model.multiple + 1, NEAR if model.robust_edges else 5)
 
 
 def _images(

@@ -195,7 +195,7 @@ class WholeSlice(nn.Module):
     def __init__(self, model: SRModel, consistency: Consistency) -> None:
         super().__init__()
         self.model, self.consistency = model, consistency
-        if getattr(model, "skip", None) == "zero-fill-robust":  # a tracer must find these constants computed
+        if model.robust_edges:  # a tracer must find these constants computed
             edge_models(model.scale)
             prediction()
         self.share = 1.0 if model.intensity == "max" else float(model.intensity.removeprefix("p")) / 100
@@ -246,7 +246,7 @@ class WholeSlice(nn.Module):
         """`consistency.corrected` in real arithmetic."""
         scale = self.model.scale
         edges = self.model.any_intensity and self.consistency == "object"
-        robust = self.consistency == "object" and getattr(self.model, "skip", None) == "zero-fill-robust"
+        robust = self.consistency == "object" and self.model.robust_edges
         if robust:
             spots = outliers(x)
             sharp = cubic(spots, scale)

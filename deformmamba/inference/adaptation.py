@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from deformmamba.data.thick_slices import EMPTY, n_slices, thick_matrix
 from deformmamba.errors import InvalidArgument, shown
 from deformmamba.inference.sharing import shared_threads
 from deformmamba.inference.stack import Stack
-from deformmamba.metrics import WINDOW, psnr, ssim
+from deformmamba.metrics import WINDOW, psnr, similarity_map, ssim
 from deformmamba.physics.slice_profile import along
 
 if TYPE_CHECKING:
@@ -242,14 +241,7 @@ def adaptation_loss(sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
     """
     if min(sr.shape[-2:]) < WINDOW:
         return (sr - hr).abs().mean()
-    sample, c1, c2 = WINDOW**2 / (WINDOW**2 - 1), 0.01**2, 0.03**2
-    mean_sr, mean_hr, square_sr, square_hr, product = (
-        F.avg_pool2d(x, WINDOW, stride=1) for x in (sr, hr, sr * sr, hr * hr, sr * hr)
-    )
-    var_sr, var_hr = sample * (square_sr - mean_sr**2), sample * (square_hr - mean_hr**2)
-    covariance = sample * (product - mean_sr * mean_hr)
-    similarity = (2 * mean_sr * mean_hr + c1) * (2 * covariance + c2)
-    similarity = similarity / ((mean_sr**2 + mean_hr**2 + c1) * (var_sr + var_hr + c2))
+    similarity = similarity_map(sr[:, 0], hr[:, 0], 1.0)
     return (sr - hr).abs().mean() + SSIM_WEIGHT * (1 - similarity.mean())
 
 

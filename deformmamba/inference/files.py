@@ -125,7 +125,7 @@ def upscale_file(
     """
     chosen = Settings(**settings)
     found: SRModel = network(model)
-    _check_paths(source, target, uncertainty, report)
+    check_paths(source, target, uncertainty, report)
     scans, n_volumes = _scans(
         source, target, volume, {"series": series, "stack": stack, "nan": nan, "partial": partial}
     )
@@ -163,7 +163,7 @@ def upscale_file(
     )
 
 
-def _check_paths(source: PathLike, target: PathLike, uncertainty: PathLike | None, report: PathLike | None) -> None:
+def check_paths(source: PathLike, target: PathLike, uncertainty: PathLike | None, report: PathLike | None) -> None:
     """Raises VolumeError where two of the files are the same one, or the report cannot be written."""
     named = [path for path in (source, target, uncertainty, report) if path is not None]
     if len({os.path.realpath(path) for path in named}) < len(named):

@@ -12,13 +12,13 @@ import numpy as np
 from deformmamba import __version__
 from deformmamba.inference.adaptation import check_seed, parse_adapt
 from deformmamba.inference.cohort import Outcome, describe_weights, run_cohort
+from deformmamba.inference.files import check_paths
 from deformmamba.inference.isotropic import MODEL, IsotropicReport, derivation, isotropic, loaded, without_spread
 from deformmamba.inference.stack import Stack, check_voxel
 from deformmamba.physics.consistency import check_consistency
 from deformmamba.physics.slice_profile import slice_profile
-from deformmamba.pictures.report import SUFFIXES as REPORT_SUFFIXES
 from deformmamba.pictures.report import write_report
-from deformmamba.volume import PathLike, Volume, VolumeError, check_output, in_plane, read_volume, write_volume
+from deformmamba.volume import PathLike, Volume, check_output, in_plane, read_volume, write_volume
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
@@ -61,13 +61,7 @@ def isotropic_file(
     Raises:
         VolumeError, InvalidArgument: as the functions named above; or two of the files are the same.
     """
-    named = [path for path in (source, target, uncertainty, report) if path is not None]
-    if len({os.path.realpath(path) for path in named}) < len(named):
-        raise VolumeError(
-            f"{target}: the output is the input file, or two outputs have the same name; nothing was written"
-        )
-    if report is not None:
-        check_output(report, REPORT_SUFFIXES)
+    check_paths(source, target, uncertainty, report)
     check_settings(settings)
     scan = read_volume(source, volume=volume, series=series, stack=stack, nan=nan, partial=partial)
     check_output(target, source=scan, dtype=dtype)

@@ -289,7 +289,7 @@ class Upscaling:
                 settings.consistency,
                 magnitude=floor is not None,
                 edges=model.any_intensity,
-                robust=getattr(model, "skip", None) == "zero-fill-robust",
+                robust=model.robust_edges,
             )
             sr = sr if floor is None else sr.clamp_(min=0) + floor  # magnitudes, above the lowest possible value
             sharp = restore(sr[:, 0], units.scale) + units.zero

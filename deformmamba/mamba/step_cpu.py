@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from deformmamba.mamba import causal_conv_cpu
+from deformmamba.tensors import PLAIN
 from deformmamba.torch_private import differentiates_by_transform, transforms_are_active
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def scan(
@@ -96,7 +95,7 @@ def _apply(*tensors: torch.Tensor | None) -> bool:
     differentiable = torch.is_grad_enabled()
     for t in tensors:
         if t is not None and (
-            type(t) not in _PLAIN
+            type(t) not in PLAIN
             or t.dtype != torch.float32
             or t.device.type != "cpu"
             or t.layout != torch.strided

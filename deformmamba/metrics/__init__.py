@@ -110,6 +110,24 @@ def psnr(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
     return float(10 * (peak[0].square() * n.sum() / error.sum()).log10())
 
 
+def similarity_map(a: torch.Tensor, b: torch.Tensor, peak: torch.Tensor | float) -> torch.Tensor:
+    """SSIM of each 7x7 window inside the images (n, h, w); (n, h - 6, w - 6), differentiable.
+
+    `peak`: the data range, a number or (n, 1, 1).
+    """
+
+    def window_mean(x: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(x[:, None], WINDOW, stride=1)[:, 0]
+
+    sample = WINDOW**2 / (WINDOW**2 - 1)
+    mean_a, mean_b = window_mean(a), window_mean(b)
+    var_a = sample * (window_mean(a * a) - mean_a**2)
+    var_b = sample * (window_mean(b * b) - mean_b**2)
+    cov = sample * (window_mean(a * b) - mean_a * mean_b)
+    c1, c2 = ((k * peak) ** 2 for k in (0.01, 0.03))
+    return (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+
+
 def _similarity(pair: _Pair) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """`_sums` of the SSIM map, for a few slices at a time."""
     if min(pair.hr.shape[-2:]) < WINDOW:
@@ -117,19 +135,11 @@ def _similarity(pair: _Pair) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             f"ssim: slices are {tuple(pair.hr.shape[-2:])}, smaller than the {WINDOW}x{WINDOW} window"
         )
 
-    def window_mean(x: torch.Tensor) -> torch.Tensor:
-        return F.avg_pool2d(x[:, None], WINDOW, stride=1)[:, 0]
-
-    sample, edge = WINDOW**2 / (WINDOW**2 - 1), WINDOW // 2
+    edge = WINDOW // 2
     for start in range(0, len(pair.hr), _AT_ONCE):
         some = slice(start, start + _AT_ONCE)
         a, b, peak = pair.sr[some], pair.hr[some], pair.peak[some]
-        mean_a, mean_b = window_mean(a), window_mean(b)
-        var_a = sample * (window_mean(a * a) - mean_a**2)
-        var_b = sample * (window_mean(b * b) - mean_b**2)
-        cov = sample * (window_mean(a * b) - mean_a * mean_b)
-        c1, c2 = ((k * peak[:, None, None]) ** 2 for k in (0.01, 0.03))
-        similarity = (2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+        similarity = similarity_map(a, b, peak[:, None, None])
         yield _sums(similarity, None if pair.mask is None else pair.mask[some, edge:-edge, edge:-edge])
 
 

@@ -57,6 +57,7 @@ class SRModel(nn.Module):
         multiple: `forward` pads h and w to a multiple of this and crops back, so that any size works.
         channels: the c that `forward` takes; None for any.
         any_intensity: whether `forward` takes images of any gain and offset; else they must be about [0, 1].
+        robust_edges: whether data consistency treats edges and outliers as the skip "zero-fill-robust" does.
         precisions: the dtypes that `forward` may run in; "autocast" ones under `torch.autocast`, with float32 weights.
         tiles: how to cut a slice that does not fit into memory, in a sentence.
         provenance: where loaded weights come from (training data, split, degradation, scores); empty otherwise.
@@ -70,6 +71,7 @@ class SRModel(nn.Module):
     multiple: int = 1
     channels: int | None = None
     any_intensity: bool = False
+    robust_edges: bool = False
     precisions: tuple[str, ...] = ("float32", "float64", "bfloat16 autocast", "float16 autocast")
     tiles: str = "not needed: memory grows with the number of pixels only"
 

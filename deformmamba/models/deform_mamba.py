@@ -124,7 +124,7 @@ class DeformMambaSR(Block, SRModel):
         _check_arguments(dims, depths, patch, skip, normalise)
         self.channels, self.checkpointing = in_channels, checkpointing
         self.skip, self.normalise = skip, normalise
-        self.any_intensity = normalise is not None
+        self.any_intensity, self.robust_edges = normalise is not None, skip == "zero-fill-robust"
         hr_multiple = patch * 2 ** (len(dims) - 1)
         self.multiple = hr_multiple // math.gcd(hr_multiple, scale)
 

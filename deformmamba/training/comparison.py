@@ -19,7 +19,7 @@ import torch
 from deformmamba import __version__
 from deformmamba.data.patches import PatchDataset
 from deformmamba.data.scans import Scan, subjects
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, shortened
 from deformmamba.evaluation.compare import compare, evaluate, mean_scores
 from deformmamba.evaluation.machine import commit, hardware
 from deformmamba.evaluation.tables import SIZES, TABLES, Row, budget, markdown
@@ -321,7 +321,7 @@ def _rate(
     if not plan.rates or validation is None:
         return plan.rate(row), {}
     path = folder / "rates.json"
-    known: dict[str, dict[str, float]] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    known: dict[str, dict[str, float]] = _stored(path, {})
     found = known.setdefault(row.name, {})
     few = max(1, round(steps * plan.tuning))
     for factor in plan.rates:
@@ -339,7 +339,7 @@ def _rate(
 def _steps(row: Row, dataset: PatchDataset, loss: SRLoss, folder: Path, plan: Plan, device: Any) -> int:
     """The number of steps of a row that fit into the minutes; timed once and kept for all seeds and resumed runs."""
     path = folder / "steps.json"
-    known: dict[str, int] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    known: dict[str, int] = _stored(path, {})
     if row.name not in known:
         assert plan.minutes is not None
         seconds = seconds_a_step(plan.build(row), dataset, loss, batch=plan.batch, device=device)
@@ -350,8 +350,12 @@ def _steps(row: Row, dataset: PatchDataset, loss: SRLoss, folder: Path, plan: Pl
 
 def _seconds_before(run: Path) -> float:
     """The seconds that earlier, interrupted calls spent on a run."""
-    path = run / "seconds.json"
-    return float(json.loads(path.read_text("utf-8"))) if path.exists() else 0.0
+    return float(_stored(run / "seconds.json", 0.0))
+
+
+def _stored(path: Path, without: Any) -> Any:
+    """The content of a JSON file, or `without` if there is no such file."""
+    return json.loads(path.read_text("utf-8")) if path.exists() else without
 
 
 def _figure(rows: Sequence[Row], test: Sequence[Scan], folder: Path, plan: Plan) -> None:
@@ -383,18 +387,17 @@ def _check_folder(path: Path, facts: Mapping[str, Any]) -> None:
         write_text(path, json.dumps(plain, indent=1) + "\n")
         return
     found = json.loads(path.read_text("utf-8"))
-    for part in ("table", "plan", "train", "test"):
-        if found.get(part) != plain[part]:
-            ours, theirs = plain[part], found.get(part)
+    for part in ("table", "plan", "train", "test", "val"):
+        if found.get(part) != plain.get(part):
+            ours, theirs = plain.get(part), found.get(part)
             if isinstance(ours, dict) and isinstance(theirs, dict):
                 key = next(k for k in {**ours, **theirs} if ours.get(k, "not given") != theirs.get(k, "not given"))
                 part, ours, theirs = f"{part} {key}", ours.get(key, "not given"), theirs.get(key, "not given")
             raise InvalidArgument(
-                f"{path.parent} holds another benchmark: {part} was {_shortened(theirs)}, now it is "
-                f"{_shortened(ours)}; choose another folder, or delete it"
+                f"{path.parent} holds another benchmark: {part} was {_brief(theirs)}, now it is "
+                f"{_brief(ours)}; choose another folder, or delete it"
             )
 
 
-def _shortened(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 80 else f"{text[:77]}..."
+def _brief(value: Any) -> str:
+    return "none" if value is None else shortened(json.dumps(value), 80)

@@ -291,8 +291,15 @@ def writing(
     done = 0
     with ExitStack() as stack:
         with refusals(path), silenced():
-            slices = _dicom_slices if as_dicom else _nifti_slices
-            put = stack.enter_context(slices(path, like, shape, axis, dtype, derivation, deviation))
+            into_folder = as_dicom and suffix(path) not in dicom_out.SUFFIXES
+            temporary = stack.enter_context(renamed_folder(path) if into_folder else renamed(path))
+            if as_dicom:
+                slices = dicom_out.slices(path, temporary, like, shape, axis, dtype, derivation, deviation)
+            else:
+                slices = nifti.planes(temporary, like, shape, dtype or "float32", derivation)
+                if axis != 2:
+                    slices = _turned(slices, path, shape[:3], axis, dtype or "float32")
+            put = stack.enter_context(slices)
 
         def write(image: np.ndarray) -> None:
             nonlocal done
@@ -307,43 +314,6 @@ def writing(
             raise InvalidArgument(f"{n_slices} slices of {size} make {shape}; only {done} were written")
         with refusals(path), silenced():
             stack.close()
-
-
-@contextmanager
-def _dicom_slices(
-    path: Path,
-    like: Volume,
-    shape: tuple[int, ...],
-    axis: int,
-    dtype: str | None,
-    derivation: str | None,
-    deviation: bool,
-) -> Iterator[Callable[[np.ndarray], None]]:
-    """Takes slices across `axis` and writes them as DICOM; the file or folder `path` appears when complete."""
-    replaced = renamed if suffix(path) in dicom_out.SUFFIXES else renamed_folder
-    with (
-        replaced(path) as temporary,
-        dicom_out.slices(path, temporary, like, shape, axis, dtype, derivation, deviation) as put,
-    ):
-        yield put
-
-
-@contextmanager
-def _nifti_slices(
-    path: Path,
-    like: Volume,
-    shape: tuple[int, ...],
-    axis: int,
-    dtype: str | None,
-    derivation: str | None,
-    deviation: bool,
-) -> Iterator[Callable[[np.ndarray], None]]:
-    """The same as NIfTI or MGH, which do not tell whether the values are a deviation."""
-    dtype = dtype or "float32"
-    with renamed(path) as temporary:
-        planes = nifti.planes(temporary, like, shape, dtype, derivation)
-        with planes if axis == 2 else _turned(planes, path, shape[:3], axis, dtype) as put:
-            yield put
 
 
 @contextmanager

@@ -169,6 +169,17 @@ def test_a_stopped_benchmark_goes_on_where_it_was(
         benchmark("table2", train, test, out, plan(batch=4), say=lambda _: None, progress=False)
     with pytest.raises(ValueError, match=r"another benchmark: train subjects was .*sub-0"):
         benchmark("table2", train[1:], test, out, plan(), say=lambda _: None, progress=False)
+    with pytest.raises(ValueError, match=r"another benchmark: val was none, now it is .*sub-9"):
+        benchmark(
+            "table2",
+            train,
+            test,
+            out,
+            plan(),
+            val=[replace(test[0], subject="sub-9")],
+            say=lambda _: None,
+            progress=False,
+        )
 
 
 @pytest.mark.slow
