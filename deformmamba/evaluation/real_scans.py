@@ -249,7 +249,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("psnr", "network", lambda x: f"{x:.2f}"),
     ("zero_fill_psnr", "zero-filling", lambda x: f"{x:.2f}"),
     ("psnr_without", "network, unchanged", lambda x: f"{x:.2f}"),
-    ("loss", "loss [dB]", lambda x: f"{x:.2f}"),
+    ("loss", "loss [dB]", lambda x: f"{round(x, 2) + 0:.2f}"),  # not -0.00
     ("deviation", "deviation", lambda x: f"{100 * x:.2f} %"),
 )
 
