@@ -1,7 +1,7 @@
-"""Scores on properties of real scans: markers, other units, cut fields of view, masked backgrounds.
+"""Scores under properties of real scans: markers, other units, cut fields of view, masked backgrounds.
 
-`real_scans` changes the LR image of high-resolution scans in these ways and compares the result with that of the
-unchanged image. The cases are simulated from the truth, so the loss of each one is measured, not judged by eye.
+`real_scans` gives the LR images of high-resolution scans these properties, one at a time, and compares each result with
+that of the unchanged image. The truth is known, so the loss in every case is measured, not judged by eye.
 """
 
 import warnings
@@ -24,16 +24,16 @@ from deformmamba.volume import intensity_scale
 Row = dict[str, Any]
 
 MARKERS = (5.0, 20.0)  # times the 99.9th percentile of the input
-MARKED_SHARE = 0.005  # of a slice's pixels, the largest marker
-AROUND = 4  # LR pixels around a marker that do not count as elsewhere
+MARKED_SHARE = 0.005  # share of a slice's pixels that the largest marker covers
+AROUND = 4  # margin around a marker, in LR pixels, that is excluded from the score
 GAINS = (20.0, 0.05, 0.03)
 OFFSETS = (-200.0, -600.0, -1500.0, 2000.0)  # in the scan's own units
-TISSUE = 0.15  # of the 99.9th percentile: darker pixels belong to the background that a mask sets to 0
-WELL_OUTSIDE = 4  # LR pixels from the mask
+TISSUE = 0.15  # share of the 99.9th percentile; a mask sets the background, darker than this, to 0
+WELL_OUTSIDE = 4  # smallest distance from the mask, in LR pixels, of the pixels that are checked
 
 
 class _Stack(NamedTuple):
-    """Slices (n, h, w) of one volume: truth and input, in the scan's own units."""
+    """Slices of one volume, in the scan's own units: truth (n, h, w) and input (n, h / scale, w / scale)."""
 
     subject: str
     hr: torch.Tensor
@@ -45,19 +45,21 @@ def real_scans(
 ) -> list[Row]:
     """One row per case: `case`, `subjects`, and the means over subjects of the measured values.
 
-    - `psnr`, `zero_fill_psnr`: in dB by the maximum of the volume's truth, over the pixels that the case is about.
-    - `psnr_without`: the network's value for the same pixels of the unchanged image; `loss`: `psnr_without` - `psnr`.
-    - `deviation`: for other units, the difference from a * output(x) + b, root mean square, as a share of the
-      network's change of the zero-filled image.
-    - `nonzero`, `largest`: of a region that is 0 in the input: share of voxels that are not 0 in the output, and the
-      largest absolute value as a share of the output's maximum.
+    - `psnr`, `zero_fill_psnr`: PSNR [dB] of the network and of zero-filling over the pixels that the case is about;
+      the peak is the maximum of the volume's truth.
+    - `psnr_without`: the network's PSNR over the same pixels of the unchanged image.
+    - `loss`: `psnr_without` - `psnr`.
+    - `deviation`, for other units a * x + b: RMS difference between the output and a * output(x) + b, divided by the
+      RMS difference between the network's output and the zero-filled image.
+    - `nonzero`, `largest`, for a region that is 0 in the input: share of its voxels that are not 0 in the output, and
+      its largest absolute value divided by the maximum of the output.
 
     Args:
         model: on the origin grid.
         scans: high-resolution volumes.
-        slices: of each volume, spread evenly over its middle half.
-        window: side in LR pixels of the cut fields of view. There are three in each slice, around its middle.
-        tile: side in LR pixels of the tiles with which the invariance is checked as well.
+        slices: number of slices per volume, spread evenly over its middle half.
+        window: side of the cut fields of view in LR pixels. Each slice has three, around its middle.
+        tile: side of the tiles in LR pixels. One case of other units runs in tiles.
 
     Raises:
         InvalidArgument: no scan, a model on the half-pixel grid, or slices smaller than two windows.
@@ -69,7 +71,7 @@ def real_scans(
         raise InvalidArgument("real_scans: no scan was given")
     measured: dict[str, list[Row]] = {}
     with warnings.catch_warnings():
-        # offsets and markers are meant
+        # these cases change offsets and add markers on purpose
         warnings.filterwarnings("ignore", "the scan does not look like a magnitude image")
         warnings.filterwarnings("ignore", ".*models expect about")
         for stack in stacks:
@@ -115,13 +117,13 @@ def _rows(model: SRModel, stack: _Stack, window: int, tile: int) -> list[Row]:
 
 
 def _psnr(sr: torch.Tensor, hr: torch.Tensor, where: torch.Tensor | None = None) -> float:
-    """PSNR by the maximum of the truth, over the pixels `where` (bool, as `hr`)."""
+    """PSNR [dB] over the pixels `where` (bool, shape of `hr`; None: all); the peak is the maximum of `hr`."""
     error = (sr - hr).square()
     return float(10 * torch.log10(hr.max() ** 2 / (error if where is None else error[where]).mean()))
 
 
 def _marker_rows(model: SRModel, stack: _Stack, clean: torch.Tensor) -> list[Row]:
-    """Square markers on the input of each slice: 2x2 pixels, and as many as `MARKED_SHARE` allows."""
+    """Square markers on the input of each slice: one of 2x2 pixels, and the largest that `MARKED_SHARE` allows."""
     h, w = stack.lr.shape[-2:]
     largest = max(2, int((MARKED_SHARE * h * w) ** 0.5))
     bright = float(np.percentile(stack.lr.numpy(), 99.9))
@@ -149,7 +151,7 @@ def _marker_rows(model: SRModel, stack: _Stack, clean: torch.Tensor) -> list[Row
 
 
 def _unit_rows(model: SRModel, stack: _Stack, clean: torch.Tensor, plain: torch.Tensor, tile: int) -> list[Row]:
-    """a * x + b for several a and b, for different ones in each slice, and in tiles and as a self-ensemble."""
+    """Other units a * x + b: equal for all slices, different between slices, in tiles, and with the self-ensemble."""
     one = torch.ones(len(stack.lr), 1, 1)
     odd = torch.arange(len(stack.lr))[:, None, None] % 2
     by_slice = 0.05 ** odd.to(one), 600.0 * odd.to(one)
@@ -183,7 +185,7 @@ def _unit_rows(model: SRModel, stack: _Stack, clean: torch.Tensor, plain: torch.
 
 
 def _window_rows(model: SRModel, stack: _Stack, clean: torch.Tensor, window: int) -> list[Row]:
-    """Three windows around the middle, each as an image of its own and as part of the whole slice."""
+    """Three windows around the middle, each upscaled as a separate image and as part of the whole slice."""
     scale = model.scale
     found: dict[str, list[float]] = {}
     for top, left in window_corners((stack.lr.shape[-2], stack.lr.shape[-1]), window):
@@ -207,7 +209,7 @@ def _window_rows(model: SRModel, stack: _Stack, clean: torch.Tensor, window: int
 
 
 def window_corners(size: tuple[int, int], window: int) -> list[tuple[int, int]]:
-    """(top, left) of the three windows: in the middle, up and to the right of it, and down and to the left."""
+    """(top, left) of the three windows: in the middle, above and to the right of it, and below and to the left."""
     middle = [n // 2 for n in size]
     near, far = window // 5, window - window // 10
     corners = [(window // 2, window // 2), (far, near), (near, far)]
@@ -218,7 +220,7 @@ def window_corners(size: tuple[int, int], window: int) -> list[tuple[int, int]]:
 
 
 def _background_rows(model: SRModel, stack: _Stack) -> list[Row]:
-    """Regions that are 0 in the input: around a mask, and beside tissue that a cut edge ends."""
+    """Regions that are 0 in the input: the background outside a mask, and rows without tissue in a cut image."""
     bright = intensity_scale(stack.lr.numpy())
     tissue = (stack.lr > TISSUE * bright).to(stack.lr)[:, None]
     filled = -F.max_pool2d(-F.max_pool2d(tissue, 7, 1, 3), 7, 1, 3)

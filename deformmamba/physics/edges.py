@@ -1,13 +1,11 @@
 """Zero-filling of an image whose opposite edges differ, as in a cut field of view.
 
-There are two methods: `zero_fill_edges` separates a smooth part (described first), and `zero_fill_robust` extends the
-image (described second).
-
 k-space is periodic. If tissue reaches the edges because the image was cut from a larger one, zero-filling joins the
-left edge to the right one and rings at both. Here the image is split into a periodic part, which is zero-filled, and a
-smooth part, which carries the jump across the edges and is interpolated by cubic convolution.
+left edge to the right one and rings at both. Two functions reduce this ringing: `zero_fill_edges` separates a smooth
+part, and `zero_fill_robust` extends the image beyond its edges.
 
-Formula, for x of h x w pixels:
+`zero_fill_edges` splits the image into a periodic part and a smooth part. The periodic part is zero-filled. The smooth
+part contains the jump across the edges; it is interpolated by cubic convolution. For x of h x w pixels:
 
 1. The jumps: v = 0; v[0, :] += g_r (x[h-1, :] - x[0, :]), v[h-1, :] -= the same; v[:, 0] += g_c (x[:, w-1] - x[:, 0]),
    v[:, w-1] -= the same.
@@ -15,33 +13,35 @@ Formula, for x of h x w pixels:
    + 2 cos(2 pi r / w) - 4), and S[0, 0] = 0.
 3. Result: zero_fill(x - s) + K_h s K_w^T, where K_n (scale * n, n) is Keys' cubic convolution on the origin grid.
 
-g_r and g_c (0 to 1) are 1 for a cut image and 0 for a periodic one, such as the k-space crop of a whole slice. There
-the step between the edges lies half an HR pixel from sample 0, so that this sample lies about midway between its
-neighbours across the edge; in a cut image it lies close to its inner neighbour. With a = x[0], b = x[1], c = x[-1]
-along an axis, summed over the edge: beta = sum (a - b) (c - b) / sum (c - b)^2, g = clamp((0.25 - beta) / 0.1, 0, 1).
+The gates g_r and g_c (0 to 1) are 1 for a cut image and 0 for a periodic one, such as the k-space crop of a whole
+slice. They are estimated from the value of sample 0. In a periodic image, the step between the edges is half an HR
+pixel from sample 0, so its value is about midway between the values of its two neighbours across the edge. In a cut
+image, its value is close to that of its inner neighbour. With a = x[0], b = x[1], c = x[-1] along an axis, and sums
+over the edge: beta = sum (a - b) (c - b) / sum (c - b)^2, g = clamp((0.25 - beta) / 0.1, 0, 1).
 
-All of it commutes with a * x + b. Measured on 8 middle slices each of 22 scans of the training and validation splits,
-4x, PSNR less that of plain zero-filling: whole slices of brains 0.00 dB, of spines with tissue at the edges -0.04 dB on
-average and -0.11 at worst (-0.14 and -0.34 with g = 1 everywhere); windows of 20x20 LR pixels +0.70 dB (+0.79).
+The method commutes with a * x + b. Its PSNR minus that of plain zero-filling, at 4x, on 8 middle slices of each of 22
+scans from the training and validation splits (in brackets: g = 1 everywhere): whole slices of brains 0.00 dB; whole
+slices of spines with tissue at the edges -0.04 dB on average (-0.14) and -0.11 dB at worst (-0.34); windows of 20x20 LR
+pixels +0.70 dB (+0.79).
 
 Source: Moisan, J Math Imaging Vis 39 (2011) 161-179; the gate g is ours.
 
-`zero_fill_robust`:
+`zero_fill_robust` has three steps:
 
 1. Outliers: the part above `OUTLIER` times the slice's range (1st to 99th percentile) is interpolated by cubic
    convolution, which does not ring beyond two pixels. The rest is processed in steps 2 and 3.
-2. The edges: the last and the first `SIDE` samples of all lines across a pair of opposite edges are compared under
-   Gaussian models: cut (the two sides are independent), and periodic, where the step between the edges, or up to three
-   HR pixels of air there, went through the k-space crop together with the rest. With L = log(quadratic form)
+2. Gate: Gaussian models give the likelihood of the samples at a pair of opposite edges, the last `SIDE` and the first
+   `SIDE` of every line. In the cut model the two sides are independent. In the periodic models, the k-space crop has
+   smoothed the step between the edges, with 0 to three HR pixels of air there. With L = log(quadratic form)
    + log(determinant) / size and d = L(cut) - min L(periodic): g = clamp((0.35 - d) / 0.25, 0, 1).
-3. Extension: a cut line is continued by `BEYOND` samples at both ends, each the best linear prediction of a Gaussian
-   process from the nearest `NEAR` samples (ordinary kriging), and zero-filled with them. Per axis, the result is
-   (1 - g) of the plain and g of the extended zero-filling.
+3. Extension: a cut line is extended by `BEYOND` samples at both ends and then zero-filled. Each added sample is the
+   best linear prediction of a Gaussian process from the nearest `NEAR` samples (ordinary kriging). Per axis, the result
+   is (1 - g) times plain zero-filling plus g times the zero-filling of the extended line.
 
-Measured on six slices each of 30 scans of the training and validation splits, 4x, PSNR less that of plain zero-filling
-(in brackets: `zero_fill_edges`). Windows of 20x20 LR pixels: T2 brain +0.86 dB (+0.60), other brains +1.51 (+1.11),
-spine +0.71 (+0.65); windows cut out of the zero-filled whole slice have +1.30, +1.95 and +1.11. Whole slices: brains
--0.00 (-0.00), spine -0.015 on average and -0.024 at worst (-0.026, -0.115).
+Its PSNR minus that of plain zero-filling, at 4x, on six slices of each of 30 scans from the training and validation
+splits (in brackets: `zero_fill_edges`). Windows of 20x20 LR pixels: T2 brain +0.86 dB (+0.60), other brains +1.51
+(+1.11), spine +0.71 (+0.65). For comparison, the same windows cut out of the zero-filled whole slice: +1.30, +1.95 and
++1.11. Whole slices: brains -0.00 (-0.00); spine -0.015 on average (-0.026) and -0.024 at worst (-0.115).
 
 Source: ours; kriging as in Stein, Interpolation of Spatial Data (1999).
 """
@@ -53,16 +53,16 @@ import torch
 
 from deformmamba.physics.kspace import zero_fill
 
-# beta up to which an edge counts as cut, and from which on it counts as periodic
+# an edge is cut up to the first beta, and periodic from the second
 CUT, PERIODIC = 0.15, 0.25
 
-# in units of the range from the 1st to the 99th percentile of a slice, from the 1st; brighter pixels are outliers
+# pixels brighter than the 1st percentile plus this many ranges (1st to 99th percentile) of the slice are outliers
 OUTLIER = 3.0
-# LR samples on each side of an edge that tell a cut image from a periodic one; d of cut and of periodic edges
+# LR samples on each side of an edge that d compares; an edge is cut up to the first d, and periodic from the second
 SIDE, SURELY_CUT, SURELY_PERIODIC = 4, 0.1, 0.35
 # widest air at the edges of a periodic image, in HR pixels
 AIR = 3
-# LR samples that predict, and that are predicted beyond a cut edge
+# LR samples: used for a prediction; predicted beyond a cut edge
 NEAR, BEYOND = 8, 8
 
 
@@ -92,7 +92,7 @@ def _at_both_ends(jump: torch.Tensor, n: int, dim: int) -> torch.Tensor:
 
 
 def cut_edges(image: torch.Tensor) -> torch.Tensor:
-    """(..., 2): for the first and the last row, and for the columns, from 0 (periodic) to 1 (cut); see the module."""
+    """Gates (..., 2) of the rows and of the columns, from 0 (periodic) to 1 (cut); formula in the module docstring."""
     return torch.stack([_cut(image.mT), _cut(image)], dim=-1)
 
 
@@ -125,16 +125,16 @@ def cubic(image: torch.Tensor, scale: int) -> torch.Tensor:
 def zero_fill_edges(lr: torch.Tensor, scale: int) -> torch.Tensor:
     """`zero_fill` for any field of view: real (..., h, w) to (..., scale * h, scale * w), origin-aligned.
 
-    Passes through the LR samples, as `zero_fill` does. The docstring of this module has the formula.
+    The output equals the LR samples at their positions, as with `zero_fill`. Formula: see the module docstring.
     """
     smooth = smooth_part(lr)
     return zero_fill(lr - smooth, scale) + cubic(smooth, scale)
 
 
 def percentile_range(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(..., 1, 1) each: the 1st percentile of `image` (..., h, w) and the distance from there to the 99th.
+    """The 1st percentile of `image` (..., h, w) and its distance to the 99th percentile, (..., 1, 1) each.
 
-    Both are values of the image, at index n // 100 and n - 1 - n // 100 of its sorted values.
+    The percentiles are the values at index n // 100 and n - 1 - n // 100 of the sorted pixels, without interpolation.
     """
     ordered = image.flatten(-2).sort(dim=-1).values
     n = ordered.shape[-1]
@@ -143,17 +143,19 @@ def percentile_range(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def outliers(image: torch.Tensor) -> torch.Tensor:
-    """The excess of `image` (..., h, w) over `OUTLIER` times its range; zero elsewhere and in a slice without a
-    range."""
+    """The excess of `image` (..., h, w) over the limit for outliers (`OUTLIER`).
+
+    Zero in all other pixels, and in a slice whose range is 0.
+    """
     low, spread = percentile_range(image)
     above = (image - low - OUTLIER * spread).clamp(min=0)
     return torch.where(spread > 0, above, torch.zeros_like(above))
 
 
 def _line_covariance(n: int, scale: int, corner: float) -> torch.Tensor:
-    """(n, n), float64: covariance of n samples, 1 / scale of an LR pixel apart, of a process of variance 1.
+    """Covariance (n, n), float64, of n samples of a process of variance 1, spaced 1 / scale of an LR pixel.
 
-    Its power at f cycles per LR pixel is 1 / (f^2 + corner^2) up to scale / 2.
+    The power of the process at f cycles per LR pixel is proportional to 1 / (f^2 + corner^2) up to f = scale / 2.
     """
     f = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000 * scale / 2
     lag = torch.arange(n, dtype=torch.float64) / scale
@@ -166,10 +168,11 @@ def _line_covariance(n: int, scale: int, corner: float) -> torch.Tensor:
 def edge_models(scale: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse covariances (m, 2 * SIDE, 2 * SIDE) and log determinants per sample (m,) of the samples across an edge.
 
-    float64; index 0 is a cut edge. The samples are the last and then the first `SIDE` of a line, above the level of
-    air. The tissue has a mean that varies as much as itself; 1 % of white noise is added.
+    float64. Index 0 is the cut edge, the others are periodic. The samples are the last `SIDE` of a line and then the
+    first `SIDE`, minus the level of air. The variance of the tissue's mean is as large as that of the tissue around
+    its mean. White noise of 1 % of the variance is added.
     """
-    n = 48  # LR samples of a line; more give the same
+    n = 48  # LR samples of a line; a larger number gives the same result
     hr = _line_covariance(n * scale, scale, corner=0.02) + 1
     spectrum = torch.fft.fftshift(torch.fft.fft(torch.eye(n * scale, dtype=torch.complex128), dim=0), dim=0)
     first = n * scale // 2 - n // 2
@@ -192,7 +195,7 @@ def edge_models(scale: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def cut_likelihood(image: torch.Tensor, scale: int) -> torch.Tensor:
-    """(..., 2): for the first and the last row, and for the columns, from 0 (periodic) to 1 (cut), by likelihood."""
+    """Gates (..., 2) of the rows and of the columns, from 0 (periodic) to 1 (cut), by likelihood."""
     low = percentile_range(image)[0]
     inverse, determinant = (x.to(image) for x in edge_models(scale))
     return torch.stack([_likely_cut(x - low, inverse, determinant) for x in (image.mT, image)], dim=-1)
@@ -209,9 +212,9 @@ def _likely_cut(lines: torch.Tensor, inverse: torch.Tensor, determinant: torch.T
 
 
 def away_from_cut(gate: torch.Tensor, h: int, w: int, scale: int) -> torch.Tensor:
-    """(..., scale * h, scale * w): 0 up to two LR pixels from a cut edge, 1 from four on; `gate` (..., 2).
+    """Weights (..., scale * h, scale * w): 0 within two LR pixels of a cut edge, 1 at a distance of four and more.
 
-    1 everywhere where the gate is 0.
+    `gate` (..., 2) is that of `cut_likelihood`. An axis whose gate is 0 has weight 1 everywhere.
     """
     shares = []
     for axis, n in enumerate((h, w)):
@@ -223,7 +226,10 @@ def away_from_cut(gate: torch.Tensor, h: int, w: int, scale: int) -> torch.Tenso
 
 @lru_cache(maxsize=1)
 def prediction() -> torch.Tensor:
-    """(BEYOND, NEAR), float64: weights of the last `NEAR` samples of a line for the samples that follow; sums are 1."""
+    """Weights (BEYOND, NEAR), float64, that predict the next `BEYOND` samples of a line from its last `NEAR`.
+
+    Each row sums to 1.
+    """
     covariance = _line_covariance(NEAR + BEYOND, 1, corner=0.1)
     known = torch.linalg.inv(covariance[:NEAR, :NEAR] + 0.003 * torch.eye(NEAR, dtype=torch.float64))
     weights = covariance[NEAR:, :NEAR] @ known
@@ -232,7 +238,7 @@ def prediction() -> torch.Tensor:
 
 
 def extended(lines: torch.Tensor) -> torch.Tensor:
-    """(..., n) to (..., n + 2 * BEYOND): `lines` continued at both ends by `prediction`; n is at least `NEAR`."""
+    """`lines` (..., n) with `BEYOND` predicted samples at both ends: (..., n + 2 * BEYOND); n is at least `NEAR`."""
     weights = prediction().to(lines)
     before = (lines[..., :NEAR].flip(-1) @ weights.mT).flip(-1)
     return torch.cat([before, lines, lines[..., -NEAR:] @ weights.mT], dim=-1)
@@ -240,12 +246,15 @@ def extended(lines: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=32)
 def line_matrix(n: int, scale: int) -> torch.Tensor:
-    """(scale * n, n), float64: zero-filling of a line, without the imaginary part at the frequency -n/2."""
+    """Matrix (scale * n, n), float64: zero-filling of a line, without the imaginary part at the frequency -n/2."""
     return zero_fill(torch.eye(n, dtype=torch.float64)[:, :, None], scale)[..., 0].mT.contiguous()
 
 
 def _filled(lines: torch.Tensor, scale: int, gate: torch.Tensor) -> torch.Tensor:
-    """(..., n) to (..., scale * n), the share `gate` (..., 1, 1) of it by way of `extended`."""
+    """Zero-filled lines: (..., n) to (..., scale * n).
+
+    The result is (1 - `gate`) times plain zero-filling plus `gate` (..., 1, 1) times that of the `extended` lines.
+    """
     n = lines.shape[-1]
     plain = lines @ line_matrix(n, scale).to(lines).mT
     if n < NEAR:
@@ -257,7 +266,7 @@ def _filled(lines: torch.Tensor, scale: int, gate: torch.Tensor) -> torch.Tensor
 def zero_fill_robust(lr: torch.Tensor, scale: int) -> torch.Tensor:
     """`zero_fill` for any field of view and with outliers: real (..., h, w) to (..., scale * h, scale * w).
 
-    On the origin grid; commutes with a * x + b for a > 0. The formula stands at the top of this module.
+    On the origin grid; commutes with a * x + b for a > 0. Formula: see the module docstring.
     """
     spots = outliers(lr)
     rest = lr - spots
