@@ -165,7 +165,8 @@ def scan_eager(
 
 # ------------------------------------------------------------------------- one span of one sequence and group of heads
 #
-# x (s, r, p), dt (s, r), A (r), B, C (s, n), run (s) or None; the state h is a matrix (n, r p).
+# x (s, r, p), dt (s, r), A (r), B, C (s, n), run (1 + s) or None, from the step before the span on; the state h is a
+# matrix (n, r p).
 
 
 def _parts(b: int, heads: int, groups: int) -> list[tuple[int, int, slice]]:
@@ -183,7 +184,9 @@ def _span(
     at: slice,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     in_part = (x[image, at, part], dt[image, at, part], A[part])
-    return *in_part, B[image, at, group], C[image, at, group], None if run is None else run[image, at]
+    if run is not None:  # and the number of the step before the span, which tells whether the state reaches into it
+        run = torch.cat([run[image, max(at.start - 1, 0) :][:1], run[image, at]])
+    return *in_part, B[image, at, group], C[image, at, group], run
 
 
 class _Chunks(NamedTuple):
@@ -228,7 +231,7 @@ def _chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, run: Tensor 
     scores = torch.bmm(C, B.mT).tril_()
     reaches = same = decay = None
     if run is not None:
-        now = torch.cat([run, run[-1:].expand(missing)]).view(c, q)
+        now = torch.cat([run[1:], run[-1:].expand(missing)]).view(c, q)
         before = torch.cat([run[:1], now[:-1, -1]])[:, None]
         reaches = (now == now[:, -1:])[..., None].to(x.dtype)
         same = (now[:, :, None] == now[:, None]).to(x.dtype)

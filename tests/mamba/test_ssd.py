@@ -70,6 +70,8 @@ def test_spans_and_chunks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
         given = arguments(length=length, dtype=torch.float64)
         compare_with_gradients(given, 1e-12)
         compare_with_gradients(given, 1e-12, seq_idx=packed(2, 16, 1, length - 17))
+        if length > 32:  # a sequence that starts with a span
+            compare_with_gradients(given, 1e-12, seq_idx=packed(2, 32, 20, length - 52))
         # spans with and without decays in range
         given[1][:, 40:] *= 1e3
         compare_with_gradients(given, 1e-11)
