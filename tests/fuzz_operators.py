@@ -1,10 +1,10 @@
-"""Random calls of the raw operators, most of them wrong: each must return or raise, and never end the process.
+"""Random calls of the raw operators, most of them invalid: each must return or raise, and never crash the process.
 
 Run: python tests/fuzz_operators.py [--calls 20000] [--seed 0]
 
-A call starts from arguments that fit and changes up to three of them: another size on an axis, one axis more or fewer,
-another dtype, strides of zero, another order in memory, a start in the middle of a number, no value, another length, a
-negative or huge integer, an unknown backend. A call is reproduced by its seed and number.
+A call starts from valid arguments and changes up to three of them: another size of an axis, one axis more or fewer,
+another dtype, strides of zero, another memory order, memory that starts in the middle of a number, None, another
+length, a negative or huge integer, an unknown backend. The same seed and call number give the same call.
 """
 
 import argparse
@@ -160,7 +160,7 @@ def changed(r: random.Random, value: Any) -> Any:
 
 
 def call(seed: int, i: int) -> str:
-    """What came of call `i`: "ok", or the name of the exception."""
+    """The outcome of call `i`: "ok", or the name of the exception."""
     r = random.Random(f"{seed}-{i}")
     torch.manual_seed(i)
     make = r.choice((scan, scan_backward, deform, deform_backward, causal_conv, causal_conv_backward))
@@ -170,7 +170,7 @@ def call(seed: int, i: int) -> str:
         arguments[j] = changed(r, arguments[j])
     try:
         operator(*arguments)
-    except Exception as error:  # whatever it is, the process lives
+    except Exception as error:  # any exception is allowed, a crash is not
         return type(error).__name__
     return "ok"
 

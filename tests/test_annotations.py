@@ -1,4 +1,4 @@
-"""The check of plain values against annotations."""
+"""The check of plain values against type annotations."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal

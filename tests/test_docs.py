@@ -1,4 +1,4 @@
-"""Every Python block and command of docs/ runs, and the pages list all that is public."""
+"""Every Python block and command in docs/ runs, and the pages list all public names."""
 
 import importlib.util
 import os
@@ -21,7 +21,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
-    """(page, text) of every block."""
+    """(page, text) of every code block in `language`."""
     return [
         (page.name, text)
         for page in PAGES
@@ -31,11 +31,11 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phantom: np.ndarray) -> Path:
-    """A folder to stand in, with a scan.nii.gz and a folder of scans."""
+    """The working folder of the test: it contains scan.nii.gz and a folder of scans."""
     (tmp_path / "scans").mkdir()
     for path in (tmp_path / "scan.nii.gz", tmp_path / "scans" / "one.nii.gz"):
         nibabel.save(nibabel.Nifti1Image(phantom[:24, :20, :2], np.diag([3.6, 3.6, 5, 1])), path)
-    rows = np.linspace(-0.5, 3.5, 10)  # thick slices, no two alike
+    rows = np.linspace(-0.5, 3.5, 10)  # thick slices, all different
     thick = np.stack([phantom[:24, :20, 2] * (1 + 0.1 * np.sin(z)) for z in rows], axis=2)
     nibabel.save(nibabel.Nifti1Image(thick, np.diag([1, 1, 4, 1])), tmp_path / "thick.nii.gz")
     monkeypatch.chdir(tmp_path)
@@ -55,7 +55,7 @@ COMMANDS = [
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=lambda text: text)
 def test_commands_run(page: str, line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(line)[1:]
-    # hours, or minutes; that they are spelled right is seen without running them
+    # these commands take minutes or hours: only their arguments are parsed
     if words[0] in ("train", "demo", "benchmark", "bids") or "--adapt" in words:
         monkeypatch.setattr("sys.stderr", sys.stdout)
         assert _parser().parse_args(words)
@@ -90,7 +90,7 @@ def test_the_reference_lists_what_is_public() -> None:
 
 @pytest.mark.long
 def test_the_worked_examples_pass_when_they_are_pasted(tmp_path: Path) -> None:
-    """The loss and the baseline of contributing.md, in a copy of the tree: style, and the contracts of their tables."""
+    """The loss and the baseline of contributing.md, in a copy of the package, pass the style and contract tests."""
     for name in ("deformmamba", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

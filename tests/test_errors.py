@@ -1,4 +1,4 @@
-"""Every exception of the package has one base class; files are written whole or not at all."""
+"""All exceptions of the package have one base class; a file is written completely or not at all."""
 
 import os
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The examples run: blocks in somebody else's network, whose loss falls; a scan, a folder and a figure."""
+"""The examples run: our blocks in other networks (their loss falls), one scan, a folder of scans, and a figure."""
 
 import runpy
 from pathlib import Path

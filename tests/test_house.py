@@ -1,4 +1,4 @@
-"""The rules of the house that a reader relies on: who imports whom, what loads when, which names are public."""
+"""The structure of the package: import levels, lazy imports, length of functions, public names."""
 
 import ast
 import subprocess
@@ -14,8 +14,8 @@ import deformmamba
 PACKAGE = Path(deformmamba.__file__).parent
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
-# From bottom to top: a module imports modules of lower levels only, inside functions too. A folder counts as one
-# module; what it imports of itself is free. The public names (`__init__`) and `__main__` may import all.
+# From bottom to top. A module imports modules of lower levels only; this includes imports inside functions. A folder
+# counts as one module; its files may import each other. The public names (`__init__`) and `__main__` may import all.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("annotations", "atomic", "errors"),
     ("torch_private",),
@@ -35,7 +35,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 FREE = {"__init__", "__main__"}
 
-# imported where they are used, so that neither a missing nor a slow one is in the way of those who do not use it
+# imported inside the functions that use them: users of other functions neither need these packages nor wait for them
 LAZY = (
     "accelerate",
     "h5py",
@@ -51,7 +51,7 @@ LAZY = (
     "scipy",
     "skimage",
     "spandrel",
-    "torch._dynamo",  # torch's compiler: a second of imports, and Triton where there is one
+    "torch._dynamo",  # torch's compiler: its import takes a second and imports Triton if installed
     "torchvision",
     "tqdm",
     "triton",
@@ -63,7 +63,7 @@ def module_of(path: Path) -> str:
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """Every absolute name that a file imports, wherever in it, and the line."""
+    """Every absolute name that a file imports, at any depth, with the line number."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
@@ -92,10 +92,10 @@ def test_every_module_of_the_table_exists_or_is_planned() -> None:
     assert len(LEVEL) == sum(map(len, LEVELS)), "a module stands on two levels"
 
 
-# A reader takes in about this much at once: lines of code, without the docstring, comments and blank lines.
+# Lines of code that are still easy to read in one function; the docstring, comments and blank lines do not count.
 LONGEST_FUNCTION = 60
-# Longer ones: a kernel is one function, and keeps its state in registers. The options of a command (`cli/*.py:add`) are
-# a list, not a program, and may be longer too.
+# Exceptions: a kernel is one function, because it keeps its state in registers. The options of a command
+# (`cli/*.py:add`) are a list, not a program, and may be longer too.
 LONG_FUNCTIONS = {
     "scan/cpu_kernels.py:backward_job",
     "scan/triton_kernels.py:backward",
@@ -124,13 +124,13 @@ def test_functions_are_short_enough_to_read(path: Path) -> None:
 
 
 def test_what_the_command_parses_stays_in_the_command() -> None:
-    """Functions below `cli` have arguments of their own, so that Python users can call them."""
+    """Functions below `cli` take explicit arguments, not a parsed command line, so that Python users can call them."""
     found = {module_of(path) for path in FILES for name, _ in imports(path) if name.split(".")[0] == "argparse"}
     assert found == {"cli"}
 
 
 def test_private_parts_of_pytorch_stand_in_one_file() -> None:
-    """`torch_private` gives the reason for each, and tests tell when a release of PyTorch breaks it."""
+    """`torch_private` documents why each is needed, and a test fails when a release of PyTorch breaks it."""
     for path in FILES:
         tree = ast.parse(path.read_text("utf-8"))
         used = [(name, line) for name, line in imports(path) if name.split(".")[0] == "torch"]
@@ -138,7 +138,7 @@ def test_private_parts_of_pytorch_stand_in_one_file() -> None:
         for name, line in used:
             parts = name.split(".")
             private = parts[0] == "torch" and any(part.startswith("_") and part[1:2] != "_" for part in parts)
-            # cli/cores.py calls Linux's scheduler; a C function made here (ctypes.CFUNCTYPE) opens no library
+            # cli/cores.py may open a library: it calls Linux's scheduler. ctypes.CFUNCTYPE alone opens none.
             library = name == "ctypes.CDLL" and module_of(path) != "cli"
             hook = library or parts[-1] in ("_orig_mod", "_dynamo_marked_constant")
             assert module_of(path) == "torch_private" or not (private or hook), f"{path}:{line}: {name}"
@@ -158,7 +158,7 @@ def test_nothing_here_unpickles_or_evaluates(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_what_is_raised_is_our_own(path: Path) -> None:
-    """The command turns `DeformMambaError` into one line and everything else into a bug report."""
+    """The command line prints a `DeformMambaError` as one line, and any other exception as a bug report."""
     bare = {
         "Exception",
         "ValueError",
@@ -188,7 +188,7 @@ def test_what_is_raised_is_our_own(path: Path) -> None:
     ],
 )
 def test_what_is_not_used_is_not_loaded(code: str, absent: tuple[str, ...]) -> None:
-    # what torch itself loads is torch's affair
+    # modules that torch itself imports do not count
     torch = "" if "torch" in absent else "import torch, torch.utils.checkpoint\n"
     script = f"import sys\n{torch}before = set(sys.modules)\n{code}\nprint(*sorted(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""The blocks of figure 1: shapes, definitions, initial values, every option, and errors that name the block."""
+"""The blocks of the paper's figure 1: shapes, definitions, initial values, every option, errors that name the block."""
 
 import math
 import re
@@ -178,7 +178,7 @@ def plain_ss2d(block, x):
 @pytest.mark.parametrize("discretization", ["euler", "zoh"])
 def test_ss2d_is_its_definition_in_value_and_gradient(directions, discretization):
     block = SS2D(6, d_state=4, directions=directions, discretization=discretization).double()
-    with torch.no_grad():  # four directions that differ, so that swapping two of them shows
+    with torch.no_grad():  # four different directions: swapping two of them changes the result
         for parameter in block.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     x = feature_map(2, 6, 3, 5, dtype=torch.float64).requires_grad_()
@@ -321,7 +321,7 @@ def test_the_mamba_block_is_gated_and_residual():
     x = feature_map(1, 8, 4, 4)
     with torch.no_grad():
         block.gate.weight.zero_()
-        block.gate.bias.zero_()  # a closed gate: only the bias of the last linear layer is left, which is zero too
+        block.gate.bias.zero_()  # a closed gate leaves only the bias of the last linear layer, which is zero too
     assert_close(block(x), x + block.attention(block.out.bias[:, None, None].expand(1, 8, 4, 4)))
 
 
@@ -421,7 +421,7 @@ def test_torchs_flop_counter_counts_the_scan_and_the_deformable_convolution():
 
 
 def kept_for_backward(model, x):
-    """Bytes of the tensors that the backward pass keeps, each storage once, parameters left out."""
+    """Bytes of the tensors kept for the backward pass. Each storage counts once, parameters do not count."""
     storages = {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 

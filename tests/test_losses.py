@@ -1,4 +1,4 @@
-"""CELoss and its sum with L1: their definition, what they ignore, and their gradients."""
+"""CELoss and its sum with L1: definition, invariances, gradients."""
 
 import pytest
 import torch

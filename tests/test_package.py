@@ -1,4 +1,4 @@
-"""What is shipped: contents of wheel and sdist, an installation away from the checkout, names, types, versions."""
+"""The shipped package: contents of wheel and sdist, an installation outside the checkout, names, types, versions."""
 
 import ast
 import configparser
@@ -47,8 +47,8 @@ def lines(text: str) -> list[str]:
 class Built(NamedTuple):
     sources: Path  # a copy of the checkout
     sdist: Path
-    from_sdist: Path  # the wheel that `python -m build` makes of the sdist
-    wheel: Path  # made of the sources
+    from_sdist: Path  # the wheel that `python -m build` builds from the sdist
+    wheel: Path  # built from the sources
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_the_metadata(built: Built) -> None:
 
 @pytest.mark.long
 def test_the_wheel_works_where_there_is_no_checkout(built: Built, tmp_path: Path) -> None:
-    """In an empty environment that sees this one's packages, but not an editable installation of ours."""
+    """A new environment can import this environment's packages, but not an editable installation of this package."""
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True, timeout=120)
     binaries = venv / ("Scripts" if os.name == "nt" else "bin")
@@ -210,7 +210,7 @@ def test_the_checkpoints_fit_into_the_wheel() -> None:
 
 
 def test_the_manifest_is_a_file_of_the_package() -> None:
-    """Where a checkout cannot hold links, on Windows, only the one at the top is broken."""
+    """On Windows a checkout may have no symbolic links: then only the link at the top is broken, not the package."""
     assert not (PACKAGE / "weights_manifest.json").is_symlink()
     assert json.loads((ROOT / "weights_manifest.json").read_text("utf-8")) == json.loads(
         (PACKAGE / "weights_manifest.json").read_text("utf-8")
@@ -234,7 +234,7 @@ def test_every_python_that_is_declared_compiles_the_sources(version: str) -> Non
     for path in PACKAGE.rglob("*.py"):
         ast.parse(path.read_text("utf-8"), str(path), feature_version=(3, minor))
     python = shutil.which(f"python{version}")
-    if python is None or subprocess.run([python, "-c", ""], capture_output=True, timeout=60).returncode:  # or a stub
+    if python is None or subprocess.run([python, "-c", ""], capture_output=True, timeout=60).returncode:  # a stub fails
         pytest.skip(f"there is no python{version} here; its grammar was checked all the same")
     script = (
         "import pathlib, sys, warnings; warnings.simplefilter('error')\n"
@@ -245,7 +245,7 @@ def test_every_python_that_is_declared_compiles_the_sources(version: str) -> Non
 
 
 def test_everything_that_is_imported_is_declared() -> None:
-    """A package that our code imports is a dependency or in an extra, or one that such a package cannot do without."""
+    """Every imported package is a dependency, is in an extra, or is required by one of those packages."""
     brought_by = {
         "skimage": "scikit-image",
         "PIL": "pillow",
@@ -304,7 +304,7 @@ def test_extras_that_messages_name_exist() -> None:
 
 
 def test_type_checkers_take_the_public_names_as_exports() -> None:
-    """`import x as x` is what a strict type checker takes as an export; `__all__` is computed, which it cannot read."""
+    """Strict type checkers accept `import x as x` as an export. They cannot read `__all__`, which is computed."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text("utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
     seen = [alias for node in ast.walk(block) if isinstance(node, ast.ImportFrom) for alias in node.names]
@@ -327,7 +327,7 @@ def test_public_names_have_types(name: str) -> None:
 
 
 def test_public_names_are_documented_and_nothing_else_is() -> None:
-    """The API reference of the documentation lists what `__all__` lists."""
+    """The API reference of the documentation and `__all__` list the same names."""
     pages = [path for path in (ROOT / "docs").rglob("*.md") if path.stem in ("api", "reference")]
     if not pages:
         pytest.skip("the documentation has no API reference yet")
@@ -363,7 +363,7 @@ def test_issue_forms_are_whole() -> None:
 
 
 def test_a_shell_that_asks_gets_completions(tmp_path: Path) -> None:
-    """As argcomplete's shell function asks: by environment variables, with the answer in a file."""
+    """The test sets the environment variables of argcomplete's shell function and reads the answer from a file."""
     pytest.importorskip("argcomplete", reason="argcomplete is in the extra completion")
 
     def complete(line: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""docs/blocks.md says what works with which block. Every cell of its table is tried; a cell without a test fails."""
+"""docs/blocks.md has a table of what works with which block. Every cell is tested; a cell without a test fails."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -35,7 +35,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def make(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The block with every parameter random: offsets are no integers, and nothing starts at zero."""
+    """The block with random parameters: offsets are not integers, and no parameter is zero."""
     torch.manual_seed(0)
     block = BLOCKS[name]().to(dtype)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def inputs(
 def value_and_gradients(
     block: Callable[..., Any], xs: tuple[torch.Tensor, ...], parameters: Any, dtype: torch.dtype | None = None
 ) -> list[torch.Tensor]:
-    """The forward pass under autocast to `dtype`, the backward pass after it, as PyTorch wants it."""
+    """The forward pass runs under autocast to `dtype`, the backward pass outside it, as PyTorch recommends."""
     xs = tuple(x.clone().requires_grad_() for x in xs)
     with torch.autocast("cpu", dtype=dtype) if dtype else nullcontext():
         y = block(*xs)
@@ -100,7 +100,7 @@ def autocast(dtype: torch.dtype) -> Callable[[str], None]:
 def compiled(name: str, backend: str = "aot_eager") -> None:
     torch.compiler.reset()
     block = make(name)
-    # torch 2.13's Inductor cannot order strides of sizes that it does not know; for each size a graph of its own it can
+    # torch 2.13's Inductor cannot order strides of unknown sizes; with dynamic=False it compiles one graph per size
     dynamic = False if backend == "inductor" and torch.__version__ < "2.15" else None
     other = torch.compile(block, backend=backend, fullgraph=True, dynamic=dynamic)
     for size in ((6, 5), (7, 9)):
@@ -143,7 +143,7 @@ def onnx(name: str) -> None:
 
 
 def double_backward(name: str, backend: str = "auto") -> None:
-    """A Hessian times a vector, against the difference of two gradients."""
+    """A Hessian-vector product, compared with a difference of two gradients."""
     block = make(name, torch.float64)
     x, *rest = inputs(name, 4, 5, torch.float64, b=1)
     v = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -194,7 +194,7 @@ def fx_refused(name: str) -> None:
 
 
 def fsdp(name: str) -> None:
-    """One process is enough: parameters are sharded, gathered for each pass, and freed again."""
+    """One process is enough: FSDP still shards the parameters, gathers them for each pass, and frees them again."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -219,7 +219,7 @@ def none_to_shard(name: str) -> None:
 
 
 class MetaTensor(torch.Tensor):
-    """As MONAI's: results are of this class, and `new_empty` takes the sizes as one tuple."""
+    """Like MONAI's class: results have this class too, and `new_empty` takes the sizes as one tuple."""
 
     def new_empty(self, size: Any, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> Any:
         return torch.empty(size, dtype=dtype or self.dtype, device=device or self.device).as_subclass(type(self))
@@ -254,7 +254,7 @@ def vmapped(name: str) -> None:
     assert_close(torch.autograd.functional.jacobian(rows, x, vectorize=True), one_by_one)
 
 
-# (column, cell): what tries it, and whether it is slow
+# (column, cell): (the function that tests it, whether it is slow)
 CHECKS: dict[tuple[str, str], tuple[Callable[[str], None], bool]] = {
     ("fp32", "yes"): (fp32, False),
     ("bf16 autocast", "yes"): (autocast(torch.bfloat16), False),
@@ -297,7 +297,7 @@ def test_the_table_has_every_block_and_every_column() -> None:
         for (block, column), cell in table().items()
     ],
 )
-@pytest.mark.filterwarnings("ignore")  # torch's exporters and compilers warn about their own insides
+@pytest.mark.filterwarnings("ignore")  # torch's exporters and compilers warn about their own code
 def test_the_table_is_true(block: str, column: str, cell: str) -> None:
     assert (column, cell) in CHECKS, f"docs/blocks.md says {cell!r} of {block}, {column}; no test tries that"
     CHECKS[column, cell][0](block)

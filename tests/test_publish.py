@@ -1,4 +1,4 @@
-"""Publishing a training run: the packaged file is the one described, test scans are scored once, and all is logged."""
+"""Publishing a training run: the entry describes the packaged file, test scans are scored once, and all is logged."""
 
 import argparse
 import csv

@@ -1,4 +1,4 @@
-"""Every Python block of the README runs, in a folder that holds a scan."""
+"""Every Python block of the README runs in a folder that contains a scan."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The scripts of a release: addresses come from the repository that it is built in."""
+"""The release scripts: addresses are those of the repository in which the release is built."""
 
 import configparser
 import importlib.util
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not SCRIPTS.is_dir(), reason="an installed packa
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`prepare_release.py`, which works on a copy of the files that it changes."""
+    """`prepare_release.py`, working on a copy of the files that it changes."""
     spec = importlib.util.spec_from_file_location("prepare_release", SCRIPTS / "prepare_release.py")
     assert spec is not None
     assert spec.loader is not None

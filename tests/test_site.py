@@ -1,4 +1,4 @@
-"""The built documentation as its readers meet it: opened from a folder, without a network, in both colour schemes."""
+"""The built documentation, opened from a folder without a network connection, in both colour schemes."""
 
 import html
 import os
@@ -33,7 +33,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pages(site: Path) -> list[Path]:
-    return sorted(page for page in site.glob("*.html") if page.name != "404.html")  # that one needs a server
+    return sorted(page for page in site.glob("*.html") if page.name != "404.html")  # 404.html needs a server
 
 
 def until(condition: Any, what: str, seconds: float = 30) -> None:
@@ -54,7 +54,7 @@ def test_every_page_is_built_and_takes_nothing_from_elsewhere(site: Path) -> Non
 
 
 def test_signatures_wrap(site: Path) -> None:
-    """A formatter breaks them; a line of code in the reference has no more than 88 characters."""
+    """A formatter wraps signatures: a line of code in the reference has at most 88 characters."""
     text = (site / "api.html").read_text("utf-8")
     signatures = re.findall(r'<div class="[^"]*doc-signature[^"]*">(.*?)</div>', text, re.DOTALL)
     assert len(signatures) > 40
@@ -90,7 +90,7 @@ def test_search_works_from_a_folder(site: Path, browser: Any) -> None:
 
 @pytest.fixture(scope="module")
 def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The source of axe-core, which checks a page against the accessibility guidelines WCAG."""
+    """The source code of axe-core, which checks a page against the accessibility guidelines (WCAG)."""
     if shutil.which("npm") is None:
         pytest.skip("axe-core needs npm")
     folder = tmp_path_factory.mktemp("axe")
@@ -107,7 +107,7 @@ def test_no_page_breaks_a_rule_of_accessibility(site: Path, browser: Any, axe: s
     emulated = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", emulated)
     browser.get((site / "index.html").as_uri())
-    browser.execute_script("localStorage.clear()")  # the theme remembers the scheme of the first visit
+    browser.execute_script("localStorage.clear()")  # the theme stores the scheme of the first visit
     wrong = []
     for page in pages(site):
         browser.get(page.as_uri())

@@ -1,4 +1,4 @@
-"""Operators and blocks among PyTorch's other kinds of tensors, its tracers, and its rules about storage."""
+"""Operators and blocks with tensor subclasses, tracers, meta tensors and vmap, and PyTorch's rules about storage."""
 
 import subprocess
 import sys
@@ -191,7 +191,7 @@ def test_random_calls_of_the_operators_do_not_end_the_process() -> None:
 @pytest.mark.filterwarnings("ignore")  # PyTorch deprecates the function, and warns in the blocks' checks
 @pytest.mark.parametrize("block", OURS)
 def test_tracing_is_refused_in_one_line(block: Callable[..., nn.Module]) -> None:
-    """A trace keeps height and width as constants, so that the program is wrong at every other size."""
+    """A trace stores height and width as constants, so the traced program would be wrong at every other size."""
     with pytest.raises(UnsupportedCall, match=r"^\w+: torch\.jit\.trace .*use torch\.export\.export.*$"):
         torch.jit.trace(block(8).eval(), torch.rand(1, 8, 6, 6))
 
@@ -206,7 +206,7 @@ def test_a_network_is_not_traced_or_scripted_either() -> None:
 
 
 class Among(nn.Module):
-    """A block among PyTorch's own layers."""
+    """A block between PyTorch's own layers."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ def test_fx_traces_networks_with_our_blocks(block: Callable[..., nn.Module]) -> 
 
 
 class Meta(torch.Tensor):
-    """Like MONAI's MetaTensor: results are of the class again, and `new_empty` takes the sizes as one tuple."""
+    """Like MONAI's MetaTensor: results have this class too, and `new_empty` takes the sizes as one tuple."""
 
     def new_empty(self, size: Any, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> Any:
         return torch.empty(size, dtype=dtype or self.dtype, device=device or self.device).as_subclass(type(self))
@@ -253,7 +253,7 @@ class Image(torch.Tensor):
 
 
 class Weight(nn.Parameter):
-    """A parameter class, as quantisation and sharding libraries have them."""
+    """A subclass of Parameter, as in quantisation and sharding libraries."""
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -305,7 +305,7 @@ def test_distributed_tensors_are_gathered() -> None:
 
 @pytest.mark.parametrize("block", OURS)
 def test_a_call_leaves_storages_resizable(block: Callable[..., nn.Module]) -> None:
-    """FSDP frees and restores the storages of parameters; `tensor.numpy()` would forbid it for good."""
+    """FSDP resizes the storages of parameters. After `tensor.numpy()`, PyTorch would no longer allow it."""
     module, x = block(8), torch.rand(1, 8, 5, 6, requires_grad=True)
     module(x).square().sum().backward()
     for tensor in (x, x.grad, *module.parameters(), *(p.grad for p in module.parameters())):
@@ -404,7 +404,7 @@ def test_second_derivatives_of_a_kernel_name_the_cure(tool: Callable[..., Any]) 
         assert tool(loss, x, *more) is not None
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own, in its forward mode
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own warning, in forward mode
 def test_forward_mode_of_a_named_kernel_names_the_cure() -> None:
     module, x = SS2D(4), torch.rand(1, 4, 3, 4)
     with scan_backend("cpu"), pytest.raises(ScanBackendError, match="forward mode; use backend 'eager'"):
@@ -435,7 +435,7 @@ def test_blocks_follow_the_default_dtype_and_factory_arguments(block: Callable[.
 
 
 def test_the_operator_runs_once_for_a_map() -> None:
-    """The border around tensor subclasses adds no operation."""
+    """The conversion of tensor subclasses adds no operation for plain tensors."""
     seen: list[str] = []
 
     class Watch(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Work on PyTorch's own threads, and on the pool where those cannot be had."""
+"""Work on PyTorch's own threads, and on a thread pool if those are not available."""
 
 import os
 import signal
@@ -24,14 +24,14 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def seen_by(n: int) -> list[tuple[int, int]]:
-    """(thread, what an operation of torch gave there, which is 2) of each run, all of them at the same time."""
+    """(thread id, result of a torch operation: 2) of each of `n` runs at the same time."""
     seen: list[tuple[int, int]] = []
     all_here = threading.Barrier(n, timeout=60)
 
     def work() -> None:
         all_here.wait()
         inside = torch.ones(1 << 20)
-        inside.add_(1)  # would start threads of its own
+        inside.add_(1)  # large enough for torch to start threads for it elsewhere
         seen.append((threading.get_ident(), int(inside[0])))
 
     threads.run_on_threads(work, n)

@@ -1,4 +1,4 @@
-"""The tests' own comparison of numbers, and that every test uses it or names a tolerance."""
+"""The tests' function for comparing numbers; every test uses it or gives a tolerance."""
 
 import ast
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_every_comparison_has_a_tolerance(path: Path) -> None:
 @pytest.mark.parametrize("size", [1e-3, 1.0, 900.0, 1e6])
 def test_another_order_of_the_same_sum_is_close(size: float) -> None:
     x = torch.rand(64, 4096, generator=torch.Generator().manual_seed(0)) * size
-    y = x - x.mean(1, keepdim=True)  # sums of about zero of large numbers
+    y = x - x.mean(1, keepdim=True)  # large numbers whose sum is about zero
     halves = torch.stack([y[:, ::2].mean(1), y[:, 1::2].mean(1)]).mean(0)
     assert_close(torch.cat([y.mean(1), x[0]]), torch.cat([halves, x[0]]))
 

@@ -1,4 +1,4 @@
-"""A test for each private part of PyTorch that is used: it fails when a release of PyTorch breaks it."""
+"""One test for each private part of PyTorch in use: it fails when a release of PyTorch breaks that part."""
 
 import subprocess
 import sys
@@ -30,12 +30,12 @@ def test_a_marked_function_is_a_constant_of_the_compiled_program() -> None:
 
 
 def test_the_public_way_to_mark_a_function_still_imports_the_compiler() -> None:
-    """If it does not any more, `constant_when_compiled` can be replaced by it."""
+    """If this test fails, the public function can replace `constant_when_compiled`."""
     code = "import sys, torch\ntorch.compiler.assume_constant_result(lambda: 1)\nassert 'torch._dynamo' in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own, in its forward mode
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own warning, in forward mode
 def test_transforms_are_seen() -> None:
     seen = []
 
@@ -98,7 +98,7 @@ def test_scripting_is_refused_by_a_module_inside_a_module() -> None:
         torch.jit.script(nn.Sequential(nn.Linear(2, 2), Ours()))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own, when its compiler is imported
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own warning, on importing its compiler
 def test_a_compiled_module_shows_the_one_inside() -> None:
     model = nn.Linear(2, 2)
     compiled: Any = torch.compile(model)

@@ -1,12 +1,12 @@
 """How closely two floating-point computations of the same numbers must agree.
 
-Another batch size, number of threads, instruction set or release of a library adds the same numbers in another order.
-Each order rounds differently, by a few units in the last place of the LARGEST number in a sum, not of the result. So
-the allowed difference grows with the largest expected value of a tensor. PyTorch's default allows 1e-5 in float32
-whatever the values are, which is about 80 units in the last place for images of about 1, and less than one for images
-of about 900.
+With another batch size, number of threads, instruction set or release of a library, the same numbers are added in
+another order. The rounding error then differs by a few units in the last place of the LARGEST number in a sum, not of
+the result. So the allowed difference grows with the largest expected value of a tensor. PyTorch's default in float32 is
+1e-5, whatever the values are: about 80 units in the last place for images of about 1, but less than one for images of
+about 900.
 
-Bit equality (`torch.equal`) is for what the package promises to the bit: saving and loading, resuming a training.
+Bit equality (`torch.equal`) is only for operations that promise it: saving and loading, resuming a training.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,10 +17,11 @@ import torch
 
 
 def assert_close(actual: Any, expected: Any, **options: Any) -> None:
-    """`torch.testing.assert_close` whose absolute tolerance is a share of the largest |expected|, and at least of 1.
+    """`torch.testing.assert_close` with the absolute tolerance `share` * max(1, largest |expected|).
 
-    The shares are PyTorch's: 1e-5 in float32, 1e-7 in float64, 1e-5 in bfloat16 and float16 beside a relative 1.6e-2
-    and 1e-3. Arrays, numbers, and lists and dictionaries of tensors work too, each tensor with its own tolerance.
+    The shares are PyTorch's: 1e-7 in float64, and 1e-5 in float32, bfloat16 and float16; the relative tolerance is
+    1.6e-2 in bfloat16 and 1e-3 in float16. Arrays, numbers, and lists and dictionaries of tensors work too; each tensor
+    has its own tolerance.
     """
     __tracebackhide__ = True
     if isinstance(expected, Mapping):
@@ -34,7 +35,7 @@ def assert_close(actual: Any, expected: Any, **options: Any) -> None:
     elif expected is None:
         assert actual is None
     else:
-        if not isinstance(expected, torch.Tensor):  # arrays and numbers: compared as numpy does, dtypes and NaN
+        if not isinstance(expected, torch.Tensor):  # arrays, numbers: dtypes may differ, NaN equals NaN
             actual, expected = (torch.as_tensor(np.ascontiguousarray(x)) for x in (actual, expected))
             options = {"check_dtype": False, "equal_nan": True, **options}
         torch.testing.assert_close(actual, expected, **{**_tolerance(actual, expected), **options})

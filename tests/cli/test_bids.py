@@ -1,4 +1,4 @@
-"""The BIDS App: which scans are taken, what is written, what is refused."""
+"""The BIDS App: which scans it processes, which files it writes, which inputs it refuses."""
 
 import json
 from pathlib import Path

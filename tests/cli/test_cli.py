@@ -1,4 +1,4 @@
-"""The command line: what works prints where it is; what cannot work ends in one line, code 2 and no file."""
+"""The command line: on success it prints the path of the output; an error is one line, exit code 2 and no file."""
 
 import gzip
 import json
@@ -100,7 +100,7 @@ def test_dicom_in_dicom_out(tmp_path: Path, weights: str, capsys: pytest.Capture
     both = read_volume(output), read_volume(source)
     np.testing.assert_allclose(both[0].array[::4, ::4], both[1].array, atol=0.05)
     assert main(["degrade", str(output), "-o", str(tmp_path / "back"), "--scale", "4"]) == 0
-    np.testing.assert_allclose(read_volume(tmp_path / "back").array, both[1].array, atol=60)  # its Nyquist lines
+    np.testing.assert_allclose(read_volume(tmp_path / "back").array, both[1].array, atol=60)  # Nyquist lines differ
     other = pydicom.dcmread(source / "a")
     other.SeriesInstanceUID, other.SeriesNumber = "1.2.3.4", 99
     other.SOPInstanceUID = other.file_meta.MediaStorageSOPInstanceUID = "1.2.3.5"
@@ -119,7 +119,7 @@ def test_an_ensemble_its_spread_and_a_report(tmp_path: Path, weights: str, capsy
     assert str(spread) in (said := capsys.readouterr().out)
     assert str(page) in said
     assert nibabel.load(spread).shape == (64, 48, 3)
-    assert nibabel.load(spread).get_fdata().max() < 30  # zero-filling commutes with reflections, but for one frequency
+    assert nibabel.load(spread).get_fdata().max() < 30  # only one frequency breaks zero-filling's symmetry
     assert "8x8 pixels, overlapping by 4" in page.read_text("utf-8")
 
 
@@ -161,7 +161,7 @@ def test_evaluate(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[st
     ours, plain = result["models"][weights], result["models"]["zero-filled k-space"]
     assert ours["source"] == weights
     assert [row["subject"] for row in ours["volumes"]] == ["sub-1", "sub-2"]
-    assert ours["mean"] == plain["mean"]  # these weights are zero-filling
+    assert ours["mean"] == plain["mean"]  # the network of these weights is zero-filling
     assert result["models"]["bicubic"]["mean"]["psnr"] != plain["mean"]["psnr"]
     assert f"{ours['mean']['psnr']:.2f}" in said
 
@@ -287,7 +287,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
-    """Name to (arguments of `upscale` but for -o and --model, what the line must say)."""
+    """{name: (arguments of `upscale` without -o and --model, text that the error line must contain)}."""
     good = scan(folder / "good.nii.gz")
     data = (folder / "good.nii.gz").read_bytes()
     (folder / "text.nii.gz").write_text("no voxels\n")
@@ -344,7 +344,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[str], str]]:
 
 
 def stopped(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
-    """The one line that a refused command leaves."""
+    """The one line that a refused command prints."""
     capsys.readouterr()
     assert main(arguments) == code
     said, errors = capsys.readouterr()
@@ -406,7 +406,7 @@ def test_a_closed_folder(
     tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = scan(tmp_path / "in.nii.gz")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root could write anywhere
     line = stopped(["upscale", source, "-o", str(tmp_path / "a.nii"), "--model", weights], capsys)
     assert f"no permission to write to the folder {tmp_path}" in line
 
@@ -493,7 +493,7 @@ def test_interrupted(
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c_for_real(tmp_path: Path, weights: str) -> None:
-    """Interrupted while it writes: 130, one line, the old file whole and nothing beside it."""
+    """An interrupt during writing: exit code 130, one line, the old file unchanged, no other file."""
     source = scan(tmp_path / "in.nii", (256, 256, 40))
     output = tmp_path / "out.nii.gz"
     output.write_bytes(KEPT)

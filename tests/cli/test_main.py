@@ -1,4 +1,4 @@
-"""What every command shares: suggestions, threads, --quiet, --verbose, --traceback, warnings, bugs."""
+"""Behaviour common to all commands: suggestions, threads, --quiet, --verbose, --traceback, warnings, bugs."""
 
 import math
 import os
@@ -18,7 +18,7 @@ from deformmamba.errors import InvalidArgument
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Puts a function in the place of what `deformmamba backends` runs."""
+    """Replaces the function that `deformmamba backends` runs."""
 
     def install(run: Any) -> None:
         def add(commands: Any) -> None:
@@ -203,12 +203,12 @@ def test_idle_cpus_are_counted_among_those_of_the_process(tmp_path: Path, monkey
     stat = tmp_path / "stat"
     stat.write_text(next(tables))
     monkeypatch.setattr("time.sleep", lambda _: stat.write_text(next(tables)))
-    assert cores.idle_cpus(0, stat) == 0.8  # all of CPU 0 is busy, and 2 of 10 ticks of CPU 2; CPU 1 is not ours
+    assert cores.idle_cpus(0, stat) == 0.8  # CPU 0 is fully busy, CPU 2 for 2 of 10 ticks; CPU 1 is not ours
     assert cores.idle_cpus(0, tmp_path / "missing") == 2
 
 
 def test_short_turns_where_the_system_has_them() -> None:
-    # in a process of its own, because the setting cannot be taken back by name
+    # in a separate process, because the setting cannot be undone
     code = "from deformmamba.cli import cores; print(cores.take_short_turns(), cores.turn_length())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() in ("True 100000", "False None"), done.stderr

@@ -1,4 +1,4 @@
-"""Modulated deformable convolution: each implementation against a loop, torchvision, `conv2d`, its own differences."""
+"""Modulated deformable convolution: each implementation against a loop, torchvision, `conv2d`, finite differences."""
 
 import itertools
 import math
@@ -121,7 +121,7 @@ def by_the_loop(x, offset, mask, weight, bias, *, stride, padding, dilation) -> 
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks and tasks so small that small tensors meet the ends of both, on three threads."""
+    """Very small chunks and tasks on three threads, so that small tensors cross the limits of both."""
     monkeypatch.setattr(deform_cpu, "_CHUNK_BYTES", 1)
     monkeypatch.setattr(deform_cpu, "_CHUNK_PIXELS", 7)
     monkeypatch.setattr(deform_cpu, "_TASK_ELEMENTS", 1)
@@ -204,7 +204,7 @@ def test_equals_torchvision_in_value_and_gradient(case: Case, implementation: st
         return modulated_deform_conv2d(*tensors, **case.geometry, implementation=implementation)
 
     tensors = case.tensors()
-    whole = [tensors[0], tensors[1].round(), *tensors[2:]]  # they agree about the gradient at integers as well
+    whole = [tensors[0], tensors[1].round(), *tensors[2:]]  # the gradients agree at integer offsets as well
     for given in (tensors, whole):
         expected = theirs(*given)
         torch.testing.assert_close(ours(*given), expected, rtol=1e-10, atol=1e-10)
@@ -295,9 +295,9 @@ def test_any_subset_of_the_tensors_can_want_gradients(mask: bool, implementation
                     assert given[i].grad is None
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own checker
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from torch's own checker
 def test_operators_keep_torchs_contract() -> None:
-    """Schema, fake tensors, autograd registration, and the same under compilation with static and free shapes."""
+    """Schema, fake tensors, autograd registration, and equal results when compiled with static and dynamic shapes."""
     for case in (CASES[1], CASES[8]):
         x, offset, mask, weight, bias = (
             t if t is None or t.dim() == 1 else t.permute(0, 2, 3, 1).contiguous().requires_grad_()
@@ -326,7 +326,7 @@ def test_layout_follows_x_and_values_ignore_it(implementation: str) -> None:
     y = modulated_deform_conv2d(*last, padding=1, implementation=implementation)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert_close(y, expected)
-    # every second element of something larger, and a transposed copy
+    # every second element of a larger tensor, and a transposed copy
     strided = [torch.stack([t, t + 1], dim=-1)[..., 0] for t in tensors]
     turned = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in tensors]
     for given in (strided, turned):
@@ -348,7 +348,7 @@ def test_autocast_computes_in_float32_and_returns_the_autocast_dtype(low: torch.
         return modulated_deform_conv2d(*t, padding=1, implementation=implementation)
 
     tensors = Case(size=(4, 40), channels=8).tensors(torch.float32)
-    rounded = [t.to(low) for t in tensors[:3]] + tensors[3:]  # what a convolution under autocast hands over
+    rounded = [t.to(low) for t in tensors[:3]] + tensors[3:]  # dtypes after a convolution under autocast
     expected = run(*(t.float() for t in rounded)).to(low)
     leaves = wanting(rounded)
     with torch.autocast("cpu", low):
@@ -374,7 +374,7 @@ def test_a_position_far_from_the_origin_keeps_its_fraction_in_bfloat16() -> None
     assert (y[0, 0, 0, 200:250].float() % 1 == 0.25).all()
 
 
-# positions that are no places
+# infinite, NaN and far positions
 
 
 @pytest.mark.parametrize("implementation", USABLE)
@@ -407,7 +407,7 @@ def test_what_is_outside_is_zero_even_beside_an_infinite_pixel(implementation: s
 
 @pytest.mark.long
 def test_the_kernels_stay_inside_their_arrays(tmp_path: Path) -> None:
-    """Values, pieces and wild offsets again, with numba checking every index (in a cache of its own)."""
+    """The tests of values, chunks and extreme offsets again, while numba checks every index (separate cache)."""
     program = """
         import sys, pytest, torch
         from deformmamba.deform import cpu as deform_cpu
@@ -528,7 +528,7 @@ def test_forward_and_backward_hold_less_than_the_nine_tap_buffer() -> None:
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     one = 96 * 256 * 256 * 4 / 2**20
-    # result, its gradient and the gradient of x, each perhaps in both layouts: without columns, at least 2, at most 8
+    # the result, its gradient and the gradient of x, each in one or both layouts: 2 to 8 tensors, and no columns
     assert 2 * one < float(done.stdout) < 9 * one
 
 
@@ -552,7 +552,7 @@ class Block(torch.nn.Module):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own, on importing inductor
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own warning, on importing inductor
 def test_compiles_into_one_graph(backend: str) -> None:
     torch.compiler.reset()
     block = Block()
@@ -592,7 +592,7 @@ def test_an_export_of_a_named_implementation_obeys_the_name() -> None:
     assert_close(program.module()(x), block(x))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own, on importing its rules of forward mode
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own warning, on importing forward mode
 def test_gather_serves_vmap_and_forward_mode() -> None:
     x, offset, mask, weight, bias = Case().tensors()
 
@@ -609,12 +609,12 @@ def test_gather_serves_vmap_and_forward_mode() -> None:
     )
 
 
-# choosing and refusing
+# choice of the implementation, refused arguments
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own, in its forward mode
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own warning, in forward mode
 def test_torch_func_takes_gather_by_itself() -> None:
-    """A kernel has no rule for it, and gave a derivative of zero."""
+    """The kernels have no rule for torch.func and once gave a derivative of zero, so `auto` takes gather."""
     torch.manual_seed(0)
     x, offset, mask = torch.randn(1, 4, 6, 7), torch.randn(1, 18, 6, 7), torch.rand(1, 9, 6, 7)
     weight = torch.randn(3, 4, 3, 3)
@@ -687,7 +687,7 @@ def test_implementations_agree_on_infinite_and_nan_offsets_in_value_and_gradient
 
 
 def test_gather_keeps_the_fraction_of_a_position_far_from_the_origin() -> None:
-    """The absolute position in float32 would be off by 5e-4 pixels at 8192, times the slope of the image."""
+    """An absolute position in float32 is wrong by up to 5e-4 pixels at 8192; the error is this times the gradient."""
     x = torch.arange(8192.0)[None, None, None] % 2 * 10
     offset = torch.full((1, 2, 1, 8192), 0.3)
     offset[:, 0] = 0
