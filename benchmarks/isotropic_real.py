@@ -8,9 +8,16 @@ averaged over all lines, divided by the mean power from 0.75 to 0.9 and from 1.1
 without a slice pattern has about 1 or less, a pattern makes a peak. The cubic spline is the reference. Steps: the mean
 absolute difference of the first two planes, and of the planes on both sides of the last slice centre, divided by the
 mean over all neighbouring planes.
+
+A row is printed and appended to --out as soon as it is finished; a scan whose rows are all in --out is left out, so an
+interrupted run goes on. An unadapted scan of 256 x 256 x 50 slices takes half a minute to a minute of one core.
 """
 
 import argparse
+import csv
+import sys
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +26,9 @@ import numpy as np
 from isotropic import append_row
 
 from deformmamba.inference.isotropic import cubic_spline, isotropic
+from deformmamba.inference.stack import Stack
 from deformmamba.pictures.sections import section_figure
-from deformmamba.volume import read_volume
+from deformmamba.volume import Volume, read_volume
 
 
 def stripes(image: np.ndarray, ratio: float) -> float:
@@ -43,42 +51,62 @@ def steps(image: np.ndarray, n_slices: int, ratio: float) -> tuple[float, float]
     return float(change[0] / change.mean()), float(change[last - 1 : last + 1].max() / change.mean())
 
 
+def finished(path: Path | None, scan: str, methods: Sequence[str]) -> bool:
+    """Whether the CSV file has a row for each method on this scan, so that an interrupted run can go on."""
+    if path is None or not path.exists():
+        return False
+    with open(path, newline="") as table:
+        found = {row["method"] for row in csv.DictReader(table) if row["scan"] == scan}
+    return set(methods) <= found
+
+
+def measured(scan: Volume, adapt: str | None) -> tuple[Volume, dict[str, Any]]:
+    """The isotropic volume by network, or by cubic spline for None, and its row of the table."""
+    start = time.process_time()
+    facts: dict[str, Any] = {"expected": "", "chosen": "", "steps": ""}
+    if adapt is None:
+        job = Stack.of(scan)
+        volume = replace(job.place, array=np.ascontiguousarray(cubic_spline(scan)))
+        axis, ratio = job.axis, job.ratio
+    else:
+        volume, report = isotropic(scan, adapt=adapt, progress=True)
+        axis, ratio = report.axis, report.ratio
+        facts = {"expected": report.expected and round(report.expected.db, 2)}
+        facts |= {"chosen": report.method, "steps": report.adapted}
+    stack = np.moveaxis(volume.array, axis, 0)
+    first, last = steps(stack, scan.array.shape[axis], ratio)
+    facts |= {"stripes": round(stripes(stack, ratio), 2), "first": round(first, 2), "last": round(last, 2)}
+    return volume, {"ratio": round(ratio, 2), **facts, "cpu_s": round(time.process_time() - start, 1)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("scans", nargs="+", type=Path)
-    parser.add_argument("--adapt", default="0")
+    parser.add_argument("--adapt", help='minutes, or "150 steps"; default: the weights as they are')
     parser.add_argument("--figures", type=Path)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    for path in args.scans:
+    methods: dict[str, str | None] = {"cubic spline": None, "thick": "0"}
+    if args.adapt is not None:
+        methods["adapted"] = args.adapt
+    for number, path in enumerate(args.scans, 1):
+        print(f"{path.name}: scan {number} of {len(args.scans)}", file=sys.stderr, flush=True)
+        if finished(args.out, path.name, list(methods)):
+            print(f"{path.name}: its rows are in {args.out} already", file=sys.stderr, flush=True)
+            continue
         scan = read_volume(path)
-        made = {adapt: isotropic(scan, adapt=adapt) for adapt in dict.fromkeys(("0", args.adapt))}
-        plain, report = made["0"]
-        images = {"cubic spline": replace(plain, array=np.ascontiguousarray(cubic_spline(scan)))}
-        images |= {"thick" if adapt == "0" else "adapted": out for adapt, (out, _) in made.items()}
-        n_slices = scan.array.shape[report.axis]
-        for how, volume in images.items():
-            stack = np.moveaxis(volume.array, report.axis, 0)
-            first, last = steps(stack, n_slices, report.ratio)
-            found = made["0" if how == "thick" else args.adapt][1]
-            row: dict[str, Any] = {
-                "scan": path.name,
-                "ratio": round(report.ratio, 2),
-                "method": how,
-                "expected": "" if how == "cubic spline" or not found.expected else round(found.expected.db, 2),
-                "chosen": "" if how == "cubic spline" else found.method,
-                "adapted": "" if how == "cubic spline" else found.adapted,
-                "stripes": round(stripes(stack, report.ratio), 2),
-                "first": round(first, 2),
-                "last": round(last, 2),
-            }
+        images = {"input": scan}
+        for how, adapt in methods.items():
+            images[how], facts = measured(scan, adapt)
+            row = {"scan": path.name, "method": how, **facts}
             print(*row.values(), sep="\t", flush=True)
             if args.out:
                 append_row(args.out, row)
         if args.figures:
             args.figures.mkdir(parents=True, exist_ok=True)
             figure = args.figures / f"{path.name.removesuffix('.nii.gz')}.png"
-            section_figure({"input": scan, **images}, figure, axis=report.axis, title=f"{path.name}: {report}")
+            section_figure(images, figure, axis=Stack.of(scan).axis, title=path.name)
+            print(f"{path.name}: sections in {figure}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
