@@ -1,4 +1,4 @@
-"""Finding volumes, splitting them by subject, and cutting patches that lie where they should."""
+"""Finding volumes, splitting them by subject, and cutting patches at the right positions."""
 
 import math
 
@@ -98,14 +98,14 @@ def test_samples_depend_on_seed_and_index_alone(dataset):
     assert not torch.equal(dataset[0].hr, dataset[1].hr)
     with pytest.raises(IndexError):
         dataset[40]
-    assert dataset.spacings == pytest.approx((2, 2 * 40 / 26))  # 40 / 1.5, to a multiple of the scale
+    assert dataset.spacings == pytest.approx((2, 2 * 40 / 26))  # 40 / 1.5, rounded to a multiple of the scale
 
 
 def test_lr_hr_and_base_lie_on_one_origin_aligned_grid(dataset):
     for sample in dataset:
         lr, hr, base, _ = sample
         assert (lr.shape, hr.shape, base.shape) == ((1, 8, 8), (1, 16, 16), (1, 16, 16))
-        assert_close(base[:, ::2, ::2], lr)  # zero-filling passes through the samples
+        assert_close(base[:, ::2, ::2], lr)  # zero-filling keeps the samples
         error = (hr - base).abs().mean()
         assert error < (hr - base.roll(1, -1)).abs().mean()
         assert error < (hr - base.roll(1, -2)).abs().mean()
@@ -131,7 +131,7 @@ def test_inverted_samples_are_the_negatives_of_the_others(tmp_path, phantom):
     scan = Scan(write(tmp_path / "a.nii.gz", phantom[:40]), "a", "train", "T2")
     settings: dict = {"scale": 2, "patch": 20, "length": 40, "flips": False}
     plain, all_of_them, some = (PatchDataset([scan], **settings, invert=share) for share in (0.0, 1.0, 0.5))
-    for index in range(3):  # the patch is the whole slice, so that no position is drawn
+    for index in range(3):  # the patch is the whole slice, so no position is drawn
         assert_close(all_of_them[index].hr, (1 - plain[index].hr).clamp(min=0))
     turned = [not torch.equal(some[index].hr, plain[index].hr) for index in range(40)]
     assert 10 < sum(turned) < 30
@@ -213,7 +213,7 @@ def test_half_of_the_samples_are_coarser(tmp_path, phantom, monkeypatch):
     assert max(f for (before, _), f in zip(sizes, factors, strict=True) if max(before) == 48) > 2
     for before, after in sizes:
         assert min(after) >= 16  # the patch
-        if min(after) > 16:  # pixels stay square, but for the rounding to a multiple of the scale
+        if min(after) > 16:  # pixels stay square up to the rounding to a multiple of the scale
             assert before[0] / after[0] == pytest.approx(before[1] / after[1], rel=0.13)
 
 
@@ -222,7 +222,7 @@ def test_a_patch_larger_than_a_coarse_slice_goes_on_at_the_opposite_edge(tmp_pat
     dataset = PatchDataset([scan], scale=2, patch=20, length=40, coarsest=2.0, flips=False)
     size = dataset._coarse_size(48, 40, 1.2)
     assert min(size) < 40
-    assert min(dataset._coarse_size(48, 40, 9.0)) == 2 * 16  # LR pixels that are always left
+    assert min(dataset._coarse_size(48, 40, 9.0)) == 2 * 16  # at least 16 LR pixels remain
     wrapped = 0
     for index, sample in enumerate(dataset):
         drawn, factor, _ = dataset._draw(index)
@@ -234,7 +234,7 @@ def test_a_patch_larger_than_a_coarse_slice_goes_on_at_the_opposite_edge(tmp_pat
         lr = dataset.degradation(hr)
         assert sample.hr.shape == (1, 40, 40)
         assert_close(sample.hr[0, :, : 40 - w], sample.hr[0, :, w:])
-        # somewhere on the slice as a torus, LR and HR at the same place
+        # the patch is a part of the periodically continued slice, at the same position in LR and HR
         places = [
             (y, x)
             for y in range(h // 2)
@@ -252,11 +252,11 @@ def test_spacings_are_those_that_samples_can_have(tmp_path, phantom):
     scans = mixed_sizes(tmp_path, phantom)
     options = {"scale": 2, "patch": 8, "length": 1}
     assert PatchDataset(scans, **options).spacings == (2, 4)
-    # 48x40 pixels of 1 mm, 20x18 of 2 mm, all become 16x16: no further, whatever is asked
+    # slices of 48x40 pixels of 1 mm, and of 20x18 of 2 mm: 16x16 pixels is the coarsest, whatever `coarsest` is
     assert PatchDataset(scans[:1], **options, coarsest=9.0).spacings == pytest.approx((2, 2 * 48 / 16))
     assert PatchDataset(scans[1:], **options, coarsest=9.0).spacings == pytest.approx((4, 2 * 2 * 20 / 16))
     assert PatchDataset(scans[:1], **options, coarsest=1.1).spacings == pytest.approx((2, 2 * 48 / 42))
-    # a smaller patch reaches further
+    # a smaller patch allows coarser pixels
     smaller = PatchDataset(scans[:1], scale=2, patch=4, length=1, coarsest=9.0)
     assert smaller.spacings == pytest.approx((2, 2 * 48 / 8))
 
@@ -304,7 +304,7 @@ def test_any_degradation_makes_the_low_resolution(tmp_path, phantom, degradation
     for sample in dataset:
         lr = made(dataset.groups[0][0].image / dataset.groups[0][0].unit)
         assert lr.shape == (24, 20)
-        found = made(sample.hr[0])[4:-4, 4:-4]  # away from the edges of the patch, where the slice goes on
+        found = made(sample.hr[0])[4:-4, 4:-4]  # without the edges of the patch, where the slice continues
         torch.testing.assert_close(
             sample.lr[0, 4:-4, 4:-4], found, rtol=0, atol=0.12 if "k-space" in str(made) else 1e-5
         )

@@ -1,4 +1,4 @@
-"""Data sets from files in the formats that people download: the same input, the same bytes; bad input, one line."""
+"""Data sets from downloaded files: the same input gives the same bytes, and bad input gives one line."""
 
 import hashlib
 import json
@@ -94,7 +94,7 @@ def test_ixi_counts_as_the_paper_does(tmp_path, n, train, test):
     assert (splits.count("train"), splits.count("test")) == (train, test)
     assert len(plan.skipped) == n - train - test
     assert ("too few" in plan.rule) == (n < 460)
-    if n == 578:  # those left out are the last by hash, whatever order the files came in
+    if n == 578:  # the last subjects by hash are left out, in any order of the files
         left = {name[:6] for name, _ in plan.skipped}
         order = sorted((f"IXI{k:03d}" for k in range(n)), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
         assert left == set(order[460:])
@@ -127,7 +127,7 @@ def test_an_interrupted_preparation_goes_on_and_ends_the_same(ixi, tmp_path, mon
     with pytest.raises(VolumeError, match="was interrupted; run the same"):
         find_scans(out)
     (out / ".0123456789abcdef.safetensors").write_bytes(b"left by a run that was killed")
-    (out / made[0]).write_bytes((out / made[0]).read_bytes()[:-5])  # damaged since
+    (out / made[0]).write_bytes((out / made[0]).read_bytes()[:-5])  # damaged after it was written
     before = (out / made[1]).stat().st_mtime_ns
     monkeypatch.setattr(writing, "write_prepared", write)
     prepare(plan_ixi(ixi), out)
@@ -178,7 +178,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(ixi, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------- fastmri
 
-# as in fastMRI's files: ISMRMRD's schema, the readout encoded twice as wide as it is reconstructed
+# as in fastMRI's files: ISMRMRD's schema; the encoded field of view is twice the reconstructed one along the readout
 ISMRMRD = """<?xml version="1.0" encoding="utf-8"?>
 <ismrmrdHeader xmlns="http://www.ismrm.org/ISMRMRD" xmlns:xs="http://www.w3.org/2001/XMLSchema"
  xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" xsi:schemaLocation="http://www.ismrm.org/ISMRMRD ismrmrd.xsd">
@@ -328,7 +328,7 @@ def test_a_truncated_file_is_one_line(knees, tmp_path, capsys):
 
 @pytest.mark.parametrize(("h", "w"), [(8, 6), (7, 9)])
 def test_the_image_of_kspace_is_fastmris(h, w):
-    """Its definition: ifftshift, orthonormal inverse FFT, fftshift; here as a sum over frequencies."""
+    """fastMRI defines it as ifftshift, orthonormal inverse FFT, fftshift; the test sums over all frequencies."""
     rng = np.random.default_rng(0)
     kspace = rng.normal(size=(h, w)) + 1j * rng.normal(size=(h, w))
     ky, y = np.meshgrid(np.arange(h) - h // 2, np.arange(h) - h // 2, indexing="ij")
@@ -345,7 +345,7 @@ def test_the_pixel_size_stands_in_the_header():
 
 
 def write_dicom(folder, array):
-    """A classic MR series as a scanner writes it, one file a slice."""
+    """A classic MR series, one file per slice, as scanners write it."""
     import pydicom
     from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 

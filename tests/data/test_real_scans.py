@@ -33,7 +33,7 @@ def samples(scan: Scan, **options: object) -> PatchDataset:
 def test_norm_is_that_of_the_whole_slice(scan: Scan) -> None:
     whole = samples(scan, flips=False)
     norms = {tuple(sample.norm[0].tolist()) for sample in whole}
-    assert len(norms) == 3  # one a slice, whatever the patch
+    assert len(norms) == 3  # one per slice, for every patch
     assert all(sample.norm.shape == (1, 2) for sample in whole)
 
 

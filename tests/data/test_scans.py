@@ -1,4 +1,4 @@
-"""Which files of a folder are scans to train on and to score, and how files with several volumes are read."""
+"""Which files in a folder count as scans for training and scoring, and how files with several volumes are read."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Splits by subject: shares, small sets, and the tables in which users write them."""
+"""Splits by subject: shares, small data sets, and the tables in which users define splits."""
 
 import pytest
 

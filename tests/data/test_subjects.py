@@ -1,4 +1,4 @@
-"""Whose scan is it: layouts of folders as they are found, and what must never be split."""
+"""The subject of each scan: common folder layouts, and scans that must stay in one split."""
 
 import warnings
 from pathlib import Path
@@ -14,7 +14,7 @@ from deformmamba.volume import VolumeError
 
 ROOT = Path("/data/mine")
 
-# the layout, and the subject of each of its scans
+# layout: (its scans, the subject of each)
 LAYOUTS = {
     "a folder a patient": ("patient1/T1.nii.gz patient1/T2.nii.gz patient2/T1.nii.gz", "patient1 patient1 patient2"),
     "first names": ("anna/T1.nii.gz anna/T2.nii.gz ben/T1.nii.gz", "anna anna ben"),
@@ -98,7 +98,7 @@ def test_series_of_one_patient_id_are_one_subject(tmp_path):
     folders = [
         series(tmp_path / "anna" / "one", "17"),
         series(tmp_path / "ben" / "one", "18"),
-        series(tmp_path / "carl" / "one", "17"),  # exported twice
+        series(tmp_path / "carl" / "one", "17"),  # the same patient as anna
         series(tmp_path / "dora" / "one", "anonymous"),
         series(tmp_path / "emil" / "one", "ANONYMOUS"),
     ]

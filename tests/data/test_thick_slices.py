@@ -1,4 +1,4 @@
-"""Training data for the slice direction: what a sample is, and that it is a function of its index alone."""
+"""Training data for the slice direction: the content of a sample, which depends on its index only."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_samples_are_functions_of_their_index(scans: list[Scan]) -> None:
 
 
 def test_only_the_first_axis_is_coarse(scans: list[Scan]) -> None:
-    """White noise: across the slices neighbours become alike, along them they stay independent."""
+    """In white noise, neighbours across the slices become correlated; neighbours within a slice stay independent."""
     along, across = [], []
     for sample in (made(scans, ratio=[4.0, 4.0])[index] for index in range(20)):
         image = sample.lr[0] - sample.lr.mean()
@@ -62,7 +62,7 @@ def test_thick_keeps_a_constant_and_a_smooth_curve() -> None:
     image = torch.stack([torch.ones(60), torch.sin(rows / 12)], dim=1)
     got = thick(image, ratio=3.5, profile=SliceProfile("gaussian", 3.5), phase=1.2)
     torch.testing.assert_close(got[:, 0], image[:, 0], atol=1e-5, rtol=0)
-    # a mean over 3.5 rows takes 1 - exp(-(sigma / 12)^2 / 2) = 0.8 % of this curve; the ends are mirrored
+    # the Gaussian of FWHM 3.5 rows attenuates this curve by 1 - exp(-(sigma / 12)^2 / 2) = 0.8 %; the ends are mirrored
     torch.testing.assert_close(got[8:-8, 1], image[8:-8, 1], atol=0.012, rtol=0)
     assert [n_slices(9, 4.0, phase) for phase in (0.0, 0.5, 1.5)] == [3, 2, 2]
 

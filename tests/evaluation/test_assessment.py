@@ -1,4 +1,4 @@
-"""Assessment: zero-filling gains nothing on itself, large lesions come through, small ones do not, false ones show."""
+"""Assessment: zero-filling gains nothing over itself; large lesions are recovered, small ones not; false ones count."""
 
 import json
 
@@ -25,7 +25,7 @@ from deformmamba.weights.cards import tables
 
 
 def volume(contrast: float, size: tuple[int, int] = (96, 88)) -> np.ndarray:
-    """(h, w, 3): an ellipse of tissue with smooth texture and some detail, in made-up units up to about 1,000."""
+    """(h, w, 3): an ellipse of tissue with smooth texture and some detail, in arbitrary units up to about 1,000."""
     y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in size), indexing="ij")
     head = 1 / (1 + np.exp(40 * (np.hypot(y / 0.85, x / 0.8) - 1)))
     layers = [600 + contrast * np.cos(5 * x + k) * np.cos(4 * y) + 40 * np.cos(40 * x * y + k) for k in range(3)]
@@ -50,7 +50,7 @@ def test_spacings_finer_than_the_data_or_too_coarse_to_show_anything_are_skipped
     assert [row["truth_mm"] for row in rows] == [1.0, 1.2, 1.5]
     assert [row["input_mm"] for row in rows] == [2.0, 2.4, 3.0]
     assert [row["trained"] for row in rows] == [True, True, False]
-    assert all(row["psnr_gain"] == row["ssim_gain"] == 0 for row in rows)  # zero-filling beside itself
+    assert all(row["psnr_gain"] == row["ssim_gain"] == 0 for row in rows)  # zero-filling compared with itself
     assert all(row["subjects"] == 2 and row["slices"] == 6 for row in rows)
 
 
@@ -118,7 +118,7 @@ def test_lesions_lie_within_tissue_and_apart():
 
 
 class Inventor(ZeroFill):
-    """Zero-filling that draws a bright spot of 4 mm, always at the same place."""
+    """Zero-filling that adds a bright spot of 4 mm, always at the same place."""
 
     def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
         sr = super().forward(lr)
@@ -152,7 +152,7 @@ def test_what_a_model_invents_is_seen_and_does_not_count_as_recovered(scans):
     bright, dark = lesions(Inventor(scale=2), scans[:1], sizes=(4.0,), per_slice=2)
     assert bright["invented"] == pytest.approx(1, abs=0.3)
     assert bright["zero_fill_invented"] < 0.3
-    assert dark["invented"] < 0.6  # the ring around the spot, a little
+    assert dark["invented"] < 0.6  # caused by the dark ring around the spot
     assert bright["recovered"] == pytest.approx(bright["zero_fill_recovered"], abs=0.02)
 
 
@@ -167,7 +167,7 @@ def test_the_whole_is_plain_and_readable(scans):
     found = assess(ZeroFill(scale=2), scans, groups=["T2 brain"], slices=1)
     assert list(found) == ["by_spacing", "out_of_domain", "lesions"]
     assert json.loads(json.dumps(found)) == found
-    assert found["by_spacing"][0]["slices"] == 2  # one of each of two volumes; T1 is not what it is meant for
+    assert found["by_spacing"][0]["slices"] == 2  # one of each of two volumes; the T1 volume is out of domain
     text = tables(found)
     assert text.count("\n## ") == 3
     assert "| size mm | kind | lesions | recovered: network / zero-filling / bicubic |" in text

@@ -1,4 +1,4 @@
-"""Evaluation: one degradation for all, values by subject, intervals only where there is a basis, files, a figure."""
+"""Evaluation: one degradation for all models, values by subject, intervals for enough subjects, files, a figure."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ from deformmamba.volume import Volume, write_volume
 
 
 def smooth(seed: int, n: int = 3) -> np.ndarray:
-    """(16, 24, n): a few waves and a bright block, in scanner units."""
+    """(16, 24, n): a few waves and a bright block, in a scanner's units."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:16, 0:24] / 8
     image = 300 + 80 * np.sin(rng.uniform(1, 3) * x + seed) + 60 * np.cos(rng.uniform(1, 3) * y)
@@ -34,7 +34,7 @@ def smooth(seed: int, n: int = 3) -> np.ndarray:
 
 @pytest.fixture
 def scans(tmp_path: Path) -> list[Scan]:
-    """Seven volumes of six people."""
+    """Seven volumes of six subjects."""
     made = []
     for k, subject in enumerate(["a", "a", "b", "c", "d", "e", "f"]):
         path = tmp_path / "scans" / f"sub-{subject}_run-{k}_T2w.nii.gz"
@@ -83,7 +83,7 @@ def test_the_degradation_is_the_one_named(scans: list[Scan]) -> None:
 
 def test_noise_is_relative_to_the_brightness_of_the_volume(tmp_path: Path) -> None:
     scores = []
-    for factor in (1, 1024):  # a power of two: equal bits once they are normalised
+    for factor in (1, 1024):  # a power of two: bit-equal after normalisation
         path = tmp_path / "same.nii.gz"
         write_volume(path, Volume(smooth(0) * np.float32(factor), np.eye(4)))
         scores += evaluate(MODELS["bicubic"], [path], degradation=parse("k-space >> noise:snr=20", scale=2))
@@ -157,7 +157,7 @@ def test_the_slice_that_is_shown_is_turned_as_a_radiologist_sees_it(scans: list[
     shown = compare(MODELS, scans[:2], show=True, at=2).shown
     assert shown is not None
     hr = torch.from_numpy(load_slices(scans[0].path, 2).array)
-    np.testing.assert_array_equal(shown.hr, hr[2].numpy().T)  # L, P, S: columns run to the left already
+    np.testing.assert_array_equal(shown.hr, hr[2].numpy().T)  # axes L, P, S: columns already run to the left
     assert set(shown.results) == set(MODELS)
     for name, image in shown.results.items():
         expected = upscale(MODELS[name], degrade(hr, 2), axis=0)[2].numpy().T
@@ -173,7 +173,7 @@ def test_the_slice_that_is_shown_is_turned_as_a_radiologist_sees_it(scans: list[
 
 @pytest.mark.parametrize("phase", [False, True])
 def test_prepared_slices_are_scored_as_magnitudes(phase: bool, tmp_path: Path) -> None:
-    """As fastMRI comes: complex, its phase taking part in the degradation."""
+    """fastMRI's slices are complex, and the phase takes part in the degradation."""
     slices = np.moveaxis(smooth(0), 2, 0) / 500
     turned = slices * np.exp(0.3j * np.arange(24)) if phase else slices
     path = tmp_path / "a.safetensors"

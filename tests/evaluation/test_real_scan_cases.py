@@ -1,4 +1,4 @@
-"""`real_scans`: what each case measures, on a phantom where the right value is known."""
+"""`real_scans`: the value of each case, on a phantom for which the right value is known."""
 
 import json
 from pathlib import Path

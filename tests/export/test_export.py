@@ -1,4 +1,4 @@
-"""Files for other programs: equal to the model at sizes they were not made at, honest about themselves, or absent."""
+"""Exported files equal the model at other sizes, describe themselves correctly, and are not written if they differ."""
 
 import json
 import subprocess
@@ -111,12 +111,12 @@ def test_a_pt2_file_takes_sizes_it_was_not_made_at(tmp_path: Path) -> None:
     for h, w, b in [(8, 8, 1), (9, 14, 3)]:
         lr = image(h, w, b)
         base = zero_fill(lr, 2)
-        with torch.no_grad():  # with gradients PyTorch imports its compiler, whose own imports warn
+        with torch.no_grad():  # with gradients, PyTorch imports its compiler, which causes warnings
             torch.testing.assert_close(program(lr=lr, base=base), model(lr, base), atol=1e-5, rtol=0)
 
 
 def scan(h: int, w: int, b: int) -> np.ndarray:
-    """A stack of slices (b, h, w) with air around an object, in units of thousands."""
+    """A stack of slices (b, h, w): an object with intensities of about 2,000, in air."""
     generator = np.random.default_rng(h)
     y, x = np.mgrid[-1 : 1 : h * 1j, -1 : 1 : w * 1j]
     inside = (y**2 + x**2 < 0.7) * (1 + 0.3 * np.sin(9 * x) * np.cos(7 * y))
@@ -124,11 +124,11 @@ def scan(h: int, w: int, b: int) -> np.ndarray:
     return np.float32(2000 * np.hypot(inside + noise[0], noise[1]))
 
 
-SHARE = 1e-5  # of the intensities: float32 sums of a few hundred terms in another order
+SHARE = 1e-5  # tolerance relative to the intensities: float32 sums of a few hundred terms in another order
 
 
 def spread(stack: np.ndarray, unit: float) -> float:
-    """The intensity that rounding is relative to: the unit, or a marker far above it."""
+    """The intensity to which rounding errors are relative: the unit, or a much brighter marker."""
     return max(unit, float(np.abs(stack).max()))
 
 
@@ -148,7 +148,7 @@ def test_what_is_exported_is_upscale_in_any_units(skip: str, consistency: str) -
     module = WholeSlice(model, consistency).eval()
     whole = scan(26, 24, 2)
     whole[:, 3:5, 15:17] = 40_000  # a marker
-    for stack in (whole, scan(40, 41, 2)[:, 10:27, 12:28]):  # a whole slice, and a window with tissue at its edges
+    for stack in (whole, scan(40, 41, 2)[:, 10:27, 12:28]):  # a whole slice; a window with tissue at its edges
         wanted = upscale(model, stack, axis=0, consistency=consistency)
         for gain, offset in ((1, 0), (0.03, 0), (1, -1500), (20, 2000)):
             changed = torch.from_numpy(stack * np.float32(gain) + np.float32(offset))[:, None]
@@ -162,7 +162,7 @@ def test_what_is_exported_is_upscale_in_any_units(skip: str, consistency: str) -
 @pytest.mark.filterwarnings("ignore:the scan does not look like a magnitude image")
 @pytest.mark.parametrize(("options", "consistency"), NETWORKS)
 def test_an_onnx_file_gives_what_upscale_gives(tmp_path: Path, options: dict[str, object], consistency: str) -> None:
-    """At sizes it was not made at, each slice alone, and with the units of a stack."""
+    """At sizes other than those of the export, for each slice alone, and with the units of a stack."""
     pytest.importorskip("onnxscript")
     checker, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     model = small(**options)
@@ -206,7 +206,7 @@ def test_an_onnx_file_gives_what_upscale_gives(tmp_path: Path, options: dict[str
 @pytest.mark.slow
 @pytest.mark.parametrize("zoh", [False, True])
 def test_the_variant_for_gpus_gives_the_same(tmp_path: Path, zoh: bool) -> None:
-    """On the CPU, with one operator for each scan and no loop."""
+    """The test runs on the CPU. The graph has one operator per scan and no loop."""
     pytest.importorskip("onnxscript")
     checker, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     if checker.defs.onnx_opset_version() < onnx.OPSETS["linear-attention"]:
@@ -256,7 +256,7 @@ def test_an_openvino_file_gives_what_upscale_gives(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("h", "w", "scale"), [(8, 6, 2), (9, 6, 3), (7, 9, 4), (12, 16, 4)])
 def test_real_matrices_are_the_fourier_transforms(h: int, w: int, scale: int) -> None:
-    """In float64, where both agree to rounding."""
+    """In float64, both agree up to rounding."""
     generator = torch.Generator().manual_seed(h)
     x = torch.randn(2, 1, h, w, generator=generator, dtype=torch.float64)
     hr = torch.randn(2, 1, scale * h, scale * w, generator=generator, dtype=torch.float64)
@@ -273,7 +273,7 @@ def test_real_matrices_are_the_fourier_transforms(h: int, w: int, scale: int) ->
 
 
 def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The exporter is broken on purpose: the columns are walked as rows."""
+    """The test breaks the exporter: it scans the columns as rows."""
     monkeypatch.setattr(pt2, "_transposed", lambda x, height, width: x)
     (tmp_path / "m.pt2").write_bytes(b"yesterday's")
     with pytest.raises(
@@ -306,7 +306,7 @@ def test_the_model_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 class Unexportable(SRModel):
-    """Looks at values, which no graph can hold."""
+    """A model that branches on values, which no graph can represent."""
 
     def __init__(self, *, scale: int = 2, intensity: str = "p99.9") -> None:
         super().__init__(scale=scale, intensity=intensity)

@@ -1,4 +1,4 @@
-"""The page's readers and writer of files, in Node: the voxels, affines and sentences of the package."""
+"""The page's file readers and writer, run in Node: voxels, affines and messages equal those of the package."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ if shutil.which("node") is None or not VOLUME.is_file():
     missing = "web/" if shutil.which("node") else "Node"
     pytest.skip(f"the page's readers are not tested here: {missing} missing", allow_module_level=True)
 
-# reads each file; prints what it is, and writes it as read and as an empty result of scale 2
+# reads each file, prints its properties, writes it unchanged, and writes an empty result of scale 2
 SCRIPT = """
 import { readFileSync, writeFileSync } from "node:fs";
 const [, module, ...files] = process.argv;
@@ -43,7 +43,7 @@ console.log(JSON.stringify(told));
 
 
 def in_node(files: list[Path]) -> dict[str, dict[str, Any]]:
-    """What the page makes of each file by itself."""
+    """The page's answer for each file, each given alone."""
     done = subprocess.run(
         ["node", "--input-type=module", "-e", SCRIPT, VOLUME.as_uri(), *map(str, files)],
         capture_output=True, text=True, timeout=60, check=False,
@@ -54,7 +54,7 @@ def in_node(files: list[Path]) -> dict[str, dict[str, Any]]:
 
 
 def affine() -> np.ndarray:
-    """Oblique and mirrored: 0.8 x 0.9 x 4 mm."""
+    """An oblique, mirrored affine with voxels of 0.8 x 0.9 x 4 mm."""
     rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))
     made = np.eye(4)
     made[:3, :3] = rotation * [0.8, 0.9, 4.0]
@@ -232,7 +232,7 @@ def test_what_is_not_read_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_the_view_shows_the_input_on_the_grid_of_its_result() -> None:
-    """Origin-aligned: voxel i of the input lies on voxel s * i of the result, and no place is between two pixels."""
+    """On the origin grid, voxel i of the input is at voxel s * i of the result; other voxels show the nearest one."""
     shape, scale = (3, 4, 2), 2
     array = np.arange(24, dtype=np.float32).reshape(shape, order="F")
     script = (
@@ -248,5 +248,5 @@ def test_the_view_shows_the_input_on_the_grid_of_its_result() -> None:
     )  # fmt: skip
     got = np.reshape(json.loads(done.stdout), (6, 8, 2), order="F")
     np.testing.assert_array_equal(got[::scale, ::scale], array)
-    np.testing.assert_array_equal(got[1], got[2])  # halves are rounded up, as the half-pixel between two voxels
+    np.testing.assert_array_equal(got[1], got[2])  # the half-pixel between two voxels is rounded up
     np.testing.assert_array_equal(got[-1], got[-2])  # beyond the last voxel

@@ -1,4 +1,4 @@
-"""Adaptation to one scan: the loss is L1 and SSIM as measured, and threads change the gradients by rounding only."""
+"""Adaptation to one scan: the loss is L1 plus the SSIM of the metric; threads change gradients by rounding only."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +14,7 @@ from deformmamba.models import DeformMambaSR
 def test_the_loss_is_l1_and_the_measured_ssim() -> None:
     generator = torch.Generator().manual_seed(0)
     hr = torch.rand(2, 1, 24, 20, generator=generator)
-    hr[:, :, 0, 0] = 1  # the data range of the metric is the maximum
+    hr[:, :, 0, 0] = 1  # the metric's data range is the maximum
     sr = hr + 0.1 * torch.randn(hr.shape, generator=generator)
     wanted = float((sr - hr).abs().mean()) + SSIM_WEIGHT * (1 - ssim(sr[:, 0], hr[:, 0]))
     assert float(adaptation_loss(sr, hr)) == pytest.approx(wanted, abs=1e-5)  # float32 against float64
@@ -37,6 +37,6 @@ def test_parts_of_a_batch_give_the_gradients_of_the_batch(parts: int) -> None:
     adaptation_loss(network(lr), hr).backward()
     for name, parameter in network.named_parameters():
         assert_close(divided[name], parameter.grad)
-    with torch.no_grad():  # a step of the first is a step of all
+    with torch.no_grad():  # all copies share the weights of the first
         network.project.weight.add_(1)
     assert torch.equal(twins[-1].project.weight, network.project.weight)

@@ -1,4 +1,4 @@
-"""MONAI's and TorchIO's objects go in and come out, at the right place; with the packages where they are installed."""
+"""MONAI's and TorchIO's objects as input and output, at the right position; with the packages if installed."""
 
 import warnings
 from typing import Any
@@ -21,7 +21,7 @@ def image(*size: int) -> torch.Tensor:
 
 
 def imported(name: str) -> Any:
-    with warnings.catch_warnings():  # theirs, at import
+    with warnings.catch_warnings():  # MONAI and TorchIO warn on import
         warnings.simplefilter("ignore")
         return pytest.importorskip(name)
 
@@ -70,7 +70,7 @@ def test_plain_arrays_and_dictionaries() -> None:
 
 
 class Meta(torch.Tensor):
-    """What a MetaTensor offers."""
+    """The part of MetaTensor's interface that the adapters use."""
 
     affine: torch.Tensor
     meta: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Folders of scans: all found, named as BIDS wants, nothing done twice, nothing lost to a bad file or a killed run."""
+"""Folders of scans: all are found, output names follow BIDS, nothing runs twice, a bad file or a kill loses nothing."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ def scan(path: Path, seed: int = 0, shape: tuple[int, ...] = (8, 6, 3)) -> Path:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """Two subjects, three kinds of file, and things that are no scans."""
+    """Two subjects, three file formats, and files that are not scans."""
     root = tmp_path / "raw é"
     scan(root / "sub-01" / "ses-1" / "anat" / "sub-01_ses-1_T2w.nii.gz", 1)
     scan(root / "sub-01" / "ses-2" / "anat" / "sub-01_ses-2_acq-a_T2w.nii", 2)
@@ -99,7 +99,7 @@ def test_the_sidecar_says_what_made_it(tree: Path, tmp_path: Path, weights: str)
     said = json.loads((tmp_path / "out" / name).read_text())
     assert said["Sources"] == [OUTPUTS[1].replace("_desc-sr", "")]
     by = said["GeneratedBy"][0]
-    assert by["weights"] == "plain.safetensors"  # a path would say more than anybody asked
+    assert by["weights"] == "plain.safetensors"  # the name only, not the path
     assert re.fullmatch("[0-9a-f]{64}", by["sha256"])
     assert (by["Name"], by["model"], by["scale"], by["ensemble"], by["consistency"]) == (
         "deformmamba", "ZeroFill", 2, True, "exact",
@@ -129,7 +129,7 @@ def test_what_is_done_is_skipped_and_what_has_changed_is_not(tree: Path, tmp_pat
     assert made(axis=2) == OUTPUTS
     assert made(axis=2, batch_size=1, ensemble=False, consistency="off") == []  # changes nothing
     assert made(axis=2, model=ZeroFill(scale=3)) == OUTPUTS
-    assert made(axis=2, model=ZeroFill(scale=3, intensity="max")) == OUTPUTS  # weights without a file differ, too
+    assert made(axis=2, model=ZeroFill(scale=3, intensity="max")) == OUTPUTS  # also with weights that have no file
     torch.manual_seed(0)
     small = VDSR(scale=2, layers=2, width=4).eval()
     assert made(axis=2, model=small) == OUTPUTS
@@ -181,7 +181,7 @@ def test_a_bug_in_one_scan_is_named_but_not_quoted(tree: Path, tmp_path: Path, m
 
 
 def test_outputs_are_no_inputs(tree: Path) -> None:
-    """Into the folder itself, and into a folder below it."""
+    """The outputs go into the input folder itself, or into a folder below it."""
     for out in (tree, tree / "derivatives" / "sr"):
         for _ in range(2):
             outcomes = upscale_cohort(ZeroFill(scale=2), tree, out)
@@ -333,7 +333,7 @@ def test_further_files_of_each_scan(tree: Path, tmp_path: Path) -> None:
     assert "Super-resolution report" in (tmp_path / "report" / f"{stem}.html").read_text("utf-8")
     spread = read_volume(tmp_path / "uncertainty" / f"{stem}_uncertainty.nii.gz")
     assert spread.array.shape == read_volume(tmp_path / "out" / f"{stem}.nii.gz").array.shape
-    # without them outputs are made again: the ensemble is another one
+    # a run without further files would make the outputs again, because its ensemble setting differs
     again = upscale_cohort(ZeroFill(scale=2), tree, tmp_path / "out", **places)  # type: ignore[arg-type]
     assert {o.status for o in again} == {"skipped"}
 
@@ -435,7 +435,7 @@ def test_one_of_two_processes_killed_and_the_run_repeated(tmp_path: Path) -> Non
 def test_under_torchrun_a_bad_file_stops_nobody(tmp_path: Path, weights: str) -> None:
     root, out = tmp_path / "in", tmp_path / "out"
     scan(root / "sub-0_T2w.nii", 0, (6, 6, 1))
-    # the largest goes to the first process, the bad one to the second, which is through long before
+    # the largest scan goes to the first process, the bad file to the second, which ends much earlier
     (root / "sub-0_T1w.nii").write_bytes(b"no scan at all" * 100)
     for k in range(1, 4):
         scan(root / f"sub-{k}_T2w.nii", k, (256, 256, 40) if k == 1 else (6, 6, 1))

@@ -1,4 +1,4 @@
-"""upscale(): the same numbers whatever the kind of scan, in the same units, at the same place in the world."""
+"""upscale(): equal numbers for every kind of input, in the input's units, at the same world coordinates."""
 
 import subprocess
 import sys
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:the scan does not look like a ma
 
 
 class Wobble(SRModel):
-    """Zero-fill plus an invented pattern: an estimate that is wrong in every frequency, above and below zero."""
+    """Zero-filling plus a synthetic pattern: an estimate that is wrong at every frequency, above and below zero."""
 
     minimum_size = 4
 
@@ -214,7 +214,7 @@ def test_settings_are_checked_before_anything_is_read(wobble: Wobble, tmp_path: 
 
 
 class Known(SRModel):
-    """Knows its answer, whatever it is shown; in the units of its input, which is divided by `unit`."""
+    """A model that returns `answer` / `unit` for every input."""
 
     minimum_size = 4
 
@@ -234,7 +234,7 @@ def disc() -> torch.Tensor:
 
 
 def with_consistency(answer: torch.Tensor, lr: torch.Tensor) -> list[torch.Tensor]:
-    """`answer`, made consistent with `lr`: not at all, exactly, of the object."""
+    """`answer` after data consistency with `lr`, for "off", "exact" and "object"."""
     model = Known(answer, intensity_scale(lr.numpy())).eval()
     return [upscale(model, lr, consistency=kind) for kind in ("off", "exact", "object")]
 
@@ -292,14 +292,14 @@ def test_nothing_needs_gradients_or_changes_the_input(wobble: Wobble) -> None:
     tensor = torch.from_numpy(before).requires_grad_()
     sharp = upscale(wobble, tensor)
     assert not sharp.requires_grad
-    sharp.add_(1)  # an ordinary tensor, not one of inference mode
+    sharp.add_(1)  # allowed: it is not an inference-mode tensor
 
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
-    assert torch.get_num_threads() == 2  # as it was, whatever happened
+    assert torch.get_num_threads() == 2  # restored, also after an error
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -376,14 +376,14 @@ def test_pixels_far_from_the_training_are_warned_about(wobble: Wobble) -> None:
     with pytest.warns(UserWarning, match=r"0\.9 x 0\.8 mm.*trained on 3 to 4 mm") as caught:
         upscale(wobble, volume)
     assert caught[0].filename == __file__
-    upscale(wobble, volume.array)  # nobody knows its spacing
+    upscale(wobble, volume.array)  # an array has no spacing
 
 
 # ------------------------------------------------------------------------------------------- place in the world
 
 
 def blob(shape: tuple[int, int, int], affine: np.ndarray, centre: np.ndarray, width: float) -> np.ndarray:
-    """A Gaussian at `centre` mm."""
+    """A Gaussian centred at `centre` [mm]."""
     index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
     mm = index @ affine[:3, :3].T + affine[:3, 3]
     return np.exp(-((mm - centre) ** 2).sum(-1) / (2 * width**2))
@@ -419,7 +419,7 @@ def test_a_coarser_scan_and_back(axis: int) -> None:
     assert_close(lr.spacing, [s if a == axis else 4 * s for a, s in enumerate(hr.spacing)])
     again = upscale(ZeroFill(scale=4), lr, axis=axis)
     assert_close(again.affine, hr.affine)
-    assert np.abs(centroid(again) - centroid(hr)).max() < 0.15  # the ends that were cut off take weight with them
+    assert np.abs(centroid(again) - centroid(hr)).max() < 0.15  # the cropped ends contain some of the weight
     view = hr.array[tuple(slice(n) for n in again.array.shape)]
     assert np.abs(again.array - view).max() < 0.05 * view.max()
 
@@ -474,7 +474,7 @@ def test_consistency_holds_whatever_ran_before_it(ensemble: bool, tile: int | No
     wobble = Wobble(strength=0.05).eval()
     lr = np.random.default_rng(0).uniform(500, 1000, (3, 13, 12)).astype(np.float32)
     sharp = upscale(wobble, lr, axis=0, consistency="exact", ensemble=ensemble, tile=tile)
-    assert sharp.min() > 0  # so nothing was clipped
+    assert sharp.min() > 0  # nothing was clipped
     np.testing.assert_allclose(degrade(torch.from_numpy(sharp), 2), lr, atol=0.02)
 
 
@@ -503,7 +503,7 @@ def test_tiles_are_what_the_model_sees(wobble: Wobble) -> None:
 
 @pytest.mark.parametrize("size", [(12, 9), (11, 8), (9, 9)])
 def test_reflections_are_about_the_origin(size: tuple[int, int]) -> None:
-    """Interpolation that commutes with them has nothing to disagree on; by plain reversal it would be blurred."""
+    """If a model commutes with these reflections, its ensemble has no spread. With plain reversals it would blur."""
     volume = Volume(np.random.default_rng(0).gamma(2.0, 200.0, (*size, 3)), oblique(1, 1, 4))
     for model in (ZeroFill(scale=3), Bicubic(scale=3, grid="half-pixel"), Bicubic(scale=2, grid="half-pixel")):
         sharp, spread = upscale_with_uncertainty(model, volume)
@@ -543,7 +543,7 @@ def test_nibabel_images_come_back_as_what_they_were(wobble: Wobble, kind: str) -
     np.testing.assert_array_equal(sharp.get_fdata(dtype=np.float32), expected.array)
     np.testing.assert_allclose(sharp.affine, expected.affine, atol=1e-5)
     np.testing.assert_allclose(sharp.header.get_zooms()[:3], (0.45, 0.4, 5.0), rtol=1e-5)
-    assert image.get_data_dtype().newbyteorder("=") == np.int16  # the header that came is left alone
+    assert image.get_data_dtype().newbyteorder("=") == np.int16  # the given header is unchanged
 
 
 def test_nibabel_images_keep_units_codes_and_slope(wobble: Wobble) -> None:
@@ -566,7 +566,7 @@ def test_nibabel_images_keep_units_codes_and_slope(wobble: Wobble) -> None:
     image.header.set_dim_info(slice=0)
     image.header.set_slice_duration(0.1)
     assert upscale(wobble, image, axis=0).header["slice_duration"] == np.float32(0.1)
-    assert upscale(wobble, image, axis=2).header["slice_duration"] == 0  # those slices are no longer there
+    assert upscale(wobble, image, axis=2).header["slice_duration"] == 0  # the acquired slices no longer exist
     with pytest.raises(VolumeError, match="give one 3-D volume"):
         upscale(wobble, nibabel.Nifti1Image(np.ones((8, 8, 2, 2), np.float32), np.eye(4)))
     with pytest.raises(VolumeError, match="magnitude"):
@@ -603,7 +603,7 @@ def test_the_hash_is_that_of_these_weights_or_none(tmp_path: Path) -> None:
     assert weights_hash(model) == model.sha256 == digest
     assert derivation(model) == f"deformmamba {__version__}, Wobble 2x, wobble ?.safetensors, sha256 {digest}"
     with torch.no_grad():
-        model.strength += 1  # trained on, in memory
+        model.strength += 1  # changed in memory, not in the file
     assert weights_hash(model) is None
     model = Wobble.from_pretrained(path)
     Wobble(strength=0.4).save_pretrained(path)
@@ -652,7 +652,7 @@ def test_a_failure_halfway_leaves_no_file(wobble: Wobble, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_output(tmp_path: Path) -> None:
-    """256 MB of output, of which a few slices are in memory at any time."""
+    """The output has 256 MB, and only a few of its slices are in memory at any time."""
     write_volume(tmp_path / "in.nii", Volume(np.random.default_rng(0).random((256, 256, 64), np.float32), np.eye(4)))
     code = (
         "import resource, sys, nibabel, tqdm; from deformmamba.inference import upscale, upscale_file\n"

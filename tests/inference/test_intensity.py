@@ -15,7 +15,7 @@ from deformmamba.physics.phantom import head
 from deformmamba.volume import Volume
 
 SHIFTS = [(0.03, 0.0), (50.0, 0.0), (1.0, 2000.0), (1.0, -0.3)]
-# of a result of about [0, 1]: float32 holds an offset of 2000 to 1e-4, and rounding is amplified by a few layers
+# by offset, for results of about [0, 1]: float32 stores an offset of 2000 to 1e-4, and a few layers amplify this error
 ROUNDING = {0.0: 2e-5, 2000.0: 2e-3, -0.3: 2e-5}
 
 
@@ -88,7 +88,7 @@ def test_images_without_magnitudes_are_named(model: DeformMambaSR, array: np.nda
 @pytest.mark.parametrize("name", ["ixi-4x", "spine-4x"])
 @pytest.mark.filterwarnings("ignore:the scan does not look like a magnitude image")
 def test_published_weights_take_each_slice_in_any_units(name: str, tmp_path: Path) -> None:
-    """Python, tiles, self-ensemble, the command line and the exported module: at most 1 % of the gain."""
+    """Python, tiles, self-ensemble, command line and exported module differ by at most 1 % of the network's gain."""
     model = from_pretrained(name)
     lr = degrade(torch.from_numpy(np.stack([900 * head(128, seed) for seed in range(2)])).float(), 4)
     window = lr[:, 4:28, 6:30].contiguous()  # tissue at its edges

@@ -1,4 +1,4 @@
-"""Thick slices made isotropic: geometry, what is refused, the choice between network and spline, consistency."""
+"""Thick slices made isotropic: geometry, refused inputs, the choice between network and spline, data consistency."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ SIZE = 48
 
 
 class Sharpen(SRModel):
-    """Stands in for a trained network: rows are sharpened, by `strength`."""
+    """Replaces a trained network: it sharpens rows by `strength`."""
 
     def __init__(self, *, strength: float = 0.35, scale: int = 1) -> None:
         super().__init__(scale=scale)
@@ -42,7 +42,7 @@ class Sharpen(SRModel):
 
 @pytest.fixture(scope="module")
 def truth() -> np.ndarray:
-    """Smooth random texture inside a ball, zero outside: SIZE voxels of 1 mm."""
+    """Smooth random texture inside a ball, zero outside; SIZE voxels of 1 mm."""
     rng = np.random.default_rng(0)
     field = torch.from_numpy(rng.standard_normal((1, 1, SIZE, SIZE, SIZE), np.float32))
     for _ in range(2):
@@ -70,7 +70,7 @@ def test_the_first_slice_stays_and_the_affine_follows(truth: np.ndarray, axis: i
     out, report = isotropic(scan, model=Sharpen(), to=1.0)
     assert out.array.shape[axis] == round(scan.array.shape[axis] * spacing) == report.shape[axis]
     assert out.spacing == pytest.approx((1, 1, 1))
-    # corner voxels: the first slice's centres are where they were; the last slice's centre is where it was
+    # corner voxels of the first and the last slice keep their world coordinates
     corner = [0, 0, 0]
     np.testing.assert_allclose(out.affine @ [*corner, 1], scan.affine @ [*corner, 1], atol=1e-9)
     corner[axis] = scan.array.shape[axis] - 1
@@ -112,8 +112,8 @@ def test_the_spline_passes_through_the_slices(truth: np.ndarray) -> None:
 
 @pytest.mark.parametrize(("how", "share"), [("exact", 0.1), ("object", 1.0), ("off", 1.0)])
 def test_consistency(truth: np.ndarray, how: str, share: float) -> None:
-    """Exact: averaged by the profile, the output gives the slices."""
-    scan = thick_scan(truth + 300)  # or negative values, which become 0, would be a difference
+    """With "exact", the slice profile applied to the output gives the input slices."""
+    scan = thick_scan(truth + 300)  # no negative values, which would become 0
     out, report = isotropic(scan, model=Sharpen(strength=0.6), consistency=how)
     job = Stack.of(scan)
     back = job.operator()(torch.from_numpy(out.array.copy()), 2).numpy()
@@ -146,7 +146,7 @@ def test_adaptation_learns_and_repeats(truth: np.ndarray, monkeypatch: pytest.Mo
     assert a.adapted == 8
     assert a.expected is not None
     assert a.expected.db > 0.2
-    assert weak.strength.item() == 0  # the network that was given is not changed
+    assert weak.strength.item() == 0  # adaptation leaves the given network unchanged
     assert a.expected == b.expected
     np.testing.assert_array_equal(first.array, second.array)
     timed, c = isotropic(scan, model=weak, adapt=0.0005)
@@ -269,7 +269,7 @@ def test_arguments_out_of_range(truth: np.ndarray) -> None:
         isotropic(scan, model=Sharpen(), consistency="always")
     with pytest.raises(InvalidArgument, match="seed is -1"):
         isotropic(scan, model=Sharpen(), seed=-1)
-    with pytest.raises(InvalidArgument, match=r"0\.25 mm or more"):  # it would fill the memory
+    with pytest.raises(InvalidArgument, match=r"0\.25 mm or more"):  # smaller voxels could fill the memory
         isotropic(scan, model=Sharpen(), to=0.01)
     for wrong in ("three", -1, "2.5 steps", "5 hours", float("nan")):
         with pytest.raises(InvalidArgument, match="minutes"):
@@ -319,12 +319,12 @@ def test_noise_is_that_of_flat_tissue() -> None:
     generator = torch.Generator().manual_seed(0)
     slices = 0.5 + 0.02 * torch.randn(8, 128, 128, generator=generator)
     slices[:, 64:] += 0.3 * torch.sign(torch.randn(8, 64, 128, generator=generator))  # texture
-    # the twentieth of blocks of 64 details lies two standard errors, a fifth, below their mean
+    # the 5th percentile over blocks of 64 detail coefficients is two standard errors, i.e. a fifth, below the mean
     assert noise_level(slices) == pytest.approx(0.02, rel=0.25)
 
 
 def test_scale_one_is_one_of_the_zoo() -> None:
-    """The skip of a network at scale 1 is the input file, so an untrained one changes nothing."""
+    """The skip of a network at scale 1 is the input itself, so an untrained network changes nothing."""
     network = DeformMambaSR.from_preset("tiny", scale=1, dims=[16, 24], depths=[1, 1]).eval()
     image = torch.rand(1, 1, 21, 30)
     with torch.inference_mode():

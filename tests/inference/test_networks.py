@@ -1,4 +1,4 @@
-"""What upscale() takes: models and their wrappers, names, paths, lists; and what it says of wrong arguments."""
+"""Arguments of upscale(): models and their wrappers, names, paths, lists; and the messages for wrong arguments."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +32,7 @@ def test_wrappers_give_what_the_model_inside_gives(model: VDSR) -> None:
     mean = upscale(model, slices(), axis=0, ensemble=True)
     averaged = torch.optim.swa_utils.AveragedModel(model)
     for wrapper in (nn.DataParallel(model), averaged, torch.compile(model, backend="eager"), nn.DataParallel(averaged)):
-        # compiled programs fuse, and batches differ in size
+        # compiled programs fuse operations, and batch sizes differ
         np.testing.assert_allclose(upscale(wrapper, slices(), axis=0), expected, rtol=1e-4, atol=0.05)
         np.testing.assert_allclose(upscale(wrapper, slices(), axis=0, ensemble=True), mean, rtol=1e-4, atol=0.05)
 

@@ -1,4 +1,4 @@
-"""What an output says of itself: in headers, in the JSON file beside it, in the report and in the figure; 4-D scans."""
+"""The provenance of an output in its header, JSON file, report and figure; 4-D scans."""
 
 import json
 import os
@@ -99,7 +99,7 @@ def test_every_volume_of_a_4d_scan_goes_into_one_file(tmp_path: Path, axis: int)
     assert nibabel.load(tmp_path / "u.nii").shape == made.shape
     for k in range(3):
         expected = upscale(model, volume(seed=k), axis=axis, ensemble=True)
-        # slices side by side and in batches
+        # the slices run in other batches
         np.testing.assert_allclose(made.get_fdata()[..., k], expected.array, rtol=1e-4, atol=0.01)
         np.testing.assert_allclose(made.affine, expected.affine, atol=1e-5)  # a NIfTI header holds float32
     upscale_file(model, tmp_path / "in.nii.gz", tmp_path / "one.nii", volume=1, axis=axis)
@@ -251,7 +251,7 @@ def test_signals_leave_nothing_half_written(tmp_path: Path, number: signal.Signa
     if number == signal.SIGKILL:
         assert process.returncode == -number
         assert any(out.iterdir())
-        write_volume(out / "b.nii", volume())  # the next one sweeps
+        write_volume(out / "b.nii", volume())  # the next writer removes the leftover
         assert [path.name for path in out.iterdir()] == ["b.nii"]
     else:
         assert process.returncode == 128 + number

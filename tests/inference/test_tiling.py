@@ -1,4 +1,4 @@
-"""Tiles: they cover, their windows sum to 1, and what looks only so far comes out as if there were no tiles."""
+"""Tiles cover the slice, their windows sum to 1, and operators of limited reach give the same result without tiles."""
 
 import itertools
 
@@ -33,7 +33,7 @@ def test_tiles_cover_and_overlap_as_asked(cut: tuple[int, int, int, int]) -> Non
     for (start, stop), (following, _) in itertools.pairwise(placed):
         assert start < following <= stop - overlap
     stride = (tile - overlap) // multiple * multiple
-    assert len(placed) <= 1 + max(0, -(-(n - tile) // stride)) + 1  # as few as can be, but for the multiple
+    assert len(placed) <= 1 + max(0, -(-(n - tile) // stride)) + 1  # the minimum, plus one because of the multiple
 
 
 @given(cuts(), st.integers(1, 4))
@@ -44,7 +44,7 @@ def test_windows_sum_to_one(cut: tuple[int, int, int, int], scale: int) -> None:
     for (start, stop), weight in zip(spans(*cut), windows(*cut, scale), strict=True):
         assert (weight >= 0).all()
         total[scale * start : scale * stop] += weight
-        # the outer quarter of an overlap has no say, except at the ends of the whole
+        # the outer quarter of an overlap has weight 0, except at the ends of the slice
         margin = scale * overlap // 4
         assert start == 0 or not weight[:margin].any()
         assert stop == n or not weight[len(weight) - margin :].any()
@@ -72,7 +72,7 @@ def test_the_tiled_identity_is_the_identity(
 
 @pytest.mark.parametrize("overlap", [8, 12, 16])
 def test_local_operators_do_not_see_the_tiles(overlap: int) -> None:
-    """A reach of a quarter of the overlap: convolution and pixel shuffle, non-linear in between."""
+    """Convolution, tanh and pixel shuffle with a reach of a quarter of the overlap give the same with tiles."""
     lr = image(1, 1, 61, 45).double()
     side = 2 * (overlap // 4) + 1
     kernel = torch.randn(4, 1, side, side, generator=torch.Generator().manual_seed(1)).double()
@@ -82,11 +82,11 @@ def test_local_operators_do_not_see_the_tiles(overlap: int) -> None:
 
     whole = local(lr, None)
     assert (tiled(local, lr, 2, tile=24, overlap=overlap) - whole).abs().max() < 1e-12
-    assert (tiled(local, lr, 2, tile=24, overlap=0) - whole).abs().max() > 1e-3  # it does look across
+    assert (tiled(local, lr, 2, tile=24, overlap=0) - whole).abs().max() > 1e-3  # it reaches into the next tile
 
 
 def test_a_network_gets_its_place_of_the_whole_slice() -> None:
-    """A fresh network with a zero-filled skip adds nothing yet: tiles of it are the zero-filled whole."""
+    """An untrained network with a zero-filled skip adds nothing, so its tiles join to the zero-filled slice."""
     model = DeformMambaSR(scale=2, dims=(8, 12), depths=(1, 1), patch=2, d_state=4, skip="zero-fill").eval()
     lr = image(1, 1, 40, 36)
     base = zero_fill(lr, 2)
@@ -94,7 +94,7 @@ def test_a_network_gets_its_place_of_the_whole_slice() -> None:
         sr = tiled(model, lr, 2, tile=16, overlap=4, multiple=model.multiple, base=base)
         torch.testing.assert_close(sr, base, rtol=0, atol=1e-6)
         without = tiled(model, lr, 2, tile=16, overlap=4, multiple=model.multiple)
-    assert (without - base).abs().max() > 1e-2  # each tile's own wraps around at its edges
+    assert (without - base).abs().max() > 1e-2  # zero-filling of a single tile wraps around at its edges
 
 
 def test_a_slice_that_fits_is_one_tile() -> None:
