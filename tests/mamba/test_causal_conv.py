@@ -1,4 +1,4 @@
-"""Mamba's short convolution: kernels, packs and states, against the definitions."""
+"""Mamba's short convolution: kernels, packed sequences and states, compared with the definitions."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def test_it_equals_the_definition(channels_last: bool, width: int, length: int, 
     expected = causal_conv1d_ref(*given, activation=activation)
     assert_close(y, expected)
     assert y.stride() == x.stride() or length == 1
-    y += 0  # the result may be changed in place
+    y += 0  # callers may change the result in place
     dy = torch.randn_like(y)
     for ours, theirs in zip(*(torch.autograd.grad(t, given, dy) for t in (y, expected)), strict=True):
         assert_close(ours, theirs)

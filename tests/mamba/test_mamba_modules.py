@@ -1,4 +1,4 @@
-"""The blocks Mamba and Mamba2 and the norms: parameters as in mamba-ssm, sequences, steps, packs."""
+"""The blocks Mamba and Mamba2 and the norms: parameters as in mamba-ssm, sequences, single steps, packed sequences."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +28,7 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-# names and shapes as mamba-ssm 2.3 has them, for d_model=8
+# names and shapes of the parameters in mamba-ssm 2.3, for d_model=8
 MAMBA = {
     "A_log": (16, 4), "D": (16,), "in_proj.weight": (32, 8), "conv1d.weight": (16, 1, 4), "conv1d.bias": (16,),
     "x_proj.weight": (9, 16), "dt_proj.weight": (16, 1), "dt_proj.bias": (16,), "out_proj.weight": (8, 16),
@@ -116,7 +116,7 @@ def test_both_directions_and_slices() -> None:
                                   if n.split(".")[0] in ("conv1d", "x_proj", "dt_proj")}
                           | {"A_b_log": twin["A_log"], "D_b": twin["D"]})  # fmt: skip
     x = torch.randn(1, 6, 8)
-    # the same weights both ways: reversing the sequence reverses the output
+    # both directions have the same weights, so reversing the sequence reverses the output
     assert_close(block(x.flip(1)), block(x).flip(1))
     sliced = Mamba(8, d_state=4, bimamba_type="v3", nslices=3)
     assert sliced(x).shape == x.shape

@@ -1,4 +1,4 @@
-"""Mamba's selective scan, its fused block and its single step, against their definitions."""
+"""Mamba's selective scan, its fused block and its single step, compared with their definitions."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -75,13 +75,13 @@ def test_a_complex_a_takes_the_definition() -> None:
 def test_half_precision_inputs_have_a_float32_state(dtype: torch.dtype) -> None:
     given = arguments(1, 8, 4, 300)
     half = [t.to(dtype) for t in given]
-    for i in (2, 5, 7):  # A, D and bias stay as mixed models have them
+    for i in (2, 5, 7):  # A, D and bias stay in float32, as in mixed precision
         half[i] = given[i]
     y, last = selective_scan_fn(*half, True, True)
     exact, exact_last = selective_scan_ref(*(t.double() for t in half), True, True)
     assert y.dtype == dtype
     assert last.dtype == torch.float32
-    # y is rounded once; the state is that of float32
+    # y is rounded once; the state has float32 precision
     torch.testing.assert_close(y.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)
     torch.testing.assert_close(last.double(), exact_last, rtol=1e-4, atol=1e-4)
 
@@ -105,7 +105,7 @@ def test_step_sizes_at_the_ends(size: float) -> None:
     y, last = selective_scan_fn(u, delta, A, B, C, D, z, None, False, True)
     exact = [t.double() for t in (u, delta, A, B, C, D, z)]
     expected, expected_last = selective_scan_ref(*exact, None, False, True)
-    # sums of float32 products, whose largest terms set the scale
+    # sums of float32 products: the error is relative to their largest terms
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
     torch.testing.assert_close(last.double(), expected_last, rtol=1e-4, atol=1e-6 * expected_last.abs().max().item())
 
@@ -117,7 +117,7 @@ def test_memory_layout_does_not_matter() -> None:
     wide[:, ::2, ::2] = u.transpose(1, 2)
     strided = wide[:, ::2, ::2].transpose(1, 2)
     y = selective_scan_fn(strided, delta.transpose(1, 2).contiguous().transpose(1, 2), A, B, C, D, z, bias, True)
-    # other strides may take another order of vectors
+    # with other strides, numbers may be added in another order
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     one = u[:, :1].expand(-1, 6, -1)
     torch.testing.assert_close(
@@ -162,7 +162,7 @@ def test_the_fused_block_normalises_b_c_and_delta_as_asked() -> None:
     rows = {"b_rms_weight": torch.ones(3).double(), "c_rms_weight": 2 * torch.ones(3).double()}
     normed = mamba_inner_fn(*given[:8], **rows, b_c_dt_rms_eps=0.0)
     assert not torch.allclose(plain, normed, atol=1e-6)
-    # C with twice the weight gives twice y, without D and gate in between
+    # twice the weight of C gives twice the y, before D and the gate
     halved = mamba_inner_fn(*given[:8], b_rms_weight=rows["b_rms_weight"], c_rms_weight=torch.ones(3).double(),
                             b_c_dt_rms_eps=0.0)  # fmt: skip
     assert_close(normed - given[6], 2 * (halved - given[6]))
@@ -174,7 +174,7 @@ def test_both_directions_are_two_scans() -> None:
     both = bimamba_inner_fn(*given[:8], A_b)
     forward = mamba_inner_fn(*given[:8])
     assert both.shape == forward.shape
-    # with rates so fast that nothing is remembered, both directions see one element: twice the same
+    # these rates are so fast that the state keeps only the current element, so both directions give the same
     given[7] = A_b = torch.full((6, 3), -1e9).double()
     bias = given[6]
     assert_close(bimamba_inner_fn(*given[:8], A_b) - bias, 2 * (mamba_inner_fn(*given[:8]) - bias))

@@ -1,4 +1,4 @@
-"""The scan of volumes: its definition, its symmetry, what it refuses."""
+"""The scan of volumes: definition, symmetry, refused arguments."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Mamba-2's scan against its definition: values, gradients, packs, states, and step sizes at the ends."""
+"""Mamba-2's scan and its definition: values, gradients, packed sequences, states, very small and large step sizes."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ def packed(b: int, *lengths: int) -> Tensor:
     return torch.cat([torch.full((b, length), i) for i, length in enumerate(lengths)], 1)
 
 
-# steps of 1e4: no decay fits the range of float32, each is computed for itself
+# with steps of 1e4 every decay underflows in float32, so each is computed separately
 @pytest.mark.parametrize("size", [1e-7, 1, 30, 1e4])
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -72,7 +72,7 @@ def test_spans_and_chunks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
         compare_with_gradients(given, 1e-12, seq_idx=packed(2, 16, 1, length - 17))
         if length > 32:  # a sequence that starts with a span
             compare_with_gradients(given, 1e-12, seq_idx=packed(2, 32, 20, length - 52))
-        # spans with and without decays in range
+        # spans whose decays underflow, and spans whose decays do not
         given[1][:, 40:] *= 1e3
         compare_with_gradients(given, 1e-11)
 
@@ -121,7 +121,7 @@ def test_a_long_sequence() -> None:
     given = [t.requires_grad_() for t in arguments(1, 65_536, 2, 4, 1, 4)]
     ours, _ = mamba_chunk_scan_combined(*given[:5], 64, dt_softplus=True, return_final_states=True)
     part = [t[:, -300:] if t.ndim > 1 else t for t in given[:5]]
-    # the past is forgotten after 300 steps of about 0.7
+    # after 300 steps of about 0.7, nothing remains of earlier states
     torch.testing.assert_close(ours[:, -100:], ssd_ref(*part, dt_softplus=True)[0][:, -100:], rtol=1e-4, atol=1e-4)
     ours.sum().backward()
     assert all(torch.isfinite(t.grad).all() for t in given[:5] if t.grad is not None)

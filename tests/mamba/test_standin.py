@@ -1,4 +1,4 @@
-"""The stand-ins for mamba_ssm and causal_conv1d: what they replace, what they leave alone, how they go."""
+"""The stand-ins for mamba_ssm and causal_conv1d: what they replace, what they do not change, how they are removed."""
 
 import importlib
 import subprocess
@@ -173,7 +173,7 @@ def test_the_convolution_extension_knows_every_version() -> None:
 
 
 def test_functions_that_transformers_has_already_bound_follow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made as transformers 5.16 and later make them; the library itself is tried in benchmarks/mamba.py."""
+    """The functions are built as in transformers 5.16 and later; benchmarks/mamba.py runs the library itself."""
     module = type(sys)("transformers.models.made_up")
 
     def decorate(func_name: str, package: str) -> Any:

@@ -1,4 +1,4 @@
-"""One step on a CPU: the C functions equal the definitions, and do not run where they do not apply."""
+"""One step on a CPU: the C functions equal the definitions, and do not run for arguments that they do not support."""
 
 import itertools
 
@@ -23,7 +23,7 @@ def seed() -> None:
 
 
 def step(b: int, heads: int | None, d: int, n: int, groups: int, tied: bool) -> dict[str, Tensor]:
-    """Arguments of a step; B, C and x are parts of larger tensors, as models have them."""
+    """Arguments of a step; B, C and x are slices of larger tensors, as in models."""
     sizes = (d,) if heads is None else (heads, d)
     narrow = sizes[:-1] if tied else sizes
     A, dt, bias = -torch.rand(*(narrow if tied else (*sizes, n))), torch.randn(b, *narrow), torch.randn(narrow)

@@ -1,4 +1,4 @@
-"""PSNR, SSIM, NMSE, HFEN against scikit-image, scipy and fastMRI's definition, by protocol, size, range and dtype."""
+"""PSNR, SSIM, NMSE, HFEN equal scikit-image, scipy and fastMRI's definition, for every protocol, size, range, dtype."""
 
 import math
 import os
@@ -44,7 +44,7 @@ def test_equal_to_scikit_image(shape, peak, dtype):
 
 
 def body(shape, peak, dtype):
-    """A bright disc with a dark hole in air that is not quite 0; and an estimate of it."""
+    """A bright disc with a dark hole, in air that is almost 0, and an estimate of this image."""
     rng = np.random.default_rng(1)
     y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape[1:]), indexing="ij")
     radius = np.hypot(y, x)
@@ -80,7 +80,7 @@ def test_the_foreground_is_the_body_with_its_dark_middle():
     assert mask.shape == hr.shape
     assert (mask == disc).mean() > 0.99
     np.testing.assert_array_equal(foreground(hr[0]), mask[0])
-    hr[1, 0, 0] = 300  # one bright pixel in a corner encloses nothing but itself and the lines to it
+    hr[1, 0, 0] = 300  # one bright corner pixel adds only itself to the foreground
     assert foreground(hr)[1].sum() <= mask[1].sum() + 1
     assert not foreground(np.zeros((4, 4))).any()
 
@@ -106,7 +106,7 @@ def test_high_frequency_error_is_that_of_scipys_filter(shape, peak, dtype, proto
 
 
 def test_the_filter_is_the_rotationally_symmetric_one_of_its_paper():
-    """MATLAB's fspecial("log", 15, 1.5), as the paper uses it: the same shape once its own norm is divided out."""
+    """Our filter equals MATLAB's fspecial("log", 15, 1.5), which the paper uses."""
     gaussian, second = metrics._laplacian_of_gaussian()
     ours = torch.outer(second, gaussian) + torch.outer(gaussian, second)
     y, x = np.meshgrid(np.arange(-7, 8), np.arange(-7, 8), indexing="ij")

@@ -1,4 +1,4 @@
-"""Means and spreads over subjects, against numpy and scipy; no interval where there is no basis for one."""
+"""Means and spreads over subjects, compared with numpy and scipy; no interval for too few subjects."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def test_quantiles_are_those_of_the_tables():
 def test_the_interval_contains_the_mean_as_often_as_it_says(n, level):
     rng = np.random.default_rng(n)
     intervals = [spread(rng.normal(30, 2, size=n), level=level).interval for _ in range(2000)]
-    # four standard errors of a share of 2,000: 0.036 at 80 %, 0.019 at 95 %
+    # four standard errors of a share in 2,000 trials: 0.036 at 80 %, 0.019 at 95 %
     margin = 4 * math.sqrt(level * (1 - level) / 2000)
     assert np.mean([low <= 30 <= high for low, high in intervals]) == pytest.approx(level, abs=margin)
 
@@ -104,7 +104,7 @@ def test_differences_are_paired():
     result = paired_difference(a, dict(reversed(b.items())))
     assert result.mean == pytest.approx(np.mean([a[s] - b[s] for s in a]))
     low, high = result.interval
-    assert 0.08 < low < result.mean < high < 0.12  # while each method alone varies by 5
+    assert 0.08 < low < result.mean < high < 0.12  # the score of each method alone has standard deviation 5
     with pytest.raises(ValueError, match="only in one: s9"):
         paired_difference(a, {**b, "s9": 1.0})
     assert paired_difference({"x": math.inf}, {"x": math.inf}).mean == 0

@@ -1,4 +1,4 @@
-"""The networks of table 2 against their papers: sizes, shapes on the way, what is computed, and that they learn."""
+"""The networks of table 2 agree with their papers: sizes, intermediate shapes, values; and they learn."""
 
 import sys
 from typing import Any
@@ -34,7 +34,7 @@ def build(name: str, **arguments: Any) -> SRModel:
 
 
 def phantom(n: int) -> torch.Tensor:
-    """An (n, n) head of smooth tissue with a few sharp structures, within [0, 1]."""
+    """(n, n), within [0, 1]: a head of smooth tissue with a few sharp structures."""
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, n)] * 2, indexing="ij")
     head = ((x / 0.7) ** 2 + (y / 0.9) ** 2 < 1).float() * (0.5 + 0.2 * torch.sin(7 * x + 3 * y))
     return head + 0.3 * ((x - 0.2) ** 2 + (y + 0.1) ** 2 < 0.04)
@@ -44,7 +44,7 @@ def phantom(n: int) -> torch.Tensor:
 
 
 def weights(model: nn.Module) -> int:
-    """Without biases, as the earlier papers count."""
+    """The number of weights without biases, as the earlier papers count."""
     return sum(p.numel() for name, p in model.named_parameters() if not name.endswith("bias"))
 
 
@@ -66,7 +66,7 @@ def test_vdsr_has_the_weights_that_are_quoted_for_it() -> None:
         (
             "SwinIR",
             {"scale": 4, "width": 60, "depths": [6] * 4, "heads": [6] * 4, "upsampler": "pixelshuffledirect"},
-            0.93,  # as later papers count the released code; its own table 3 prints 0.897
+            0.93,  # count of the released code in later papers; table 3 of its own paper has 0.897
         ),
         ("HAT", {"scale": 4}, 20.8),  # table 6 of the HAT paper
     ],
@@ -165,7 +165,7 @@ def test_interpolation_before_a_network_stays_in_full_precision() -> None:
 
 
 def naive_attention(query: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`task_attention` of one image, by its definition."""
+    """`task_attention` of one image by definition."""
     c, h, w = query.shape
     a, b = (F.pad(x, (1, 1, 1, 1)) for x in (query, source))
     offered = [b[:, y : y + 3, x : x + 3] for y in range(source.shape[1]) for x in range(source.shape[2])]

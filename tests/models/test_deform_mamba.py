@@ -1,4 +1,4 @@
-"""The network: sizes, presets, ablations, the global skip, and the trained deform branch of the shipped checkpoint."""
+"""The network: sizes, presets, ablations, global skip, and the trained deform branch of the shipped checkpoint."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_any_size_comes_out_scale_times_larger(scale, size):
 
 @pytest.mark.parametrize("skip", [None, "zero-fill"])
 def test_padding_does_not_move_the_image(skip):
-    """A constant image stays what it is near the origin, whether or not its size needs padding."""
+    """A constant image does not change near the origin, whether or not its size needs padding."""
     model = network(skip=skip, scale=4, context=False)
     a, b = model(torch.full((1, 1, 16, 16), 0.5)), model(torch.full((1, 1, 15, 13), 0.5))
     assert a.shape[-1] == 64

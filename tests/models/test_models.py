@@ -28,7 +28,7 @@ from deformmamba.models.base import pad_to_multiple
 from deformmamba.physics.kspace import GRIDS, degrade, zero_fill
 from deformmamba.weights import WeightsError, write_checkpoint
 
-# arguments that make a class small enough to test; a class without an entry is tested with {"scale": 2}
+# arguments that make a class small enough for tests; a class without an entry is tested with {"scale": 2}
 SMALL: dict[str, dict[str, Any]] = {
     "DeformMambaSR": {"scale": 2, "dims": (8, 12), "depths": (1, 1), "patch": 2, "stem_channels": 4, "d_state": 4},
     "SRCNN": {"scale": 2, "widths": (6, 4)},
@@ -41,7 +41,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def build(name: str, **overrides: Any) -> SRModel:
-    """A small model in eval mode whose every parameter is random, so that no zero initialisation hides a mistake."""
+    """A small model in eval mode. All parameters are random, because a zero initialisation could hide a mistake."""
     torch.manual_seed(0)
     model = MODELS[name](**{**SMALL.get(name, {"scale": 2}), **overrides}).eval()
     for parameter in model.parameters():
@@ -169,7 +169,7 @@ class TestContract:
             model(torch.full_like(lr, torch.nan))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            model(lr * 1.5)  # Gibbs overshoot is no mistake
+            model(lr * 1.5)  # Gibbs overshoot causes no warning
             model.train()(lr * 1000)
 
     @pytest.mark.parametrize("scale", [0, -2, 17, 2.0, True, "2", None])
@@ -212,7 +212,7 @@ class Rated(SRModel):
 
 
 class Passed(Bicubic):
-    """A subclass that hands the rest of its arguments on."""
+    """A subclass that passes its other arguments to the base class."""
 
     def __init__(self, *, extra: int = 3, **rest: Any) -> None:
         super().__init__(**rest)
@@ -262,7 +262,7 @@ def test_no_constructor_lists_its_arguments_twice(cls: type[SRModel]) -> None:
 
 
 class Toy(SRModel):
-    """What `from_checkpoint` must cope with: a buffer that is stored, one that is not, integers, and a subclass."""
+    """A subclass for `from_checkpoint` with a stored buffer, a buffer that is not stored, and integers."""
 
     def __init__(self, *, scale: int = 2, width: int = 3, intensity: str = "p99.9") -> None:
         super().__init__(scale=scale, width=width, intensity=intensity)
@@ -342,7 +342,7 @@ def test_the_hub_gets_what_is_saved() -> None:
 
 @torch.no_grad()
 def test_shapes_without_values(name: str) -> None:
-    """On the meta device and under FakeTensor a model gives shapes, and reads no value."""
+    """On the meta device and under FakeTensor, a model computes shapes and reads no value."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     model = build(name)
@@ -373,7 +373,7 @@ def test_loading_does_not_depend_on_the_default_dtype(tmp_path: Path) -> None:
 
 
 def _tampered(path: Path, change: Any) -> Path:
-    """A file whose header is right for its bytes, but whose class, config or tensors were changed by `change`."""
+    """A file whose header fits its bytes, after `change` has changed the class, config or tensors."""
     model = Toy()
     parts: dict[str, Any] = {"class_name": "Toy", "config": dict(model.config), "tensors": dict(model.state_dict())}
     change(parts)
@@ -498,7 +498,7 @@ def test_bspline_is_the_spline_of_scipy(grid: Any, scale: int, size: tuple[int, 
     lr = image(1, 1, *size).double()
     model = BSpline(scale=scale, grid=grid)
     positions = np.meshgrid(*(model.positions(n).numpy() for n in size), indexing="ij")
-    # scipy's spline_filter takes an axis of length 1 for a constant, as we do, but its evaluation cannot mirror it
+    # scipy's spline_filter treats an axis of length 1 as a constant, as we do, but scipy cannot evaluate it mirrored
     expected = ndimage.map_coordinates(
         lr[0, 0].numpy(), positions, order=3, mode="mirror" if min(size) > 1 else "nearest"
     )
@@ -520,7 +520,7 @@ def test_bicubic_is_that_of_torch_where_torch_has_one(scale: int, size: tuple[in
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(
     ("model", "degree", "margin"),
-    [(Bicubic, 2, 8), (BSpline, 3, 120)],  # the mirrored edge of a spline fades by 0.27 a sample
+    [(Bicubic, 2, 8), (BSpline, 3, 120)],  # the effect of a spline's mirrored edge falls by 0.27 per sample
 )
 def test_polynomials_are_reproduced_away_from_the_edges(model: Any, degree: int, margin: int, grid: Any) -> None:
     net = model(scale=4, grid=grid)

@@ -6,7 +6,7 @@ import torch
 from deformmamba.models import DeformMambaSR
 from deformmamba.models.normalise import slice_range
 
-# of an output of about [0, 1]: float32 rounding of the input, amplified by a few layers
+# tolerance for an output of about [0, 1]: float32 rounding of the input, amplified by a few layers
 ROUNDING = 1e-5
 
 
@@ -15,7 +15,7 @@ def model() -> DeformMambaSR:
     torch.manual_seed(0)
     made = DeformMambaSR(scale=2, dims=[8, 12], depths=[1, 1], stem_channels=4, d_state=4, skip="zero-fill-edges",
                          normalise="slice")  # fmt: skip
-    torch.nn.init.normal_(made.project.weight, std=0.3)  # it starts at zero, and there would be nothing to see
+    torch.nn.init.normal_(made.project.weight, std=0.3)  # its initial value is 0
     return made.eval()
 
 
@@ -44,7 +44,7 @@ def test_a_marker_changes_what_is_far_from_it_little(model: DeformMambaSR, lr: t
     marked[:, :, 38:40, 34:36] = 20
     before, after = slice_range(lr), slice_range(marked)
     assert ((after - before).abs() < 0.05).all()
-    # the base rings around a marker in any case; what the network adds to it hardly changes far from it
+    # the zero-filled base rings around a marker; the network's residual hardly changes far from the marker
     far = (..., slice(0, 60), slice(40, 60))
     residuals = [model(image)[far] - model.whole_slice(image)["base"][far] for image in (lr, marked)]
     assert (residuals[1] - residuals[0]).abs().mean() < 0.25 * residuals[0].abs().mean()
@@ -53,7 +53,7 @@ def test_a_marker_changes_what_is_far_from_it_little(model: DeformMambaSR, lr: t
 @torch.no_grad()
 def test_constant_regions_stay_what_they_are(model: DeformMambaSR, lr: torch.Tensor) -> None:
     for offset in (0.0, -3.0):
-        assert (model(lr + offset)[..., :36, :32] == offset).all()  # two LR pixels from the region's border
+        assert (model(lr + offset)[..., :36, :32] == offset).all()  # two LR pixels away from the region's border
     assert (model(torch.full((1, 1, 12, 12), 5.0)) == 5).all()
 
 

@@ -1,4 +1,4 @@
-"""Each degradation: its adjoint or its reason, its seed, its grid, its size, and an independent library's result."""
+"""Each degradation: adjoint, or the reason why it has none; seed, grid, size; comparison with independent libraries."""
 
 import math
 import os
@@ -25,7 +25,7 @@ from deformmamba.physics.degradations import (
 )
 from deformmamba.physics.kspace import degrade, zero_fill
 
-# one of each entry of the table, both outputs where there are two, and compositions
+# one example per entry of the table, with both outputs if there are two, and compositions
 EXAMPLES = [
     "k-space:scale=2",
     "k-space:scale=4,output=real",
@@ -112,13 +112,13 @@ def test_it_shrinks_by_its_scale_and_refuses_what_that_does_not_divide(text):
     if "output=real" in text or text.split(":")[0] not in ("k-space", "truncation", "partial-fourier"):
         with pytest.raises(ValueError, match=r"float32 or float64 .*not torch.complex128"):
             degradation(image(16, 16) + 0j)
-    else:  # a global phase changes no magnitude
+    else:  # a global phase does not change magnitudes
         assert_close(degradation(image(16, 16) * 1j), degradation(image(16, 16)))
 
 
 @pytest.mark.parametrize("text", [text for text in EXAMPLES if "snr" not in text])
 def test_samples_lie_on_the_declared_grid(text):
-    """A slow wave, sampled: its phase tells where."""
+    """The phase of a slow wave in the samples gives their position."""
     degradation = parse(text)
     n, s = 96, degradation.scale
     position = torch.arange(n, dtype=torch.float64)
@@ -133,7 +133,7 @@ def test_samples_lie_on_the_declared_grid(text):
             assert (abs(shift) < 0.2) == (grid == degradation.grid), f"{shift} pixels off the {grid} grid"
         else:
             assert abs(shift) < 0.2
-    assert lr.mean().item() == pytest.approx(2, abs=0.05)  # intensities are kept
+    assert lr.mean().item() == pytest.approx(2, abs=0.05)  # the mean intensity does not change
 
 
 @pytest.mark.parametrize("text", EXAMPLES)
@@ -147,7 +147,7 @@ def test_crop_is_the_one_of_kspace_and_truncation_its_zero_filling():
     x = image(2, 20, 28)
     assert torch.equal(KSpaceCrop(scale=4)(x), degrade(x, 4))
     assert torch.equal(KSpaceCrop(scale=2, output="real")(x), degrade(x, 2, output="real"))
-    odd = image(2, 18, 30)  # 9 and 15 lines are kept: no unpaired frequency
+    odd = image(2, 18, 30)  # 9 and 15 lines remain: no unpaired frequency
     truncated = Truncation(factor=2, output="real")(odd)
     assert_close(truncated, zero_fill(degrade(odd, 2, output="real"), 2))
     assert_close(Truncation(factor=2, output="real")(truncated), truncated)

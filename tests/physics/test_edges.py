@@ -1,4 +1,4 @@
-"""The edge-aware zero-filling: what it keeps of plain zero-filling, and what it does at a cut edge."""
+"""The edge-aware zero-filling methods: properties shared with plain zero-filling, and behaviour at cut edges."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def smooth_scene(h: int, w: int) -> torch.Tensor:
 def test_the_parts_add_up_and_the_smooth_part_takes_the_jump(size: tuple[int, int]) -> None:
     image = torch.rand(3, *size, dtype=torch.float64)
     smooth = smooth_part(image, gate=CUT)
-    # the discrete Laplacian of the smooth part is the jump at the edges and zero inside (Moisan's equation)
+    # the discrete Laplacian of the smooth part is the jump at the edges, and zero elsewhere (Moisan's equation)
     laplacian = sum(smooth.roll(k, d) for k in (1, -1) for d in (-2, -1)) - 4 * smooth
     assert laplacian[:, 1:-1, 1:-1].abs().max() < 1e-12
     assert_close(laplacian[:, 0, 1:-1], (image[:, -1] - image[:, 0])[:, 1:-1])
@@ -105,7 +105,7 @@ def test_edges_drawn_from_each_model_are_told_apart(scale: int) -> None:
         lines = torch.cat([sides[:, SIDE:], sides[:, :SIDE]], dim=1)
         found.append(float(_likely_cut(lines, inverse, determinant)))
     assert found[0] == 1  # index 0 is a cut edge
-    assert max(found[1:]) < (0.9 if scale == 2 else 0.6)  # at 2x the models differ less
+    assert max(found[1:]) < (0.9 if scale == 2 else 0.6)  # the models are more alike at 2x
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])

@@ -1,4 +1,4 @@
-"""The phantom: the same numbers every time, in range, with air around it."""
+"""The phantom: equal numbers in every call, within its range, with air around it."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The slice profile as a linear operator, its adjoint, and the cubic spline that undoes nothing of it."""
+"""The slice profile as a linear operator, its adjoint, and the cubic spline."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from deformmamba.physics.slice_profile import (
 GEOMETRIES = [
     # (voxels, voxel mm, spacing mm, thickness mm, first centre mm)
     (40, 1.0, 4.0, 4.0, 0.0),
-    (41, 0.9, 3.3, 3.0, 0.4),  # not whole, a gap, a sub-slice phase
+    (41, 0.9, 3.3, 3.0, 0.4),  # spacing / voxel is not whole, slices have gaps, a sub-slice phase
     (33, 0.7, 5.0, 6.0, -0.2),  # slices overlap
     (64, 1.0, 2.0, 1.2, 0.5),
 ]
@@ -37,12 +37,12 @@ def test_adjoint_and_mean(kind: str, n: int, voxel: float, spacing: float, thick
     y = torch.randn(2, len(at), 3, dtype=torch.float64)
     left, right = (operator(x, 1) * y).sum(), (x * operator.adjoint(y, 1)).sum()
     assert torch.allclose(left, right, rtol=1e-12, atol=0)
-    # a constant stays, and away from the ends a straight line gives its value at the slice centre
+    # a constant does not change; away from the ends, a straight line gives its value at the slice centre
     assert_close(operator(torch.ones(n, dtype=torch.float64)), torch.ones(len(at), dtype=torch.float64))
     line = operator(voxel * torch.arange(n, dtype=torch.float64))
     inside = (at > 2 * thickness) & (at < (n - 1) * voxel - 2 * thickness)
-    # a Gaussian of this width has 1e-6 of its area beyond two thicknesses; a box cuts the voxels at its two edges, and
-    # the image is constant within a voxel
+    # a Gaussian of this width has 1e-6 of its area beyond two thicknesses; a box ends inside voxels, in which the image
+    # is constant
     assert torch.allclose(line[inside], at[inside], atol=1e-4 if kind == "gaussian" else voxel**2 / (8 * thickness))
 
 
@@ -56,7 +56,7 @@ def test_rows_are_the_integral_of_the_profile(kind: str) -> None:
     p /= np.trapezoid(p, z)
     voxels = np.clip(np.floor(z / voxel + 0.5).astype(int), 0, 39)
     wanted = np.bincount(voxels, p, minlength=40) * (z[1] - z[0])
-    np.testing.assert_allclose(row.numpy(), wanted, atol=2e-4)  # the sampling of the integral
+    np.testing.assert_allclose(row.numpy(), wanted, atol=2e-4)  # error of the sampled integral
     assert profile.width() == 3.5
 
 
@@ -73,7 +73,7 @@ def test_profile_from_a_file(tmp_path: Path) -> None:
     assert profile.width() == pytest.approx(3.0, abs=2e-3)
     cumulative = profile.cumulative(torch.tensor([-5.0, -2.0, 0.0, 2.0, 5.0]))
     assert_close(cumulative, torch.tensor([0, 0, 0.5, 1, 1], dtype=torch.float64))
-    # the area of a trapezoid up to -1 is that of its flank, a sixth
+    # up to -1, the area of the trapezoid is that of its flank: one sixth
     assert profile.cumulative(torch.tensor([-1.0])).item() == pytest.approx(1 / 6)
 
 
@@ -102,7 +102,7 @@ def test_spline_equals_scipy(n: int) -> None:
     at = np.linspace(-0.7, n - 0.3, 57)
     wanted = ndimage.map_coordinates(samples, [at], order=3, mode="mirror")
     got = spline_matrix(n, torch.from_numpy(at)) @ torch.from_numpy(samples)
-    # scipy cuts its recursive filter off at 1e-7 or so
+    # scipy truncates its recursive filter at about 1e-7
     np.testing.assert_allclose(got.numpy(), wanted, atol=1e-6)
 
 
@@ -122,9 +122,9 @@ def test_back_projection_gives_the_slices_back() -> None:
     corrected, errors = back_projected(start, slices, operator, steps=12)
     assert torch.allclose(operator(corrected), slices, atol=1e-6)
     assert errors[-1] < 1e-3 * errors[0]
-    # a projection onto a set that holds the truth never moves away from it
+    # a projection onto a convex set that contains the truth never increases the distance to the truth
     assert (corrected - truth).norm() < (start - truth).norm()
-    # of all such images it is the nearest: the change lies in the range of the adjoint
+    # the result is the nearest image of that set: the change is in the range of the adjoint
     change = corrected - start
     basis = operator.matrix.T
     inside = basis @ torch.linalg.lstsq(basis, change.T).solution

@@ -1,4 +1,4 @@
-"""Figures: patients the right way round, one grey window, one physical field, and a file only if it is whole."""
+"""Figures: radiological orientation, one grey window, one physical field of view, and no incomplete file."""
 
 import sys
 from pathlib import Path
@@ -24,7 +24,7 @@ def picture(n: int = 24, m: int = 32) -> np.ndarray:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that were saved, still open."""
+    """The saved figures, still open."""
     kept: list[Any] = []
     save = figures._save
 
@@ -40,7 +40,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @pytest.mark.parametrize("signs", [(1, 1, 1), (-1, 1, 1), (1, -1, -1), (-1, -1, -1)])
 @pytest.mark.parametrize("tilt", [0.0, 0.4])
 def test_slices_are_seen_as_radiologists_see_them(order: tuple[int, ...], signs: tuple[int, ...], tilt: float) -> None:
-    """Against nibabel's own reorientation, for every order and direction of the axes, and tilted ones."""
+    """Equal to nibabel's reorientation, for every order and direction of the axes, also for tilted axes."""
     array = np.random.default_rng(0).normal(size=(5, 6, 7))
     affine = np.eye(4)
     affine[:3, :3] = np.eye(3)[:, order] * signs * (1.0, 2.0, 3.0)
@@ -100,7 +100,7 @@ def test_before_and_after(tmp_path: Path, drawn: list[Any], suffix: str) -> None
 
 @pytest.mark.parametrize(("grid", "left"), [("origin", -0.5 / 4), ("half-pixel", -0.5)])
 def test_the_grid_decides_where_a_result_is_drawn(tmp_path: Path, drawn: list[Any], grid: str, left: float) -> None:
-    """On the origin grid fine pixel 0 has its centre on coarse pixel 0; on the other the outer edges coincide."""
+    """On the origin grid the centres of fine and coarse pixel 0 coincide; on the half-pixel grid the outer edges do."""
     lr = picture()
     before_after(lr, {"sharp": lr.repeat(4, 0).repeat(4, 1)}, tmp_path / "a.png", grid=grid)
     extents = [axes.images[0].get_extent() for axes in drawn[0].axes[:2]]

@@ -1,4 +1,4 @@
-"""The report: it says what ran and nothing of the patient, stays small, asks for nothing, and moves when touched."""
+"""The report: provenance, no patient data, small size, no network requests, interaction."""
 
 import re
 import time
@@ -42,7 +42,7 @@ def test_it_says_what_ran(tmp_path: Path, scans: tuple[Volume, Volume, Volume]) 
     for text in ("ixi-2x", "0" * 64, "48 × 40 × 6 voxels of 1 × 1.5 × 4 mm", "96 × 80 × 6", "origin-aligned", "All 6"):
         assert text in page
     assert "scan &lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt; $statement.nii" in page
-    assert page.count("<script") == 2  # the data and the code: no fact became one
+    assert page.count("<script") == 2  # the data and the code: no text in the report became a script
 
     class Well(HTMLParser):
         open: list[str] = []  # noqa: RUF012
@@ -125,7 +125,7 @@ def opened(browser: Any, path: Path, width: int) -> None:
 
 
 def pixels(browser: Any, panel: int = 0) -> str:
-    """What a panel shows, once all that was asked for is drawn."""
+    """The content of a panel after all pending drawing has finished."""
     script = """
         const done = arguments[arguments.length - 1];
         render().then(() => done(document.querySelectorAll("canvas")[arguments[0]].toDataURL()));

@@ -1,4 +1,4 @@
-"""Every backend of the scan against the reference in float64, and properties of the scan itself."""
+"""Every backend of the scan, compared with the reference in float64; properties of the scan itself."""
 
 import math
 import os
@@ -13,11 +13,11 @@ from tolerances import assert_close
 
 from deformmamba.scan import BACKENDS, ScanBackendError, operator, selective_scan, selective_scan_2d
 
-# The largest error allowed, relative to the largest number of a result: (value, gradient). One table for all backends.
+# The largest allowed error, relative to the largest number of a result: (value, gradient); the same for all backends.
 TOLERANCE = {torch.float64: (1e-12, 1e-11), torch.float32: (3e-6, 1e-5), torch.bfloat16: (8e-3, 8e-3)}
 
-# (b, d, l, n, g): length 1, odd, longer than a chunk and than two; one group, many; a channel too many; 8, 32 and
-# 33 states
+# (b, d, l, n, g): length 1, odd, longer than one chunk and than two; one group, many; one channel more than fits into a
+# vector; 8, 32 and 33 states
 SEQUENCES = [
     (2, 6, 1, 4, 1),
     (1, 12, 37, 3, 4),
@@ -28,7 +28,7 @@ SEQUENCES = [
     (1, 19, 140, 32, 1),
     (1, 17, 20, 33, 1),
 ]
-MAPS = [  # (b, h, w, d, k, n): none square, every number of directions
+MAPS = [  # (b, h, w, d, k, n): not square, every number of directions
     (2, 3, 7, 6, 1, 4),
     (1, 9, 11, 20, 2, 3),
     (2, 13, 20, 17, 4, 6),
@@ -37,7 +37,7 @@ MAPS = [  # (b, h, w, d, k, n): none square, every number of directions
 
 
 class Place(NamedTuple):
-    """A backend, and the device that it is tested on."""
+    """A backend, and the device on which it is tested."""
 
     backend: str
     device: str
@@ -48,7 +48,7 @@ class Place(NamedTuple):
 
     @property
     def finest(self) -> torch.dtype:
-        """float64, for properties that hold to the last digit, or what the backend has instead."""
+        """The most precise dtype of the backend: float64 or float32."""
         return torch.float64 if self.takes(torch.float64) else torch.float32
 
 
@@ -59,18 +59,18 @@ PLACES, KERNELS = (
         *(Place(name, "cpu") for name in HERE if name in names),
         *(pytest.param(Place(name, "cuda"), marks=pytest.mark.gpu) for name in names if GPU and name != "cpu"),
     ]
-    for names in (BACKENDS, ("cpu", "triton"))  # the others' gradients are autograd's own
+    for names in (BACKENDS, ("cpu", "triton"))  # autograd computes the gradients of the others
 )
 
 
 @pytest.fixture(params=PLACES, ids=lambda place: "-".join(place))
 def place(request: pytest.FixtureRequest) -> Place:
-    """Every backend where it runs."""
+    """Every backend on every device on which it runs."""
     chosen: Place = request.param
     if chosen.device == "cuda":
         assert torch.cuda.is_available(), "DEFORMMAMBA_GPU=1, but PyTorch finds no GPU"
         reason = operator.MODULES[chosen.backend].unusable(torch.empty(0, device="cuda"))
-        if chosen.backend == "mamba_ssm" and reason is not None:  # an extra that nobody must have
+        if chosen.backend == "mamba_ssm" and reason is not None:  # an optional dependency
             pytest.skip(reason)
         assert reason is None, reason
     return chosen
@@ -83,7 +83,7 @@ def test_a_gpu_is_here() -> None:
 
 
 def numbers(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Random arguments in float64, exact in bfloat16; A negative."""
+    """Random arguments in float64 whose values are exact in bfloat16; A is negative."""
     make = torch.Generator().manual_seed(0)
     given = {name: torch.randn(shape, generator=make) for name, shape in shapes.items()}
     given["A"] = -torch.exp(given["A"])
@@ -109,7 +109,7 @@ def feature_map(b: int, h: int, w: int, d: int, k: int, n: int) -> dict[str, tor
 
 
 def moved(arguments: dict[str, torch.Tensor], place: Place, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The arguments as a network in `dtype` passes them: its parameters and states stay in float32."""
+    """The arguments as in a network that runs in `dtype`: parameters and states stay in float32."""
     parameters = {"A", "D", "delta_bias", "initial_state"}
     full = torch.float64 if dtype == torch.float64 else torch.float32
     return {name: x.to(place.device, full if name in parameters else dtype) for name, x in arguments.items()}
@@ -132,7 +132,7 @@ def run(operation: Callable[..., Any], arguments: dict[str, torch.Tensor], **opt
 
 @lru_cache
 def target(kind: str, shape: tuple[int, ...], discretization: str) -> Results:
-    """What the reference says in float64."""
+    """Values and gradients of the reference in float64."""
     options: Any = {"backend": "reference", "discretization": discretization}
     if kind == "map":
         return run(selective_scan_2d, feature_map(*shape), **options)
@@ -183,7 +183,7 @@ def test_maps(place: Place, shape: tuple[int, ...], discretization: Any, dtype: 
 def plain_composition(
     u: torch.Tensor, delta: torch.Tensor, B: torch.Tensor, C: torch.Tensor, **weights: Any
 ) -> torch.Tensor:
-    """SS2D with four permuted copies and a merge, by the definition of its directions."""
+    """SS2D by the definition of its directions: four permuted copies, a scan, and a merge."""
     b, h, w, d = u.shape
 
     def walked(x: torch.Tensor) -> torch.Tensor:  # (4, b, h, w, c) -> (b, 4, c, l)
@@ -238,7 +238,7 @@ def test_the_reference_has_the_right_gradients(discretization: Any) -> None:
 
 
 def test_constant_input_has_a_closed_form(place: Place) -> None:
-    """A geometric series for the Euler step; for the hold, the solution of h' = A h + B u itself."""
+    """With the Euler step, a geometric series; with zero-order hold, the solution of h' = A h + B u."""
     if place.backend == "mamba_ssm":
         pytest.skip("Euler only")
     length, dt, rates = 70, 0.03, torch.tensor([-0.5, -2.0, -16.0, 0.4], dtype=torch.float64)
@@ -262,7 +262,7 @@ def test_constant_input_has_a_closed_form(place: Place) -> None:
 
 
 def test_hold_where_the_rate_vanishes(place: Place) -> None:
-    """phi and its slope by A have the limits dt and dt^2 / 2, without cancellation beside them."""
+    """phi and its derivative by A have the limits dt and dt^2 / 2, and no cancellation near them."""
     if place.backend == "mamba_ssm":
         pytest.skip("Euler only")
     rates = [0.0, 1e-12, -1e-6, 1e-3, -0.1, -0.7, 0.8]
@@ -283,7 +283,7 @@ def test_hold_where_the_rate_vanishes(place: Place) -> None:
 
 
 def test_the_exponential_is_right_everywhere(place: Place) -> None:
-    """One step from state 1 with no input is exp(dt A): any sign, 1 at 0, to 0 and infinity and no further."""
+    """One step from state 1 without input is exp(dt A), for both signs: exactly 1 at 0, down to 0, up to infinity."""
     if place.backend == "mamba_ssm":
         pytest.skip("it takes no initial state")
     for dtype, ulps, ends in ((torch.float32, 8, 120), (torch.float64, 16, 800)):
@@ -299,7 +299,7 @@ def test_the_exponential_is_right_everywhere(place: Place) -> None:
         got, exact = y.flatten().double().cpu(), torch.exp(x.double()).cpu()
         tiny = torch.finfo(dtype).tiny
         inside = (exact > tiny) & (exact < torch.finfo(dtype).max)
-        # rounding x itself moves exp(x) by |x| ulp / 2
+        # rounding x changes exp(x) by |x| ulp / 2
         allowed = torch.finfo(dtype).eps * (ulps + x.double().cpu().abs())
         assert ((got / exact - 1).abs() <= allowed)[inside].all()
         assert (got[exact <= tiny] <= 2 * tiny).all()
@@ -310,7 +310,7 @@ def test_the_exponential_is_right_everywhere(place: Place) -> None:
 
 
 def test_softplus_is_right_everywhere(place: Place) -> None:
-    """One step with rate 0 and ones elsewhere is softplus(delta)."""
+    """One step with rate 0, and ones for all other arguments, is softplus(delta)."""
     x = torch.cat([torch.linspace(-80, 80, 3001), torch.linspace(-3, 3, 3001), torch.tensor([-1e30, 1e30, -200, 0])])
     x = x.to(place.device)
     d = len(x)
@@ -369,7 +369,7 @@ def test_pieces_equal_the_whole(place: Place, discretization: Any) -> None:
 
 
 def test_turning_the_map_turns_the_directions(place: Place) -> None:
-    """A half turn swaps forward and backward walks, a transpose swaps rows and columns."""
+    """A rotation by 180 degrees swaps forward and backward scans; a transpose swaps rows and columns."""
     shape = (1, 7, 4, 6, 4, 2)
     given: Any = moved(feature_map(*shape), place, torch.float32)
 
@@ -416,7 +416,7 @@ def test_any_memory_layout(place: Place) -> None:
 @pytest.mark.parametrize("discretization", ["euler", "zoh"])
 @pytest.mark.parametrize("shape", [(2, 5, 7, 6, 1, 3, 1), (1, 9, 11, 20, 2, 3, 5), (2, 13, 10, 33, 4, 6, 12)], ids=str)
 def test_step_sizes_of_low_rank(place: Place, shape: tuple[int, ...], discretization: Any) -> None:
-    """delta_weight @ delta, in values and in the gradients of both."""
+    """`delta` and `delta_weight` equal delta_weight @ delta in values, and in the gradients of both."""
     if place.backend == "mamba_ssm" and discretization == "zoh":
         pytest.skip("Euler only")
     *sizes, r = shape
@@ -435,7 +435,7 @@ def test_step_sizes_of_low_rank(place: Place, shape: tuple[int, ...], discretiza
 
 @pytest.mark.parametrize("wanted", ["u", "delta", "A", "B", "C", "D", "delta_bias"])
 def test_gradients_of_some(place: Place, wanted: str) -> None:
-    """One argument that wants a gradient gets the one it gets among all."""
+    """If only one argument requires a gradient, this gradient is the same as if all arguments did."""
     given = moved(feature_map(1, 3, 7, 4, 4, 2), place, torch.float32)
     _, everything = run(selective_scan_2d, given, backend=place.backend)
     rest: Any = {k: x for k, x in given.items() if k != wanted}
@@ -521,8 +521,11 @@ def test_special_values_come_out_where_the_reference_lets_them(
 @pytest.mark.parametrize("kind", ["map", "low rank", "sequence"])
 @pytest.mark.parametrize("place", KERNELS, indirect=True, ids="-".join)
 def test_gradients_of_special_values(place: Place, kind: str, value: float, discretization: Any) -> None:
-    """One direction's never reach another's, and lanes without a channel none. (Kernels sum terms in another order than
-    the definition, and with zero-order hold by other formulas: which is an infinity and which NaN may differ there.)"""
+    """Special values stay in their direction and channel: gradients are finite where the reference's are.
+
+    Which of the others are infinite and which NaN may differ, because kernels add terms in another order and use other
+    formulas for zero-order hold.
+    """
     operation: Any = selective_scan if kind == "sequence" else selective_scan_2d
     options: Any = {"discretization": discretization}
     if kind == "sequence":

@@ -1,4 +1,4 @@
-"""Choosing a backend, reporting on all of them, and refusing what does not fit."""
+"""The choice of a backend, the list of backends, and refused arguments."""
 
 import sys
 import threading
@@ -55,7 +55,7 @@ def test_no_steps_give_no_gradient_but_the_states(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "eager", "reference"])
 @pytest.mark.parametrize(("constant_B", "constant_C"), [(True, True), (True, False), (False, True)])
 def test_constant_matrices_are_those_of_every_step(backend: str, constant_B: bool, constant_C: bool) -> None:
-    """Mamba's other calling form: B and C (d, n), the same for all steps, another for each channel."""
+    """Mamba also accepts B and C of shape (d, n): constant over the steps, different for each channel."""
     make = torch.Generator().manual_seed(0)
     shapes = {"u": (2, 6, 5), "delta": (2, 6, 5), "A": (6, 3), "B": (2, 2, 3, 5), "C": (2, 2, 3, 5)}
     given = {name: torch.randn(shape, generator=make) for name, shape in shapes.items()}
@@ -200,7 +200,7 @@ def test_every_backend_declares_what_it_can() -> None:
 
 @pytest.mark.parametrize("kind", [OSError, RuntimeError, AttributeError, TypeError])
 def test_mamba_ssm_is_probed_at_its_extension(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
-    """`import mamba_ssm` can work where the kernel cannot, and fail in many ways."""
+    """`import mamba_ssm` can succeed although the kernel does not work, and can fail in many ways."""
     monkeypatch.setitem(sys.modules, "mamba_ssm", ModuleType("mamba_ssm"))
     monkeypatch.setitem(sys.modules, "selective_scan_cuda", None)
     assert "extension cannot be imported" in str(mamba_ssm.unusable())
@@ -245,7 +245,7 @@ def test_mamba_ssm_refuses_zero_order_hold_by_name(monkeypatch: pytest.MonkeyPat
 
 
 def stand_in(selective_scan_fn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """mamba-ssm, usable, with this function in place of its own."""
+    """Makes mamba-ssm appear usable, with `selective_scan_fn` instead of its own function."""
     interface = ModuleType("mamba_ssm.ops.selective_scan_interface")
     interface.selective_scan_fn = selective_scan_fn  # type: ignore[attr-defined]
     for name in ("mamba_ssm", "mamba_ssm.ops"):
@@ -256,7 +256,7 @@ def stand_in(selective_scan_fn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", ["sequence", "map"])
 def test_mamba_ssm_gets_and_gives_the_right_layout(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The adapter around a stand-in with mamba-ssm's signature."""
+    """The adapter is tested with a function that has mamba-ssm's signature."""
 
     def selective_scan_fn(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *rest: Any) -> Any:
         assert all(x.is_contiguous() for x in (u, delta, B, C))
@@ -333,7 +333,7 @@ def test_half_precision_and_float32_mix() -> None:
 
 
 def test_mamba_ssm_has_no_gradient_of_the_last_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its backward pass leaves it out, which would be a wrong number and no error."""
+    """mamba-ssm's backward pass ignores this gradient: without the error, the result would be wrong."""
     stand_in(partial(selective_scan, backend="reference"), monkeypatch)
     given = arguments() | {"u": arguments()["u"].clone().requires_grad_()}
     y, last = selective_scan(**given, return_last_state=True, backend="mamba_ssm")

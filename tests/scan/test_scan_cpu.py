@@ -1,4 +1,4 @@
-"""The CPU backend as a citizen of a process: threads, forks, compiled code on disk."""
+"""The CPU backend and its process: threads, forks, compiled code on disk."""
 
 import os
 import shutil
@@ -21,7 +21,8 @@ from deformmamba.scan import cpu, selective_scan_2d
 def given(seed: int = 0, d: int = 50) -> list[torch.Tensor]:
     """Arguments of `selective_scan_2d` for two images of 9 x 8 and four directions.
 
-    Small enough for PyTorch's own operations to stay on one thread: its OpenMP hangs in a forked process."""
+    They are so small that PyTorch's own operations use one thread, because its OpenMP hangs in a forked process.
+    """
     make = torch.Generator().manual_seed(seed)
     shapes = ((2, 9, 8, d), (4, 2, 9, 8, d), (4 * d, 3), (2, 9, 8, 4, 3), (2, 9, 8, 4, 3))
     u, delta, A, B, C = (torch.randn(shape, generator=make) for shape in shapes)
@@ -29,8 +30,8 @@ def given(seed: int = 0, d: int = 50) -> list[torch.Tensor]:
 
 
 def in_a_process(*command: str, **environment: str) -> str:
-    """What `python command` says on stderr."""
-    folders = Path(deformmamba.__file__).parents[1], Path(__file__).parents[1]  # the package, and what tests share
+    """The stderr of `python command`."""
+    folders = Path(deformmamba.__file__).parents[1], Path(__file__).parents[1]  # the package; shared test code
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), **environment}
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -58,7 +59,7 @@ def test_any_number_of_threads_agrees(images: int) -> None:
     for result in results[1:]:
         *exact, dB, dC = result
         assert all(x.equal(y) for x, y in zip(exact, results[0], strict=False))
-        # sums over channels, in another order
+        # sums over channels in another order
         torch.testing.assert_close([dB, dC], results[0][-2:], rtol=1e-5, atol=1e-3)
 
 
@@ -74,7 +75,7 @@ def test_one_image_occupies_every_thread(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("images", [1, 3])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_jobs_share_the_work(threads: int, images: int) -> None:
-    """Every channel once, in a few pieces a thread, none of them so thin that it costs more; one thread splits none."""
+    """Each channel is in one job. There are a few jobs per thread, none too small, and one per group for one thread."""
     groups, channels = 2, 40 * cpu._lanes() - 3
     jobs = cpu._jobs(images, groups, channels, threads).rows
     for image in range(images):
@@ -88,7 +89,7 @@ def test_jobs_share_the_work(threads: int, images: int) -> None:
 
 
 def test_python_threads_may_call_at_once() -> None:
-    """A web server or DataParallel does; numba's own thread layer would abort the process."""
+    """A web server or DataParallel does this; numba's own thread layer would abort the process."""
     torch.set_num_threads(2)
     expected = [gradients(given(seed)) for seed in range(4)]
     with ThreadPoolExecutor(8) as pool:
@@ -114,7 +115,7 @@ def test_an_error_on_another_thread_reaches_the_caller(monkeypatch: pytest.Monke
 
 
 class Scanned(Dataset[torch.Tensor]):
-    """Items that are themselves results of a scan, threads and gradients included."""
+    """A data set whose items are results of a scan, with threads and gradients."""
 
     def __len__(self) -> int:
         return 4
@@ -133,7 +134,7 @@ def scan_in_workers(start: str) -> None:
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_of_a_data_loader(start: str) -> None:
-    """In a process of its own: what other tests leave running (PyTorch's OpenMP and autograd) survives no fork."""
+    """In a separate process, because threads of other tests (PyTorch's OpenMP and autograd) do not survive a fork."""
     in_a_process(__file__, start)
 
 
@@ -151,14 +152,14 @@ torch.testing.assert_close(y, z)
 
 
 def scan_in_a_process(**environment: str) -> str:
-    """What a scan in a fresh process says on stderr."""
-    # -P: the package of PYTHONPATH, not that of the folder in which the tests run
+    """The stderr of a scan in a new process."""
+    # -P: import the package from PYTHONPATH, not from the working folder
     return in_a_process("-P", "-c", SCAN, **{"NUMBA_CACHE_DIR": ""} | environment)
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder in which a process has kept its compiled code, and what that process said; tests take copies."""
+    """A folder with the compiled code of a process, and the stderr of that process. Tests use copies of the folder."""
     folder = tmp_path_factory.mktemp("compiled")
     return folder, scan_in_a_process(NUMBA_CACHE_DIR=str(folder))
 
@@ -166,7 +167,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.mark.slow
 def test_compiled_once_and_said_so(compiled: tuple[Path, str]) -> None:
     folder, said = compiled
-    assert said in ("", "deformmamba: compiling the CPU scan (forward pass, float32), once\n")  # "": in under a second
+    assert said in ("", "deformmamba: compiling the CPU scan (forward pass, float32), once\n")  # "" if fast
     index, code = (list(folder.rglob(f"*forward*.{kind}")) for kind in ("nbi", "nbc"))
     assert len(index) == len(code) == 1
     written = code[0].stat().st_mtime_ns
@@ -193,7 +194,7 @@ def test_damaged_cache_files_are_replaced(compiled: tuple[Path, str], tmp_path: 
 
 @pytest.mark.long
 def test_nowhere_to_cache(tmp_path: Path) -> None:
-    """A read-only installation and no home: every place that numba tries is a file, not a folder."""
+    """A read-only installation without a home folder: every cache folder that numba tries is a file."""
     package = tmp_path / "deformmamba"
     skip = shutil.ignore_patterns("__pycache__", "checkpoints")
     shutil.copytree(Path(deformmamba.__file__).parent, package, ignore=skip)

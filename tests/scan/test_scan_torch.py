@@ -1,4 +1,4 @@
-"""The scan among PyTorch's own tools: compile, export, functional calls, checkpointing, copies, data parallelism."""
+"""The scan with PyTorch's tools: compile, export, functional calls, checkpointing, copies, data parallelism."""
 
 import copy
 import pickle
@@ -19,7 +19,7 @@ from deformmamba.scan import ScanBackendError, cpu, operator, scan_backend, sele
 
 
 class Line(nn.Module):
-    """A selective scan with weights of its own."""
+    """A module: a selective scan and its weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Line(nn.Module):
 
 
 class Map(nn.Module):
-    """An SS2D core whose step sizes, of low rank, and matrices come from its input."""
+    """The core of SS2D: step sizes (of low rank) and matrices are computed from the input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def fresh_compiler() -> Iterator[None]:
 def test_compiles_in_one_graph(line: tuple[torch.Tensor, ...], compiler: str) -> None:
     for module, inputs in ((Line(), line), (Map(), (torch.randn(2, 10, 5, 7),))):
         compiled = torch.compile(module, fullgraph=True, backend=compiler)
-        with warnings.catch_warnings():  # inductor warns about the machine, Python about inductor's own imports
+        with warnings.catch_warnings():  # Inductor warns about the machine, Python about Inductor's imports
             warnings.simplefilter("ignore")
             results = gradients(compiled, module, *inputs)
         assert_close(results, gradients(module, module, *inputs))
@@ -113,9 +113,9 @@ def test_functional_call(line: tuple[torch.Tensor, ...]) -> None:
     assert_close(torch.func.functional_call(module, weights, line), other(*line))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own, in its forward mode
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own warning, in forward mode
 def test_transforms_of_torch_func(line: tuple[torch.Tensor, ...]) -> None:
-    """Kernels have no rule for them: by itself the scan takes one that has, and a kernel by name is refused."""
+    """Kernels have no rule for transforms: `auto` takes a backend that has one, and a named kernel raises."""
     module = Map()
     weights, x, tangent = dict(module.named_parameters()), torch.randn(2, 10, 5, 7), torch.randn(2, 10, 5, 7)
 
@@ -157,7 +157,7 @@ def test_copies(line: tuple[torch.Tensor, ...]) -> None:
 
 
 def test_replicas_in_threads(line: tuple[torch.Tensor, ...]) -> None:
-    """What DataParallel does with several GPUs."""
+    """DataParallel does this with several GPUs."""
     module = Line()
     inputs = [tuple(x + i for x in line) for i in range(4)]
     with ThreadPoolExecutor(4) as pool:
@@ -183,7 +183,7 @@ def test_distributed_data_parallel(line: tuple[torch.Tensor, ...]) -> None:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own, in PyTorch 2.15
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own warning, in PyTorch 2.15
 @pytest.mark.parametrize("zoh", [False, True])
 def test_the_operator_keeps_pytorchs_rules(zoh: bool) -> None:
     def rand(*shape: int, grad: bool = True) -> torch.Tensor:
@@ -198,7 +198,7 @@ def test_the_operator_keeps_pytorchs_rules(zoh: bool) -> None:
 
 
 def test_gradients_of_gradients_are_refused(line: tuple[torch.Tensor, ...]) -> None:
-    """Refused, not zero: the backward kernels have no derivative. The eager backend has."""
+    """The backward kernels have no derivative: they raise, and do not return zero. The eager backend has one."""
     module = Line()
     u = line[0].clone().requires_grad_()
     for name, works in (("cpu", False), ("eager", True)):

@@ -1,8 +1,8 @@
-"""The Triton kernels of the scan: what they compute, in Triton's interpreter; that they compile, for a GPU not at hand.
+"""The Triton kernels of the scan: their results in Triton's interpreter, their compilation without a GPU, and on a GPU.
 
-The interpreter must be asked for before Triton is imported. So `test_in_the_interpreter` runs this file in a process of
-its own, where the functions named `check_...` are the tests. Where there is a GPU, `test_on_a_gpu` runs sizes that fill
-one.
+The interpreter must be selected before Triton is imported. So `test_in_the_interpreter` runs this file in a separate
+process, in which the functions named `check_...` are the tests. If there is a GPU, `test_on_a_gpu` runs sizes that fill
+it.
 """
 
 import itertools
@@ -33,7 +33,7 @@ def arguments(
     sequence: bool = False, softplus: bool = True, bare: bool = False, dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> dict[str, Any]:  # fmt: skip
-    """Random arguments of the operation in `operator`: maps, channels last, or sequences with consecutive steps."""
+    """Random arguments of the operation in `operator`: maps with channels last, or sequences with steps last."""
     h, w = size
     make = torch.Generator().manual_seed(0)
     shapes = {"u": (b, g, r, h * w), "delta": (k, b, g, r, h * w), "A": (k, g, r, n), "B": (k, b, g, n, h * w),
@@ -53,7 +53,7 @@ def arguments(
 
 
 def differences(given: dict[str, Any], seed: int = 1) -> dict[str, float]:
-    """How far values and gradients are from the definition in float64, relative to the largest number of each."""
+    """Errors of values and gradients against the definition in float64, relative to the largest number of each."""
     y, last, kept = triton.forward(**given, keep=True)
     assert y.dtype == given["u"].dtype
     assert y.stride() == torch.empty_like(given["u"]).stride()
@@ -88,7 +88,7 @@ def close(given: dict[str, Any]) -> None:
 @TRITON
 def test_in_the_interpreter() -> None:
     options = ["-p", "no:cacheprovider", "-o", "python_functions=check_*", "-o", "addopts=", "-q", "-W", "error"]
-    # numpy warns of quotients by zero and the like, also of those that a `where` does not select
+    # numpy warns about divisions by zero and similar, even if a `where` does not select their results
     options += ["-W", "ignore::RuntimeWarning"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", *options, __file__]
@@ -105,7 +105,7 @@ if INTERPRETED:
     from triton.runtime import interpreter
 
     def _scan_by_steps(self: Any, inputs: tuple[Any, ...]) -> list[Any]:
-        """An associative scan, a step of all lanes at a time; the interpreter's own goes number by number."""
+        """An associative scan that combines all lanes at once; the interpreter's own combines one number at a time."""
         rows = zip(*(np.split(x.handle.data, x.handle.data.shape[self.axis], self.axis) for x in inputs), strict=True)
         done = [[self.to_tensor(row, x.dtype) for row, x in zip(step, inputs, strict=True)] for step in rows]
         for i in range(1, len(done)):
@@ -149,7 +149,7 @@ if INTERPRETED:
 
 @pytest.mark.parametrize("name", ["after", "after_apart", "before"])
 def check_combinations_are_associative(name: str) -> None:
-    """The interpreter goes step by step, a GPU may go in any bracketing."""
+    """The interpreter combines step by step; a GPU may combine neighbouring steps in any order."""
     numbers = torch.rand(9, 16) + 0.1
     results = torch.zeros(6, 16)
     _both_ways[(1,)](numbers, results, getattr(triton_kernels, name), name != "after")
@@ -193,7 +193,7 @@ def check_nothing_optional() -> None:
 
 
 def check_small_rates_of_the_hold() -> None:
-    """(exp(dt A) - 1) / A and its slope where their quotients cancel, on both sides of the border to their series."""
+    """(exp(dt A) - 1) / A and its derivative near 0, on both sides of the limit below which a series replaces them."""
     given = arguments(1, 1, 1, (1, 4), 12, 1, softplus=False, bare=True)
     given["A"][0, 0, :, 0] = torch.tensor([0, 1e-30, -1e-6, 1e-3, -0.1, 0.3, -0.499, 0.499, -0.501, 0.501, -2, 3])
     given["delta"][:] = 1
@@ -215,7 +215,7 @@ def check_pieces_equal_the_whole() -> None:
 
 
 def check_kept_states() -> None:
-    """Before every chunk of CHUNK steps, in walking order, whatever the tiles and stretches."""
+    """The kept states are those before every chunk of CHUNK steps in scan order, for any tiles and stretches."""
     given = arguments(2, 1, 1, (20, 15), 2, 1)
     _, last, kept = triton.forward(**given, keep=True)
     assert kept.shape == (2, 1, 1, 3, 1, 2)
@@ -246,7 +246,7 @@ def check_any_memory_layout() -> None:
 def check_special_values_come_out_where_the_reference_lets_them(name: str) -> None:
     for value, zoh in itertools.product((math.nan, math.inf, -math.inf), {False, name in ("delta", "A", "delta_bias")}):
         if (name, value) == ("A", math.inf):
-            continue  # a stretch that starts from zero meets a growth without end: 0 * inf
+            continue  # a stretch starts from state 0, and its growth is infinite: 0 * inf
         given = {**arguments(1, 1, 1, (1, 40), 6, 2), "zoh": zoh}
         given[name].view(-1)[given[name].numel() // 2 + 1] = value
         for got, exact in zip(triton.forward(**given, keep=False), reference.scan(**given), strict=False):
@@ -255,7 +255,7 @@ def check_special_values_come_out_where_the_reference_lets_them(name: str) -> No
 
 
 def check_not_a_number_in_gradients() -> None:
-    """A NaN in dy spoils what the reference spoils: the steps before it, and the parameters of its channel."""
+    """A NaN in dy gives NaN where the reference does: in the steps before it, and in its channel's parameters."""
     given = arguments(1, 1, 1, (1, 22), 6, 2, bare=True)
     y, last, kept = triton.forward(**given, keep=True)
     dy = torch.ones_like(y)
@@ -298,7 +298,7 @@ def check_empty(sizes: tuple[int, int, int]) -> None:
 
 
 def check_the_operator_keeps_its_promises() -> None:
-    """Schema, fake shapes and strides, autograd: what torch.compile and torch.export rely on."""
+    """Schema, fake shapes and strides, and autograd: torch.compile and torch.export depend on them."""
     given = arguments(2, 1, 1, (2, 3), 3, 2)
     leaves = [given[k].requires_grad_() for k in NAMES]
     given_2d = ("triton", *leaves, 2, 3, True, False, True)
@@ -322,7 +322,7 @@ def check_both_public_functions() -> None:
 
 
 class _Recorder:
-    """Stands for a kernel and takes down its launches."""
+    """Replaces a kernel and records its launches."""
 
     def __init__(self, kernel: Any, launches: list[tuple[Any, dict[str, Any]]]) -> None:
         self.kernel, self.launches, self.arg_names = kernel, launches, kernel.arg_names
@@ -333,7 +333,7 @@ class _Recorder:
 
 
 def _launched(monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
-    """Every launch of a forward and a backward pass, as a GPU would see it."""
+    """Every kernel launch of a forward and a backward pass on a GPU."""
     from deformmamba.scan import triton_kernels
 
     launches: list[tuple[Any, dict[str, Any]]] = []
@@ -346,7 +346,7 @@ def _launched(monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]) -> list[tu
 
 
 def _compiled(kernel: Any, values: dict[str, Any]) -> Any:
-    """The kernel as `kernel[grid](**values)` compiles it, but for compute capability 9.0, whatever is here."""
+    """The kernel as compiled by `kernel[grid](**values)`, but always for compute capability 9.0."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -392,7 +392,7 @@ COMPILED = {
 @pytest.mark.parametrize("zoh", [False, True], ids=["euler", "zoh"])
 @pytest.mark.parametrize("kind", COMPILED)
 def test_kernels_compile_for_a_gpu(monkeypatch: pytest.MonkeyPatch, kind: str, zoh: bool) -> None:
-    """To machine code of an H100, without one, and nearly all that they keep in registers stays there."""
+    """They compile to machine code for an H100, without having one, and almost no register is spilled."""
     pytest.importorskip("triton.backends.nvidia", reason="Triton was built without its NVIDIA compiler")
     kernels = {}
     for kernel, values in _launched(monkeypatch, {**COMPILED[kind], "zoh": zoh}):
@@ -453,12 +453,12 @@ def test_too_large_an_image_is_refused() -> None:
     with pytest.raises(ValueError, match=r"2147483648 values .* below 2\^31; use backend 'eager'"):
         triton.forward(u, u[None], A, B, B, None, None, None, 2**10, 2**10, True, False, False)
     u, A, B = u[..., :7], A[:, :, :7].expand(1, 1, 7, 2**11), B.expand(1, 1, 1, 2**20, 2**11)
-    with pytest.raises(ValueError, match="2147483648 values"):  # of B and C
+    with pytest.raises(ValueError, match="2147483648 values"):  # in B and C
         triton.forward(u, u[None], A, B, B, None, None, None, 2**10, 2**10, True, False, False)
 
 
 def test_rows_of_b_and_c_that_lie_too_far_apart_are_copied() -> None:
-    """Few channels in a wide projection: an image within 2^31 numbers may reach further in the memory of B."""
+    """B may be a few channels of a wide projection: then one image of B can span more than 2^31 numbers in memory."""
     length, n = 2**22, 4
     u, A = torch.empty(1, 1, length, 8, device="meta"), torch.empty(1, 1, 8, n, device="meta")
     for apart, copied in ((512, False), (513, True)):
@@ -484,7 +484,7 @@ def test_rows_of_b_and_c_that_lie_too_far_apart_are_copied() -> None:
     ids=str,
 )
 def test_on_a_gpu(shape: Any, zoh: bool, dtype: torch.dtype) -> None:
-    """Sizes that fill a GPU, with one stretch and with many, in both memory orders; the same bits in every run."""
+    """Sizes that fill a GPU, with one stretch and with many, in both memory orders; every run gives the same bits."""
     if not torch.cuda.is_available():
         assert os.environ.get("DEFORMMAMBA_GPU") != "1", "DEFORMMAMBA_GPU=1, but PyTorch finds no GPU"
         pytest.skip("no GPU: the kernels ran in the interpreter and were compiled for one")

@@ -1,10 +1,10 @@
-"""Feeds damaged checkpoints to the loader: whatever the damage, it loads a sound model or raises WeightsError.
+"""Gives damaged checkpoints to the loader. For any damage, it must load a valid model or raise WeightsError.
 
-Run: python tests/fuzz_checkpoint.py --n 100000
+Run: python tests/weights/fuzz_checkpoint.py --n 100000
 
-Mutant i of a seed is always the same one, so `--start i --n 1` repeats a find and long runs can be cut into pieces.
-Prints how many loaded and the distinct places in our code that refused the others. The first file that does anything
-else, or a growth of memory beyond MAX_GROWTH, ends the run with exit code 1 and is kept.
+Mutant i of a seed is always the same file, so `--start i --n 1` repeats a failure, and a long run can be split.
+Prints the number of loaded mutants, and the distinct lines of our code that refused the others. At the first other
+outcome, or if memory grows by more than MAX_GROWTH, the run keeps the file and ends with exit code 1.
 """
 
 import argparse
@@ -34,8 +34,8 @@ class Tally:
     n: int = 0
     loaded: int = 0
     places: Counter[str] = field(default_factory=Counter)
-    longest: int = 0  # characters of a message
-    grown: int = 0  # KiB of memory
+    longest: int = 0  # length of the longest message, in characters
+    grown: int = 0  # growth of memory in KiB
 
     def __str__(self) -> str:
         return (
@@ -45,14 +45,14 @@ class Tally:
 
 
 class Crash(Exception):
-    """The loader did what it must not; the message names the mutant and the file that holds it."""
+    """The loader did something that it must not do. The message names the mutant and its file."""
 
 
 def fuzz(folder: Path, *, n: int, seed: int = 0, start: int = 0) -> Tally:
     """Loads mutants start to start + n - 1 of `seed`, written into `folder`.
 
     Raises:
-        Crash: at the first that neither loads soundly nor raises a WeightsError of one line of ASCII.
+        Crash: at the first that neither loads a valid model nor raises a WeightsError of one line of ASCII.
     """
     tally = Tally()
     originals = _originals(folder)
@@ -93,7 +93,7 @@ def _keep(i: int, path: Path, why: str, good: bool, error: BaseException | None 
 
 
 def _originals(folder: Path) -> list[bytes]:
-    """Small checkpoints, the network of the paper first and then those models that are small as they come."""
+    """Small checkpoints: first the network of the paper, then the models that are small by default."""
     torch.manual_seed(0)
     models = [MODELS["DeformMambaSR"](**TINY)]
     models += [MODELS[name](scale=2) for name in ("Bicubic", "BSpline", "ZeroFill", "SRCNN")]
@@ -136,7 +136,7 @@ class Mutator:
         return r.choice(kinds)()
 
     def place(self) -> int:
-        """A byte's index: in the length, the header or the data, equally often."""
+        """The index of a random byte: with equal probability in the length, the header or the data."""
         r = self.random
         low, high = r.choice([(0, 8), (8, 8 + self.n_header), (8 + self.n_header, len(self.data))])
         return r.randrange(low, max(high, low + 1)) % len(self.data)  # a model without weights has no data
@@ -166,7 +166,7 @@ class Mutator:
         return join(header, body)
 
     def config(self) -> bytes:
-        """Damage inside the metadata's JSON, with header and tensors whole: what reaches a model's constructor."""
+        """Damage inside the metadata's JSON; header and tensors stay valid, so it reaches a model's constructor."""
         header, body = split(self.data)
         key = self.random.choice(["config", "config", "config", "provenance"])
         value = json.loads(header["__metadata__"][key])
@@ -208,7 +208,7 @@ class Mutator:
 
 
 def _place(error: WeightsError) -> str:
-    """Where a file was refused: module.function:line of our own code, as deep as the chain of exceptions goes."""
+    """The place where a file was refused: module.function:line of our code, for the innermost exception."""
     place = ""
     cause: BaseException | None = error
     while cause is not None:

@@ -1,9 +1,9 @@
 """A small Hub on loopback: the HTTP endpoints that huggingface_hub calls to list, download and upload a model.
 
-It answers as the Hub does: a large file (here every .safetensors) is a redirect to storage on another host name, with
-its SHA-256 in `X-Linked-Etag`; a small one comes from the repository itself, with git's blob SHA-1 as its ETag; a
-private repository does not exist for those who may not read it. Uploads go through git LFS, not through Xet.
-`fail` makes it misbehave.
+It answers like the Hub. A request for a large file (here: any .safetensors) is redirected to storage on another host
+name, with the file's SHA-256 in `X-Linked-Etag`. A small file comes from the repository itself, with git's blob SHA-1
+as its ETag. A caller without read permission gets "not found" for a private repository. Uploads use git LFS, not Xet.
+`fail` makes it fail in a chosen way.
 """
 
 import base64
@@ -39,13 +39,13 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What happens instead of an answer, the first `times` times that `method` asks for a path with `part` in it."""
+    """A failure instead of the answer, for the first `times` requests of `method` for a path that contains `part`."""
 
     method: str
     part: str
     times: int
-    status: int = 0  # answer with this; 0: do `how`
-    how: str = "cut"  # close the connection half-way through the body; "stall": fall silent there; "silent": at once
+    status: int = 0  # HTTP status of the answer; 0: do `how`
+    how: str = "cut"  # close the connection within the body; "stall": stop sending there; "silent": send nothing
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -61,10 +61,10 @@ class HubServer:
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.moved: dict[str, str] = {}
-        self.stored: dict[str, bytes] = {}  # by sha256, as storage serves them
+        self.stored: dict[str, bytes] = {}  # by sha256
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
-        self.stalled = threading.Event()  # set once an answer has fallen silent
+        self.stalled = threading.Event()  # set when an answer has stalled
         self.closing = threading.Event()
         hub = self
 
@@ -85,7 +85,7 @@ class HubServer:
         return f"http://localhost:{self._server.server_port}"
 
     def put(self, name: str, files: dict[str, bytes], *, branch: str = "main", message: str = "") -> str:
-        """Commits `files` over what the branch holds and returns the commit; makes the repository."""
+        """Commits `files` to the branch and returns the commit. Creates the repository if it is missing."""
         repository = self.repositories.setdefault(name, Repository())
         parent = repository.refs.get(branch, "")
         tree = {**repository.commits.get(parent, {}), **files}
@@ -176,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.command == fault.method and fault.part in self.path
 
     def _repository(self, name: str, write: bool = False) -> Repository | None:
-        """The repository, or None after an answer that there is none for this caller."""
+        """The repository, or None if this caller may not access it; then the error has been sent."""
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         repository = self.hub.repositories.get(name)
         if token not in ("", TOKEN):

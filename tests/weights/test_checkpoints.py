@@ -1,4 +1,4 @@
-"""The checkpoints that ride in the package: they load, say what they are, and do what their entries claim."""
+"""The checkpoints in the package: they load, their cards describe them, and they reach the scores in their entries."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def test_the_card_says_what_it_was_trained_on_and_whether_ixi_was_among_it(entry
         assert source["licence"] in text
         assert "NC" not in source["licence"]  # a published checkpoint must not be trained on non-commercial data
     if any("IXI" in source["source"] for source in entry["trained_on"]):
-        assert entry["license"] == "cc-by-sa-4.0"  # what IXI's CC BY-SA 3.0 asks of what is made of it
+        assert entry["license"] == "cc-by-sa-4.0"  # IXI's CC BY-SA 3.0 requires this of derived works
         assert "brain-development.org" in text
     else:
         assert "not trained on IXI" in text
@@ -75,14 +75,14 @@ def test_any_size_of_at_least_eight(model, size):
 
 @pytest.fixture
 def brain():
-    """A real slice that ships with nibabel, (128, 96), intensities about [0, 1]."""
+    """A real slice (128, 96) from nibabel's test data, with intensities of about [0, 1]."""
     path = Path(nibabel.__file__).parent / "tests" / "data" / "example4d.nii.gz"
     image = np.asarray(nibabel.load(path).dataobj[:, :, 12, 0], np.float32)
     return torch.from_numpy(image / np.percentile(image, 99.9))
 
 
 def offsets(model, lr):
-    """The offsets of each deform block, in pixels of its map, as (2, taps * h * w)."""
+    """The offsets of each deform block, in pixels of its feature map, as (2, taps * h * w)."""
     found = []
 
     def keep(block, inputs, _):
@@ -114,7 +114,7 @@ def test_it_beats_zero_filling_on_a_scan_from_elsewhere(model, brain):
 
 @pytest.mark.parametrize("entry", IN_PLANE, indirect=True)
 def test_offsets_are_of_use(entry, model, real_data, monkeypatch):
-    """Taking them away costs quality; at 4x giving them to other pixels does too. (At 2x they hardly vary.)"""
+    """Without offsets the quality falls; at 4x also if pixels exchange their offsets. (At 2x offsets hardly vary.)"""
     group = model.provenance["recipe"]["data"]["validation"][0]
     scan = next(s for s in find_scans(real_data) if s.split == "val" and s.group == group)
     hr = torch.from_numpy(load_slices(scan.path, model.scale).array)
@@ -152,7 +152,7 @@ def test_thick_beats_the_spline_on_a_scan_from_elsewhere(model, brain, turned):
 @pytest.mark.slow
 @pytest.mark.parametrize("entry", IN_PLANE, indirect=True)
 def test_the_scores_of_the_entry_are_reproduced(entry, model, real_data):
-    """On the six IXI slices; the other rows take minutes: examples/publish_checkpoint.py wrote them the same way."""
+    """Only those on the six IXI slices; the others take minutes. examples/publish_checkpoint.py wrote all of them."""
     from deformmamba.evaluation.compare import evaluate, mean_scores
 
     row = next(row for row in entry["scores"] if row["split"] == "external" and row["group"] == "T2 brain")
@@ -170,7 +170,7 @@ def test_units_and_a_marker_do_not_matter(model, brain):
         pytest.skip(f"{model.source} is for images of about [0, 1]")
     lr = degrade(brain, model.scale)[None, None]
     wanted = model(lr)
-    # float32 holds an offset of 3 / 0.05 ranges to 7e-6 of the range, and the network amplifies it a few times
+    # float32 stores an offset of 3 / 0.05 ranges to 7e-6 of the range, and the network amplifies this error a few times
     torch.testing.assert_close((model(0.05 * lr - 3) + 3) / 0.05, wanted, rtol=0, atol=2e-4)
     marked = lr.clone()
     marked[..., 2:4, 2:4] = 20

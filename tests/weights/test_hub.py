@@ -1,4 +1,4 @@
-"""The Hub: huggingface_hub's own client against a small Hub on loopback (tests/hub_server.py), over real HTTP."""
+"""The Hub: huggingface_hub's client with a small Hub on loopback (tests/weights/hub_server.py), over real HTTP."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from deformmamba.weights import WeightsError, fetch, load_checkpoint, publish, r
 MAJOR = int(huggingface_hub.__version__.split(".")[0])
 
 pytestmark = [
-    # huggingface_hub 2.4 uploads in a way that its HTTP library no longer likes
+    # huggingface_hub 2.4 uploads with an option that its HTTP library has deprecated
     pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning"),
     pytest.mark.skipif(
         int(huggingface_hub.__version__.split(".")[0]) < 2, reason="older clients read their settings elsewhere"
@@ -52,7 +52,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A running Hub, an empty cache, nobody logged in, and a client that does not wait between its attempts."""
+    """A running Hub, an empty cache, no login, and a client that does not wait between its attempts."""
     with HubServer().running() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(
@@ -63,7 +63,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(
             constants, "HF_HUB_DISABLE_XET", True, raising=False
-        )  # its storage protocol is not imitated
+        )  # the server does not implement Xet's protocol
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         yield server
@@ -79,7 +79,7 @@ def refused(load: Callable[[], Any], message: str) -> str:
 
 
 def python(script: str, hub: HubServer | None, home: Path, **environment: str) -> "subprocess.Popen[str]":
-    """A process of its own, whose client reads its settings from the environment as a user's does."""
+    """A separate process, in which the client reads its settings from the environment, as for a user."""
     plain = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     url = hub.url if hub else "http://127.0.0.1:9"
     plain |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **environment}
@@ -143,7 +143,7 @@ def test_a_renamed_repository_is_followed(hub: HubServer, files: dict[str, bytes
 def test_a_download_that_is_cut_off_is_resumed(
     times: int, hub: HubServer, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # 10 MB otherwise; what is less is asked for again
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # default: 10 MB; a smaller rest is requested again
     hub.put("org/name", files)
     hub.fail("GET", "/storage/", times=times, how="cut")
     assert load_checkpoint("org/name").class_name == "DeformMambaSR"
@@ -193,7 +193,7 @@ def test_what_the_hub_sends_is_compared_with_the_hubs_own_hash(hub: HubServer, f
 def test_a_blob_that_is_a_link_itself_is_still_compared(
     hub: HubServer, files: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """The client may keep blobs in a store that several repositories share, under names that are another hash."""
+    """The client may keep blobs in a store shared by several repositories, where file names are another hash."""
     hub.put("org/name", files)
     load_checkpoint("org/name")
     (blob,) = (tmp_path / "cache" / "models--org--name" / "blobs").glob("?" * 64)
@@ -314,7 +314,7 @@ def test_a_file_that_is_no_checkpoint(hub: HubServer) -> None:
 
 
 def test_a_cache_without_room_or_permission(hub: HubServer, files: dict[str, bytes], tmp_path: Path) -> None:
-    """A process that may write no file of more than 10 kB, and that may not write into the cache."""
+    """The process first cannot write files of more than 10 kB, and then cannot write into the cache."""
     hub.put("org/name", files)
     script = (
         "import os, resource\n"
@@ -452,7 +452,7 @@ def test_manifest_entries_on_the_hub_are_pinned(
 
     (tmp_path / "package" / "checkpoints" / "ixi-2x.safetensors").unlink()
     known["weights"]["ixi-2x"] = {**entry, "sha256": "0" * 64, "revision": commit}  # type: ignore[index]
-    message = refused(lambda: from_pretrained("ixi-2x"), "damaged or is another one")  # though the Hub vouches for it
+    message = refused(lambda: from_pretrained("ixi-2x"), "damaged or is another one")  # although the Hub's hash fits
     assert "0" * 64 in message
     assert entry["sha256"] in message
 
@@ -488,12 +488,12 @@ def test_publish_and_load_again(
     model = from_pretrained("org/mine")
     assert model.source == f"org/mine@{commit}"
 
-    # huggingface_hub alone lists and fetches it, and reads its card
+    # huggingface_hub can list and fetch the model, and read its card, without this package
     names = {".gitattributes", "README.md", "config.json", "model.safetensors"}
     assert set(huggingface_hub.list_repo_files("org/mine")) == names
     snapshot = Path(huggingface_hub.snapshot_download("org/mine", cache_dir=tmp_path / "other"))
     assert {path.name for path in snapshot.iterdir()} == names
-    sent = {name: content for name, content in files.items() if name != "README.md"}  # the card names the licence now
+    sent = {name: content for name, content in files.items() if name != "README.md"}  # the card now names the licence
     assert {name: (snapshot / name).read_bytes() for name in sent} == sent
     data = huggingface_hub.ModelCard.load(snapshot / "README.md").data
     assert data.library_name == "deformmamba"
@@ -503,7 +503,7 @@ def test_publish_and_load_again(
 
     made = publish(snapshot, "org/copy")
     assert made.revision == hub.repositories["org/copy"].refs["main"]
-    text = (snapshot / "README.md").read_text()  # generated, so it is made anew, with the licence that it names
+    text = (snapshot / "README.md").read_text()  # a generated card is generated again, with its licence
     assert (
         made.files["README.md"][1]
         == hashlib.sha256(text.replace("org/mine", "org/copy").replace("# mine", "# copy").encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Checkpoint files and names: what is written is read, and everything else is refused in one line."""
+"""Checkpoint files and names: written files are read back, and everything else is refused in one line."""
 
 import hashlib
 import inspect
@@ -42,7 +42,7 @@ from deformmamba.weights import (
 )
 from deformmamba.weights import checkpoint as files
 
-# how many mutated files the loader is given; tests/fuzz_checkpoint.py gives it more
+# number of mutated files; tests/weights/fuzz_checkpoint.py tests more
 N_MUTANTS = int(os.environ.get("DEFORMMAMBA_FUZZ", "1000"))
 
 
@@ -90,7 +90,7 @@ def test_any_safetensors_reader_reads_it_and_it_says_what_it_is(saved: Path, mod
 def test_tensors_of_every_kind_come_back(dtype: torch.dtype, tmp_path: Path) -> None:
     values = torch.arange(24).reshape(2, 3, 4).to(dtype)
     tensors = {"a": values, "scalar": values[0, 0, 1], "none": values[:0], "strided": values.transpose(0, 2)[::2]}
-    tensors["byte"] = torch.ones(3, dtype=torch.int8)  # so that wide items would be misaligned in order of names
+    tensors["byte"] = torch.ones(3, dtype=torch.int8)  # in the order of names, wide items would be misaligned
     digest = write_checkpoint(tmp_path / "x.safetensors", class_name="X", config={"n": 1}, tensors=tensors)
     again = read_checkpoint(tmp_path / "x.safetensors")
     assert again.tensors.keys() == tensors.keys()
@@ -179,7 +179,7 @@ def _without(key: str) -> Callable[[bytes], bytes]:
 
 
 def _first(**changes: Any) -> Callable[[bytes], bytes]:
-    """Changes what the header says of the tensor that comes first."""
+    """Changes the header's entry of the first tensor."""
     return _with_header(lambda header: next(e for k, e in header.items() if k != "__metadata__").update(changes))
 
 
@@ -262,7 +262,7 @@ def test_state_dicts_without_a_header_are_refused(tmp_path: Path) -> None:
 
 
 class Trap:
-    """Unpickling this makes a file."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -284,7 +284,7 @@ def test_pickles_are_refused_by_name_and_by_content_and_never_run(
     by_hand = name.lower() in ("x", "x.safetensors") and protocol in (
         0,
         5,
-    )  # no signature, or a frame that is no header
+    )  # no signature, or a frame in place of a header
     refused(lambda: from_pretrained(path), "only safetensors is read" if not by_hand else "only safetensors|header")
     assert not sprung.exists()
 
@@ -507,7 +507,7 @@ def test_verify_is_ok_only_after_a_comparison(published: dict[str, Any], saved: 
     fetch("ixi-4x", folder)
     digest = published["weights"]["ixi-4x"]["sha256"]
     assert verify(folder) == digest
-    assert verify(folder / "model.safetensors") == digest  # as the manifest's
+    assert verify(folder / "model.safetensors") == digest  # the manifest's hash
     model = ZeroFill(scale=2)
     other = model.save_pretrained(folder / "model.safetensors")
     (folder / "config.json").unlink()
@@ -516,7 +516,7 @@ def test_verify_is_ok_only_after_a_comparison(published: dict[str, Any], saved: 
     assert verify(folder / "model.safetensors", sha256=other.upper()) == other
     refused(lambda: verify(folder / "model.safetensors", sha256="0" * 64), "was expected")
     model.save_pretrained(tmp_path / "own")
-    assert verify(tmp_path / "own") == other  # as its own card states
+    assert verify(tmp_path / "own") == other  # the hash in its card
 
 
 def test_a_saved_folder_has_a_card_and_one_of_a_person_stays(
@@ -626,7 +626,7 @@ def test_the_real_manifest_is_whole() -> None:
             "preset",
         )
         assert not [key for key in wanted if not entry[key]]
-        assert model.config.items() >= entry["config"].items()  # arguments that are newer than the file have defaults
+        assert model.config.items() >= entry["config"].items()  # arguments newer than the file have defaults
         assert "rician" not in entry["degradation"] or "SNR" in entry["limits"]
         assert re.fullmatch(r"[a-z0-9]+-\d+x(-[a-z0-9]+)?" if entry["scale"] > 1 else "[a-z0-9-]+", entry["name"])
     for name, plan in known["planned"].items():
@@ -649,7 +649,7 @@ def test_listing_needs_no_torch() -> None:
 
 
 def test_fuzz(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The first mutants of the run that `python tests/fuzz_checkpoint.py` documents."""
+    """The first mutants of the run of `python tests/weights/fuzz_checkpoint.py`."""
     tally = fuzz(tmp_path, n=N_MUTANTS)
     with capsys.disabled():
         print(f"\n{tally}")
@@ -658,7 +658,7 @@ def test_fuzz(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def hostile(value: Any) -> list[Any]:
-    """Values as large as a config may hold, and of other types, in place of `value`."""
+    """Replacements for `value`: the largest values that a config may contain, and other types."""
     if isinstance(value, bool):
         return [1, "yes"]
     if isinstance(value, int):
@@ -670,7 +670,7 @@ def hostile(value: Any) -> list[Any]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_config_that_asks_for_far_more_than_the_file_holds(name: str) -> None:
-    """Every model there is: another config is refused, or harmless, before memory or time are spent on it."""
+    """For every model, a wrong config is refused or harmless before it takes much memory or time."""
     small = {"scale": 2, "width": 36, "heads": [2, 2], **TINY}
     arguments = inspect.signature(MODELS[name]).parameters
     try:
@@ -697,7 +697,7 @@ def test_a_config_that_asks_for_far_more_than_the_file_holds(name: str) -> None:
 
 
 class Tabled(SRModel):
-    """A table that is not stored, as large as its config says."""
+    """A model with a table of a configurable size that is not stored in the file."""
 
     def __init__(self, *, scale: int = 2, size: int = 8) -> None:
         super().__init__(scale=scale, size=size)
@@ -705,7 +705,7 @@ class Tabled(SRModel):
 
 
 class Modules(SRModel):
-    """Layers without a weight or a buffer, as many as its config says."""
+    """A model with a configurable number of layers that have no weight and no buffer."""
 
     def __init__(self, *, scale: int = 2, n: int = 8) -> None:
         super().__init__(scale=scale, n=n)
