@@ -1,4 +1,4 @@
-"""Pictures of training runs are pictures, also of an unfinished log and of a scan that lies across."""
+"""Pictures of training runs are valid PNG files, also for a log with gaps and for a scan with its slice axis first."""
 
 import nibabel
 import numpy as np

@@ -1,4 +1,4 @@
-"""Recipes of the kind "thick": a run from data to checkpoint, and what is refused before it begins."""
+"""Recipes of the kind "thick": a run from data to checkpoint, and recipes that are refused before the run starts."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ every = 2
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A subject to train on and one to validate on, of 24 x 24 x 6 voxels."""
+    """One training and one validation subject of 24 x 24 x 6 voxels."""
     rows = ["participant_id\tfile\tsplit"]
     for number, split in enumerate(("train", "val")):
         array = 100 + 50 * np.random.default_rng(number).random((24, 24, 6), np.float32)
@@ -52,7 +52,7 @@ def test_a_run(data: Path, tmp_path: Path) -> None:
     assert model.scale == 1
     assert model.provenance["degradation"] == "slice profiles, ratio 2-4"
     assert model.provenance["spacings_mm"] == [0.8, 0.8]
-    # the last convolution starts at zero, so after two steps the network is still close to the spline
+    # the last convolution is initialised with 0, so after two steps the network is still close to the spline
     scores = model.provenance["validation"]
     assert scores["psnr"] == pytest.approx(scores["psnr_spline"], abs=2.0)
 

@@ -1,4 +1,4 @@
-"""fit: it learns, stops, resumes to the same weights, refuses what is not its own, and is the same in two processes."""
+"""fit: it learns, stops, resumes to the same weights, refuses another run's folder; two processes give the same."""
 
 import csv
 import hashlib
@@ -31,7 +31,7 @@ accelerate_state = pytest.importorskip("accelerate.state")
 
 @pytest.fixture(autouse=True)
 def drawn(monkeypatch):
-    """The rows of every curve asked for; drawing takes longer than the training, see test_curves.py."""
+    """The rows of every requested curve. Nothing is drawn, which would take longer than the training."""
     curves = []
     monkeypatch.setattr("deformmamba.training.folder.training_curve", lambda rows, path: curves.append(list(rows)))
     return curves
@@ -39,7 +39,7 @@ def drawn(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerator():
-    """accelerate keeps one mixed precision a process; a test is a process of its own."""
+    """accelerate allows one mixed precision per process; this resets it after each test."""
     yield
     accelerate_state.AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -71,7 +71,7 @@ def log(out: Path) -> list[dict[str, str]]:
 
 
 class Signalling(Dataset):
-    """Sends `number` to this process when the sample that is asked for is the `at`-th."""
+    """Sends signal `number` to this process at the `at`-th requested sample."""
 
     def __init__(self, at: int, number: int) -> None:
         self.data, self.left, self.number = samples(), at, number
@@ -87,7 +87,7 @@ class Signalling(Dataset):
 
 
 class Plain(nn.Module):
-    """Somebody's own network: no config, no save_pretrained, no base."""
+    """A user's network: no config, no save_pretrained, no base."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path):
 
 
 def subprocess_of(code: str, *launcher: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs `code` in a process of its own; it sees this module as `t`."""
+    """Runs `code` in a separate process, in which this module is `t`."""
     script = folder / "script.py"
     script.write_text(f"import torch\ntorch.set_num_threads(1)\nimport test_training as t\n{code}\n")
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
@@ -165,7 +165,7 @@ def subprocess_of(code: str, *launcher: str, folder: Path) -> subprocess.Complet
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_weights(tmp_path):
-    at = random.Random().randrange(5, 13)  # a sample of the steps 2 to 5: after the first state was saved
+    at = random.Random().randrange(5, 13)  # a sample of steps 2 to 5, after the first saved state
     whole = digest(run(tmp_path / "whole", data=Signalling(-1, 0)))
     out = tmp_path / "killed"
     done = subprocess_of(f"t.run({str(out)!r}, data=t.Signalling({at}, {int(signal.SIGKILL)}))", folder=tmp_path)
@@ -178,7 +178,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(tmp_path):
 def test_rows_beyond_the_saved_step_are_cut(tmp_path):
     run(tmp_path, steps=4)
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    torch.save({**state, "step": 2}, tmp_path / "state.pt")  # as if killed between the log and the state
+    torch.save({**state, "step": 2}, tmp_path / "state.pt")  # like a kill between writing log and state
     run(tmp_path, steps=4)
     assert [row["step"] for row in log(tmp_path)] == ["2", "4"]
 
@@ -205,11 +205,11 @@ def test_accumulated_pieces_are_the_batch(tmp_path):
 
 
 def test_the_gradient_is_clipped(tmp_path):
-    # one step of Adam hides the size of a gradient, the second moment of the next does not
+    # a step of Adam does not depend on the size of the gradient, unless eps is comparable to it
     start = Plain().conv.weight
     model = Plain()
     run(tmp_path, model=model, steps=1, clip=1e-9, warmup=0, schedule="constant", lr=1e-3, ema=0)
-    assert (model.conv.weight - start).abs().max() < 2e-4  # of 1e-3: eps is no longer small beside the gradient
+    assert (model.conv.weight - start).abs().max() < 2e-4  # instead of 1e-3: eps is large compared with the gradient
 
 
 def test_the_average_follows_the_weights(tmp_path):
@@ -251,7 +251,7 @@ def test_ones_own_model_data_and_loss(tmp_path):
     with safe_open(best, "pt") as file:
         assert set(file.keys()) == {"conv.weight", "conv.bias"}
         assert '"who": "us"' in file.metadata()["provenance"]
-    run(tmp_path, model=Plain(), loss=loss, provenance={"who": "us"}, ema=0)  # finished: goes nowhere
+    run(tmp_path, model=Plain(), loss=loss, provenance={"who": "us"}, ema=0)  # finished: nothing runs
     with pytest.raises(ValueError, match=r'fit\.loss was "test_ones_own.*loss", now it is "L1Loss\( beta=0\.0 .*"'):
         run(tmp_path, model=Plain(), loss=L1Loss(), provenance={"who": "us"}, ema=0)
 
@@ -418,7 +418,7 @@ def test_a_run_that_decayed_everything_goes_on_as_it_began(tmp_path):
     options = {"steps": 4, "weight_decay": 0.1}
     run(tmp_path, **options)
     facts = json.loads((tmp_path / "run.json").read_text())
-    assert facts["fit"].pop("undecayed")  # as versions wrote it that did not know of it
+    assert facts["fit"].pop("undecayed")  # like versions without this entry
     (tmp_path / "run.json").write_text(json.dumps(facts))
     model, state = network(), torch.load(tmp_path / "state.pt", weights_only=True)
     old = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
@@ -504,7 +504,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_samples(tmp_
 
 class Root(Plain):
     def forward(self, lr: torch.Tensor) -> torch.Tensor:
-        return super().forward(lr * 0).mul(0).sqrt()  # zero, with an infinite slope
+        return super().forward(lr * 0).mul(0).sqrt()  # zero, with an infinite derivative
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_are_touched(tmp_path):
@@ -538,13 +538,13 @@ def test_every_sample_of_a_step_is_computed_once_whoever_does(n, batch, accumula
         pieces = [piece for part in together for piece in part.pieces(step)]
         counted = sorted(i for piece in pieces if piece.weight for i in piece.indices)
         assert counted == sorted(alone.indices(step))
-        values = np.random.default_rng(step).random(n)  # a loss of each sample
+        values = np.random.default_rng(step).random(n)  # one loss per sample
         mean = sum(piece.weight * values[piece.indices].mean() for piece in pieces) / processes
         assert mean == pytest.approx(values[alone.indices(step)].mean())
     assert list(together[0]) == [piece.indices for s in range(alone.n_steps) for piece in together[0].pieces(s)]
 
 
-# accelerate's own word for two CPU processes needs MPI; its launcher for GPUs starts them as well, told to use the CPU
+# accelerate's launcher for CPUs needs MPI; its launcher for GPUs also starts CPU processes, with ACCELERATE_USE_CPU
 TWO = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
        "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no")  # fmt: skip
 
@@ -562,7 +562,7 @@ def test_two_processes_train_what_one_does(tmp_path):
         folder=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("validated among 2") == 3  # by the main process alone
+    assert done.stdout.count("validated among 2") == 3  # in the main process only
     ours, theirs = ([float(row["loss"]) for row in log(path.parent)] for path in (alone, out / "best.safetensors"))
     assert theirs == pytest.approx(ours, rel=1e-5)
     a, b = (DeformMambaSR.from_pretrained(path).state_dict() for path in (alone, out / "best.safetensors"))

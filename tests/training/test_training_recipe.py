@@ -1,4 +1,4 @@
-"""Recipes: those in the package are sound, one's own trains from a folder, what is wrong is said before it starts."""
+"""Recipes: those in the package are valid, a user's recipe trains from a folder, mistakes are found before training."""
 
 import dataclasses
 import hashlib
@@ -92,7 +92,7 @@ def test_a_recipe_trains_from_a_folder(folder, tmp_path, recipe):
     digest = hashlib.sha256(b"sub-0\nsub-1").hexdigest()
     assert facts["train"] == {"subjects": 2, "volumes": 2, "subjects_sha256": digest}
     assert facts["val"]["subjects"] == 1
-    for file in (best, tmp_path / "out" / "run.json"):  # a name may be a person's
+    for file in (best, tmp_path / "out" / "run.json"):  # it may be a person's name
         assert b"sub-" not in Path(file).read_bytes()
     assert facts["recipe"]["fit"]["steps"] == 3
     assert facts["spacings_mm"] == [2, 2]
@@ -103,7 +103,7 @@ def test_a_recipe_trains_from_a_folder(folder, tmp_path, recipe):
 def test_epochs_are_passes_over_the_training_slices(folder, tmp_path, recipe):
     recipe.write_text(RECIPE.replace("steps = 2", "epochs = 0.5").replace("batch = 2", "batch = 5"))
     best = train_recipe(recipe, folder, tmp_path / "out", progress=False)
-    assert DeformMambaSR.from_pretrained(best).provenance["steps"] == 2  # half of 12 slices in batches of 5
+    assert DeformMambaSR.from_pretrained(best).provenance["steps"] == 2  # half of 12 slices, in batches of 5
 
 
 def test_it_starts_from_other_weights(folder, tmp_path, recipe):
@@ -116,7 +116,7 @@ def test_it_starts_from_other_weights(folder, tmp_path, recipe):
     best = train_recipe(recipe, folder, tmp_path / "out", init=str(tmp_path / "start.safetensors"), progress=False)
     trained = DeformMambaSR.from_pretrained(best)
     assert trained.project.bias.item() == pytest.approx(0.125, abs=1e-6)
-    assert trained.provenance["recipe"]["model"]["init"] == "start.safetensors"  # no path, which may name somebody
+    assert trained.provenance["recipe"]["model"]["init"] == "start.safetensors"  # no path: it may name a person
     assert trained.provenance["init"] == [{"steps": 3}, {"sha256": sha256, "steps": 7}]
 
     torch.nn.init.constant_(start.project.bias, 0.25)
@@ -134,7 +134,7 @@ def test_finetuning_takes_the_network_of_its_start_and_never_returns_worse(folde
     mine = tmp_path / "finetune.toml"
     text = files("deformmamba").joinpath("recipes", "finetune.toml").read_text("utf-8")
     mine.write_text(text.replace("patch = 32", "patch = 8").replace("warmup = 50", "warmup = 0\nema = 0.0"))
-    with pytest.warns(UserWarning, match="no validation was better than the start's"):  # such a rate ruins anything
+    with pytest.warns(UserWarning, match="no validation was better than the start's"):  # the rate is far too high
         best = train_recipe(mine, folder, tmp_path / "out", progress=False, **quick)
     kept = DeformMambaSR.from_pretrained(best)
     assert kept.config == start.config
@@ -295,7 +295,7 @@ def test_nonsense_is_refused_before_anything_is_computed(folder, tmp_path, recip
     with pytest.raises(ValueError, match=message):
         train_recipe(recipe, folder, tmp_path / "out", progress=False)
     recipe.write_text(RECIPE)
-    train_recipe(recipe, folder, tmp_path / "out", progress=False)  # the folder is still free
+    train_recipe(recipe, folder, tmp_path / "out", progress=False)  # the folder is still unused
 
 
 def test_a_damaged_validation_volume_is_found_at_once(folder, tmp_path, recipe):

@@ -16,7 +16,7 @@ def rotation(seed: int) -> np.ndarray:
 
 
 def oblique(seed: int, spacing: tuple[float, float, float] = (0.9, 0.7, 4.0)) -> np.ndarray:
-    """A random RAS+ affine whose slices advance along the cross product of rows and columns, as DICOM sorts them."""
+    """A random RAS+ affine. Slices advance along the cross product of rows and columns, as in DICOM's order."""
     affine = np.eye(4)
     affine[:3, :3] = rotation(seed) @ np.diag(spacing)
     affine[:3, 3] = np.random.default_rng(seed + 100).normal(scale=80, size=3)
@@ -34,7 +34,7 @@ def point(affine: np.ndarray, *index: float) -> np.ndarray:
 
 
 def geometry(affine: np.ndarray) -> tuple[list[str], list[str], np.ndarray, np.ndarray]:
-    """PixelSpacing, ImageOrientationPatient, the spacing along the axes and the LPS+ affine."""
+    """(PixelSpacing, ImageOrientationPatient, the spacing along the axes, the LPS+ affine)."""
     lps = LPS @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     direction = lps[:3, :3] / spacing
@@ -43,7 +43,7 @@ def geometry(affine: np.ndarray) -> tuple[list[str], list[str], np.ndarray, np.n
 
 
 def image(sop_class: str, series: str, study: str, frame: str) -> FileDataset:
-    """What all the images here have in common."""
+    """The elements that all images here share."""
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = sop_class, generate_uid()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -76,8 +76,10 @@ def classic(
     slope: float = 2.0,
     number: int = 7,
 ) -> np.ndarray:
-    """A classic MR series of (columns, rows, slices) with the RAS+ `affine`, under shuffled names; its voxels, with
-    an axis for the echoes if there are several."""
+    """Writes a classic MR series of (columns, rows, slices) with the RAS+ `affine`, under shuffled file names.
+
+    Returns its voxels, with a fourth axis if there are several echoes.
+    """
     folder.mkdir(exist_ok=True)
     array = voxels((*shape, len(echoes)))
     pixel_spacing, orientation, spacing, lps = geometry(affine)
@@ -126,11 +128,11 @@ def item(**fields: object) -> Dataset:
 def enhanced(
     path: Path, affine: np.ndarray, shape: tuple[int, int, int] = (7, 6, 5), *, echoes: tuple[float, ...] = (90.0,)
 ) -> np.ndarray:
-    """An enhanced MR image, its frames shuffled, each with a slope of its own; its voxels, as of `classic`."""
+    """Writes an enhanced MR image with shuffled frames and one slope per frame. Returns its voxels, like `classic`."""
     array = voxels((*shape, len(echoes)))
     pixel_spacing, orientation, spacing, lps = geometry(affine)
     ds = image(EnhancedMRImageStorage, generate_uid(), generate_uid(), generate_uid())
-    del ds.Laterality  # stands in the frames
+    del ds.Laterality  # it is in the frames
     n_frames = shape[2] * len(echoes)
     ds.ImageType = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
     ds.InstanceNumber, ds.AcquisitionDateTime, ds.AcquisitionNumber = 1, "20200102101112", 1

@@ -1,4 +1,4 @@
-"""DICOM: what is read lies where independent readers see it; what is written is a new series, true and whole."""
+"""DICOM: world coordinates agree with independent readers; the output is a new, correct and complete series."""
 
 import gzip
 import shutil
@@ -21,7 +21,7 @@ from deformmamba.volume.dicom_out import IMPLEMENTATION_UID, STALE
 
 SHAPE = (7, 6, 5)
 GRIDS = ("origin", "half-pixel")
-# of a source, which says the same after upscaling
+# elements that upscaling does not change
 KEPT = (
     *("PatientName", "PatientID", "PatientBirthDate", "StudyInstanceUID", "StudyDate", "StudyID", "AccessionNumber"),
     *("ReferringPhysicianName", "FrameOfReferenceUID", "Manufacturer", "ManufacturerModelName", "SoftwareVersions"),
@@ -41,7 +41,7 @@ def error_of(action: Callable[..., object], *arguments: object, **named: object)
 
 
 def source(tmp_path: Path, kind: str, seed: int = 0) -> tuple[Volume, list[Path]]:
-    """A series as read, and its files."""
+    """A series: the volume that is read from it, and its files."""
     affine = oblique(seed)
     if kind == "enhanced":
         enhanced(tmp_path / "source.dcm", affine)
@@ -470,7 +470,7 @@ def test_slice_by_slice_is_the_same_series(tmp_path: Path, kind: str, axis: int)
     volume, _ = source(tmp_path, kind)
     out = finer(volume, 2)
     write_volume(tmp_path / "whole", out)
-    place = volume.resampled(volume.array, 2, (0, 1), "origin")  # an array of another size is not looked at
+    place = volume.resampled(volume.array, 2, (0, 1), "origin")  # only its affine is used
     with writing(tmp_path / "sliced", place, out.array.shape, axis=axis) as write:
         for image in np.moveaxis(out.array, axis, 0):
             write(image)
@@ -495,12 +495,12 @@ def test_memory_is_that_of_a_slice(tmp_path: Path, name: str, axis: int) -> None
             for k in range(shape[axis]):
                 write(ramp + k)
 
-    write_all((4, 4, 4))  # what is loaded on first use
+    write_all((4, 4, 4))  # first use loads modules
     tracemalloc.start()
     write_all(shape)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    # a slice across the last axis has 0.26 MB, or twice that on its way; DICOM's data sets are kept for all slices
+    # a slice across the last axis has 0.26 MB, and twice that while it is written; DICOM keeps a data set per slice
     assert peak < (3e6 if name == "out.dcm" else 1.6e6) < np.prod(shape) * 4
 
 
@@ -527,7 +527,7 @@ def test_a_folder_is_whole_or_not_there(
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     monkeypatch.undo()
-    write_volume(tmp_path / "out", volume)  # what was written here before is replaced
+    write_volume(tmp_path / "out", volume)  # the earlier output is replaced
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(before)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} != before
     assert sorted(path.name for path in tmp_path.iterdir()) == names

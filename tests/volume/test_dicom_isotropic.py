@@ -1,4 +1,4 @@
-"""A DICOM series of thick slices becomes a series of more slices: where they lie, and which thickness was taken."""
+"""A DICOM series of thick slices becomes a series of more slices: their positions, and the thickness in use."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from deformmamba.volume import read_volume
 
 @pytest.fixture(scope="module")
 def network() -> DeformMambaSR:
-    """Untrained: it changes nothing, so the cubic spline is written."""
+    """An untrained network: it changes nothing, so the output is the cubic spline."""
     return DeformMambaSR.from_preset("tiny", scale=1, dims=[16], depths=[1]).eval()
 
 
@@ -30,7 +30,7 @@ def test_a_series_of_more_slices(kind: object, tmp_path: Path, network: DeformMa
     out = read_volume(tmp_path / "out")
     assert out.array.shape == (20, 18, n)
     assert out.spacing == pytest.approx((0.8, 0.8, 0.8), abs=1e-4)
-    # DICOM's decimal strings hold ten digits or so
+    # DICOM's decimal strings have about ten digits
     np.testing.assert_allclose(out.affine[:3, 3], affine[:3, 3], atol=1e-4)
     np.testing.assert_allclose(out.affine @ [1, 2, 15, 1], affine @ [1, 2, 15 * 0.8 / 3, 1], atol=1e-3)
     np.testing.assert_allclose(out.array[:, :, 15], read_volume(tmp_path / "in").array[:, :, 4], atol=0.1)

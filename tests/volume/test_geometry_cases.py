@@ -1,4 +1,4 @@
-"""Places of scans whose headers are unusual, against independent readers: nibabel, SimpleITK, dcm2niix."""
+"""World coordinates of scans with unusual headers, compared with nibabel, SimpleITK and dcm2niix."""
 
 import gzip
 import io
@@ -24,7 +24,7 @@ needs_dcm2niix = pytest.mark.skipif(not shutil.which("dcm2niix"), reason="dcm2ni
 
 
 def finer(volume: Volume, scale: int = 4) -> Volume:
-    """Voxels repeated in-plane, on the origin-aligned grid: voxel i becomes voxel scale * i."""
+    """Voxels repeated in-plane on the origin grid: voxel i becomes voxel scale * i."""
     array = volume.array.repeat(scale, 0).repeat(scale, 1)
     return volume.resampled(array, scale, (0, 1), "origin")
 
@@ -34,7 +34,7 @@ def corners(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def itk_affine(path: Path) -> np.ndarray:
-    """RAS, as SimpleITK reads the file."""
+    """The RAS affine of the file as read by SimpleITK."""
     sitk = pytest.importorskip("SimpleITK")
     image = sitk.ReadImage(str(path))
     affine = np.eye(4)
@@ -72,7 +72,7 @@ def test_anatomy_stays_for_every_pair_of_codes(tmp_path: Path, codes: tuple[int,
         np.testing.assert_allclose(affine_of(after) @ new.T, affine_of(before) @ old.T, atol=2e-3)
     again = read_volume(after)
     assert again.codes == codes, "no left and right is claimed where the source claims none"
-    # a second time
+    # upscale a second time
     write_volume(before, finer(again, 2))
     assert read_volume(before).codes == codes
     for affine_of in (lambda path: nibabel.load(path).affine, itk_affine):
@@ -272,13 +272,13 @@ def test_a_siemens_mosaic_is_what_dcm2niix_makes_of_it(tmp_path: Path, name: str
     pydicom = pytest.importorskip("pydicom")
     dataset = pydicom.dcmread(io.BytesIO(gzip.decompress(source.read_bytes())))
     stored = np.random.default_rng(0).integers(1, 900, (dataset.Rows, dataset.Columns)).astype("<u2")
-    dataset.PixelData = stored.tobytes()  # it came without its pixels
+    dataset.PixelData = stored.tobytes()  # the test file has no pixels
     dataset.save_as(path)
     volume = read_volume(path)
     assert volume.array.shape == (128, 128, 48)
     other = by_dcm2niix(path.parent, tmp_path / "out")
     theirs = np.squeeze(np.asarray(other.dataobj))
-    # dcm2niix reverses rows: the same voxels at the same places
+    # dcm2niix reverses rows; voxels must be equal at equal world coordinates
     to_theirs = np.linalg.inv(other.affine) @ volume.affine
     index = np.random.default_rng(0).integers(0, volume.array.shape, (500, 3))
     there = (to_theirs @ np.c_[index, np.ones(500)].T)[:3].T

@@ -1,4 +1,4 @@
-"""What a scan says about itself: the matrix that k-space fills is found where there is a border, and only there."""
+"""Inspection of a scan: the acquired matrix is found if k-space has a border, and only then."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ def _the_same_numbers_in_any_order() -> None:
 
 
 def anatomy(h: int, w: int, sigma: float = 5) -> np.ndarray:
-    """(4, h, w): ellipses with sharp edges up to about 1,000, some across the edge of the field; texture and noise."""
+    """(4, h, w), up to about 1,000: sharp ellipses, some across the edge of the field of view; texture and noise."""
     y, x = np.meshgrid(np.linspace(-1, 1, h), np.linspace(-1, 1, w), indexing="ij")
     out = np.zeros((4, h, w))
     for image in out:
@@ -41,7 +41,7 @@ def anatomy(h: int, w: int, sigma: float = 5) -> np.ndarray:
 
 
 def measured(images: np.ndarray, size: tuple[int, int], taper: str = "none", sigma: float = 7) -> torch.Tensor:
-    """The complex image, with phase and noise, of `images` (n, h, w) filled with zeros to `size`."""
+    """`images` (n, h, w) with phase and noise, complex, zero-filled in k-space to `size`."""
     h, w = images.shape[1:]
     y, x = np.meshgrid(np.linspace(-1, 1, h), np.linspace(-1, 1, w), indexing="ij")
     phase = np.exp(1j * (1.5 * x * y + 2 * x**2 - y + 0.5 * np.sin(3 * x)))
@@ -68,7 +68,7 @@ def test_a_border_is_found_whatever_is_left_of_the_spectrum(size: tuple[int, int
     found = effective_matrix(given)
     assert found == pytest.approx((128, 96), abs=3)
     assert all(n == full for n, full, whole in zip(found, size, (128, 96), strict=True) if full == whole)
-    assert effective_matrix(given.numpy() * 1e-4) == pytest.approx(found, abs=2)  # whatever the unit
+    assert effective_matrix(given.numpy() * 1e-4) == pytest.approx(found, abs=2)  # in any unit
 
 
 @pytest.mark.parametrize("taper", ["hann", "hamming", "fermi"])
@@ -88,11 +88,11 @@ def test_the_edge_of_the_field_does_not_hide_the_border() -> None:
 
 
 def test_a_step_is_found_in_the_profile_of_an_interpolated_scan() -> None:
-    """512 pixels of a scan whose header says 256: a smooth step, whose slopes fall as well. The other axis has none."""
+    """512 pixels of a scan with 256 in its header: one axis has a smooth step in a falling profile, the other has none."""
     profiles = np.load(Path(__file__).parents[1] / "cases" / "siemens_interp_profile.npz")
     assert abs(_filled(profiles["axis1"]) - 256) <= 3
     assert _filled(profiles["axis0"]) == 512
-    # and in slices of such a spectrum
+    # the same for slices that have this spectrum
     phase = np.exp(2j * np.pi * rng.random((6, 512, 512)))
     slices = ifft2c(torch.from_numpy(np.sqrt(profiles["axis1"]) * phase)).real
     rows, columns = effective_matrix(slices)
@@ -145,7 +145,7 @@ def test_what_are_no_slices_is_refused() -> None:
 
 @pytest.mark.slow
 def test_real_volumes(real_data: Path) -> None:
-    """Most of them read as full; filled with zeros, all of them are found out."""
+    """Most are found to fill k-space; after zero-filling, the acquired matrix is found for all."""
     table = csv.DictReader((real_data / "volumes.tsv").read_text().splitlines(), delimiter="\t")
     rows = [row for row in table if row["split"] == "val"]
     full = 0

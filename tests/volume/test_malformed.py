@@ -1,4 +1,4 @@
-"""Files that are damaged, mislabelled or meant badly: each is a valid volume or one line, and nothing worse."""
+"""Damaged, mislabelled or malicious files: each gives a valid volume or an error of one line."""
 
 import gzip
 import os
@@ -20,15 +20,15 @@ from pydicom.data import get_testdata_file
 from deformmamba.volume import Volume, VolumeError, read_volume, write_volume, writing
 
 N_DAMAGED = 24  # of each kind of file
-# a parser needs some; the files have less than 100 kB
+# a parser needs some memory; the files have less than 100 kB
 MOST_MEMORY = 16e6
-MOST_SECONDS = 10  # of computing: what hangs takes all there are
+MOST_SECONDS = 10  # processor time
 EXTREMES = (0, 1, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
-SECRETS = ("SECRET", "CompressedSamples")  # the names in the headers made here and in pydicom's files
+SECRETS = ("SECRET", "CompressedSamples")  # names in the headers of this file and of pydicom's files
 
 
 def intact(folder: Path, kind: str) -> Path:
-    """A valid file that names a patient."""
+    """A valid file that contains a patient's name."""
     folder.mkdir(exist_ok=True)
     if kind == "classic":
         classic(folder / "series", oblique(0), (7, 6, 1))
@@ -53,9 +53,9 @@ def intact(folder: Path, kind: str) -> Path:
 
 
 def damaged(data: bytes, rng: np.random.Generator) -> bytes:
-    """One to three injuries: cut short, bits flipped, bytes changed, numbers made extreme, bytes put in or left out."""
+    """One to three changes: truncation, flipped bits, other bytes, extreme numbers, inserted bytes, removed bytes."""
     new = bytearray(data)
-    # most of what is believed stands at the beginning
+    # most of the header is at the beginning
     header = min(len(data), 1400)
     for _ in range(rng.integers(1, 4)):
         if len(new) < 16:
@@ -80,7 +80,7 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def verdict(path: Path) -> str:
-    """The one line of the error, or "" for a valid volume; anything else fails."""
+    """The one line of the error, or "" for a valid volume; any other outcome fails."""
     tracemalloc.reset_peak()
     held, start = tracemalloc.get_traced_memory()[0], time.process_time()
     message, chained = "", False
@@ -123,7 +123,7 @@ def test_damage(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]) ->
     packed = kind == ".nii.gz"
     refused = 0
     for n in range(N_DAMAGED):
-        if packed and n % 2:  # inside the compression, where no checksum helps
+        if packed and n % 2:  # inside the compressed data, so that its checksum is right
             path.write_bytes(gzip.compress(damaged(gzip.decompress(data), rng), 1))
         else:
             path.write_bytes(damaged(data, rng))
@@ -141,7 +141,7 @@ def test_names_that_lie(tmp_path: Path) -> None:
         for name in ("a.nii", "a.nii.gz", "a.mgh", "a.mgz", "a.dcm", "a.ima", "a", "a.png", "a.nii.dcm"):
             (tmp_path / name).write_bytes(data)
             said.append(verdict(tmp_path / name))
-            if kind in ("classic", "enhanced"):  # known by what is in it, as scanners give any name
+            if kind in ("classic", "enhanced"):  # recognised by content: scanners use any name
                 assert (said[-1] == "") == (not name.endswith((".nii", ".gz", ".mgh", ".mgz")))
             elif name.endswith(kind):
                 assert said[-1] == ""
@@ -152,7 +152,7 @@ def test_names_that_lie(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("traced")
 @pytest.mark.filterwarnings("ignore:.*and the weights are for MR images")
 def test_the_headers_of_pydicoms_files_end_no_reading(tmp_path: Path) -> None:
-    """Colour, ultrasound, dose, waveforms, reports, broken and compressed files: volumes or a line."""
+    """Colour, ultrasound, dose, waveform, report, broken and compressed files give a volume or an error of one line."""
     folder = Path(get_testdata_file("MR_small.dcm", download=False)).parent
     paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.stat().st_size < 2e5]
     valid = 0
@@ -218,7 +218,7 @@ def test_names_with_spaces_and_other_letters(tmp_path: Path) -> None:
     for name in ("é 中.nii.gz", "tab\there.nii", "line\nbreak.mgz", "-o.nii", "ö ü/"):
         write_volume(f"{tmp_path}/{name}", volume)
         np.testing.assert_allclose(read_volume(f"{tmp_path}/{name}").array, volume.array, atol=0.02)
-    strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.nii")  # no UTF-8
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.nii")  # not UTF-8
     write_volume(strange, volume)
     np.testing.assert_array_equal(read_volume(strange).array, volume.array)
     for name in ("a\0b.nii", "x" * 300, "x" * 300 + ".nii"):
@@ -243,7 +243,7 @@ def test_links_out_of_the_folder(tmp_path: Path) -> None:
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """Root may do all, so that it has to become somebody who may not; others are that already."""
+    """Without root's permissions: root becomes user 65534 for the block, other users stay as they are."""
     if os.geteuid() != 0:
         yield
         return
@@ -255,7 +255,7 @@ def as_nobody() -> Iterator[None]:
 
 
 def test_files_and_folders_that_are_closed() -> None:
-    with tempfile.TemporaryDirectory() as name:  # where nobody may look, unlike the tests' own folder
+    with tempfile.TemporaryDirectory() as name:  # user 65534 may not enter the tests' folder
         folder = Path(name)
         path = intact(folder, ".nii")
         series = intact(folder, "classic").parent
@@ -283,7 +283,7 @@ def test_files_and_folders_that_are_closed() -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 kB, where one may be mounted."""
+    """A file system of 64 kB; skips if mounting is not allowed."""
     folder = tmp_path / "small"
     folder.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True)

@@ -1,4 +1,4 @@
-"""What macOS and Windows lack has a way round that gives the same files."""
+"""Without functions that macOS or Windows lack, the same files are written."""
 
 import os
 import tempfile

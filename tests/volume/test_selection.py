@@ -1,4 +1,4 @@
-"""Which files are scans: masks, labels, phases and own outputs are passed over, each with its reason."""
+"""Which files are scans: masks, labels, phase images and own outputs are skipped, each with the reason."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def anatomy(shape: tuple[int, ...] = (20, 16, 5), top: float = 1000) -> np.ndarr
 
 
 def regions(dtype: str = "uint8") -> np.ndarray:
-    """40 labels in blocks."""
+    """An image of 40 labels in blocks."""
     return np.kron(np.arange(40).reshape(5, 4, 2), np.ones((6, 6, 4))).astype(dtype)
 
 
@@ -42,7 +42,7 @@ def test_anatomy_of_any_type_is_a_scan(tmp_path: Path) -> None:
     nibabel.save(nibabel.MGHImage(anatomy().astype("float32"), np.eye(4)), tmp_path / "T1.mgz")
     assert not_a_scan(tmp_path / "T1.mgz") == ""
     assert not_a_scan(DICOM / "000.dcm") == ""
-    # names alone do not make a scan a mask or an output
+    # a name alone does not mark a file as a mask or an output
     assert not_a_scan(image(anatomy(), tmp_path / "sub-1_desc-sr_T2w.nii")) == ""
     assert not_a_scan(image(anatomy(), tmp_path / "mask_of_gre.nii")) == ""
     (tmp_path / "broken.nii").write_bytes(b"nothing")

@@ -1,4 +1,4 @@
-"""Files: what is read equals what independent readers see, anatomy stays where it is, and nothing is half-written."""
+"""Files: arrays and affines agree with independent readers, anatomy keeps its position, no file is half-written."""
 
 import gzip
 import os
@@ -32,7 +32,7 @@ def rotation(seed: int) -> np.ndarray:
 
 
 def oblique(seed: int, spacing: tuple[float, float, float] = (0.9, 0.7, 4.0)) -> np.ndarray:
-    """A random orientation; every other one mirrors."""
+    """An affine with a random orientation; every second seed mirrors."""
     affine = np.eye(4)
     affine[:3, :3] = rotation(seed) @ np.diag(spacing) * (-1) ** seed
     affine[:3, 3] = np.random.default_rng(seed + 100).normal(scale=80, size=3)
@@ -49,7 +49,7 @@ def save(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Pat
 
 
 def patch(path: Path, **fields: list[float]) -> Path:
-    """Writes header fields of an uncompressed NIfTI file as they are, where nibabel would set them right."""
+    """Writes raw header fields of an uncompressed NIfTI file; nibabel would correct invalid values."""
     places = {"pixdim": (76, "<f4"), "qform_code": (252, "<i2"), "sform_code": (254, "<i2"), "srow": (280, "<f4")}
     data = bytearray(path.read_bytes())
     for name, values in fields.items():
@@ -71,7 +71,7 @@ def error_of(path: Path, **arguments: int) -> str:
     assert "\n" not in message
     assert str(path) in message
     assert "SECRET" not in message
-    assert caught.value.__cause__ is None  # a chained parser error would be printed with the traceback
+    assert caught.value.__cause__ is None  # a chained error of the parser would be printed too
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
     return message
 
@@ -218,7 +218,7 @@ def test_unknown_intensity_rules_are_refused(rule: str) -> None:
 def test_what_a_header_said_is_said_again(tmp_path: Path, suffix: str) -> None:
     image = nibabel.Nifti1Image(voxels(), oblique(0))
     image.set_qform(oblique(0), 1)
-    image.set_sform(oblique(2), 4)  # as after a registration: another place
+    image.set_sform(oblique(2), 4)  # another position, as after a registration
     image.header["descrip"] = b"a scanner's words"
     image.header["cal_max"] = 900
     image.header.set_intent("estimate", name="a map")
@@ -394,7 +394,7 @@ def test_reading_leaves_the_terminal_alone(tmp_path: Path, capfd: pytest.Capture
 
 
 def broken(folder: Path) -> dict[str, tuple[Path, str]]:
-    """File by kind of damage, and what the message must say."""
+    """{kind of damage: (file, text that the message must contain)}."""
     good = save(folder / "good.nii", voxels())
     data = good.read_bytes()
     packed = gzip.compress(data)
