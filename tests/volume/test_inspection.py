@@ -88,7 +88,7 @@ def test_the_edge_of_the_field_does_not_hide_the_border() -> None:
 
 
 def test_a_step_is_found_in_the_profile_of_an_interpolated_scan() -> None:
-    """512 pixels of a scan with 256 in its header: one axis has a smooth step in a falling profile, the other has none."""
+    """512 pixels of a scan with 256 in its header: one axis has a smooth step in a falling profile, the other none."""
     profiles = np.load(Path(__file__).parents[1] / "cases" / "siemens_interp_profile.npz")
     assert abs(_filled(profiles["axis1"]) - 256) <= 3
     assert _filled(profiles["axis0"]) == 512
