@@ -4,7 +4,8 @@ import importlib.util
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from deformmamba.extras import MissingExtra
 
 
 def pytest_configure() -> None:
@@ -26,6 +29,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("long"):
             item.add_marker("slow")
+
+
+@contextmanager
+def skipped_without_extra() -> Iterator[None]:
+    """Skips where an optional package is not installed. One that is installed and cannot be imported stays an error."""
+    try:
+        yield
+    except MissingExtra as missing:
+        cause = missing.__context__
+        absent = cause.name if isinstance(cause, ModuleNotFoundError) else None
+        if absent and importlib.util.find_spec(absent.partition(".")[0]) is None:
+            pytest.skip(str(missing))
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Generator[None, object, object]:
+    with skipped_without_extra():  # what a fixture needs
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    with skipped_without_extra():
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,10 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from conftest import skipped_without_extra
 
 import deformmamba
+from deformmamba.extras import MissingExtra, require
 from deformmamba.weights import list_weights
 
 ROOT = Path(__file__).parents[1]
@@ -291,6 +293,17 @@ def test_dev_names_the_other_extras_and_tools_are_pinned() -> None:
     assert len(seen) == len(set(seen)), "a package stands in one extra only"
     for extra in ("lint", "docs"):
         assert all("==" in line or line == "deformmamba[lint]" for line in extras[extra])
+
+
+def test_a_test_skips_without_its_extra_and_fails_with_a_broken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(pytest.skip.Exception, match=r"deformmamba\[train\]"), skipped_without_extra():
+        require("not_installed_here.part", extra="train", what="fit")
+    (tmp_path / "installed_but_broken.py").write_text("from json import no_such_name")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingExtra, match="no_such_name"), skipped_without_extra():
+        require("installed_but_broken", extra="train", what="fit")
 
 
 def test_extras_that_messages_name_exist() -> None:
