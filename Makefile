@@ -45,7 +45,7 @@ test-fast: $(BIN)/.installed-test  ## the tests that take less than a few second
 # the oldest instruction set that each library supports, with which sums are rounded differently
 test-generic: $(BIN)/.installed-test  ## the numerical tests with the instruction set of an old processor
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 NUMBA_CPU_NAME=generic OMP_NUM_THREADS=1 \
-	$(PYTEST) -m "not slow" tests/scan tests/deform tests/physics tests/test_layers.py \
+	$(PYTEST) -m "not slow" tests/scan/test_scan.py tests/scan/test_scan_cpu.py tests/deform tests/physics tests/test_layers.py \
 	tests/test_losses.py tests/inference/test_adapters.py
 
 lint: $(BIN)/.installed-dev  ## style and types

@@ -219,7 +219,7 @@ def test_a_map_is_the_plain_composition(place: Place) -> None:
 
 @pytest.mark.parametrize("discretization", ["euler", "zoh"])
 def test_the_reference_has_the_right_gradients(discretization: Any) -> None:
-    arguments = sequence(1, 4, 5, 2, 2)
+    arguments = sequence(1, 4, 3, 2, 2)
     options: Any = {"discretization": discretization, "backend": "reference"}
 
     def scan(*values: torch.Tensor) -> Any:
@@ -228,7 +228,7 @@ def test_the_reference_has_the_right_gradients(discretization: Any) -> None:
 
     assert torch.autograd.gradcheck(scan, [x.clone().requires_grad_() for x in arguments.values()])
 
-    arguments_2d = feature_map(1, 2, 3, 2, 4, 2)
+    arguments_2d = feature_map(1, 2, 3, 1, 4, 2)
 
     def scan_2d(*values: torch.Tensor) -> torch.Tensor:
         given: Any = dict(zip(arguments_2d, values, strict=True))
