@@ -5,11 +5,12 @@ start of the chunk. It falls into a factor of i and a factor of j, so that all h
 
     y = exp(s - m) (tril(C B') (exp(m - s) dt x)) + exp(s) (C h)        h' = exp(last) h + exp(last - m) B' (...)
 
-where m, the middle of the range of s, keeps both factors within float32. `scan` uses this in chunks of 128 or 64 steps,
-if the range of s allows it. Otherwise it computes each decay of each head separately, in chunks of 64: shorter chunks
-would need more products with states, which cost more. (In float64: factors down to chunks of 16.) `scan_eager` computes
-each decay separately too, in PyTorch that any of its transforms can differentiate. Sums of dt A are float64, because
-their differences matter.
+where m, the middle of the range of s, keeps both factors within float32. A sequence is computed in spans of 128 steps.
+`ssd_factored` computes the spans and heads whose range of s allows factors. The others are computed here: in shorter
+chunks with factors, if the range allows them, else with each decay of each head, in chunks of 64. Shorter chunks would
+need more products with states, which cost more. (In float64: factors down to chunks of 16.) `scan_eager` computes each
+decay separately too, in PyTorch that any of its transforms can differentiate. Sums of dt A are float64, because their
+differences matter.
 
 x (b, l, h, p), dt (b, l, h), A (h), B, C (b, l, g, n), state (b, h, p, n), run (b, l) integers that grow by one where a
 new sequence starts in a pack (its first step does not see what came before), or None. All in float32 or float64.
@@ -22,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deformmamba.errors import UnsupportedCall
+from deformmamba.mamba import ssd_factored
 
-SPAN = 512  # steps between kept states; a backward pass recomputes the states of a span
+SPAN = 128  # steps between kept states; a backward pass recomputes the states within a span
 _CHUNKS = (128, 64, 32, 16)  # with decays as factors; shorter ones for short sequences
 # the longest with each decay computed separately: differences of s lose digits, which float64 would show
 _PAIRED_CHUNKS = {torch.float32: 64, torch.float64: 16}
 _CHUNK_EAGER = 32
-_RANGE = 120.0  # largest range of s in a chunk; products with exp(60) are far from the limits of float32
 
 
 # `Optional`, because the schema is read from the annotations and older PyTorch does not support `Tensor | None`
@@ -49,13 +50,19 @@ def scan(
     spans = -(-length // SPAN)
     kept = x.new_empty(b, groups, spans if keep else 0, n, heads // groups * p)
     for image, group, part in _parts(b, heads, groups):
-        h = _flat_state(x, state, image, part, n)
-        for i in range(spans):
-            at = slice(i * SPAN, (i + 1) * SPAN)
-            if keep:
-                kept[image, group, i] = h
-            given = _span(x, dt, A, B, C, run, image, group, part, at)
-            y[image, at, part], h = _forward(*given, h)
+        x_, y_, B_, C_ = x[image, :, part], y[image, :, part], B[image, :, group], C[image, :, group]
+        run_, h = None if run is None else run[image], _flat_state(x, state, image, part, n)
+        by_head = (*kept.shape[2:4], heads // groups, p)
+        for some in (
+            ssd_factored.head_sets(dt[image, :, part], A[part], run_, SPAN, ssd_factored.RANGE) if length else ()
+        ):
+            y_some, kept_some = some.empty(y_), some.empty(kept[image, group].view(by_head), 2)
+            h_some = some.of(h.view(by_head[1:])).reshape(n, -1)
+            rest = (B_, C_, run_, h_some, some.factors, y_some, kept_some.flatten(2))
+            _forward_spans(some.of(x_), some.of(dt[image, :, part]), some.of(A[part], 0), *rest)
+            some.put(y_, y_some)
+            some.put(kept[image, group].view(by_head), kept_some, 2)
+            some.put(h.view(by_head[1:]), h_some.view(n, -1, p))
         last[image, part] = h.view(n, -1, p).permute(1, 2, 0)
     return y, last, kept
 
@@ -88,14 +95,28 @@ def scan_backward(
     dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
     dA, dstate = torch.zeros_like(A), torch.empty_like(dlast, memory_format=torch.contiguous_format)
     for image, group, part in _parts(b, heads, groups):
-        dh = _flat_state(x, dlast, image, part, n)
-        for i in reversed(range(kept.shape[2])):
-            at = slice(i * SPAN, (i + 1) * SPAN)
-            given = _span(x, dt, A, B, C, run, image, group, part, at)
-            results = (y[image, at, part], dy[image, at, part])
-            dx_, ddt_, dA_, dB_, dC_, dh = _backward(*given, kept[image, group, i], *results, dh)
-            dx[image, at, part], ddt[image, at, part], dB[image, at, group], dC[image, at, group] = dx_, ddt_, dB_, dC_
-            dA[part] += dA_
+        x_, B_, C_ = x[image, :, part], B[image, :, group], C[image, :, group]
+        run_, dh = None if run is None else run[image], _flat_state(x, dlast, image, part, n)
+        by_head = (*kept.shape[2:4], heads // groups, p)
+        dx_, ddt_, dA_ = dx[image, :, part], ddt[image, :, part], dA[part]
+        dB[image, :, group], dC[image, :, group] = 0, 0
+        for some in (
+            ssd_factored.head_sets(dt[image, :, part], A[part], run_, SPAN, ssd_factored.GRADIENT_RANGE)
+            if kept.shape[2]
+            else ()
+        ):
+            dx_some, ddt_some, dA_some = some.empty(dx_), some.empty(ddt_), some.of(dA_, 0)
+            dh_some = some.of(dh.view(by_head[1:])).reshape(n, -1)
+            _backward_spans(
+                some.of(x_), some.of(dt[image, :, part]), some.of(A[part], 0), B_, C_, run_,
+                some.of(kept[image, group].view(by_head), 2).flatten(2), some.factors, some.of(y[image, :, part]),
+                some.of(dy[image, :, part]), dh_some, dx_some, ddt_some, dA_some, dB[image, :, group],
+                dC[image, :, group],
+            )  # fmt: skip
+            some.put(dx_, dx_some)
+            some.put(ddt_, ddt_some)
+            some.put(dA_, dA_some, 0)
+            some.put(dh.view(by_head[1:]), dh_some.view(n, -1, p))
         dstate[image, part] = dh.view(n, -1, p).permute(1, 2, 0)
     return dx, ddt, dA, dB, dC, dstate
 
@@ -176,17 +197,52 @@ def _parts(b: int, heads: int, groups: int) -> list[tuple[int, int, slice]]:
 
 def _flat_state(x: Tensor, state: Tensor | None, image: int, part: slice, n: int) -> Tensor:
     heads = x[image, :0, part].shape[1:]
-    return x.new_zeros(n, heads.numel()) if state is None else state[image, part].permute(2, 0, 1).reshape(n, -1)
+    return (
+        x.new_zeros(n, heads.numel()) if state is None else state[image, part].permute(2, 0, 1).reshape(n, -1).clone()
+    )
 
 
-def _span(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, run: Tensor | None, image: int, group: int, part: slice,
-    at: slice,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    in_part = (x[image, at, part], dt[image, at, part], A[part])
-    if run is not None:  # and the number of the step before the span, which tells whether the state reaches into it
-        run = torch.cat([run[image, max(at.start - 1, 0) :][:1], run[image, at]])
-    return *in_part, B[image, at, group], C[image, at, group], run
+def _forward_spans(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, run: Tensor | None, h: Tensor, f: ssd_factored.Factors,
+    y: Tensor, kept: Tensor,
+) -> None:  # fmt: skip
+    """Writes y, the states before the spans into `kept` if there are any, and the last state into h."""
+    work = ssd_factored.Workspace(x, f.chunk, len(h))
+    for i, at in enumerate(_spans(x)):
+        if len(kept):
+            kept[i] = h
+        if f.fits[i]:
+            ssd_factored.forward(x[at], dt[at], B[at], C[at], h, f, i * (SPAN // f.chunk), work, y[at])
+        else:
+            y[at], h[:] = _forward(x[at], dt[at], A, B[at], C[at], _with_step_before(run, at), h)
+
+
+def _backward_spans(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, run: Tensor | None, kept: Tensor, f: ssd_factored.Factors,
+    y: Tensor, dy: Tensor, dh: Tensor, dx: Tensor, ddt: Tensor, dA: Tensor, dB: Tensor, dC: Tensor,
+) -> None:  # fmt: skip
+    """Writes dx and ddt, adds to dA, dB and dC, and replaces dh by the gradient of the first state."""
+    work, next_h = ssd_factored.BackwardWorkspace(x, f.chunk, len(dh)), None
+    for i, at in reversed(list(enumerate(_spans(x)))):
+        given, h = (x[at], dt[at], A, B[at], C[at]), kept[i]
+        if f.fits[i] and f.chunk == SPAN:
+            ddt[at], dA_, dB_, dC_ = ssd_factored.backward(*given, h, next_h, f, i, work, y[at], dy[at], dh, dx[at])
+        else:
+            before = _with_step_before(run, at)
+            dx[at], ddt[at], dA_, dB_, dC_, dh[:] = _backward(*given, before, h, y[at], dy[at], dh)
+        dA += dA_
+        dB[at] += dB_
+        dC[at] += dC_
+        next_h = h
+
+
+def _spans(x: Tensor) -> list[slice]:
+    return [slice(start, start + SPAN) for start in range(0, len(x), SPAN)]
+
+
+def _with_step_before(run: Tensor | None, at: slice) -> Tensor | None:
+    """The numbers of a span's sequences, after that of the step before it, whose state the span gets."""
+    return None if run is None else torch.cat([run[max(at.start - 1, 0) :][:1], run[at]])
 
 
 class _Chunks(NamedTuple):
@@ -212,14 +268,16 @@ class _Chunks(NamedTuple):
     states: Tensor  # (c + 1, n, r p): before each chunk, and after the last
 
 
-def _chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, run: Tensor | None, h: Tensor) -> _Chunks:
+def _chunks(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, run: Tensor | None, h: Tensor, limit: float
+) -> _Chunks:
     """The chunks of a span, of the largest size for which the factors of the decays are within range, if there is
     one."""
     (r, p), n = x.shape[1:], B.shape[1]
     sizes = [q for q in _CHUNKS if q < 2 * len(x)] or [_CHUNKS[-1]]
     for q in sizes:
         s, low, high = _cumulative(dt * A, q)
-        if factors := bool((high - low <= _RANGE).all()):  # not if a value is NaN
+        if factors := bool((high - low <= limit).all()):  # not if a value is NaN
             break
         if q <= _PAIRED_CHUNKS[x.dtype]:
             break
@@ -266,7 +324,7 @@ def _forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, run: Tensor | None, h: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(y, next state)."""
-    k = _chunks(x, dt, A, B, C, run, h)
+    k = _chunks(x, dt, A, B, C, run, h, ssd_factored.RANGE)
     if k.decay is None:
         y = torch.bmm(k.scores, k.u).view(k.x.shape).mul_(k.near_out[..., None])
     else:
@@ -280,7 +338,7 @@ def _backward(
     dh: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of x, dt, A, B, C and h."""
-    k = _chunks(x, dt, A, B, C, run, h)
+    k = _chunks(x, dt, A, B, C, run, h, ssd_factored.GRADIENT_RANGE)
     c, q, r, p = k.x.shape
     missing = c * q - len(x)
     dy_y = F.pad((dy * y).sum(-1), (0, 0, 0, missing)).view(c, q, r)

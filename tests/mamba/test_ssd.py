@@ -12,6 +12,7 @@ from deformmamba.mamba import (
     mamba_split_conv1d_scan_combined,
     mamba_split_conv1d_scan_ref,
     ssd_chunks,
+    ssd_factored,
     ssd_ref,
 )
 
@@ -75,6 +76,22 @@ def test_spans_and_chunks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
         # spans whose decays underflow, and spans whose decays do not
         given[1][:, 40:] *= 1e3
         compare_with_gradients(given, 1e-11)
+
+
+@pytest.mark.parametrize("heads", [(0.1, 15.0, 0.2, 15.0), (15.0, 15.0, 15.0, 15.0), (0.1, 15.0, 1e4, 15.0)])
+def test_heads_with_fast_and_slow_decays_have_chunks_of_their_own(heads: tuple[float, ...]) -> None:
+    given = arguments(2, 150, g=1, dtype=torch.float64)
+    given[1], given[2], given[7] = (
+        0.2 * torch.rand_like(given[1]),
+        -torch.tensor(heads).double(),
+        torch.zeros(4).double(),
+    )
+    sets = ssd_factored.head_sets(given[1][0], given[2], None, 128, ssd_factored.RANGE)
+    chunks = {head: s.factors.chunk for s in sets for head in (range(4) if s.heads is None else s.heads.tolist())}
+    assert [chunks[head] for head in range(4)] == [32 if rate == 15.0 else 128 for rate in heads]
+    assert all(all(s.factors.fits) for s in sets) == (1e4 not in heads)
+    compare_with_gradients(given, 1e-12, dt_softplus=False)
+    compare_with_gradients(given, 1e-12, dt_softplus=False, seq_idx=packed(2, 20, 108, 22))
 
 
 def test_gradients_are_those_of_finite_differences() -> None:

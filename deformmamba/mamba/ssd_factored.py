@@ -1,0 +1,184 @@
+"""Mamba-2's scan where the decays fall into factors: the usual case, with the fewest operations.
+
+With s, the sum of dt A since the start of a chunk, and m, the middle of its range,
+
+    y = exp(s - m) ([tril(C B') | C] [u; g])        u = exp(m - s) dt x,   g = exp(m) h
+    next h = exp(last - m) (g + B' u)
+
+so that each pass over the data is one product of matrices or one multiplication by a factor. The range of s decides how
+long a chunk can be, and it differs between heads: `head_sets` gives the heads with fast decays shorter chunks.
+
+For one sequence and r heads of a group: x, y (l, r, p), dt (l, r), A (r), B, C (l, n); a state h is (n, r p).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RANGE = 120.0  # largest range of s in a chunk; products with exp(60) are far from the limits of float32
+# the same for gradients: that of A is a small difference of large sums if decays are fast
+GRADIENT_RANGE = 80.0
+SHORT = 4  # heads with fast decays have this many chunks in a span, the others one
+
+
+class Factors(NamedTuple):
+    """The decays of all chunks of a sequence; steps of size zero fill up the last span."""
+
+    chunk: int  # steps per chunk
+    fits: list[bool]  # for each span: whether the range allows factors, and all of it continues the sequence before it
+    out: Tensor  # (chunks, chunk, r): exp(s - m)
+    into: Tensor  # (chunks, chunk, r): exp(m - s)
+    before: Tensor  # (chunks, r, 1): exp(m)
+    after: Tensor  # (chunks, r, 1): exp(last - m)
+
+
+class HeadSet(NamedTuple):
+    heads: Tensor | None  # (r,) the places of the heads in their group; None: all
+    factors: Factors
+
+    def of(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The part of x for these heads, a view if they are all heads."""
+        return x if self.heads is None else x.index_select(dim, self.heads)
+
+    def empty(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Where to write the part of x for these heads, for `put`."""
+        if self.heads is None:
+            return x
+        return x.new_empty(*x.shape[:dim], len(self.heads), *x.shape[dim + 1 :])
+
+    def put(self, x: Tensor, part: Tensor, dim: int = 1) -> None:
+        """Copies what was written into `empty` to its place in x."""
+        if self.heads is not None:
+            x.index_copy_(dim, self.heads, part)
+
+
+class Workspace:
+    """Memory that all chunks use one after the other, so that it stays in the cache."""
+
+    def __init__(self, x: Tensor, chunk: int, n: int) -> None:
+        size, width = min(chunk, len(x)), x[0].numel()
+        self.values = x.new_empty(size + n, width)  # [u; g]
+        self.weights = x.new_empty(size, size + n)  # [tril(C B') | C], in the backward pass [tril(C B')' | B]
+        self.product = x.new_empty(size, width)
+        self.state = x.new_empty(n, width)
+
+
+class BackwardWorkspace(Workspace):
+    def __init__(self, x: Tensor, chunk: int, n: int) -> None:
+        super().__init__(x, chunk, n)
+        self.gradients = torch.empty_like(self.values)  # [exp(s - m) dy; exp(last - m) dh]
+        self.pairs = torch.empty_like(self.weights)
+
+
+def head_sets(dt: Tensor, A: Tensor, run: Tensor | None, span: int, limit: float) -> list[HeadSet]:
+    """The heads of dt (l, r) and A (r,) by the length of their chunks, with the decays; run (l,) as in `ssd_chunks`.
+
+    `limit` is the largest range of s in a chunk.
+    Heads whose range is too large even for short chunks come last, with long chunks, most of which may fit."""
+    missing = -len(dt) % span
+    s = F.pad(dt * A, (0, 0, 0, missing)).double().view(-1, span, len(A)).cumsum(1)
+    continues = torch.ones(len(s), dtype=torch.bool, device=s.device)
+    if run is not None:
+        continues = ~F.pad(run[1:] != run[:-1], (1, missing)).view(-1, span).any(1)
+    fits_long = _fits(s, limit).all(0)
+    if span % SHORT or fits_long.all():
+        return [HeadSet(None, _factors(s, continues, limit, dt.dtype))]
+    by_chunk = s.unflatten(1, (SHORT, -1))
+    short = by_chunk.clone()
+    short[:, 1:] -= by_chunk[:, :-1, -1:]
+    short = short.flatten(0, 1)
+    fits_short = ~fits_long & _fits(short, limit).all(0)
+    sets = []
+    for chosen, sums in ((fits_long, s), (fits_short, short), (~(fits_long | fits_short), s)):
+        heads = chosen.nonzero()[:, 0]
+        if len(heads) == len(A):
+            return [HeadSet(None, _factors(sums, continues, limit, dt.dtype))]
+        if len(heads):
+            sets.append(HeadSet(heads, _factors(sums[..., heads], continues, limit, dt.dtype)))
+    return sets
+
+
+def _fits(s: Tensor, limit: float) -> Tensor:
+    """(chunks, r) of s (chunks, chunk, r): not if a value is NaN, and not if exp(m) is infinite."""
+    low, high = s.amin(1), s.amax(1)
+    return (high - low <= limit) & (high <= RANGE / 2)
+
+
+def _factors(s: Tensor, continues: Tensor, limit: float, dtype: torch.dtype) -> Factors:
+    fits = _fits(s, limit).view(len(continues), -1).all(1) & continues
+    m, last = (s.amin(1) + s.amax(1)) / 2, s[:, -1]
+    between = s - m[:, None]
+    out, into, before, after = (torch.exp(t).to(dtype) for t in (between, -between, m, last - m))
+    return Factors(s.shape[1], fits.tolist(), out, into, before[..., None], after[..., None])
+
+
+def forward(
+    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, h: Tensor, f: Factors, first: int, work: Workspace, y: Tensor
+) -> None:
+    """One span, whose first chunk is `first`: writes y, and the state after the span into h (n, r p)."""
+    r, p = x.shape[1:]
+    for k, start in enumerate(range(0, len(x), f.chunk), first):
+        at = slice(start, start + f.chunk)
+        x_, B_, C_ = x[at], B[at], C[at]
+        q = len(x_)
+        values, weights, product = work.values[: q + len(h)], work.weights[:q, : q + len(h)], work.product[:q]
+        _values(x_, dt[at], h, f, k, values)
+        torch.mm(C_, B_.mT, out=weights[:, :q]).tril_()
+        weights[:, q:] = C_
+        torch.mm(weights, values, out=product)
+        torch.mul(product.view(q, r, p), f.out[k, :q, :, None], out=y[at])
+        _next_state(B_, values, f, k, work, h)
+
+
+def backward(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, next_h: Tensor | None, f: Factors, k: int,
+    work: BackwardWorkspace, y: Tensor, dy: Tensor, dh: Tensor, dx: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """A span of one chunk, k: writes dx, replaces dh (n, r p) by the gradient of h; gradients of dt, A, B and C.
+
+    `next_h` is the state after the span, computed here if None. Not for short chunks: with fast decays, the gradient of
+    A is a small difference of large sums."""
+    (q, r, p), n = x.shape, len(h)
+    values, gradients = work.values[: q + n], work.gradients[: q + n]
+    weights, pairs, product = work.weights[:q, : q + n], work.pairs[:q, : q + n], work.product[:q]
+    by_head, dh_by_head, state_by_head = product.view(q, r, p), dh.view(n, r, p), work.state.view(n, r, p)
+    _values(x, dt, h, f, k, values)
+    if next_h is None:
+        next_h = _next_state(B, values, f, k, work, torch.empty_like(h))
+    # y[i] grows with exp(s[i]), and what enters at j falls with it, up to the last state
+    ds = torch.mul(dy, y, out=by_head).sum(-1).double()
+    ds[-1] += torch.mul(dh_by_head, next_h.view(n, r, p), out=state_by_head).sum((0, 2)).double()
+
+    torch.mul(dy, f.out[k, :q, :, None], out=gradients[:q].view(q, r, p))
+    torch.mul(dh_by_head, f.after[k], out=gradients[q:].view(n, r, p))
+    torch.mm(gradients[:q], values.mT, out=pairs)
+    dscores = pairs[:, :q].tril_()
+    dC = torch.addmm(pairs[:, q:], dscores, B)
+    dB = torch.mm(values[:q], gradients[q:].mT).addmm_(dscores.mT, C)
+
+    torch.mm(B, C.mT, out=weights[:, :q]).triu_()
+    weights[:, q:] = B
+    du = torch.mm(weights, gradients, out=product).view(q, r, p)
+    torch.mul(du, (dt * f.into[k, :q])[..., None], out=dx)
+    direct = du.mul_(x).sum(-1).mul_(f.into[k, :q])  # the gradient of dt through dt x
+    ds -= dt * direct
+    da = ds.flip(0).cumsum(0).flip(0)  # of dt A, which enters s from its step on
+
+    torch.addmm(gradients[q:], C.mT, gradients[:q], out=work.state)
+    torch.mul(state_by_head, f.before[k], out=dh_by_head)
+    return (A * da).to(x.dtype) + direct, (dt * da).sum(0).to(x.dtype), dB, dC
+
+
+def _values(x: Tensor, dt: Tensor, h: Tensor, f: Factors, k: int, values: Tensor) -> None:
+    (q, r, p), n = x.shape, len(h)
+    torch.mul(x, (dt * f.into[k, :q])[..., None], out=values[:q].view(q, r, p))
+    torch.mul(h.view(n, r, p), f.before[k], out=values[q:].view(n, r, p))
+
+
+def _next_state(B: Tensor, values: Tensor, f: Factors, k: int, work: Workspace, into: Tensor) -> Tensor:
+    q, n = B.shape
+    torch.addmm(values[q:], B.mT, values[:q], out=work.state)
+    torch.mul(work.state.view(n, *f.after.shape[1:2], -1), f.after[k], out=into.view(n, *f.after.shape[1:2], -1))
+    return into
