@@ -5,12 +5,12 @@ start of the chunk. It falls into a factor of i and a factor of j, so that all h
 
     y = exp(s - m) (tril(C B') (exp(m - s) dt x)) + exp(s) (C h)        h' = exp(last) h + exp(last - m) B' (...)
 
-where m, the middle of the range of s, keeps both factors within float32. A sequence is computed in spans of 128 steps.
-`ssd_factored` computes the spans and heads whose range of s allows factors. The others are computed here: in shorter
-chunks with factors, if the range allows them, else with each decay of each head, in chunks of 64. Shorter chunks would
-need more products with states, which cost more. (In float64: factors down to chunks of 16.) `scan_eager` computes each
-decay separately too, in PyTorch that any of its transforms can differentiate. Sums of dt A are float64, because their
-differences matter.
+where m, the middle of the range of s, keeps both factors within float32. A sequence is computed in spans of 128
+steps. `ssd_factored` computes the spans and heads whose range of s allows factors. The other heads are computed step
+by step (`ssd_steps`, in float32 on a CPU), or here, as their gradients are: in shorter chunks with factors, if the
+range allows them, else with each decay of each head, in chunks of 64. (In float64: factors down to chunks of 16.)
+`scan_eager` computes each decay separately too, in PyTorch that any of its transforms can differentiate. Sums of dt A
+are float64, because their differences matter.
 
 x (b, l, h, p), dt (b, l, h), A (h), B, C (b, l, g, n), state (b, h, p, n), run (b, l) integers that grow by one where a
 new sequence starts in a pack (its first step does not see what came before), or None. All in float32 or float64.
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deformmamba.errors import UnsupportedCall
-from deformmamba.mamba import ssd_factored
+from deformmamba.mamba import ssd_factored, ssd_steps
 
 SPAN = 128  # steps between kept states; a backward pass recomputes the states within a span
 _CHUNKS = (128, 64, 32, 16)  # with decays as factors; shorter ones for short sequences
@@ -58,8 +58,11 @@ def scan(
         ):
             y_some, kept_some = some.empty(y_), some.empty(kept[image, group].view(by_head), 2)
             h_some = some.of(h.view(by_head[1:])).reshape(n, -1)
-            rest = (B_, C_, run_, h_some, some.factors, y_some, kept_some.flatten(2))
-            _forward_spans(some.of(x_), some.of(dt[image, :, part]), some.of(A[part], 0), *rest)
+            given = (some.of(x_), some.of(dt[image, :, part]), some.of(A[part], 0), B_, C_, run_, h_some)
+            if not some.fits and ssd_steps.usable(x):
+                ssd_steps.forward(*given, y_some, kept_some.flatten(2), SPAN)
+            else:
+                _forward_spans(*given, some.factors, y_some, kept_some.flatten(2))
             some.put(y_, y_some)
             some.put(kept[image, group].view(by_head), kept_some, 2)
             some.put(h.view(by_head[1:]), h_some.view(n, -1, p))
@@ -207,12 +210,12 @@ def _forward_spans(
     y: Tensor, kept: Tensor,
 ) -> None:  # fmt: skip
     """Writes y, the states before the spans into `kept` if there are any, and the last state into h."""
-    work = ssd_factored.Workspace(x, f.chunk, len(h))
+    work = ssd_factored.Workspace(x, SPAN, len(h))
     for i, at in enumerate(_spans(x)):
         if len(kept):
             kept[i] = h
         if f.fits[i]:
-            ssd_factored.forward(x[at], dt[at], B[at], C[at], h, f, i * (SPAN // f.chunk), work, y[at])
+            ssd_factored.forward(x[at], dt[at], B[at], C[at], h, f, i, work, y[at])
         else:
             y[at], h[:] = _forward(x[at], dt[at], A, B[at], C[at], _with_step_before(run, at), h)
 
@@ -222,10 +225,10 @@ def _backward_spans(
     y: Tensor, dy: Tensor, dh: Tensor, dx: Tensor, ddt: Tensor, dA: Tensor, dB: Tensor, dC: Tensor,
 ) -> None:  # fmt: skip
     """Writes dx and ddt, adds to dA, dB and dC, and replaces dh by the gradient of the first state."""
-    work, next_h = ssd_factored.BackwardWorkspace(x, f.chunk, len(dh)), None
+    work, next_h = ssd_factored.BackwardWorkspace(x, SPAN, len(dh)), None
     for i, at in reversed(list(enumerate(_spans(x)))):
         given, h = (x[at], dt[at], A, B[at], C[at]), kept[i]
-        if f.fits[i] and f.chunk == SPAN:
+        if f.fits[i]:
             ddt[at], dA_, dB_, dC_ = ssd_factored.backward(*given, h, next_h, f, i, work, y[at], dy[at], dh, dx[at])
         else:
             before = _with_step_before(run, at)

@@ -5,8 +5,8 @@ With s, the sum of dt A since the start of a chunk, and m, the middle of its ran
     y = exp(s - m) ([tril(C B') | C] [u; g])        u = exp(m - s) dt x,   g = exp(m) h
     next h = exp(last - m) (g + B' u)
 
-so that each pass over the data is one product of matrices or one multiplication by a factor. The range of s decides how
-long a chunk can be, and it differs between heads: `head_sets` gives the heads with fast decays shorter chunks.
+so that each pass over the data is one product of matrices or one multiplication by a factor. A span of a sequence is
+one chunk. The range of s differs between heads: `head_sets` separates the heads for which it is too large.
 
 For one sequence and r heads of a group: x, y (l, r, p), dt (l, r), A (r), B, C (l, n); a state h is (n, r p).
 """
@@ -20,22 +20,21 @@ from torch import Tensor
 RANGE = 120.0  # largest range of s in a chunk; products with exp(60) are far from the limits of float32
 # the same for gradients: that of A is a small difference of large sums if decays are fast
 GRADIENT_RANGE = 80.0
-SHORT = 4  # heads with fast decays have this many chunks in a span, the others one
 
 
 class Factors(NamedTuple):
-    """The decays of all chunks of a sequence; steps of size zero fill up the last span."""
+    """The decays of all spans of a sequence; steps of size zero fill up the last one."""
 
-    chunk: int  # steps per chunk
-    fits: list[bool]  # for each span: whether the range allows factors, and all of it continues the sequence before it
-    out: Tensor  # (chunks, chunk, r): exp(s - m)
-    into: Tensor  # (chunks, chunk, r): exp(m - s)
-    before: Tensor  # (chunks, r, 1): exp(m)
-    after: Tensor  # (chunks, r, 1): exp(last - m)
+    fits: list[bool]  # whether the range of a span allows factors, and all of it continues the sequence before it
+    out: Tensor  # (spans, span, r): exp(s - m)
+    into: Tensor  # (spans, span, r): exp(m - s)
+    before: Tensor  # (spans, r, 1): exp(m)
+    after: Tensor  # (spans, r, 1): exp(last - m)
 
 
 class HeadSet(NamedTuple):
     heads: Tensor | None  # (r,) the places of the heads in their group; None: all
+    fits: bool  # whether factors are within range in all spans
     factors: Factors
 
     def of(self, x: Tensor, dim: int = 1) -> Tensor:
@@ -73,30 +72,22 @@ class BackwardWorkspace(Workspace):
 
 
 def head_sets(dt: Tensor, A: Tensor, run: Tensor | None, span: int, limit: float) -> list[HeadSet]:
-    """The heads of dt (l, r) and A (r,) by the length of their chunks, with the decays; run (l,) as in `ssd_chunks`.
+    """The heads of dt (l, r) and A (r,) whose factors are within range, and the others; run (l,) as in `ssd_chunks`.
 
-    `limit` is the largest range of s in a chunk.
-    Heads whose range is too large even for short chunks come last, with long chunks, most of which may fit."""
+    `limit` is the largest range of s in a span."""
     missing = -len(dt) % span
     s = F.pad(dt * A, (0, 0, 0, missing)).double().view(-1, span, len(A)).cumsum(1)
     continues = torch.ones(len(s), dtype=torch.bool, device=s.device)
     if run is not None:
         continues = ~F.pad(run[1:] != run[:-1], (1, missing)).view(-1, span).any(1)
-    fits_long = _fits(s, limit).all(0)
-    if span % SHORT or fits_long.all():
-        return [HeadSet(None, _factors(s, continues, limit, dt.dtype))]
-    by_chunk = s.unflatten(1, (SHORT, -1))
-    short = by_chunk.clone()
-    short[:, 1:] -= by_chunk[:, :-1, -1:]
-    short = short.flatten(0, 1)
-    fits_short = ~fits_long & _fits(short, limit).all(0)
+    fits = _fits(s, limit).all(0)
     sets = []
-    for chosen, sums in ((fits_long, s), (fits_short, short), (~(fits_long | fits_short), s)):
-        heads = chosen.nonzero()[:, 0]
+    for fit in (True, False):
+        heads = (fits == fit).nonzero()[:, 0]
         if len(heads) == len(A):
-            return [HeadSet(None, _factors(sums, continues, limit, dt.dtype))]
+            return [HeadSet(None, fit, _factors(s, continues, limit, dt.dtype))]
         if len(heads):
-            sets.append(HeadSet(heads, _factors(sums[..., heads], continues, limit, dt.dtype)))
+            sets.append(HeadSet(heads, fit, _factors(s[..., heads], continues, limit, dt.dtype)))
     return sets
 
 
@@ -107,39 +98,34 @@ def _fits(s: Tensor, limit: float) -> Tensor:
 
 
 def _factors(s: Tensor, continues: Tensor, limit: float, dtype: torch.dtype) -> Factors:
-    fits = _fits(s, limit).view(len(continues), -1).all(1) & continues
+    fits = _fits(s, limit).all(1) & continues
     m, last = (s.amin(1) + s.amax(1)) / 2, s[:, -1]
     between = s - m[:, None]
     out, into, before, after = (torch.exp(t).to(dtype) for t in (between, -between, m, last - m))
-    return Factors(s.shape[1], fits.tolist(), out, into, before[..., None], after[..., None])
+    return Factors(fits.tolist(), out, into, before[..., None], after[..., None])
 
 
 def forward(
-    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, h: Tensor, f: Factors, first: int, work: Workspace, y: Tensor
+    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, h: Tensor, f: Factors, k: int, work: Workspace, y: Tensor
 ) -> None:
-    """One span, whose first chunk is `first`: writes y, and the state after the span into h (n, r p)."""
-    r, p = x.shape[1:]
-    for k, start in enumerate(range(0, len(x), f.chunk), first):
-        at = slice(start, start + f.chunk)
-        x_, B_, C_ = x[at], B[at], C[at]
-        q = len(x_)
-        values, weights, product = work.values[: q + len(h)], work.weights[:q, : q + len(h)], work.product[:q]
-        _values(x_, dt[at], h, f, k, values)
-        torch.mm(C_, B_.mT, out=weights[:, :q]).tril_()
-        weights[:, q:] = C_
-        torch.mm(weights, values, out=product)
-        torch.mul(product.view(q, r, p), f.out[k, :q, :, None], out=y[at])
-        _next_state(B_, values, f, k, work, h)
+    """Span k: writes y, and the state after the span into h (n, r p)."""
+    (q, r, p), n = x.shape, len(h)
+    values, weights, product = work.values[: q + n], work.weights[:q, : q + n], work.product[:q]
+    _values(x, dt, h, f, k, values)
+    torch.mm(C, B.mT, out=weights[:, :q]).tril_()
+    weights[:, q:] = C
+    torch.mm(weights, values, out=product)
+    torch.mul(product.view(q, r, p), f.out[k, :q, :, None], out=y)
+    _next_state(B, values, f, k, work, h)
 
 
 def backward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, next_h: Tensor | None, f: Factors, k: int,
     work: BackwardWorkspace, y: Tensor, dy: Tensor, dh: Tensor, dx: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """A span of one chunk, k: writes dx, replaces dh (n, r p) by the gradient of h; gradients of dt, A, B and C.
+    """Span k: writes dx, replaces dh (n, r p) by the gradient of h; returns the gradients of dt, A, B and C.
 
-    `next_h` is the state after the span, computed here if None. Not for short chunks: with fast decays, the gradient of
-    A is a small difference of large sums."""
+    `next_h` is the state after the span, computed here if None."""
     (q, r, p), n = x.shape, len(h)
     values, gradients = work.values[: q + n], work.gradients[: q + n]
     weights, pairs, product = work.weights[:q, : q + n], work.pairs[:q, : q + n], work.product[:q]
