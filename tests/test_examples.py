@@ -14,6 +14,7 @@ FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = ("ss2d_in_a_vit", "deform_in_a_resnet", "context_in_a_unet", "edge_loss_in_a_loop")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_trains_and_its_loss_falls(example: str, capsys: pytest.CaptureFixture[str]) -> None:
     names = runpy.run_path(str(FOLDER / f"{example}.py"), run_name="__main__")

@@ -236,6 +236,7 @@ def test_gradients_are_those_of_differences(case: Case, implementation: str) -> 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["cpu", "gather"])
 @pytest.mark.parametrize("mask", [True, False])
 def test_second_derivatives_are_those_of_differences(mask: bool, implementation: str) -> None:

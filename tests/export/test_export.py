@@ -80,6 +80,7 @@ def test_the_scan_by_steps_is_the_scan(directions: int, zoh: bool, bias: bool, r
     assert kept.shape[3] == 0
 
 
+@pytest.mark.slow
 def test_a_pt2_file_needs_no_deformmamba(tmp_path: Path) -> None:
     model = small(deform=False, context=False)
     done = export(model, tmp_path / "m.pt2", format="pt2", size=(7, 6), inputs="lr,base")
@@ -102,7 +103,7 @@ def test_a_pt2_file_needs_no_deformmamba(tmp_path: Path) -> None:
     assert "base" not in json.loads(facts["inputs"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_pt2_file_takes_sizes_it_was_not_made_at(tmp_path: Path) -> None:
     model = small(skip="zero-fill")
     done = export(model, tmp_path / "m.pt2", format="pt2", inputs="lr,base")
@@ -281,17 +282,17 @@ def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
     ):
         export(
             small(deform=False, context=False), tmp_path / "m.pt2",
-            format="pt2", size=(7, 6), inputs="lr,base", tolerance=1e-5,
+            format="pt2", size=(5, 4), inputs="lr,base", tolerance=1e-5,
         )  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["m.pt2"]
     assert (tmp_path / "m.pt2").read_bytes() == b"yesterday's"
 
 
 def test_a_file_that_gives_nan_is_not_kept(tmp_path: Path) -> None:
-    model = small(deform=False, context=False)
+    model = small(deform=False, context=False, directions=1)
     model.project.bias.data.fill_(float("nan"))
     with pytest.raises(ExportError, match="differs from the model by inf"):
-        export(model, tmp_path / "m.pt2", format="pt2", size=(7, 6), inputs="lr,base")
+        export(model, tmp_path / "m.pt2", format="pt2", size=(5, 4), inputs="lr,base")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -349,15 +350,15 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, file = tmp_path / "small.safetensors", tmp_path / "small.pt2"
-    model = small(deform=False, context=False)
+    model = small(deform=False, context=False, directions=1)
     write_checkpoint(
         weights, class_name="DeformMambaSR", config=model.config, tensors=model.state_dict(), provenance={}
     )
     arguments = ["export", "--format", "pt2", "--inputs", "lr,base", "--model", str(weights), "-o"]
-    assert main([*arguments, str(file), "--size", "7", "6"]) == 0
+    assert main([*arguments, str(file), "--size", "5", "4"]) == 0
     first, second = capsys.readouterr().out.splitlines()
-    assert first == f"{file}: small as pt2, input size 7x6, batch 1"
-    assert second.startswith("  largest difference from the model on 7x6 pixels of a real scan: ")
+    assert first == f"{file}: small as pt2, input size 5x4, batch 1"
+    assert second.startswith("  largest difference from the model on 5x4 pixels of a real scan: ")
     assert file.is_file()
     assert main([*arguments, str(tmp_path / "none" / "x.pt2")]) == 2
     assert "there is no folder" in capsys.readouterr().err

@@ -108,6 +108,7 @@ def test_every_volume_of_a_4d_scan_goes_into_one_file(tmp_path: Path, axis: int)
         upscale_file(model, tmp_path / "in.nii.gz", tmp_path / "out.mgz", axis=axis)
 
 
+@pytest.mark.slow
 def test_a_4d_scan_takes_the_memory_of_one_volume(tmp_path: Path) -> None:
     shape = (64, 64, 8, 60)
     nibabel.save(

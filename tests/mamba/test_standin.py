@@ -78,6 +78,7 @@ def test_a_package_that_works_is_left_alone(tmp_path: Path, monkeypatch: pytest.
     del sys.modules["causal_conv1d"]
 
 
+@pytest.mark.slow
 def test_a_program_runs_with_the_stand_ins(tmp_path: Path) -> None:
     (tmp_path / "beside.py").write_text("value = 3\n")
     program = tmp_path / "program.py"

@@ -209,6 +209,7 @@ def test_the_reconstruction_branch_of_t2net_learns_from_super_resolution() -> No
 # ------------------------------------------------------------------------------------------------------- learning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_it_learns_one_slice_far_better_than_bicubic(name: str) -> None:
     hr = phantom(16)

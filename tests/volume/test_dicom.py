@@ -481,6 +481,7 @@ def test_slice_by_slice_is_the_same_series(tmp_path: Path, kind: str, axis: int)
     assert {p.name for p in tmp_path.iterdir()} <= {"source", "source.dcm", "whole", "sliced"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "axis"),
     [("out.nii", 0), ("out.nii", 1), ("out.nii", 2), ("out.nii.gz", 2), ("out.mgz", 1), ("out", 0), ("out.dcm", 2)],

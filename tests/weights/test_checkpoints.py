@@ -112,6 +112,7 @@ def test_it_beats_zero_filling_on_a_scan_from_elsewhere(model, brain):
     assert psnr(sr, brain) > psnr(zero_fill(lr, model.scale), brain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", IN_PLANE, indirect=True)
 def test_offsets_are_of_use(entry, model, real_data, monkeypatch):
     """Without offsets the quality falls; at 4x also if pixels exchange their offsets. (At 2x offsets hardly vary.)"""

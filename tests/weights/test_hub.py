@@ -368,6 +368,7 @@ def test_whatever_else_the_client_raises_is_one_line(
 # ---------------------------------------------------------------------------------------------------- without a network
 
 
+@pytest.mark.slow
 def test_offline_with_a_cold_and_a_warm_cache(hub: HubServer, files: dict[str, bytes], tmp_path: Path) -> None:
     commit = hub.put("org/name", files)
     assert fetch("org/name", cache_dir=tmp_path / "home" / "hub").read_bytes() == files["model.safetensors"]

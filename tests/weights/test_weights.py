@@ -378,6 +378,7 @@ def test_paths_that_cannot_be_written(saved: Path, tmp_path: Path, monkeypatch: 
     assert file.read_bytes() == kept, "and what was there is untouched"
 
 
+@pytest.mark.slow
 def test_a_save_that_is_killed_leaves_the_old_checkpoint(saved: Path) -> None:
     kept = (saved / "model.safetensors").read_bytes()
     script = (
@@ -648,6 +649,7 @@ def test_listing_needs_no_torch() -> None:
 # ---------------------------------------------------------------------------------------------------------------- fuzz
 
 
+@pytest.mark.slow
 def test_fuzz(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The first mutants of the run of `python tests/weights/fuzz_checkpoint.py`."""
     tally = fuzz(tmp_path, n=N_MUTANTS)
