@@ -6,7 +6,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON or TOML value has the annotated type, as far as these formats have types: tuples are lists."""
+    """Whether a JSON or TOML value fits the annotated type. These formats have no tuples: a list fits a tuple type."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(fits(value, arg) for arg in args)

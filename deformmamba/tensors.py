@@ -35,10 +35,10 @@ def plain(value: Any) -> Any:
 def overridable(function: Callable[P, R]) -> Callable[P, R]:
     """Makes a public function treat tensor subclasses as PyTorch's own functions do.
 
-    - A class with `__torch_function__` (MONAI's MetaTensor, torchvision's tv_tensors, torch.fx's Proxy) is asked first.
-      It decides the type of the result.
+    - A class with `__torch_function__` (MONAI's MetaTensor, torchvision's tv_tensors, torch.fx's Proxy) handles the
+      call first. It decides the type of the result.
     - The function itself gets plain tensors.
-    - DTensors are gathered, computed with on every rank, and returned as replicated DTensors.
+    - DTensors are gathered, every rank computes the whole result, and the result is a replicated DTensor.
     """
 
     @functools.wraps(function)
@@ -79,7 +79,7 @@ def _dispatches(tensor: Tensor) -> bool:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether Python can read numbers from it: not meta, not fake, not inside a transform of torch.func or a trace."""
+    """Whether Python can read the tensor's numbers: not meta, not fake, not in a transform of torch.func or a trace."""
     return not (
         tensor.is_meta
         or (type(tensor) not in PLAIN and _dispatches(tensor))
@@ -97,7 +97,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 
 def refuse_tracing(name: str) -> None:
-    """Raises under torch.jit.trace, which would record height and width as constants and be wrong at other sizes.
+    """Raises under torch.jit.trace: a trace has constant height and width, so it would be wrong at other sizes.
 
     Raises:
         UnsupportedCall: always under torch.jit.trace, and under torch.onnx.export(dynamo=False), which uses it.
@@ -110,7 +110,7 @@ def refuse_tracing(name: str) -> None:
 
 
 def check_given(operator: str, **tensors: Any) -> None:
-    """PyTorch passes an undefined tensor on as None, also if the operator's schema needs one.
+    """Checks for missing tensors: PyTorch passes None for an undefined tensor even if the operator's schema needs one.
 
     Raises:
         InvalidArgument: one of these arguments is None.
@@ -148,7 +148,7 @@ class _Memory:
 def as_array(tensor: Tensor) -> np.ndarray:
     """The memory of a float32 or float64 CPU tensor as a numpy array.
 
-    `tensor.numpy()` would mark the storage as not resizable for good, which FSDP and `out=` refuse later.
+    `tensor.numpy()` would make the storage permanently not resizable, and FSDP and `out=` would then fail.
     """
     size, pointer = tensor.element_size(), tensor.data_ptr()
     if not tensor.numel():

@@ -1,4 +1,4 @@
-"""Identifies the subject of each scan. Splits go by subject, so scans of one person must never count as two subjects.
+"""Identifies the subject of each scan. Splits are by subject, so scans of one person must never count as two subjects.
 
 The name of a scan's subject comes from, in this order:
 
@@ -9,8 +9,8 @@ The name of a scan's subject comes from, in this order:
    (`anna/T1.nii.gz, anna/T2.nii.gz, ben/T1.nii.gz`);
 5. the first part of the file's name that differs between scans (`anna_T1.nii.gz, anna_T2.nii.gz`).
 
-Words for contrasts, sequences, sessions, dates and the like never name a subject. Upper and lower case are equal. DICOM
-series without a `sub-` label but with the same PatientID are one subject, too.
+Words for contrasts, sequences, sessions, dates and similar never name a subject. Upper and lower case are equal. DICOM
+series without a `sub-` label but with the same PatientID are also one subject.
 
 In doubtful cases the rules join scans rather than separate them: users notice too few subjects at once, but not a
 person in two splits.

@@ -61,7 +61,7 @@ def modulated_deform_conv2d(
 
     Precision: float64 is computed in float64, all other types in float32, because a position in bfloat16 would be off
     by whole pixels. The result has the dtype of `conv2d`: that of x, or the autocast dtype if autocast is on. A
-    channels-last x gives a channels-last result. A channels-last weight saves "cpu" a copy of it.
+    channels-last x gives a channels-last result. If the weight is channels-last, "cpu" does not copy it.
 
     Second derivatives: "gather" supports them, "cpu" computes them with "gather", "torchvision" has none.
 
@@ -177,7 +177,7 @@ def _missing(module: str) -> str | None:
     """Why `module` cannot be imported, or None."""
     try:
         import_module(module)
-    # RuntimeError: torchvision's, beside a torch that it was not built for; OSError: a shared library
+    # RuntimeError: torchvision was built for another torch; OSError: a missing shared library
     except (ImportError, OSError, RuntimeError) as error:
         return f"{module} does not import ({type(error).__name__}: {error})"
     return None
@@ -227,7 +227,7 @@ def _choose(name: str | None, device: str) -> str:
     return "gather" if _unusable(preferred, device) else preferred
 
 
-# What follows works channels last: see `gather.py`.
+# The functions below work channels last: see `gather.py`.
 
 
 def _cpu(

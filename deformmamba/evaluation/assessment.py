@@ -247,8 +247,8 @@ def lesions(
     """Measures the effect of a model on synthetic lesions: round, smooth-edged, bright or dark, within tissue, added
     before degradation.
 
-    A lesion's contrast is its centre's mean minus that of a ring of 2 mm around it. The result has one row per size and
-    kind:
+    A lesion's contrast is the mean at its centre minus the mean of a ring of 2 mm around it. The result has one row per
+    size and kind:
 
     - `recovered`: the contrast that a lesion adds to the result divided by the contrast that it adds to the truth, mean
       over lesions; 1 is full recovery. `recovered_sd`: its standard deviation over lesions. The row also has the mean
@@ -331,8 +331,10 @@ class _Lesion:
         return F.conv2d(padded, self.detector.to(images)[None, None])[:, 0]
 
     def tissue(self, images: torch.Tensor, least: float) -> torch.Tensor:
-        """(n, H, W), bool: whether lesion and ring lie within the image and within tissue (3x3 means of at least
-        `least`)."""
+        """(n, H, W), bool: whether lesion and ring are within the image and within tissue.
+
+        Tissue has 3x3 means of at least `least`.
+        """
         down, across = self.reach
         empty = (F.avg_pool2d(images[:, None], 3, 1, 1) < least).to(images)
         window = (self.detector.abs() + self.body > 0).to(images)

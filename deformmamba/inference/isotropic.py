@@ -2,9 +2,9 @@
 
 A cubic spline interpolates the scan along the slice direction. A network trained to restore thick slices
 (`DeformMambaSR(scale=1)`, the weights `thick`) is applied to the sections along both in-plane axes (sagittal and
-coronal for an axial scan). Their mean is the result, their disagreement the uncertainty. Optionally, the network is
-first adapted to the scan: its in-plane slices, blurred and downsampled along one axis to the slice thickness, are
-training data with the right anatomy and contrast.
+coronal for an axial scan). The result is the mean of both, and half their difference is the uncertainty. Optionally,
+the network is first adapted to the scan. The training data are the scan's in-plane slices, blurred and downsampled
+along one axis to the slice thickness; they have the right anatomy and contrast.
 
 Some in-plane slices are held out from adaptation and degraded in the same way. On them, network and spline are
 compared: this is the expected gain. If there is no gain, the spline is the result.
@@ -56,7 +56,7 @@ class IsotropicReport:
         profile: kind of the slice profile.
         ratio: spacing / to.
         shape: (i, j, k) of the result.
-        expected: the gain on held-out slices; None: the slices are too small to tell.
+        expected: the gain on held-out slices; None: the slices are too small to measure it.
         adapted: steps of adaptation.
         inconsistency: root mean square difference between the input slices and slices simulated from the result, as a
             share of the intensity range: before and after the correction.
@@ -164,7 +164,7 @@ def isotropic(
     slices = torch.from_numpy((job.slices - np.float32(low)) / width)
     held, own = split_slices(slices, job)
     chosen, gain, adapted = best_of(network, held, own, job, minutes, steps, seed, progress)
-    least = -low / (high - low) if volume.array.min() >= 0 else None  # a magnitude image stays one
+    least = -low / (high - low) if volume.array.min() >= 0 else None  # keep a magnitude image non-negative
     done = restored(chosen, slices, job, consistency, least, progress)
     out = np.asfortranarray(np.moveaxis(done.image.numpy() * width + np.float32(low), 0, job.axis), np.float32)
     spread = None if done.spread is None else np.moveaxis(done.spread.numpy() * width, 0, job.axis)

@@ -28,7 +28,7 @@ TRAINED_RATIOS = (2.0, 8.0)  # of the weights `thick`
 FINEST = 4  # the voxels of the result are at most this many times finer than the in-plane pixel
 FEWEST_SLICES = 8
 MOST_SHEAR = 1.0  # degrees between the slices' normal and the direction in which they are stacked
-SQUARE = 1.05  # in-plane pixels whose sides differ by less are left as they are
+SQUARE = 1.05  # in-plane pixels whose sides differ by a smaller factor are not resampled
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _profile_of_slice(
     else:
         origin = "as given"
     found = slice_profile(profile, thickness)
-    if found.table is not None or isinstance(profile, SliceProfile):  # it has a width of its own
+    if found.table is not None or isinstance(profile, SliceProfile):  # its width is not the thickness
         origin = "the width of the profile"
         if given is not None:
             raise InvalidArgument(
@@ -235,7 +235,7 @@ def _dicom_thickness(volume: Volume) -> float | None:
 def resampled(array: np.ndarray, axis: int, m: int) -> np.ndarray:
     """Resamples one axis to m samples in k-space (cropped or zero-filled); sample 0 keeps its position.
 
-    If no voxel is negative before, none is negative after.
+    If the input has no negative voxel, the result has none.
     """
     n = array.shape[axis]
     spectrum = torch.fft.rfft(torch.from_numpy(np.ascontiguousarray(array)).movedim(axis, -1), norm="forward")

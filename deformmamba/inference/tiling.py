@@ -30,8 +30,8 @@ def default_overlap(tile: int) -> int:
     | 48, spine | +0.01 | +0.01 | +0.01 | +0.01 | +0.01 |
 
     Without overlap the mean step between neighbouring pixels is a third larger at the seam of two tiles of 32 than in
-    the whole slice; from an overlap of 4 on it is the same within 1 %. The rest of the 16 is for operators with a
-    longer reach: local operators are exact up to a reach of 4.
+    the whole slice; from an overlap of 4 on it is the same within 1 %. The default is larger, because then operators
+    with a reach of up to 4 give exactly the same result as on the whole slice.
     """
     return min(OVERLAP, tile // 2)
 

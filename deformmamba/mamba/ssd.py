@@ -50,7 +50,7 @@ def mamba_chunk_scan_combined(
         z: (b, l, h, p) gate: y is multiplied by silu(z).
         dt_bias: (h,) added to dt.
         initial_states: (b, h, p, n) before the first step, zero by default.
-        seq_idx: (b, l) integers: a step uses only steps since the last change of the number.
+        seq_idx: (b, l) integers: the state is reset at each step where the number changes.
         cu_seqlens: (sequences + 1,) integers: the start of each sequence of a pack (b = 1), and l. Used for
             `return_varlen_states` only; `seq_idx` separates the sequences.
         dt_softplus: dt = softplus(dt + dt_bias), else without softplus.
@@ -170,7 +170,7 @@ def mamba_split_conv1d_scan_combined(
         ngroups: g.
 
     Returns:
-        (b, l, m') or (b, l, m + d), or (that, state after the last step (b, h, p, n)).
+        y (b, l, m') or (b, l, m + d); with `return_final_states`, (y, state after the last step (b, h, p, n)).
     """
     mlp, z, xBC, dt, p = _split(zxbcdt, conv1d_weight, D, headdim, ngroups)
     by_channel = xBC.transpose(1, 2)

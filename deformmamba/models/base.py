@@ -33,13 +33,13 @@ MAX_BUFFERS = 1 << 26
 
 
 class SRModel(nn.Module):
-    """An LR image (b, c, h, w) of about [0, 1] in, an image of `scale` times its height and width out.
+    """Takes an LR image (b, c, h, w) of about [0, 1], and returns an image of `scale` times its height and width.
 
     A subclass takes keyword-only, JSON-able arguments with annotations, and calls
     `super().__init__(scale=scale, intensity=intensity)` in its first line. `config` is recorded from the call itself:
     it has exactly the keys of the subclass's signature, defaults included, and `type(model)(**model.config)` builds the
-    same model with fresh weights. (A subclass may name its other arguments again in that line; this adds nothing.) A
-    value that does not fit its annotation is a ValueError. A class with other arguments, such as a tensor, works, and
+    same model with new weights. (A subclass may also pass its other arguments in that line; this has no effect.) A
+    value that does not fit its annotation is a ValueError. A class with other arguments, such as a tensor, works but
     cannot be saved.
 
     The constructor must work on the meta device, where tensors have shapes but no values. Buffers that are not stored
@@ -47,22 +47,22 @@ class SRModel(nn.Module):
 
     Args:
         scale: the factor of height and width, an integer.
-        intensity: the rule by which an image is brought to about [0, 1] before it comes here, by name
+        intensity: the name of the rule that scales an image to about [0, 1] before `forward`
             (`deformmamba.volume.intensity_scale`); "p99.9" divides by that percentile of the LR volume.
 
     Attributes:
-        config: the constructor's arguments as JSON has them (a tuple is a list).
-        grid: which grid the output lies on, see `deformmamba.physics.kspace.Grid`.
+        config: the constructor's arguments as JSON values (a tuple is a list).
+        grid: the grid of the output, see `deformmamba.physics.kspace.Grid`.
         minimum_size: the smallest h and w of an input.
         multiple: `forward` pads h and w to a multiple of this and crops back, so that any size works.
         channels: the c that `forward` takes; None for any.
         any_intensity: whether `forward` takes images of any gain and offset; else they must be about [0, 1].
         robust_edges: whether data consistency treats edges and outliers as the skip "zero-fill-robust" does.
-        precisions: the dtypes that `forward` may run in; "autocast" ones under `torch.autocast`, with float32 weights.
+        precisions: the dtypes in which `forward` may run; "autocast" ones under `torch.autocast`, with float32 weights.
         tiles: how to cut a slice that does not fit into memory, in a sentence.
-        provenance: where loaded weights come from (training data, split, degradation, scores); empty otherwise.
-        source: the path, manifest name or org/repo@commit that the weights were loaded from; None otherwise.
-        sha256: of the file that they were loaded from; None otherwise. It stays when the weights change;
+        provenance: of loaded weights (training data, split, degradation, scores); empty otherwise.
+        source: the path, manifest name or org/repo@commit of loaded weights; None otherwise.
+        sha256: of the file of loaded weights; None otherwise. It does not change with the weights;
             `inference.weights_hash` gives the hash of the current weights.
     """
 
@@ -76,7 +76,7 @@ class SRModel(nn.Module):
     tiles: str = "not needed: memory grows with the number of pixels only"
 
     def __new__(cls, *args: Any, **arguments: Any) -> Self:
-        """Keeps the arguments of the call for `config`, so that no constructor has to list them a second time."""
+        """Records the arguments of the call for `config`, so that no constructor has to list them a second time."""
         model = super().__new__(cls)
         model.__dict__["_arguments"] = args, arguments
         return model
@@ -165,13 +165,13 @@ class SRModel(nn.Module):
     def from_checkpoint(cls: type[Model], checkpoint: Checkpoint) -> Model:
         """The model of a checkpoint that was read already, in eval mode.
 
-        The model is built on the meta device first, where a tensor costs nothing, and every name, shape and dtype is
-        compared with the file; only then do the file's tensors become its weights. A config that asks for more than
-        the file holds is refused before anything is allocated.
+        The model is first built on the meta device, where a tensor needs no memory, and every name, shape and dtype is
+        compared with the file. Only then do the file's tensors become its weights. A config that needs more tensors
+        than the file contains is refused before anything is allocated.
 
         Raises:
-            WeightsError: the checkpoint is of a class that is neither this one nor derived from it, its config does
-                not build, or its tensors are not exactly the model's.
+            WeightsError: the checkpoint's class is neither this one nor derived from it, no model can be built from
+                its config, or its tensors are not exactly the model's.
         """
         found = {family.__name__: family for family in _family(cls)}.get(checkpoint.class_name)
         if found is None:
@@ -215,11 +215,11 @@ class SRModel(nn.Module):
         Args:
             path: ends in .safetensors: that one file. Otherwise a folder, which gets `model.safetensors` and
                 `config.json` as the Hub expects them.
-            provenance: JSON-able facts about the weights; the ones that the model was loaded with if not given.
+            provenance: facts about the weights that JSON can represent; by default, those of the loaded weights.
 
         Raises:
-            WeightsError: the path cannot be written, or the model is not as its config builds it (half precision,
-                added or removed layers, NaN), so that it could not be loaded again.
+            WeightsError: the path cannot be written, or the model differs from the one that its config builds (half
+                precision, added or removed layers, NaN), so it could not be loaded again.
         """
         for key, value in self._not_plain.items():
             raise WeightsError(
@@ -339,7 +339,7 @@ class SRModel(nn.Module):
     def whole_slice(self, lr: torch.Tensor) -> dict[str, torch.Tensor]:
         """The arguments of `forward` that depend on the WHOLE slices `lr` (b, c, h, w), for callers that cut tiles.
 
-        A tile gets its cut of "base" (b, c, scale * h, scale * w), and everything else as it is.
+        A tile gets the matching part of "base" (b, c, scale * h, scale * w), and all other arguments unchanged.
         """
         if self.grid != "origin":
             return {}
@@ -376,15 +376,15 @@ class SRModel(nn.Module):
             warnings.warn(
                 f"{name}: the image reaches {peak:.4g}, but models expect about [0, 1]; divide it by "
                 f"volume.intensity_scale(lr, {self.intensity!r}) and multiply the result",
-                stacklevel=5,  # the caller of the model: forward and two frames of nn.Module are between
+                stacklevel=5,  # the model's caller, above forward and two frames of nn.Module
             )
 
 
 def check_scale_of_shuffles(model: SRModel) -> None:
-    """For a network whose upsampling is pixel shuffles of 2, or one of 3.
+    """Checks the scale of a network that upsamples by pixel shuffles of 2, or by one of 3.
 
     Raises:
-        InvalidArgument: its scale is another one.
+        InvalidArgument: the scale is neither a power of 2 nor 3.
     """
     if model.scale & (model.scale - 1) and model.scale != 3:
         raise InvalidArgument(f"{type(model).__name__}: scale must be a power of two or 3, not {model.scale}")
@@ -436,7 +436,7 @@ def _bound(cls: type[nn.Module], args: Sequence[Any], arguments: Mapping[str, An
 
 
 def _plain(value: Any) -> list[Any] | int:
-    """Sequences that JSON has no name for, such as a range, as lists; numpy's integers as int."""
+    """Sequences without a JSON type, such as a range, as lists; numpy's integers as int."""
     if isinstance(value, Sequence):
         return list(value)
     if hasattr(value, "__index__") and not isinstance(value, torch.Tensor):
@@ -445,7 +445,7 @@ def _plain(value: Any) -> list[Any] | int:
 
 
 def _mistyped(cls: type[nn.Module], config: Mapping[str, Any]) -> str | None:
-    """The first argument in `config` that is not of the type that the constructor of `cls` declares, or None."""
+    """The first argument in `config` whose type differs from the annotation in the constructor of `cls`, or None."""
     try:
         hints = get_type_hints(cls.__init__)
     except NameError:  # a user's class, whose annotations only type checkers can resolve
@@ -457,7 +457,7 @@ def _mistyped(cls: type[nn.Module], config: Mapping[str, Any]) -> str | None:
 
 
 def _difference(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """The first way in which `tensors` are not the stored tensors of `model`, or None."""
+    """The first difference between `tensors` and the stored tensors of `model`, or None."""
     wanted = model.state_dict()
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or extra:

@@ -1,7 +1,7 @@
 """Inspects a scan before processing: geometry, intensities, and the filled part of its k-space.
 
-Scanners often measure a smaller matrix than they deliver and fill the rest of k-space with zeros. The header then
-states pixels finer than the true resolution. `effective_matrix` finds the border in the spectrum of the image.
+Scanners often measure a smaller matrix than the image has, and fill the rest of k-space with zeros. The pixels in the
+header are then finer than the true resolution. `effective_matrix` finds the border in the spectrum of the image.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 """Reads and writes NIfTI with nibabel's headers, and the steps that MGH shares (`mgh.py`).
 
-The affine of a file. sform_code > 0: the sform. Else qform_code > 0: the qform. With both codes 0 the file has no
-affine, and each program computes one from voxel size and shape: nibabel puts the middle of the volume at the
-origin, ITK its first voxel. Such a volume has `codes` (0, 0), nibabel's affine as its `affine` and ITK's as its
-`qform`. It is written with explicit codes, because an affine computed from the new shape would differ.
+The affine of a file is the sform if sform_code > 0, else the qform if qform_code > 0. With both codes 0 the file has no
+affine, and each program computes one from voxel size and shape: nibabel puts the middle of the volume at the origin,
+ITK its first voxel. Such a volume has `codes` (0, 0), nibabel's affine as its `affine` and ITK's as its `qform`. It is
+written with explicit codes, because an affine computed from the new shape would differ.
 """
 
 import gzip
@@ -291,7 +291,7 @@ def _nifti_image(voxels: np.ndarray, volume: Volume, kind: Any = None) -> Any:
         and header.get_data_shape()[slices : slices + 1] != voxels.shape[slices : slices + 1]
     ):
         for field in ("slice_start", "slice_end", "slice_code", "slice_duration"):
-            header[field] = 0  # the order in which the scanner took other slices
+            header[field] = 0  # acquisition order, which is that of other slices
     is_nifti2 = isinstance(header, nibabel.Nifti2Header)
     if not is_nifti2 and max(voxels.shape) > np.iinfo(np.int16).max:
         raise VolumeError(f"NIfTI-1 holds at most {np.iinfo(np.int16).max} voxels along an axis, not {voxels.shape}")

@@ -1,9 +1,9 @@
 """Checkpoint files: safetensors with the model class and config, validated when read and written atomically.
 
 A checkpoint is a safetensors file whose header metadata holds four strings: `format` ("deformmamba-1"), `class` (a name
-in `deformmamba.models.MODELS`), `config` (JSON, the constructor's arguments) and `provenance` (JSON, where the numbers
-come from). A folder, as on the Hub, holds that file as `model.safetensors` and, for readers, class and config again as
-`config.json`; if the two disagree the folder is refused.
+in `deformmamba.models.MODELS`), `config` (JSON, the constructor's arguments) and `provenance` (JSON, the source of the
+weights). A folder, as on the Hub, contains this file as `model.safetensors`, and a readable copy of class and config as
+`config.json`; if the two disagree, the folder is refused.
 
 Reading never executes content of a checkpoint and validates everything: a hash is compared before parsing, the header
 has a size limit and must describe every byte of the file, and every fault raises a one-line `WeightsError`. Pickle is
@@ -64,7 +64,7 @@ CONVERT = (
 
 
 class WeightsError(DeformMambaError):
-    """Weights cannot be found, trusted, read or written; the one-line message tells what to do next."""
+    """Weights cannot be found, trusted, read or written; the one-line message includes the next step."""
 
     def __init__(self, message: str) -> None:
         super().__init__("\\n".join(message.splitlines()))  # a path or a name may contain line breaks
@@ -169,11 +169,11 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> N
 def check_config(config: Any, what: str = "config") -> None:
     """Checks that `config` is plain data of limited size, so that it is safe to build a model from it.
 
-    A dict of argument names; values None, bool, int within +-65536, finite float, str, and lists and dicts of at most
-    64 of these; at most 16 KiB of JSON.
+    `config` is a dict of argument names. Its values are None, bool, int within +-65536, finite float, str, or lists and
+    dicts of at most 64 of these. Its JSON has at most 16 KiB.
 
     Raises:
-        WeightsError: an entry is not; the message names the first one.
+        WeightsError: an entry is not allowed; the message names the first one.
     """
     if not isinstance(config, dict):
         raise WeightsError(f"{what} must be a JSON object of constructor arguments, not {type(config).__name__}")
