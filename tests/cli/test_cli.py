@@ -248,7 +248,7 @@ def test_demo(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]) 
     assert said.splitlines()[-1].split()[:3] == ["deformmamba", "upscale", "scan.nii.gz"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_shows_a_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "-o", str(tmp_path), "--device", "cpu"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "PSNR against the truth" in line]

@@ -133,11 +133,12 @@ def spread(stack: np.ndarray, unit: float) -> float:
     return max(unit, float(np.abs(stack).max()))
 
 
+LONG = partial(pytest.param, marks=pytest.mark.long)
 NETWORKS = [
     ({"skip": "zero-fill"}, "object"),
-    ({"dims": [4, 6], "depths": [1, 1], "discretization": "zoh", "directions": 2, "separable": True}, "off"),
-    ({"skip": "zero-fill-edges", "normalise": "slice", "directions": 1, "context": False}, "object"),
-    ({"skip": "zero-fill-robust", "normalise": "slice", "directions": 1, "context": False}, "object"),
+    LONG({"dims": [4, 6], "depths": [1, 1], "discretization": "zoh", "directions": 2, "separable": True}, "off"),
+    LONG({"skip": "zero-fill-edges", "normalise": "slice", "directions": 1, "context": False}, "object"),
+    LONG({"skip": "zero-fill-robust", "normalise": "slice", "directions": 1, "context": False}, "object"),
 ]
 
 
@@ -205,7 +206,7 @@ def test_an_onnx_file_gives_what_upscale_gives(tmp_path: Path, options: dict[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zoh", [False, True])
+@pytest.mark.parametrize("zoh", [False, LONG(True)])
 def test_the_variant_for_gpus_gives_the_same(tmp_path: Path, zoh: bool) -> None:
     """The test runs on the CPU. The graph has one operator per scan and no loop."""
     pytest.importorskip("onnxscript")

@@ -84,7 +84,7 @@ def close(given: dict[str, Any]) -> None:
 # -------------------------------------------------------------------------------------------------- in the interpreter
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @TRITON
 def test_in_the_interpreter() -> None:
     options = ["-p", "no:cacheprovider", "-o", "python_functions=check_*", "-o", "addopts=", "-q", "-W", "error"]
@@ -388,7 +388,7 @@ COMPILED = {
 
 
 @TRITON
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("zoh", [False, True], ids=["euler", "zoh"])
 @pytest.mark.parametrize("kind", COMPILED)
 def test_kernels_compile_for_a_gpu(monkeypatch: pytest.MonkeyPatch, kind: str, zoh: bool) -> None:
