@@ -13,7 +13,7 @@ It first verifies that the slices of a constant are constant and that the spline
 printed as soon as they are finished; --out appends them to a CSV file. CPU time depends less on other work on the
 machine than the wall time.
 
---eclare PYTHON compares with eclare 1.0.1, which needs an environment of its own:
+--eclare PYTHON compares with eclare 1.0.1, which needs a separate environment:
 `python3.11 -m venv ~/eclare && ~/eclare/bin/pip install torch==2.13.0 eclare==1.0.1`, then `--eclare
 ~/eclare/bin/python`. It trains for --eclare-minutes (eclare_timed.py); applying its network comes on top.
 eclare keeps the middle of the field of view and not the first slice centre, so its voxels lie elsewhere than ours. Its

@@ -13,8 +13,8 @@ adaptation. The cubic spline is the reference for the rest.
 * Steps: the mean absolute difference of the first two planes, and of the planes on both sides of the last slice centre,
   divided by the mean over all neighbouring planes.
 
-A row is printed and appended to --out as soon as it is finished; a scan whose rows are all in --out is left out, so an
-interrupted run goes on. An unadapted scan of 256 x 256 x 50 slices takes half a minute to a minute of one core.
+A row is printed and appended to --out as soon as it is finished; a scan whose rows are all in --out is skipped, so an
+interrupted run resumes. A scan of 256 x 256 x 50 slices without adaptation takes half a minute to a minute of one core.
 """
 
 import argparse

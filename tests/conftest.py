@@ -1,4 +1,4 @@
-"""What several test files share: real volumes where they are at hand, small synthetic ones where they are not."""
+"""Shared fixtures and settings: real volumes if they are available, small synthetic ones otherwise."""
 
 import importlib.util
 import os
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @contextmanager
 def skipped_without_extra() -> Iterator[None]:
-    """Skips where an optional package is not installed. One that is installed and cannot be imported stays an error."""
+    """Skips if an optional package is not installed. If it is installed but cannot be imported, the test fails."""
     try:
         yield
     except MissingExtra as missing:
@@ -58,7 +58,7 @@ def pytest_runtest_call() -> Generator[None, object, object]:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real MR volumes: $DEFORMMAMBA_DATA, or shared/data beside the checkout; skips where neither is."""
+    """Folder of real MR volumes: $DEFORMMAMBA_DATA, or shared/data beside the checkout; skips if both are missing."""
     root = Path(os.environ.get("DEFORMMAMBA_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not (root / "volumes.tsv").is_file():
         pytest.skip("no real volumes here; DEFORMMAMBA_DATA names their folder")
@@ -67,7 +67,7 @@ def real_data() -> Path:
 
 @pytest.fixture
 def phantom() -> np.ndarray:
-    """(48, 40, 6): smooth ellipses with edges and texture, positive, in made-up scanner units up to about 1,000."""
+    """(48, 40, 6): smooth ellipses with edges and texture, positive, in arbitrary units up to about 1,000."""
     rng = np.random.default_rng(0)
     y, x, z = np.meshgrid(np.linspace(-1, 1, 48), np.linspace(-1, 1, 40), np.linspace(-0.5, 0.5, 6), indexing="ij")
     head = (y**2 / 0.8 + x**2 / 0.6 + z**2) < 0.9
@@ -78,7 +78,7 @@ def phantom() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Headless Chromium under selenium, one for each file, with logs; skips where either is missing."""
+    """Headless Chromium under selenium, one per test file, with logs; skips if either is missing."""
     missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
     missing += ["selenium"] if importlib.util.find_spec("selenium") is None else []
     if missing:
@@ -102,7 +102,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _workers_compile_in_turn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Of pytest-xdist's workers one compiles a kernel; the others wait, and take it from the cache."""
+    """With pytest-xdist, one worker compiles a kernel; the others wait and load it from the cache."""
     if "PYTEST_XDIST_WORKER" not in os.environ or importlib.util.find_spec("fcntl") is None:
         yield
         return
@@ -132,7 +132,7 @@ def _workers_compile_in_turn(tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Small tensors on many threads are slow, on a busy machine very; tests of threads set what they need."""
+    """One thread, because small tensors on many threads are slow. Tests of threads set their own number."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

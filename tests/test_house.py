@@ -210,7 +210,7 @@ for code in sys.argv[2:]:
 
 @pytest.fixture(scope="module")
 def loaded() -> dict[str, set[str]]:
-    """The modules that each code of IMPORTED loads in a process of its own, beside those that torch itself imports."""
+    """The modules that each code of IMPORTED loads in a separate process, without those that torch itself imports."""
     found = {}
     without = [code for code, absent in IMPORTED if "torch" in absent]
     runs = [("", without), ("import torch, torch.utils.checkpoint", [c for c, _ in IMPORTED if c not in without])]

@@ -34,13 +34,21 @@ BANNED = {
     r"made-up": "synthetic",
     r"nobody meant|flatters": "say what happens",
     r"a page to look at": "an HTML report for visual checks",
+    r"stands? in|stood in": "replaces, is in",
+    r"has no say": "has weight 0, has no effect",
+    r"for good": "permanently",
+    r"somebody": "a user, another",
+    r"comes? out": "is, becomes",
+    r"made anew": "written again",
+    r"in a process of its own": "in a separate process",
+    r"one (?:list )?a (?:slice|file|level|patient)": "one per ...",
 }
 ALLOWED = ("if there is none",)
 _ANY = re.compile("|".join(rf"\b(?:{phrase})\b" for phrase in BANNED))
 
 
 def documents() -> list[Path]:
-    folders = ("deformmamba", "docs", "examples", "benchmarks", "web", ".github")
+    folders = ("deformmamba", "docs", "examples", "benchmarks", "tests", "web", ".github")
     found = [
         path
         for folder in folders
@@ -52,13 +60,19 @@ def documents() -> list[Path]:
 
 
 def prose(path: Path) -> Iterator[tuple[int, str]]:
-    """The sentences of a file with their first line: all strings and comments of Python, all text of other files."""
+    """The sentences of a file with their first line: strings and comments of Python, all text of other files.
+
+    In tests, of all strings only the docstrings count: others quote messages, or are wrong on purpose.
+    """
     text = path.read_text("utf-8")
     if path.suffix != ".py":
         yield 1, text
         return
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        if path.is_relative_to(ROOT / "tests"):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (found := ast.get_docstring(node)):
+                yield node.body[0].lineno, found
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.lineno, node.value
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
@@ -92,3 +106,9 @@ def test_the_guard_finds_what_it_looks_for() -> None:
     assert faults("x.nii: is no BIDS data set")
     assert faults("the result as it comes")
     assert not faults("The fallback is known; empty if there is none.")
+
+
+def test_of_the_strings_in_tests_only_docstrings_count() -> None:
+    texts = [text for _, text in prose(ROOT / "tests" / "test_prose.py")]
+    assert any(text.startswith("Docstrings, comments, messages") for text in texts)
+    assert not set(texts) & set(BANNED)

@@ -62,7 +62,7 @@ class DeformMambaSR(Block, SRModel):
             which is the default (preset "paper"; as printed: "paper-literal").
         depths: blocks of each level, in the encoder and again in the decoder.
         patch: patch size on the HR grid. Not stated in the paper; VM-UNet's 4 is the default.
-        stem_channels: channels after the pixel shuffle; `in_channels` by default, the plainest reading.
+        stem_channels: channels after the pixel shuffle; default: `in_channels`, the simplest interpretation.
         d_state, expand, directions, discretization, channel_attention, drop_path: as in `VisionMambaBlock`; drop_path
             grows linearly from 0 to this value over the blocks.
         extra_activations: two SiLUs that the paper does not print, after the deform branch and in the multi-view
@@ -73,9 +73,9 @@ class DeformMambaSR(Block, SRModel):
         context: False is the paper's ablation "w/o MVC".
         context_rates: dilation rates of the multi-view context; not printed.
         skip: None is the paper's network. "zero-fill" adds the zero-filled input to the output, so that the network
-            learns the difference only; its last convolution then starts at zero. "zero-fill-edges" does the
-            same for fields of view that are cut at their edges, and "zero-fill-robust" does it better and keeps
-            outliers from ringing, see `physics.edges`.
+            learns the difference only; its last convolution is then initialised with zero. "zero-fill-edges" does the
+            same for fields of view that are cut at their edges. "zero-fill-robust" is better at such edges, and
+            prevents ringing of outliers, see `physics.edges`.
         normalise: None is the paper's network, for images of about [0, 1]. "slice" takes images of any gain, offset
             and outliers: each slice is normalised inside (`models.normalise`), and where the 5x5 neighbourhood of an
             input pixel is constant, as in a masked background, the output is that constant.
@@ -84,9 +84,10 @@ class DeformMambaSR(Block, SRModel):
 
     The third ablation, "w/o CELoss", is an option of the training loss: `SRLoss(beta=0)`.
 
-    Source: section 2.2, figure 1; the shell (patch layers, added skips) is VM-UNet's (Ruan & Xiang 2024). Two
-    departures from it: the final expansion has no LayerNorm, which would take the local amplitude out of the residual,
-    and linear layers start as PyTorch's do, not at a deviation of 0.02, where every gate is shut and all is linear.
+    Source: section 2.2, figure 1; patch layers and added skips are those of VM-UNet (Ruan & Xiang 2024). There are two
+    departures from VM-UNet. The final expansion has no LayerNorm, which would remove the local amplitude from the
+    residual. Linear layers have PyTorch's initialisation, because with a standard deviation of 0.02 every gate is
+    closed and the network is linear.
     """
 
     tiles = (
@@ -242,7 +243,7 @@ def _check_arguments(
 def _levels(
     block: Callable[..., nn.Module], dims: Sequence[int], depths: Sequence[int], drops: Iterator[float]
 ) -> nn.ModuleList:
-    """The blocks of each level, one list a level; each block takes the next of the rates `drops`."""
+    """The blocks of each level, one list per level; each block takes the next of the rates `drops`."""
     return nn.ModuleList(
         nn.ModuleList(block(dim, drop_path=next(drops)) for _ in range(depth))
         for dim, depth in zip(dims, depths, strict=True)

@@ -79,7 +79,7 @@ def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def lowpass(hr: torch.Tensor, scale: int) -> torch.Tensor:
     """Complex LR image (..., H / scale, W / scale) of the central 1/scale x 1/scale of the k-space of `hr`.
 
-    Intensity is kept and nothing is clipped (Gibbs overshoot is real: a maximum of 1 can come out as 1.16).
+    Intensity is preserved and nothing is clipped (Gibbs overshoot is real: a maximum of 1 can become 1.16).
 
     Raises:
         ValueError: `scale` is below 1, or does not divide H and W.

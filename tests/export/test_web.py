@@ -1,4 +1,4 @@
-"""The page in headless Chromium: the package's numbers, its sentences, and what a person needs to use it.
+"""The page in headless Chromium: it gives the package's numbers and messages, and is accessible.
 
 Skips where Node's npm, Chromium or its driver, selenium or the extra `export` is missing; fails instead if
 DEFORMMAMBA_PAGE is set.
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.long]
 
 ROOT = Path(__file__).parents[2]
 WEB = ROOT / "web"
-SHARE = 1e-3  # of the range: float32 in another runtime, after thousands of scan steps
+SHARE = 1e-3  # tolerance as a share of the range: float32 in another runtime, after thousands of scan steps
 MISSING = [name for name in ("npm", "chromium", "chromedriver") if shutil.which(name) is None]
 MISSING += [
     name for name in ("selenium", "onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None
@@ -39,7 +39,7 @@ MISSING += [] if WEB.is_dir() else ["web/"]
 
 
 def not_tested(reason: str) -> None:
-    """Skips, or fails if this run has to test the page."""
+    """Skips the test, or fails if DEFORMMAMBA_PAGE is set."""
     if os.environ.get("DEFORMMAMBA_PAGE"):
         pytest.fail(f"the page has to be tested here: {reason}")
     pytest.skip(f"the page is not tested here: {reason}", allow_module_level=True)
@@ -59,7 +59,7 @@ def builder() -> ModuleType:
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """With the two headers that allow shared memory, so that the runtime may use threads."""
+    """Sends the two headers that allow shared memory, so that the runtime may use threads."""
 
     def end_headers(self) -> None:
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")
@@ -111,7 +111,7 @@ def until(condition: Any, seconds: float, what: str) -> None:
 
 
 def opened(browser: Any, page: str, *files: Path) -> None:
-    """The page, fresh, with these files given to it."""
+    """Loads the page again and gives it these files."""
     browser.get(page)
     until(lambda: browser.execute_script("return document.documentElement.dataset.ready") == "yes", 60, "page ready")
     browser.find_element("id", "file").send_keys("\n".join(str(file) for file in files))
@@ -147,7 +147,7 @@ def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def picture(browser: Any) -> np.ndarray:
-    """The view as grey values of 0 to 1, (rows, columns)."""
+    """The grey values of the view, 0 to 1, (rows, columns)."""
     from PIL import Image
 
     with Image.open(io.BytesIO(browser.find_element("id", "view").screenshot_as_png)) as image:
@@ -155,7 +155,7 @@ def picture(browser: Any) -> np.ndarray:
 
 
 def moved(browser: Any, name: str, value: str) -> np.ndarray:
-    """The view after the slider or choice `name` has got `value`."""
+    """The view after the slider or choice `name` is set to `value`."""
     code = "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
     browser.execute_script(
         code + "e.dispatchEvent(new Event('input')); e.dispatchEvent(new Event('change'));", name, value
@@ -165,7 +165,7 @@ def moved(browser: Any, name: str, value: str) -> np.ndarray:
 
 
 def test_the_page_gives_what_the_package_gives(browser: Any, page: str, scan: Path, tmp_path: Path) -> None:
-    """The numbers, then the view of input and result."""
+    """First the numbers are compared, then the views of input and result."""
     opened(browser, page, scan)
     assert "The weights were trained on pixels of" in words(browser, "advice")
     start = time.monotonic()
@@ -188,7 +188,7 @@ def test_the_page_gives_what_the_package_gives(browser: Any, page: str, scan: Pa
     np.testing.assert_array_equal(half[:, : middle - 3], before[:, : middle - 3])
     np.testing.assert_array_equal(half[:, middle + 3 :], result[:, middle + 3 :])
     assert before.max() > 0.5 < result.max()
-    # one slice on the same grid: alike, but not the same
+    # the same slice on the same grid: similar, but not equal
     assert np.corrcoef(before.ravel(), result.ravel())[0, 1] > 0.9
     assert np.abs(before - result).max() > 0.05
     assert np.abs(moved(browser, "slice", "0") - before).max() > 0.05
@@ -218,7 +218,7 @@ def test_without_webgl_the_page_draws_by_itself(browser: Any, page: str, scan: P
 
 
 def test_a_dicom_series_lies_where_the_package_puts_it(browser: Any, page: str, tmp_path: Path) -> None:
-    """Oblique, with a slope, files under shuffled names."""
+    """The series is oblique, has a slope, and its files have shuffled names."""
     generator = np.random.default_rng(3)
     rotation, _ = np.linalg.qr(generator.normal(size=(3, 3)))
     normal = np.cross(rotation[:, 0], rotation[:, 1])

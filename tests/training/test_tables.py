@@ -1,4 +1,4 @@
-"""The tables of the paper at toy size: every row, resumed after a stop, the document, and what is refused."""
+"""The tables of the paper at a very small size: every row, resuming after a stop, the document, refused arguments."""
 
 import json
 import re
@@ -37,7 +37,7 @@ NANO = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Four volumes of 32 x 32 x 2 of four people, two to train on and two to score; sizes smaller than tiny."""
+    """Four volumes of 32 x 32 x 2 voxels of four people, two for training and two for scoring; very small networks."""
     monkeypatch.setitem(SIZES, "nano", NANO)
     root = tmp_path / "data"
     root.mkdir()
@@ -62,7 +62,7 @@ def plan(**changes: Any) -> Plan:
 
 
 def cells(document: str) -> dict[str, list[str]]:
-    """The lines of the first Markdown table, by their first cell."""
+    """The rows of the first Markdown table, by their first cell."""
     first = document[document.index("\n|") + 1 :].partition("\n\n")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.splitlines()]
     return {row[0]: row[1:] for row in rows}
