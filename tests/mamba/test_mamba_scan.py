@@ -51,7 +51,7 @@ def test_it_equals_the_definition_in_every_layout(B: str, C: str) -> None:
         assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize(("B", "C"), [("bnl", "bgnl"), ("dn", "bnl")])
+@pytest.mark.parametrize(("B", "C"), [("bnl", "bgnl"), ("dn", "bnl"), ("bgnl", "dn"), ("dn", "dn")])
 def test_gradients_are_those_of_finite_differences(B: str, C: str) -> None:
     given = [t.requires_grad_() for t in arguments(1, 2, 2, 4, B, C, dtype=torch.float64)]
     assert torch.autograd.gradcheck(lambda *t: selective_scan_fn(*t, True, True), given)
