@@ -58,8 +58,11 @@ _BIDS = re.compile(r"sub-[A-Za-z0-9]+(_[a-z]+-[A-Za-z0-9+]+)*_[A-Za-z0-9]+")
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of one scan. `reason` (why it failed or was passed over) and `remark` (`inspection.spacing_remark`)
-    are one line each, and contain no information from the scan except its sizes."""
+    """The outcome of one scan.
+
+    `reason` (why the scan failed or was skipped) and `remark` (`inspection.spacing_remark`) are one line each. They
+    contain no information from the scan except its sizes.
+    """
 
     source: str  # relative to the folder of scans
     output: str  # relative to the output folder
@@ -102,7 +105,7 @@ def upscale_cohort(
 
     A scan is a NIfTI or MGH file, or a DICOM series in a folder (the output is also a folder; each of several series
     in a folder is a separate scan). `volume.scans_below` finds the scans. Masks, label images, phase images and outputs
-    of this package are listed as passed over, with the reason. Hidden files and `target` itself are ignored; a link to
+    of this package are listed as skipped, with the reason. Hidden files and `target` itself are ignored; a link to
     a file outside `source` fails. If a scan cannot be read or upscaled, it fails and the run continues.
 
     Under `torchrun`, `accelerate launch` or `srun` each process takes its share (see `processes`), the largest scans
@@ -118,8 +121,8 @@ def upscale_cohort(
         volume, dtype, effective, nan, partial, settings: as `inference.upscale_file`.
         uncertainty, figure, report: folders for one file per scan: the `uncertainty` of `upscale_file`, the middle
             slice before and after as .png, an HTML report for visual checks.
-            told: called with each `Outcome` as soon as its scan is finished.
-            only: takes a scan's path relative to `source` and returns whether to upscale it; None: all.
+        told: called with each `Outcome` as soon as its scan is finished.
+        only: takes a scan's path relative to `source` and returns whether to upscale it; None: all.
 
     Returns:
         The outcomes of this process, by source.
@@ -273,7 +276,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _tasks(root: Path, target: Path, kind: str) -> tuple[list[_Task], list[Outcome]]:
-    """The scans to upscale, by name, and the files that are passed over or refused before they are opened."""
+    """The scans to upscale, by name, and the files that are skipped or refused before they are opened."""
     if not root.is_dir():
         raise VolumeError(f"{root}: no such folder")
     if not is_cohort(root):

@@ -1,8 +1,8 @@
 """Normalisation inside a network by the percentiles of each slice, robust to intensity units and outliers.
 
-The network sees clamp((x - centre) / spread, -0.25, 2), where `centre` is the 1st percentile of the slice and `spread`
-the distance from there to the 99th; its residual is multiplied by `spread`. So its output for a * x + b (a > 0) is
-a * output(x) + b, and up to half a percent of outlying pixels hardly move it.
+The network's input is clamp((x - centre) / spread, -0.25, 2), where `centre` is the 1st percentile of the slice and
+`spread` its distance to the 99th percentile. The network's residual is multiplied by `spread`. So the output for
+a * x + b (a > 0) is a * output(x) + b, and up to half a percent of outlying pixels hardly change it.
 """
 
 import torch
@@ -14,9 +14,9 @@ REACH = 2  # LR pixels: a neighbourhood is 5x5
 
 
 def slice_range(lr: torch.Tensor) -> torch.Tensor:
-    """(..., 2): the 1st percentile of each slice of `lr` (..., h, w), and the distance from there to the 99th.
+    """(..., 2): the 1st percentile of each slice of `lr` (..., h, w), and its distance to the 99th percentile.
 
-    Both are values of the slice (sorted, at index n // 100 and n - 1 - n // 100), not interpolated between two.
+    The percentiles are the values at index n // 100 and n - 1 - n // 100 of the sorted pixels, without interpolation.
     """
     ordered = lr.flatten(-2).sort(dim=-1).values
     n = ordered.shape[-1]
@@ -32,7 +32,7 @@ def normalised(lr: torch.Tensor, centre: torch.Tensor, spread: torch.Tensor) -> 
 
 
 def constant_neighbourhood(lr: torch.Tensor) -> torch.Tensor:
-    """(b, c, h, w), bool: pixels whose 5x5 neighbourhood inside the image holds one value only."""
+    """(b, c, h, w), bool: pixels whose 5x5 neighbourhood inside the image has only one value."""
     side = 2 * REACH + 1
     return F.max_pool2d(lr, side, 1, REACH) == -F.max_pool2d(-lr, side, 1, REACH)
 

@@ -1,6 +1,6 @@
 """Optional global skip: the network adds its output to the zero-filled image and learns the difference only.
 
-None of the papers has it. To compare networks after a short training, use it for all of them or for none.
+None of the papers uses such a skip. To compare networks after a short training, use it for all of them or for none.
 """
 
 import torch
@@ -10,13 +10,13 @@ from deformmamba.errors import InvalidArgument
 from deformmamba.physics.edges import zero_fill_edges, zero_fill_robust
 from deformmamba.physics.kspace import Grid, zero_fill
 
-# name: the image to which a network adds, computed from the WHOLE slice (see `physics.edges` for the second)
+# name: computes the image to which a network adds its output from the WHOLE slice; see `physics.edges`
 BASES = {"zero-fill": zero_fill, "zero-fill-edges": zero_fill_edges, "zero-fill-robust": zero_fill_robust}
 SKIPS = (None, *BASES)
 
 
 def checked_skip(name: str, skip: str | None, grid: Grid) -> str | None:
-    """`skip`, or a ValueError that names the model `name`: zero-filling lies on the origin grid alone."""
+    """Checks and returns `skip`; a ValueError names the model `name`. Zero-filling exists on the origin grid only."""
     if skip not in SKIPS or (skip and grid != "origin"):
         raise InvalidArgument(
             f'{name}: skip must be one of {SKIPS}, and None unless grid="origin", not {skip!r} on {grid}'
@@ -25,7 +25,7 @@ def checked_skip(name: str, skip: str | None, grid: Grid) -> str | None:
 
 
 def start_at_zero(last: nn.Module) -> None:
-    """Makes the last convolution of a network with a skip give zeros, so that training starts from zero-filling."""
+    """Sets the last convolution of a network with a skip to zero, so that training starts from zero-filling."""
     for parameter in last.parameters():
         nn.init.zeros_(parameter)
 

@@ -5,7 +5,7 @@
     lr = photographic(hr, seed=7)
     photographic == parse("blur:sigma=1.5 >> subsample:scale=4 >> rician:snr=30")
 
-An image is (..., H, W), float32 or float64, and complex where a magnitude of k-space is taken at once; a stack is
+An image is (..., H, W), float32 or float64; degradations with output="magnitude" also take complex images. A stack is
 degraded slice by slice. Every degradation has the factor by which it shrinks an image (`scale`) and the grid of the
 result (`grid`, see `deformmamba.physics.kspace.Grid`). It has an adjoint, or `no_adjoint` gives the reason. The paper
 uses `KSpaceCrop` alone. The others are also common in the field; results on one do not carry over to another.

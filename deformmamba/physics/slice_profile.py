@@ -5,7 +5,8 @@ fine image x is constant within each of its voxels, so the integral over a voxel
 profile. This is exact for every profile and every ratio of thickness to voxel size. Beyond the ends of the fine image
 a slice measures the value of the outermost voxel.
 
-The slice positions z_k are free: a spacing above the thickness leaves gaps, a smaller one overlaps.
+The slice positions z_k are arbitrary: slices have gaps if the spacing is larger than the thickness, and overlap if it
+is smaller.
 """
 
 import math
@@ -169,7 +170,7 @@ def spline_matrix(n: int, at: torch.Tensor) -> torch.Tensor:
     """(len(at), n), float64: cubic b-spline interpolation of n samples at the positions `at`, in samples.
 
     The curve through the samples is twice continuously differentiable; it is mirrored about the outermost samples. The
-    coefficients come from an exact solve, not a recursive filter: the same numbers without a boundary series.
+    coefficients come from an exact solution of the linear system, not from a recursive filter with a boundary series.
 
     Source: Unser, IEEE Signal Processing Magazine 16(6) (1999); equals `scipy.ndimage` of order 3 with mode="mirror".
     """
@@ -199,8 +200,8 @@ def back_projected(
 ) -> tuple[torch.Tensor, list[float]]:
     """`image` corrected so that `operator` gives `slices`: the smallest change in the sense of least squares.
 
-    Conjugate gradients on A A^T. After enough steps A x = y holds exactly, where the slices allow it. They end early
-    once the root mean square of A x - y is `until` or less: a larger agreement would only bring back noise.
+    The method is conjugate gradients on A A^T. After enough steps A x = y holds exactly, if the slices allow it. The
+    steps end early once the root mean square of A x - y is `until` or less: more steps would only restore noise.
 
     Returns the image, and the root mean square of A x - y before the first step and after each.
     """

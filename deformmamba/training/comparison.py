@@ -1,7 +1,7 @@
 """Trains and scores the rows of the paper's tables on given data; each row is saved as soon as it is finished.
 
 All rows of a table share data, patches, batch, seeds, optimiser (AdamW, cosine) and budget. The budget is a number of
-steps, or a number of minutes: CPU time on one CPU thread, so that a busy machine is fair.
+steps, or a number of minutes. Minutes are CPU time of one thread, so other programs on the machine do not change it.
 `deformmamba.evaluation.tables` defines the rows and writes the result.
 """
 

@@ -1,7 +1,7 @@
 """Decides which files are scans. Cohorts and data sets share this rule.
 
 A scan is a NIfTI or MGH file, or a DICOM series, that holds a magnitude image of a patient. Masks, label images, phase
-images, statistical maps and outputs of this package are passed over, each with a reason. `scans_below` walks a folder,
+images, statistical maps and outputs of this package are skipped, each with a reason. `scans_below` walks a folder,
 `not_a_scan` checks one file.
 """
 
