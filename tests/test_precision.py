@@ -254,27 +254,32 @@ def vmapped(name: str) -> None:
     assert_close(torch.autograd.functional.jacobian(rows, x, vectorize=True), one_by_one)
 
 
-# (column, cell): (the function that tests it, whether it is slow)
-CHECKS: dict[tuple[str, str], tuple[Callable[[str], None], bool]] = {
-    ("fp32", "yes"): (fp32, False),
-    ("bf16 autocast", "yes"): (autocast(torch.bfloat16), False),
-    ("fp16 autocast", "yes"): (autocast(torch.float16), False),
-    ("fp64", "yes"): (fp64, False),
-    ("compile", "yes"): (compiled, True),
-    ("export", "yes"): (exported, True),
-    ("ONNX", "yes"): (onnx, True),
-    ("double backward", "yes"): (double_backward, False),
-    ("double backward", "eager scan"): (double_backward_eager, False),
-    ("jit.trace", "yes"): (traced, False),
-    ("jit.trace", "refused"): (trace_refused, False),
-    ("fx", "yes"): (fx, False),
-    ("fx", "refused"): (fx_refused, False),
-    ("FSDP", "yes"): (fsdp, True),
-    ("FSDP", "no parameters"): (none_to_shard, False),
-    ("MetaTensor", "yes"): (metatensor, False),
-    ("meta device", "yes"): (meta_device, False),
-    ("vmap", "yes"): (vmapped, False),
+# (column, cell): (the function that tests it, its mark: some take seconds, ONNX's exporter half a minute)
+CHECKS: dict[tuple[str, str], tuple[Callable[[str], None], str | None]] = {
+    ("fp32", "yes"): (fp32, None),
+    ("bf16 autocast", "yes"): (autocast(torch.bfloat16), None),
+    ("fp16 autocast", "yes"): (autocast(torch.float16), None),
+    ("fp64", "yes"): (fp64, None),
+    ("compile", "yes"): (compiled, "slow"),
+    ("export", "yes"): (exported, "slow"),
+    ("ONNX", "yes"): (onnx, "long"),
+    ("double backward", "yes"): (double_backward, None),
+    ("double backward", "eager scan"): (double_backward_eager, None),
+    ("jit.trace", "yes"): (traced, None),
+    ("jit.trace", "refused"): (trace_refused, None),
+    ("fx", "yes"): (fx, None),
+    ("fx", "refused"): (fx_refused, None),
+    ("FSDP", "yes"): (fsdp, "slow"),
+    ("FSDP", "no parameters"): (none_to_shard, None),
+    ("MetaTensor", "yes"): (metatensor, None),
+    ("meta device", "yes"): (meta_device, None),
+    ("vmap", "yes"): (vmapped, None),
 }
+
+
+def marks_of(column: str, cell: str) -> list[pytest.MarkDecorator]:
+    _, mark = CHECKS.get((column, cell), (None, None))
+    return [getattr(pytest.mark, mark)] if mark else []
 
 
 def table() -> dict[tuple[str, str], str]:
@@ -292,10 +297,7 @@ def test_the_table_has_every_block_and_every_column() -> None:
 
 @pytest.mark.parametrize(
     ("block", "column", "cell"),
-    [
-        pytest.param(block, column, cell, marks=[pytest.mark.slow] if CHECKS.get((column, cell), (0, False))[1] else [])
-        for (block, column), cell in table().items()
-    ],
+    [pytest.param(block, column, cell, marks=marks_of(column, cell)) for (block, column), cell in table().items()],
 )
 @pytest.mark.filterwarnings("ignore")  # torch's exporters and compilers warn about their own code
 def test_the_table_is_true(block: str, column: str, cell: str) -> None:
