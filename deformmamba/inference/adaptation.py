@@ -117,8 +117,11 @@ def best_of(
 
 
 class TwoWays(nn.Module):
-    """The mean of a network's results on an image and on the image rotated by 180 degrees: more accurate, twice the
-    time. For adapted networks only: without adaptation, time matters more."""
+    """The mean of a network's results on an image and on the image rotated by 180 degrees.
+
+    It is more accurate and takes twice the time. It is used for adapted networks only, because without adaptation a
+    short time is more important.
+    """
 
     def __init__(self, network: "SRModel") -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Corrects an isotropic image so that averaging it by the slice profile gives the slices of the scan."""
+"""Corrects an isotropic image so that the slice profile applied to it gives the slices of the scan."""
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,8 @@ def consistent(image: torch.Tensor, slices: torch.Tensor, operator: ThickSlices,
 def noise_level(slices: torch.Tensor) -> float:
     """The standard deviation of the noise inside the anatomy of (n, h, w), from the blocks with the least texture.
 
-    It is the power of the diagonal details of the Haar wavelet, averaged over blocks of 16x16 pixels. The lowest
-    twentieth of the blocks is used, because all others have texture.
+    It is computed from the power of the diagonal detail coefficients of the Haar wavelet, averaged over blocks of 16x16
+    pixels. The 5th percentile over the blocks is used, because blocks with more power have texture.
 
     Source: the wavelet estimate of Donoho & Johnstone, Biometrika 81 (1994), in blocks.
     """

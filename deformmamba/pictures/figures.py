@@ -45,9 +45,10 @@ class Slice(NamedTuple):
 def oriented(volume: Volume, axis: int, index: int) -> Slice:
     """One slice of a volume in radiological orientation.
 
-    Axial slices from below (the patient's right on the left, front on top), coronal ones from the front (right on the
-    left, head on top), sagittal ones with the front on the left and the head on top; an oblique slice as the nearest of
-    the three. A volume without an orientation is shown in array order, without labels.
+    Axial slices are seen from below (the patient's right is on the left, the front on top), coronal slices from the
+    front (right on the left, head on top). Sagittal slices have the front on the left and the head on top. An oblique
+    slice is shown like the nearest of the three. A volume without an orientation is shown in array order, without
+    labels.
     """
     return oriented_like(np.moveaxis(volume.array, axis, 0)[index], volume, axis)
 

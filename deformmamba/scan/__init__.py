@@ -31,7 +31,7 @@ _chosen_last = "auto"  # the same for torch.compile, which can watch a global bu
 
 
 class ScanBackendError(DeformMambaError, RuntimeError):
-    """The named scan backend does not exist or cannot run this call; the message gives the reason and the cure."""
+    """The named scan backend does not exist or cannot run this call; the message gives the reason and the solution."""
 
 
 class BackendStatus(NamedTuple):
@@ -67,7 +67,7 @@ def scan_backend(name: str) -> Iterator[None]:
 
 
 def backend_report() -> list[BackendStatus]:
-    """One row for every backend, in the order in which "auto" tries them: can it run here, why not, the cure."""
+    """One row for each backend, in the order of "auto": whether it can run here, else the reason and the solution."""
     rows = []
     for name, module in operator.MODULES.items():
         why, _, cure = (module.unusable() or "").partition("; ")
@@ -256,7 +256,7 @@ def scan_checked_map(
 
 
 def _check_shapes(*arguments: tuple[str, torch.Tensor | None, str]) -> None:
-    """Every given tensor has the named axes, equal where a name returns, and u's device and kind of dtype."""
+    """Checks that each tensor has the named axes, with one size per name, and u's device and kind of dtype."""
     sizes: dict[str, int] = {}
     first = arguments[0][1]
 

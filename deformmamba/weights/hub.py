@@ -1,7 +1,7 @@
 """Downloads from and uploads to the Hub with huggingface_hub's client, and turns its errors into one line.
 
 The client's settings (HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, time limits) work as usual. This module also
-checks the Hub's hash of a file, and its error messages tell what to do.
+checks the Hub's hash of a file, and its error messages include the next step.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def download(
     """Downloads a checkpoint into the cache; returns its weights file and the commit. The other files are beside it.
 
     Raises:
-        WeightsError: any failure, as one line that tells what to do.
+        WeightsError: any failure, as one line that includes the next step.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
@@ -63,8 +63,9 @@ def hub_hash(
 ) -> str | None:
     """The Hub's own hash of a cached file: SHA-256 of a large file, git's SHA-1 of a small one; None if unknown.
 
-    The cache links a file to a blob whose name is the hash. (That blob may itself be a link into a store shared by
-    repositories, whose file names are other hashes.) If the cache cannot link, as on Windows, the Hub is asked.
+    In the cache, a file is a link to a blob whose name is the hash. (The blob may itself be a link into a store shared
+    by repositories, whose file names are other hashes.) If the cache has no links, as on Windows, the hash is requested
+    from the Hub.
     """
     if path.is_symlink():
         name = Path(os.readlink(path)).name
@@ -111,7 +112,7 @@ def upload(repo: str, content: Mapping[str, bytes], *, private: bool, message: s
 
 @contextlib.contextmanager
 def _hub_errors(repo: str, revision: str | None, verb: str, cache: str | None = None) -> Iterator[None]:
-    """Turns any error of the Hub client into one line that tells what to do."""
+    """Turns any error of the Hub client into one line that includes the next step."""
     from huggingface_hub import constants, errors
 
     where = repo if revision is None else f"{repo}@{revision}"
