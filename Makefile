@@ -7,8 +7,9 @@ VENV ?= .venv
 TORCH ?= torch torchvision
 BIN := $(VENV)/bin
 WORKERS ?= 2
-# a file's tests run in one worker, so that it makes what they share once
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# a file's tests run in one worker, so that it makes what they share once. By default pytest-xdist begins with the files of
+# most tests; the few long tests would come last, and the other worker would wait for them
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: web setup demo test test-all test-fast test-generic check lint bench docs dist clean
 
