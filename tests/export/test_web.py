@@ -4,16 +4,12 @@ Skips where Node's npm, Chromium or its driver, selenium or the extra `export` i
 DEFORMMAMBA_PAGE is set.
 """
 
-import base64
-import http.server
 import importlib.util
 import io
 import os
 import shutil
-import threading
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,8 +45,9 @@ if MISSING:
     not_tested(f"{', '.join(MISSING)} missing")
 
 
-def builder() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("web_build", WEB / "build.py")
+def loaded(name: str) -> ModuleType:
+    """The module web/NAME.py, which no package contains."""
+    spec = importlib.util.spec_from_file_location(f"web_{name}", WEB / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -58,80 +55,25 @@ def builder() -> ModuleType:
     return module
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Sends the two headers that allow shared memory, so that the runtime may use threads."""
-
-    def end_headers(self) -> None:
-        self.send_header("Cross-Origin-Opener-Policy", "same-origin")
-        self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
-        super().end_headers()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+build, screenshots = loaded("build"), loaded("screenshots")
+opened, saved, until, words = screenshots.opened, screenshots.saved, screenshots.until, screenshots.words
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("page")
     try:
-        builder().build(folder, ["ixi-4x"])
-    except builder().subprocess.CalledProcessError:
+        build.build(folder, ["ixi-4x"])
+    except build.subprocess.CalledProcessError:
         not_tested("npm could not install its packages")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
+    with screenshots.served(folder) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(shutil.which("chromium"))
-    for flag in (
-        "--headless", "--no-sandbox", "--disable-quic", "--no-first-run", "--disable-sync",
-        "--use-angle=swiftshader", "--enable-unsafe-swiftshader",  # WebGL without a GPU
-        "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
-        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):  # fmt: skip
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(str(shutil.which("chromedriver"))))
-    driver.set_script_timeout(120)
-    yield driver
-    driver.quit()
-
-
-def until(condition: Any, seconds: float, what: str) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.2)
-
-
-def opened(browser: Any, page: str, *files: Path) -> None:
-    """Loads the page again and gives it these files."""
-    browser.get(page)
-    until(lambda: browser.execute_script("return document.documentElement.dataset.ready") == "yes", 60, "page ready")
-    browser.find_element("id", "file").send_keys("\n".join(str(file) for file in files))
-    until(lambda: words(browser, "status") == "Ready to upscale" or words(browser, "error"), 30, "file read")
-
-
-def words(browser: Any, name: str) -> str:
-    return str(browser.find_element("id", name).text)
-
-
-def saved(browser: Any, which: str, folder: Path) -> Any:
-    """The page's "input" or "result" as an image."""
-    code = (
-        "const done = arguments[0], reader = new FileReader();"
-        "reader.onload = () => done(reader.result.split(',')[1]);"
-        f"reader.readAsDataURL(new Blob([window.deformmamba.{which}()]));"
-    )
-    file = folder / f"{which}.nii"
-    file.write_bytes(base64.b64decode(browser.execute_async_script(code)))
-    return nibabel.load(file)
+    with screenshots.chromium(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")
@@ -291,10 +233,7 @@ def test_wrong_files_get_the_sentences_of_the_package(browser: Any, page: str, s
 @pytest.mark.parametrize("width", [400, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_accessible_at_every_width(browser: Any, page: str, scan: Path, width: int, scheme: str) -> None:
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    screenshots.looks(browser, width, scheme)
     opened(browser, page, scan)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     browser.execute_script((WEB / "node_modules" / "axe-core" / "axe.min.js").read_text("utf-8"))
@@ -320,7 +259,7 @@ def test_the_keyboard_reaches_everything(browser: Any, page: str, scan: Path) ->
 
 
 def test_nothing_comes_from_elsewhere() -> None:
-    for name in builder().PAGE:
+    for name in build.PAGE:
         source = (WEB / name).read_text("utf-8")
         assert "://" not in source, name
     assert "connect-src" not in (WEB / "index.html").read_text("utf-8")
