@@ -242,40 +242,31 @@ def _vision_mamba(nodes: Nodes, block: VisionMambaBlock, x: Value) -> Value:
 
 def scan_2d(nodes: Nodes, block: SS2D, u: Value) -> Value:
     """`SS2D` of (b, h, w, d). Names of sizes: k directions, d channels, n states, r ranks, L = h * w steps."""
-    k, d, n, r = block.directions, block.channels, block.d_state, block.dt_rank
+    k, d = block.directions, block.channels
     b, h, w, _ = nodes("Split", nodes("Shape", u), [1, 1, 1, 1], outputs=4, axis=0)
     length = nodes("Mul", h, w)
-
-    def backwards(x: Value) -> Value:
-        return nodes("Slice", x, [-1], [np.iinfo(np.int64).min], [1], [-1])
-
-    # (k, L, b, d): the input of each direction
-    shape = nodes("Concat", [1], length, b, [d], axis=0)
+    shape = nodes("Concat", length, b, [d], axis=0)
     walks = [nodes("Reshape", nodes("Transpose", u, perm=[1, 2, 0, 3]), shape)]
     if k == 4:
         walks.append(nodes("Reshape", nodes("Transpose", u, perm=[2, 1, 0, 3]), shape))
-    there = nodes("Concat", *walks, axis=0) if len(walks) > 1 else walks[0]
-    walked = nodes("Concat", there, backwards(there), axis=0) if k > 1 else there
-    if not nodes.attention:
-        # zeros at the end, up to a multiple of STEPS
-        missing = nodes("Mod", nodes("Neg", length), [STEPS])
-        walked = nodes("Pad", walked, nodes("Concat", [0, 0, 0, 0, 0], missing, [0, 0], axis=0))
-
-    flat = nodes("Reshape", walked, [k, -1, d])
-    low, B, C = nodes("Split", nodes("MatMul", flat, block.x_proj.mT), [r, n, n], outputs=3, axis=-1)
-    if nodes.attention:
-        y = _attention(nodes, block, low, flat, B, C, b)
-    else:
-        y = nodes("Slice", _scan(nodes, block, low, flat, B, C, b), [0], length, [1])
-    if k > 1:
-        there, back = nodes("Split", y, [k // 2, k // 2], outputs=2, axis=0)
-        y = nodes("Add", there, backwards(back))
-    rows, *columns = nodes("Split", y, [1, 1], outputs=2, axis=0) if k == 4 else [y]
+    rows, *columns = (_attention if nodes.attention else _scan)(nodes, block, walks, length, b)
     total = nodes("Reshape", rows, nodes("Concat", h, w, b, [d], axis=0))
     for column in columns:
         turned = nodes("Reshape", column, nodes("Concat", w, h, b, [d], axis=0))
         total = nodes("Add", total, nodes("Transpose", turned, perm=[1, 0, 2, 3]))
     return nodes("Add", nodes("Transpose", total, perm=[2, 0, 1, 3]), nodes("Mul", u, block.D.view(k, d).sum(0)))
+
+
+def _backwards(nodes: Nodes, x: Value) -> Value:
+    """`x` with axis 1 reversed."""
+    return nodes("Slice", x, [-1], [np.iinfo(np.int64).min], [1], [-1])
+
+
+def _projected(nodes: Nodes, block: SS2D, u: Value) -> list[Value]:
+    """(k, L, d) to the low-rank step sizes (k, L, r), B (k, L, n) and C (k, L, n)."""
+    n, r = block.d_state, block.dt_rank
+    low, B, C = nodes("Split", nodes("MatMul", u, block.x_proj.mT), [r, n, n], outputs=3, axis=-1)
+    return [low, B, C]
 
 
 def _step_sizes(nodes: Nodes, block: SS2D, low: Value) -> Value:
@@ -299,27 +290,39 @@ def _decay(block: SS2D) -> Tensor:
     return -block.A_log.exp().view(block.directions, 1, 1, block.channels, block.d_state)
 
 
-def _scan(nodes: Nodes, block: SS2D, low: Value, u: Value, B: Value, C: Value, b: Value) -> Value:
-    """A Scan over (k, L * b, ...) with L a multiple of STEPS; (k, L, b, d)."""
-    k, d, n, r = block.directions, block.channels, block.d_state, block.dt_rank
+def _scan(nodes: Nodes, block: SS2D, walks: list[Value], length: Value, b: Value) -> list[Value]:
+    """Each walk (L, b, d) there and, if k > 1, back, and the sum of both; one Scan for all.
 
-    def chunks(x: Value, *last: int) -> Value:
-        return nodes("Reshape", x, nodes("Concat", [k, -1, STEPS], b, list(last), axis=0))
-
-    start = nodes("ConstantOfShape", nodes("Concat", [k, 1], b, [n, d], axis=0))
-    low = nodes("Reshape", low, nodes("Concat", [k, -1], nodes("Mul", b, [STEPS]), [r], axis=0))
-    inputs = [start, low, chunks(u, 1, d), chunks(B, n, 1), chunks(C, 1, n)]
-    _, y = nodes(
-        "Scan", *inputs, outputs=2, body=_body(nodes, block), num_scan_inputs=4,
-        scan_input_axes=[1] * 4, scan_output_axes=[1],
-    )  # fmt: skip
-    return nodes("Reshape", y, nodes("Concat", [k, -1], b, [d], axis=0))
-
-
-def _attention(nodes: Nodes, block: SS2D, low: Value, u: Value, B: Value, C: Value, b: Value) -> Value:
-    """A LinearAttention over (k, L * b, ...); (k, L, b, d)."""
+    Its inputs are cut into chunks along axis 0, the only one that ONNX Runtime cuts without a copy.
+    """
     k, d, n = block.directions, block.channels, block.d_state
-    dt, A, zoh = _step_sizes(nodes, block, low), _decay(block), block.discretization == "zoh"
+    # zeros at the end, up to a multiple of STEPS: a walk back begins with them, and they leave its state at zero
+    missing = nodes("Mod", nodes("Neg", length), [STEPS])
+    zeros = nodes("ConstantOfShape", nodes("Concat", missing, b, [d], axis=0))
+    shape = nodes("Concat", [-1, 1, STEPS], b, [d], axis=0)
+    chunks = [nodes("Reshape", nodes("Concat", walk, zeros, axis=0), shape) for walk in walks]
+    start = nodes("ConstantOfShape", nodes("Concat", [k, 1], b, [n, d], axis=0))
+    directions = [0] * len(walks) + [1] * (k - len(walks))
+    _, *ys = nodes(
+        "Scan", start, *chunks, *chunks[: k - len(walks)], outputs=1 + k, body=_body(nodes, block), num_scan_inputs=k,
+        scan_input_directions=directions, scan_output_directions=directions,
+    )  # fmt: skip
+    if k > 1:
+        ys = [nodes("Add", there, back) for there, back in zip(ys[: k // 2], ys[k // 2 :], strict=True)]
+    flat = nodes("Concat", [-1], b, [d], axis=0)
+    return [nodes("Slice", nodes("Reshape", y, flat), [0], length, [0]) for y in ys]
+
+
+def _attention(nodes: Nodes, block: SS2D, walks: list[Value], length: Value, b: Value) -> list[Value]:
+    """As `_scan`, with a LinearAttention over (k, L * b, ...)."""
+    k, d, n = block.directions, block.channels, block.d_state
+    zoh = block.discretization == "zoh"
+    walk = nodes("Concat", [1], length, b, [d], axis=0)
+    there = nodes("Concat", *(nodes("Reshape", x, walk) for x in walks), axis=0)
+    walked = nodes("Concat", there, _backwards(nodes, there), axis=0) if k > 1 else there
+    u = nodes("Reshape", walked, [k, -1, d])
+    low, B, C = _projected(nodes, block, u)
+    dt, A = _step_sizes(nodes, block, low), _decay(block)
 
     def sequences(x: Value, *last: int) -> Value:
         """(k, L * b, ...) to (k, b, L, ...)."""
@@ -340,46 +343,66 @@ def _attention(nodes: Nodes, block: SS2D, low: Value, u: Value, B: Value, C: Val
         "LinearAttention", query, key, value, None, exponent, outputs=2,
         q_num_heads=d, kv_num_heads=d, update_rule="gated", scale=1.0,
     )  # fmt: skip
-    y = nodes("Reshape", y, nodes("Concat", [k], b, [-1, d], axis=0))
-    return nodes("Transpose", y, perm=[0, 2, 1, 3])
+    y = nodes("Transpose", nodes("Reshape", y, nodes("Concat", [k], b, [-1, d], axis=0)), perm=[0, 2, 1, 3])
+    if k > 1:
+        there, back = nodes("Split", y, [k // 2, k // 2], outputs=2, axis=0)
+        y = nodes("Add", there, _backwards(nodes, back))
+    return list(nodes("Split", y, [1, 1], outputs=2, axis=0)) if k == 4 else [y]
 
 
 def _body(outer: Nodes, block: SS2D) -> Any:
-    """The body of the Scan: STEPS steps from state (k, 1, b, n, d).
+    """The body of the Scan: STEPS steps from state (k, 1, b, n, d), with a chunk (1, STEPS, b, d) of each direction.
 
-    It takes low (k, STEPS * b, r), u (k, STEPS, b, 1, d), B (k, STEPS, b, n, 1) and C (k, STEPS, b, 1, n). All that
-    grows with d is computed here, where it stays in the processor's cache.
+    All that follows from the inputs is computed here, where it stays in the processor's cache. Chunks of the walks back
+    are taken in reverse order by the Scan, and their steps are reversed here.
     """
     import onnx_ir as ir
 
-    k, d, n, r = block.directions, block.channels, block.d_state, block.dt_rank
+    k, d, n = block.directions, block.channels, block.d_state
     name = f"{outer.made[-1].name}.body"
     nodes = Nodes(outer._graph, name)
 
     def given(what: str, *shape: Any) -> Value:
         return ir.Value(name=f"{name}.{what}", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
 
+    def joined(values: list[Value], axis: int) -> Value:
+        return nodes("Concat", *values, axis=axis) if len(values) > 1 else values[0]
+
+    def split(value: Value, parts: int, axis: int) -> list[Value]:
+        return list(nodes("Split", value, [1] * parts, outputs=parts, axis=axis)) if parts > 1 else [value]
+
     state = first = given("state", k, 1, "b", n, d)
-    low, u = given("low", k, None, r), given("u", k, STEPS, "b", 1, d)
-    B, C = given("B", k, STEPS, "b", n, 1), given("C", k, STEPS, "b", 1, n)
-    zoh, A = block.discretization == "zoh", _decay(block).mT
+    chunks = [given(f"u{i}", 1, STEPS, "b", d) for i in range(k)]
+    there = (k + 1) // 2
+    walked = chunks[:there]
+    if k > 1:
+        walked = [*walked, _backwards(nodes, joined(chunks[there:], 0))]
+    flat = nodes("Reshape", joined(walked, 0), [k, -1, d])
+    low, B, C = _projected(nodes, block, flat)
+    u = nodes("Reshape", flat, [k, STEPS, -1, 1, d])
     dt = nodes("Reshape", _step_sizes(nodes, block, low), [k, STEPS, -1, 1, d])
+    B, C = nodes("Reshape", B, [k, STEPS, -1, n, 1]), nodes("Reshape", C, [k, STEPS, -1, 1, n])
+    zoh, A = block.discretization == "zoh", _decay(block).mT
     x = u if zoh else nodes("Mul", dt, u)
     exponent = nodes("Mul", dt, A)
     decay = nodes("Exp", exponent)
     entering = nodes("Mul", B, x)
     if zoh:
         entering = nodes("Mul", entering, _hold(nodes, dt, exponent, decay, A))
-    decays, entries = (nodes("Split", t, [1] * STEPS, outputs=STEPS, axis=1) for t in (decay, entering))
     states = []
-    for a, e in zip(decays, entries, strict=True):
+    for a, e in zip(split(decay, STEPS, 1), split(entering, STEPS, 1), strict=True):
         state = nodes("Add", nodes("Mul", a, state), e)
         states.append(state)
-    y = nodes("MatMul", C, nodes("Concat", *states, axis=1))
-    last = nodes("Identity", state)
-    for value in (y, last):
+    y = nodes("Reshape", nodes("MatMul", C, joined(states, 1)), [k, STEPS, -1, d])
+    if k > 1:
+        y, back = nodes("Split", y, [there, there], outputs=2, axis=0)
+        ys = [*split(y, there, 0), *split(_backwards(nodes, back), there, 0)]
+    else:
+        ys = [y]
+    outputs = [nodes("Identity", state), *ys]
+    for value in outputs:
         value.dtype = ir.DataType.FLOAT
-    return ir.Graph([first, low, u, B, C], [last, y], nodes=nodes.made, name=name)
+    return ir.Graph([first, *chunks], outputs, nodes=nodes.made, name=name)
 
 
 def _hold(nodes: Nodes, dt: Value, exponent: Value, decay: Value, A: Tensor) -> Value:

@@ -14,6 +14,7 @@ E belongs to the frequency -n/2, which an even n has without +n/2. The matrix of
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -38,18 +39,32 @@ NO_FLOOR = -1e30  # the floor of data with a sign
 
 @dataclass
 class Axis:
-    """The Fourier matrices of one axis, for n LR and s * n HR samples.
+    """The matrices of one axis, for n LR and s * n HR samples.
 
     Attributes:
+        n, scale: the number of LR samples, and s.
         dirichlet: D, (s * n, n).
         alternating: (n,), (-1)^i / n for even n, zeros for odd n: the amplitude of frequency -n/2.
         sine, cosine: (s * n,), of pi j / s: frequency n/2 at the HR samples.
     """
 
+    n: int
+    scale: int
     dirichlet: Tensor
     alternating: Tensor
     sine: Tensor
     cosine: Tensor
+
+    @cached_property
+    def cubic(self) -> Tensor:
+        """`cubic_matrix`."""
+        return cubic_matrix(self.n, self.scale, self.dirichlet)
+
+    @cached_property
+    def longer(self) -> Tensor:
+        """(s * n, n + 2 * BEYOND): the same HR samples from a line that has BEYOND more LR samples at both ends."""
+        j = torch.arange(self.n * self.scale, device=self.dirichlet.device) + self.scale * BEYOND
+        return _dirichlet(j, self.n + 2 * BEYOND, self.scale, self.dirichlet)
 
 
 def axis(n: int, scale: int, like: Tensor) -> Axis:
@@ -58,17 +73,25 @@ def axis(n: int, scale: int, like: Tensor) -> Axis:
     j = torch.arange(n * scale, device=like.device)
     count = i[-1:] + 1
     even = (count % 2 == 0).to(like.dtype)
-    length = count.to(like.dtype)
+    phase = (j % (2 * scale)).to(like.dtype) * (math.pi / scale)
+    alternating = even * (1 - 2 * (i % 2)).to(like.dtype) / count.to(like.dtype)
+    return Axis(n, scale, _dirichlet(j, n, scale, like), alternating, phase.sin(), phase.cos())
+
+
+def _dirichlet(j: Tensor, n: int, scale: int, like: Tensor) -> Tensor:
+    """(m, n): D for the HR samples j (m,) of n LR samples."""
+    i = torch.arange(n, device=like.device)
+    count = i[-1:] + 1
+    even = (count % 2 == 0).to(like.dtype)
     # t in units of 1 / scale, within half a period of 0, where the quotients below are precise
     half = count * scale // 2
     steps = (j[:, None] - scale * i + half) % (count * scale) - half
+    length = count.to(like.dtype)
     angle = steps.to(like.dtype) * (math.pi / scale) / length
     sine, cosine = angle.sin(), angle.cos()
     numerator = ((steps % (2 * scale)).to(like.dtype) * (math.pi / scale)).sin()
     quotient = numerator * (even * cosine + (1 - even)) / torch.where(steps == 0, torch.ones_like(sine), sine)
-    dirichlet = torch.where(steps == 0, torch.ones_like(sine), quotient / length)
-    phase = (j % (2 * scale)).to(like.dtype) * (math.pi / scale)
-    return Axis(dirichlet, even * (1 - 2 * (i % 2)).to(like.dtype) / length, phase.sin(), phase.cos())
+    return torch.where(steps == 0, torch.ones_like(sine), quotient / length)
 
 
 def zero_fill(image: Tensor, rows: Axis, columns: Axis) -> Tensor:
@@ -144,19 +167,15 @@ def cubic_matrix(n: int, scale: int, like: Tensor) -> Tensor:
     return weight((x - i).abs()) + (i == 0) * weight(x + 1) + (i == last) * beyond
 
 
-def cubic(image: Tensor, scale: int) -> Tensor:
+def cubic(image: Tensor, rows: Axis, columns: Axis) -> Tensor:
     """`edges.cubic`."""
-    rows, columns = (cubic_matrix(n, scale, image) for n in image.shape[-2:])
-    return rows @ image @ columns.mT
+    return rows.cubic @ image @ columns.cubic.mT
 
 
-def extension_filled(lines: Tensor, gate: Tensor, scale: int) -> Tensor:
+def extension_filled(lines: Tensor, gate: Tensor, along: Axis) -> Tensor:
     """(..., n) to (..., scale * n): the part of `edges.zero_fill_robust` of one axis."""
-    n = lines.shape[-1]
-    plain = lines @ axis(n, scale, lines).dirichlet.mT
-    longer = axis(n + 2 * BEYOND, scale, lines).dirichlet
-    inside = longer.index_select(0, torch.arange(n * scale, device=lines.device) + scale * BEYOND)
-    return plain + gate * (extended(lines) @ inside.mT - plain)
+    plain = lines @ along.dirichlet.mT
+    return plain + gate * (extended(lines) @ along.longer.mT - plain)
 
 
 def _base(x: Tensor, rows: Axis, columns: Axis, scale: int, skip: str) -> Tensor:
@@ -165,14 +184,14 @@ def _base(x: Tensor, rows: Axis, columns: Axis, scale: int, skip: str) -> Tensor
         return zero_fill(x, rows, columns)
     if skip == "zero-fill-edges":
         smooth = smooth_part(x, cut_edges(x))
-        return zero_fill(x - smooth, rows, columns) + cubic(smooth, scale)
+        return zero_fill(x - smooth, rows, columns) + cubic(smooth, rows, columns)
     spots = outliers(x)
     rest = x - spots
     gate = cut_likelihood(rest, scale)[..., None, None]
     down, across = gate[..., 0, :, :], gate[..., 1, :, :]
-    filled = extension_filled(extension_filled(rest.mT, down, scale).mT, across, scale)
+    filled = extension_filled(extension_filled(rest.mT, down, rows).mT, across, columns)
     corner = (rows.alternating @ rest @ columns.alternating)[..., None, None] * _outer(rows.sine, columns.sine)
-    return filled - (1 - down) * (1 - across) * corner + cubic(spots, scale)
+    return filled - (1 - down) * (1 - across) * corner + cubic(spots, rows, columns)
 
 
 def percentile(values: Tensor, share: float, used: Tensor) -> Tensor:
@@ -249,7 +268,7 @@ class WholeSlice(nn.Module):
         robust = self.consistency == "object" and self.model.robust_edges
         if robust:
             spots = outliers(x)
-            sharp = cubic(spots, scale)
+            sharp = cubic(spots, rows, columns)
             x, sr = x - spots, sr - sharp
         cut = (cut_likelihood(x, scale) if robust else cut_edges(x)) if edges else None
         if cut is None:
@@ -268,7 +287,7 @@ class WholeSlice(nn.Module):
             correction = back_projected(residual, unpaired, rows, columns)
         else:
             smooth = smooth_part(residual, cut)
-            correction = back_projected(residual - smooth, unpaired, rows, columns) + cubic(smooth, scale)
+            correction = back_projected(residual - smooth, unpaired, rows, columns) + cubic(smooth, rows, columns)
         if self.consistency == "exact":
             return sr + correction
         low = torch.where(signed, real, (real**2 + imaginary**2).sqrt())

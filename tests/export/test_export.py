@@ -269,7 +269,7 @@ def test_real_matrices_are_the_fourier_transforms(h: int, w: int, scale: int) ->
     close(torch.complex(real, imaginary), lowpass(hr, scale))
     gate = edges.cut_edges(x)
     close(whole_slice.smooth_part(x, gate), edges.smooth_part(x, gate=gate))
-    close(whole_slice.cubic(x, scale), edges.cubic(x, scale))
+    close(whole_slice.cubic(x, rows, columns), edges.cubic(x, scale))
     signed = data_consistency(hr, x, scale, magnitude=False)
     close(hr + whole_slice.back_projected(x - real, torch.zeros_like(x), rows, columns), signed)
 
