@@ -124,7 +124,7 @@ def phantom(path: Path, slices: int, scale: int) -> None:
     truth += np.random.default_rng(0).normal(0, 10, truth.shape)
     affine = np.diag([VOXEL[0] / scale, VOXEL[1] / scale, VOXEL[2], 1])
     fine = deformmamba.Volume(np.abs(np.ascontiguousarray(truth)), affine)
-    deformmamba.write_volume(coarsen(fine, parse("k-space", scale=scale), axis=2), path)
+    deformmamba.write_volume(path, coarsen(fine, parse("k-space", scale=scale), axis=2))
 
 
 def whole_page(browser: Any, path: Path) -> None:
