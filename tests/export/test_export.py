@@ -160,6 +160,35 @@ def test_what_is_exported_is_upscale_in_any_units(skip: str, consistency: str) -
             np.testing.assert_allclose((sr - offset) / gain, wanted, rtol=0, atol=5e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("directions", [1, 2, 4])
+@pytest.mark.parametrize("zoh", [False, True])
+@pytest.mark.parametrize("attention", [False, True])
+def test_the_graph_of_a_scan_gives_what_the_layer_gives(directions: int, zoh: bool, attention: bool) -> None:
+    """At sizes below, at and above the steps of one round, with several maps at once."""
+    ir, onnxruntime = pytest.importorskip("onnx_ir"), pytest.importorskip("onnxruntime")
+    if attention and tuple(int(n) for n in onnxruntime.__version__.split(".")[:2]) < (1, 32):
+        pytest.skip("the installed ONNX Runtime may have no LinearAttention")
+    torch.manual_seed(0)
+    layer = SS2D(6, d_state=3, directions=directions, discretization="zoh" if zoh else "euler", backend="reference")
+    u = ir.Value(name="u", shape=ir.Shape(["b", "h", "w", 6]), type=ir.TensorType(ir.DataType.FLOAT))
+    opset = onnx.OPSETS["linear-attention" if attention else "scan"]
+    graph = ir.Graph([u], [], nodes=[], name="scan", opset_imports={"": opset})
+    nodes = onnx.Nodes(graph, "scan", attention=attention)
+    with torch.no_grad():
+        y = onnx.scan_2d(nodes, layer, u)
+    y.dtype = ir.DataType.FLOAT
+    graph.extend(nodes.made)
+    graph.outputs.append(y)
+    proto = ir.serde.serialize_model(ir.Model(graph, ir_version=10))
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for b, h, w in ((1, 3, 5), (3, 8, 4), (2, 9, 13)):
+        x = torch.randn(b, 6, h, w)
+        with torch.no_grad():
+            wanted = layer(x)
+        (got,) = session.run(None, {"u": x.permute(0, 2, 3, 1).numpy()})
+        torch.testing.assert_close(torch.from_numpy(got).permute(0, 3, 1, 2), wanted, atol=1e-5, rtol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the scan does not look like a magnitude image")
 @pytest.mark.parametrize(("options", "consistency"), NETWORKS)
