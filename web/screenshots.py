@@ -33,7 +33,7 @@ SIDE, VOXEL = 64, (3.6, 3.6, 3.0)  # pixels of the scan's slices; mm
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """With the two headers that allow shared memory, so that the runtime may use threads."""
+    """Sends the two headers that allow shared memory, so that the runtime may use threads."""
 
     def end_headers(self) -> None:
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")
@@ -91,7 +91,7 @@ def words(browser: Any, name: str) -> str:
 
 
 def opened(browser: Any, page: str, *files: Path) -> None:
-    """Loads the page anew and gives it these files."""
+    """Loads the page again and gives it these files."""
     browser.get(page)
     until(lambda: browser.execute_script("return document.documentElement.dataset.ready") == "yes", 60, "page ready")
     browser.find_element("id", "file").send_keys("\n".join(str(file) for file in files))
