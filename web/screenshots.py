@@ -2,8 +2,8 @@
 
 Run: python web/screenshots.py [--page build/web] [-o build/screenshots] [--slices 20]
 
-Needs a built page (`make web`), Chromium, its driver, selenium and Pillow. Writes NAME-before.png and NAME-after.png for
-1280 pixels in light mode and 400 pixels in dark mode, and prints the page's own figures of time and memory, and the
+Needs a built page (`make web`), Chromium, its driver, selenium and Pillow. Writes NAME-before.png and NAME-after.png
+for 1280 pixels in light mode and 400 pixels in dark mode. Prints the time and memory that the page shows, and the
 largest difference between its result and that of `upscale` as a share of the range.
 """
 
