@@ -132,7 +132,6 @@ def whole_page(browser: Any, path: Path) -> None:
     """Saves a picture of the page in its whole height, with 64 colours, which halves the file."""
     from PIL import Image
 
-    browser.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
     shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True})
     with Image.open(io.BytesIO(base64.b64decode(shot["data"]))) as image:
         image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
@@ -149,6 +148,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, served(args.page) as page, chromium(Path(folder) / "profile") as seen:
         scan = Path(folder) / "synthetic-head.nii.gz"
         phantom(scan, args.slices, model.scale)
+        seen.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
         for name, width, scheme in SHOTS:
             looks(seen, width, scheme)
             opened(seen, page, scan)
