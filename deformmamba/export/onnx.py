@@ -7,7 +7,8 @@ convolution is ONNX's `DeformConv`, and the selective scan is optimised for spee
 One `Scan` runs all directions and channels. Its body computes `STEPS` time steps: the step sizes dt, exp(dt A) and
 dt u B as one operation each, then one multiplication and one addition per step, then C . h as one batched matrix
 product. Measured in ONNX Runtime on one core for the whole `SS2D` (72 channels, 8 states, 4 directions, 12,288 pixels):
-4.4 ns a state with 32 steps a body; 5.7 with the projections, the walks back and their sum outside of the body.
+4.8 and 4.4 ns a state in two runs with 32 steps a body; 5.2 and 5.7 in the same runs with the projections and the
+reversal of the walks back outside of the body. Other programs ran at the same time.
 
 The variant "linear-attention" writes each scan as one operator instead: LinearAttention of opset 27 with the rule
 "gated", S[t] = exp(g[t]) S[t-1] + k[t] v[t], y[t] = q[t] . S[t]. Every channel is a head with N states and one value:
@@ -248,7 +249,7 @@ def scan_2d(nodes: Nodes, block: SS2D, u: Value) -> Value:
     shape = nodes("Concat", length, b, [d], axis=0)
     by_rows = nodes("Transpose", u, perm=[1, 2, 0, 3])
     walks = [nodes("Reshape", by_rows, shape)]
-    if k == 4:  # perm=[2, 1, 0, 3] of u gives the same, and takes ONNX Runtime many times as long
+    if k == 4:  # perm=[2, 1, 0, 3] of u gives the same, and was the slowest transpose in a profile of ONNX Runtime
         walks.append(nodes("Reshape", nodes("Transpose", by_rows, perm=[1, 0, 2, 3]), shape))
     rows, *columns = (_attention if nodes.attention else _scan)(nodes, block, walks, length, b)
     total = nodes("Reshape", rows, nodes("Concat", h, w, b, [d], axis=0))
