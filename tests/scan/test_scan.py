@@ -217,6 +217,7 @@ def test_a_map_is_the_plain_composition(place: Place) -> None:
 # --------------------------------------------------------------------------------------------------- the definition
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("discretization", ["euler", "zoh"])
 def test_the_reference_has_the_right_gradients(discretization: Any) -> None:
     arguments = sequence(1, 4, 3, 2, 2)
