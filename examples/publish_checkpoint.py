@@ -95,7 +95,7 @@ def log(rows: list[dict[str, Any]], name: str, sha256: str) -> None:
     new = not LOG.exists()
     LOG.parent.mkdir(exist_ok=True)
     with open(LOG, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows({"date": date.today().isoformat(), "name": name, "sha256": sha256, **row} for row in rows)
