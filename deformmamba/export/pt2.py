@@ -110,6 +110,12 @@ def write(program: torch.export.ExportedProgram, path: Path, facts: dict[str, st
 
 
 def runner(path: Path) -> Callable[[dict[str, Tensor]], Tensor]:
-    """The file as a function of its inputs by name."""
+    """The file as a function of its inputs by name, without gradients."""
     program = torch.export.load(path).module()
-    return lambda inputs: program(**inputs)
+
+    @torch.no_grad()
+    def run(inputs: dict[str, Tensor]) -> Tensor:
+        result: Tensor = program(**inputs)
+        return result
+
+    return run

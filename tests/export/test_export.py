@@ -303,6 +303,7 @@ def test_real_matrices_are_the_fourier_transforms(h: int, w: int, scale: int) ->
     close(hr + whole_slice.back_projected(x - real, torch.zeros_like(x), rows, columns), signed)
 
 
+@pytest.mark.slow
 def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test breaks the exporter: it scans the columns as rows."""
     monkeypatch.setattr(pt2, "_transposed", lambda x, height, width: x)
@@ -318,6 +319,7 @@ def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "m.pt2").read_bytes() == b"yesterday's"
 
 
+@pytest.mark.slow
 def test_a_file_that_gives_nan_is_not_kept(tmp_path: Path) -> None:
     model = small(deform=False, context=False, directions=1)
     model.project.bias.data.fill_(float("nan"))
@@ -378,6 +380,7 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         export(small(), tmp_path / "m.onnx", format="onnx")
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, file = tmp_path / "small.safetensors", tmp_path / "small.pt2"
     model = small(deform=False, context=False, directions=1)

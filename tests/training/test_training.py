@@ -164,6 +164,7 @@ def subprocess_of(code: str, *launcher: str, folder: Path) -> subprocess.Complet
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_weights(tmp_path):
     at = random.Random().randrange(5, 13)  # a sample of steps 2 to 5, after the first saved state
     whole = digest(run(tmp_path / "whole", data=Signalling(-1, 0)))
