@@ -11,7 +11,7 @@ WORKERS ?= 2
 # most tests; the few long tests would come last, and the other worker would wait for them
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: web setup demo test test-all test-fast test-generic check lint bench docs dist clean
+.PHONY: web setup demo test test-all test-fast test-generic test-fast-generic check lint bench docs dist clean
 
 setup: $(BIN)/.installed-dev  ## environment with everything for development
 
@@ -44,10 +44,14 @@ test-fast: $(BIN)/.installed-test  ## the tests that take less than a few second
 	$(PYTEST) -m "not slow"
 
 # the oldest instruction set that each library supports, with which sums are rounded differently
+OLDEST := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 NUMBA_CPU_NAME=generic OMP_NUM_THREADS=1
+
 test-generic: $(BIN)/.installed-test  ## the numerical tests with the instruction set of an old processor
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 NUMBA_CPU_NAME=generic OMP_NUM_THREADS=1 \
-	$(PYTEST) -m "not slow" tests/scan/test_scan.py tests/scan/test_scan_cpu.py tests/deform tests/physics tests/test_layers.py \
+	$(OLDEST) $(PYTEST) -m "not slow" tests/scan/test_scan.py tests/scan/test_scan_cpu.py tests/deform tests/physics tests/test_layers.py \
 	tests/test_losses.py tests/inference/test_adapters.py
+
+test-fast-generic: $(BIN)/.installed-test  ## the fast tests with the same instruction set
+	$(OLDEST) $(PYTEST) -m "not slow"
 
 lint: $(BIN)/.installed-dev  ## style and types
 	$(BIN)/ruff check .

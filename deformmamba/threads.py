@@ -7,13 +7,17 @@ the cores. So the function runs on the spinning threads, as an OpenMP parallel r
 
 import os
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import TypeVar
 
 import torch
 
 from deformmamba.torch_private import PARALLEL_REGION, gomp_parallel
+
+T = TypeVar("T")
 
 
 def run_on_threads(work: Callable[[], None], n: int) -> None:
@@ -41,6 +45,24 @@ def run_on_threads(work: Callable[[], None], n: int) -> None:
             done.result()
     if errors:
         raise errors[0]
+
+
+def run_each(work: Callable[[T], object], tasks: Iterable[T], n: int) -> None:
+    """`work(task)` for each task, on `n` threads that take the next task when they are free; else as `run_on_threads`.
+
+    After an exception in a task, its thread takes no more.
+    """
+    waiting = deque(tasks)
+
+    def take() -> None:
+        while True:
+            try:
+                task = waiting.popleft()
+            except IndexError:
+                return
+            work(task)
+
+    run_on_threads(take, n)
 
 
 def _parallel_region() -> Callable[..., None] | None:

@@ -10,7 +10,6 @@ overwrite it, for the gradient of the weight.
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor
 from deformmamba.deform.gather import gather
 from deformmamba.errors import InvalidArgument
 from deformmamba.tensors import as_array, check_given, loop_over_batch, plain, without_autocast
-from deformmamba.threads import run_on_threads
+from deformmamba.threads import run_each
 
 _CHUNK_BYTES = 2 << 20  # size of the columns: they stay in a core's cache between the kernel and the product
 _CHUNK_PIXELS = 512  # at least this many pixels, so that reading a large weight again is worth it
@@ -228,21 +227,12 @@ def _scatter(  # type: ignore[no-untyped-def]
 
 def _run_parts(work: Callable[[int, int], None], parts: list[tuple[int, int]]) -> None:
     """work(start, stop) for each of the parts, at the same time."""
-    if len(parts) == 1:
-        with torch.inference_mode():
-            return work(*parts[0])
-    waiting = deque(parts)
 
     @torch.inference_mode()  # permits the same operations as the caller's modes
-    def some() -> None:
-        while True:
-            try:
-                part = waiting.popleft()
-            except IndexError:
-                return
-            work(*part)
+    def one(part: tuple[int, int]) -> None:
+        work(*part)
 
-    run_on_threads(some, len(parts))
+    run_each(one, parts, len(parts))
 
 
 def _parts(n: int, n_parts: int, multiple: int = 1) -> list[tuple[int, int]]:

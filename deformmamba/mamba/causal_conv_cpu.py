@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from deformmamba.errors import InvalidArgument
+from deformmamba.mamba.compiled import compiled, numba_compiles
 from deformmamba.tensors import as_array, check_given, loop_over_batch, plain
-from deformmamba.threads import run_on_threads
-from deformmamba.torch_private import constant_when_compiled
+from deformmamba.threads import run_each
 
 _BLOCK = 256  # channels per job, so that its rows of x and y fit into the first-level cache
 
@@ -22,17 +22,6 @@ _BLOCK = 256  # channels per job, so that its rows of x and y fit into the first
 def usable(x: Tensor) -> bool:
     """Whether the kernels run on tensors like `x`: on the CPU, float32 or float64, where numba can be imported."""
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and numba_compiles()
-
-
-@constant_when_compiled
-def numba_compiles() -> bool:
-    """Whether numba can be imported and compiles."""
-    try:
-        import numba
-    except Exception:  # a numpy that is too new for numba raises ImportError, a broken llvmlite OSError
-        return False
-    settings: Any = numba.config
-    return not settings.DISABLE_JIT
 
 
 # `Optional`, because the schema is read from the annotations and older PyTorch does not support `Tensor | None`
@@ -171,25 +160,14 @@ def _run_kernel(
             array[...] = 0
         return
     kernel = _kernel(f"{name}_{'channels' if by_channel else 'time'}", dtype)
-    # there may be fewer threads than requested, so jobs are taken from a shared queue until it is empty
     parts = [part for part in np.array_split(jobs, min(len(jobs), torch.get_num_threads())) if len(part)]
-    left = list(parts)
-
-    def work() -> None:
-        while True:
-            try:
-                part = left.pop()
-            except IndexError:
-                return
-            kernel(*arrays, part)
-
-    run_on_threads(work, len(parts))
+    run_each(lambda part: kernel(*arrays, part), parts, len(parts))
 
 
 @functools.cache
 def _kernel(name: str, dtype: torch.dtype) -> Any:
     """The compiled kernel, loaded from disk or compiled now."""
-    from numba import float32, float64, int64, njit, types
+    from numba import float32, float64, int64, types
 
     from deformmamba.mamba import causal_conv_kernels
 
@@ -198,16 +176,6 @@ def _kernel(name: str, dtype: torch.dtype) -> Any:
     arguments: tuple[Any, ...] = (flat, rows, flat, flat)
     if name.startswith("backward"):
         arguments = (flat, rows, flat, flat, real[:, :, ::1], rows)
-
-    def compiled(cache: bool) -> Any:
-        # sums may be reordered for vector instructions; NaN and infinity stay valid
-        flags = {"reassoc", "contract", "nsz"}
-        kernel = njit(nogil=True, error_model="numpy", fastmath=flags, cache=cache)(getattr(causal_conv_kernels, name))
-        kernel.compile(types.void(*arguments, int64, pair, int64[:, ::1]))
-        kernel.disable_compile()
-        return kernel
-
-    try:
-        return compiled(cache=True)
-    except Exception:  # of the cache: no writable folder, a full disk, a damaged file; other errors occur again below
-        return compiled(cache=False)
+    signature = types.void(*arguments, int64, pair, int64[:, ::1])
+    # sums may be reordered for vector instructions; NaN and infinity stay valid
+    return compiled(getattr(causal_conv_kernels, name), signature, {"reassoc", "contract", "nsz"})

@@ -50,23 +50,21 @@ def scan(
     spans = -(-length // SPAN)
     kept = x.new_empty(b, groups, spans if keep else 0, n, heads // groups * p)
     for image, group, part in _parts(b, heads, groups):
-        x_, y_, B_, C_ = x[image, :, part], y[image, :, part], B[image, :, group], C[image, :, group]
-        run_, h = None if run is None else run[image], _flat_state(x, state, image, part, n)
-        by_head = (*kept.shape[2:4], heads // groups, p)
-        for some in (
-            ssd_factored.head_sets(dt[image, :, part], A[part], run_, SPAN, ssd_factored.RANGE) if length else ()
-        ):
-            y_some, kept_some = some.empty(y_), some.empty(kept[image, group].view(by_head), 2)
-            h_some = some.of(h.view(by_head[1:])).reshape(n, -1)
-            given = (some.of(x_), some.of(dt[image, :, part]), some.of(A[part], 0), B_, C_, run_, h_some)
+        x_, dt_, A_, y_ = x[image, :, part], dt[image, :, part], A[part], y[image, :, part]
+        B_, C_, run_ = B[image, :, group], C[image, :, group], None if run is None else run[image]
+        h = _flat_state(x, state, image, part, n)
+        h_, kept_ = h.view(n, heads // groups, p), kept[image, group].view(kept.shape[2], n, heads // groups, p)
+        for some in ssd_factored.head_sets(dt_, A_, run_, SPAN, ssd_factored.RANGE):
+            y_some, kept_some, h_some = some.empty(y_), some.empty(kept_, 2), some.of(h_).reshape(n, -1)
+            given = (some.of(x_), some.of(dt_), some.of(A_, 0), B_, C_, run_, h_some)
             if not some.fits and ssd_steps.usable(x):
                 ssd_steps.forward(*given, y_some, kept_some.flatten(2), SPAN)
             else:
                 _forward_spans(*given, some.factors, y_some, kept_some.flatten(2))
             some.put(y_, y_some)
-            some.put(kept[image, group].view(by_head), kept_some, 2)
-            some.put(h.view(by_head[1:]), h_some.view(n, -1, p))
-        last[image, part] = h.view(n, -1, p).permute(1, 2, 0)
+            some.put(kept_, kept_some, 2)
+            some.put(h_, h_some.view(n, -1, p))
+        last[image, part] = h_.permute(1, 2, 0)
     return y, last, kept
 
 
@@ -98,29 +96,23 @@ def scan_backward(
     dx, ddt, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C))
     dA, dstate = torch.zeros_like(A), torch.empty_like(dlast, memory_format=torch.contiguous_format)
     for image, group, part in _parts(b, heads, groups):
-        x_, B_, C_ = x[image, :, part], B[image, :, group], C[image, :, group]
-        run_, dh = None if run is None else run[image], _flat_state(x, dlast, image, part, n)
-        by_head = (*kept.shape[2:4], heads // groups, p)
+        x_, dt_, A_, y_, dy_ = x[image, :, part], dt[image, :, part], A[part], y[image, :, part], dy[image, :, part]
+        B_, C_, run_ = B[image, :, group], C[image, :, group], None if run is None else run[image]
         dx_, ddt_, dA_ = dx[image, :, part], ddt[image, :, part], dA[part]
-        dB[image, :, group], dC[image, :, group] = 0, 0
-        for some in (
-            ssd_factored.head_sets(dt[image, :, part], A[part], run_, SPAN, ssd_factored.GRADIENT_RANGE)
-            if kept.shape[2]
-            else ()
-        ):
+        dB_, dC_, dh = dB[image, :, group].zero_(), dC[image, :, group].zero_(), _flat_state(x, dlast, image, part, n)
+        dh_, kept_ = dh.view(n, heads // groups, p), kept[image, group].view(kept.shape[2], n, heads // groups, p)
+        for some in ssd_factored.head_sets(dt_, A_, run_, SPAN, ssd_factored.GRADIENT_RANGE):
             dx_some, ddt_some, dA_some = some.empty(dx_), some.empty(ddt_), some.of(dA_, 0)
-            dh_some = some.of(dh.view(by_head[1:])).reshape(n, -1)
+            dh_some = some.of(dh_).reshape(n, -1)
             _backward_spans(
-                some.of(x_), some.of(dt[image, :, part]), some.of(A[part], 0), B_, C_, run_,
-                some.of(kept[image, group].view(by_head), 2).flatten(2), some.factors, some.of(y[image, :, part]),
-                some.of(dy[image, :, part]), dh_some, dx_some, ddt_some, dA_some, dB[image, :, group],
-                dC[image, :, group],
+                some.of(x_), some.of(dt_), some.of(A_, 0), B_, C_, run_, some.of(kept_, 2).flatten(2), some.factors,
+                some.of(y_), some.of(dy_), dh_some, dx_some, ddt_some, dA_some, dB_, dC_,
             )  # fmt: skip
             some.put(dx_, dx_some)
             some.put(ddt_, ddt_some)
             some.put(dA_, dA_some, 0)
-            some.put(dh.view(by_head[1:]), dh_some.view(n, -1, p))
-        dstate[image, part] = dh.view(n, -1, p).permute(1, 2, 0)
+            some.put(dh_, dh_some.view(n, -1, p))
+        dstate[image, part] = dh_.permute(1, 2, 0)
     return dx, ddt, dA, dB, dC, dstate
 
 

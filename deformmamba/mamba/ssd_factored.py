@@ -72,9 +72,11 @@ class BackwardWorkspace(Workspace):
 
 
 def head_sets(dt: Tensor, A: Tensor, run: Tensor | None, span: int, limit: float) -> list[HeadSet]:
-    """The heads of dt (l, r) and A (r,) whose factors are within range, and the others; run (l,) as in `ssd_chunks`.
+    """The heads of dt (l, r) and A (r,) whose factors are within range, and the others; no heads without steps.
 
-    `limit` is the largest range of s in a span."""
+    `run` (l,) is as in `ssd_chunks`; `limit` is the largest range of s in a span."""
+    if not len(dt):
+        return []
     missing = -len(dt) % span
     s = F.pad(dt * A, (0, 0, 0, missing)).double().view(-1, span, len(A)).cumsum(1)
     continues = torch.ones(len(s), dtype=torch.bool, device=s.device)

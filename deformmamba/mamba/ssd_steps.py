@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deformmamba.mamba import causal_conv_cpu
+from deformmamba.mamba.compiled import compiled, numba_compiles
 from deformmamba.tensors import as_array
-from deformmamba.threads import run_on_threads
+from deformmamba.threads import run_each
 
 
 def usable(x: Tensor) -> bool:
     """Whether the kernel runs on tensors like `x`: on the CPU, float32, where numba can be imported."""
-    return x.dtype == torch.float32 and causal_conv_cpu.usable(x)
+    return x.device.type == "cpu" and x.dtype == torch.float32 and numba_compiles()
 
 
 def forward(
@@ -35,18 +35,8 @@ def forward(
     states, result = h.view(n, r, p).permute(1, 0, 2).contiguous(), x.new_empty(x.shape)
     before = kept if kept.is_contiguous() else kept.contiguous()
     arrays = [as_array(t) for t in (x, dt, decay, B, C, states, result, before.view(-1, n, r, p))]
-    left = list(range(r))
-
-    def work() -> None:
-        while True:
-            try:
-                head = left.pop()
-            except IndexError:
-                return
-            _kernel()(*arrays, span, head, head + 1)
-
-    _kernel()  # compiled once, before the threads start
-    run_on_threads(work, min(r, torch.get_num_threads()))
+    kernel = _kernel()
+    run_each(lambda head: kernel(*arrays, span, head, head + 1), range(r), min(r, torch.get_num_threads()))
     y.copy_(result[:length])
     h.view(n, r, p).copy_(states.permute(1, 0, 2))
     if before is not kept:
@@ -56,22 +46,10 @@ def forward(
 @functools.cache
 def _kernel() -> Any:
     """The compiled kernel, loaded from disk or compiled now."""
-    from numba import float32, int64, njit, types
+    from numba import float32, int64, types
 
     from deformmamba.mamba import ssd_step_kernels
 
     cube, rows = float32[:, :, ::1], float32[:, ::1]
     signature = types.void(cube, rows, rows, rows, rows, cube, cube, float32[:, :, :, ::1], int64, int64, int64)
-
-    def compiled(cache: bool) -> Any:
-        # NaN and infinity are data
-        flags = {"contract", "nsz"}
-        kernel = njit(nogil=True, error_model="numpy", fastmath=flags, cache=cache)(ssd_step_kernels.scan)
-        kernel.compile(signature)
-        kernel.disable_compile()
-        return kernel
-
-    try:
-        return compiled(cache=True)
-    except Exception:  # of the cache: no writable folder, a full disk, a damaged file; other errors occur again below
-        return compiled(cache=False)
+    return compiled(ssd_step_kernels.scan, signature, {"contract", "nsz"})  # NaN and infinity are data

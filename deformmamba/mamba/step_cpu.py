@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from deformmamba.mamba import causal_conv_cpu
+from deformmamba.mamba.compiled import numba_compiles
 from deformmamba.tensors import PLAIN
 from deformmamba.torch_private import differentiates_by_transform, transforms_are_active
 
@@ -105,7 +105,7 @@ def _apply(*tensors: torch.Tensor | None) -> bool:
             return False
     return (
         not (torch.compiler.is_compiling() or transforms_are_active() or differentiates_by_transform())
-        and causal_conv_cpu.numba_compiles()
+        and numba_compiles()
     )
 
 
