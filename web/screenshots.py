@@ -143,6 +143,8 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, default=Path("build/screenshots"))
     parser.add_argument("--slices", type=int, default=20)
     args = parser.parse_args()
+    if not (args.page / "index.html").exists():
+        parser.error(f"{args.page} has no index.html; build the page with: make web")
     args.out.mkdir(parents=True, exist_ok=True)
     model = deformmamba.from_pretrained("ixi-4x")
     with tempfile.TemporaryDirectory() as folder, served(args.page) as page, chromium(Path(folder) / "profile") as seen:
