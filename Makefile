@@ -11,6 +11,9 @@ WORKERS ?= 2
 # most tests; the few long tests would come last, and the other worker would wait for them
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
+# some containers set this. Then each process that a test starts compiles all of PyTorch's Python sources for itself
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: web setup demo test test-all test-fast test-generic test-fast-generic check lint bench docs dist clean
 
 setup: $(BIN)/.installed-dev  ## environment with everything for development
