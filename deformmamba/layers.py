@@ -558,7 +558,17 @@ class PatchEmbed(Block):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_map(self, x, self.in_channels, multiple=self.patch)
-        return _first(self.norm(_last(self.project(x))))
+        return _first(self.norm(self._projected(x)))
+
+    def _projected(self, x: torch.Tensor) -> torch.Tensor:
+        """The projected patches, channels last."""
+        on = x.device.type
+        autocast = torch.amp.is_autocast_available(on) and torch.is_autocast_enabled(on)
+        if on == "cpu" and torch.bfloat16 == (torch.get_autocast_dtype(on) if autocast else x.dtype):
+            # oneDNN's bfloat16 convolution gives wrong numbers for kernel = stride = 4 and 16 channels, on CPUs with
+            # AMX (torch 2.13 and 2.14)
+            return F.linear(_last(F.pixel_unshuffle(x, self.patch)), self.project.weight.flatten(1), self.project.bias)
+        return _last(self.project(x))
 
 
 class PatchMerge(Block):

@@ -96,6 +96,20 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
+def keeps_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes a function whose first argument is a tensor run with autocast off on that tensor's device.
+
+    For sums over many pixels of the image itself, where the rounding of half precision would be visible.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with without_autocast(args[0].device.type):  # type: ignore[attr-defined]
+            return function(*args, **kwargs)
+
+    return call
+
+
 def refuse_tracing(name: str) -> None:
     """Raises under torch.jit.trace: a trace has constant height and width, so it would be wrong at other sizes.
 

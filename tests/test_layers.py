@@ -92,6 +92,14 @@ def test_autocast_gives_about_the_same_numbers(name, dtype):
     assert all(p.grad.isfinite().all() for p in block.parameters())
 
 
+def test_patches_in_bfloat16():
+    block, x = PatchEmbed(16, 40, 4), feature_map(1, 16, 24, 24)  # as in the published weights
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = block(x)
+    torch.testing.assert_close(y.float(), block(x), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(block.bfloat16()(x.bfloat16()).float(), y.float(), rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize(
     "x",

@@ -88,11 +88,12 @@ def device_here(name: str) -> str:
             return "cpu"
         local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", ""))
         return f"cuda:{int(local) % torch.cuda.device_count()}" if local.isdecimal() else "cuda"
+    from deformmamba.inference.networks import check_device
+
     try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        available = "cpu" + (f", cuda (0 to {torch.cuda.device_count() - 1})" if torch.cuda.is_available() else "")
-        raise InvalidArgument(f"--device {name}: not available on this machine; available: {available}") from None
+        check_device(name)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"--{error}") from None
     return name
 
 

@@ -25,11 +25,12 @@ from deformmamba.errors import DeformMambaError, one_line
 from deformmamba.export import onnx, openvino, pt2
 from deformmamba.export.pt2 import FACTS, portable_program
 from deformmamba.export.whole_slice import NO_FLOOR, WholeSlice
-from deformmamba.inference.upscaling import scan_units, upscale
+from deformmamba.inference.settings import Settings
+from deformmamba.inference.upscaling import Upscaling, scan_units
 from deformmamba.models import SRModel
 from deformmamba.physics.consistency import Consistency, check_consistency
 from deformmamba.physics.edges import NEAR
-from deformmamba.volume import intensity_scale
+from deformmamba.volume import Volume, intensity_scale
 from deformmamba.weights import manifest
 
 __all__ = [
@@ -293,7 +294,9 @@ def _images(
     floor = NO_FLOOR if units.floor is None else units.floor
     given = {"lr": lr, "units": torch.zeros(3) if own else torch.tensor([units.zero, units.scale, floor])}
     stacks = [raw[k : k + 1] for k in range(batch)] if own else [raw]
-    sharp = np.concatenate([upscale(model, stack, axis=0, consistency=consistency) for stack in stacks])
+    settings = Settings(axis=0, consistency=consistency)
+    jobs = [Upscaling(model, Volume(stack, np.eye(4), codes=(0, 0)), settings) for stack in stacks]
+    sharp = np.concatenate([job.result() for job in jobs])
     unit = units.scale or intensity_scale(raw)
     return _TestImages(given, torch.from_numpy(sharp)[:, None].repeat(1, channels, 1, 1), float(unit))
 

@@ -171,7 +171,7 @@ def adapted_to(
     """
     from tqdm import tqdm
 
-    tuned = copy.deepcopy(network).train()
+    tuned = copy.deepcopy(network).train().requires_grad_(True)
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=RATE, weight_decay=0.01)
     parts = min(torch.get_num_threads(), BATCH) if device_of(network).type == "cpu" else 1
     twins = [tuned, *(_twin(tuned) for _ in range(parts - 1))]

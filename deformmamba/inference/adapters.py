@@ -34,7 +34,7 @@ class UpscaleInferer:
     """
 
     def __init__(self, **settings: Any) -> None:
-        self.settings = asdict(Settings(**settings))
+        self.settings = asdict(Settings.of(settings))
 
     def __call__(self, inputs: torch.Tensor, network: "SRModel", *args: Any, **kwargs: Any) -> torch.Tensor:
         """Raises TypeError if the network is not an SRModel, or if there are further arguments, which no SRModel
@@ -68,7 +68,7 @@ class UpscaleTransform:
     def __init__(self, model: "SRModel", keys: str | Iterable[str] | None = None, **settings: Any) -> None:
         self.model = model
         self.keys = (keys,) if isinstance(keys, str) else None if keys is None else tuple(keys)
-        self.settings = asdict(Settings(**settings))
+        self.settings = asdict(Settings.of(settings))
 
     def __call__(self, data: Any) -> Any:
         if isinstance(data, Mapping) and not _is_torchio_image(data):

@@ -131,7 +131,7 @@ def upscale_cohort(
         VolumeError: `source` is not a folder or contains no scan; `target` cannot be created.
         ValueError: the environment variables of `processes` are invalid.
     """
-    chosen = Settings(**settings)
+    chosen = Settings.of(settings)
     model = network(model)
     reading = {"volume": volume, "dtype": dtype, "effective": effective}
     further = {"uncertainty": uncertainty, "figure": figure, "report": report}

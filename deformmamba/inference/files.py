@@ -123,7 +123,7 @@ def upscale_file(
         VolumeError: as the functions named above; or two of the files are the same.
         ValueError: as `upscale`.
     """
-    chosen = Settings(**settings)
+    chosen = Settings.of(settings)
     found: SRModel = network(model)
     check_paths(source, target, uncertainty, report)
     scans, n_volumes = _scans(

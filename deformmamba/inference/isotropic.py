@@ -14,6 +14,7 @@ Grid: the centre of the first slice is unchanged, and voxels follow at intervals
 Source: Zhao et al., SMORE, IEEE TMI 40 (2021); Remedios et al., ECLARE, arXiv 2503.10822.
 """
 
+import copy
 import os
 import time
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from deformmamba.data.thick_slices import EMPTY, robust_range
 from deformmamba.errors import InvalidArgument
 from deformmamba.inference.adaptation import Gain, best_of, check_seed, parse_adapt, split_slices
 from deformmamba.inference.inputs import opened
+from deformmamba.inference.networks import check_device, unwrapped
 from deformmamba.inference.networks import network as known
 from deformmamba.inference.provenance import weights_hash, weights_name
 from deformmamba.inference.sections import by_sections
@@ -246,12 +248,13 @@ def cubic_spline(volume: Volume, **geometry: Any) -> np.ndarray:
 
 
 def loaded(model: "str | os.PathLike[str] | SRModel", device: str | torch.device | None) -> "SRModel":
-    """The network for the slice direction, in eval mode.
+    """The network for the slice direction, in eval mode; a copy of a given model, which keeps its mode and device.
 
     Raises:
-        InvalidArgument: weights that change the size of an image.
+        InvalidArgument: weights that change the size of an image, or a missing device.
     """
-
+    if device is not None:
+        check_device(device)
     network: SRModel = known(model)
     if network.scale != 1:
         name = weights_name(network) or type(network).__name__
@@ -259,6 +262,7 @@ def loaded(model: "str | os.PathLike[str] | SRModel", device: str | torch.device
             f"{name} upscales slices in-plane by {network.scale}; the slice direction needs weights of scale 1, such "
             f'as "{MODEL}"'
         )
+    network = network if isinstance(model, (str, os.PathLike)) else copy.deepcopy(unwrapped(network))
     return (network if device is None else network.to(device)).eval()
 
 

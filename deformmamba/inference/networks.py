@@ -55,6 +55,11 @@ def network(model: Any) -> Any:
     return model if inside is model else _Wrapped(model, inside)
 
 
+def unwrapped(model: Any) -> Any:
+    """The SRModel inside the result of `network`."""
+    return model._inside if isinstance(model, _Wrapped) else model
+
+
 def check_in_plane(model: Any) -> None:
     """Raises InvalidArgument for weights that were trained for the slice direction."""
     if model.provenance.get("recipe", {}).get("data", {}).get("kind") == "thick":
@@ -64,7 +69,13 @@ def check_in_plane(model: Any) -> None:
 
 
 def check_precision(model: Any) -> torch.dtype:
-    """The dtype in which the model computes. Raises InvalidType for half precision."""
+    """The dtype in which the model computes.
+
+    Raises:
+        InvalidType: half precision, or weights without values.
+    """
+    if any(p.is_meta for p in model.parameters()):
+        raise InvalidType('on the device "meta" weights have no values; load the model with from_pretrained')
     dtype: torch.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     if dtype not in (torch.float32, torch.float64):
         raise InvalidType(
@@ -75,12 +86,14 @@ def check_precision(model: Any) -> torch.dtype:
 
 
 def check_device(device: str | torch.device) -> None:
-    """Raises InvalidArgument for a device that this machine does not have."""
+    """Raises InvalidArgument for a device that this machine does not have, and for "meta", which holds no values."""
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+        usable = not torch.empty(1, device=device).is_meta
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
+        usable = False
+    if not usable:
         there = f"cpu, cuda (0 to {torch.cuda.device_count() - 1})" if torch.cuda.is_available() else "cpu"
-        raise InvalidArgument(f"device {str(device)!r}: not available on this machine; available: {there}") from None
+        raise InvalidArgument(f"device {str(device)!r}: not available on this machine; available: {there}")
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """The settings of one upscaling, checked on creation: an unknown name is a TypeError, other errors name the value."""
 
-from dataclasses import dataclass
-from typing import Any
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import torch
 
@@ -28,6 +30,20 @@ class Settings:
     overlap: int | None = None
     device: str | torch.device | None = None
     progress: bool = False
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """The settings of these names and values. Raises InvalidType for an unknown name."""
+        names = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                raise InvalidType(
+                    f"there is no setting {name!r}"
+                    + (f", did you mean {near[0]!r}?" if near else "")
+                    + f"; settings are {', '.join(names)}"
+                )
+        return cls(**given)
 
     def __post_init__(self) -> None:
         if self.axis is not None and (_not_integer(self.axis) or self.axis not in (0, 1, 2)):

@@ -46,6 +46,8 @@ def spans(n: int, tile: int, overlap: int, multiple: int = 1) -> list[tuple[int,
         ValueError: `overlap` is negative, or so large that the next tile has no new sample.
     """
     stride = (tile - overlap) // multiple * multiple
+    if tile < multiple:
+        raise InvalidArgument(f"tiles of {tile} are too small for this model: give {multiple} or more")
     if overlap < 0 or stride < 1:
         raise InvalidArgument(
             f"an overlap of {overlap} does not go with tiles of {tile}: it must lie between 0 and {tile - multiple}"

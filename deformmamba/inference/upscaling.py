@@ -1,6 +1,5 @@
 """Upscales volumes and slices in memory: normalise, run the model, data consistency, restore units, set the affine."""
 
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator
@@ -102,23 +101,14 @@ def upscale(
         axis=axis, batch_size=batch_size, consistency=consistency, ensemble=ensemble, tile=tile, overlap=overlap,
         device=device, progress=progress,
     )  # fmt: skip
-    named = isinstance(model, (str, os.PathLike))
     model = network(model)
-    if named:
-        check_in_plane(model)
+    check_in_plane(model)
     if is_list(scan):
-        made: Any = of_list(scan, lambda one, **other: upscale(model, one, **{**vars(settings), **other}))
+        made: Any = of_list(scan, lambda one, **other: upscale(model, one, **{**vars(settings), **other}), axis)
         return made
     volume, back, settings = opened(scan, settings)
     job = Upscaling(model, volume, settings)
-    out = job.empty()
-    sharp = np.moveaxis(out, job.axis, 0)
-
-    def put(k: int, image: np.ndarray, _: np.ndarray | None) -> None:
-        sharp[k] = image
-
-    job.run(put)
-    result: Scan = back(job.place, out)
+    result: Scan = back(job.place, job.result())
     return result
 
 
@@ -137,10 +127,13 @@ def upscale_with_uncertainty(model: "SRModel | nn.Module | PathLike", scan: Scan
         TypeError: an unknown setting.
         VolumeError, ValueError: as `upscale`.
     """
-    chosen = Settings(**settings)
+    chosen = Settings.of(settings)
+    model = network(model)
+    check_in_plane(model)
     if is_list(scan):
-        model = network(model)
-        pairs = of_list(scan, lambda one, **other: upscale_with_uncertainty(model, one, **{**settings, **other}))
+        pairs = of_list(
+            scan, lambda one, **other: upscale_with_uncertainty(model, one, **{**settings, **other}), chosen.axis
+        )
         return tuple(map(list, zip(*pairs, strict=True)))  # type: ignore[return-value]
     volume, back, chosen = opened(scan, chosen)
     job = Upscaling(model, volume, replace(chosen, ensemble=True))
@@ -169,8 +162,6 @@ class Upscaling:
         self, model: "SRModel | nn.Module | PathLike", volume: Volume, settings: Settings, *, warn: bool = True
     ) -> None:
         found: SRModel = network(model)
-        if isinstance(model, (str, os.PathLike)):
-            check_in_plane(found)
         self._dtype = check_precision(found)
         if settings.device is not None:
             check_device(settings.device)
@@ -198,6 +189,17 @@ class Upscaling:
     def empty(self) -> np.ndarray:
         """An array for the result, in NIfTI's memory order: slices of the last axis are contiguous."""
         return np.empty(self.shape, np.float32, order="F")
+
+    def result(self) -> np.ndarray:
+        """The upscaled array."""
+        out = self.empty()
+        sharp = np.moveaxis(out, self.axis, 0)
+
+        def put(k: int, image: np.ndarray, _: np.ndarray | None) -> None:
+            sharp[k] = image
+
+        self.run(put)
+        return out
 
     def run(self, put: Callable[[int, np.ndarray, np.ndarray | None], None], progress: Progress | None = None) -> None:
         """Calls put(k, slice (h, w), deviation of the ensemble or None) for each slice, in order, in scanner units.

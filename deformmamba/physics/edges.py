@@ -52,6 +52,7 @@ from functools import lru_cache
 import torch
 
 from deformmamba.physics.kspace import zero_fill
+from deformmamba.tensors import keeps_precision
 
 # an edge is cut up to the first beta, and periodic from the second
 CUT, PERIODIC = 0.15, 0.25
@@ -116,6 +117,7 @@ def cubic_matrix(n: int, scale: int) -> torch.Tensor:
     return matrix.scatter_add_(1, taps.long().clamp(0, n - 1), weights)
 
 
+@keeps_precision
 def cubic(image: torch.Tensor, scale: int) -> torch.Tensor:
     """(..., h, w) to (..., scale * h, scale * w), see `cubic_matrix`."""
     rows, columns = (cubic_matrix(n, scale).to(image) for n in image.shape[-2:])
@@ -194,6 +196,7 @@ def edge_models(scale: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.linalg.inv(covariances), torch.logdet(covariances) / (2 * SIDE)
 
 
+@keeps_precision
 def cut_likelihood(image: torch.Tensor, scale: int) -> torch.Tensor:
     """Gates (..., 2) of the rows and of the columns, from 0 (periodic) to 1 (cut), by likelihood."""
     low = percentile_range(image)[0]
@@ -263,6 +266,7 @@ def _filled(lines: torch.Tensor, scale: int, gate: torch.Tensor) -> torch.Tensor
     return plain + gate * (extended(lines) @ inside.mT - plain)
 
 
+@keeps_precision
 def zero_fill_robust(lr: torch.Tensor, scale: int) -> torch.Tensor:
     """`zero_fill` for any field of view and with outliers: real (..., h, w) to (..., scale * h, scale * w).
 

@@ -31,7 +31,7 @@ class Volume:
         notes: the reader's remarks about the file, one line each: inconsistent fields, skipped files.
 
     Raises:
-        VolumeError: the array is not 3-D, or the affine is not an invertible 4x4 matrix.
+        VolumeError: the array is not a 3-D numpy array, or the affine is not an invertible 4x4 matrix.
     """
 
     array: np.ndarray
@@ -43,6 +43,8 @@ class Volume:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.array, np.ndarray):
+            raise VolumeError(f"a volume is a numpy array, not a {type(self.array).__name__}; convert it first")
         if self.array.ndim != 3 or 0 in self.array.shape:
             raise VolumeError(f"a volume is a 3-D array, not one of shape {self.array.shape}")
         for form in ("affine", "qform"):

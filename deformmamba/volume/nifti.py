@@ -145,8 +145,13 @@ def from_nibabel(image: Any) -> Volume:
     """A 3-D nibabel image, NIfTI or MGH, as a volume: real voxels as float32, slope and intercept applied.
 
     Raises:
-        VolumeError: not 3-D, or an invalid geometry.
+        VolumeError: not 3-D, another format, or an invalid geometry.
     """
+    if not _is_nifti(image.header) and not isinstance(image.header, mgh.image_class().header_class):
+        raise VolumeError(
+            f"the image is a {type(image).__name__}; give NIfTI or MGH, such as Nifti1Image(image.get_fdata(), "
+            "image.affine)"
+        )
     if len(image.shape) != 3:
         raise VolumeError(f"the image has shape {image.shape}; give one 3-D volume, such as image.slicer[..., 0]")
     array = np.asarray(image.dataobj)

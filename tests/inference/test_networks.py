@@ -75,6 +75,71 @@ def test_a_list_of_slices_gives_a_list_of_slices(model: VDSR, kind: object) -> N
     assert upscale(ZeroFill(scale=2), [[1.0, 2.0], [3.0, 4.0]]).shape == (4, 4), "a nested list of numbers is one image"
 
 
+def test_lists_keep_what_each_scan_is(model: VDSR) -> None:
+    one, other = slices(2)
+    with pytest.raises(VolumeError, match="the list of scans is empty"):
+        upscale(model, [])
+    for given in ([one], [one, other]):
+        with pytest.raises(VolumeError, match="axis is for 3-D scans"):
+            upscale(model, given, axis=0)
+
+    class Converted:  # such as an image of PIL
+        def __init__(self, array: np.ndarray) -> None:
+            self.__array_interface__ = array.__array_interface__
+            self.array = array
+
+    made = upscale(model, [Converted(one), Converted(other)])
+    assert [image.shape for image in made] == [(24, 20)] * 2
+    masked = np.ma.masked_less(one, 100)
+    for given in (masked, [masked, masked]):
+        with pytest.raises(VolumeError, match="masked; fill them first"):
+            upscale(model, given)
+
+
+def test_any_tensor_with_numbers_will_do_and_others_are_named(model: VDSR) -> None:
+    one = torch.from_numpy(slices(1)[0])
+    expected = upscale(model, one)
+    zero = torch.zeros_like(one)
+    for same in (torch.complex(zero, -one).conj().imag, nn.Parameter(one.clone()), one.mT.contiguous().mT):
+        assert torch.equal(upscale(model, same), expected)
+    for given, said in (
+        (one.to_sparse(), "dense"),
+        (one.to("meta"), "a tensor without values"),
+        (None, "of the type NoneType; give a path, a Volume"),
+        ({"scan": one}, "of the type dict"),
+        (iter([one]), "iterator; give"),
+        (3, "of the type int"),
+        (b"scan.nii", "of the type bytes"),
+        ([one, None], "of the type NoneType"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            upscale(model, given)
+    for given, said in (
+        ([[1, 2], [3]], "cannot be converted"),
+        (np.ones((4, 4), object), "as with scan.astype"),
+    ):
+        with pytest.raises(VolumeError, match=said):
+            upscale(model, given)
+    with pytest.raises(VolumeError, match="a numpy array, not a Tensor"):
+        Volume(one[..., None], np.eye(4))  # type: ignore[arg-type]
+    with pytest.raises(VolumeError, match="AnalyzeImage; give NIfTI or MGH"):
+        upscale(model, nibabel.AnalyzeImage(slices(), np.eye(4)))
+
+
+def test_a_model_without_values_is_refused_and_none_loses_its_values(model: VDSR) -> None:
+    before = copy.deepcopy(model.state_dict())
+    for device in ("meta", "gpu", [], -1):
+        with pytest.raises(ValueError, match="not available on this machine"):
+            upscale(model, slices(), axis=0, device=device)  # type: ignore[arg-type]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(TypeError, match="weights have no values"):
+        upscale(copy.deepcopy(model).to("meta"), slices(), axis=0)
+    thick = deformmamba.from_pretrained("thick")
+    for call in (upscale, upscale_with_uncertainty):
+        with pytest.raises(ValueError, match="deformmamba isotropic"):
+            call(thick, slices())
+
+
 def test_wrong_arguments_get_one_sentence(tmp_path: Path, model: VDSR) -> None:
     scan = slices()
     for call, said in (

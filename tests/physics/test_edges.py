@@ -146,6 +146,14 @@ def test_predictions_keep_a_constant_and_lines_too_short_to_tell_stay_as_they_ar
     assert_close(zero_fill_robust(small, 2), zero_fill(small, 2))
 
 
+def test_autocast_changes_nothing() -> None:
+    image = smooth_scene(24, 20).float()[None, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        made = zero_fill_robust(image, 2), zero_fill_edges(image, 2)
+    assert torch.equal(made[0], zero_fill_robust(image, 2))
+    assert torch.equal(made[1], zero_fill_edges(image, 2))
+
+
 def test_robust_consistency_leaves_cut_edges_alone_and_outliers_out() -> None:
     image = smooth_scene(24, 20).float()[None, None]
     sr = zero_fill_robust(image, 2) + 0.1 * torch.rand(1, 1, 48, 40)
