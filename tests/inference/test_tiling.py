@@ -110,7 +110,7 @@ def test_a_slice_that_fits_is_one_tile() -> None:
 
 @pytest.mark.parametrize(("tile", "overlap", "multiple"), [(8, 8, 1), (8, 9, 1), (8, -1, 1), (8, 6, 4), (2, 0, 4)])
 def test_an_overlap_that_leaves_nothing_new_is_refused(tile: int, overlap: int, multiple: int) -> None:
-    with pytest.raises(ValueError, match="must lie between 0 and|too small for this model"):
+    with pytest.raises(ValueError, match=r"must lie between 0 and|too small for this model"):
         spans(30, tile, overlap, multiple)
 
 
