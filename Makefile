@@ -25,8 +25,11 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 # PyTorch first and alone, because the index in TORCH may lack the other packages
-$(BIN)/.installed: $(BIN)/python setup.cfg pyproject.toml
+$(BIN)/.torch: $(BIN)/python
 	$(BIN)/python -m pip install $(TORCH)
+	touch $@
+
+$(BIN)/.installed: $(BIN)/.torch setup.cfg pyproject.toml
 	$(BIN)/python -m pip install --editable .
 	touch $@
 
