@@ -1,5 +1,6 @@
 """Shared fixtures and settings: real volumes if they are available, small synthetic ones otherwise."""
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -22,6 +23,17 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop() -> Generator[None, object, object]:
+    """The garbage collector does not walk over what was imported and collected, because it stays until the end."""
+    gc.collect()
+    gc.freeze()
+    try:
+        return (yield)
+    finally:
+        gc.unfreeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
@@ -102,7 +114,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _workers_compile_in_turn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """With pytest-xdist, one worker compiles a kernel; the others wait and load it from the cache."""
+    """With pytest-xdist, one worker compiles a kernel; others that need it wait and load it from the cache."""
     if "PYTEST_XDIST_WORKER" not in os.environ or importlib.util.find_spec("fcntl") is None:
         yield
         return
@@ -110,7 +122,7 @@ def _workers_compile_in_turn(tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
     from numba.core.dispatcher import Dispatcher
 
-    path, thread, compiles, depth = tmp_path_factory.getbasetemp().parent / "compiling", RLock(), Dispatcher.compile, 0
+    folder, thread, compiles, depth = tmp_path_factory.getbasetemp().parent, RLock(), Dispatcher.compile, 0
 
     def in_turn(self: Any, signature: Any) -> Any:
         nonlocal depth
@@ -119,7 +131,8 @@ def _workers_compile_in_turn(tmp_path_factory: pytest.TempPathFactory) -> Iterat
             try:
                 if depth > 1:
                     return compiles(self, signature)
-                with path.open("w") as file:
+                function = self.py_func
+                with (folder / f"compiling-{function.__module__}.{function.__qualname__}").open("w") as file:
                     fcntl.flock(file, fcntl.LOCK_EX)
                     return compiles(self, signature)
             finally:

@@ -46,12 +46,14 @@ def test_a_volume_is_upscaled(tmp_path: Path, scans: Path, monkeypatch: pytest.M
     assert (tmp_path / "sharper.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_folder_trains_a_network(tmp_path: Path, scans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("accelerate")
     run("train_on_a_folder", scans, tmp_path / "run", "2", monkeypatch=monkeypatch)
     assert from_pretrained(tmp_path / "run" / "best.safetensors").scale == 2
 
 
+@pytest.mark.slow
 def test_models_are_compared_and_drawn(
     tmp_path: Path, scans: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

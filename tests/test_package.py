@@ -229,6 +229,7 @@ def test_the_version_stands_in_one_place() -> None:
     assert f"\n## {deformmamba.__version__} " in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", PYTHONS)
 def test_every_python_that_is_declared_compiles_the_sources(version: str) -> None:
     assert f"Programming Language :: Python :: {version}" in settings()["metadata"]["classifiers"]

@@ -48,6 +48,7 @@ def publish(tmp_path, monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_a_run_becomes_an_entry(tmp_path, folder, publish, monkeypatch, capsys):
     model = DeformMambaSR(scale=2, dims=[8, 12], depths=[1, 1], patch=2, d_state=2, skip="zero-fill")
     facts = {

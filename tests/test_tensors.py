@@ -351,6 +351,7 @@ def test_losses_and_scans_take_meta_tensors() -> None:
         assert (y.shape, last.shape) == ((2, 6, 5), (2, 6, 3))
 
 
+@pytest.mark.slow
 def test_a_network_runs_on_fake_tensors() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 

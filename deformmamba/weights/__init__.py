@@ -102,7 +102,7 @@ def weights_entry(name: str) -> dict[str, Any]:
         raise WeightsError(
             f"weights {name!r} do not exist yet ({plan['why']}); train them with {plan['recipe']}. Published: {names}"
         )
-    near = difflib.get_close_matches(name, [*known["weights"], *known["planned"]], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name[:100], [*known["weights"], *known["planned"]], n=1, cutoff=0.5)
     hint = f", did you mean {near[0]!r}?" if near else ","
     raise WeightsError(
         f"unknown weights {shown(name)}{hint} published are: {names}; a path to a file or folder and org/repo work too"

@@ -232,6 +232,7 @@ def test_backends_names_settings_that_break_pytorch(
     assert "warning: OMP_THREAD_LIMIT=1: OpenMP may start fewer threads" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_demo(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "look here" / "é"
     assert main(["demo", "-o", str(folder), "--model", weights, "--device", "cpu"]) == 0

@@ -132,6 +132,7 @@ def test_verbose_describes_the_machine(command: Any, capsys: pytest.CaptureFixtu
         assert part in err
 
 
+@pytest.mark.slow
 def test_threads_are_obeyed(command: Any) -> None:
     seen = []
     command(lambda _: seen.append(torch.get_num_threads()))

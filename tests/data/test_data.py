@@ -217,6 +217,7 @@ def test_half_of_the_samples_are_coarser(tmp_path, phantom, monkeypatch):
             assert before[0] / after[0] == pytest.approx(before[1] / after[1], rel=0.13)
 
 
+@pytest.mark.slow
 def test_a_patch_larger_than_a_coarse_slice_goes_on_at_the_opposite_edge(tmp_path, phantom):
     scan = Scan(write(tmp_path / "a.nii.gz", phantom), "a", "train", "T2")  # 48x40
     dataset = PatchDataset([scan], scale=2, patch=20, length=40, coarsest=2.0, flips=False)
@@ -261,6 +262,7 @@ def test_spacings_are_those_that_samples_can_have(tmp_path, phantom):
     assert smaller.spacings == pytest.approx((2, 2 * 48 / 8))
 
 
+@pytest.mark.slow
 def test_jitter_takes_its_share_of_the_samples(tmp_path, phantom):
     scan = Scan(write(tmp_path / "a.nii.gz", phantom), "a", "train", "T2")
     options = {"scale": 2, "patch": 8, "length": 200}

@@ -61,6 +61,7 @@ def test_a_coarser_truth_has_the_brightness_and_the_field_of_view_of_the_data(sc
     assert coarse["psnr"] > 25
 
 
+@pytest.mark.slow
 def test_changes_hurt_or_do_not_as_they_should(scans):
     rows = out_of_domain(ZeroFill(scale=2), scans, groups=["T2 brain"])
     assert [row["case"] for row in rows if row["group"] == "T1 brain"] == ["other group"]
@@ -135,6 +136,7 @@ def test_lesions_stay_within_an_image_that_is_all_tissue(size, spacing):
         assert lesion.image([(y, x)], (40, 36)).sum() == pytest.approx(float(lesion.profile.sum()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_large_lesions_come_through_and_small_ones_do_not(scans):
     rows = lesions(ZeroFill(scale=4), scans[:2], sizes=(2.0, 8.0), per_slice=2)
     assert [(row["size_mm"], row["kind"]) for row in rows] == [

@@ -201,6 +201,7 @@ def test_what_cannot_be_compared(scans: list[Scan]) -> None:
 # ---------------------------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_the_command_writes_table_files_and_figure(
     scans: list[Scan], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

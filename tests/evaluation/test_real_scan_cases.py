@@ -74,6 +74,7 @@ def test_a_network_for_images_of_about_one_fails_the_case_of_offsets(scan: str) 
     assert rows["times 0.03"]["deviation"] < 0.01  # one scale for the whole scan covers a gain
 
 
+@pytest.mark.slow
 def test_the_command_prints_both_tables_and_writes_json(
     scan: str, network: DeformMambaSR, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

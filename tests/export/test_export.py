@@ -160,7 +160,7 @@ def test_what_is_exported_is_upscale_in_any_units(skip: str, consistency: str) -
             np.testing.assert_allclose((sr - offset) / gain, wanted, rtol=0, atol=5e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("directions", [1, 2, 4])
+@pytest.mark.parametrize("directions", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("zoh", [False, True])
 @pytest.mark.parametrize("attention", [False, True])
 def test_the_graph_of_a_scan_gives_what_the_layer_gives(directions: int, zoh: bool, attention: bool) -> None:

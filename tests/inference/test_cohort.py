@@ -290,6 +290,7 @@ def test_an_output_that_was_changed_is_made_again(tree: Path, tmp_path: Path) ->
     assert [o.output for o in upscale_cohort(model, tree, out) if o.status == "made"] == [OUTPUTS[0]]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX only")
 def test_a_name_that_is_no_text_ends_nothing(tmp_path: Path, weights: str, capsys: Any) -> None:
     root, out = tmp_path / "in", tmp_path / "out"
@@ -325,6 +326,7 @@ def test_a_validator_finds_no_error(tmp_path: Path) -> None:
     assert stripped is False
 
 
+@pytest.mark.slow
 def test_further_files_of_each_scan(tree: Path, tmp_path: Path) -> None:
     places = {name: tmp_path / name for name in ("uncertainty", "figure", "report")}
     upscale_cohort(ZeroFill(scale=2), tree, tmp_path / "out", **places)  # type: ignore[arg-type]

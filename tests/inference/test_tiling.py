@@ -36,6 +36,7 @@ def test_tiles_cover_and_overlap_as_asked(cut: tuple[int, int, int, int]) -> Non
     assert len(placed) <= 1 + max(0, -(-(n - tile) // stride)) + 1  # the minimum, plus one because of the multiple
 
 
+@pytest.mark.slow
 @given(cuts(), st.integers(1, 4))
 @settings(max_examples=300, deadline=None)
 def test_windows_sum_to_one(cut: tuple[int, int, int, int], scale: int) -> None:

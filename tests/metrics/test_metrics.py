@@ -131,6 +131,7 @@ def test_perceptual_distance_refuses_without_its_weights(tmp_path, monkeypatch):
         lpips(hr[:, :20, :20], hr[:, :20, :20])
 
 
+@pytest.mark.slow
 def test_perceptual_distance_is_that_of_its_package(tmp_path, monkeypatch):
     try:
         package = pytest.importorskip("lpips")

@@ -51,6 +51,7 @@ def test_quantiles_are_those_of_the_tables():
     assert t_quantile(0.5, 7) == pytest.approx(0.7111, abs=5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [5, 6, 8, 12, 25])
 @pytest.mark.parametrize("level", [0.8, 0.95])
 def test_the_interval_contains_the_mean_as_often_as_it_says(n, level):

@@ -35,6 +35,7 @@ def test_padding_does_not_move_the_image(skip):
     assert b.shape[-2:] == (60, 52)
 
 
+@pytest.mark.slow
 def test_presets_are_the_papers_widths_and_small_ones():
     with torch.device("meta"):
         count = {name: DeformMambaSR.from_preset(name).num_parameters() for name in PRESETS}

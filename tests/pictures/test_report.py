@@ -84,6 +84,7 @@ def test_the_input_is_drawn_where_it_lies(phantom: np.ndarray) -> None:
         np.testing.assert_allclose(drawn[at, at], phantom[:, :, 4], atol=0.05)
 
 
+@pytest.mark.slow
 def test_the_page_is_bounded(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).random((64, 64, 300), np.float32)
     before = Volume(noise, np.eye(4))

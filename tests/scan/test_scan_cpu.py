@@ -212,6 +212,7 @@ def nothing(inputs, outputs, scratch, jobs, taken, pair, softplus, zoh):  # type
     """Stands in for a kernel; numba compiles it at once."""
 
 
+@pytest.mark.slow
 def test_compiling_is_announced_after_a_second(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def test_the_figures_of_the_paper_are_those_it_prints() -> None:
     assert printed["SwinIR"] == {}, "which table 2 does not have"
 
 
+@pytest.mark.slow
 def test_the_ablation_from_start_to_document(folder: Path, tmp_path: Path) -> None:
     train, test = split(folder)
     said: list[str] = []
@@ -128,6 +130,7 @@ def test_the_ablation_from_start_to_document(folder: Path, tmp_path: Path) -> No
     assert psnr[0] != psnr[1], "seeds are seeds"
 
 
+@pytest.mark.slow
 def test_a_stopped_benchmark_goes_on_where_it_was(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,7 +293,10 @@ def test_the_command_refuses_in_one_line(
 
 
 @pytest.mark.slow
-def test_learning_rates_are_chosen_on_validation_and_written_down(folder: Path, tmp_path: Path) -> None:
+def test_learning_rates_are_chosen_on_validation_and_written_down(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "seconds_a_step", partial(seconds_a_step, at_least=0.1))
     train, test = split(folder)
     val = [replace(test[0], split="val")]
     out = tmp_path / "out"
@@ -315,6 +321,7 @@ def test_learning_rates_are_chosen_on_validation_and_written_down(folder: Path, 
         assert points[-1][0] > 0
 
 
+@pytest.mark.slow
 def test_differences_are_paired_over_people(folder: Path, tmp_path: Path) -> None:
     train, test = split(folder)
     document = benchmark("table2", train, test, tmp_path / "out", plan(seeds=1), rows=["SRCNN", OURS],

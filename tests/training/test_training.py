@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 import os
 import random
 import signal
@@ -124,7 +125,7 @@ def test_the_best_checkpoint_is_the_one_that_validates_best(tmp_path):
     assert DeformMambaSR.from_pretrained(tmp_path / "last.safetensors").provenance["steps"] == 6
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_weights(tmp_path, number):
     whole = digest(run(tmp_path / "whole", accumulate=2))
     with pytest.raises(KeyboardInterrupt):
@@ -176,6 +177,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(tmp_path):
     assert digest(out / "last.safetensors") == digest(tmp_path / "whole" / "last.safetensors")
 
 
+@pytest.mark.slow
 def test_rows_beyond_the_saved_step_are_cut(tmp_path):
     run(tmp_path, steps=4)
     state = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -184,13 +186,14 @@ def test_rows_beyond_the_saved_step_are_cut(tmp_path):
     assert [row["step"] for row in log(tmp_path)] == ["2", "4"]
 
 
+@pytest.mark.slow
 def test_epochs_end_with_an_uneven_batch(tmp_path):
     model = DeformMambaSR.from_pretrained(run(tmp_path, epochs=1.5, batch=4))
     assert model.provenance["steps"] == 3
     assert float(log(tmp_path)[-1]["loss"]) > 0
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["no", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_precisions(tmp_path, precision):
     model = network()
     forward = type(model).forward
@@ -266,6 +269,7 @@ def test_tensorboard_gets_the_log(tmp_path):
 # -------------------------------------------------------------------------------------------- starts, ends and the best
 
 
+@pytest.mark.slow
 def test_the_start_is_scored_and_can_win(tmp_path):
     model = network()
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -279,13 +283,16 @@ def test_the_start_is_scored_and_can_win(tmp_path):
     assert log(tmp_path)[0]["psnr"] == "5.0"
 
 
+@pytest.mark.slow
 def test_a_better_validation_beats_the_start(tmp_path):
     scores = iter([5.0, 6.0, 3.0, 2.0])
     best = run(tmp_path, validate=lambda model: {"psnr": next(scores)}, score_start=True)
     assert DeformMambaSR.from_pretrained(best).provenance["steps"] == 2
 
 
-@pytest.mark.parametrize("strange", [float("inf"), float("nan"), -float("inf")])
+@pytest.mark.parametrize(
+    "strange", [float("nan"), *(pytest.param(x, marks=pytest.mark.slow) for x in (math.inf, -math.inf))]
+)
 def test_a_score_that_is_not_finite_ends_nothing_and_is_never_the_best(tmp_path, strange):
     scores = iter([strange, 3.0, strange])
     with pytest.warns(UserWarning, match="cannot be compared"):
@@ -296,6 +303,7 @@ def test_a_score_that_is_not_finite_ends_nothing_and_is_never_the_best(tmp_path,
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 6
 
 
+@pytest.mark.slow
 def test_a_validation_that_fails_loses_no_step(tmp_path):
     def failing(model):
         raise RuntimeError("no disk")
@@ -314,6 +322,7 @@ def test_an_interrupt_before_the_first_validation_keeps_the_weights(tmp_path):
         assert DeformMambaSR.from_pretrained(tmp_path / f"{name}.safetensors").provenance["steps"] == 2
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_made_longer_goes_on(tmp_path):
     run(tmp_path, steps=4)
     best = DeformMambaSR.from_pretrained(run(tmp_path, steps=8))
@@ -323,6 +332,7 @@ def test_a_finished_run_that_is_made_longer_goes_on(tmp_path):
         run(tmp_path, steps=4)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_of_another_length_is_another_run(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, data=Signalling(3, signal.SIGINT))
@@ -415,6 +425,7 @@ def test_an_optimiser_of_the_users_own(tmp_path):
         run(tmp_path / "text", model=Plain(), optimizer="adam", ema=0)
 
 
+@pytest.mark.slow
 def test_a_run_that_decayed_everything_goes_on_as_it_began(tmp_path):
     options = {"steps": 4, "weight_decay": 0.1}
     run(tmp_path, **options)

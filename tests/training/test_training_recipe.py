@@ -100,12 +100,14 @@ def test_a_recipe_trains_from_a_folder(folder, tmp_path, recipe):
     assert (tmp_path / "out" / "sample.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_epochs_are_passes_over_the_training_slices(folder, tmp_path, recipe):
     recipe.write_text(RECIPE.replace("steps = 2", "epochs = 0.5").replace("batch = 2", "batch = 5"))
     best = train_recipe(recipe, folder, tmp_path / "out", progress=False)
     assert DeformMambaSR.from_pretrained(best).provenance["steps"] == 2  # half of 12 slices, in batches of 5
 
 
+@pytest.mark.slow
 def test_it_starts_from_other_weights(folder, tmp_path, recipe):
     start = DeformMambaSR(scale=2, dims=[8, 12], depths=[1, 1], patch=2, d_state=2, skip="zero-fill")
     torch.nn.init.constant_(start.project.bias, 0.125)
@@ -125,6 +127,7 @@ def test_it_starts_from_other_weights(folder, tmp_path, recipe):
         train_recipe(recipe, folder, tmp_path / "out", init=str(tmp_path / "start.safetensors"), progress=False)
 
 
+@pytest.mark.slow
 def test_finetuning_takes_the_network_of_its_start_and_never_returns_worse(folder, tmp_path):
     start = DeformMambaSR(scale=2, dims=[8, 16], depths=[1, 1], patch=2, d_state=2, skip="zero-fill")
     start.save_pretrained(tmp_path / "start.safetensors", provenance={"consistency": "object", "license": "CC0-1.0"})
@@ -151,6 +154,7 @@ def test_finetuning_asks_for_weights(folder, tmp_path):
         train_recipe("finetune", folder, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_longer_recipe_goes_on_from_a_finished_one(folder, tmp_path, recipe):
     train_recipe(recipe, folder, tmp_path / "out", progress=False)
     best = train_recipe(recipe, folder, tmp_path / "out", progress=False, steps=4)
@@ -160,6 +164,7 @@ def test_a_longer_recipe_goes_on_from_a_finished_one(folder, tmp_path, recipe):
         train_recipe(recipe, folder, tmp_path / "out", progress=False)
 
 
+@pytest.mark.slow
 def test_training_leaves_the_global_random_state_and_names_the_subjects(folder, tmp_path, recipe):
     said = []
     torch.manual_seed(7)
@@ -181,6 +186,7 @@ def test_weights_to_start_from_must_fit(folder, tmp_path, recipe):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_another_architecture_in_the_same_folder_is_refused_before_data_are_read(folder, tmp_path, recipe, monkeypatch):
     train_recipe(recipe, folder, tmp_path / "out", progress=False)
     monkeypatch.setattr("deformmamba.data.patches.load_slices", None)
@@ -189,11 +195,13 @@ def test_another_architecture_in_the_same_folder_is_refused_before_data_are_read
         train_recipe(recipe, folder, tmp_path / "out", progress=False)
 
 
+@pytest.mark.slow
 def test_other_workers_do_not_make_another_run(folder, tmp_path, recipe):
     first = train_recipe(recipe, folder, tmp_path / "out", progress=False).read_bytes()
     assert train_recipe(recipe, folder, tmp_path / "out", progress=False, workers=1).read_bytes() == first
 
 
+@pytest.mark.slow
 def test_a_folder_without_groups_is_taken_whole_and_says_so(folder, tmp_path, recipe, monkeypatch):
     plain = [dataclasses.replace(scan, group="") for scan in find_scans(folder)]
     monkeypatch.setattr("deformmamba.training.from_recipe.find_scans", lambda root, subject: plain)
@@ -269,6 +277,7 @@ def test_the_paper_recipe_is_the_paper():
     assert plan["fit"].items() >= said.items()
 
 
+@pytest.mark.slow
 def test_the_run_is_described_for_people(folder, tmp_path, recipe):
     train_recipe(recipe, folder, tmp_path / "out", progress=False)
     facts = json.loads(Path(tmp_path / "out" / "run.json").read_text())
@@ -276,24 +285,24 @@ def test_the_run_is_described_for_people(folder, tmp_path, recipe):
     assert facts["fit"]["lr"] == 1e-3
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "message"),
-    [
-        ("steps = 2", "steps = 0", "steps in .fit. is 0; wanted a number above 0"),
-        ("steps = 2", "epochs = inf", "epochs in .fit. is inf"),
-        ("steps = 2", 'steps = 2\nloss = "l1"\nbeta = 0.1', "beta in .fit. needs loss = 'sr'"),
-        ("steps = 2", 'steps = 2\nschedule = "step"\nmilestones = [2.0]', "milestones are .2.0.; they are fractions"),
-        ("[data]", '[data]\nintensity = "p99"', "unknown key 'intensity' in .data."),
-        ("[data]", "[data]\ncoarsest = 0.5", "coarsest is 0.5; wanted a number of 1 or more"),
-        ("[data]", "[data]\ninvert = 3.0", "invert is 3.0; wanted a number from 0 to 1"),
-        ("[data]", '[data]\ndegradation = "area"', "gives the half-pixel grid, and DeformMambaSR works on the origin"),
-    ],
-)
-def test_nonsense_is_refused_before_anything_is_computed(folder, tmp_path, recipe, before, after, message):
-    assert before in RECIPE
-    recipe.write_text(RECIPE.replace(before, after, 1))
-    with pytest.raises(ValueError, match=message):
-        train_recipe(recipe, folder, tmp_path / "out", progress=False)
+NONSENSE = [
+    ("steps = 2", "steps = 0", "steps in .fit. is 0; wanted a number above 0"),
+    ("steps = 2", "epochs = inf", "epochs in .fit. is inf"),
+    ("steps = 2", 'steps = 2\nloss = "l1"\nbeta = 0.1', "beta in .fit. needs loss = 'sr'"),
+    ("steps = 2", 'steps = 2\nschedule = "step"\nmilestones = [2.0]', "milestones are .2.0.; they are fractions"),
+    ("[data]", '[data]\nintensity = "p99"', "unknown key 'intensity' in .data."),
+    ("[data]", "[data]\ncoarsest = 0.5", "coarsest is 0.5; wanted a number of 1 or more"),
+    ("[data]", "[data]\ninvert = 3.0", "invert is 3.0; wanted a number from 0 to 1"),
+    ("[data]", '[data]\ndegradation = "area"', "gives the half-pixel grid, and DeformMambaSR works on the origin"),
+]
+
+
+def test_nonsense_is_refused_before_anything_is_computed(folder, tmp_path, recipe):
+    for before, after, message in NONSENSE:
+        assert before in RECIPE
+        recipe.write_text(RECIPE.replace(before, after, 1))
+        with pytest.raises(ValueError, match=message):
+            train_recipe(recipe, folder, tmp_path / "out", progress=False)
     recipe.write_text(RECIPE)
     train_recipe(recipe, folder, tmp_path / "out", progress=False)  # the folder is still unused
 

@@ -592,6 +592,7 @@ def errors_of_validator(path: Path) -> set[str]:
     return {line for line in (done.stdout + done.stderr).splitlines() if line.startswith("Error")}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("dciodvfy"), reason="dciodvfy (Debian's dicom3tools) is not installed")
 @pytest.mark.parametrize("axes", [(0, 1), (1, 2)])
 @pytest.mark.filterwarnings("ignore:.*this is a CT scan")

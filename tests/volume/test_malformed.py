@@ -132,6 +132,7 @@ def test_damage(tmp_path: Path, kind: str, capfd: pytest.CaptureFixture[str]) ->
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 def test_names_that_lie(tmp_path: Path) -> None:
     kinds = (".nii", ".nii.gz", ".mgh", ".mgz", "classic", "enhanced")
@@ -149,6 +150,7 @@ def test_names_that_lie(tmp_path: Path) -> None:
     assert sum(map(bool, said)) > 30
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 @pytest.mark.filterwarnings("ignore:.*and the weights are for MR images")
 def test_the_headers_of_pydicoms_files_end_no_reading(tmp_path: Path) -> None:

@@ -670,6 +670,7 @@ def hostile(value: Any) -> list[Any]:
     return [1e300, -1e300] if isinstance(value, float) else [7, "a" * 4000, ["a"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_config_that_asks_for_far_more_than_the_file_holds(name: str) -> None:
     """For every model, a wrong config is refused or harmless before it takes much memory or time."""
