@@ -4,7 +4,7 @@ import { finer, niftiBytes, putSlice, readScan, ScanError, slice, spacingAdvice,
 const $ = (id) => document.getElementById(id);
 const catalogue = await (await fetch("weights.json")).json();
 const DARK = 0.005, BRIGHT = 0.995; // shares of the voxels that the view shows as black and as white
-let scan, result, worker, run = 0;
+let scan, result, worker, run = 0, opening = 0;
 
 for (const weights of catalogue) {
   const option = new Option(`${weights.name}: ${weights.scale} times finer`, weights.name);
@@ -25,9 +25,14 @@ async function open(files) {
   stop();
   fail("");
   say("Reading the scan");
+  const mine = ++opening; // of several scans opened at once, the last one stays
   try {
-    scan = await readScan([...files]);
+    const read = await readScan([...files]);
+    if (mine !== opening) return;
+    stop(); // an upscale of the former scan may have begun since
+    scan = read;
   } catch (error) {
+    if (mine !== opening) return;
     say("");
     fail(error instanceof ScanError ? error.message : `the file cannot be read: ${error.message}`);
     return;

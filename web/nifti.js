@@ -1,5 +1,5 @@
 // NIfTI-1 and NIfTI-2, little or big endian, to a scan; and a scan to NIfTI-1 in float32.
-import { lengths, ScanError, text } from "./files.js";
+import { DAMAGED, lengths, ScanError, text } from "./files.js";
 
 // the bytes of each field, and how to read one
 const FIELDS = {
@@ -17,7 +17,7 @@ const FIELDS = {
 const BYTES = { Uint8: 1, Int16: 2, Int32: 4, Float32: 4, Float64: 8, BigInt64: 8 };
 const TYPES = {
   2: ["getUint8", 1], 256: ["getInt8", 1], 4: ["getInt16", 2], 512: ["getUint16", 2], 8: ["getInt32", 4],
-  768: ["getUint32", 4], 16: ["getFloat32", 4], 64: ["getFloat64", 8],
+  768: ["getUint32", 4], 16: ["getFloat32", 4], 64: ["getFloat64", 8], 1024: ["getBigInt64", 8], 1280: ["getBigUint64", 8],
 };
 const UNSTATED = "orientation unknown"; // the package writes it into files whose source has no orientation
 const LONGEST = 32767; // voxels along an axis of NIfTI-1
@@ -29,16 +29,22 @@ export function readNifti({ name, bytes }) {
   const version = bytes.length < 4 ? 0 : { 348: 1, 540: 2 }[view.getInt32(0, true)] ?? { 348: 1, 540: 2 }[view.getInt32(0, false)] ?? 0;
   if (!version || bytes.length < (version === 1 ? 348 : 540)) throw new ScanError(`${name}: ${otherKind(name, bytes, view)}`);
   const little = [348, 540].includes(view.getInt32(0, true));
-  const magic = text(bytes, 344, 4);
+  const magic = text(bytes, version === 1 ? 344 : 4, 4);
   if (version === 1 && (magic === "ni1" || magic === "")) {
     const what = magic ? "the .hdr half of a pair .hdr and .img" : "an Analyze 7.5 header";
     throw new ScanError(`${name}: ${what}; convert it to one .nii file`);
   }
+  const damaged = () => new ScanError(`${name}: ${DAMAGED}`);
+  if (magic !== `n+${version}`) throw damaged();
   const get = (field, k = 0) => {
     const [at, kind] = FIELDS[version][field];
     return Number(view[`get${kind}`](at + k * BYTES[kind], little));
   };
+  const first = version === 1 ? 352 : 544, offset = get("offset");
+  if (offset === 0) throw new ScanError(`${name}: the header places the voxels at byte 0, inside the header itself; correct its vox_offset (in most files ${first})`);
+  if (!(offset >= first)) throw damaged();
   const n = get("dim"), dim = Array.from({ length: Math.max(3, Math.min(n, 7)) }, (_, k) => (k < n ? get("dim", 1 + k) : 1));
+  if (n < 1 || n > 7) throw damaged();
   const shape = dim.slice(0, 3), more = dim.slice(3).filter((length) => length !== 1);
   if (more.length > 1) throw new ScanError(`${name}: has ${n} dimensions (${dim.join(", ")}); at most 3 can be read here`);
   if (more.length) throw new ScanError(`${name}: holds ${more[0]} volumes; save the one to upscale as a separate file`);
@@ -47,12 +53,13 @@ export function readNifti({ name, bytes }) {
   if ([32, 1792, 2048].includes(type)) throw new ScanError(`${name}: voxels are complex numbers; take the magnitude first`);
   if ([128, 2304].includes(type)) throw new ScanError(`${name}: voxels are colours; extract one channel first`);
   if (!TYPES[type]) throw new ScanError(`${name}: voxels of NIfTI type ${type}, which this page cannot read; convert them to float32`);
-  const [read, size] = TYPES[type], count = shape[0] * shape[1] * shape[2], offset = Math.max(get("offset"), version === 1 ? 348 : 540);
+  const [read, size] = TYPES[type], count = shape[0] * shape[1] * shape[2];
   if (offset + count * size > bytes.length) throw new ScanError(`${name}: truncated: the file is shorter than its header requires`);
   let slope = get("slope"), intercept = get("intercept");
-  if (!(slope !== 0 && Number.isFinite(slope) && Number.isFinite(intercept))) [slope, intercept] = [1, 0];
+  if (slope === 0 || !Number.isFinite(slope)) [slope, intercept] = [1, 0];
+  if (!Number.isFinite(intercept)) throw damaged();
   const data = new Float32Array(count);
-  for (let k = 0; k < count; k++) data[k] = view[read](offset + k * size, little) * slope + intercept;
+  for (let k = 0; k < count; k++) data[k] = Number(view[read](offset + k * size, little)) * slope + intercept;
 
   const units = get("units"), mm = { 1: 1000, 3: 0.001 }[units & 7] ?? 1;
   const sizes = three.map((axis) => Math.abs(get("pixdim", 1 + axis)));

@@ -1,7 +1,7 @@
 // Scans: files to voxels with a position in the patient, slices, and intensities.
 // Rules and messages are those of the package (deformmamba/volume).
 import { readDicom } from "./dicom.js";
-import { lengths, ScanError, text } from "./files.js";
+import { DAMAGED, lengths, ScanError, text } from "./files.js";
 import { niftiBytes, readNifti } from "./nifti.js";
 
 export { niftiBytes, ScanError };
@@ -13,6 +13,7 @@ export async function readScan(files) {
   for (const file of files) buffers.push({ name: file.name, bytes: await unpacked(file) });
   const dicom = buffers.filter(({ bytes }) => bytes.length > 132 && text(bytes, 128, 4) === "DICM");
   const scan = dicom.length ? readDicom(buffers, dicom) : readNifti(one(buffers));
+  checkAffine(scan);
   let bad = 0, any = false;
   for (const value of scan.data) {
     if (!Number.isFinite(value)) bad++;
@@ -22,6 +23,16 @@ export async function readScan(files) {
   if (!any) throw new ScanError(`${scan.name}: every voxel is zero; the volume is empty`);
   scan.slices ??= sliceAxis(scan);
   return scan;
+}
+
+/** As volume.image._checked_affine. */
+function checkAffine({ name, affine, spacing }) {
+  if (!affine.flat().every(Number.isFinite)) throw new ScanError(`${name}: the affine must be a finite 4x4 matrix`);
+  if (Math.min(...spacing) === 0) throw new ScanError(`${name}: the voxel spacing is zero along axis ${spacing.indexOf(0)}; correct the affine`);
+  // the volume of the parallelepiped of unit edges: 1 for orthogonal axes, 0 for axes in one plane
+  const [a, b, c] = affine.map((row) => [0, 1, 2].map((k) => row[k] / spacing[k]));
+  const volume = a[0] * (b[1] * c[2] - b[2] * c[1]) - a[1] * (b[0] * c[2] - b[2] * c[0]) + a[2] * (b[0] * c[1] - b[1] * c[0]);
+  if (Math.abs(volume) < 1e-3) throw new ScanError(`${name}: the affine is singular: its axes lie in one plane`);
 }
 
 function one(buffers) {
@@ -36,7 +47,7 @@ async function unpacked(file) {
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     return new Uint8Array(await new Response(stream).arrayBuffer());
   } catch {
-    throw new ScanError(`${file.name}: not a NIfTI file, or a damaged one`);
+    throw new ScanError(`${file.name}: ${DAMAGED}`);
   }
 }
 

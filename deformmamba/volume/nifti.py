@@ -128,6 +128,11 @@ def _header(path: Path, file: Bounded, is_mgh: bool) -> Any:
         if not is_nifti2 and raw["magic"] in (b"ni1", b""):
             what = "the header of an .hdr and .img pair" if raw["magic"] == b"ni1" else "an Analyze 7.5 header"
             raise VolumeError(f"{path}: {what}; convert it to one .nii file")
+        if raw["vox_offset"] == 0:  # the only value inside the header that nibabel accepts
+            raise VolumeError(
+                f"{path}: the header places the voxels at byte 0, inside the header itself; correct its vox_offset "
+                f"(in most files {kind.single_vox_offset})"
+            )
         _check_pixdim(path, raw)
     file.seek(0)
     return kind.from_fileobj(file)

@@ -230,6 +230,24 @@ def test_wrong_files_get_the_sentences_of_the_package(browser: Any, page: str, s
         assert words(browser, "error").startswith(f"{name}: {sentence}")
 
 
+def test_of_two_scans_the_last_one_stays(browser: Any, page: str, scan: Path, tmp_path: Path) -> None:
+    """The first file takes longer to read than the second."""
+    slow = (
+        "const read = File.prototype.arrayBuffer; File.prototype.arrayBuffer = async function () {"
+        "  if (this.name === 'slow.nii.gz') await new Promise((done) => setTimeout(done, 1500));"
+        "  return read.call(this); };"
+    )
+    shutil.copyfile(scan, tmp_path / "slow.nii.gz")
+    browser.get(page)
+    until(lambda: browser.execute_script("return document.documentElement.dataset.ready") == "yes", 60, "page ready")
+    browser.execute_script(slow)
+    for path in (tmp_path / "slow.nii.gz", scan):
+        browser.find_element("id", "file").send_keys(str(path))
+    time.sleep(2.5)
+    assert words(browser, "facts").startswith(f"{scan.name}: ")
+    assert words(browser, "status") == "Ready to upscale"
+
+
 @pytest.mark.parametrize("width", [400, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_accessible_at_every_width(browser: Any, page: str, scan: Path, width: int, scheme: str) -> None:

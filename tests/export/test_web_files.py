@@ -1,6 +1,8 @@
 """The page's file readers and writer, run in Node: voxels, affines and messages equal those of the package."""
 
+import gzip
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -23,14 +25,16 @@ if shutil.which("node") is None or not VOLUME.is_file():
 
 # reads each file, prints its properties, writes it unchanged, and writes an empty result of scale 2
 SCRIPT = """
-import { readFileSync, writeFileSync } from "node:fs";
+import { readFileSync, readdirSync, statSync, writeFileSync } from "node:fs";
 const [, module, ...files] = process.argv;
 const { finer, niftiBytes, readScan } = await import(module);
 const told = {};
 for (const path of files) {
   const name = path.split("/").at(-1);
   try {
-    const scan = await readScan([new File([readFileSync(path)], name)]);
+    const folder = statSync(path).isDirectory();
+    const paths = folder ? readdirSync(path).sort().map((p) => `${path}/${p}`) : [path];
+    const scan = await readScan(paths.map((p) => new File([readFileSync(p)], p.split("/").at(-1))));
     writeFileSync(path + ".read", Buffer.from(niftiBytes(scan)));
     writeFileSync(path + ".result", Buffer.from(niftiBytes(finer(scan, 2))));
     told[name] = { slices: scan.slices, spacing: scan.spacing };
@@ -43,7 +47,7 @@ console.log(JSON.stringify(told));
 
 
 def in_node(files: list[Path]) -> dict[str, dict[str, Any]]:
-    """The page's answer for each file, each given alone."""
+    """The page's answer for each file given alone, or for all files of a folder."""
     done = subprocess.run(
         ["node", "--input-type=module", "-e", SCRIPT, VOLUME.as_uri(), *map(str, files)],
         capture_output=True, text=True, timeout=60, check=False,
@@ -91,6 +95,7 @@ def stacked_first() -> Any:
 
 READ: dict[str, Callable[[], Any]] = {
     **{f"{dtype}.nii": lambda dtype=dtype: nifti(dtype) for dtype in ("uint8", "int16", "uint16", "int32", "float64")},
+    "int64.nii": lambda: nibabel.Nifti1Image(nifti("int16").get_fdata().astype(np.int64), affine(), dtype=np.int64),
     "big.nii": lambda: nifti("int16", end=">"),
     "big-second.nii": lambda: nifti("float32", nibabel.Nifti2Image, end=">"),
     "second.nii": lambda: nifti("int16", nibabel.Nifti2Image),
@@ -168,16 +173,35 @@ def dicom(syntax: str = ExplicitVRLittleEndian, **elements: Any) -> bytes:
 
 
 def without_a_voxel_size() -> bytes:
-    image = coded(1, 0)
-    image.header["pixdim"][1:4] = 0
-    return bytes(image.header.binaryblock) + bytes(4) + image.get_fdata().astype(np.uint8).tobytes()
+    data = bytearray(coded(1, 0).to_bytes())
+    data[80:92] = bytes(12)
+    return bytes(data)
 
 
+def packed() -> bytes:
+    return gzip.compress(nifti("int16", shape=(20, 20, 20)).to_bytes())
+
+
+def changed(at: int, content: bytes) -> bytes:
+    """A NIfTI-1 file with other bytes at this place of its header."""
+    data = bytearray(nifti("uint8").to_bytes())
+    data[at : at + len(content)] = content
+    return bytes(data)
+
+
+DAMAGED = "not a NIfTI file, or a damaged one"
 REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "text.nii": (lambda: b"not a scan" * 100, "not a scan that can be read"),
     "empty.nii": (lambda: b"", "not a scan that can be read"),
     "cut.nii": (lambda: nifti("float64").to_bytes()[:500], "truncated: the file is shorter than its header requires"),
-    "cut.nii.gz": (lambda: b"\x1f\x8b\x08\x00 not gzip", "not a NIfTI file, or a damaged one"),
+    "cut.nii.gz": (lambda: b"\x1f\x8b\x08\x00 not gzip", DAMAGED),
+    "half.nii.gz": (lambda: packed()[:-900], DAMAGED),
+    "checksum.nii.gz": (lambda: packed()[:-8] + b"\1\2\3\4" + packed()[-4:], DAMAGED),
+    "magic.nii": (lambda: changed(344, b"x+1\0"), DAMAGED),
+    "intercept.nii": (lambda: changed(112, np.float32([2, np.nan]).tobytes()), DAMAGED),
+    "inside.nii": (lambda: changed(108, bytes(4)), "the header places the voxels at byte 0, inside the header itself"),
+    "unplaced.nii": (lambda: changed(280, np.float32([np.nan]).tobytes()), "the affine must be a finite 4x4 matrix"),
+    "plane.nii": (lambda: changed(280, bytes(16)), "the affine is singular: its axes lie in one plane"),
     "four.nii": (
         lambda: nifti("int16", shape=(3, 3, 3, 2)).to_bytes(),
         "holds 2 volumes; save the one to upscale",
@@ -229,6 +253,44 @@ def test_what_is_not_read_is_one_sentence(tmp_path: Path) -> None:
     for name, (_, sentence) in REFUSED.items():
         assert told[name].get("error", "").startswith(f"{name}: {sentence}"), told[name]
         assert "\n" not in told[name]["error"]
+    # the package refuses the same headers in the same words
+    for name in (
+        "half.nii.gz",
+        "checksum.nii.gz",
+        "magic.nii",
+        "intercept.nii",
+        "inside.nii",
+        "unplaced.nii",
+        "plane.nii",
+    ):
+        with pytest.raises(deformmamba.VolumeError, match=re.escape(f"{name}: {REFUSED[name][1]}")):
+            deformmamba.read_volume(tmp_path / name)
+
+
+def test_files_that_are_no_single_series_are_refused(tmp_path: Path) -> None:
+    places = {"ImagePositionPatient": [0, 0, 3]}
+    series = {"SeriesInstanceUID": generate_uid()}
+    pairs = {
+        "mixed": ((dicom(), dicom(**places)), "the files hold 2 DICOM series; drop the files of one"),
+        "twice": ((dicom(**series), dicom(**series)), "a.dcm: several slices have the same position"),
+        "turned": (
+            (dicom(**series), dicom(**series, **places, ImageOrientationPatient=[0, 1, 0, 0, 0, 1])),
+            "a.dcm: its slices have several orientations or sizes",
+        ),
+        "gap": (
+            tuple(dicom(**series, ImagePositionPatient=[0, 0, z]) for z in (0, 3, 9)),
+            "a.dcm: slices are not evenly spaced; probably a file of the series is missing",
+        ),
+        "two scans": ((changed(0, b""), changed(0, b"")), "2 files were given; drop one NIfTI file, or"),
+        "scan and series": ((dicom(), changed(0, b"")), "1 of 2 files are empty, damaged or not DICOM images (b.dcm)"),
+    }  # fmt: skip
+    for folder, (contents, _) in pairs.items():
+        (tmp_path / folder).mkdir()
+        for name, content in zip("abc", contents, strict=False):
+            (tmp_path / folder / f"{name}.dcm").write_bytes(content)
+    told = in_node([tmp_path / folder for folder in pairs])
+    for folder, (_, sentence) in pairs.items():
+        assert told[folder].get("error", "").startswith(sentence), told[folder]
 
 
 def test_the_view_shows_the_input_on_the_grid_of_its_result() -> None:

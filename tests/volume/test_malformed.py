@@ -212,6 +212,14 @@ def test_headers_that_promise_more_than_there_is(tmp_path: Path) -> None:
     assert "truncated" in verdict(tmp_path / "huge.nii.gz")
 
 
+def test_voxels_cannot_start_inside_the_header(tmp_path: Path) -> None:
+    """nibabel reads the header itself as voxels if `vox_offset` is 0."""
+    data = bytearray(intact(tmp_path, ".nii").read_bytes())
+    data[108:112] = bytes(4)
+    (tmp_path / "inside.nii").write_bytes(data)
+    assert "the header places the voxels at byte 0, inside the header itself" in verdict(tmp_path / "inside.nii")
+
+
 def test_names_with_spaces_and_other_letters(tmp_path: Path) -> None:
     folder = tmp_path / "Zürich – 神经 scan (1)"
     array = classic(folder, oblique(0))
