@@ -3,13 +3,14 @@
 Run: python benchmarks/export.py [--model ixi-4x] [--sizes 64x64 96x128] [--threads 1] [--formats onnx openvino pt2]
 
 Each file is compared with `upscale` when it is exported, and again here on every timed slice; a file that differs is
-not timed. The runtimes run in turns, and the table has the fastest run of each, in seconds of processor time, which
-other work on the machine affects less. PyTorch runs the steps of `upscale` on the same slice with the same data
-consistency.
+not timed. The runtimes run in turns, so other work on the machine affects all of them. The table has the medians over
+the rounds: of each runtime's seconds of processor time, and of its ratio to PyTorch within a round. PyTorch runs the
+steps of `upscale` on the same slice with the same data consistency.
 """
 
 import argparse
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,9 +25,8 @@ from deformmamba.volume import intensity_scale
 
 Runner = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 TOLERANCE = 1e-4  # as a share of the intensity scale, as in `export`
-
-
-BUDGET = 20.0  # seconds that one runtime may take for a size, after its first run
+REFERENCE = "PyTorch (upscale)"
+BUDGET = 60.0  # seconds that all rounds of one size may take, after the first
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["64x64", "96x128"], metavar="HxW")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx", "openvino"])
-    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--runs", type=int, default=9)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = deformmamba.from_pretrained(args.model)
@@ -52,7 +52,7 @@ def main() -> None:
             facts[name] = f"{size / 1e6:.2f} | {seconds:.0f}"
         print(f"{args.model}, {args.threads} threads, torch {torch.__version__}, "
               f"{platform.processor() or platform.machine()}")  # fmt: skip
-        print("| pixels | runtime | CPU s a slice | ratio | largest difference | file, MB | CPU seconds of export |")
+        print("| pixels | runtime | CPU s per slice | ratio | largest difference | file, MB | CPU seconds of export |")
         print("|---|---|---|---|---|---|---|", flush=True)
         for size in args.sizes:
             h, w = (int(n) for n in size.split("x"))
@@ -64,7 +64,7 @@ def main() -> None:
 def timed(
     model: deformmamba.SRModel, files: dict[str, Runner], h: int, w: int, runs: int
 ) -> list[tuple[str, float, float, float]]:
-    """(runtime, CPU seconds a slice, ratio to PyTorch, largest difference as a share of the intensity scale)."""
+    """(runtime, CPU seconds per slice, ratio to PyTorch, largest difference as a share of the intensity scale)."""
     image = np.random.default_rng(0).random((1, h, w), np.float32) * 1000
     wanted = deformmamba.upscale(model, image, axis=0)
     unit = intensity_scale(image)
@@ -73,18 +73,27 @@ def timed(
     for name, difference in differences.items():
         if not difference <= TOLERANCE:
             raise SystemExit(f"{name} differs by {difference:.3g} of the intensity scale at {h}x{w}; not timed")
-    calls: dict[str, Callable[[], object]] = {"PyTorch (upscale)": lambda: deformmamba.upscale(model, image, axis=0)}
+    calls: dict[str, Callable[[], object]] = {REFERENCE: lambda: deformmamba.upscale(model, image, axis=0)}
     calls.update({name: lambda run=run: run(inputs) for name, run in files.items()})  # type: ignore[misc]
-    best, spent = dict.fromkeys(calls, float("inf")), dict.fromkeys(calls, 0.0)
-    for _ in range(runs):
-        for name, call in calls.items():
-            if spent[name] < BUDGET:
-                start = time.process_time()
-                call()
-                seconds = time.process_time() - start
-                best[name], spent[name] = min(best[name], seconds), spent[name] + seconds
-    reference = best["PyTorch (upscale)"]
-    return [(name, seconds, seconds / reference, differences.get(name, 0.0)) for name, seconds in best.items()]
+    rounds: list[dict[str, float]] = []
+    begin = time.process_time()
+    while len(rounds) < runs and (not rounds or time.process_time() - begin < BUDGET):
+        rounds.append({name: _cpu_seconds(call) for name, call in calls.items()})
+    return [
+        (
+            name,
+            statistics.median(seconds[name] for seconds in rounds),
+            statistics.median(seconds[name] / seconds[REFERENCE] for seconds in rounds),
+            differences.get(name, 0.0),
+        )
+        for name in calls
+    ]
+
+
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
 
 
 if __name__ == "__main__":

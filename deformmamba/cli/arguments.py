@@ -146,7 +146,7 @@ class Parser(argparse.ArgumentParser):
 
     def _suggestion(self, message: str) -> str:
         if choice := re.search(r"invalid choice: '?([^' ]+)'? \(choose from (.*)\)$", message):
-            known = [name.strip(" '\"") for name in choice[2].split(",")]
+            known = [name.strip(" '\"") for name in choice[2].split(", ")]
             return _nearest(choice[1], known)
         if unknown := re.match(r"unrecognized arguments: (.*)$", message):
             options = [option for action in self._actions for option in action.option_strings]

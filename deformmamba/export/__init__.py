@@ -49,7 +49,7 @@ FORMATS = ("onnx", "openvino", "pt2")
 INPUTS = ("lr", "lr,units", "lr,base")
 VARIANTS = tuple(onnx.OPSETS)
 TOLERANCE = 1e-4  # of an image of about [0, 1]
-LARGEST = 16384  # largest h and w in pixels of a file with free sizes
+LARGEST = 16384  # largest h and w in pixels
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "pt2": ()}
 NAMES = {"onnx": "ONNX", "openvino": "OpenVINO", "pt2": "pt2"}
 
@@ -164,11 +164,14 @@ def _checked(
         )
     if not path.parent.is_dir():
         raise ExportError(f"{path}: there is no folder {path.parent}; create it first")
+    if path.is_dir():
+        example = path / ("model.xml" if format == "openvino" else f"model.{format}")
+        raise ExportError(f"{path} is a folder; give the name of a file in it, such as {example}")
     if format == "openvino" and path.suffix != ".xml":
         raise ExportError(f"{path}: an OpenVINO file must end in .xml; its weights go into a .bin file beside it")
-    least = max(model.minimum_size, 1 if inputs == "lr,base" else 4)
-    if size is not None and (len(size) != 2 or min(size) < least):
-        raise ExportError(f"size is {tuple(size)}; it must be (h, w) of at least {least} each")
+    least = max(model.minimum_size, 1 if inputs == "lr,base" else NEAR if model.robust_edges else 4)
+    if size is not None and not (len(size) == 2 and least <= min(size) <= max(size) <= LARGEST):
+        raise ExportError(f"size is {tuple(size)}; it must be (h, w) of {least} to {LARGEST} each")
     missing = [name for name in NEEDS[format] if not _imports(name)]
     if missing:
         raise ExportError(
@@ -385,11 +388,11 @@ def _imports(name: str) -> bool:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Suppresses the exporters' messages, which concern their internals only."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
-            logger.setLevel(logging.ERROR)
+            logger.setLevel(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield

@@ -39,6 +39,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Any:
         (["backends", "--jsn"], "unrecognized arguments: --jsn, did you mean --json?; see deformmamba backends --help"),
         (["upscale", "a.nii", "-o", "b.nii", "--figur", "x", "--modle=ixi-2x"], "did you mean --model?"),
         (["upscale", "a.nii", "-o", "b.nii", "--consistency", "objct"], "did you mean object?"),
+        (["export", "--format", "onnx", "--inputs", "base", "-o", "x"], "did you mean lr,base?"),
         (["backends", "--threads", "0"], "argument --threads: must be 1 or more, not 0"),
         (["nonsense"], "invalid choice: 'nonsense'"),
     ],

@@ -353,7 +353,8 @@ class Unexportable(SRModel):
     ("arguments", "message"),
     [
         ({"format": "tflite"}, "unknown export format 'tflite'; formats: onnx, openvino, pt2"),
-        ({"format": "pt2", "size": (0, 4)}, r"size is \(0, 4\); it must be \(h, w\) of at least 4"),
+        ({"format": "pt2", "size": (0, 4)}, r"size is \(0, 4\); it must be \(h, w\) of 4 to 16384 each"),
+        ({"format": "pt2", "size": (8, 20000)}, r"size is \(8, 20000\); it must be \(h, w\) of 4 to 16384 each"),
         ({"format": "pt2", "inputs": "base"}, 'inputs is \'base\'; it must be "lr", "lr,units" or "lr,base"'),
         ({"format": "pt2", "consistency": "always"}, 'consistency must be "exact", "object" or "off"'),
         (
@@ -370,6 +371,13 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, arguments: dict[str
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ExportError, match="there is no folder"):
         export(Unexportable(), tmp_path / "none" / "m", format="pt2")
+    with pytest.raises(ExportError, match="is a folder; give the name of a file in it"):
+        export(Unexportable(), tmp_path, format="pt2")
+
+
+def test_a_model_that_extends_edges_needs_as_many_pixels(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"size is \(7, 9\); it must be \(h, w\) of 8 to 16384 each"):
+        export(small(skip="zero-fill-robust", normalise="slice"), tmp_path / "m", format="pt2", size=(7, 9))
 
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
