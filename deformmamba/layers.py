@@ -562,6 +562,8 @@ class PatchEmbed(Block):
 
     def _projected(self, x: torch.Tensor) -> torch.Tensor:
         """The projected patches, channels last."""
+        if isinstance(x, torch.fx.Proxy):  # a symbolic trace has neither device nor dtype
+            return _last(self.project(x))
         on = x.device.type
         autocast = torch.amp.is_autocast_available(on) and torch.is_autocast_enabled(on)
         if on == "cpu" and torch.bfloat16 == (torch.get_autocast_dtype(on) if autocast else x.dtype):
