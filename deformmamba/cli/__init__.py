@@ -9,6 +9,7 @@ is imported only when a command needs it.
 
 import argparse
 import contextlib
+import io
 import math
 import os
 import platform
@@ -61,6 +62,7 @@ COMMANDS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` as in sys.argv[1:]. Returns the exit code, 0 if all went well."""
+    _print_anything()
     parser = _parser()
     if "_ARGCOMPLETE" in os.environ:  # shell completion
         _complete(parser)
@@ -68,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, unknown = parser.parse_known_args(argv)
         if unknown:  # the command's own parser can suggest a correction
             getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+        for action in args.parser._actions:
+            value = getattr(args, action.dest, None)
+            if value == "" or (isinstance(value, list) and "" in value):
+                shown = "/".join(action.option_strings) or action.metavar or action.dest
+                args.parser.error(f"{shown} is empty; an unset variable of the shell?")
     except SystemExit as stopped:
         return int(stopped.code or 0)
     start = time.monotonic()
@@ -90,6 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as stopped:
             number = getattr(stopped, "number", int(signal.SIGINT))
             return refuse("interrupted; no half-written file is left", 128 + number)
+        except BrokenPipeError:  # the reader of a pipe has ended, as head does
+            with contextlib.suppress(AttributeError, OSError):
+                broken = sys.stdout.fileno()
+                os.dup2(os.open(os.devnull, os.O_WRONLY), broken)  # else Python complains at its end
+            return 128 + getattr(signal, "SIGPIPE", 13)
         except Exception as error:
             if args.traceback:
                 traceback.print_exc()
@@ -102,6 +114,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.verbose:
                 print(f"deformmamba: {time.monotonic() - start:.1f} s in all", file=sys.stderr)
     return int(code or 0)
+
+
+def _print_anything() -> None:
+    """Makes stdout and stderr replace characters that their encoding lacks, as under LC_ALL=C, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 _PLEA = (

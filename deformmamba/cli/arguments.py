@@ -132,14 +132,31 @@ def sizes(volume: "Volume", shape: Sequence[int] | None = None) -> str:
 
 
 def positive(text: str) -> int:
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
     return number
 
 
+class Once(argparse.Action):
+    """Stores a value, and refuses another one, as from an output that is given both with and without -o."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest, None)
+        if before not in (None, values):
+            parser.error(f"two values for {self.dest}: {before} and {values}; give one")
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, and a suggestion for a mistyped command, option or choice."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(refuse(f"{message}{self._suggestion(message)}; see {self.prog} --help"))
@@ -148,9 +165,10 @@ class Parser(argparse.ArgumentParser):
         if choice := re.search(r"invalid choice: '?([^' ]+)'? \(choose from (.*)\)$", message):
             known = [name.strip(" '\"") for name in choice[2].split(", ")]
             return _nearest(choice[1], known)
-        if unknown := re.match(r"unrecognized arguments: (.*)$", message):
+        unknown = re.match(r"unrecognized arguments: (.*)$", message)
+        if unknown or "arguments are required" in message:
             options = [option for action in self._actions for option in action.option_strings]
-            words = unknown[1].split()
+            words = unknown[1].split() if unknown else [word for word in self._given if word not in options]
             found = (_nearest(word.split("=")[0], options) for word in words if word.startswith("-"))
             return next(filter(None, found), "")
         return ""
@@ -208,14 +226,17 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     """The arguments of a command that makes one scan from another."""
     add_source(parser)
     # the output may also follow the input; if it does not, the value of -o is kept
-    parser.add_argument("output", metavar="OUTPUT", nargs="?", default=argparse.SUPPRESS, help="the same as -o OUTPUT")
+    parser.add_argument(
+        "output", metavar="OUTPUT", nargs="?", action=Once, default=argparse.SUPPRESS, help="the same as -o OUTPUT"
+    )
     parser.add_argument(
         "-o",
         "--output",
         dest="output",
+        action=Once,
         metavar="OUTPUT",
-        help="output file: .nii, .nii.gz or .mgz, replaced if it exists. FOLDER/ derives the file name from the "
-        "input's. DICOM input: also a folder for a new series",
+        help="output file: .nii, .nii.gz or .mgz, replaced if it exists. A folder (FOLDER/ if it "
+        "is new): the file name is derived from the input's. DICOM input: also a folder for a new series",
     )
     parser.add_argument("--dtype", help="voxel type: float32 (default), float64, int16, uint16, int32 or uint8")
 
@@ -252,8 +273,8 @@ def reading(args: argparse.Namespace) -> dict[str, Any]:
 def output_for(args: argparse.Namespace, kind: str) -> str:
     """The output path from the arguments of `add_reading`.
 
-    For a NIfTI or MGH file and an output that ends in /: the input's name with `desc-<kind>` in that folder, which is
-    created.
+    For a NIfTI or MGH file and an output that is a folder or ends in /: the input's name with `desc-<kind>` in that
+    folder, which is created.
 
     Raises:
         InvalidArgument: no output.
@@ -265,11 +286,9 @@ def output_for(args: argparse.Namespace, kind: str) -> str:
     output: str | None = args.output
     if not output:
         raise InvalidArgument("no output given; give it with -o OUTPUT, or after the input")
-    if (
-        output.endswith(os.sep)
-        and os.path.isfile(args.input)
-        and args.input.lower().endswith((*NIFTI_SUFFIXES, *MGH_SUFFIXES))
-    ):
+    files = (*NIFTI_SUFFIXES, *MGH_SUFFIXES)
+    is_folder = output.endswith(os.sep) or (os.path.isdir(output) and not output.lower().endswith(files))
+    if is_folder and os.path.isfile(args.input) and args.input.lower().endswith(files):
         try:
             os.makedirs(output, exist_ok=True)
         except OSError as error:

@@ -128,6 +128,8 @@ def chosen(data: list[str], split: str | None, group: str | None, subject: str |
             scans += [
                 s for s in find_scans(path, subject=subject) if split in (None, s.split) and group in (None, s.group)
             ]
+        elif split is not None or group is not None:
+            raise InvalidArgument(f"{path}: --split and --group select from a folder; leave them out for a single scan")
         elif os.path.isfile(path) and (reason := not_a_scan(path)):
             warnings.warn(f"{path}: left out: {reason}", stacklevel=2)
         else:

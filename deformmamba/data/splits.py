@@ -58,10 +58,8 @@ def by_share(subjects: Iterable[str], *, val: float, test: float, seed: int = 0)
     subjects, at least one validates (unless `val` is 0) and at least one trains (unless `val + test` is 1). With three
     or more, at least one tests (unless `test` is 0). The subjects nearest in the order of places are used for that.
     """
-    places = {
-        name: int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") / 2**64
-        for name in sorted(set(subjects))
-    }
+    texts = {name: f"{seed}:{name}".encode("utf-8", "surrogateescape") for name in sorted(set(subjects))}
+    places = {name: int.from_bytes(hashlib.sha256(text).digest()[:8], "big") / 2**64 for name, text in texts.items()}
     order = sorted(places, key=lambda name: places[name])
     n = len(order)
     n_test = sum(place < test for place in places.values())

@@ -285,7 +285,8 @@ def _tasks(root: Path, target: Path, kind: str) -> tuple[list[_Task], list[Outco
         )
     found, refused, taken = [], [], set[Path]()
     n_series: dict[Path, int] = {}
-    skip = None if target.resolve() == root.resolve() else target
+    inside = Path(os.path.realpath(root))  # unlike Path.resolve, realpath allows a link to itself
+    skip = None if os.path.realpath(target) == str(inside) else target
     for candidate in scans_below(root, skip=skip, outside=False):
         path = candidate.path
         name = path.relative_to(root)
@@ -298,7 +299,7 @@ def _tasks(root: Path, target: Path, kind: str) -> tuple[list[_Task], list[Outco
             n_series[path] = n_series.get(path, -1) + 1
             stem = f"{stem}_series-{n_series[path]}"
         task = _Task(path, name, name.with_name(output_name(stem, kind)), candidate.series)
-        if not path.resolve().is_relative_to(root.resolve()):
+        if not Path(os.path.realpath(path)).is_relative_to(inside):
             refused.append(Outcome(shown, "", "failed", "a link to a file outside the folder; copy the scan"))
         elif task.sidecar in taken:
             shown_sidecar = shown_path(task.sidecar)

@@ -52,6 +52,6 @@ def _bar(total: int) -> Any:
     from tqdm.auto import tqdm
 
     in_notebook = "notebook" in tqdm.__mro__[1].__module__ or "notebook" in tqdm.__module__
-    if not in_notebook and not sys.stderr.isatty():
+    if not in_notebook and not (sys.stderr and sys.stderr.isatty()):  # None: a closed stderr
         return None
     return tqdm(total=total, unit="slice")

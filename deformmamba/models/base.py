@@ -221,6 +221,12 @@ class SRModel(nn.Module):
             WeightsError: the path cannot be written, or the model differs from the one that its config builds (half
                 precision, added or removed layers, NaN), so it could not be loaded again.
         """
+        if not os.fspath(path):
+            raise WeightsError("the path is empty; give a folder, or a file name ending in .safetensors")
+        if provenance is not None and not isinstance(provenance, Mapping):
+            raise WeightsError(f"provenance must be a dictionary, not a {type(provenance).__name__}")
+        if any(tensor.is_meta for tensor in self.state_dict().values()):
+            raise WeightsError(f'{type(self).__name__} cannot be saved: on the device "meta" weights have no values')
         for key, value in self._not_plain.items():
             raise WeightsError(
                 f"{type(self).__name__} cannot be saved: its argument {key} is a {type(value).__name__}; a checkpoint "

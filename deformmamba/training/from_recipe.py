@@ -224,7 +224,7 @@ def _described(scans: Sequence[Scan]) -> dict[str, Any]:
     """The numbers of subjects and volumes, and a hash of the subject names. The names are not stored, because they may
     identify a person and checkpoints are published."""
     names = subjects(scans)
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    digest = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
     return {"subjects": len(names), "volumes": len(scans), "subjects_sha256": digest}
 
 

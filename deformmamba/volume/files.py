@@ -177,7 +177,7 @@ def write_text(path: PathLike, text: str) -> None:
         VolumeError: the operating system refused.
     """
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # file names may not be UTF-8
 
 
 @contextmanager

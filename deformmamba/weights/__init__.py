@@ -22,7 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from deformmamba.errors import shown
+from deformmamba.errors import InvalidType, shown
 from deformmamba.weights.cards import card, checkpoint_card, is_generated, stated_hash, stated_license
 from deformmamba.weights.checkpoint import (
     CARD_FILE,
@@ -102,7 +102,7 @@ def weights_entry(name: str) -> dict[str, Any]:
         raise WeightsError(
             f"weights {name!r} do not exist yet ({plan['why']}); train them with {plan['recipe']}. Published: {names}"
         )
-    near = difflib.get_close_matches(name[:100], [*known["weights"], *known["planned"]], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name[:100].lower(), [*known["weights"], *known["planned"]], n=1, cutoff=0.5)
     hint = f", did you mean {near[0]!r}?" if near else ","
     raise WeightsError(
         f"unknown weights {shown(name)}{hint} published are: {names}; a path to a file or folder and org/repo work too"
@@ -293,6 +293,8 @@ def _find(
     force_download: bool = False,
 ) -> _Found:
     """Finds a checkpoint; downloads it into the cache if it is only on the Hub."""
+    if not isinstance(name, (str, os.PathLike)) or not isinstance(os.fspath(name), str):
+        raise InvalidType(f"weights are a name, a path or org/repo, not {shown(name)}")
     text = os.fspath(name)
     path = os.path.expanduser(text)
     known = isinstance(name, str) and text in manifest()["weights"]
@@ -313,6 +315,8 @@ def _find(
     match = _REPO.fullmatch(text)
     if not isinstance(name, str) or _looks_like_a_path(text, match):
         hint = f"; for the repository of the Hub give {text}@main" if match and isinstance(name, str) else ""
+        if (known_name := text.removesuffix(".safetensors")) in manifest()["weights"]:
+            hint = f"; the published weights have the name {known_name!r}"
         raise WeightsError(
             f"there is no file or folder {shown(text)}; check the path, or give a name or org/repo{hint}"
         )

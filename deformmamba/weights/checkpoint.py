@@ -131,7 +131,8 @@ def write_checkpoint(
         if path.suffix.lower() in PICKLE_SUFFIXES:
             raise WeightsError(f"{path}: checkpoints are safetensors; name a folder or a file ending in .safetensors")
         write_files(path, {WEIGHTS_FILE: data, CONFIG_FILE: config_json(class_name, config)})
-        if (own := read_card(path)) is None or is_generated(own):
+        own = read_card(path)
+        if not (path / CARD_FILE).exists() or (own is not None and is_generated(own)):
             name = path.resolve().name
             facts: dict[str, Any] = {"class_name": class_name, "config": config, "size": len(data)}
             text = checkpoint_card(name, **facts, provenance=provenance or {}, sha256=digest)
@@ -282,8 +283,10 @@ def _header(data: bytes) -> dict[str, Any]:
     """The JSON header of a safetensors file, as a dict that is not validated yet."""
     if data[:4] == b"PK\x03\x04" or (data[:1] == b"\x80" and data[1:2] <= b"\x05" and data[8:9] != b"{"):
         raise WeightsError(f"it is a pickle or zip archive, not safetensors; {CONVERT}")
+    if data.startswith(b"version https://git-lfs"):
+        raise WeightsError("it is a pointer of Git LFS, without the weights; run git lfs pull")
     if len(data) < 8:
-        raise WeightsError(f"it has only {len(data)} bytes")
+        raise WeightsError(f"it has only {len(data)} bytes; fetch it again")
     length = int.from_bytes(data[:8], "little")
     if length > MAX_HEADER:
         raise WeightsError(f"its header claims {length} bytes; at most {MAX_HEADER} are allowed (is it safetensors?)")

@@ -390,7 +390,6 @@ def test_bad_outputs(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture
         ("out.png", ".nii.gz"),
         ("out", "DICOM output needs DICOM input"),
         ("out.dcm", "DICOM output needs DICOM input"),
-        ("series", "DICOM output needs DICOM input"),
         ("no/out.nii", "no folder"),
         ("file/out.nii", "no folder"),
         ("in.nii.gz", "the output is the input file"),
@@ -401,6 +400,8 @@ def test_bad_outputs(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture
             assert said in stopped([*command, source, "-o", str(tmp_path / output)], capsys), output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "in.nii.gz", "same.nii.gz", "series"]
     assert Path(source).read_bytes() == before
+    assert main(["degrade", "--scale", "2", source, "-o", str(tmp_path / "series")]) == 0
+    assert [p.name for p in (tmp_path / "series").iterdir()] == ["in_desc-degraded.nii.gz"], "a folder that exists"
 
 
 def test_a_closed_folder(

@@ -1,5 +1,6 @@
 """Behaviour common to all commands: suggestions, threads, --quiet, --verbose, --traceback, warnings, bugs."""
 
+import io
 import math
 import os
 import subprocess
@@ -41,6 +42,11 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Any:
         (["upscale", "a.nii", "-o", "b.nii", "--consistency", "objct"], "did you mean object?"),
         (["export", "--format", "onnx", "--inputs", "base", "-o", "x"], "did you mean lr,base?"),
         (["backends", "--threads", "0"], "argument --threads: must be 1 or more, not 0"),
+        (["backends", "--threads", "x"], "argument --threads: must be 1 or more, not x"),
+        (["export", "--formt", "onnx", "-o", "x.onnx"], "did you mean --format?"),
+        (["upscale", "a.nii", "b.nii", "-o", "c.nii"], "two values for output: b.nii and c.nii; give one"),
+        (["upscale", "", "-o", "folder"], "INPUT is empty; an unset variable of the shell?"),
+        (["evaluate", "", "--data", "scans"], "MODEL is empty"),
         (["nonsense"], "invalid choice: 'nonsense'"),
     ],
 )
@@ -49,6 +55,22 @@ def test_what_is_mistyped_gets_a_suggestion(words: list[str], said: str, capsys:
     errors = capsys.readouterr().err
     assert said in errors
     assert errors.count("\n") == 1
+
+
+def test_a_closed_pipe_and_a_narrow_encoding(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(_: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    for run, code, said in ((closed, 141, b""), (lambda _: print("0 ± 1 Zoë"), 0, b"0 \\xb1 1 Zo\\xeb\n")):
+        streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="ascii") for name in ("stdout", "stderr")}
+        command(run)
+        with monkeypatch.context() as patch:
+            for name, stream in streams.items():
+                patch.setattr(sys, name, stream)
+            assert main(["backends"]) == code
+            streams["stdout"].flush()
+        assert streams["stdout"].buffer.getvalue() == said
+        assert streams["stderr"].buffer.getvalue() == b""
 
 
 def test_every_command_takes_the_common_options_before_and_after_its_name() -> None:

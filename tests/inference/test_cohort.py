@@ -22,7 +22,7 @@ from pydicom.data import get_testdata_file
 from deformmamba.cli import main
 from deformmamba.inference.cohort import is_cohort, output_name, processes, upscale_cohort
 from deformmamba.models import VDSR, ZeroFill
-from deformmamba.volume import VolumeError, read_volume
+from deformmamba.volume import VolumeError, read_volume, write_text
 
 
 def scan(path: Path, seed: int = 0, shape: tuple[int, ...] = (8, 6, 3)) -> Path:
@@ -308,6 +308,12 @@ def test_a_name_that_is_no_text_ends_nothing(tmp_path: Path, weights: str, capsy
     assert len(list(figures.iterdir())) == 2
     one = [os.fsdecode(name), "-o", str(tmp_path / "one.nii"), "--figure", str(tmp_path / "one.png")]
     assert main(["upscale", *one, "--model", weights]) == 0
+    (root / "loop.nii").symlink_to("loop.nii")
+    assert main(command) == 1, "the link fails alone"
+    assert "0 made, 2 skipped, 1 failed" in capsys.readouterr().out
+    assert main(["prepare", "folder", str(root), "-o", str(tmp_path / "prepared")]) == 0
+    write_text(tmp_path / "table.csv", os.fsdecode(name))  # as those of evaluate and train
+    assert r"caf\udce9" in (tmp_path / "table.csv").read_text("utf-8")
 
 
 @pytest.mark.slow

@@ -155,6 +155,11 @@ def test_what_cannot_be_stored_is_not_written(tmp_path: Path) -> None:
     refused(lambda: write(config={"x": {1, 2}}), "is a set")
     refused(lambda: write(provenance={"when": object()}), "is a object")
     refused(lambda: write(provenance={"log": ["a" * 4000] * 100}), "shorten the provenance")
+    model = ZeroFill(scale=2)
+    refused(lambda: model.save_pretrained(path, provenance=[1]), "must be a dictionary, not a list")  # type: ignore[arg-type]
+    refused(lambda: model.save_pretrained(""), "the path is empty")
+    on_meta = DeformMambaSR(dims=[8], depths=[1]).to("meta")
+    refused(lambda: on_meta.save_pretrained(path), "weights have no values")
     assert not path.exists()
 
 
@@ -248,6 +253,7 @@ def _first(**changes: Any) -> Callable[[bytes], bytes]:
             "starts at byte|bytes of tensors",
         ),
         (lambda data: data[:-4] + b"\x00\x00\xc0\x7f", "holds NaN or infinity"),
+        (lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
     ],
 )
 def test_malformed_files(mutate: Callable[[bytes], bytes], message: str, saved: Path, tmp_path: Path) -> None:
@@ -454,8 +460,17 @@ def test_a_wrong_hash_is_found_before_the_file_is_parsed(
 def test_unknown_names_suggest_the_nearest(published: dict[str, Any]) -> None:
     refused(lambda: load_checkpoint("ixi4x"), "unknown weights 'ixi4x', did you mean 'ixi-4x'.*ixi-4x, ixi-2x")
     refused(lambda: load_checkpoint("fastmri4x"), "did you mean 'fastmri-4x'")
+    refused(lambda: load_checkpoint("IXI-4X"), "did you mean 'ixi-4x'")
+    refused(lambda: load_checkpoint("./ixi-2x.safetensors"), "there is no file or folder")
+    refused(lambda: load_checkpoint("ixi-2x.safetensors"), "the published weights have the name 'ixi-2x'")
     assert "did you mean" not in refused(lambda: load_checkpoint("qqq"), "published are: ixi-4x, ixi-2x")
     refused(lambda: weights_entry("ixi-3x"), "did you mean")
+
+
+@pytest.mark.parametrize("name", [None, 3, b"ixi-4x", ["ixi-4x"]])
+def test_what_is_no_name_is_named(name: Any) -> None:
+    with pytest.raises(TypeError, match="weights are a name, a path or org/repo, not"):
+        from_pretrained(name)
 
 
 def test_planned_names_name_the_recipe(published: dict[str, Any]) -> None:
@@ -536,9 +551,10 @@ def test_a_saved_folder_has_a_card_and_one_of_a_person_stays(
     assert again in capsys.readouterr().out
     assert main(["weights", "show", str(folder / "model.safetensors"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["sha256"] == again
-    (folder / "README.md").write_text("# By hand")
-    ZeroFill(scale=2).save_pretrained(folder)
-    assert (folder / "README.md").read_text() == "# By hand"
+    for by_hand in (b"# By hand", b"# M\xe9moire"):
+        (folder / "README.md").write_bytes(by_hand)
+        ZeroFill(scale=2).save_pretrained(folder)
+        assert (folder / "README.md").read_bytes() == by_hand
 
 
 def test_publishing_asks_for_a_licence(tmp_path: Path) -> None:

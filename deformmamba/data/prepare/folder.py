@@ -51,6 +51,7 @@ def plan_folder(
             skipped.append((source, "its subject is in no split"))
             continue
         name = re.sub(r"\.(nii(\.gz)?|mg[hz])$", "", source).replace("/", "__").strip(".") or "volume"
+        name = name.encode("utf-8", "backslashreplace").decode().replace("\\", "_")  # safetensors takes UTF-8 only
         while name in names:
             name += "-2"
         names.add(name)
