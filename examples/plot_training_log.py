@@ -3,8 +3,8 @@
 Run: python examples/plot_training_log.py [docs/images/training.png]
 """
 
+import argparse
 import csv
-import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -48,4 +48,6 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS / "images" / "training.png")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("figure", type=Path, nargs="?", default=DOCS / "images" / "training.png")
+    main(parser.parse_args().figure)

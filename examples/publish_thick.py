@@ -90,6 +90,8 @@ def main() -> None:
     parser.add_argument("--limits", default="")
     parser.add_argument("--scores", type=Path, help="a table of benchmarks/isotropic.py")
     args = parser.parse_args()
+    if not args.checkpoint and not args.scores:
+        parser.error("nothing to do: give a checkpoint, --scores, or both")
     manifest = read_manifest()
     if args.checkpoint:
         manifest["weights"][NAME] = publish(args)

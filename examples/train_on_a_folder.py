@@ -5,25 +5,29 @@ Subjects are split as a whole (see `find_scans`); the network is the small prese
 validation.
 """
 
+import argparse
 import sys
 
 from deformmamba import DeformMambaSR, evaluate, fit
 from deformmamba.data.patches import PatchDataset, find_scans
 from deformmamba.evaluation.compare import mean_scores
 
-folder, out, *rest = sys.argv[1:]
-steps = int(rest[0]) if rest else 2000
-scans = find_scans(folder, val=0.2, test=0.0)
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("scans")
+parser.add_argument("out")
+parser.add_argument("steps", type=int, nargs="?", default=2000)
+args = parser.parse_args()
+scans = find_scans(args.scans, val=0.2, test=0.0)
 train, val = ([scan for scan in scans if scan.split == split] for split in ("train", "val"))
 if not train or not val:
-    sys.exit(f"{folder}: {len(train)} volumes to train on and {len(val)} to validate on; more subjects are needed")
-dataset = PatchDataset(train, scale=2, patch=16, length=8 * steps, contrast=1.3)
+    sys.exit(f"{args.scans}: {len(train)} volumes to train on and {len(val)} to validate on; more subjects are needed")
+dataset = PatchDataset(train, scale=2, patch=16, length=8 * args.steps, contrast=1.3)
 best = fit(
     DeformMambaSR.from_preset("tiny", scale=2),
     dataset,
-    out=out,
-    steps=steps,
-    every=min(250, steps),
+    out=args.out,
+    steps=args.steps,
+    every=min(250, args.steps),
     validate=lambda model: mean_scores(evaluate(model, val)),
 )
 print(f"{best}: the best on {len(val)} validation volumes")

@@ -3,12 +3,16 @@
 Does the same as `deformmamba upscale scan.nii.gz -o sharper.nii.gz --report sharper.html`, from Python.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from deformmamba import from_pretrained, upscale_file
 
-source, target = map(Path, sys.argv[1:])
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("scan", type=Path)
+parser.add_argument("output", type=Path)
+args = parser.parse_args()
 model = from_pretrained("ixi-4x")
-done = upscale_file(model, source, target, report=target.with_name(target.name.split(".")[0] + ".html"), progress=True)
-print(f"{target}: {done.shape}, voxels of {[round(mm, 3) for mm in done.place.spacing]} mm, {done.seconds:.1f} s")
+report = args.output.with_name(args.output.name.split(".")[0] + ".html")
+done = upscale_file(model, args.scan, args.output, report=report, progress=True)
+print(f"{args.output}: {done.shape}, voxels of {[round(mm, 3) for mm in done.place.spacing]} mm, {done.seconds:.1f} s")

@@ -27,6 +27,7 @@ def test_an_example_trains_and_its_loss_falls(example: str, capsys: pytest.Captu
 
 def run(example: str, *arguments: Path | str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", [example, *map(str, arguments)])
+    monkeypatch.syspath_prepend(FOLDER)
     runpy.run_path(str(FOLDER / f"{example}.py"), run_name="__main__")
 
 
@@ -37,6 +38,16 @@ def scans(tmp_path: Path, phantom: np.ndarray) -> Path:
         (tmp_path / "scans" / f"sub-{subject:02d}").mkdir(parents=True)
         nibabel.save(image, tmp_path / "scans" / f"sub-{subject:02d}" / "T2w.nii.gz")
     return tmp_path / "scans"
+
+
+@pytest.mark.parametrize("example", sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in EXAMPLES))
+def test_the_arguments_are_explained(
+    example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(example, "--help", monkeypatch=monkeypatch)
+    assert stopped.value.code == 0
+    assert "usage" in capsys.readouterr().out
 
 
 def test_a_volume_is_upscaled(tmp_path: Path, scans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
