@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from deformmamba.inference.tiling import tiled
+from deformmamba.models.normalise import in_constant, keep_constant
 from deformmamba.physics.kspace import Grid
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def predict(
     standard deviation (otherwise None). On the origin-aligned grid an image is reflected about index 0, i to -i mod n:
     plain reversal would move LR and HR apart by scale - 1 HR pixels.
 
+    A model for any intensity leaves constant areas unchanged (`models.normalise`); so does its ensemble.
+
     With `tile`: each slice is computed tile by tile. Every tile gets its part of the base image of the whole slice,
     and the intensity range of the whole slice (`SRModel.whole_slice`).
     """
@@ -47,7 +50,11 @@ def predict(
             squares += before * (sr - mean)
     assert mean is not None
     assert squares is not None
-    return mean, (squares / N_MEMBERS).sqrt()
+    spread = (squares / N_MEMBERS).sqrt()
+    if model.any_intensity:  # a reflection moves the border of a constant area by scale - 1 HR pixels
+        spread = torch.where(in_constant(lr, model.scale), 0, spread)
+        mean = keep_constant(mean, lr, model.scale)
+    return mean, spread
 
 
 def _once(

@@ -43,3 +43,9 @@ def keep_constant(sr: torch.Tensor, lr: torch.Tensor, scale: int) -> torch.Tenso
     kept = torch.where(constant_neighbourhood(lr), lr, torch.full_like(lr, torch.nan))
     kept = F.interpolate(kept, scale_factor=float(scale), mode="nearest").to(sr.dtype)
     return torch.where(kept.isnan(), sr, kept)
+
+
+def in_constant(lr: torch.Tensor, scale: int) -> torch.Tensor:
+    """(b, c, scale * h, scale * w), bool: the HR pixels that `keep_constant` sets."""
+    inside = constant_neighbourhood(lr)
+    return inside.repeat_interleave(scale, -2).repeat_interleave(scale, -1)

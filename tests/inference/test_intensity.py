@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from deformmamba import read_volume, upscale, write_volume
+from deformmamba import read_volume, upscale, upscale_with_uncertainty, write_volume
 from deformmamba.cli import main
 from deformmamba.export.whole_slice import WholeSlice
 from deformmamba.models import DeformMambaSR, ZeroFill, from_pretrained
@@ -63,6 +63,18 @@ def test_units_pass_through_the_command_line(model: DeformMambaSR, array: np.nda
     np.testing.assert_allclose(
         results[1], results[0], rtol=0, atol=1e-4
     )  # float32 with an offset of 12 times the range
+
+
+@pytest.mark.parametrize("settings", [{}, {"tile": 16}, {"ensemble": True}], ids=str)
+def test_a_masked_background_stays_zero(model: DeformMambaSR, array: np.ndarray, settings: dict[str, object]) -> None:
+    masked = array.copy()
+    masked[:8] = masked[:, 17:] = 0
+    sharp = upscale(model, masked, **settings)
+    assert not sharp[: 2 * 6].any(), "at least two LR pixels from the nearest value"
+    assert not sharp[:, 2 * 19 :].any()
+    assert sharp[2 * 8 : 2 * 14, 2 * 8 : 2 * 14].any()
+    if "ensemble" in settings:
+        assert not upscale_with_uncertainty(model, masked)[1][: 2 * 6].any()
 
 
 def test_nothing_comes_out_below_the_lowest_value(model: DeformMambaSR, array: np.ndarray) -> None:
