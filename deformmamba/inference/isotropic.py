@@ -150,7 +150,7 @@ def isotropic(
     start = time.perf_counter()
     minutes, steps = parse_adapt(adapt)
     check_consistency(consistency)
-    check_seed(seed)
+    seed = check_seed(seed)
     if isinstance(scan, (str, os.PathLike)):
         scan = read_volume(scan)
     elif not isinstance(scan, Volume) and not hasattr(scan, "dataobj"):

@@ -4,6 +4,7 @@ Grid: the centre of the first slice is unchanged, and voxels follow at intervals
 """
 
 import math
+import numbers
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, shown
 from deformmamba.inference.inputs import check_voxels
 from deformmamba.physics.slice_profile import (
     SliceProfile,
@@ -85,10 +86,10 @@ class Stack:
         axis: int | None = None,
     ) -> "Stack":
         """Checks a scan and resamples its slices to the in-plane pixel of the result. Raises as `isotropic`."""
-        check_voxel(to)
+        to = check_voxel(to)
         axis = chosen_axis(volume, axis)
         check_voxels(volume.array)
-        array = np.moveaxis(volume.array, axis, 0).astype(np.float32, copy=False)
+        array = np.ascontiguousarray(np.moveaxis(volume.array, axis, 0), np.float32)  # also from a flipped view
         spacing = _checked_spacing(volume, axis)
         remarks: list[str] = []
         first, second = in_plane(axis)
@@ -111,7 +112,7 @@ class Stack:
             )
         if len(array) < FEWEST_SLICES:
             raise VolumeError(
-                f"the scan has {len(array)} slices; at least {FEWEST_SLICES} are needed to interpolate between them"
+                f"the scan has {len(array)} slice{'s' * (len(array) != 1)}; at least {FEWEST_SLICES} are needed to interpolate between them"
             )
         _check_slices(array)
         place = volume.resampled(volume.array, spacing / to, (axis,), "origin")
@@ -158,10 +159,13 @@ def _profile_of_slice(
     return found, origin
 
 
-def check_voxel(to: float | None) -> None:
-    """Raises InvalidArgument for a voxel size that is not a positive number of mm."""
-    if to is not None and not 0 < to < math.inf:
-        raise InvalidArgument(f"to is {to!r}; it must be a positive number of mm")
+def check_voxel(to: float | None) -> float | None:
+    """The voxel size as a float. Raises InvalidArgument if it is not a positive number of mm."""
+    if to is None:
+        return None
+    if isinstance(to, bool) or not isinstance(to, numbers.Real) or not 0 < to < math.inf:
+        raise InvalidArgument(f"to is {shown(to)}; it must be a positive number of mm")
+    return float(to)
 
 
 def _checked_spacing(volume: Volume, axis: int) -> float:

@@ -10,6 +10,7 @@ is smaller.
 """
 
 import math
+import numbers
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from deformmamba.errors import DeformMambaError
+from deformmamba.errors import DeformMambaError, shown
 
 PROFILES = ("gaussian", "boxcar")
 
@@ -45,8 +46,9 @@ class SliceProfile:
     table: tuple[tuple[float, float], ...] | None = None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.thickness, (int, float)) and 0 < self.thickness < math.inf):
-            raise SliceProfileError(f"slice thickness is {self.thickness!r}; it must be a positive number of mm")
+        thickness = self.thickness
+        if isinstance(thickness, bool) or not isinstance(thickness, numbers.Real) or not 0 < thickness < math.inf:
+            raise SliceProfileError(f"slice thickness is {shown(thickness)}; it must be a positive number of mm")
         if self.table is None:
             if self.kind not in PROFILES:
                 raise SliceProfileError(
@@ -120,6 +122,11 @@ def slice_profile(profile: "str | os.PathLike[str] | SliceProfile", thickness: f
     """
     if isinstance(profile, SliceProfile):
         return profile
+    if not isinstance(profile, (str, os.PathLike)):
+        raise SliceProfileError(
+            f"slice profile is {shown(profile)}; it must be {' or '.join(PROFILES)}, a file of two columns, or a "
+            "SliceProfile"
+        )
     if str(profile) in PROFILES:
         return SliceProfile(str(profile), thickness)
     if not Path(profile).is_file():

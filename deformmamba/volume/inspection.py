@@ -65,7 +65,7 @@ def effective_matrix(
     Raises:
         VolumeError: not three axes, or no slice.
     """
-    images = torch.as_tensor(slices)
+    images = torch.as_tensor(np.ascontiguousarray(slices) if isinstance(slices, np.ndarray) else slices)
     if images.ndim != 3 or 0 in images.shape:
         raise VolumeError(f"effective_matrix takes slices (n, H, W), not {tuple(images.shape)}")
     n, h, w = images.shape

@@ -138,6 +138,30 @@ def test_intensity_changes_nothing_but_the_units(truth: np.ndarray, gain: float,
     np.testing.assert_allclose(moved.array[inside], wanted[inside], atol=2e-4 * gain * 800 + 1e-6 * abs(offset))
 
 
+def test_the_order_of_the_voxels_in_memory_changes_nothing(truth: np.ndarray) -> None:
+    """Flipped and permuted views of an array, with the affine of the view, are the same scan."""
+    scan = thick_scan(truth)
+    plain, _ = isotropic(scan, model=Sharpen())
+    flip = np.diag([-1.0, -1.0, 1.0, 1.0])
+    flip[:2, 3] = SIZE - 1
+    flipped, _ = isotropic(Volume(scan.array[::-1, ::-1], scan.affine @ flip), model=Sharpen())
+    assert_close(flipped.array[::-1, ::-1], plain.array)
+    np.testing.assert_allclose(flipped.affine, plain.affine @ flip, atol=1e-9)
+    for order in ((2, 0, 1), (0, 2, 1)):
+        axes = np.eye(4)[[*order, 3]].T
+        moved, report = isotropic(Volume(scan.array.transpose(order), scan.affine @ axes), model=Sharpen())
+        assert report.axis == order.index(2)
+        assert_close(moved.array, plain.array.transpose(order))
+        np.testing.assert_allclose(moved.affine, plain.affine @ axes, atol=1e-9)
+    # from the last slice to the first: the planes between the two have the same positions, in reverse order
+    reverse = np.diag([1.0, 1.0, -1.0, 1.0])
+    reverse[2, 3] = scan.array.shape[2] - 1
+    last_first, _ = isotropic(Volume(scan.array[:, :, ::-1], scan.affine @ reverse), model=Sharpen(), consistency="off")
+    plain, _ = isotropic(scan, model=Sharpen(), consistency="off")
+    inside = 3 * (scan.array.shape[2] - 1) + 1
+    assert_close(last_first.array[:, :, inside - 1 :: -1][:, :, 6:-6], plain.array[:, :, :inside][:, :, 6:-6])
+
+
 def test_adaptation_learns_and_repeats(truth: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adaptation, "RATE", 0.2)
     scan, weak = thick_scan(truth), Sharpen(strength=0.0)
@@ -271,6 +295,12 @@ def test_arguments_out_of_range(truth: np.ndarray) -> None:
         isotropic(scan, model=Sharpen(), seed=-1)
     with pytest.raises(InvalidArgument, match=r"0\.25 mm or more"):  # smaller voxels could fill the memory
         isotropic(scan, model=Sharpen(), to=0.01)
+    for name, value in (("to", "1"), ("profile", 3), ("device", "nope"), ("thickness", "4")):
+        with pytest.raises(DeformMambaError, match=name) as caught:
+            isotropic(scan, **{"model": Sharpen(), name: value})
+        assert "\n" not in str(caught.value)
+    _, report = isotropic(scan, model=Sharpen(), to=np.float32(1.0), seed=np.int64(3))  # numbers of numpy are numbers
+    json.dumps(report.facts())
     for wrong in ("three", -1, "2.5 steps", "5 hours", float("nan")):
         with pytest.raises(InvalidArgument, match="minutes"):
             parse_adapt(wrong)
