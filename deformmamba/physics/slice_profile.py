@@ -52,8 +52,8 @@ class SliceProfile:
         if self.table is None:
             if self.kind not in PROFILES:
                 raise SliceProfileError(
-                    f"slice profile is {self.kind!r}; it must be {' or '.join(PROFILES)}, or a file of two columns "
-                    "(mm from the centre, weight)"
+                    f"slice profile is {shown(self.kind)}; it must be {' or '.join(PROFILES)}, or an existing file of "
+                    "two columns (mm from the centre, weight)"
                 )
             return
         z, weight = torch.tensor(self.table, dtype=torch.float64).reshape(-1, 2).unbind(1)

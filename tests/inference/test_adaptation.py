@@ -7,7 +7,7 @@ import torch
 from tolerances import assert_close
 
 from deformmamba.inference.adaptation import SSIM_WEIGHT, _gradients, _twin, adaptation_loss
-from deformmamba.metrics import ssim
+from deformmamba.metrics import pooled, pooled_by_matrices, ssim
 from deformmamba.models import DeformMambaSR
 
 
@@ -19,6 +19,7 @@ def test_the_loss_is_l1_and_the_measured_ssim() -> None:
     wanted = float((sr - hr).abs().mean()) + SSIM_WEIGHT * (1 - ssim(sr[:, 0], hr[:, 0]))
     assert float(adaptation_loss(sr, hr)) == pytest.approx(wanted, abs=1e-5)  # float32 against float64
     assert float(adaptation_loss(hr, hr)) == pytest.approx(0, abs=1e-6)
+    assert_close(pooled_by_matrices(sr[:, 0]), pooled(sr[:, 0]))
     small = adaptation_loss(sr[:, :, :6], hr[:, :, :6])
     assert float(small) == pytest.approx(float((sr - hr)[:, :, :6].abs().mean()))
 
