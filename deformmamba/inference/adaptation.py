@@ -33,6 +33,7 @@ HELD_OUT = 6  # number of in-plane slices that are held out from adaptation
 FEWEST_ACROSS = 4  # smallest number of thick slices across an image for a meaningful comparison
 PATCH, BATCH, RATE = 96, 4, 4e-3
 SSIM_WEIGHT = 0.3
+MOST_COMPARING = 0.2  # share of the minutes kept for the comparison after adaptation
 REPLAN = 10  # steps after which the number of steps that fit the minutes is computed again
 
 
@@ -106,11 +107,15 @@ def best_of(
     """The network to use (None: the spline), its gain on the held-out slices, and the number of adaptation steps."""
     if not len(held):
         return network, None, 0
+    start = time.perf_counter()
     gain = measured(network, held, job)
+    comparing = time.perf_counter() - start
     chosen: nn.Module
     chosen, best, adapted = network, gain, 0
     if (minutes or steps) and len(own):
-        tuned, done = adapted_to(network, own, job, minutes, steps, seed, progress)
+        # the minutes include the comparison afterwards, which takes twice as long as the first
+        seconds = 60 * minutes - min(2 * comparing, MOST_COMPARING * 60 * minutes)
+        tuned, done = adapted_to(network, own, job, seconds, steps, seed, progress)
         ensemble = TwoWays(tuned)
         after = measured(ensemble, held, job)
         if after.db > gain.db:
@@ -168,18 +173,20 @@ def adapted_to(
     network: "SRModel",
     own: torch.Tensor,
     job: Stack,
-    minutes: float,
+    seconds: float,
     steps: int | None,
     seed: int,
     progress: bool,
 ) -> tuple["SRModel", int]:
     """A copy of the network, trained on degraded slices `own` (k, h, w); and the number of steps.
 
-    The learning rate falls along a cosine of the number of steps. Minutes are converted to steps by timing one step,
-    and again after every few steps. On a CPU the batch is divided among torch's threads.
+    The learning rate falls along a cosine of the number of steps. For `steps=None` the number of steps that fit into
+    `seconds` is found by timing one step, and again after every few steps; the seconds include the compilation of
+    kernels. On a CPU the batch is divided among torch's threads.
     """
     from tqdm import tqdm
 
+    begin = time.perf_counter()
     tuned = copy.deepcopy(network).train().requires_grad_(True)
     fused = device_of(network).type in ("cpu", "cuda")  # one pass over the weights: a few ms instead of 18 on a CPU
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=RATE, weight_decay=0.01, fused=fused)
@@ -201,7 +208,8 @@ def adapted_to(
             gradients(0)  # compiles the kernels and fills caches
             start = time.perf_counter()
             gradients(0)
-            total = max(1, round(60 * minutes / (time.perf_counter() - start)))
+            now = time.perf_counter()
+            total = max(1, round((seconds - (now - begin)) / (now - start)))
             optimizer.zero_grad(set_to_none=True)
             start = time.perf_counter()
         number = 0
@@ -215,8 +223,8 @@ def adapted_to(
                 optimizer.zero_grad(set_to_none=True)
                 number += 1
                 if steps is None and number % REPLAN == 0:  # a busy machine does fewer steps in the same time
-                    seconds = time.perf_counter() - start
-                    bar.total = total = number + max(0, round((60 * minutes - seconds) * number / seconds))
+                    now = time.perf_counter()
+                    bar.total = total = number + max(0, round((seconds - (now - begin)) * number / (now - start)))
                 bar.update()
     return tuned.eval(), number
 

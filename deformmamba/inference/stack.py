@@ -110,10 +110,9 @@ class Stack:
                 f"slices are {spacing:.3g} mm apart and {wanted_voxel}: the scan is isotropic already (the ratio is "
                 f"{ratio:.2f}, at least {LEAST_RATIO} is needed)"
             )
-        if len(array) < FEWEST_SLICES:
-            raise VolumeError(
-                f"the scan has {len(array)} slice{'s' * (len(array) != 1)}; at least {FEWEST_SLICES} are needed to interpolate between them"
-            )
+        if (n_slices := len(array)) < FEWEST_SLICES:
+            held = f"{n_slices} slice{'s' * (n_slices != 1)}"
+            raise VolumeError(f"the scan has {held}; at least {FEWEST_SLICES} are needed to interpolate between them")
         _check_slices(array)
         place = volume.resampled(volume.array, spacing / to, (axis,), "origin")
         for a, n, side in zip((first, second), array.shape[1:], sides, strict=True):
