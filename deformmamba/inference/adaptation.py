@@ -33,7 +33,7 @@ HELD_OUT = 6  # number of in-plane slices that are held out from adaptation
 FEWEST_ACROSS = 4  # smallest number of thick slices across an image for a meaningful comparison
 PATCH, BATCH, RATE = 96, 4, 4e-3
 SSIM_WEIGHT = 0.3
-MOST_COMPARING = 0.2  # share of the minutes kept for the comparison after adaptation
+TRAINING_SHARE = 0.8  # of the minutes; the rest is for the comparison afterwards and the second pass of `TwoWays`
 REPLAN = 10  # steps after which the number of steps that fit the minutes is computed again
 
 
@@ -107,14 +107,11 @@ def best_of(
     """The network to use (None: the spline), its gain on the held-out slices, and the number of adaptation steps."""
     if not len(held):
         return network, None, 0
-    start = time.perf_counter()
     gain = measured(network, held, job)
-    comparing = time.perf_counter() - start
     chosen: nn.Module
     chosen, best, adapted = network, gain, 0
     if (minutes or steps) and len(own):
-        # the minutes include the comparison afterwards, which takes twice as long as the first
-        seconds = 60 * minutes - min(2 * comparing, MOST_COMPARING * 60 * minutes)
+        seconds = 60 * minutes * TRAINING_SHARE
         tuned, done = adapted_to(network, own, job, seconds, steps, seed, progress)
         ensemble = TwoWays(tuned)
         after = measured(ensemble, held, job)
