@@ -46,18 +46,18 @@ test: $(BIN)/.installed-dev  ## every subject, without the tests marked long
 test-all: $(BIN)/.installed-dev  ## all tests, as in CI
 	$(PYTEST)
 
-test-fast: $(BIN)/.installed-test  ## the tests that take less than a few seconds each
+test-fast: $(BIN)/.installed-test  ## the tests that take less than about 0.3 seconds each
 	$(PYTEST) -m "not slow"
 
 # the oldest instruction set that each library supports, with which sums are rounded differently
 OLDEST := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 NUMBA_CPU_NAME=generic OMP_NUM_THREADS=1
 
 test-generic: $(BIN)/.installed-test  ## the numerical tests with the instruction set of an old processor
-	$(OLDEST) $(PYTEST) -m "not slow" tests/scan/test_scan.py tests/scan/test_scan_cpu.py tests/deform tests/physics tests/test_layers.py \
+	$(OLDEST) $(PYTEST) -m "not slow or numerical" tests/scan/test_scan.py tests/scan/test_scan_cpu.py tests/deform tests/physics tests/test_layers.py \
 	tests/test_losses.py tests/inference/test_adapters.py
 
-test-fast-generic: $(BIN)/.installed-test  ## the fast tests with the same instruction set
-	$(OLDEST) $(PYTEST) -m "not slow"
+test-fast-generic: $(BIN)/.installed-test  ## the fast tests, and those marked portable, with the same instruction set
+	$(OLDEST) $(PYTEST) -m "not slow or numerical"
 
 lint: $(BIN)/.installed-dev  ## style and types
 	$(BIN)/ruff check .

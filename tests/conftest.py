@@ -39,7 +39,7 @@ def pytest_runtestloop() -> Generator[None, object, object]:
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("long"):
+        if item.get_closest_marker("long") or item.get_closest_marker("portable"):
             item.add_marker("slow")
 
 

@@ -246,7 +246,7 @@ def loaded() -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.portable
 @pytest.mark.parametrize(("code", "absent"), IMPORTED)
 def test_what_is_not_used_is_not_loaded(code: str, absent: tuple[str, ...], loaded: dict[str, set[str]]) -> None:
     assert "deformmamba" in loaded[code]

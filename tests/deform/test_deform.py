@@ -225,7 +225,7 @@ def test_an_empty_batch_gives_an_empty_result(implementation: str) -> None:
 # derivatives
 
 
-@pytest.mark.parametrize("implementation", ["cpu", pytest.param("gather", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("implementation", ["cpu", pytest.param("gather", marks=pytest.mark.portable)])
 @pytest.mark.parametrize(
     "case", [CASES[1]._replace(batch=1, size=(3, 2)), CASES[7]._replace(size=(3, 3), stride=(2, 2))]
 )
@@ -296,7 +296,7 @@ def test_any_subset_of_the_tensors_can_want_gradients(mask: bool, implementation
                     assert given[i].grad is None
 
 
-@pytest.mark.slow
+@pytest.mark.portable
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from torch's own checker
 def test_operators_keep_torchs_contract() -> None:
     """Schema, fake tensors, autograd registration, and equal results when compiled with static and dynamic shapes."""
@@ -553,8 +553,10 @@ class Block(torch.nn.Module):
         )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param("aot_eager", marks=pytest.mark.portable), pytest.param("inductor", marks=pytest.mark.slow)],
+)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own warning, on importing inductor
 def test_compiles_into_one_graph(backend: str) -> None:
     torch.compiler.reset()

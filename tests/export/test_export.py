@@ -361,7 +361,9 @@ class Unexportable(SRModel):
             {"format": "pt2", "variant": "linear-attention"},
             "variant is 'linear-attention'; it must be \"scan\", or with",
         ),
-        ({"format": "pt2", "size": (4, 4)}, "torch .* cannot export Unexportable to pt2: "),
+        pytest.param(
+            {"format": "pt2", "size": (4, 4)}, "torch .* cannot export Unexportable to pt2: ", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_cannot_be_exported_is_one_line(tmp_path: Path, arguments: dict[str, object], message: str) -> None:

@@ -102,7 +102,7 @@ def test_what_looks_like_a_meta_tensor() -> None:
     check_meta_tensors(Meta)
 
 
-@pytest.mark.slow
+@pytest.mark.portable
 def test_monai() -> None:
     imported("monai")
     data, transforms = imported("monai.data"), imported("monai.transforms")

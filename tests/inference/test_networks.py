@@ -27,7 +27,7 @@ def slices(n: int = 3, dtype: type = np.float32) -> np.ndarray:
     return np.random.default_rng(0).uniform(0, 900, (n, 12, 10)).astype(dtype)
 
 
-@pytest.mark.slow
+@pytest.mark.portable
 def test_wrappers_give_what_the_model_inside_gives(model: VDSR) -> None:
     expected = upscale(model, slices(), axis=0)
     mean = upscale(model, slices(), axis=0, ensemble=True)

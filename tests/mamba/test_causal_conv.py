@@ -58,7 +58,7 @@ def test_the_kernels_run_where_they_can() -> None:
     assert not causal_conv_cpu.usable(torch.zeros(1, device="meta"))
 
 
-@pytest.mark.slow
+@pytest.mark.portable
 def test_the_kernels_as_plain_python_and_pytorch_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = maps(False), torch.randn(5, 4), torch.randn(5)
     compiled = causal_conv1d_fn(x, weight, bias)

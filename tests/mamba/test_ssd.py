@@ -133,7 +133,7 @@ def test_lengths_and_batches_at_the_ends(b: int, length: int) -> None:
     compare_with_gradients(arguments(b, length, dtype=torch.float64), 1e-12)
 
 
-@pytest.mark.slow
+@pytest.mark.portable
 def test_a_long_sequence() -> None:
     given = [t.requires_grad_() for t in arguments(1, 65_536, 2, 4, 1, 4)]
     ours, _ = mamba_chunk_scan_combined(*given[:5], 64, dt_softplus=True, return_final_states=True)

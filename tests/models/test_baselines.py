@@ -58,7 +58,7 @@ def test_vdsr_has_the_weights_that_are_quoted_for_it() -> None:
     assert len(VDSR().convolutions) == 20
 
 
-@pytest.mark.slow
+@pytest.mark.portable
 @pytest.mark.parametrize(
     ("name", "arguments", "millions"),
     [

@@ -350,6 +350,7 @@ def test_the_hub_gets_what_is_saved() -> None:
     assert made.revision is None
 
 
+@pytest.mark.portable
 @torch.no_grad()
 def test_shapes_without_values(name: str) -> None:
     """On the meta device and under FakeTensor, a model computes shapes and reads no value."""

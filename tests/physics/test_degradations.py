@@ -185,6 +185,7 @@ def test_blur_against_scipy(sigma):
     )
 
 
+@pytest.mark.portable
 def test_noise_has_the_distribution_it_is_named_after():
     stats = pytest.importorskip("scipy.stats")
     flat = torch.full((1, 128, 128), 0.1, dtype=torch.float64)

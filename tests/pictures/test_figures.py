@@ -71,6 +71,7 @@ def test_an_unknown_orientation_gets_no_labels() -> None:
     np.testing.assert_array_equal(seen.image, volume.array[:, :, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", figures.SUFFIXES)
 def test_before_and_after(tmp_path: Path, drawn: list[Any], suffix: str) -> None:
     lr = picture()

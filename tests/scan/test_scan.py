@@ -22,7 +22,7 @@ SEQUENCES = [
     (2, 6, 1, 4, 1),
     (1, 12, 37, 3, 4),
     (2, 33, 65, 5, 1),
-    (1, 64, 270, 16, 2),
+    pytest.param((1, 64, 270, 16, 2), marks=pytest.mark.portable),
     (3, 5, 9, 1, 5),
     (1, 16, 140, 8, 1),
     (1, 19, 140, 32, 1),
@@ -31,7 +31,7 @@ SEQUENCES = [
 MAPS = [  # (b, h, w, d, k, n): not square, every number of directions, more steps than one chunk
     (2, 3, 7, 6, 1, 4),
     (1, 9, 11, 20, 2, 3),
-    (2, 9, 15, 17, 4, 6),
+    pytest.param((2, 9, 15, 17, 4, 6), marks=pytest.mark.portable),
     (1, 1, 5, 3, 4, 1),
 ]
 
@@ -434,7 +434,15 @@ def low_rank_target(shape: tuple[int, ...], discretization: Any) -> Results:
 
 
 @pytest.mark.parametrize("discretization", ["euler", "zoh"])
-@pytest.mark.parametrize("shape", [(2, 5, 7, 6, 1, 3, 1), (1, 9, 11, 20, 2, 3, 5), (2, 13, 10, 33, 4, 6, 12)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 5, 7, 6, 1, 3, 1),
+        (1, 5, 6, 20, 2, 3, 5),
+        pytest.param((2, 13, 10, 33, 4, 6, 12), marks=pytest.mark.portable),
+    ],
+    ids=str,
+)
 def test_step_sizes_of_low_rank(place: Place, shape: tuple[int, ...], discretization: Any) -> None:
     """`delta` and `delta_weight` equal delta_weight @ delta in values, and in the gradients of both."""
     if place.backend == "mamba_ssm" and discretization == "zoh":
@@ -528,7 +536,9 @@ def test_special_values_come_out_where_the_reference_lets_them(
 
 
 @pytest.mark.parametrize("discretization", ["euler", "zoh"])
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "value", [math.nan, *(pytest.param(x, marks=pytest.mark.portable) for x in (math.inf, -math.inf))]
+)
 @pytest.mark.parametrize("kind", ["map", "low rank", "sequence"])
 @pytest.mark.parametrize("place", KERNELS, indirect=True, ids="-".join)
 def test_gradients_of_special_values(place: Place, kind: str, value: float, discretization: Any) -> None:

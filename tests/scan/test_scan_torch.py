@@ -81,7 +81,7 @@ def test_compiles_in_one_graph(line: tuple[torch.Tensor, ...], compiler: str) ->
         assert_close(results, gradients(module, module, *inputs))
 
 
-@pytest.mark.slow
+@pytest.mark.portable
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_function_follows_the_choice(line: tuple[torch.Tensor, ...]) -> None:
     graphs = []
@@ -98,7 +98,7 @@ def test_a_compiled_function_follows_the_choice(line: tuple[torch.Tensor, ...]) 
     assert [any("deformmamba" in target for target in graph) for graph in graphs] == [True, False]
 
 
-@pytest.mark.slow
+@pytest.mark.portable
 def test_exports(line: tuple[torch.Tensor, ...]) -> None:
     for module, inputs in ((Line(), line), (Map(), (torch.randn(2, 10, 5, 7),))):
         for name in ("cpu", "eager"):
@@ -115,6 +115,7 @@ def test_functional_call(line: tuple[torch.Tensor, ...]) -> None:
     assert_close(torch.func.functional_call(module, weights, line), other(*line))
 
 
+@pytest.mark.portable
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own warning, in forward mode
 def test_transforms_of_torch_func(line: tuple[torch.Tensor, ...]) -> None:
     """Kernels have no rule for transforms: `auto` takes a backend that has one, and a named kernel raises."""
@@ -185,7 +186,7 @@ def test_distributed_data_parallel(line: tuple[torch.Tensor, ...]) -> None:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.portable
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own warning, in PyTorch 2.15
 @pytest.mark.parametrize("zoh", [False, True])
 def test_the_operator_keeps_pytorchs_rules(zoh: bool) -> None:

@@ -216,6 +216,7 @@ def test_a_package_that_is_missing_leaves_its_row_out(
     assert cells(document.read_text("utf-8"))["HAT"][3:5] == ["0", "not run"]
 
 
+@pytest.mark.slow
 def test_minutes_become_steps_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train, test = split(folder)
     monkeypatch.setattr(tables, "seconds_a_step", lambda *_, **__: 20.0)

@@ -44,6 +44,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run(data: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "small.toml"
     recipe.write_text(RECIPE)

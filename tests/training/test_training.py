@@ -125,7 +125,8 @@ def test_the_best_checkpoint_is_the_one_that_validates_best(tmp_path):
     assert DeformMambaSR.from_pretrained(tmp_path / "last.safetensors").provenance["steps"] == 6
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_weights(tmp_path, number):
     whole = digest(run(tmp_path / "whole", accumulate=2))
     with pytest.raises(KeyboardInterrupt):
@@ -193,7 +194,9 @@ def test_epochs_end_with_an_uneven_batch(tmp_path):
     assert float(log(tmp_path)[-1]["loss"]) > 0
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "precision", ["no", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bf16", "fp16"))]
+)
 def test_precisions(tmp_path, precision):
     model = network()
     forward = type(model).forward
@@ -290,6 +293,7 @@ def test_a_better_validation_beats_the_start(tmp_path):
     assert DeformMambaSR.from_pretrained(best).provenance["steps"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strange", [float("nan"), *(pytest.param(x, marks=pytest.mark.slow) for x in (math.inf, -math.inf))]
 )
@@ -315,6 +319,7 @@ def test_a_validation_that_fails_loses_no_step(tmp_path):
     assert [row["step"] for row in log(tmp_path)] == ["4", "6"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_before_the_first_validation_keeps_the_weights(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, data=Signalling(3, signal.SIGINT), every=100)

@@ -210,6 +210,7 @@ def test_a_folder_without_groups_is_taken_whole_and_says_so(folder, tmp_path, re
     assert "weights" not in DeformMambaSR.from_pretrained(best).provenance["recipe"]["data"]
 
 
+@pytest.mark.slow
 def test_a_group_that_is_not_there_is_said(folder, tmp_path, recipe):
     recipe.write_text(RECIPE.replace('"T2 brain" = 1.0', '"T2 brain" = 0.5\n"T1 brain" = 0.5'))
     with pytest.warns(UserWarning, match="has no training volumes of T1 brain; the other groups"):
@@ -318,6 +319,7 @@ def test_a_damaged_validation_volume_is_found_at_once(folder, tmp_path, recipe):
     assert not (tmp_path / "out" / "state.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_no_model_but_says_where_one_is(folder, tmp_path, recipe):
     train_recipe(recipe, folder, tmp_path / "out", progress=False)
     with pytest.raises(WeightsError, match=r"is the folder of a training run; give .*best\.safetensors"):

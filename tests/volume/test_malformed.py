@@ -108,6 +108,7 @@ def traced() -> Iterator[None]:
     tracemalloc.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize(
     "kind",
@@ -172,6 +173,7 @@ def test_the_headers_of_pydicoms_files_end_no_reading(tmp_path: Path) -> None:
     assert valid >= 10
 
 
+@pytest.mark.slow
 def test_damaged_dicom_that_can_be_read_is_written_or_refused(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     written, said = 0, []

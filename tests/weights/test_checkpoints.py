@@ -64,6 +64,7 @@ def test_the_card_says_what_it_was_trained_on_and_whether_ixi_was_among_it(entry
     assert max(line.count(" | ") for line in text.splitlines() if line.startswith("|")) <= 6  # seven columns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(8, 8), (9, 13), (64, 64)])
 def test_any_size_of_at_least_eight(model, size):
     lr = torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(0))

@@ -155,6 +155,7 @@ def test_a_download_that_is_cut_off_is_resumed(
     assert verify("org/name@" + hub.repositories["org/name"].refs["main"]) == hashlib.sha256(data).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_download_that_is_killed_leaves_nothing_that_loads(
     hub: HubServer, files: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -313,6 +314,7 @@ def test_a_file_that_is_no_checkpoint(hub: HubServer) -> None:
     assert main(["weights", "fetch", "org/name"]) == 2
 
 
+@pytest.mark.slow
 def test_a_cache_without_room_or_permission(hub: HubServer, files: dict[str, bytes], tmp_path: Path) -> None:
     """The process first cannot write files of more than 10 kB, and then cannot write into the cache."""
     hub.put("org/name", files)
