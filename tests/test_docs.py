@@ -42,6 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phantom: np.ndarray)
     return tmp_path
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(("page", "code"), blocks("python"), ids=lambda text: text.split("\n")[0][:40])
 def test_python_blocks_run(page: str, code: str, folder: Path) -> None:
     exec(compile(code, page, "exec"), {"__name__": "docs"})
@@ -52,6 +53,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.portable
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=lambda text: text)
 def test_commands_run(page: str, line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = shlex.split(line)[1:]

@@ -174,7 +174,7 @@ def test_the_causal_convolution_refuses_what_does_not_fit(change: dict[int, tupl
         OPS.causal_conv_backward(x, weight, torch.rand(2, 5, 7))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_random_calls_of_the_operators_do_not_end_the_process() -> None:
     """A short run; `python tests/fuzz_operators.py` makes 20,000 calls."""
     script = Path(__file__).with_name("fuzz_operators.py")

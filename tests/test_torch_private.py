@@ -29,7 +29,7 @@ def test_a_marked_function_is_a_constant_of_the_compiled_program() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_public_way_to_mark_a_function_still_imports_the_compiler() -> None:
     """If this test fails, the public function can replace `constant_when_compiled`."""
     code = "import sys, torch\ntorch.compiler.assume_constant_result(lambda: 1)\nassert 'torch._dynamo' in sys.modules"

@@ -506,7 +506,7 @@ def test_the_column_buffer_is_bounded(channels: int) -> None:
     assert chunks[0][2].untyped_storage().nbytes() <= limit
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of resident memory")
 def test_forward_and_backward_hold_less_than_the_nine_tap_buffer() -> None:
     program = """
@@ -579,7 +579,7 @@ def test_compiles_into_one_graph(backend: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("strict", [pytest.param(True, marks=pytest.mark.long), False])
 def test_an_export_has_free_sizes_and_needs_nothing_of_ours(strict: bool) -> None:
     free = {0: torch.export.Dim("b"), 2: torch.export.Dim("h", min=3), 3: torch.export.Dim("w", min=3)}
     block = Block()

@@ -80,7 +80,7 @@ def test_the_scan_by_steps_is_the_scan(directions: int, zoh: bool, bias: bool, r
     assert kept.shape[3] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_pt2_file_needs_no_deformmamba(tmp_path: Path) -> None:
     model = small(deform=False, context=False)
     done = export(model, tmp_path / "m.pt2", format="pt2", size=(7, 6), inputs="lr,base")
@@ -258,7 +258,7 @@ def test_the_variant_for_gpus_gives_the_same(tmp_path: Path, zoh: bool) -> None:
         torch.testing.assert_close(got, model(lr), atol=1e-5, rtol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_onnx_file_for_tiles_takes_base(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
@@ -271,7 +271,7 @@ def test_an_onnx_file_for_tiles_takes_base(tmp_path: Path) -> None:
     assert list(json.loads(done.facts["inputs"])) == ["lr", "base"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_openvino_file_gives_what_upscale_gives(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     pytest.importorskip("openvino")
@@ -319,7 +319,7 @@ def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "m.pt2").read_bytes() == b"yesterday's"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_file_that_gives_nan_is_not_kept(tmp_path: Path) -> None:
     model = small(deform=False, context=False, directions=1)
     model.project.bias.data.fill_(float("nan"))

@@ -401,7 +401,7 @@ upscale_cohort(ZeroFill(scale=2), sys.argv[2], sys.argv[3], told=told)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGKILL")
 def test_one_of_two_processes_killed_and_the_run_repeated(tmp_path: Path) -> None:
     root, out, notes = tmp_path / "in", tmp_path / "out", tmp_path / "notes"

@@ -650,7 +650,7 @@ def test_a_failure_halfway_leaves_no_file(wobble: Wobble, tmp_path: Path) -> Non
     assert (tmp_path / "out.nii").read_bytes() == b"kept"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_output(tmp_path: Path) -> None:
     """The output has 256 MB, and only a few of its slices are in memory at any time."""
     write_volume(tmp_path / "in.nii", Volume(np.random.default_rng(0).random((256, 256, 64), np.float32), np.eye(4)))

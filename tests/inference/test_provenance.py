@@ -108,7 +108,7 @@ def test_every_volume_of_a_4d_scan_goes_into_one_file(tmp_path: Path, axis: int)
         upscale_file(model, tmp_path / "in.nii.gz", tmp_path / "out.mgz", axis=axis)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_4d_scan_takes_the_memory_of_one_volume(tmp_path: Path) -> None:
     shape = (64, 64, 8, 60)
     nibabel.save(
@@ -231,7 +231,7 @@ def test_advice_names_no_option_that_the_command_lacks() -> None:
     assert _with_options("nothing (else) here", {}) == "nothing (else) here"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_signals_leave_nothing_half_written(tmp_path: Path, number: signal.Signals) -> None:

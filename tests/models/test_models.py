@@ -103,7 +103,7 @@ class TestContract:
         assert model.provenance == {}
         assert model.source is None
 
-    @pytest.mark.parametrize("layout", ["folder", "file.safetensors"])
+    @pytest.mark.parametrize("layout", [pytest.param("folder", marks=pytest.mark.slow), "file.safetensors"])
     def test_saved_and_loaded_it_gives_the_same_bits(self, name: str, layout: str, tmp_path: Path) -> None:
         model, lr = build(name), image(2, 1, 9, 11)
         model.save_pretrained(tmp_path / layout, provenance={"spacings_mm": [0.9, 0.9]})

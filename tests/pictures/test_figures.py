@@ -122,6 +122,7 @@ def test_the_square_lies_on_the_detail_and_inside_the_image(tmp_path: Path, draw
     assert (square.get_x(), square.get_y(), square.get_width()) == (43.5, -0.5, 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 4), (8, 200), (200, 8)])
 def test_small_long_and_empty_images_are_drawn(tmp_path: Path, shape: tuple[int, int]) -> None:
     lr = np.full(shape, {3: 0.0, 8: 1.0, 200: -1.0}[shape[0]])

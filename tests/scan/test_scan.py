@@ -24,7 +24,7 @@ SEQUENCES = [
     (2, 33, 65, 5, 1),
     pytest.param((1, 64, 270, 16, 2), marks=pytest.mark.portable),
     (3, 5, 9, 1, 5),
-    (1, 16, 140, 8, 1),
+    pytest.param((1, 16, 140, 8, 1), marks=pytest.mark.portable),
     (1, 19, 140, 32, 1),
     (1, 17, 20, 33, 1),
 ]

@@ -133,7 +133,7 @@ def scan_in_workers(start: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.long)])
 def test_workers_of_a_data_loader(start: str) -> None:
     """In a separate process, because threads of other tests (PyTorch's OpenMP and autograd) do not survive a fork."""
     in_a_process(__file__, start)

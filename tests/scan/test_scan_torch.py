@@ -71,7 +71,10 @@ def fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "compiler",
+    [pytest.param("aot_eager", marks=pytest.mark.portable), pytest.param("inductor", marks=pytest.mark.slow)],
+)
 def test_compiles_in_one_graph(line: tuple[torch.Tensor, ...], compiler: str) -> None:
     for module, inputs in ((Line(), line), (Map(), (torch.randn(2, 10, 5, 7),))):
         compiled = torch.compile(module, fullgraph=True, backend=compiler)

@@ -293,7 +293,7 @@ def test_the_command_refuses_in_one_line(
     assert errors.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_learning_rates_are_chosen_on_validation_and_written_down(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

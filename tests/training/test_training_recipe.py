@@ -86,6 +86,7 @@ def test_subjects_count_alike_however_many_volumes_they_have():
     assert mean_scores(rows)["psnr"] == 5.0
 
 
+@pytest.mark.slow
 def test_a_recipe_trains_from_a_folder(folder, tmp_path, recipe):
     best = train_recipe(recipe, folder, tmp_path / "out", progress=False, steps=3, seed=None)
     facts = DeformMambaSR.from_pretrained(best).provenance

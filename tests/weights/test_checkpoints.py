@@ -98,6 +98,7 @@ def offsets(model, lr):
     return found
 
 
+@pytest.mark.slow
 def test_the_deform_branch_is_alive(model, brain):
     lr = degrade(brain, model.scale)[None, None]
     found = offsets(model, lr)
@@ -166,6 +167,7 @@ def test_the_scores_of_the_entry_are_reproduced(entry, model, real_data):
     assert row["ssim"] > row["zero_fill_ssim"]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_units_and_a_marker_do_not_matter(model, brain):
     if not model.any_intensity:
