@@ -1,6 +1,7 @@
 """Mamba networks with `deformmamba.mamba` and with plain PyTorch: Mamba-2's scan, and transformers' Mamba models.
 
 Run: python benchmarks/mamba.py [ssd] [Mamba] [Mamba2] [FalconMamba] [--layers 24] [--tokens 2048] [--threads 1]
+     python benchmarks/mamba.py SegMamba | VM-UNet | MambaIR [--source FOLDER] [--size 32]
 
 The models need transformers 5.16 or later (`pip install transformers`); nothing is downloaded, because the models have
 the 130M configuration with random weights. Each model runs with transformers' PyTorch functions and, after `install`,
@@ -14,6 +15,8 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -161,28 +164,85 @@ def linear_layers(network: Any, tokens: int) -> None:
 
 
 def segmamba(source: str, size: int) -> None:
-    """SegMamba's network, unmodified, on a cube: both passes with our functions and with the loop over steps."""
+    """SegMamba's network on a cube."""
     sys.path.insert(0, source)
     deformmamba.mamba.install(quiet=True)
-    from model_segmamba.segmamba import SegMamba  # type: ignore[import-not-found]
+    from model_segmamba.segmamba import SegMamba
 
     from deformmamba.mamba import selective_scan
 
     torch.manual_seed(0)
-    network, x = SegMamba(in_chans=1, out_chans=4), torch.randn(1, 1, size, size, size)
-    ours = {name: getattr(selective_scan, name) for name in ("selective_scan_fn", "causal_conv1d_fn")}
     plain = {"selective_scan_fn": selective_scan.selective_scan_ref, "causal_conv1d_fn": plain_convolution}
+    against_loop(
+        "SegMamba", SegMamba(in_chans=1, out_chans=4), torch.randn(1, 1, size, size, size), selective_scan, plain
+    )
+
+
+def vm_unet(source: str, size: int) -> None:
+    """VM-UNet with one block a level and a quarter of its channels, on an image."""
+    sys.path.insert(0, source)
+    plain_timm()
+    deformmamba.mamba.install(quiet=True)
+    from models.vmunet import vmamba
+
+    torch.manual_seed(0)
+    dims, one = [24, 48, 96, 192], [1, 1, 1, 1]
+    network = vmamba.VSSM(
+        in_chans=3, num_classes=1, depths=one, depths_decoder=one, dims=dims, dims_decoder=dims[::-1], drop_path_rate=0
+    )
+    plain = {"selective_scan_fn": deformmamba.mamba.selective_scan_ref}
+    against_loop("VM-UNet", network, torch.randn(1, 3, size, size), vmamba, plain)
+
+
+def mamba_ir(source: str, size: int) -> None:
+    """MambaIR with one group of two blocks, on an image."""
+    plain_timm()
+    for name, folder in (("basicsr", "basicsr"), ("basicsr.utils", None), ("basicsr.archs", "basicsr/archs")):
+        package = sys.modules[name] = ModuleType(name)  # the real one imports all of its training code
+        package.__path__ = [] if folder is None else [str(Path(source, folder))]
+    registry = sys.modules["basicsr.utils.registry"] = ModuleType("basicsr.utils.registry")
+    registry.__dict__["ARCH_REGISTRY"] = SimpleNamespace(register=lambda: lambda architecture: architecture)
+    deformmamba.mamba.install(quiet=True)
+    from basicsr.archs import mambair_arch
+
+    torch.manual_seed(0)
+    network = mambair_arch.MambaIR(
+        img_size=size, embed_dim=60, depths=(2,), drop_path_rate=0.0, upscale=2, upsampler="pixelshuffledirect"
+    )
+    plain = {"selective_scan_fn": deformmamba.mamba.selective_scan_ref}
+    against_loop("MambaIR", network, torch.randn(1, 3, size, size), mambair_arch, plain)
+
+
+def plain_timm() -> None:
+    """The three functions that VM-UNet and MambaIR take from timm, without timm, which imports torchvision."""
+    for name in ("timm", "timm.models", "timm.models.layers"):
+        sys.modules[name] = ModuleType(name)
+    sys.modules["timm.models.layers"].__dict__.update(
+        DropPath=lambda rate: torch.nn.Identity(),
+        to_2tuple=lambda x: x if isinstance(x, tuple) else (x, x),
+        trunc_normal_=torch.nn.init.trunc_normal_,
+    )
+
+
+def against_loop(
+    name: str, network: torch.nn.Module, x: torch.Tensor, module: ModuleType, plain: dict[str, Callable[..., Any]]
+) -> None:
+    """Both passes of an unmodified network with our functions, and with `plain` in their place in `module`."""
+    ours = {function: getattr(module, function) for function in plain}
 
     def both(functions: dict[str, Any]) -> list[torch.Tensor]:
-        for name, function in functions.items():
-            setattr(selective_scan, name, function)
+        for function, replacement in functions.items():
+            setattr(module, function, replacement)
+        for block in network.modules():
+            if "selective_scan" in vars(block):
+                vars(block)["selective_scan"] = functions["selective_scan_fn"]
         network.zero_grad()
         y = network(x)
         y.square().mean().backward()
         return [y.detach(), *(p.grad.clone() for p in network.parameters() if p.grad is not None)]
 
     found = both(ours)
-    mine = seconds(lambda: both(ours), 2)
+    mine = seconds(lambda: both(ours), 3)
     start = clock()
     expected = both(plain)
     loop = clock() - start
@@ -193,9 +253,9 @@ def segmamba(source: str, size: int) -> None:
     worst = max(((a - b).abs().max() / largest).item() for a, b in zip(gradients, gradients_loop, strict=True))
     parameters = sum(p.numel() for p in network.parameters()) / 1e6
     print(
-        f"SegMamba, {parameters:.0f} million parameters, {size}x{size}x{size}, both passes: {mine:.1f} s, with the "
-        f"loop over steps {loop:.1f} s, {loop / mine:.1f} times as long; largest difference {error:.1e} of the largest "
-        f"output, {worst:.1e} of the largest gradient"
+        f"{name}, {parameters:.2f} million parameters, {'x'.join(map(str, x.shape[2:]))}, both passes: {mine:.2f} s, "
+        f"with the loop over steps {loop:.2f} s, {loop / mine:.1f} times as long; largest difference {error:.1e} of "
+        f"the largest output, {worst:.1e} of the largest gradient"
     )
 
 
@@ -207,21 +267,26 @@ def plain_convolution(
     return F.silu(F.conv1d(F.pad(x, (weight.shape[1] - 1, 0)), weight[:, None], bias, groups=len(weight)))
 
 
+NETWORKS = {"SegMamba": segmamba, "VM-UNet": vm_unet, "MambaIR": mamba_ir}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("what", nargs="*", default=["ssd", *MODELS], choices=["ssd", *MODELS, "SegMamba"])
+    parser.add_argument("what", nargs="*", default=["ssd", *MODELS], choices=["ssd", *MODELS, *NETWORKS])
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--source", default="SegMamba", help="folder of SegMamba's source code")
-    parser.add_argument("--size", type=int, default=32, help="edge of the cube for SegMamba, a multiple of 32")
+    parser.add_argument(
+        "--source", help="folder of the source code of SegMamba, VM-UNet or MambaIR (default: its name)"
+    )
+    parser.add_argument("--size", type=int, default=32, help="edge of the image or cube, a multiple of 32")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for what in args.what:
         if what == "ssd":
             ssd(args.tokens)
-        elif what == "SegMamba":
-            segmamba(args.source, args.size)
+        elif what in NETWORKS:
+            NETWORKS[what](args.source or what, args.size)
         else:
             model(what, args.layers, args.tokens)
 

@@ -1,6 +1,6 @@
 """The scan's CPU backends compared with a loop over steps and mambapy's parallel scan; SS2D with its plain composition.
 
-Run: python benchmarks/scan.py [--threads 2] [--repeats 7] [--quick] [--write]
+Run: python benchmarks/scan.py [--threads 2] [--repeats 7] [--quick] [--alone] [--write]
 
 `OMP_WAIT_POLICY` determines how PyTorch's threads wait between operations; the table notes whether it was set.
 
@@ -16,7 +16,8 @@ delta A, five for the exponential by a polynomial, delta u B, h and y. The backw
 needs eight for the gradients. The floor is their number divided by the rate of fused multiply-adds, measured here with
 the same number of threads. It excludes softplus, sums over channels and memory access. (With AVX-512 our kernels take
 part of the exponential from a table, which saves two of the nine; the floor still counts nine, so that machines can be
-compared.)
+compared.) Both are compiled for the same target, so that `NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx2,+fma` and
+`NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=` measure older processors' code against its own floor.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from step_by_step import step_by_step
 import deformmamba
 from deformmamba.layers import SS2D
 from deformmamba.scan import selective_scan
+from deformmamba.scan.cpu import compiled_for
 
 N, GROUPS, CHANNELS = 16, 4, 768
 FORWARD, BACKWARD = 9, 16
@@ -90,14 +92,23 @@ def extra_memory(run: Run) -> int | None:
 def multiply_adds_per_second(threads: int) -> float:
     """float32 fused multiply-adds per second of this number of threads, which share clock and power."""
     import numba
-    from llvmlite import binding
+    from numba.core.registry import cpu_target
 
-    from deformmamba.scan.cpu_kernels import LANES, fma, load, store
+    from deformmamba.scan.cpu_kernels import LANES, fma, like, load, store
+
+    # as many chains as registers hold; each is LANES wide
+    @numba.njit(nogil=True)
+    def three(x: Any, rounds: int) -> None:
+        a, b, c = load(x, (0,)), load(x, (1,)), load(x, (2,))
+        p, q = like(a, x[16]), like(a, x[17])
+        for _ in range(rounds):
+            a, b, c = fma(a, p, q), fma(b, p, q), fma(c, p, q)
+        store(x, (0,), a + b + c)
 
     @numba.njit(nogil=True)
     def six(x: Any, rounds: int) -> None:
         a, b, c, d, e, f = load(x, (0,)), load(x, (1,)), load(x, (2,)), load(x, (3,)), load(x, (4,)), load(x, (5,))
-        p, q = load(x, (16,)), load(x, (17,))
+        p, q = like(a, x[16]), like(a, x[17])
         for _ in range(rounds):
             a, b, c, d, e, f = fma(a, p, q), fma(b, p, q), fma(c, p, q), fma(d, p, q), fma(e, p, q), fma(f, p, q)
         store(x, (0,), a + b + c + d + e + f)
@@ -106,14 +117,14 @@ def multiply_adds_per_second(threads: int) -> float:
     def twelve(x: Any, rounds: int) -> None:
         a, b, c, d, e, f = load(x, (0,)), load(x, (1,)), load(x, (2,)), load(x, (3,)), load(x, (4,)), load(x, (5,))
         g, h, i, j, k, m = load(x, (6,)), load(x, (7,)), load(x, (8,)), load(x, (9,)), load(x, (10,)), load(x, (11,))
-        p, q = load(x, (16,)), load(x, (17,))
+        p, q = like(a, x[16]), like(a, x[17])
         for _ in range(rounds):
             a, b, c, d, e, f = fma(a, p, q), fma(b, p, q), fma(c, p, q), fma(d, p, q), fma(e, p, q), fma(f, p, q)
             g, h, i, j, k, m = fma(g, p, q), fma(h, p, q), fma(i, p, q), fma(j, p, q), fma(k, p, q), fma(m, p, q)
         store(x, (0,), a + b + c + d + e + f + g + h + i + j + k + m)
 
-    wide = bool(binding.get_host_cpu_features().get("avx512f"))
-    kernel, chains = (twelve, 12) if wide else (six, 6)
+    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+    kernel, chains = (twelve, 12) if "+avx512f" in features else (six, 6) if "+avx2" in features else (three, 3)
     rounds = 400_000
     x = torch.full((64,), 0.5).numpy()
     kernel(x, 1)
@@ -369,11 +380,9 @@ def alone(lengths: list[int], rates: dict[int, float], repeats: int) -> Iterator
 def machine(threads: int, rate: float) -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    vectors = next((name for name, flag in (("AVX-512", "avx512dq"), ("AVX2", "avx2")) if flag in flags), "")
     load = Path("/proc/loadavg").read_text().split()[0] if Path("/proc/loadavg").exists() else "unknown"
     return (
-        f"{datetime.date.today():%d %B %Y}, {model} {vectors}, {threads} threads, load {load} before the run, "
+        f"{datetime.date.today():%d %B %Y}, {model}, kernels for {compiled_for()}, {threads} threads, load {load} before the run, "
         f"torch {torch.__version__}, deformmamba {deformmamba.__version__}. One image or sequence, "
         f"{CHANNELS} channels, {GROUPS} groups, N = {N}, float32. {rate / 1e9:,.0f} billion fused multiply-adds a "
         f"second, so that the floor of the forward pass at L = 4,096 is "
@@ -397,18 +406,28 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="small sizes: does the benchmark run at all")
+    parser.add_argument("--alone", action="store_true", help="without the eager backend, the loop and mambapy")
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rates = {count: multiply_adds_per_second(count) for count in sorted({1, args.threads})}
     rate = rates[args.threads]
+    with_others = [] if args.alone else [64] if args.quick else [1024, 4096]
     rows = [
-        *sequences([64] if args.quick else [1024, 4096], args.repeats, rate),
+        *sequences(with_others, args.repeats, rate),
         *maps([(48, 12, 20)] if args.quick else [(192, 64, 64), (96, 128, 128)], args.repeats),
-        *alone([64, 128] if args.quick else [1024, 4096, 16384, 65536], rates, args.repeats),
+        *alone(
+            [64, 128] if args.quick else [1024, 4096, 16384] if args.alone else [1024, 4096, 16384, 65536],
+            rates,
+            args.repeats,
+        ),
     ]
     waiting = os.environ.get("OMP_WAIT_POLICY")
-    command = f"{f'OMP_WAIT_POLICY={waiting} ' if waiting else ''}python benchmarks/scan.py"
+    target = os.environ.get("NUMBA_CPU_NAME")
+    command = (
+        f"{f'OMP_WAIT_POLICY={waiting} ' if waiting else ''}{f'NUMBA_CPU_NAME={target} ' if target else ''}"
+        f"python benchmarks/scan.py{' --alone' if args.alone else ''}"
+    )
     text = f"`{command}`, " + machine(args.threads, rate) + "\n\n" + table(rows)
     print(text)
     if args.write:

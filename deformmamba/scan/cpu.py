@@ -57,7 +57,7 @@ def compiled_for() -> str:
     _, name, features = cpu_target.target_context.codegen().magic_tuple()
     found = features.split(",")
     wide = next((word for flag, word in (("+avx512dq", "AVX-512"), ("+avx2", "AVX2")) if flag in found), "no AVX2")
-    exponential = "a table and two coefficients" if wide == "AVX-512" else "a polynomial"
+    exponential = "a table and a parabola" if wide == "AVX-512" else "a polynomial"
     return f"{name} ({wide}), vectors of {LANES} channels, 2^x by {exponential}"
 
 

@@ -92,14 +92,15 @@ def load(typing: Any, array: Any, index: Any) -> Any:
 
 @intrinsic
 def prefetch(typing: Any, array: Any, index: Any) -> Any:
-    """Ask for the cache line of array[index], which may lie outside the array."""
+    """Ask for the cache line of array[index], which may lie outside the array. It comes to the L2 cache only, because
+    lines a power of two apart compete for a few places of an L1 cache."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         address = builder.bitcast(_address(context, builder, array, *args), ir.IntType(8).as_pointer())
         i32 = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [address.type, i32, i32, i32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [address, *(ir.Constant(i32, n) for n in (0, 3, 1))])  # to read, to keep, data
+        builder.call(function, [address, *(ir.Constant(i32, n) for n in (0, 2, 1))])  # to read, to keep in L2, data
         return context.get_dummy_value()
 
     return types.void(array, index), code
@@ -123,6 +124,16 @@ def like(typing: Any, vector: Any, scalar: Any) -> Any:
         return _splat(builder, context.cast(builder, args[1], scalar, vector.element))
 
     return vector(vector, scalar), code
+
+
+@intrinsic
+def number(typing: Any, array: Any, index: Any) -> Any:
+    """array[index] for indices that are not negative: numba's own indexing spends instructions on those that are."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(_address(context, builder, array, *args), align=_size(array))
+
+    return array.dtype(array, index), code
 
 
 @intrinsic
@@ -310,8 +321,8 @@ _TAIL: dict[types.Float, list[float]] = {
     types.float64: [LN2 ** (k + 1) / math.factorial(k + 1) for k in range(13)],
 }
 _exp2_tail = _polynomial(_TAIL)
-# the same on [-1/64, 1/64] (5e-8), which goes with 2^(j/32)
-_SHORT_TAIL = [0.6931573297731334, 0.2402264973757096]
+# 2^(f - 1/64) on [0, 1/32] (7e-8), which goes with 2^(j/32): in float32 exactly 1 in the middle
+_SHORT = [0.9892280101776123, 0.6856562495231628, 0.24007000029087067]
 # the derivative of (e^x - 1) / x, for |x| <= ln(2) / 2
 _hold_slope = _polynomial(
     {
@@ -319,10 +330,20 @@ _hold_slope = _polynomial(
         for kind, terms in ((types.float32, 8), (types.float64, 14))
     }
 )
+# log(1 + x) / x on [0, 1], minimax (3e-8) in float32
+_LOG1P = [
+    1.0,
+    -0.4999949336051941,
+    0.3331909775733948,
+    -0.2484298199415207,
+    0.19106008112430573,
+    -0.13663247227668762,
+    0.07822596281766891,
+    -0.02950523979961872,
+    0.005232693627476692,
+]
 # atanh(sqrt(s)) / sqrt(s), for s <= 1/9
-_atanh_series = _polynomial(
-    {kind: [1 / (2 * k + 1) for k in range(terms)] for kind, terms in ((types.float32, 8), (types.float64, 17))}
-)
+_ATANH = [1 / (2 * k + 1) for k in range(17)]
 
 
 def _has_scalef(context: Any) -> bool:
@@ -399,28 +420,46 @@ def _scale(typing: Any, power: Any, whole: Any) -> Any:
 
 
 @intrinsic
-def exp2(typing: Any, x: Any) -> Any:
-    """2^x to 2 ulp in float32 and 1e-15 in float64: 1 at 0, infinity, 0 and NaN where they belong."""
+def power(typing: Any, x: Any, rate: Any) -> Any:
+    """2^(x rate) to 2 ulp in float32 and 1e-15 in float64: 1 at 0, infinity, 0 and NaN where they belong."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind = args[0].type
-        one = _splat(builder, ir.Constant(kind.element, 1.0))
+
+        def constant(number: float) -> Any:
+            return _splat(builder, ir.Constant(kind.element, number))
+
         if x.element != types.float32 or not _has_scalef(context):
-            fraction, whole = _fraction(context, builder, x, args[0])
-            power = _multiply_add(builder, fraction, _horner(builder, fraction, _TAIL[x.element]), one)
-            return _scaled(context, builder, x, power, whole)
-        # 2^fraction 2^(j/32) 2^floor: two multiply-adds fewer, and those are what the processor waits for
-        fraction = _avx512(builder, "reduce", kind.element, [args[0]], 5 << 4)
-        whole = builder.fsub(args[0], fraction)
+            fraction, whole = _fraction(context, builder, x, builder.fmul(*args))
+            near = _multiply_add(builder, fraction, _horner(builder, fraction, _TAIL[x.element]), constant(1.0))
+            return _scaled(context, builder, x, near, whole)
+        # 2^fraction 2^(j/32) 2^floor in eight instructions: one processor's two ports take any of them, one a cycle
+        shifted = _multiply_add(builder, *args, constant(1 / 64))
+        fraction = _avx512(builder, "reduce", kind.element, [shifted], 5 << 4 | 1)  # 1: round down, as scalef does
+        down = ir.FunctionType(kind, [kind, kind, ir.IntType(32)])
+        add = cgutils.get_or_insert_function(builder.module, down, "llvm.x86.avx512.add.ps.512")
+        units = builder.call(add, [shifted, constant(1.5 * 2.0 ** (23 - 5)), ir.Constant(ir.IntType(32), 9)])
         integers = ir.VectorType(ir.IntType(32), LANES)
-        units = builder.fadd(whole, _splat(builder, ir.Constant(kind.element, 1.5 * 2.0 ** (23 - 5))))
         roots = [2.0 ** (j / 32) for j in range(32)]
         low, high = ir.Constant(kind, roots[:16]), ir.Constant(kind, roots[16:])
         look_up = ir.FunctionType(kind, [kind, integers, kind])
         function = cgutils.get_or_insert_function(builder.module, look_up, "llvm.x86.avx512.vpermi2var.ps.512")
         root = builder.call(function, [low, builder.bitcast(units, integers), high])
-        more = builder.fmul(fraction, _horner(builder, fraction, _SHORT_TAIL), flags=("contract",))
-        return _scaled(context, builder, x, _multiply_add(builder, root, more, root), whole)
+        return _scaled(context, builder, x, builder.fmul(root, _horner(builder, fraction, _SHORT)), shifted)
+
+    return x(x, rate), code
+
+
+@intrinsic
+def log1p(typing: Any, x: Any) -> Any:
+    """log(1 + x) for x from 0 to 1, to 2 ulp. In float32 it needs no division, which takes longer than the rest."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if x.element == types.float32:
+            return builder.fmul(args[0], _horner(builder, args[0], _LOG1P))
+        two = _splat(builder, ir.Constant(args[0].type.element, 2.0))
+        s = builder.fdiv(args[0], builder.fadd(args[0], two))  # log(1 + x) = 2 atanh(s)
+        return builder.fmul(builder.fmul(two, s), _horner(builder, builder.fmul(s, s), _ATANH))
 
     return x(x), code
 
@@ -429,10 +468,8 @@ def exp2(typing: Any, x: Any) -> Any:
 def softplus(x: Array) -> Array:
     """(log(1 + e^x), its derivative), accurate relative to the result on both sides."""
     zero = like(x, 0.0)
-    e = exp2(choose(x, "<", zero, x, zero - x) * LOG2E)
-    s = e / (e + 2.0)
-    value = choose(x, ">", zero, x, zero) + 2.0 * s * _atanh_series(s * s)
-    return value, choose(x, "<", zero, e, like(x, 1.0)) / (e + 1.0)
+    e = power(choose(x, "<", zero, x, zero - x), like(x, LOG2E))
+    return choose(x, ">", zero, x, zero) + log1p(e), choose(x, "<", zero, e, like(x, 1.0)) / (e + 1.0)
 
 
 @inline
@@ -608,12 +645,12 @@ def advance_state(
 ) -> Array:
     """One state of one step of `advance`; returns y plus its contribution."""
     if zoh is None:
-        a, phi = exp2(delta * get(decay, s)), delta
+        a, phi = power(delta, get(decay, s)), delta
     else:
         a, phi, _ = hold(delta, get(decay, s), get(inverse, s))
-    state = fma(a, get(h, s), phi * u * B[s])
+    state = fma(a, get(h, s), phi * u * number(B, (s,)))
     put(h, s, state)
-    return fma(state, like(state, C[s]), y)
+    return fma(state, like(state, number(C, (s,))), y)
 
 
 @kernel
@@ -653,11 +690,11 @@ def retrace(
         u, delta = get(us, t), get(deltas, t)
         for s in range(decay.shape[0]):
             if zoh is None:
-                a, phi = exp2(delta * get(decay, s)), delta
+                a, phi = power(delta, get(decay, s)), delta
             else:
                 a, phi, _ = hold(delta, get(decay, s), get(inverse, s))
             put(factors[t], s, a)
-            put(hs[t + 1], s, fma(a, get(hs[t], s), phi * u * Bs[t, s]))
+            put(hs[t + 1], s, fma(a, get(hs[t], s), phi * u * number(Bs, (t, s))))
 
 
 @inline
@@ -668,14 +705,14 @@ def reverse_state(
 ) -> Array:  # fmt: skip
     """One state of one step of `reverse`: into_u, into_delta, into_exponent after it, and what B[s] and C[s] get."""
     a, rate = get(factors, s), get(decay, s)
-    dh = fma(dy, like(dy, C[s]), get(g, s))
+    dh = fma(dy, like(dy, number(C, (s,))), get(g, s))
     carried = dh * a
     put(g, s, carried)
     change = carried * get(before, s)
     into_exponent = fma(change, rate, into_exponent)
     into_A = fma(change, delta, get(dA, s))
     if zoh is None:
-        into_u = fma(dh, like(dh, B[s]), into_u)
+        into_u = fma(dh, like(dh, number(B, (s,))), into_u)
         into_B = dh * (delta * u)
     else:
         _, phi, slope = hold(delta, rate, get(inverse, s))
