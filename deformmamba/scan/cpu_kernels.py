@@ -433,7 +433,8 @@ def power(typing: Any, x: Any, rate: Any) -> Any:
             fraction, whole = _fraction(context, builder, x, builder.fmul(*args))
             near = _multiply_add(builder, fraction, _horner(builder, fraction, _TAIL[x.element]), constant(1.0))
             return _scaled(context, builder, x, near, whole)
-        # 2^fraction 2^(j/32) 2^floor in eight instructions: one processor's two ports take any of them, one a cycle
+        # 2^fraction 2^(j/32) 2^floor in eight instructions: Intel executes all 512-bit arithmetic on two ports, so that
+        # their number counts
         shifted = _multiply_add(builder, *args, constant(1 / 64))
         fraction = _avx512(builder, "reduce", kind.element, [shifted], 5 << 4 | 1)  # 1: round down, as scalef does
         down = ir.FunctionType(kind, [kind, kind, ir.IntType(32)])
