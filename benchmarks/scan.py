@@ -382,9 +382,11 @@ def machine(threads: int, rate: float) -> str:
     model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
     load = Path("/proc/loadavg").read_text().split()[0] if Path("/proc/loadavg").exists() else "unknown"
     return (
-        f"{datetime.date.today():%d %B %Y}, {model}, kernels for {compiled_for()}, {threads} threads, load {load} before the run, "
-        f"torch {torch.__version__}, deformmamba {deformmamba.__version__}. One image or sequence, "
-        f"{CHANNELS} channels, {GROUPS} groups, N = {N}, float32. {rate / 1e9:,.0f} billion fused multiply-adds a "
+        f"{datetime.date.today():%d %B %Y}, {model}, kernels for {compiled_for()}, {threads} threads, "
+        f"load {load} before the run, torch {torch.__version__}, "
+        f"deformmamba {deformmamba.__version__}. "
+        f"One image or sequence, {CHANNELS} channels, {GROUPS} groups, N = {N}, float32. "
+        f"{rate / 1e9:,.0f} billion fused multiply-adds a "
         f"second, so that the floor of the forward pass at L = 4,096 is "
         f"{FORWARD * CHANNELS * 4096 * N / rate * 1e3:.2f} ms."
     )
