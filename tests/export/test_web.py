@@ -231,19 +231,24 @@ def test_wrong_files_get_the_sentences_of_the_package(browser: Any, page: str, s
 
 
 def test_of_two_scans_the_last_one_stays(browser: Any, page: str, scan: Path, tmp_path: Path) -> None:
-    """The first file takes longer to read than the second."""
-    slow = (
-        "const read = File.prototype.arrayBuffer; File.prototype.arrayBuffer = async function () {"
-        "  if (this.name === 'slow.nii.gz') await new Promise((done) => setTimeout(done, 1500));"
+    """The first file is read after the second one was opened."""
+    held = (
+        "const read = File.prototype.arrayBuffer;"
+        "const held = new Promise((done) => { window.release = done; });"
+        "File.prototype.arrayBuffer = async function () {"
+        "  if (this.name === 'slow.nii.gz') await held;"
         "  return read.call(this); };"
     )
     shutil.copyfile(scan, tmp_path / "slow.nii.gz")
     browser.get(page)
     until(lambda: browser.execute_script("return document.documentElement.dataset.ready") == "yes", 60, "page ready")
-    browser.execute_script(slow)
+    browser.execute_script(held)
     for path in (tmp_path / "slow.nii.gz", scan):
+        browser.execute_script("document.getElementById('file').value = ''")  # otherwise the files are added up
         browser.find_element("id", "file").send_keys(str(path))
-    time.sleep(2.5)
+    until(lambda: words(browser, "status") == "Ready to upscale", 30, "file read")
+    browser.execute_script("window.release()")
+    time.sleep(0.5)
     assert words(browser, "facts").startswith(f"{scan.name}: ")
     assert words(browser, "status") == "Ready to upscale"
 
