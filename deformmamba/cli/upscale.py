@@ -240,17 +240,15 @@ def run_folder(
     from deformmamba.inference.cohort import summary
 
     def told(outcome: "Outcome") -> None:
-        if outcome.status == "passed over":
-            say(f"passed over: {outcome.source}: {outcome.reason}")
+        if outcome.status == "ignored":
+            say(f"ignored: {outcome.source}: {outcome.reason}")
         elif outcome.status != "failed":  # failures are listed together at the end
             took = f" in {outcome.seconds:.1f} s; {outcome.remark}" if outcome.status == "made" else ""
             say(f"{outcome.status}: {outcome.output}{took}")
 
     outcomes = made(told)
     _wait_for_others()
-    count = {
-        status: sum(o.status == status for o in outcomes) for status in ("made", "skipped", "failed", "passed over")
-    }
+    count = {status: sum(o.status == status for o in outcomes) for status in ("made", "skipped", "failed", "ignored")}
     say(f"{args.output}: {', '.join(f'{n} {status}' for status, n in count.items())}; see {summary(kind)}*.csv")
     for outcome in outcomes:
         if outcome.status == "failed":

@@ -37,6 +37,7 @@ from deformmamba.inference.settings import Settings
 from deformmamba.volume import (
     MGH_SUFFIXES,
     NIFTI_SUFFIXES,
+    NothingToDo,
     PathLike,
     VolumeError,
     holds_dicom,
@@ -60,13 +61,13 @@ _BIDS = re.compile(r"sub-[A-Za-z0-9]+(_[a-z]+-[A-Za-z0-9+]+)*_[A-Za-z0-9]+")
 class Outcome:
     """The outcome of one scan.
 
-    `reason` (why the scan failed or was skipped) and `remark` (`inspection.spacing_remark`) are one line each. They
-    contain no information from the scan except its sizes.
+    `reason` (why the scan failed, or was skipped or ignored) and `remark` (`inspection.spacing_remark`) are one line
+    each. They contain no information from the scan except its sizes.
     """
 
     source: str  # relative to the folder of scans
     output: str  # relative to the output folder
-    status: Literal["made", "skipped", "failed", "passed over"]
+    status: Literal["made", "skipped", "failed", "ignored"]
     reason: str = ""
     seconds: float = 0.0
     remark: str = ""
@@ -105,7 +106,7 @@ def upscale_cohort(
 
     A scan is a NIfTI or MGH file, or a DICOM series in a folder (the output is also a folder; each of several series
     in a folder is a separate scan). `volume.scans_below` finds the scans. Masks, label images, phase images and outputs
-    of this package are listed as skipped, with the reason. Hidden files and `target` itself are ignored; a link to
+    of this package are listed as ignored, with the reason. Hidden files and `target` itself are not listed; a link to
     a file outside `source` fails. If a scan cannot be read or upscaled, it fails and the run continues.
 
     Under `torchrun`, `accelerate launch` or `srun` each process takes its share (see `processes`), the largest scans
@@ -276,7 +277,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _tasks(root: Path, target: Path, kind: str) -> tuple[list[_Task], list[Outcome]]:
-    """The scans to upscale, by name, and the files that are skipped or refused before they are opened."""
+    """The scans to upscale, by name, and the files that are ignored or refused before they are opened."""
     if not root.is_dir():
         raise VolumeError(f"{root}: no such folder")
     if not is_cohort(root):
@@ -292,7 +293,7 @@ def _tasks(root: Path, target: Path, kind: str) -> tuple[list[_Task], list[Outco
         name = path.relative_to(root)
         shown = shown_path(name)
         if candidate.reason:
-            refused.append(Outcome(shown, "", "passed over", candidate.reason))
+            refused.append(Outcome(shown, "", "ignored", candidate.reason))
             continue
         stem = name.name
         if candidate.series is not None:
@@ -352,6 +353,8 @@ def _done_or_made(
         stripped = skull_stripped(task.source)
         said = {**wanted, "SkullStripped": stripped, **facts, "OutputSha256": _content_hash(path)}
         write_text(sidecar, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
+    except NothingToDo as reason:
+        return Outcome(source, output, "ignored", _reason(reason), time.perf_counter() - start)
     except Exception as error:  # an unforeseen error in one scan must not stop the others
         return Outcome(source, output, "failed", _reason(error), time.perf_counter() - start)
     return Outcome(source, output, "made", "", time.perf_counter() - start, remark)

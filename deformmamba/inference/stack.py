@@ -21,7 +21,7 @@ from deformmamba.physics.slice_profile import (
     slice_profile,
     spline_matrix,
 )
-from deformmamba.volume import Volume, VolumeError, chosen_axis, in_plane
+from deformmamba.volume import NothingToDo, Volume, VolumeError, chosen_axis, in_plane
 from deformmamba.volume.inspection import effective_matrix
 
 LEAST_RATIO = 1.3  # slice spacing divided by the wanted voxel size; below this ratio a scan counts as isotropic
@@ -106,7 +106,7 @@ class Stack:
             )
         if (ratio := spacing / max(to, min(sides))) < LEAST_RATIO:  # `to` cannot make thin slices thick
             wanted_voxel = f"voxels of {to:.3g} mm are wanted" if to > min(sides) else f"pixels are {min(sides):.3g} mm"
-            raise VolumeError(
+            raise NothingToDo(
                 f"slices are {spacing:.3g} mm apart and {wanted_voxel}: the scan is isotropic already (the ratio is "
                 f"{ratio:.2f}, at least {LEAST_RATIO} is needed)"
             )

@@ -40,6 +40,7 @@ from deformmamba.volume.files import (
     write_text,
 )
 from deformmamba.volume.image import (
+    NothingToDo,
     Volume,
     VolumeError,
     chosen_axis,
@@ -59,6 +60,7 @@ __all__ = [
     "NIFTI_SUFFIXES",
     "Candidate",
     "ChoiceNeeded",
+    "NothingToDo",
     "PathLike",
     "Volume",
     "VolumeError",

@@ -14,6 +14,10 @@ class VolumeError(DeformMambaError, ValueError):
     """A scan that cannot be read, written or upscaled; the message is one line."""
 
 
+class NothingToDo(VolumeError):
+    """A scan that already has what was asked for. In a folder of scans it is no failure."""
+
+
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class Volume:

@@ -152,7 +152,7 @@ def test_a_bad_file_does_not_stop_the_others(tree: Path, tmp_path: Path, weights
     out = tmp_path / "out"
     assert main(["upscale", str(tree), "-o", str(out), "--model", weights, "--device", "cpu"]) == 1
     said, errors = capsys.readouterr()
-    assert f"{out}: 7 made, 0 skipped, 4 failed, 0 passed over; see desc-sr_summary*.csv" in said
+    assert f"{out}: 7 made, 0 skipped, 4 failed, 0 ignored; see desc-sr_summary*.csv" in said
     failed = {row["source"]: row["reason"] for row in table(out / "desc-sr_summary.csv") if row["status"] == "failed"}
     expected = {
         "broken.nii.gz": "not a NIfTI file",
@@ -185,9 +185,9 @@ def test_outputs_are_no_inputs(tree: Path) -> None:
     for out in (tree, tree / "derivatives" / "sr"):
         for _ in range(2):
             outcomes = upscale_cohort(ZeroFill(scale=2), tree, out)
-            assert [o.output for o in outcomes if o.status != "passed over"] == OUTPUTS
-        assert {o.status for o in outcomes} <= {"skipped", "passed over"}
-        own = [o for o in outcomes if o.status == "passed over"]
+            assert [o.output for o in outcomes if o.status != "ignored"] == OUTPUTS
+        assert {o.status for o in outcomes} <= {"skipped", "ignored"}
+        own = [o for o in outcomes if o.status == "ignored"]
         assert len(own) == 4, "what the first round wrote into the folder itself"
         assert all("an output of this package" in o.reason for o in own)
 
@@ -258,10 +258,8 @@ def test_what_is_no_scan_is_listed_with_the_reason(tree: Path, tmp_path: Path, w
     out = tmp_path / "out"
     assert main(["upscale", str(tree), str(out), "--model", weights, "--device", "cpu"]) == 0
     said = capsys.readouterr().out
-    assert "4 made, 0 skipped, 0 failed, 3 passed over" in said
-    rows = {
-        row["source"]: row["reason"] for row in table(out / "desc-sr_summary.csv") if row["status"] == "passed over"
-    }
+    assert "4 made, 0 skipped, 0 failed, 3 ignored" in said
+    rows = {row["source"]: row["reason"] for row in table(out / "desc-sr_summary.csv") if row["status"] == "ignored"}
     assert "few integers" in rows["sub-01/atlas.nii.gz"]
     assert "mask" in rows["sub-01/sub-01_desc-brain_mask.nii.gz"]
     assert "derivatives" in rows["derivatives/fsl/sub-01_T2w.nii.gz"]

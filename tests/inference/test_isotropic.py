@@ -398,7 +398,10 @@ def test_files_command_and_folder(
     assert made[0].output == "sub-01/anat/sub-01_desc-iso_T2w.nii.gz"
     sidecar = json.loads((tmp_path / "out/sub-01/anat/sub-01_desc-iso_T2w.json").read_text("utf-8"))
     assert sidecar["Isotropic"]["ratio"] == pytest.approx(3)
-    assert [o.status for o in isotropic_cohort(tmp_path / "scans", tmp_path / "out", model=weights)] == ["skipped"]
+    write_volume(folder / "sub-01_T1w.nii.gz", Volume(truth, np.eye(4)))
+    again = isotropic_cohort(tmp_path / "scans", tmp_path / "out", model=weights)
+    assert {o.source[-11:-7]: o.status for o in again} == {"_T2w": "skipped", "_T1w": "ignored"}
+    assert "isotropic already" in next(o.reason for o in again if o.status == "ignored")
 
 
 def test_a_wrong_input_is_one_line_and_leaves_nothing(
