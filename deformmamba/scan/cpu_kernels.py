@@ -435,7 +435,7 @@ def power(typing: Any, x: Any, rate: Any) -> Any:
             return _scaled(context, builder, x, near, whole)
         # 2^fraction 2^(j/32) 2^floor in eight instructions: Intel executes all 512-bit arithmetic on two ports, so that
         # their number counts
-        shifted = _multiply_add(builder, *args, constant(1 / 64))
+        shifted = _multiply_add(builder, args[0], args[1], constant(1 / 64))
         fraction = _avx512(builder, "reduce", kind.element, [shifted], 5 << 4 | 1)  # 1: round down, as scalef does
         down = ir.FunctionType(kind, [kind, kind, ir.IntType(32)])
         add = cgutils.get_or_insert_function(builder.module, down, "llvm.x86.avx512.add.ps.512")
