@@ -53,11 +53,11 @@ test-fast: $(BIN)/.installed-test  ## the tests that take less than about 0.3 se
 OLDEST := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 NUMBA_CPU_NAME=generic OMP_NUM_THREADS=1
 
 test-generic: $(BIN)/.installed-test  ## the numerical tests with the instruction set of an old processor
-	$(OLDEST) $(PYTEST) -m "not slow or numerical" tests/scan/test_scan.py tests/scan/test_scan_cpu.py tests/deform tests/physics tests/test_layers.py \
+	$(OLDEST) $(PYTEST) -m "not slow or portable" tests/scan/test_scan.py tests/scan/test_scan_cpu.py tests/deform tests/physics tests/test_layers.py \
 	tests/test_losses.py tests/inference/test_adapters.py
 
 test-fast-generic: $(BIN)/.installed-test  ## the fast tests, and those marked portable, with the same instruction set
-	$(OLDEST) $(PYTEST) -m "not slow or numerical"
+	$(OLDEST) $(PYTEST) -m "not slow or portable"
 
 lint: $(BIN)/.installed-dev  ## style and types
 	$(BIN)/ruff check .

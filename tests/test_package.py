@@ -354,6 +354,16 @@ def test_public_names_are_documented_and_nothing_else_is() -> None:
 # --------------------------------------------------------------------------------------------------------------- habits
 
 
+def test_tests_are_selected_by_marks_that_exist(pytestconfig: pytest.Config) -> None:
+    declared = {line.split(":")[0] for line in pytestconfig.getini("markers")}
+    for file in ("Makefile", ".ci/run"):
+        if not (ROOT / file).exists():  # not in the source distribution
+            continue
+        for selection in re.findall(r"pytest.* -m \"(.+?)\"|PYTEST\) -m \"(.+?)\"", (ROOT / file).read_text("utf-8")):
+            marks = set("".join(selection).split()) - {"not", "or", "and"}
+            assert marks <= declared, f"{file}: {selection}"
+
+
 def test_workflows_and_hooks_call_what_make_check_calls() -> None:
     make = (ROOT / "Makefile").read_text("utf-8")
     recipe = make.split("\nlint:")[1].split("\n\n")[0]
