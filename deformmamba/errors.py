@@ -1,8 +1,10 @@
-"""The base class of every exception of this package, and the functions that keep a message on one line.
+"""The base class of every exception of this package, and the functions that keep a message on one line and end it.
 
 A message has one line: what was wrong, what was given, what is allowed, what to do next.
 """
 
+import difflib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -44,3 +46,14 @@ def one_line(error: BaseException) -> str:
 def shortened(text: str, longest: int) -> str:
     """`text`, cut to `longest` characters that end in three dots if it has more."""
     return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6, written: Callable[[str], str] = repr) -> str:
+    """ ", did you mean X?" for the known word that is nearest to `word`; empty if none is near.
+
+    Args:
+        cutoff: the least similarity, from 0 to 1, of a word that is suggested.
+        written: how the suggested word is written, by default in quotes.
+    """
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f", did you mean {written(near[0])}?" if near else ""

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args, unknown = parser.parse_known_args(argv)
         if unknown:  # the command's own parser can suggest a correction
-            getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+            args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         for action in args.parser._actions:
             value = getattr(args, action.dest, None)
             if value == "" or (isinstance(value, list) and "" in value):

@@ -1,7 +1,6 @@
 """Shared parts of the commands: terminal output, common arguments, checks before any computation."""
 
 import argparse
-import difflib
 import os
 import re
 import sys
@@ -11,7 +10,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, did_you_mean
 
 if TYPE_CHECKING:
     from deformmamba.models import SRModel
@@ -164,19 +163,14 @@ class Parser(argparse.ArgumentParser):
     def _suggestion(self, message: str) -> str:
         if choice := re.search(r"invalid choice: '?([^' ]+)'? \(choose from (.*)\)$", message):
             known = [name.strip(" '\"") for name in choice[2].split(", ")]
-            return _nearest(choice[1], known)
+            return did_you_mean(choice[1], known, written=str)
         unknown = re.match(r"unrecognized arguments: (.*)$", message)
         if unknown or "arguments are required" in message:
             options = [option for action in self._actions for option in action.option_strings]
             words = unknown[1].split() if unknown else [word for word in self._given if word not in options]
-            found = (_nearest(word.split("=")[0], options) for word in words if word.startswith("-"))
+            found = (did_you_mean(word.split("=")[0], options, written=str) for word in words if word.startswith("-"))
             return next(filter(None, found), "")
         return ""
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f", did you mean {near[0]}?" if near else ""
 
 
 COMMON: dict[str, dict[str, Any]] = {

@@ -1,13 +1,12 @@
 """The settings of one upscaling, checked on creation: an unknown name is a TypeError, other errors name the value."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
 
-from deformmamba.errors import InvalidArgument, InvalidType
+from deformmamba.errors import InvalidArgument, InvalidType, did_you_mean
 from deformmamba.physics.consistency import Consistency, check_consistency
 from deformmamba.volume import VolumeError
 
@@ -37,11 +36,8 @@ class Settings:
         names = [field.name for field in fields(cls)]
         for name in given:
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
                 raise InvalidType(
-                    f"there is no setting {name!r}"
-                    + (f", did you mean {near[0]!r}?" if near else "")
-                    + f"; settings are {', '.join(names)}"
+                    f"there is no setting {name!r}{did_you_mean(name, names)}; settings are {', '.join(names)}"
                 )
         return cls(**given)
 

@@ -4,7 +4,6 @@ Grid: the centre of the first slice is unchanged, and voxels follow at intervals
 """
 
 import math
-import numbers
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from deformmamba.inference.inputs import check_voxels
 from deformmamba.physics.slice_profile import (
     SliceProfile,
     ThickSlices,
+    is_millimetres,
     slice_positions,
     slice_profile,
     spline_matrix,
@@ -162,7 +162,7 @@ def check_voxel(to: float | None) -> float | None:
     """The voxel size as a float. Raises InvalidArgument if it is not a positive number of mm."""
     if to is None:
         return None
-    if isinstance(to, bool) or not isinstance(to, numbers.Real) or not 0 < to < math.inf:
+    if not is_millimetres(to):
         raise InvalidArgument(f"to is {shown(to)}; it must be a positive number of mm")
     return float(to)
 

@@ -23,6 +23,11 @@ from deformmamba.errors import DeformMambaError, shown
 PROFILES = ("gaussian", "boxcar")
 
 
+def is_millimetres(value: object) -> bool:
+    """Whether `value` is a positive, finite number, of Python or numpy."""
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and 0 < value < math.inf
+
+
 class SliceProfileError(DeformMambaError, ValueError):
     """A slice profile that cannot be read or used; the message is one line."""
 
@@ -46,9 +51,8 @@ class SliceProfile:
     table: tuple[tuple[float, float], ...] | None = None
 
     def __post_init__(self) -> None:
-        thickness = self.thickness
-        if isinstance(thickness, bool) or not isinstance(thickness, numbers.Real) or not 0 < thickness < math.inf:
-            raise SliceProfileError(f"slice thickness is {shown(thickness)}; it must be a positive number of mm")
+        if not is_millimetres(self.thickness):
+            raise SliceProfileError(f"slice thickness is {shown(self.thickness)}; it must be a positive number of mm")
         if self.table is None:
             if self.kind not in PROFILES:
                 raise SliceProfileError(

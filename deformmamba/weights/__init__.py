@@ -22,7 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from deformmamba.errors import InvalidType, shown
+from deformmamba.errors import InvalidType, did_you_mean, shown
 from deformmamba.weights.cards import card, checkpoint_card, is_generated, stated_hash, stated_license
 from deformmamba.weights.checkpoint import (
     CARD_FILE,
@@ -102,8 +102,7 @@ def weights_entry(name: str) -> dict[str, Any]:
         raise WeightsError(
             f"weights {name!r} do not exist yet ({plan['why']}); train them with {plan['recipe']}. Published: {names}"
         )
-    near = difflib.get_close_matches(name[:100].lower(), [*known["weights"], *known["planned"]], n=1, cutoff=0.5)
-    hint = f", did you mean {near[0]!r}?" if near else ","
+    hint = did_you_mean(name[:100].lower(), [*known["weights"], *known["planned"]], cutoff=0.5) or ","
     raise WeightsError(
         f"unknown weights {shown(name)}{hint} published are: {names}; a path to a file or folder and org/repo work too"
     )
