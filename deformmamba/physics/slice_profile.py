@@ -23,7 +23,7 @@ from deformmamba.errors import DeformMambaError, shown
 PROFILES = ("gaussian", "boxcar")
 
 
-def is_millimetres(value: object) -> bool:
+def is_millimetres(value: float) -> bool:
     """Whether `value` is a positive, finite number, of Python or numpy."""
     return not isinstance(value, bool) and isinstance(value, numbers.Real) and 0 < value < math.inf
 
