@@ -1,4 +1,4 @@
-"""The base class of every exception of this package, and the functions that keep a message on one line and end it.
+"""The base class of every exception of this package, and functions for their messages.
 
 A message has one line: what was wrong, what was given, what is allowed, what to do next.
 """
