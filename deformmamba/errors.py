@@ -49,7 +49,7 @@ def shortened(text: str, longest: int) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6, written: Callable[[str], str] = repr) -> str:
-    """ ", did you mean X?" for the known word that is nearest to `word`; empty if none is near.
+    """A suggestion for the end of a message: `, did you mean X?` for the known word nearest to `word`, else empty.
 
     Args:
         cutoff: the least similarity, from 0 to 1, of a word that is suggested.
