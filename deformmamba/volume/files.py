@@ -7,6 +7,7 @@ import os
 import tempfile
 import threading
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -199,6 +200,40 @@ def closed(file: Any) -> Iterator[Any]:
             file.close()
         raise
     file.close()
+
+
+class CompressedFile:
+    """A gzip file for writing, level 1, without a date in its header.
+
+    `gzip.GzipFile` holds what a full disk refused, and tries to write it once more when it is deleted, which prints a
+    traceback (Python 3.12 and later). This class holds nothing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._compressor = zlib.compressobj(1, wbits=zlib.MAX_WBITS + 16)  # + 16: a gzip header and checksum
+        self._position = 0
+
+    def write(self, data: bytes) -> int:
+        self._file.write(self._compressor.compress(data))
+        self._position += len(data)
+        return len(data)
+
+    def tell(self) -> int:
+        """Uncompressed bytes so far."""
+        return self._position
+
+    def seek(self, position: int) -> None:
+        """Forward only: the bytes between are zeros."""
+        if position < self._position:
+            raise io.UnsupportedOperation("a compressed file is written in order")
+        self.write(bytes(position - self._position))
+
+    def close(self) -> None:
+        try:
+            self._file.write(self._compressor.flush())
+        finally:
+            self._file.close()
 
 
 class SliceFile:

@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 
 from deformmamba.volume import mgh
-from deformmamba.volume.files import MGH_SUFFIXES, Bounded, as_dtype, closed, parsing, suffix, volume_index
+from deformmamba.volume.files import (
+    MGH_SUFFIXES,
+    Bounded,
+    CompressedFile,
+    as_dtype,
+    closed,
+    parsing,
+    suffix,
+    volume_index,
+)
 from deformmamba.volume.image import Volume, VolumeError
 
 # nibabel's spatial unit in mm
@@ -258,14 +267,12 @@ def planes(
 
     Geometry and header are those of `like`; `description` replaces NIfTI's `descrip`. Only one plane is in memory.
     """
-    from nibabel.openers import ImageOpener
-
     is_mgh = suffix(path) in MGH_SUFFIXES
     # the header for this shape; the image itself is never created
     voxels = np.broadcast_to(np.zeros((), dtype), shape)
     header = mgh.image(voxels, like).header if is_mgh else _nifti_header(voxels, like)
     file_dtype = header.get_data_dtype()
-    with closed(ImageOpener(str(path), "wb")) as file:
+    with closed(CompressedFile(path) if path.suffix.lower() in (".gz", ".mgz") else path.open("wb")) as file:
         if is_mgh:
             header.writehdr_to(file)
         else:

@@ -1,6 +1,8 @@
 """Damaged, mislabelled or malicious files: each gives a valid volume or an error of one line."""
 
+import gc
 import gzip
+import io
 import os
 import subprocess
 import tempfile
@@ -18,6 +20,7 @@ from dicom_made import classic, enhanced, oblique, save, voxels
 from pydicom.data import get_testdata_file
 
 from deformmamba.volume import Volume, VolumeError, read_volume, write_volume, writing
+from deformmamba.volume.files import CompressedFile, closed
 
 N_DAMAGED = 24  # of each kind of file
 # a parser needs some memory; the files have less than 100 kB
@@ -323,6 +326,20 @@ def test_a_disk_that_fills_up(tmp_path: Path, small_disk: Path, name: str, axis:
     with pytest.raises(VolumeError, match="No space left on device"):
         write()
     assert not list(small_disk.iterdir())
+    gc.collect()  # a file object that still holds data would print a traceback now
+
+
+def test_a_compressed_file_is_written_in_order_and_has_no_date(tmp_path: Path) -> None:
+    path = tmp_path / "a.gz"
+    with closed(CompressedFile(path)) as file:
+        assert file.write(b"head") == 4
+        file.seek(9)
+        file.write(b"tail")
+        assert file.tell() == 13
+        with pytest.raises(io.UnsupportedOperation):
+            file.seek(5)
+    assert gzip.decompress(path.read_bytes()) == b"head" + bytes(5) + b"tail"
+    assert path.read_bytes()[4:8] == bytes(4), "the time of the header"
 
 
 def test_a_volume_without_geometry_is_said_to_have_none(tmp_path: Path) -> None:
