@@ -17,9 +17,30 @@ PathLike = str | os.PathLike[str]
 _TEMPORARY = re.compile(r"\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}(\..*)?")
 
 
+_own: set[Path] = set()  # temporary names of this process that may exist
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_own.clear)
+
+
 def temporary_name(target: Path, ending: str) -> Path:
     """An unused hidden name in the folder of `target`; `sweep` removes the file if this process is killed."""
-    return target.with_name(f".{_machine()}-{os.getpid()}-{secrets.token_hex(4)}{ending}")
+    name = target.with_name(f".{_machine()}-{os.getpid()}-{secrets.token_hex(4)}{ending}")
+    _own.add(name)
+    return name
+
+
+def remove_temporaries() -> None:
+    """Removes the temporary files of this process that are left, for the end of a process whose clean-up failed."""
+    while _own:
+        _remove(_own.pop())
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a folder, if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def _machine() -> str:
@@ -75,8 +96,8 @@ def renamed(path: PathLike) -> Iterator[Path]:
             os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
         os.replace(temporary, target)
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
+        _own.discard(temporary)
 
 
 @contextmanager
@@ -96,15 +117,13 @@ def renamed_folder(path: PathLike) -> Iterator[Path]:
         yield temporary
         if target.is_dir() and any(target.iterdir()):
             os.replace(target, before)
-        try:
-            os.replace(temporary, target)
-        except BaseException:
-            if before.exists():
-                os.replace(before, target)
-            raise
+        os.replace(temporary, target)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)
+        if before.exists() and not target.exists():  # a signal may come between the two
+            os.replace(before, target)
+        _remove(temporary)
+        _remove(before)
+        _own.discard(temporary)
 
 
 def write_bytes(path: PathLike, data: bytes) -> None:

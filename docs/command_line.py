@@ -12,8 +12,8 @@ HEAD = """# Command line
 <!-- made by `python docs/command_line.py`; a test compares it with the command -->
 
 Results go to stdout, everything else to stderr. The exit code is 0 if all went well, 1 if some scans of a folder
-failed, 2 after a user error (one line tells what to do), 130 after ctrl-C, and 141 if the reader of a pipe ends, as
-`head` does. A half-written file is never left behind.
+failed, 2 after a user error (one line tells what to do), 130 after ctrl-C, 143 after SIGTERM, 129 after SIGHUP, and 141
+if the reader of a pipe ends, as `head` does. A half-written file is never left behind.
 
 """
 

@@ -2,9 +2,9 @@
 
 Each command, or family of commands, has one file with `add(commands)`, which declares its arguments, and is listed in
 COMMANDS. A user error (`DeformMambaError`, OSError) gives one line on stderr and exit code 2; no new output file is
-left, and an existing one is unchanged. Ctrl-C gives exit code 130 and treats files in the same way. Any other exception
-is a bug: its traceback is printed with a request to report it. Results go to stdout, everything else to stderr. Torch
-is imported only when a command needs it.
+left, and an existing one is unchanged. Signals that stop a command treat files in the same way (`cli.stopping`). Any
+other exception is a bug: its traceback is printed with a request to report it. Results go to stdout, everything else to
+stderr. Torch is imported only when a command needs it.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -41,6 +41,7 @@ from deformmamba.cli import (
 )
 from deformmamba.cli.arguments import Parser, add_common, printable, quiet_if, refuse
 from deformmamba.cli.cores import allowed_threads, limit_spinning, take_short_turns, use_threads
+from deformmamba.cli.stopping import INTERRUPTED, Stopping
 from deformmamba.errors import DeformMambaError
 
 COMMANDS = (
@@ -63,6 +64,13 @@ COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` as in sys.argv[1:]. Returns the exit code, 0 if all went well."""
     _print_anything()
+    with Stopping() as stopping:
+        code = _run(argv, stopping)
+    return code if stopping.number is None else refuse(INTERRUPTED, 128 + stopping.number)
+
+
+def _run(argv: Sequence[str] | None, stopping: Stopping) -> int:
+    """`main` within the block of `stopping`, which ends with an exception on a signal."""
     parser = _parser()
     if "_ARGCOMPLETE" in os.environ:  # shell completion
         _complete(parser)
@@ -87,22 +95,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             "--threads N changes it",
             file=sys.stderr,
         )
-    with warnings.catch_warnings(), quiet_if(args.quiet), stopped_cleanly():
+    with warnings.catch_warnings(), quiet_if(args.quiet):
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = _ShowOnce()
         try:
             if args.verbose:
                 _describe_machine()
             code = args.run(args)
-        except KeyboardInterrupt as stopped:
-            number = getattr(stopped, "number", int(signal.SIGINT))
-            return refuse("interrupted; no half-written file is left", 128 + number)
         except BrokenPipeError:  # the reader of a pipe has ended, as head does
             with contextlib.suppress(AttributeError, OSError):
                 broken = sys.stdout.fileno()
                 os.dup2(os.open(os.devnull, os.O_WRONLY), broken)  # else Python complains at its end
             return 128 + getattr(signal, "SIGPIPE", 13)
         except Exception as error:
+            if stopping.number is not None:  # the signal's exception, which other code turned into its own
+                raise
             if args.traceback:
                 traceback.print_exc()
             message = _message(error, vars(args))
@@ -171,36 +178,6 @@ def _describe_machine() -> None:
         *(f"scan backend {name}: {'yes' if usable else 'no'}, {why}" for name, usable, why, _ in backend_report()),
     ]
     print(*(f"deformmamba: {line}" for line in lines), sep="\n", file=sys.stderr)
-
-
-class _Stopped(KeyboardInterrupt):
-    """A signal that ends the process in the same way as ctrl-C."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-@contextlib.contextmanager
-def stopped_cleanly() -> Iterator[None]:
-    """SIGTERM (a scheduler's time limit) and SIGHUP (a closed terminal) end a command as ctrl-C does, so that no
-    incomplete file is left. An existing handler, or `nohup`, is kept."""
-    changed = []
-
-    def stop(number: int, _: object) -> None:
-        raise _Stopped(number)
-
-    try:
-        for name in ("SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            with contextlib.suppress(ValueError):  # not the main thread
-                if number is not None and signal.getsignal(number) == signal.SIG_DFL:
-                    signal.signal(number, stop)
-                    changed.append(number)
-        yield
-    finally:
-        for number in changed:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _complete(parser: argparse.ArgumentParser) -> None:

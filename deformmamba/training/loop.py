@@ -460,13 +460,17 @@ def _random_state_kept(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[threading.Event]:
-    """An event that the first ctrl-C or SIGTERM sets; a second one raises KeyboardInterrupt at once."""
-    asked = threading.Event()
+    """An event that the first ctrl-C or SIGTERM sets; a second one raises KeyboardInterrupt at once.
+
+    After a block that ended with KeyboardInterrupt, the handler that was there before gets the signal.
+    """
+    asked, received = threading.Event(), list[signal.Signals]()
     if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         yield asked
         return
 
-    def ask(*_: Any) -> None:
+    def ask(number: int, _: Any) -> None:
+        received.append(signal.Signals(number))
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
@@ -474,6 +478,10 @@ def _asked_to_stop() -> Iterator[threading.Event]:
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
+    except KeyboardInterrupt:
+        if received and callable(handler := before[received[0]]):
+            handler(received[0], None)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -129,8 +129,14 @@ def test_the_best_checkpoint_is_the_one_that_validates_best(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_weights(tmp_path, number):
     whole = digest(run(tmp_path / "whole", accumulate=2))
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "stopped", data=Signalling(9, number), accumulate=2)  # the first sample of step 4
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda received, _: seen.append(received))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "stopped", data=Signalling(9, number), accumulate=2)  # the first sample of step 4
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM] * (number == signal.SIGTERM), "an earlier handler gets the signal at the end"
     assert torch.load(tmp_path / "stopped" / "state.pt", weights_only=True)["step"] == 5
     resumed = run(tmp_path / "stopped", data=Signalling(-1, number), accumulate=2)
     assert digest(resumed) == digest(run(tmp_path / "whole", accumulate=2)) == whole
