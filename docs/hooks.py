@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from deformmamba.weights import card, list_weights
+from deformmamba.weights.cards import pixel_range
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,5 +46,5 @@ def _table() -> str:
     for entry in list_weights():
         low, high = entry["spacings_mm"]
         groups = ", ".join(sorted({source["group"] for source in entry["trained_on"]}))
-        rows.append(f"| `{entry['name']}` | {entry['scale']}x | {low:.3g} to {high:.3g} mm | {groups} |")
+        rows.append(f"| `{entry['name']}` | {entry['scale']}x | {pixel_range(low, high)} | {groups} |")
     return "\n".join(rows)

@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--machine", required=True, help="what it was trained on")
     parser.add_argument("--hours", type=float, required=True, help="how long")
-    parser.add_argument("--meant-for", default="", help="anatomy, contrast and voxel sizes, in a line (as before)")
+    parser.add_argument("--meant-for", default="", help="contrast and anatomy, in a few words (as before)")
     parser.add_argument("--slices", type=int, default=8, help="from the middle of each volume, for the assessment")
     parser.add_argument("--summary", default="", help="what it is for, in a sentence (default: as before)")
     parser.add_argument("--license", default="", help="of the weights (default: as before)")

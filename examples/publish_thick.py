@@ -36,7 +36,7 @@ def publish(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "license": args.license,
         "limits": args.limits,
-        "meant_for": "thick-slice scans of any contrast, slices 2 to 8 pixels apart, pixels of 0.67 to 1.25 mm",
+        "meant_for": "thick-slice scans of any contrast, slices 2 to 8 pixels apart",
         "summary": "The slice direction of thick-slice scans of any contrast, for `deformmamba isotropic`: 2 to 8 "
         "times finer, after a cubic spline.",
         **description(model, facts, FINAL, sha256),

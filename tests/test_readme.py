@@ -40,3 +40,17 @@ def test_pictures_exist():
     pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README.read_text("utf-8"))
     assert pictures
     assert all((README.parent / path).is_file() for path in pictures)
+
+
+def test_pixel_sizes_are_those_of_the_training_data():
+    from deformmamba.weights import card, list_weights
+    from deformmamba.weights.cards import pixel_range
+
+    stated = re.findall(
+        r"pixels of ([\d.]+ to [\d.]+ mm) \| `deformmamba upscale --model ([\w-]+)`", README.read_text("utf-8")
+    )
+    upscaling = [entry for entry in list_weights() if entry["scale"] > 1]
+    assert {(pixel_range(*entry["spacings_mm"]), entry["name"]) for entry in upscaling} == set(stated)
+    for entry in upscaling:
+        assert f"pixels of {pixel_range(*entry['spacings_mm'])} (" in card(entry).split("```")[0]
+        assert " mm" not in entry["meant_for"], "the sizes have one source"

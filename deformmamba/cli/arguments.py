@@ -281,7 +281,7 @@ def output_for(args: argparse.Namespace, kind: str) -> str:
     if not output:
         raise InvalidArgument("no output given; give it with -o OUTPUT, or after the input")
     files = (*NIFTI_SUFFIXES, *MGH_SUFFIXES)
-    is_folder = output.endswith(os.sep) or (os.path.isdir(output) and not output.lower().endswith(files))
+    is_folder = output.endswith(("/", os.sep)) or (os.path.isdir(output) and not output.lower().endswith(files))
     if is_folder and os.path.isfile(args.input) and args.input.lower().endswith(files):
         try:
             os.makedirs(output, exist_ok=True)

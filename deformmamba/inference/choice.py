@@ -13,6 +13,7 @@ from deformmamba.volume import PathLike, Volume, in_plane
 from deformmamba.volume.dicom import DicomSeries
 from deformmamba.volume.files import suffix
 from deformmamba.weights import list_weights
+from deformmamba.weights.cards import pixel_range
 
 # whole words in names, protocols and body parts
 _CONTRASTS = {"FLAIR": r"flair", "T2": r"t2w?", "T1": r"t1w?|mprage", "PD": r"pdw?"}
@@ -72,7 +73,7 @@ def _fit(entry: dict[str, Any], pixel: tuple[float, float] | None, contrast: str
         outside = max(np.log(low / min(pixel)), np.log(max(pixel) / high), 0.0)
         distance += outside
         where = "inside" if outside == 0 else "outside"
-        said.append(f"pixels of {pixel[0]:.3g} x {pixel[1]:.3g} mm are {where} the trained {low:.3g} to {high:.3g} mm")
+        said.append(f"pixels of {pixel[0]:.3g} x {pixel[1]:.3g} mm are {where} the trained {pixel_range(low, high)}")
     made_for = str(entry.get("meant_for") or str(entry.get("summary") or entry["name"]).split(".")[0]).lower()
     for kind, wanted, table, cost in (("contrast", contrast, _CONTRASTS, 1.5), ("anatomy", anatomy, _ANATOMIES, 2.0)):
         theirs = _found(table, made_for)

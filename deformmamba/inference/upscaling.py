@@ -30,6 +30,7 @@ from deformmamba.inference.tiling import default_overlap, spans
 from deformmamba.physics.consistency import Consistency, corrected
 from deformmamba.volume import PathLike, Volume, VolumeError, chosen_axis, in_plane, intensity_scale, normalise, restore
 from deformmamba.volume.inspection import is_far, trained_spacings
+from deformmamba.weights.cards import pixel_range
 
 if TYPE_CHECKING:
     from torch import nn
@@ -396,7 +397,7 @@ def _cautions(model: "SRModel", volume: Volume, axis: int) -> tuple[str, ...]:
     trained, pixel = trained_spacings(model), (volume.spacing[first], volume.spacing[second])
     if trained and any(volume.codes) and is_far(pixel, trained):
         found.append(
-            f"the pixels are {pixel[0]:.3g} x {pixel[1]:.3g} mm, the weights were trained on {trained[0]:.3g} to "
-            f"{trained[1]:.3g} mm: the result may be worse than reported"
+            f"the pixels are {pixel[0]:.3g} x {pixel[1]:.3g} mm, the weights were trained on {pixel_range(*trained)}: "
+            "the result may be worse than reported"
         )
     return tuple(found)

@@ -21,6 +21,7 @@ from deformmamba.physics.kspace import Grid, zero_fill
 from deformmamba.tensors import has_values
 from deformmamba.torch_private import limited_registration
 from deformmamba.weights import Published, load_checkpoint, publish
+from deformmamba.weights.cards import pixel_range
 from deformmamba.weights.checkpoint import Checkpoint, WeightsError, check_config, write_checkpoint
 
 Model = TypeVar("Model", bound="SRModel")
@@ -310,7 +311,7 @@ class SRModel(nn.Module):
         parts += [f"{self.scale}x", f"{n / 1e6:.2f} M parameters" if n >= 10_000 else f"{n} parameters"]
         trained = self.provenance.get("spacings_mm")
         if isinstance(trained, list) and len(trained) == 2 and all(isinstance(x, int | float) for x in trained):
-            parts.append(f"trained on pixels of {trained[0]:.3g} to {trained[1]:.3g} mm")
+            parts.append(f"trained on pixels of {pixel_range(*trained)}")
         return ", ".join(parts)
 
     def num_parameters(self) -> int:

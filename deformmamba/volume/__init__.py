@@ -349,7 +349,7 @@ def _turned(
 
 def _is_dicom_target(path: PathLike) -> bool:
     ending = suffix(Path(path))
-    is_folder = not ending or os.fspath(path).endswith(os.sep) or os.path.isdir(path)
+    is_folder = not ending or os.fspath(path).endswith(("/", os.sep)) or os.path.isdir(path)
     return ending not in NIFTI_SUFFIXES + MGH_SUFFIXES and (is_folder or ending in dicom_out.SUFFIXES)
 
 

@@ -13,6 +13,7 @@ import torch
 from deformmamba.physics.kspace import fft2c
 from deformmamba.volume import Volume, VolumeError, chosen_axis, in_plane, intensity_scale
 from deformmamba.volume.dicom import DicomSeries
+from deformmamba.weights.cards import pixel_range
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
@@ -330,7 +331,7 @@ def spacing_remark(model: "SRModel", volume: Volume, axis: int) -> str:
     trained = trained_spacings(model)
     if trained is None:
         return "the weights do not record the pixel sizes of their training data"
-    known = f"the weights were trained on pixels of {trained[0]:.3g} to {trained[1]:.3g} mm"
+    known = f"the weights were trained on pixels of {pixel_range(*trained)}"
     if not any(volume.codes):
         return f"{known}; the pixel size of this file is of unknown origin"
     first, second = in_plane(axis)

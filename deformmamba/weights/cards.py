@@ -86,7 +86,7 @@ def card(entry: Mapping[str, Any]) -> str:
         "",
         f"# {name}",
         "",
-        *([f"For: {entry['meant_for']}", ""] if entry.get("meant_for") else []),
+        *([f"For: {purpose(entry)}.", ""] if entry.get("meant_for") else []),
         *([str(entry["summary"]), ""] if entry.get("summary") else []),
         "```python",
         "import deformmamba",
@@ -110,6 +110,18 @@ def card(entry: Mapping[str, Any]) -> str:
     if "file" in entry and not repo:
         lines.append("- **source**: the file rides in the package; there is no repository on the Hub")
     return "\n".join(lines) + "\n" + tables(entry)
+
+
+def pixel_range(finest: float, coarsest: float) -> str:
+    """Two pixel sizes of training data (mm) as every page, card and message writes them."""
+    return f"{finest:.3g} to {coarsest:.3g} mm"
+
+
+def purpose(entry: Mapping[str, Any]) -> str:
+    """Contrast, anatomy and pixel sizes that weights of the manifest are for, without a full stop."""
+    text, (finest, coarsest), scale = entry["meant_for"], entry["spacings_mm"], entry["scale"]
+    after = f" ({pixel_range(finest / scale, coarsest / scale)} after it)" if scale > 1 else ""
+    return f"{text}, pixels of {pixel_range(finest, coarsest)}{after}"
 
 
 def _acknowledgements(trained_on: Sequence[Any]) -> list[str]:
