@@ -1,8 +1,14 @@
-"""Checks plain values, as in JSON and TOML, against the annotations of a function."""
+"""Checks values against the annotations of a function: plain ones, as in JSON and TOML, and arguments of a call."""
 
-from collections.abc import Mapping, Sequence
-from types import UnionType
+import functools
+import inspect
+import numbers
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
+
+from deformmamba.errors import InvalidType, shown
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -39,3 +45,82 @@ def described(hint: Any) -> str:
             f"a {'table' if issubclass(origin, Mapping) else 'list'} of {described(args[0 if origin is tuple else -1])}"
         )
     return str(getattr(hint, "__name__", hint))
+
+
+def check_types(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
+    """Refuses an argument of a wrong type in one sentence; `given` is `locals()` in the first line of `function`.
+
+    Checked are numbers, texts, paths, functions, lists, tables and instances of the annotated classes, but not the
+    items of a list. numpy's numbers are numbers. An annotation in quotes (a class that only type checkers import) and a
+    protocol are not checked. Ranges and choices are checked by the function itself.
+
+    Raises:
+        InvalidType: an argument of a wrong type.
+    """
+    for name, hint in _hints(function):
+        value = given[name]
+        if not _accepts(value, hint):
+            is_plain = isinstance(value, str | numbers.Number | NoneType)
+            shown_value = shown(value) if is_plain else f"a {type(value).__name__}"
+            raise InvalidType(f"{_name(function)}: {name} must be {_in_words(hint)}, not {shown_value}")
+
+
+def _name(function: Callable[..., Any]) -> str:
+    """The name in a message; a constructor has that of its class."""
+    return function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+
+
+@functools.cache
+def _hints(function: Callable[..., Any]) -> tuple[tuple[str, Any], ...]:
+    """The annotated parameters of a function of this package; without *args and **kwargs."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        is_checked = parameter.annotation is not parameter.empty and not isinstance(parameter.annotation, str)
+        if is_checked and parameter.kind in named:
+            found.append((name, parameter.annotation))
+    return tuple(found)
+
+
+def _accepts(value: Any, hint: Any) -> bool:
+    """Whether an argument of a call may have this annotation; True in doubt."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_accepts(value, arg) for arg in args)
+    if origin is Literal:  # the function lists the choices
+        return any(type(value) is type(arg) for arg in args) or isinstance(value, str)
+    if hint in (None, NoneType):
+        return value is None
+    if hint is bool:
+        return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")
+    if hint is int:
+        return hasattr(value, "__index__") and not isinstance(value, bool)
+    if hint is float:
+        return hasattr(value, "__float__") and not isinstance(value, bool)
+    kind = origin or hint
+    if kind is Callable:
+        return callable(value)
+    if kind in (Sequence, Iterable):
+        return isinstance(value, Iterable) and not isinstance(value, str | bytes)
+    if isinstance(kind, type) and not getattr(kind, "_is_protocol", False) and (origin is None or kind in _GENERIC):
+        return isinstance(value, kind)
+    return True
+
+
+_GENERIC = (Mapping, os.PathLike, dict, list, type)
+
+
+def _in_words(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(map(_in_words, args)))
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, args))
+    known = {int: "an integer", float: "a number", bool: "True or False", str: "a text", None: "None", NoneType: "None"}
+    kind = origin or hint
+    kinds = {Callable: "a function", Sequence: "a list", Iterable: "a list", Mapping: "a table", os.PathLike: "a path"}
+    if hint in known:
+        return known[hint]
+    return kinds.get(kind) or f"an instance of {getattr(kind, '__name__', kind)}"

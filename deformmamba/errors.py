@@ -51,9 +51,14 @@ def shortened(text: str, longest: int) -> str:
 def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6, written: Callable[[str], str] = repr) -> str:
     """A suggestion for the end of a message: `, did you mean X?` for the known word nearest to `word`, else empty.
 
+    Capital and small letters are the same.
+
     Args:
         cutoff: the least similarity, from 0 to 1, of a word that is suggested.
         written: how the suggested word is written, by default in quotes.
     """
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
-    return f", did you mean {written(near[0])}?" if near else ""
+    words = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), list(words), n=1, cutoff=cutoff)
+    if near and words[near[0]] == word:
+        return ""
+    return f", did you mean {written(words[near[0]])}?" if near else ""

@@ -22,8 +22,8 @@ from einops import rearrange
 from torch import nn
 
 from deformmamba.deform import modulated_deform_conv2d
-from deformmamba.errors import InvalidArgument, InvalidType
-from deformmamba.scan import Discretization, scan_checked_map
+from deformmamba.errors import InvalidArgument, InvalidType, shown
+from deformmamba.scan import Discretization, check_backend, scan_checked_map
 from deformmamba.tensors import overridable, refuse_tracing, without_autocast
 from deformmamba.torch_private import NotScriptable
 
@@ -85,9 +85,17 @@ def check_map(block: nn.Module, x: torch.Tensor, channels: int, *, multiple: int
         )
 
 
-def _check_positive(block: str, **arguments: float | None) -> None:
+_FRACTIONAL = ("expand", "dt_min", "dt_max")
+
+
+def _check_positive(block: str, **arguments: Any) -> None:
     for name, value in arguments.items():
-        if value is not None and not value > 0:
+        if value is None:
+            continue
+        kind, needed = ("a number", "__float__") if name in _FRACTIONAL else ("an integer", "__index__")
+        if isinstance(value, bool) or not hasattr(value, needed):
+            raise InvalidType(f"{block}: {name} must be {kind} above 0, not {shown(value)}")
+        if not value > 0:
             raise InvalidArgument(f"{block}: {name} is {value}; it must be greater than 0")
 
 
@@ -323,11 +331,13 @@ class SS2D(Block):
         name = type(self).__name__
         if directions not in self.allowed_directions:
             raise InvalidArgument(f"{name}: directions is {directions}; it must be one of {self.allowed_directions}")
-        _check_positive(name, channels=channels, d_state=d_state, dt_rank=dt_rank, dt_min=dt_min)
+        _check_positive(name, channels=channels, d_state=d_state, dt_rank=dt_rank, dt_min=dt_min, dt_max=dt_max)
         if dt_max < dt_min:
             raise InvalidArgument(f"{name}: dt_min is {dt_min} and dt_max {dt_max}; dt_max must be at least dt_min")
         if discretization not in ("euler", "zoh"):
             raise InvalidArgument(f'{name}: discretization is {discretization!r}; it must be "euler" or "zoh"')
+        if backend is not None:
+            check_backend(backend)
         self.channels, self.d_state, self.directions = channels, d_state, directions
         self.dt_rank = dt_rank or math.ceil(channels / 16)
         self.discretization: Discretization = discretization
@@ -399,9 +409,10 @@ class VisionMambaBlock(Block):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        _check_positive("VisionMambaBlock", channels=channels, expand=expand, kernel_size=kernel_size)
         inner = round(expand * channels)
-        _check_positive("VisionMambaBlock", channels=channels, expand=expand, inner_channels=inner)
-        if kernel_size < 1 or kernel_size % 2 == 0:
+        _check_positive("VisionMambaBlock", inner_channels=inner)
+        if kernel_size % 2 == 0:
             raise InvalidArgument(f"VisionMambaBlock: kernel_size is {kernel_size}; it must be odd")
         self.channels = channels
         self.norm = nn.LayerNorm(channels, **factory)
@@ -524,6 +535,9 @@ class MultiViewContext(Block):
     ) -> None:
         super().__init__()
         _check_positive("MultiViewContext", channels=channels, branch_channels=branch_channels)
+        if not isinstance(rates, Sequence) or isinstance(rates, str):
+            raise InvalidType(f"MultiViewContext: rates must be a list of integers, not {shown(rates)}")
+        _check_positive("MultiViewContext", **{f"rates[{k}]": rate for k, rate in enumerate(rates)})
         if not rates or not 1 <= min(rates) <= max(rates) <= LARGEST_RATE:
             raise InvalidArgument(
                 f"MultiViewContext: rates is {tuple(rates)}; it must hold at least one rate, from 1 to {LARGEST_RATE}"
@@ -551,6 +565,7 @@ class PatchEmbed(Block):
         self, in_channels: int, channels: int, patch: int, *, device: Device = None, dtype: Dtype = None
     ) -> None:
         super().__init__()
+        _check_positive("PatchEmbed", in_channels=in_channels, channels=channels, patch=patch)
         self.in_channels, self.patch = in_channels, patch
         self.project = nn.Conv2d(in_channels, channels, patch, stride=patch, device=device, dtype=dtype)
         self.norm = nn.LayerNorm(channels, device=device, dtype=dtype)
@@ -578,6 +593,7 @@ class PatchMerge(Block):
 
     def __init__(self, channels: int, out_channels: int, *, device: Device = None, dtype: Dtype = None) -> None:
         super().__init__()
+        _check_positive("PatchMerge", channels=channels, out_channels=out_channels)
         self.channels = channels
         self.norm = nn.LayerNorm(4 * channels, device=device, dtype=dtype)
         self.reduce = nn.Linear(4 * channels, out_channels, bias=False, device=device, dtype=dtype)
@@ -602,6 +618,7 @@ class PatchExpand(Block):
         dtype: Dtype = None,
     ) -> None:
         super().__init__()
+        _check_positive("PatchExpand", channels=channels, out_channels=out_channels, factor=factor)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.channels, self.factor = channels, factor
         self.expand = nn.Linear(channels, factor**2 * out_channels, bias=False, **factory)

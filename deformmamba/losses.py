@@ -1,10 +1,12 @@
 """Training losses: the paper's contrastive edge loss and its sum with L1."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, InvalidType, shown
 from deformmamba.tensors import overridable, without_autocast
 
 EDGE_KERNELS = (
@@ -18,11 +20,18 @@ def check_pair(name: str, sr: torch.Tensor, hr: torch.Tensor) -> None:
     """Refuses tensors that are not two floating-point images of the same shape; `name` is the name of the loss."""
     if isinstance(sr, torch.fx.Proxy):  # a symbolic trace has no shapes
         return
+    for what, image in (("sr", sr), ("hr", hr)):
+        if not isinstance(image, torch.Tensor):
+            raise InvalidType(
+                f"{name}: {what} must be a tensor (batch, channel, height, width), not a {type(image).__name__}"
+            )
     if sr.shape != hr.shape or sr.ndim != 4 or not (sr.is_floating_point() and hr.is_floating_point()):
         raise InvalidArgument(
             f"{name}: sr is {sr.dtype} {tuple(sr.shape)} and hr {hr.dtype} {tuple(hr.shape)}; "
             "both must be floating point (batch, channel, height, width) of one shape"
         )
+    if not sr.numel():
+        raise InvalidArgument(f"{name}: the images have no pixels, {tuple(sr.shape)}")
 
 
 @overridable
@@ -66,6 +75,8 @@ class SRLoss(nn.Module):
 
     def __init__(self, beta: float = 0.1) -> None:
         super().__init__()
+        if isinstance(beta, bool) or not hasattr(beta, "__float__") or not 0 <= beta < math.inf:
+            raise InvalidArgument(f"SRLoss: beta must be a number of 0 or more, not {shown(beta)}")
         self.beta = beta
         self.edges = ContrastiveEdgeLoss()
 

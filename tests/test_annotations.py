@@ -1,11 +1,17 @@
 """The check of plain values against type annotations."""
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
-from deformmamba.annotations import described, fits
+from deformmamba.annotations import check_types, described, fits
+from deformmamba.errors import InvalidType
 
 
 @pytest.mark.parametrize(
@@ -36,3 +42,46 @@ def test_annotations_in_words() -> None:
     assert described(Mapping[str, float]) == "a table of float"
     assert described(tuple[int, ...]) == "a list of int"
     assert described(bool) == "bool"
+
+
+def sample(
+    path: str | os.PathLike[str],
+    n: int = 1,
+    *,
+    share: float | None = None,
+    names: Sequence[str] = (),
+    table: Mapping[str, int] | None = None,
+    work: Callable[[int], int] | None = None,
+    choice: Literal["a", "b"] = "a",
+    flag: bool = False,
+    other: "NotImported | None" = None,  # type: ignore[name-defined]  # noqa: F821
+) -> None:
+    check_types(sample, locals())
+
+
+def test_arguments_of_the_annotated_types_are_taken() -> None:
+    sample("a")
+    sample(Path("a"), np.int64(3), share=1, names=("a",), table={}, work=len, choice="b", flag=np.True_, other=3)
+    sample("a", share=np.float32(0.5), names=np.array(["a"]), table=MappingProxyType({}), choice="not in the list")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"path": 3}, "sample: path must be a text or a path, not 3"),
+        ({"path": None}, "path must be a text or a path, not None"),
+        ({"n": "1"}, "n must be an integer, not '1'"),
+        ({"n": True}, "n must be an integer, not True"),
+        ({"n": 1.5}, "n must be an integer, not 1.5"),
+        ({"share": "x"}, "share must be a number or None, not 'x'"),
+        ({"names": "abc"}, "names must be a list, not 'abc'"),
+        ({"table": [1]}, "table must be a table or None, not a list"),
+        ({"work": 3}, "work must be a function or None, not 3"),
+        ({"choice": 3}, "choice must be one of 'a', 'b', not 3"),
+        ({"flag": 1}, "flag must be True or False, not 1"),
+    ],
+)
+def test_another_type_is_refused(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidType, match=re.escape(said)) as caught:
+        sample(**{"path": "a", **arguments})
+    assert "\n" not in str(caught.value)

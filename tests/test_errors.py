@@ -9,7 +9,7 @@ import pytest
 import deformmamba
 from deformmamba import DeformMambaError
 from deformmamba.atomic import renamed, write_bytes
-from deformmamba.errors import InvalidArgument, InvalidType, UnsupportedCall, one_line, shown
+from deformmamba.errors import InvalidArgument, InvalidType, UnsupportedCall, did_you_mean, one_line, shown
 
 PACKAGE = Path(deformmamba.__file__).parent
 
@@ -66,3 +66,17 @@ def test_a_file_is_replaced_whole_or_left_alone(tmp_path: Path, monkeypatch: pyt
     assert link.is_symlink()
     assert path.read_bytes() == b"two"
     assert sorted(tmp_path.iterdir()) == [path, link]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("fintune", ", did you mean 'finetune'?"),
+        ("IXI-4X", ", did you mean 'ixi-4x'?"),
+        ("ixi-4x", ""),  # it is known, so another thing is wrong
+        ("qqq", ""),
+        ("", ""),
+    ],
+)
+def test_suggestions(word: str, said: str) -> None:
+    assert did_you_mean(word, ("ixi-4x", "finetune")) == said

@@ -19,7 +19,8 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 # From bottom to top. A module imports modules of lower levels only; this includes imports inside functions. A folder
 # counts as one module; its files may import each other. The public names (`__init__`) and `__main__` may import all.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("annotations", "atomic", "errors"),
+    ("atomic", "errors"),
+    ("annotations",),
     ("torch_private",),
     ("tensors",),
     ("extras", "threads"),

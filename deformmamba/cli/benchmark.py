@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from deformmamba.cli.arguments import add_command, add_subject, positive, tell
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, did_you_mean
 
 
 def add(commands: Any) -> None:
@@ -36,7 +36,10 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--scale", type=positive, default=4, metavar="S", help="scale factor (default: 4)")
     parser.add_argument(
-        "--preset", default="tiny", help="sizes of the networks: tiny, or paper for the published sizes (default: tiny)"
+        "--preset",
+        default="tiny",
+        choices=("tiny", "paper"),
+        help="sizes of the networks: tiny, or paper for the published sizes (default: tiny)",
     )
     parser.add_argument(
         "--recipe", metavar="NAME", help="recipe whose [data] section gives patches, group weights and augmentation"
@@ -81,7 +84,7 @@ def _minutes(text: str) -> float:
 
 
 def _benchmark(args: argparse.Namespace) -> None:
-    from deformmamba.data.scans import describe_splits, find_scans
+    from deformmamba.data.scans import counted, describe_splits, find_scans
     from deformmamba.training import load_recipe
     from deformmamba.training.comparison import Plan, benchmark
 
@@ -101,16 +104,20 @@ def _benchmark(args: argparse.Namespace) -> None:
     ]
     missing = sorted({*(args.people or ())} - {scan.subject for scan in test})
     if missing:
+        people = sorted({scan.subject for scan in scans if scan.split in args.split})
+        hint = did_you_mean(missing[0], people)
         raise InvalidArgument(
-            f"{args.data} has no volume to score of {missing[0]!r} in split {', '.join(args.split)}; there are: "
-            + ", ".join(sorted({scan.subject for scan in scans if scan.split in args.split}))
+            f"{args.data} has no volume to score of {missing[0]!r} in split {', '.join(args.split)}{hint}; "
+            f"there are: {', '.join(people) or 'none'}"
         )
     val = [scan for scan in scans if scan.split == "val" and args.group in (None, scan.group)] if args.rates else []
     if not train or not test:
         groups = ", ".join(sorted({f"{scan.group or 'no group'} ({scan.split})" for scan in scans}))
+        of_group = f" and group {args.group!r}" if args.group else ""
+        hint = did_you_mean(args.group or "", {scan.group for scan in scans} - {""})
         raise InvalidArgument(
-            f"{args.data}: {len(train)} volumes to train on and {len(test)} of split {', '.join(args.split)} to score; "
-            f"both are needed; available: {groups}"
+            f"{args.data}: {counted(len(train), 'volume')} to train on and {len(test)} of split {', '.join(args.split)}"
+            f"{of_group} to score{hint}; both are needed; available: {groups}"
         )
     for line in describe_splits([*train, *test]):
         tell(line)

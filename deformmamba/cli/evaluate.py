@@ -17,7 +17,7 @@ from deformmamba.cli.arguments import (
     short,
     tell,
 )
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, did_you_mean
 
 if TYPE_CHECKING:
     from deformmamba.data.patches import Scan
@@ -123,11 +123,12 @@ def chosen(data: list[str], split: str | None, group: str | None, subject: str |
     from deformmamba.volume import not_a_scan
 
     scans: list[Scan | str] = []
+    groups = set()
     for path in data:
         if os.path.isdir(path):
-            scans += [
-                s for s in find_scans(path, subject=subject) if split in (None, s.split) and group in (None, s.group)
-            ]
+            found = find_scans(path, subject=subject)
+            groups |= {scan.group for scan in found if scan.group}
+            scans += [s for s in found if split in (None, s.split) and group in (None, s.group)]
         elif split is not None or group is not None:
             raise InvalidArgument(f"{path}: --split and --group select from a folder; leave them out for a single scan")
         elif os.path.isfile(path) and (reason := not_a_scan(path)):
@@ -136,7 +137,8 @@ def chosen(data: list[str], split: str | None, group: str | None, subject: str |
             scans.append(path)
     if not scans:
         raise InvalidArgument(
-            f"no volume of split {split or 'any'!r} and group {group or 'any'!r} in {', '.join(data)}; change --split "
+            f"no volume of split {split or 'any'!r} and group {group or 'any'!r} in {', '.join(data)}"
+            f"{did_you_mean(group or '', groups)}; groups there: {', '.join(sorted(groups)) or 'none'}; change --split "
             "or --group"
         )
     return named_scans(scans)

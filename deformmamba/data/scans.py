@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from deformmamba.annotations import check_types
 from deformmamba.data.prepared import MANIFEST, SUFFIX, is_prepared, read_manifest, read_prepared
 from deformmamba.data.splits import SPLITS, by_share, check_shares, check_splits, read_table
 from deformmamba.data.subjects import name_subjects, patient_id
@@ -72,6 +73,7 @@ def find_scans(
             interrupted preparation.
         ValueError: shares outside [0, 1] or above 1 in total; `subject` for a folder whose table names the subjects.
     """
+    check_types(find_scans, locals())
     root = Path(root)
     check_shares(val, test)
     if not root.is_dir():
@@ -208,6 +210,7 @@ def load_volume(source: Scan | str | os.PathLike[str], *, phase: bool = False) -
     slices (fastMRI) are returned as magnitudes, or with `phase` as complex64. A file with several volumes gives the
     first one.
     """
+    check_types(load_volume, locals())
     if not _path(source).name.endswith(SUFFIX):
         volume = next(_volumes(source))
         return volume, slice_axis(volume)
@@ -248,6 +251,9 @@ def load_slices(source: Scan | str | os.PathLike[str], multiple: int = 1, *, pha
     H and W are cropped at their ends to a multiple of `multiple`, because the scale does not divide every image size.
     Pixel 0 keeps its place.
     """
+    check_types(load_slices, locals())
+    if multiple < 1:
+        raise VolumeError(f"load_slices: multiple must be at least 1, not {multiple}")
     path = _path(source)
     if path.name.endswith(SUFFIX):
         volume, axis = load_volume(source, phase=phase)

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from deformmamba import __version__
+from deformmamba.annotations import check_types
 from deformmamba.data.scans import Scan, load_slices, named_scans
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, did_you_mean
 from deformmamba.evaluation.rendering import Shown, csv_text, terminal_table
 from deformmamba.inference import upscale
 from deformmamba.metrics import METRICS, ON_REQUEST, Protocol, by_slice
@@ -70,6 +71,9 @@ def evaluate(
     Raises:
         ValueError: the degradation has another scale or grid than the model, or a metric is unknown.
     """
+    check_types(evaluate, locals())
+    if most is not None and most < 1:
+        raise InvalidArgument(f"evaluate: most must be at least 1, or None for all slices, not {most}")
     degradation = degradation or KSpaceCrop(model.scale)
     unknown = [name for name in metrics if name not in ON_REQUEST]
     if unknown:
@@ -212,6 +216,7 @@ def compare(
     Raises:
         ValueError: no model, no volume, models of different scales, an unknown name or slice; and as `evaluate`.
     """
+    check_types(compare, locals())
     volumes = list(volumes)
     scales = {model.scale for model in models.values()}
     if not volumes or len(scales) != 1:
@@ -221,7 +226,9 @@ def compare(
         )
     against = next(iter(models)) if against is None else against
     if against not in models:
-        raise InvalidArgument(f"compare: no model {against!r} to compare with; models: {', '.join(models)}")
+        raise InvalidArgument(
+            f"compare: no model {against!r} to compare with{did_you_mean(against, models)}; models: {', '.join(models)}"
+        )
     degradation = degradation or KSpaceCrop(scales.pop())
     shown: Shown | None = None
     rows: dict[str, list[dict[str, Any]]] = {}

@@ -51,6 +51,7 @@ VARIANTS = tuple(onnx.OPSETS)
 TOLERANCE = 1e-4  # of an image of about [0, 1]
 LARGEST = 16384  # largest h and w in pixels
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "pt2": ()}
+ENDINGS = {"onnx": ".onnx", "openvino": ".xml", "pt2": ".pt2"}
 NAMES = {"onnx": "ONNX", "openvino": "OpenVINO", "pt2": "pt2"}
 
 
@@ -165,8 +166,10 @@ def _checked(
     if not path.parent.is_dir():
         raise ExportError(f"{path}: there is no folder {path.parent}; create it first")
     if path.is_dir():
-        example = path / ("model.xml" if format == "openvino" else f"model.{format}")
+        example = path / f"model{ENDINGS[format]}"
         raise ExportError(f"{path} is a folder; give the name of a file in it, such as {example}")
+    if path.suffix in ENDINGS.values() and path.suffix != ENDINGS[format] and format != "openvino":
+        raise ExportError(f"{path}: format is {format!r}, whose files end in {ENDINGS[format]}; change one of them")
     if format == "openvino" and path.suffix != ".xml":
         raise ExportError(f"{path}: an OpenVINO file must end in .xml; its weights go into a .bin file beside it")
     least = max(model.minimum_size, 1 if inputs == "lr,base" else NEAR if model.robust_edges else 4)

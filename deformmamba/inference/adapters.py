@@ -9,6 +9,7 @@ UpscaleInferer(consistency="exact")(inputs, model)  # where MONAI expects an Inf
 """
 
 import copy
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from deformmamba.annotations import check_types
 from deformmamba.errors import InvalidType
 from deformmamba.inference import Settings, upscale
+from deformmamba.inference.networks import network
 from deformmamba.volume import Volume, VolumeError
 
 if TYPE_CHECKING:
@@ -41,6 +44,8 @@ class UpscaleInferer:
         takes."""
         if not hasattr(network, "intensity") or not hasattr(network, "scale"):
             raise InvalidType(f"the network must be one of deformmamba's models, not {type(network).__name__}")
+        if not isinstance(inputs, torch.Tensor):
+            raise InvalidType(f"inputs must be a tensor (b, c, h, w) or (b, c, i, j, k), not {type(inputs).__name__}")
         if args or kwargs:
             raise InvalidType("a super-resolution model takes only the image; leave the other arguments out")
         if inputs.ndim not in (4, 5):
@@ -56,7 +61,7 @@ class UpscaleTransform:
     grid. Earlier transforms cannot be inverted afterwards. A plain tensor or array has no affine.
 
     Args:
-        model: any SRModel.
+        model: any SRModel, or the name of weights.
         keys: the dictionary entries to upscale; None: every intensity image of a TorchIO subject.
         settings: as `inference.upscale`; `axis` counts the spatial axes from 0.
 
@@ -65,8 +70,12 @@ class UpscaleTransform:
             `upscale`.
     """
 
-    def __init__(self, model: "SRModel", keys: str | Iterable[str] | None = None, **settings: Any) -> None:
-        self.model = model
+    def __init__(
+        self, model: "SRModel | str | os.PathLike[str]", keys: str | Iterable[str] | None = None, **settings: Any
+    ) -> None:
+        check_types(UpscaleTransform.__init__, {"self": self, "model": model, "keys": keys})
+        found = network(model)  # a wrapper of a model stays, because it can be sent to another process
+        self.model = found if isinstance(model, str | os.PathLike) else model
         self.keys = (keys,) if isinstance(keys, str) else None if keys is None else tuple(keys)
         self.settings = asdict(Settings.of(settings))
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from deformmamba.annotations import check_types
 from deformmamba.volume import PathLike, Volume, in_plane
 from deformmamba.volume.dicom import DicomSeries
 from deformmamba.volume.files import suffix
@@ -53,6 +54,7 @@ def ranked_weights(volume: Volume, axis: int, *, path: PathLike | None = None, s
         path: of the scan, whose name may state contrast or anatomy.
         scale: only weights of this factor; None: all.
     """
+    check_types(ranked_weights, locals())
     words = " ".join(_words(volume, path)).lower()
     contrast, anatomy = _found(_CONTRASTS, words), _found(_ANATOMIES, words)
     first, second = in_plane(axis)

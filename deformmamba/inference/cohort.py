@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from deformmamba import __version__
+from deformmamba.annotations import check_types
 from deformmamba.errors import InvalidArgument
 from deformmamba.inference.drawing import draw_slice
 from deformmamba.inference.files import upscale_file
@@ -132,6 +133,7 @@ def upscale_cohort(
         VolumeError: `source` is not a folder or contains no scan; `target` cannot be created.
         ValueError: the environment variables of `processes` are invalid.
     """
+    check_types(upscale_cohort, locals())
     chosen = Settings.of(settings)
     model = network(model)
     reading = {"volume": volume, "dtype": dtype, "effective": effective}

@@ -46,6 +46,10 @@ class _Pair(NamedTuple):
 
 def _tensor(x: Array, name: str) -> torch.Tensor:
     """`x` as a tensor of real numbers; arrays of any byte order and width become float64."""
+    if not isinstance(x, np.ndarray | torch.Tensor) and hasattr(x, "__array__"):
+        x = np.asarray(x)
+    if not isinstance(x, np.ndarray | torch.Tensor):
+        raise InvalidType(f"metrics: {name} is a {type(x).__name__}; wanted a numpy array or a tensor")
     kind = x.dtype.kind if isinstance(x, np.ndarray) else ""
     if kind == "c" or (isinstance(x, torch.Tensor) and x.is_complex()):
         raise InvalidType(f"metrics: {name} is complex ({x.dtype}); take the magnitude first, such as abs({name})")
@@ -60,6 +64,8 @@ def _pair(sr: Array, hr: Array, protocol: str) -> _Pair:
         raise InvalidArgument(
             f"metrics: sr is {tuple(a.shape)} and hr {tuple(b.shape)}; wanted the same shape, (slices, H, W) or (H, W)"
         )
+    if not b.numel():
+        raise InvalidArgument(f"metrics: sr and hr have no pixels, {tuple(b.shape)}")
     if protocol not in PROTOCOLS:
         raise InvalidArgument(f"metrics: unknown protocol {protocol!r}; protocols: {', '.join(PROTOCOLS)}")
     a, b = (x.double().reshape(-1, *x.shape[-2:]) for x in (a, b))
@@ -83,6 +89,8 @@ def foreground(hr: Array) -> torch.Tensor:
     noise level, the edge of the mask is ragged.
     """
     b = _tensor(hr, "hr").double()
+    if b.ndim not in (2, 3):
+        raise InvalidArgument(f"metrics: hr is {tuple(b.shape)}; wanted (slices, H, W) or (H, W)")
     values = b[b != 0].flatten()
     if not values.numel():
         return torch.zeros_like(b, dtype=torch.bool)

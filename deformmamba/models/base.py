@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deformmamba.annotations import described, fits
+from deformmamba.annotations import check_types, described, fits
 from deformmamba.errors import InvalidArgument, InvalidType, one_line, shown
 from deformmamba.physics.consistency import Consistency, stored_consistency
 from deformmamba.physics.kspace import Grid, zero_fill
@@ -222,6 +222,7 @@ class SRModel(nn.Module):
             WeightsError: the path cannot be written, or the model differs from the one that its config builds (half
                 precision, added or removed layers, NaN), so it could not be loaded again.
         """
+        check_types(SRModel.save_pretrained, locals())
         if not os.fspath(path):
             raise WeightsError("the path is empty; give a folder, or a file name ending in .safetensors")
         if provenance is not None and not isinstance(provenance, Mapping):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from deformmamba.errors import InvalidArgument
 from deformmamba.physics.edges import away_from_cut, cubic, cut_edges, cut_likelihood, outliers, smooth_part
-from deformmamba.physics.kspace import fft2c, ifft2c, lowpass, pad_spectrum
+from deformmamba.physics.kspace import check_image, fft2c, ifft2c, lowpass, pad_spectrum
 
 Consistency = Literal["exact", "object", "off"]
 CONSISTENCIES: tuple[Consistency, ...] = get_args(Consistency)
@@ -143,6 +143,13 @@ def data_consistency(
     Raises:
         ValueError: `lr` does not have the size of `sr` divided by `scale`.
     """
+    for image in (sr, lr):
+        check_image("data_consistency", image, scale)
+    if within is not None and not _broadcasts(within, sr):
+        given = tuple(within.shape) if isinstance(within, torch.Tensor) else f"a {type(within).__name__}"
+        raise InvalidArgument(
+            f"data_consistency: within must be a tensor that broadcasts to sr {tuple(sr.shape)}, not {given}"
+        )
     if tuple(lr.shape[-2:]) != tuple(n // scale for n in sr.shape[-2:]) or any(n % scale for n in sr.shape[-2:]):
         raise InvalidArgument(
             f"data_consistency: at scale {scale} an sr of {tuple(sr.shape[-2:])} needs an lr {scale} times smaller, "
@@ -164,6 +171,14 @@ def data_consistency(
         smooth = smooth_part(residual.real if residual.is_complex() else residual, gate=cut)
         correction = _backproject(residual - smooth, scale) + cubic(smooth, scale)
     return sr + (correction if within is None else within * correction)
+
+
+def _broadcasts(within: Any, sr: torch.Tensor) -> bool:
+    """Whether `within` is a tensor that multiplies one of the shape of `sr`; True where shapes are not yet known."""
+    if torch.compiler.is_compiling() or isinstance(sr, torch.fx.Proxy):
+        return True
+    pairs = zip(reversed(within.shape), reversed(sr.shape), strict=False) if isinstance(within, torch.Tensor) else ()
+    return isinstance(within, torch.Tensor) and within.ndim <= sr.ndim and all(a in (1, b) for a, b in pairs)
 
 
 def _lowpass(sr: torch.Tensor, scale: int, cut: torch.Tensor | None) -> torch.Tensor:

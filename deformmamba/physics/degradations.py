@@ -24,7 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from deformmamba.errors import InvalidArgument
+from deformmamba.annotations import check_types
+from deformmamba.errors import InvalidArgument, did_you_mean
 from deformmamba.physics.kspace import Grid, crop_spectrum, degrade, fft2c, ifft2c, pad_spectrum, zero_fill
 
 Seed = int | tuple[int, ...]
@@ -64,9 +65,10 @@ class Degradation(ABC):
         Raises:
             ValueError: `scale` does not divide H and W, or `hr` is not an image of floating-point numbers.
         """
-        if hr.ndim < 2 or hr.dtype not in self._dtypes:
+        if not isinstance(hr, torch.Tensor) or hr.ndim < 2 or hr.dtype not in self._dtypes:
             wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in self._dtypes)
-            raise InvalidArgument(f"{self}: wanted {wanted} (..., H, W), not {hr.dtype} {tuple(hr.shape)}")
+            given = f"{hr.dtype} {tuple(hr.shape)}" if isinstance(hr, torch.Tensor) else f"a {type(hr).__name__}"
+            raise InvalidArgument(f"{self}: wanted a tensor of {wanted} (..., H, W), not {given}")
         self.size(*hr.shape[-2:])
         return self._apply(hr, (seed,) if isinstance(seed, int) else seed, first)
 
@@ -447,6 +449,7 @@ def parse(text: str, *, scale: int | None = None) -> Degradation:
     Raises:
         ValueError: an unknown or missing name or argument, or an invalid value; the message lists the valid ones.
     """
+    check_types(parse, locals())
     parts = [_parse_part(part.strip(), scale) for part in text.split(">>")]
     return parts[0] if len(parts) == 1 else Compose(tuple(parts))
 
@@ -454,7 +457,10 @@ def parse(text: str, *, scale: int | None = None) -> Degradation:
 def _parse_part(text: str, scale: int | None) -> Degradation:
     name, _, rest = text.partition(":")
     if name not in DEGRADATIONS:
-        raise InvalidArgument(f"degradation {text!r}: unknown name {name!r}; degradations: {', '.join(DEGRADATIONS)}")
+        raise InvalidArgument(
+            f"degradation {text!r}: unknown name {name!r}{did_you_mean(name, DEGRADATIONS)}; "
+            f"degradations: {', '.join(DEGRADATIONS)}"
+        )
     made = DEGRADATIONS[name]
     fields = {f.name: f for f in dataclasses.fields(made)}  # type: ignore[arg-type]
     types = get_type_hints(made)
@@ -462,7 +468,10 @@ def _parse_part(text: str, scale: int | None) -> Degradation:
     for item in filter(None, rest.split(",")):
         key, equals, value = (piece.strip() for piece in item.partition("="))
         if key not in fields or not equals:
-            raise InvalidArgument(f"degradation {text!r}: unknown argument {item!r}; {name} takes {', '.join(fields)}")
+            hint = did_you_mean(key, fields)
+            raise InvalidArgument(
+                f"degradation {text!r}: unknown argument {item!r}{hint}; {name} takes {', '.join(fields)}"
+            )
         try:
             values[key] = types[key](value) if types[key] in (int, float) else value
         except ValueError:

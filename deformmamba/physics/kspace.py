@@ -8,12 +8,12 @@ cropping or zero-padding it keeps intensities without a factor.
 Cropping k-space gives an ORIGIN-aligned image: LR[i] lies on HR[scale * i]. See `Grid`.
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, InvalidType, shown
 
 # "origin": LR[i] lies on HR[scale * i] (k-space crop, strided sampling).
 # "half-pixel": pixel areas nest, LR[i] lies on HR[scale * i + (scale - 1) / 2] (averaging, F.interpolate's default).
@@ -21,13 +21,47 @@ Grid = Literal["origin", "half-pixel"]
 GRIDS: tuple[str, ...] = get_args(Grid)
 
 
+def check_image(name: str, image: Any, scale: Any = 1) -> None:
+    """Checks the arguments of the function `name`.
+
+    Raises:
+        InvalidType: `image` is not a tensor, or `scale` not an integer.
+        InvalidArgument: `image` has no pixels or fewer than two axes, or `scale` is below 1.
+    """
+    if torch.compiler.is_compiling() or isinstance(image, torch.fx.Proxy):
+        return
+    if not isinstance(image, torch.Tensor):
+        raise InvalidType(f"{name}: the image must be a tensor (..., H, W), not {_kind(image)}")
+    if image.ndim < 2 or not image.numel():
+        raise InvalidArgument(
+            f"{name}: the image must be (..., H, W) with at least one pixel, not {tuple(image.shape)}"
+        )
+    if isinstance(scale, bool) or not hasattr(scale, "__index__"):
+        raise InvalidType(f"{name}: scale must be an integer, not {shown(scale)}")
+    if scale < 1:
+        raise InvalidArgument(f"{name}: scale must be at least 1, not {scale}")
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}" + ("; torch.from_numpy converts it" if type(value).__name__ == "ndarray" else "")
+
+
+def _check_size(name: str, size: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(hasattr(n, "__index__") and n > 0 for n in size):
+        raise InvalidArgument(f"{name}: size must be two positive integers (h, w), not {shown(size)}")
+
+
 def fft2c(image: torch.Tensor) -> torch.Tensor:
     """Centred spectrum of `image` (..., H, W), in the image's unit; frequency 0 at index (H // 2, W // 2)."""
+    check_image("fft2c", image)
     return torch.fft.fftshift(torch.fft.fft2(image, norm="forward"), dim=(-2, -1))
 
 
 def ifft2c(spectrum: torch.Tensor) -> torch.Tensor:
     """Complex image of a centred spectrum: the exact inverse of `fft2c`."""
+    check_image("ifft2c", spectrum)
     return torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=(-2, -1)), norm="forward")
 
 
@@ -36,14 +70,29 @@ def _start(n: int, m: int) -> int:
     return n // 2 - m // 2
 
 
+def _check_spectrum(name: str, spectrum: Any, size: Any, *, grows: bool = False) -> None:
+    check_image(name, spectrum)
+    _check_size(name, size)
+    if torch.compiler.is_compiling() or isinstance(spectrum, torch.fx.Proxy):
+        return
+    (h, w), (rows, columns) = size, spectrum.shape[-2:]
+    if (h < rows or w < columns) if grows else (h > rows or w > columns):
+        raise InvalidArgument(
+            f"{name}: the spectrum is {rows}x{columns}; size must not be {'smaller' if grows else 'larger'} than that, "
+            f"but is {h}x{w}"
+        )
+
+
 def crop_spectrum(spectrum: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """The central `size` = (h, w) frequencies of a centred spectrum (..., H, W)."""
+    _check_spectrum("crop_spectrum", spectrum, size)
     top, left = (_start(n, m) for n, m in zip(spectrum.shape[-2:], size, strict=True))
     return spectrum[..., top : top + size[0], left : left + size[1]]
 
 
 def pad_spectrum(spectrum: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """The adjoint of `crop_spectrum`: zeros around a centred spectrum until it is `size` = (H, W)."""
+    _check_spectrum("pad_spectrum", spectrum, size, grows=True)
     (top, bottom), (left, right) = (
         (_start(n, m), n - m - _start(n, m)) for n, m in zip(size, spectrum.shape[-2:], strict=True)
     )
@@ -56,6 +105,8 @@ def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     ifft2c(crop_spectrum(fft2c(image), size)), without the shifts, which take longer than the transforms, and with half
     a spectrum of a real image: its other half is conj of the frequencies' negatives.
     """
+    check_image("resize", image)
+    _check_size("resize", size)
     (n_rows, n_columns), (h, w) = image.shape[-2:], size
     if not (0 < h <= n_rows and 0 < w <= n_columns):
         raise InvalidArgument(f"resize: {h}x{w} frequencies wanted, but the image has only {n_rows}x{n_columns}")
@@ -84,9 +135,8 @@ def lowpass(hr: torch.Tensor, scale: int) -> torch.Tensor:
     Raises:
         ValueError: `scale` is below 1, or does not divide H and W.
     """
+    check_image("degrade", hr, scale)
     h, w = hr.shape[-2:]
-    if scale < 1:
-        raise InvalidArgument(f"degrade: scale must be an integer of at least 1, not {scale!r}")
     if h % scale or w % scale:
         raise InvalidArgument(
             f"degrade: scale {scale} does not divide the image size {h}x{w}; "
@@ -117,6 +167,7 @@ def zero_fill(lr: torch.Tensor, scale: int) -> torch.Tensor:
     ifft2c(pad_spectrum(fft2c(lr), size)).real, computed of a real image from half a spectrum and without shifts. An
     even size has the frequency -n/2 without +n/2: the real part shares it out between both.
     """
+    check_image("zero_fill", lr, scale)
     h, w = lr.shape[-2:]
     size = (scale * h, scale * w)
     if lr.is_complex() or scale == 1:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from deformmamba.annotations import check_types
 from deformmamba.errors import InvalidArgument
 from deformmamba.metrics import psnr, ssim
-from deformmamba.volume import PathLike, Volume, check_output, in_plane, replacing
+from deformmamba.volume import PathLike, Volume, VolumeError, check_output, chosen_axis, in_plane, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,6 +51,9 @@ def oriented(volume: Volume, axis: int, index: int) -> Slice:
     slice is shown like the nearest of the three. A volume without an orientation is shown in array order, without
     labels.
     """
+    check_types(oriented, locals())
+    if not 0 <= index < volume.array.shape[chosen_axis(volume, axis)]:
+        raise VolumeError(f"there is no slice {index} across axis {axis} of {volume!r}")
     return oriented_like(np.moveaxis(volume.array, axis, 0)[index], volume, axis)
 
 
@@ -105,6 +109,7 @@ def before_after(
         VolumeError: `path` cannot be written.
         ValueError: no results.
     """
+    check_types(before_after, locals())
     check_output(path, SUFFIXES)
     if not results:
         raise InvalidArgument("before_after: no result given; give at least one")
@@ -149,6 +154,7 @@ def comparison(
 
     Source: figure 2 of the paper.
     """
+    check_types(comparison, locals())
     check_output(path, SUFFIXES)
     if not results or any(image.shape != hr.shape for image in results.values()):
         raise InvalidArgument(f"comparison: give at least one result; every result must have the size {hr.shape} of hr")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from deformmamba.annotations import check_types
 from deformmamba.physics.kspace import fft2c
 from deformmamba.pictures.figures import STATEMENT, grey_window, oriented, oriented_like
 from deformmamba.volume import PathLike, Volume, VolumeError, check_output, in_plane, write_text
@@ -64,6 +65,7 @@ def write_report(
     Raises:
         VolumeError: `path` cannot be written, or the three volumes do not belong together.
     """
+    check_types(write_report, locals())
     check_output(path, SUFFIXES)
     _check_fit(before, after, uncertainty, axis)
     found = inspect_volume(before, axis=axis)

@@ -56,7 +56,7 @@ def scan_backend(name: str) -> Iterator[None]:
         ScanBackendError: no such backend.
     """
     global _chosen_last
-    _known(name)
+    check_backend(name)
     token, before = _chosen.set(name), _chosen_last
     _chosen_last = name
     try:
@@ -296,7 +296,8 @@ def _refuse_numbers(name: str, dtype: torch.dtype) -> None:
     raise InvalidType(f"{name} must be floating point, got {dtype}; convert it, for example with .float()")
 
 
-def _known(name: str) -> None:
+def check_backend(name: str) -> None:
+    """Raises ScanBackendError for a name that is neither one of `BACKENDS` nor "auto"."""
     if name != "auto" and name not in BACKENDS:
         raise ScanBackendError(f"unknown scan backend {name!r}; backends: {', '.join(BACKENDS)}, auto")
 
@@ -307,7 +308,7 @@ def _choose(name: str, device: str, dtype: torch.dtype, n: int, zoh: bool, initi
 
     Meta tensors have no memory, so that no kernel runs: any backend with kernels gives their shapes.
     """
-    _known(name)
+    check_backend(name)
     probe = torch.empty(0, device=device, dtype=dtype)
     needs_transforms = differentiates_by_transform()
     if device == "meta" and not needs_transforms and (name == "auto" or name in operator.KERNELS):

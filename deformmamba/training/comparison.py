@@ -19,7 +19,7 @@ import torch
 from deformmamba import __version__
 from deformmamba.data.patches import PatchDataset
 from deformmamba.data.scans import Scan, subjects
-from deformmamba.errors import InvalidArgument, shortened
+from deformmamba.errors import InvalidArgument, did_you_mean, shortened
 from deformmamba.evaluation.compare import compare, evaluate, mean_scores
 from deformmamba.evaluation.machine import commit, hardware
 from deformmamba.evaluation.tables import SIZES, TABLES, Row, budget, markdown
@@ -197,7 +197,9 @@ def _check(
     names = [row.name for row in TABLES[table]]
     unknown = [name for name in rows or () if name not in names]
     if unknown:
-        raise InvalidArgument(f"benchmark: {table} has no row {unknown[0]!r}; rows: {', '.join(names)}")
+        raise InvalidArgument(
+            f"benchmark: {table} has no row {unknown[0]!r}{did_you_mean(unknown[0], names)}; rows: {', '.join(names)}"
+        )
     given = [n for n in (plan.steps, plan.minutes) if n is not None]
     if len(given) != 1 or not 0 < given[0] < math.inf or plan.seeds < 1 or plan.batch < 1:
         raise InvalidArgument(

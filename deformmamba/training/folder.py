@@ -17,6 +17,7 @@ from torch import nn
 from deformmamba.errors import InvalidArgument, one_line, shortened
 from deformmamba.training.curves import training_curve
 from deformmamba.volume import replacing, write_text
+from deformmamba.volume.files import refusals
 
 STATE, RUN, LOG, CURVE, BEST, LAST = (
     "state.pt",
@@ -114,7 +115,8 @@ class RunFolder:
                     f"fit: {self.path / STATE} cannot be read ({one_line(error)}); delete it"
                 ) from None
         if writes:
-            self.path.mkdir(parents=True, exist_ok=True)
+            with refusals(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / RUN, json.dumps(_plain(run), indent=2) + "\n")
             step = state["step"] if state else -1  # step 0 is the score of the initial weights
             if (self.path / LOG).is_file():

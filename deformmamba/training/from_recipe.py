@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from deformmamba.annotations import check_types
 from deformmamba.data.patches import PatchDataset
 from deformmamba.data.scans import INDEX, Scan, describe_splits, find_scans, load_slices, subjects
 from deformmamba.data.thick_slices import ThickSliceDataset, thick_cases
@@ -40,7 +41,7 @@ def train_recipe(
     data: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    init: str | None = None,
+    init: str | os.PathLike[str] | None = None,
     subject: str | None = None,
     say: Callable[[str], None] | None = None,
     progress: bool = True,
@@ -67,7 +68,8 @@ def train_recipe(
         InvalidArgument: the recipe, the data, the initial weights or the folder do not fit; raised before anything is
             computed.
     """
-    plan = _plan(recipe, init, overrides)
+    check_types(train_recipe, locals())
+    plan = _plan(recipe, None if init is None else os.fspath(init), overrides)
     train, val = _split(find_scans(data, subject=subject), plan, data)
     if say is not None:
         for line in describe_splits([*train, *val]):

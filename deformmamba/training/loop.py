@@ -20,7 +20,8 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
-from deformmamba.errors import DeformMambaError, InvalidArgument
+from deformmamba.annotations import check_types
+from deformmamba.errors import DeformMambaError, InvalidArgument, InvalidType
 from deformmamba.extras import require
 from deformmamba.inference.networks import evaluating, modes_kept
 from deformmamba.losses import SRLoss
@@ -118,8 +119,9 @@ def fit(
         NotFinite: the loss or its gradient is not finite; the message gives step and samples. The last saved state is
             kept.
     """
+    check_types(fit, locals())
     settings = FitSettings(
-        samples=n_samples(len(dataset), steps, epochs, max(batch, 1)),  # type: ignore[arg-type]
+        samples=n_samples(_length(dataset), steps, epochs, max(batch, 1)),
         batch=batch,
         accumulate=accumulate,
         lr=lr,
@@ -141,9 +143,8 @@ def fit(
     all_decay = folder.describes("fit.weight_decay") and not folder.describes("fit.undecayed")
     groups = parameter_groups(model, lr=lr, weight_decay=weight_decay, all_decay=all_decay)
     made = build_optimizer(model, optimizer, groups)
-    given = None if optimizer is None else made
     undecayed = bool(weight_decay) and not all_decay
-    run = _described_run(model, dataset, settings, provenance, loss, given, undecayed, score_start)
+    run = _described_run(model, dataset, settings, provenance, loss, optimizer and made, undecayed, score_start)
     state = folder.begin(run, writes=accelerator.is_main_process)
     with _random_state_kept(accelerator.device), modes_kept(model):
         parts = accelerator, model, dataset, loss, made, settings, folder
@@ -151,6 +152,14 @@ def fit(
         training.restore(state)
         training.run(score_start=score_start and state is None)
     return folder.path / BEST
+
+
+def _length(dataset: Any) -> int:
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise InvalidType(
+            f"fit: dataset is a {type(dataset).__name__}; wanted a map-style data set (length, samples by index)"
+        )
+    return len(dataset)
 
 
 def _accelerator(precision: str) -> Any:

@@ -8,10 +8,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from deformmamba.annotations import described, fits
+from deformmamba.annotations import check_types, described, fits
 from deformmamba.data.patches import PatchDataset
 from deformmamba.data.thick_slices import ThickSliceDataset
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, did_you_mean
 from deformmamba.losses import LOSSES
 from deformmamba.models import MODELS
 from deformmamba.training.loop import fit
@@ -36,6 +36,7 @@ def load_recipe(name: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         InvalidArgument: an unknown recipe, section or key (the message lists the allowed ones), or a value of a wrong
             type.
     """
+    check_types(load_recipe, locals())
     packaged = {path.name.removesuffix(".toml"): path for path in files("deformmamba").joinpath("recipes").iterdir()}
     if str(name) in packaged:
         text = packaged[str(name)].read_text("utf-8")
@@ -43,7 +44,8 @@ def load_recipe(name: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         text = Path(name).read_text("utf-8")
     else:
         raise InvalidArgument(
-            f"no recipe {str(name)!r}; recipes: {', '.join(sorted(packaged))}, or the path of a TOML file"
+            f"no recipe {str(name)!r}{did_you_mean(str(name), packaged)}; recipes: {', '.join(sorted(packaged))}, or "
+            "the path of a TOML file"
         )
     try:
         recipe = tomllib.loads(text)

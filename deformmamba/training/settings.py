@@ -8,6 +8,7 @@ from typing import Any
 from deformmamba.errors import InvalidArgument
 
 SCHEDULES = ("cosine", "step", "constant")
+PRECISIONS = ("no", "bf16", "fp16")
 _LOWEST = {"batch": 1, "accumulate": 1, "every": 1}
 _NUMBERS = ("batch", "accumulate", "lr", "weight_decay", "warmup", "clip", "ema", "every", "workers", "seed")
 
@@ -41,6 +42,8 @@ class FitSettings:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise InvalidArgument(f"fit: schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
+        if self.precision not in PRECISIONS:
+            raise InvalidArgument(f"fit: precision is {self.precision!r}; it must be one of {', '.join(PRECISIONS)}")
         if not all(0 < milestone < 1 for milestone in self.milestones):
             raise InvalidArgument(
                 f"fit: milestones are {list(self.milestones)}; they are fractions of the run, between 0 and 1"

@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from deformmamba.annotations import check_types
 from deformmamba.atomic import renamed, renamed_folder
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, did_you_mean
 from deformmamba.volume import dicom, dicom_out, nifti
 from deformmamba.volume.dicom import holds_dicom
 from deformmamba.volume.files import (
@@ -119,6 +120,7 @@ def read_volume(
         VolumeError: the file is missing, damaged or of another kind; or it holds complex numbers, colours, NaN or
             infinite voxels, nothing but zeros, or an invalid geometry.
     """
+    check_types(read_volume, locals())
     if nan not in ("refuse", "zero"):
         raise VolumeError(f'nan must be "refuse" or "zero", not {nan!r}')
     path = Path(path)
@@ -137,6 +139,7 @@ def count_volumes(
     path: PathLike, *, series: int | str | None = None, stack: int | None = None, partial: bool = False
 ) -> int:
     """Number of 3-D volumes in a file or a DICOM series; arguments and errors as `read_volume`."""
+    check_types(count_volumes, locals())
     path = Path(path)
     with silenced():
         choice = _dicom_choice(path, series, stack, partial)
@@ -219,6 +222,7 @@ def write_volume(
     Raises:
         VolumeError: the path cannot be written, the format is not one of these, or values do not fit the `dtype`.
     """
+    check_types(write_volume, locals())
     if hasattr(volume, "dataobj") and hasattr(volume, "header"):
         volume = from_nibabel(volume)
     if not isinstance(volume, Volume):
@@ -379,7 +383,8 @@ def check_output(
         raise VolumeError(f"{path}: wanted a file name ending in {', '.join(suffixes)}{or_dicom}; choose another name")
     allowed = MGH_DTYPES if suffix(path) in MGH_SUFFIXES else DTYPES
     if dtype not in (None, *allowed):
-        raise VolumeError(f"{path}: voxels can be written as {', '.join(allowed)}, not as {dtype}")
+        hint = did_you_mean(str(dtype), allowed)
+        raise VolumeError(f"{path}: voxels can be written as {', '.join(allowed)}, not as {dtype}{hint}")
     if os.path.isdir(path):
         raise VolumeError(f"{path}: is a folder; give a file name")
     check_folder_of(path)

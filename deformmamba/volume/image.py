@@ -52,7 +52,7 @@ class Volume:
         if self.array.ndim != 3 or 0 in self.array.shape:
             raise VolumeError(f"a volume is a 3-D array, not one of shape {self.array.shape}")
         for form in ("affine", "qform"):
-            if (matrix := getattr(self, form)) is not None:
+            if (matrix := getattr(self, form)) is not None or form == "affine":
                 object.__setattr__(self, form, _checked_affine(matrix, form))
 
     def __repr__(self) -> str:
@@ -86,7 +86,10 @@ class Volume:
 
 
 def _checked_affine(matrix: npt.ArrayLike, name: str) -> np.ndarray:
-    affine = np.asarray(matrix, dtype=np.float64)
+    try:
+        affine = np.asarray(matrix, dtype=np.float64)
+    except (TypeError, ValueError):
+        affine = np.empty(0)
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
         raise VolumeError(f"the {name} must be a finite 4x4 matrix")
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
@@ -156,6 +159,8 @@ def chosen_axis(volume: Volume, axis: int | None) -> int:
 
 def in_plane(axis: int) -> tuple[int, int]:
     """The two axes of a slice across `axis`, in the array's order: its rows, its columns."""
+    if axis not in (0, 1, 2):
+        raise VolumeError(f"axis is {axis!r}; it must be 0, 1 or 2, the axis along which slices are stacked")
     first, second = (a for a in range(3) if a != axis)
     return first, second
 

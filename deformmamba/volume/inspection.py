@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from deformmamba.annotations import check_types
 from deformmamba.physics.kspace import fft2c
 from deformmamba.volume import Volume, VolumeError, chosen_axis, in_plane, intensity_scale
 from deformmamba.volume.dicom import DicomSeries
@@ -241,6 +242,7 @@ def inspect_volume(volume: Volume, *, axis: int | None = None, model: "SRModel |
     Raises:
         VolumeError: no such axis, or voxels that are not real and finite.
     """
+    check_types(inspect_volume, locals())
     axis = chosen_axis(volume, axis)
     array = volume.array
     if array.dtype.kind not in "iuf" or not np.isfinite(array).all():

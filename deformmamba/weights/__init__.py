@@ -22,6 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from deformmamba.annotations import check_types
 from deformmamba.errors import InvalidType, did_you_mean, shown
 from deformmamba.weights.cards import card, checkpoint_card, is_generated, stated_hash, stated_license
 from deformmamba.weights.checkpoint import (
@@ -164,6 +165,7 @@ def load_checkpoint(
     Raises:
         WeightsError: whatever goes wrong, in one line.
     """
+    check_types(load_checkpoint, locals())
     return _find(name, revision, cache_dir, local_files_only, token=token, force_download=force_download).read()
 
 
@@ -184,6 +186,7 @@ def fetch(
     Raises:
         WeightsError: whatever goes wrong, in one line.
     """
+    check_types(fetch, locals())
     found = _find(name, revision, cache_dir, False, with_card=folder is not None)
     checkpoint = found.read()
     if folder is None:
@@ -218,6 +221,7 @@ def publish(
     Raises:
         WeightsError: a checkpoint that cannot be read, no licence, no permission, no network, in one line.
     """
+    check_types(publish, locals())
     if not (match := _REPO.fullmatch(repo)) or match["revision"]:
         raise WeightsError(f"{shown(repo)} is not a repository name; wanted org/name")
     found = _find(source, None, None, True, with_card=True)
@@ -244,6 +248,7 @@ def verify(name: str | os.PathLike[str], *, sha256: str | None = None) -> str:
     Raises:
         WeightsError: unknown name, missing file, wrong hash, a file that cannot be read, or no known hash.
     """
+    check_types(verify, locals())
     found = _find(name, None, None, True)
     if found.hub and found.digest is None:  # a cache without links does not record the hash
         repo, _, commit = found.hub.partition("@")
@@ -275,6 +280,7 @@ def describe(name: str | os.PathLike[str]) -> str:
     Raises:
         WeightsError: no such weights, or an unreadable file.
     """
+    check_types(describe, locals())
     known = manifest()
     if isinstance(name, str) and name in {**known["weights"], **known["planned"]}:
         return card(weights_entry(name))

@@ -373,6 +373,8 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, arguments: dict[str
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ExportError, match="there is no folder"):
         export(Unexportable(), tmp_path / "none" / "m", format="pt2")
+    with pytest.raises(ExportError, match=r"m\.pt2: format is 'onnx', whose files end in \.onnx"):
+        export(Unexportable(), tmp_path / "m.pt2", format="onnx")
     with pytest.raises(ExportError, match="is a folder; give the name of a file in it"):
         export(Unexportable(), tmp_path, format="pt2")
 

@@ -107,7 +107,7 @@ def test_it_shrinks_by_its_scale_and_refuses_what_that_does_not_divide(text):
     else:
         assert degradation(image(17, 23)).shape == (17, 23)
     for wrong in (image(8), image(16, 16).half(), torch.ones(16, 16, dtype=torch.int64)):
-        with pytest.raises(ValueError, match="wanted float32 or float64"):
+        with pytest.raises(ValueError, match="wanted a tensor of float32 or float64"):
             degradation(wrong)
     if "output=real" in text or text.split(":")[0] not in ("k-space", "truncation", "partial-fourier"):
         with pytest.raises(ValueError, match=r"float32 or float64 .*not torch.complex128"):
@@ -228,7 +228,7 @@ def test_the_scale_of_a_data_set_goes_where_none_was_given():
     ("text", "message"),
     [
         ("", r"unknown name ''; degradations: k-space, truncation"),
-        ("kspace", r"unknown name 'kspace'; degradations: k-space, truncation"),
+        ("kspace", r"unknown name 'kspace', did you mean 'k-space'\?; degradations: k-space, truncation"),
         ("k-space", "give scale, as in k-space:scale=..."),
         ("k-space:scale", "unknown argument 'scale'; k-space takes scale, output"),
         ("k-space:factor=2", "unknown argument 'factor=2'; k-space takes scale, output"),

@@ -239,7 +239,7 @@ def test_a_wrong_recipe_is_refused_before_anything_is_read(recipe, change, messa
 
 
 def test_an_unknown_recipe_names_those_there_are():
-    with pytest.raises(ValueError, match=r"no recipe 'ixi-3x'; recipes: .*ixi-4x"):
+    with pytest.raises(ValueError, match=r"no recipe 'ixi-3x', did you mean 'ixi-[24]x'\?; recipes: .*ixi-4x"):
         load_recipe("ixi-3x")
 
 
