@@ -276,7 +276,7 @@ def test_what_is_no_benchmark(change: dict[str, Any], message: str, folder: Path
     [
         (
             ["--steps", "1", "--group", "knee"],
-            "0 of split test to score; both are needed; available: T2 brain (test)",
+            "0 of split test and group 'knee' to score; both are needed; available: T2 brain (test)",
         ),
         (["--steps", "1", "--minutes", "1"], "not allowed with"),
         ([], "--steps --minutes is required"),
