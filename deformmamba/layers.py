@@ -557,6 +557,27 @@ class MultiViewContext(Block):
         return x + self.fuse(self.activation(torch.cat([branch(x) for branch in self.branches], dim=1)))
 
 
+class _PatchConvolution(nn.Conv2d):
+    """A convolution with kernel = stride, correct in bfloat16 too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _patch_convolution(x, self.weight, self.bias)
+
+
+@torch.fx.wrap  # a symbolic trace has neither device nor dtype, so the traced network chooses when it runs
+def _patch_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`conv2d` with stride = kernel size.
+
+    oneDNN's bfloat16 convolution gives wrong numbers for kernel = stride = 4 and 16 channels, on CPUs with AMX (torch
+    2.13 and 2.14), so bfloat16 is computed as a matrix product there.
+    """
+    patch, on = weight.shape[-1], x.device.type
+    autocast = torch.amp.is_autocast_available(on) and torch.is_autocast_enabled(on)
+    if on == "cpu" and torch.bfloat16 == (torch.get_autocast_dtype(on) if autocast else x.dtype):
+        return _first(F.linear(_last(F.pixel_unshuffle(x, patch)), weight.flatten(1), bias))
+    return F.conv2d(x, weight, bias, stride=patch)
+
+
 class PatchEmbed(Block):
     """Non-overlapping patches to vectors: convolution with kernel = stride = patch, LayerNorm. h and w / patch,
     which must divide them."""
@@ -567,25 +588,13 @@ class PatchEmbed(Block):
         super().__init__()
         _check_positive("PatchEmbed", in_channels=in_channels, channels=channels, patch=patch)
         self.in_channels, self.patch = in_channels, patch
-        self.project = nn.Conv2d(in_channels, channels, patch, stride=patch, device=device, dtype=dtype)
+        self.project = _PatchConvolution(in_channels, channels, patch, stride=patch, device=device, dtype=dtype)
         self.norm = nn.LayerNorm(channels, device=device, dtype=dtype)
         exempt_from_weight_decay(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_map(self, x, self.in_channels, multiple=self.patch)
-        return _first(self.norm(self._projected(x)))
-
-    def _projected(self, x: torch.Tensor) -> torch.Tensor:
-        """The projected patches, channels last."""
-        if isinstance(x, torch.fx.Proxy):  # a symbolic trace has neither device nor dtype
-            return _last(self.project(x))
-        on = x.device.type
-        autocast = torch.amp.is_autocast_available(on) and torch.is_autocast_enabled(on)
-        if on == "cpu" and torch.bfloat16 == (torch.get_autocast_dtype(on) if autocast else x.dtype):
-            # oneDNN's bfloat16 convolution gives wrong numbers for kernel = stride = 4 and 16 channels, on CPUs with
-            # AMX (torch 2.13 and 2.14)
-            return F.linear(_last(F.pixel_unshuffle(x, self.patch)), self.project.weight.flatten(1), self.project.bias)
-        return _last(self.project(x))
+        return _first(self.norm(_last(self.project(x))))
 
 
 class PatchMerge(Block):

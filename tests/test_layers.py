@@ -94,10 +94,14 @@ def test_autocast_gives_about_the_same_numbers(name, dtype):
 
 def test_patches_in_bfloat16():
     block, x = PatchEmbed(16, 40, 4), feature_map(1, 16, 24, 24)  # as in the published weights
+    traced = torch.fx.symbolic_trace(block)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = block(x)
+        torch.testing.assert_close(traced(x), y, rtol=0, atol=0)
     torch.testing.assert_close(y.float(), block(x), rtol=0.05, atol=0.05)
-    torch.testing.assert_close(block.bfloat16()(x.bfloat16()).float(), y.float(), rtol=0.05, atol=0.05)
+    block, x = block.bfloat16(), x.bfloat16()
+    torch.testing.assert_close(block(x).float(), y.float(), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(torch.fx.symbolic_trace(block)(x), block(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -70,7 +70,8 @@ export function readDicom(all, dicom) {
     if (!e["7fe00010"]) throw new ScanError(`${name}: its images contain no pixels`);
     if (string(e["00080008"]).includes("MOSAIC")) throw new ScanError(`${name}: a Siemens mosaic, which this page cannot read; use the deformmamba package`);
     if (decimals(e["00280008"])[0] > 1) throw new ScanError(`${name}: multi-frame DICOM, which this page cannot read; use the deformmamba package`);
-    if (short(e["00280002"], 1) !== 1) throw new ScanError(`${name}: voxels are colours; extract one channel first`);
+    const grey = (string(e["00280004"]) || "MONOCHROME2").startsWith("MONOCHROME"); // a palette has one sample too
+    if (!grey || short(e["00280002"], 1) !== 1) throw new ScanError(`${name}: voxels are colours; extract one channel first`);
     for (const [what, values, n] of [["ImagePositionPatient", position, 3], ["ImageOrientationPatient", orientation, 6], ["PixelSpacing", pixel, 2]]) {
       if (values.length !== n || values.some((v) => !Number.isFinite(v))) throw new ScanError(`${name}: has no ${what}, so its position in the patient is unknown`);
     }
@@ -100,9 +101,10 @@ export function readDicom(all, dicom) {
   const mean = steps.length ? steps.reduce((a, b) => a + b) / steps.length : 1;
   if (steps.some((step) => Math.abs(step) < 1e-3)) throw new ScanError(`${name}: several slices have the same position (echoes, time points?); drop the files of one volume`);
   if (steps.some((step) => Math.abs(step - mean) > 0.05 * mean)) throw new ScanError(`${name}: slices are not evenly spaced; probably a file of the series is missing`);
-  const { rows, columns, bits, signed } = first, plane = rows * columns, data = new Float32Array(plane * images.length);
+  const { rows, columns } = first, plane = rows * columns, data = new Float32Array(plane * images.length);
   images.forEach((image, k) => {
     const view = new DataView(image.pixels.buffer, image.pixels.byteOffset, image.pixels.byteLength);
+    const { bits, signed } = image;
     const get = bits === 8 ? (signed ? "getInt8" : "getUint8") : signed ? "getInt16" : "getUint16";
     for (let p = 0; p < plane; p++) data[k * plane + p] = view[get]((p * bits) / 8, true) * image.slope + image.intercept;
   });

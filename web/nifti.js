@@ -92,6 +92,7 @@ function otherKind(name, bytes, view) {
   if (bytes.length > 8 && [2, 8].includes(view.getUint16(0, true)) && /^[A-Z]{2}$/.test(text(bytes, 4, 2))) {
     return 'DICOM without the preamble ("DICM" after 128 bytes), which is not read; convert it with dcm2niix';
   }
+  if (/\.nii(\.gz)?$/i.test(name)) return DAMAGED;
   return "not a scan that can be read; give .nii, .nii.gz or DICOM";
 }
 

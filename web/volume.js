@@ -36,6 +36,7 @@ function checkAffine({ name, affine, spacing }) {
 }
 
 function one(buffers) {
+  if (buffers.some(({ name }) => /\.(hdr|img)$/i.test(name))) return buffers.find(({ name }) => /\.(hdr|img)$/i.test(name));
   if (buffers.length > 1) throw new ScanError(`${buffers.length} files were given; drop one NIfTI file, or the files of one DICOM series`);
   return buffers[0];
 }

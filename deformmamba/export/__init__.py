@@ -5,6 +5,7 @@ A file is kept only if it gives the same result as the model, on slices of a rea
 """
 
 import copy
+import inspect
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from deformmamba import __version__
 from deformmamba.atomic import renamed, temporary_name
+from deformmamba.data.thick_slices import HIGH, LOW, ThickSliceDataset
 from deformmamba.errors import DeformMambaError, one_line
 from deformmamba.export import onnx, openvino, pt2
 from deformmamba.export.pt2 import FACTS, portable_program
@@ -69,7 +71,7 @@ class Export:
             intensity scale.
         sizes: the (h, w) of those images.
         facts: the file's metadata: name, class, config, scale, grid, inputs, sizes, normalisation, trained voxel sizes,
-            licence, sha256 of the weights, provenance.
+            slice direction, licence, sha256 of the weights, provenance.
     """
 
     path: Path
@@ -229,12 +231,38 @@ def _facts(
         "grid": model.grid,
         "normalisation": rule,
         "spacings_mm": json.dumps(model.provenance.get("spacings_mm")),
+        "slice_direction": json.dumps(_slice_direction(model)),
         "consistency": consistency if whole else "off",
         "inputs": json.dumps(described),
         "output": f"sr, float32 {scaled}" + (", in the scanner's units" if whole else ""),
         "size": f"{size[0]}x{size[1]}, batch 1" if size else "free",
         "minimum_size": str(min(size) if size else smallest),
         "provenance": json.dumps(model.provenance),
+    }
+
+
+def _slice_direction(model: SRModel) -> dict[str, Any] | None:
+    """The use and the training data of weights for the slice direction, which `isotropic` uses; None for other weights.
+
+    Settings that the recipe does not name are the defaults of `ThickSliceDataset`.
+    """
+    recipe = model.provenance.get("recipe")
+    data = recipe.get("data") if isinstance(recipe, dict) else None
+    if not isinstance(data, dict) or data.get("kind") != "thick":
+        return None
+    defaults = {name: value.default for name, value in inspect.signature(ThickSliceDataset).parameters.items()}
+    ratios, thickness, boxcar = (data.get(name, defaults[name]) for name in ("ratio", "thickness", "boxcar"))
+    pixels = model.provenance.get("spacings_mm")
+    distances = [round(pixels[k] * ratios[k], 4) for k in (0, 1)] if pixels else None
+    return {
+        "axis": "h",
+        "lr": "sections across the slices; slices first interpolated along h to the pixel size by a cubic spline",
+        "units": f"of the whole scan: low, high - low, and -low / (high - low) or {NO_FLOOR:g} for data with a sign; low "
+        f"is percentile {LOW:g} of the scan, and high percentile {HIGH:g} of the voxels above low",
+        "ratios": list(ratios),
+        "thickness": list(thickness),
+        "profiles": {"gaussian": round(1 - boxcar, 4), "boxcar": boxcar},
+        "slice_distances_mm": distances,
     }
 
 

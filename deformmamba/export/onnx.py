@@ -1,7 +1,7 @@
 """Exports programs to ONNX files that ONNX Runtime runs at the speed of its operators.
 
-`torch.export` traces the model with its two expensive blocks, `VisionMambaBlock` and `ModulatedDeformBlock`, as one
-opaque operator each; this module writes the graphs of those blocks. So a trace takes seconds, the deformable
+`torch.export` traces the model with `VisionMambaBlock`, `ModulatedDeformBlock` and `PatchEmbed` as one opaque operator
+each; this module writes the graphs of those blocks. So a trace takes seconds, the deformable
 convolution is ONNX's `DeformConv`, and the selective scan is optimised for speed:
 
 One `Scan` runs all directions and channels. Its body computes `STEPS` time steps: the step sizes dt, exp(dt A) and
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deformmamba.layers import SS2D, ChannelAttention, ModulatedDeformBlock, VisionMambaBlock
+from deformmamba.layers import SS2D, ChannelAttention, ModulatedDeformBlock, PatchEmbed, VisionMambaBlock
 
 OPSETS = {"scan": 20, "linear-attention": 27}  # by variant; DeformConv needs 19, LinearAttention 27
 STEPS = 32  # time steps in the body of a Scan
@@ -38,14 +38,19 @@ Value = Any  # an onnx_ir.Value; onnx_ir is imported where it is used
 class Opaque(nn.Module):
     """Replaces a block during the trace: an operator whose attribute is the block's number."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, block: nn.Module) -> None:
         super().__init__()
         self.number = number
+        embeds = isinstance(block, PatchEmbed)
+        self.patch = block.patch if embeds else 1
+        self.channels = block.project.out_channels if embeds else None  # None: as many as in
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, c, h, w) to the same shape."""
+        """(b, c, h, w) to the block's shape."""
+        b, c, h, w = x.shape
+        shape = (b, self.channels or c, h // self.patch, w // self.patch)
         return torch.onnx.ops.symbolic(
-            f"{DOMAIN}::Block", (x,), {"number": self.number}, dtype=x.dtype, shape=x.shape, version=1
+            f"{DOMAIN}::Block", (x,), {"number": self.number}, dtype=x.dtype, shape=shape, version=1
         )
 
 
@@ -56,7 +61,7 @@ def hide_blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
     def visit(parent: nn.Module, prefix: str) -> None:
         for name, child in list(parent.named_children()):
             if _writer(child) is not None:
-                setattr(parent, name, Opaque(len(hidden)))
+                setattr(parent, name, Opaque(len(hidden), child))
                 hidden.append((prefix + name, child))
             else:
                 visit(child, f"{prefix}{name}.")
@@ -81,6 +86,8 @@ def _writer(block: nn.Module) -> Callable[..., Value] | None:
         and (block.activation is None or type(block.activation) is nn.SiLU)
     ):
         return _deform
+    if type(block) is PatchEmbed:
+        return _patch_embed
     return None
 
 
@@ -223,6 +230,16 @@ def _deform(nodes: Nodes, block: ModulatedDeformBlock, x: Value) -> Value:
         group=block.channels // block.weight.shape[1], offset_group=block.taps // (kernel[0] * kernel[1]),
     )  # fmt: skip
     return y if block.activation is None else nodes.silu(y)
+
+
+def _patch_embed(nodes: Nodes, block: PatchEmbed, x: Value) -> Value:
+    """A matrix product of patches: a convolution with kernel = stride = 4 and 16 channels gives wrong numbers in
+    oneDNN's bfloat16, which OpenVINO uses on CPUs with AMX."""
+    size, layer = block.patch, block.project
+    patches = nodes("Transpose", nodes("SpaceToDepth", x, blocksize=size), perm=[0, 2, 3, 1])
+    matrix = layer.weight.permute(2, 3, 1, 0).reshape(-1, layer.out_channels)  # SpaceToDepth: (row, column, channel)
+    y = nodes("Add", nodes("MatMul", patches, matrix), layer.bias)
+    return nodes("Transpose", nodes.norm(y, block.norm), perm=[0, 3, 1, 2])
 
 
 def _vision_mamba(nodes: Nodes, block: VisionMambaBlock, x: Value) -> Value:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from deformmamba.scan import scan_backend
 from deformmamba.scan.reference import discretize, step_sizes
@@ -34,11 +35,20 @@ def portable_program(
     ONNX Scan. Arguments as in `torch.export.export`; tensors on the CPU; gradients are not exported.
     A free size is a `torch.export.Dim` with min=2 (a model: `multiple + 1`): PyTorch treats size 1 as special.
     """
-    with torch.no_grad(), scan_backend("cpu"):  # one operator, for any length
-        program = torch.export.export(
+    with torch.no_grad(), scan_backend("cpu"), _ScansBySteps():  # one operator, for any length
+        return torch.export.export(
             module, args, kwargs, dynamic_shapes=dynamic_shapes, prefer_deferred_runtime_asserts_over_guards=True
         )
-        return program.run_decompositions({torch.ops.deformmamba.scan.default: _scan_by_steps})
+
+
+class _ScansBySteps(TorchFunctionMode):
+    """Replaces `deformmamba::scan` while the model is traced; a decomposition afterwards would trace it twice."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        run = _scan_by_steps if func is torch.ops.deformmamba.scan.default else func
+        return run(*args, **(kwargs or {}))
 
 
 def _scan_by_steps(
@@ -58,11 +68,14 @@ def _scan_by_steps(
     keep: bool,
     delta_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`deformmamba::scan` as a loop over chunks of steps for a graph, all directions at once; with the same shapes."""
+    """`deformmamba::scan` as a loop over chunks of steps for a graph, all directions at once; with the same shapes.
+
+    States are (k, b, g, n, r), because PyTorch's operations are several times faster along r than along the few n.
+    """
     b, g, _, r = u.shape
     k, n = A.shape[0], A.shape[-1]
     if delta_weight is not None:
-        delta = torch.einsum("kbglq,kgrq->kbglr", delta, delta_weight)
+        delta = delta @ delta_weight.mT[:, None]
 
     def walked(xs: list[Tensor]) -> Tensor:
         """(l, k, b, g, ...): the values for each direction at each step."""
@@ -79,24 +92,24 @@ def _scan_by_steps(
         return padded.reshape(chunks, STEPS, *x.shape[1:])
 
     def chunk(h: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor) -> list[Tensor]:
-        a, phi = discretize(dt[..., None], A, zoh)
-        x = phi * u[..., None] * B[..., None, :]
+        decay, phi = discretize(dt[..., None, :], A, zoh)
+        entering = B[..., None] * (phi * u[..., None, :])
         states = []
-        for decay, entering in zip(a.unbind(0), x.unbind(0), strict=True):
-            h = decay * h + entering
+        for factor, term in zip(decay.unbind(0), entering.unbind(0), strict=True):
+            h = torch.addcmul(term, factor, h)
             states.append(h)
-        return [h, (torch.stack(states) * C[..., None, :]).sum(-1)]
+        return [h, (C[..., None, :] @ torch.stack(states))[..., 0, :]]
 
     dt = step_sizes(delta, delta_bias, delta_softplus)
     steps = [chunked(walked(list(x))) for x in ([u] * k, dt, B, C)]
-    h = A.new_zeros(k, b, g, r, n) if initial_state is None else initial_state.clone()
-    last, ys = scan_operator()(chunk, (h,), tuple(steps), (A[:, None].clone(),))
+    h = A.new_zeros(k, b, g, n, r) if initial_state is None else initial_state.mT.contiguous()
+    last, ys = scan_operator()(chunk, (h,), tuple(steps), (A[:, None].mT.clone(memory_format=torch.contiguous_format),))
     y = list(ys.flatten(0, 1)[:length].movedim(0, 3))
     y = [x.flip(2) if i >= (k + 1) // 2 and k > 1 else x for i, x in enumerate(y)]
     if k == 4:
         y[1], y[3] = (_transposed(x, width, height) for x in (y[1], y[3]))
     total = torch.stack(y).sum(0)
-    return total if D is None else total + D.sum(0)[:, None] * u, last, A.new_empty(k, b, g, 0, n, r)
+    return total if D is None else total + D.sum(0)[:, None] * u, last.mT, A.new_empty(k, b, g, 0, n, r)
 
 
 def _transposed(x: Tensor, height: int, width: int) -> Tensor:
