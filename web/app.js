@@ -1,5 +1,5 @@
 import { makeView } from "./view.js";
-import { finer, niftiBytes, putSlice, readScan, ScanError, slice, spacingAdvice, units } from "./volume.js";
+import { finer, inFolders, niftiBytes, putSlice, readScan, ScanError, slice, spacingAdvice, units } from "./volume.js";
 
 const $ = (id) => document.getElementById(id);
 const catalogue = await (await fetch("weights.json")).json();
@@ -21,13 +21,13 @@ function fail(text) {
   $("error").hidden = !text;
 }
 
-async function open(files) {
+async function open(given) {
   stop();
   fail("");
   say("Reading the scan");
   const mine = ++opening; // of several scans opened at once, the last one stays
   try {
-    const read = await readScan([...files]);
+    const read = await readScan([...(await given)]);
     if (mine !== opening) return;
     stop(); // an upscale of the former scan may have begun since
     scan = read;
@@ -170,16 +170,20 @@ $("cancel").addEventListener("click", () => {
 });
 $("save").addEventListener("click", save);
 for (const id of ["slice", "compare"]) $(id).addEventListener("input", draw);
+// files may be dropped anywhere: a browser leaves the page for a file that is dropped beside the box
 const drop = $("drop");
-drop.addEventListener("dragover", (event) => {
+addEventListener("dragover", (event) => {
   event.preventDefault();
   drop.classList.add("over");
 });
-drop.addEventListener("dragleave", () => drop.classList.remove("over"));
-drop.addEventListener("drop", (event) => {
+addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) drop.classList.remove("over");
+});
+addEventListener("drop", (event) => {
   event.preventDefault();
   drop.classList.remove("over");
-  open(event.dataTransfer.files);
+  const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
+  open(entries.some((entry) => entry.isDirectory) ? inFolders(entries) : event.dataTransfer.files);
 });
 document.documentElement.dataset.ready = "yes";
 // for the tests: input and result as files

@@ -25,6 +25,21 @@ export async function readScan(files) {
   return scan;
 }
 
+/** The files of dropped folders, in all their subfolders; hidden files and a DICOM disc's table of contents are left out. */
+export async function inFolders(entries) {
+  const files = [];
+  for (const entry of entries) {
+    if (/^\.|^DICOMDIR$/i.test(entry.name)) continue;
+    if (entry.isFile) files.push(await new Promise((done, fail) => entry.file(done, fail)));
+    else {
+      const reader = entry.createReader();
+      // a reader gives the entries in several parts, the last one empty
+      for (let part; (part = await new Promise((done, fail) => reader.readEntries(done, fail))).length; ) files.push(...(await inFolders(part)));
+    }
+  }
+  return files;
+}
+
 /** As volume.image._checked_affine. */
 function checkAffine({ name, affine, spacing }) {
   if (!affine.flat().every(Number.isFinite)) throw new ScanError(`${name}: the affine must be a finite 4x4 matrix`);

@@ -8,7 +8,8 @@ X between pixels is bilinear, and X outside the image is zero.
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deformmamba.deform.gather import gather
+from deformmamba.deform.sampling import grid_sample
 from deformmamba.errors import InvalidArgument, InvalidType
 from deformmamba.tensors import overridable, refuse_tracing, without_autocast
 from deformmamba.torch_private import constant_when_compiled, differentiates_by_transform
@@ -221,7 +223,9 @@ def _choose(name: str | None, device: str) -> str:
         return name
     # torch 2.6 cannot tell an export from a compilation
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-    if exporting() or without_kernels:
+    if exporting():
+        return _exported
+    if without_kernels:
         return "gather"
     preferred = "torchvision" if device == "cuda" else "cpu"
     return "gather" if _unusable(preferred, device) else preferred
@@ -257,4 +261,16 @@ def _torchvision(
     return deform_conv2d(x, offset, weight, bias, stride, padding, dilation, mask).permute(0, 2, 3, 1).contiguous()
 
 
-_RUN = {"cpu": _cpu, "torchvision": _torchvision, "gather": gather}
+_RUN = {"cpu": _cpu, "torchvision": _torchvision, "gather": gather, "grid_sample": grid_sample}
+_exported = "gather"
+
+
+@contextmanager
+def exported_as(name: str) -> Iterator[None]:
+    """Programs that torch.export traces inside the block hold this function of `_RUN`: "gather" or "grid_sample"."""
+    global _exported
+    before, _exported = _exported, name
+    try:
+        yield
+    finally:
+        _exported = before

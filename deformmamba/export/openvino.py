@@ -2,10 +2,10 @@
 
 OpenVINO's reader of ONNX files has no rule for DeformConv (2026.4), so this module adds one.
 
-A user has to compile the file with SETTINGS. Otherwise OpenVINO computes in bfloat16 on processors with bfloat16 units.
-The scan accumulates thousands of steps, and its error is then a quarter of the intensity scale (measured). The file
-itself cannot demand float32: OpenVINO has an attribute of operations for that, DisablePrecisionConversion, but its
-optimizer drops it where it replaces operations, such as matrix products (an error of 0.01 remains, 2026.4).
+A user has to compile the file with SETTINGS. Otherwise OpenVINO computes in bfloat16 on processors with bfloat16 units,
+and the largest error is 1 % of the intensity scale (measured). The file itself cannot demand float32: OpenVINO has an
+attribute of operations for that, DisablePrecisionConversion, but its optimizer drops it where it replaces operations,
+such as matrix products (2026.4).
 """
 
 from collections.abc import Callable

@@ -1,7 +1,8 @@
 """Exports programs to PyTorch's pt2 format: `torch.export.load(path).module()` runs them without this package.
 
 The selective scan is a loop (`torch.ops.higher_order.scan`), so that one file serves every size. Each round of the loop
-computes `STEPS` time steps, because most of the time goes into starting a round.
+computes `STEPS` time steps, because most of the time goes into starting a round. The deformable convolution is one
+`grid_sample` for all taps, and a matrix product.
 """
 
 import json
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from deformmamba.deform import exported_as
 from deformmamba.scan import scan_backend
 from deformmamba.scan.reference import discretize, step_sizes
 from deformmamba.torch_private import scan_operator
 
-STEPS = 32  # time steps in one round of the loop
+STEPS = 16  # time steps in one round of the loop
 FACTS = "deformmamba.json"  # the name of the facts inside a pt2 file
 
 
@@ -35,7 +37,8 @@ def portable_program(
     ONNX Scan. Arguments as in `torch.export.export`; tensors on the CPU; gradients are not exported.
     A free size is a `torch.export.Dim` with min=2 (a model: `multiple + 1`): PyTorch treats size 1 as special.
     """
-    with torch.no_grad(), scan_backend("cpu"), _ScansBySteps():  # one operator, for any length
+    # backend "cpu": one operator, for any length
+    with torch.no_grad(), scan_backend("cpu"), exported_as("grid_sample"), _ScansBySteps():
         return torch.export.export(
             module, args, kwargs, dynamic_shapes=dynamic_shapes, prefer_deferred_runtime_asserts_over_guards=True
         )
@@ -70,51 +73,47 @@ def _scan_by_steps(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`deformmamba::scan` as a loop over chunks of steps for a graph, all directions at once; with the same shapes.
 
-    States are (k, b, g, n, r), because PyTorch's operations are several times faster along r than along the few n.
+    The time of an export, and of loading its file, is proportional to the number of operations. So u, dt, B and C are
+    put into the order of the steps together. States are (k, b, g, n, r), because PyTorch's operations are several times
+    faster along r than along the few n.
     """
-    b, g, _, r = u.shape
+    b, g, length, r = u.shape
     k, n = A.shape[0], A.shape[-1]
     if delta_weight is not None:
         delta = delta @ delta_weight.mT[:, None]
+    dt = step_sizes(delta, delta_bias, delta_softplus)
+    x = torch.cat([u.expand(k, *u.shape), dt, B, C], -1)  # (k, b, g, l, 2 * (r + n)), pixels row by row
+    if k == 4:  # rows, columns, rows from the end, columns from the end
+        x = torch.stack([x[::2], _transposed(x[1::2], height, width)], 1).flatten(0, 1)
+    if k > 1:
+        x = torch.cat([x[: k // 2], x[k // 2 :].flip(3)])
+    x = x.movedim(3, 0)
+    # zeros at the end change nothing; at least one, so that no size can be 0
+    chunks = length // STEPS + 1
+    x = torch.cat([x, x.new_zeros(chunks * STEPS - length, *x.shape[1:])]).unflatten(0, (chunks, STEPS))
 
-    def walked(xs: list[Tensor]) -> Tensor:
-        """(l, k, b, g, ...): the values for each direction at each step."""
-        if k == 4:
-            xs[1], xs[3] = (_transposed(x, height, width) for x in (xs[1], xs[3]))
-        return torch.stack([x.flip(2) if i >= (k + 1) // 2 and k > 1 else x for i, x in enumerate(xs)]).movedim(3, 0)
-
-    length = height * width
-    chunks = length // STEPS + 1  # at least one step of padding, so that no size can be 0
-
-    def chunked(x: Tensor) -> Tensor:
-        """(chunks, STEPS, ...) of (l, ...), with zeros at the end: these steps change nothing."""
-        padded = torch.cat([x, x.new_zeros(chunks * STEPS - length, *x.shape[1:])])
-        return padded.reshape(chunks, STEPS, *x.shape[1:])
-
-    def chunk(h: Tensor, u: Tensor, dt: Tensor, B: Tensor, C: Tensor, A: Tensor) -> list[Tensor]:
+    def chunk(h: Tensor, x: Tensor, A: Tensor) -> list[Tensor]:
+        u, dt, B, C = x.split([r, r, n, n], -1)
         decay, phi = discretize(dt[..., None, :], A, zoh)
         entering = B[..., None] * (phi * u[..., None, :])
         states = []
         for factor, term in zip(decay.unbind(0), entering.unbind(0), strict=True):
             h = torch.addcmul(term, factor, h)
             states.append(h)
-        return [h, (C[..., None, :] @ torch.stack(states))[..., 0, :]]
+        return [h, (C[..., None, :] @ torch.stack(states)).squeeze(-2)]
 
-    dt = step_sizes(delta, delta_bias, delta_softplus)
-    steps = [chunked(walked(list(x))) for x in ([u] * k, dt, B, C)]
     h = A.new_zeros(k, b, g, n, r) if initial_state is None else initial_state.mT.contiguous()
-    last, ys = scan_operator()(chunk, (h,), tuple(steps), (A[:, None].mT.clone(memory_format=torch.contiguous_format),))
-    y = list(ys.flatten(0, 1)[:length].movedim(0, 3))
-    y = [x.flip(2) if i >= (k + 1) // 2 and k > 1 else x for i, x in enumerate(y)]
-    if k == 4:
-        y[1], y[3] = (_transposed(x, width, height) for x in (y[1], y[3]))
-    total = torch.stack(y).sum(0)
+    last, ys = scan_operator()(chunk, (h,), (x,), (A[:, None].mT.clone(memory_format=torch.contiguous_format),))
+    y = ys.flatten(0, 1)[:length].movedim(0, 3)  # (k, b, g, l, r)
+    if k > 1:
+        y = y[: k // 2] + y[k // 2 :].flip(3)
+    total = y[0] + _transposed(y[1:], width, height)[0] if k == 4 else y[0]
     return total if D is None else total + D.sum(0)[:, None] * u, last.mT, A.new_empty(k, b, g, 0, n, r)
 
 
 def _transposed(x: Tensor, height: int, width: int) -> Tensor:
-    """Reorders (b, g, height * width, ...) from row-major to column-major."""
-    return x.unflatten(2, (height, width)).transpose(2, 3).flatten(2, 3)
+    """Reorders (k, b, g, height * width, ...) from row-major to column-major."""
+    return x.unflatten(3, (height, width)).transpose(3, 4).flatten(3, 4)
 
 
 def write(program: torch.export.ExportedProgram, path: Path, facts: dict[str, str]) -> None:

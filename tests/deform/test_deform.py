@@ -19,6 +19,8 @@ from tolerances import assert_close
 
 from deformmamba import deform
 from deformmamba.deform import IMPLEMENTATIONS, modulated_deform_conv2d
+from deformmamba.deform.gather import gather
+from deformmamba.deform.sampling import grid_sample
 from deformmamba.deform import cpu as deform_cpu
 
 WHY_NO_TORCHVISION = deform._missing("torchvision.ops")
@@ -151,6 +153,15 @@ def test_equals_a_loop_over_samples(case: Case, implementation: str) -> None:
     y = modulated_deform_conv2d(*case.tensors(torch.float32), **case.geometry, implementation=implementation)
     assert y.dtype == torch.float32
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@cases
+def test_the_form_for_exported_programs_is_the_same(case: Case) -> None:
+    x, offset, mask, weight, bias = case.tensors()
+    last = [t if t is None else t.permute(0, 2, 3, 1) for t in (x, offset, mask, weight)]
+    geometry = (*case.stride, *case.padding, *case.dilation)
+    # positions are scaled to [-1, 1] and back: a few roundings more than in `gather`
+    torch.testing.assert_close(grid_sample(*last, bias, geometry), gather(*last, bias, geometry), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -13,11 +13,12 @@ from tolerances import assert_close
 
 import deformmamba.export
 from deformmamba.cli import main
+from deformmamba.data.thick_slices import robust_range
 from deformmamba.export import FACTS, ExportError, export, onnx, openvino, pt2, whole_slice
 from deformmamba.export.whole_slice import WholeSlice
 from deformmamba.inference import upscale
 from deformmamba.inference.upscaling import scan_units
-from deformmamba.layers import SS2D
+from deformmamba.layers import SS2D, PatchEmbed
 from deformmamba.models import DeformMambaSR, SRModel
 from deformmamba.physics import edges
 from deformmamba.physics.consistency import data_consistency
@@ -269,6 +270,55 @@ def test_an_onnx_file_for_tiles_takes_base(tmp_path: Path) -> None:
         got = onnx.runner(tmp_path / "m.onnx")({"lr": lr, "base": zero_fill(lr, 2)})
         torch.testing.assert_close(got, model(lr), atol=1e-5, rtol=0)
     assert list(json.loads(done.facts["inputs"])) == ["lr", "base"]
+
+
+def test_weights_for_the_slice_direction_describe_their_use() -> None:
+    """The metadata contain the training data; with the `units` they name, the file computes what `isotropic` does."""
+    recipe = {"data": {"kind": "thick", "ratio": [2.0, 6.0], "boxcar": 0.25}}
+    model = small(scale=1, patch=2)
+    model.provenance.update(recipe=recipe, spacings_mm=[0.7, 1.2])
+    facts = deformmamba.export._facts(model, None, 8, "lr", "off")
+    told = json.loads(facts["slice_direction"])
+    assert told["axis"] == "h"
+    assert told["ratios"] == [2.0, 6.0]
+    assert told["thickness"] == [0.8, 1.2]  # the default of the data set
+    assert told["profiles"] == {"gaussian": 0.75, "boxcar": 0.25}
+    assert told["slice_distances_mm"] == [1.4, 7.2]
+    section = scan(20, 18, 1) - 40
+    low, high = robust_range(section)
+    units = torch.tensor([low, high - low, whole_slice.NO_FLOOR])
+    with torch.no_grad():
+        got = WholeSlice(model, "off").eval()(torch.from_numpy(section)[:, None], units)
+        wanted = model(torch.from_numpy((section - low) / (high - low))[:, None]) * (high - low) + low
+    np.testing.assert_allclose(got.numpy(), wanted.numpy(), rtol=0, atol=SHARE * (high - low))
+    plain = deformmamba.export._facts(small(), None, 8, "lr", "off")
+    assert json.loads(plain["slice_direction"]) is None
+
+
+@pytest.mark.parametrize(("patch", "channels"), [(4, 16), (2, 3)])
+def test_the_patch_embedding_is_right_in_bfloat16(patch: int, channels: int) -> None:
+    """A convolution with kernel = stride = 4 and 16 channels gives wrong numbers in OpenVINO on CPUs with AMX."""
+    ir, ov = pytest.importorskip("onnx_ir"), pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    layer = PatchEmbed(channels, 40, patch)
+    x = ir.Value(name="x", shape=ir.Shape(["b", channels, "h", "w"]), type=ir.TensorType(ir.DataType.FLOAT))
+    graph = ir.Graph([x], [], nodes=[], name="embed", opset_imports={"": onnx.OPSETS["scan"]})
+    nodes = onnx.Nodes(graph, "embed")
+    with torch.no_grad():
+        y = onnx._patch_embed(nodes, layer, x)
+    y.dtype = ir.DataType.FLOAT
+    graph.extend(nodes.made)
+    graph.outputs.append(y)
+    proto = ir.serde.serialize_model(ir.Model(graph, ir_version=10))
+    image = torch.randn(2, channels, 3 * patch, 5 * patch)
+    wanted = layer(image).detach()
+    # layer norm makes all values about 1; bfloat16 has 8 bits
+    for precision, atol in (("f32", 1e-5), ("bf16", 0.1)):
+        core = ov.Core()
+        file = core.compile_model(
+            core.read_model(proto.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": precision}
+        )
+        torch.testing.assert_close(torch.from_numpy(file([image.numpy()])[0]), wanted, atol=atol, rtol=0)
 
 
 @pytest.mark.long

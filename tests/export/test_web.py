@@ -205,7 +205,7 @@ def test_wrong_files_get_the_sentences_of_the_package(browser: Any, page: str, s
     whole: Any = nibabel.load(scan)
     array = np.asarray(whole.dataobj)
     files = {
-        "text.nii": (b"not a scan" * 100, "not a scan that can be read"),
+        "text.nii": (b"not a scan" * 100, "not a NIfTI file, or a damaged one"),
         "cut.nii": (
             nibabel.Nifti1Image(array, whole.affine).to_bytes()[:5000],
             "truncated: the file is shorter than its header requires",

@@ -314,6 +314,22 @@ def test_files_that_are_no_single_series_are_refused(tmp_path: Path) -> None:
         assert told[folder].get("error", "").startswith(sentence), told[folder]
 
 
+def test_a_dropped_folder_is_read_with_its_subfolders() -> None:
+    """As browsers give them: a reader answers in parts, and the last part is empty."""
+    script = """
+const [, module] = process.argv, { inFolders } = await import(module);
+const file = (name) => ({ name, isFile: true, file: (done) => done(name) });
+const folder = (name, ...parts) => ({ name, createReader: () => ({ readEntries: (done) => done(parts.shift() ?? []) }) });
+const series = folder("series", [file("a"), file(".DS_Store")], [file("b"), folder("more", [file("c")])], [file("DICOMDIR")]);
+console.log(JSON.stringify(await inFolders([series, file("d")])));
+"""
+    done = subprocess.run(
+        ["node", "--input-type=module", "-e", script, VOLUME.as_uri()],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout) == ["a", "b", "c", "d"]
+
+
 def test_the_view_shows_the_input_on_the_grid_of_its_result() -> None:
     """On the origin grid, voxel i of the input is at voxel s * i of the result; other voxels show the nearest one."""
     shape, scale = (3, 4, 2), 2
