@@ -41,9 +41,10 @@ class Opaque(nn.Module):
     def __init__(self, number: int, block: nn.Module) -> None:
         super().__init__()
         self.number = number
-        embeds = isinstance(block, PatchEmbed)
-        self.patch = block.patch if embeds else 1
-        self.channels = block.project.out_channels if embeds else None  # None: as many as in
+        self.patch = 1
+        self.channels: int | None = None  # as many as in
+        if isinstance(block, PatchEmbed):
+            self.patch, self.channels = block.patch, block.project.out_channels
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) to the block's shape."""

@@ -211,7 +211,10 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "photo.dcm": (lambda: PHOTO, "not a scan that can be read; give .nii, .nii.gz"),
     "huge.nii": (lambda: changed(40, np.int16([3, *[32767] * 3]).tobytes()), TRUNCATED),
     "huge-second.nii": (huge, TRUNCATED),
-    "negative.nii": (lambda: changed(42, np.int16([-5]).tobytes()), "a volume is a 3-D array, not one of shape (-5, 4, 3)"),
+    "negative.nii": (
+        lambda: changed(42, np.int16([-5]).tobytes()),
+        "a volume is a 3-D array, not one of shape (-5, 4, 3)",
+    ),
     "coloured.nii": (lambda: nibabel.Nifti1Image(np.zeros((4, 4, 4), COLOURS), np.eye(4)).to_bytes(), ONE_CHANNEL),
     "cut.nii": (lambda: nifti("float64").to_bytes()[:500], TRUNCATED),
     "cut.nii.gz": (lambda: b"\x1f\x8b\x08\x00 not gzip", DAMAGED),
