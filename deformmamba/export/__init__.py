@@ -257,8 +257,8 @@ def _slice_direction(model: SRModel) -> dict[str, Any] | None:
     return {
         "axis": "h",
         "lr": "sections across the slices; slices first interpolated along h to the pixel size by a cubic spline",
-        "units": f"of the whole scan: low, high - low, and -low / (high - low) or {NO_FLOOR:g} for data with a sign; low "
-        f"is percentile {LOW:g} of the scan, and high percentile {HIGH:g} of the voxels above low",
+        "units": f"of the whole scan: low, high - low, and -low / (high - low) or {NO_FLOOR:g} for data with a sign; "
+        f"low is percentile {LOW:g} of the scan, and high percentile {HIGH:g} of the voxels above low",
         "ratios": list(ratios),
         "thickness": list(thickness),
         "profiles": {"gaussian": round(1 - boxcar, 4), "boxcar": boxcar},

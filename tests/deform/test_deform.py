@@ -19,9 +19,9 @@ from tolerances import assert_close
 
 from deformmamba import deform
 from deformmamba.deform import IMPLEMENTATIONS, modulated_deform_conv2d
+from deformmamba.deform import cpu as deform_cpu
 from deformmamba.deform.gather import gather
 from deformmamba.deform.sampling import grid_sample
-from deformmamba.deform import cpu as deform_cpu
 
 WHY_NO_TORCHVISION = deform._missing("torchvision.ops")
 needs_torchvision = pytest.mark.skipif(WHY_NO_TORCHVISION is not None, reason=str(WHY_NO_TORCHVISION))

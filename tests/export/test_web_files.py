@@ -322,8 +322,11 @@ def test_a_dropped_folder_is_read_with_its_subfolders() -> None:
     script = """
 const [, module] = process.argv, { inFolders } = await import(module);
 const file = (name) => ({ name, isFile: true, file: (done) => done(name) });
-const folder = (name, ...parts) => ({ name, createReader: () => ({ readEntries: (done) => done(parts.shift() ?? []) }) });
-const series = folder("series", [file("a"), file(".DS_Store")], [file("b"), folder("more", [file("c")])], [file("DICOMDIR")]);
+const folder = (name, ...parts) => ({
+  name, createReader: () => ({ readEntries: (done) => done(parts.shift() ?? []) }),
+});
+const parts = [[file("a"), file(".DS_Store")], [file("b"), folder("more", [file("c")])], [file("DICOMDIR")]];
+const series = folder("series", ...parts);
 console.log(JSON.stringify(await inFolders([series, file("d")])));
 """
     done = subprocess.run(
