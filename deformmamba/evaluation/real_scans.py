@@ -23,7 +23,7 @@ from deformmamba.volume import intensity_scale
 
 Row = dict[str, Any]
 
-MARKERS = (5.0, 20.0)  # times the 99.9th percentile of the input
+MARKERS = (2.0, 5.0, 20.0)  # times the 99.9th percentile of the input
 MARKED_SHARE = 0.005  # share of a slice's pixels that the largest marker covers
 AROUND = 4  # margin around a marker, in LR pixels, that is excluded from the score
 GAINS = (20.0, 0.05, 0.03)
@@ -123,31 +123,50 @@ def _psnr(sr: torch.Tensor, hr: torch.Tensor, where: torch.Tensor | None = None)
 
 
 def _marker_rows(model: SRModel, stack: _Stack, clean: torch.Tensor) -> list[Row]:
-    """Square markers on the input of each slice: one of 2x2 pixels, and the largest that `MARKED_SHARE` allows."""
-    h, w = stack.lr.shape[-2:]
-    largest = max(2, int((MARKED_SHARE * h * w) ** 0.5))
+    """Markers on the input of each slice; their pixels and those around them are excluded from the score."""
     bright = float(np.percentile(stack.lr.numpy(), 99.9))
-    top, left = h // 3, w // 3
     rows = []
-    for times, side in [*((times, 2) for times in MARKERS), *((times, largest) for times in MARKERS if largest > 2)]:
-        marked = stack.lr.clone()
-        marked[:, top : top + side, left : left + side] = times * bright
-        elsewhere = torch.ones_like(stack.hr, dtype=torch.bool)
-        first, last = (model.scale * (at - AROUND) for at in (top, left)), model.scale * (side + 2 * AROUND)
-        y, x = (max(0, start) for start in first)
-        elsewhere[:, y : y + last, x : x + last] = False
-        with_it, without = upscale(model, marked, axis=0), _psnr(clean, stack.hr, elsewhere)
-        value = _psnr(with_it, stack.hr, elsewhere)
-        rows.append(
-            {
-                "case": f"marker of {side}x{side} pixels, {times:g} times as bright",
-                "psnr": value,
-                "zero_fill_psnr": _psnr(upscale(ZeroFill(scale=model.scale), marked, axis=0), stack.hr, elsewhere),
-                "psnr_without": without,
-                "loss": without - value,
-            }
-        )
+    for name, marker in markers((stack.lr.shape[-2], stack.lr.shape[-1])).items():
+        side = 2 * AROUND + 1
+        near = F.max_pool2d(marker[None, None].to(stack.lr.dtype), side, 1, AROUND)
+        elsewhere = F.interpolate(near, scale_factor=float(model.scale))[0].expand_as(stack.hr) == 0
+        without = _psnr(clean, stack.hr, elsewhere)
+        for times in MARKERS:
+            marked = stack.lr.masked_fill(marker, times * bright)
+            value = _psnr(upscale(model, marked, axis=0), stack.hr, elsewhere)
+            rows.append(
+                {
+                    "case": f"{name}, {times:g} times as bright",
+                    "psnr": value,
+                    "zero_fill_psnr": _psnr(upscale(ZeroFill(scale=model.scale), marked, axis=0), stack.hr, elsewhere),
+                    "psnr_without": without,
+                    "loss": without - value,
+                }
+            )
     return rows
+
+
+def markers(size: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Markers by name, bool (h, w): a square of 2x2 pixels and three shapes of `MARKED_SHARE` of the pixels.
+
+    The three shapes are a square, a diagonal line one pixel wide through the centre, and single pixels on a grid.
+    """
+    h, w = size
+    count = max(4, int(MARKED_SHARE * h * w))
+    side, index = int(count**0.5), torch.arange(count)
+    length = min(count, h, w)
+    every = max(1, h * w // count)
+    square, largest, line, single = (torch.zeros(size, dtype=torch.bool) for _ in range(4))
+    square[h // 3 : h // 3 + 2, w // 3 : w // 3 + 2] = True
+    largest[h // 3 : h // 3 + side, w // 3 : w // 3 + side] = True
+    line[(h - length) // 2 + index[:length], (w - length) // 2 + index[:length]] = True
+    single.view(-1)[every // 2 + every * index] = True
+    return {
+        "marker of 2x2 pixels": square,
+        **({f"marker of {side}x{side} pixels": largest} if side > 2 else {}),
+        f"diagonal line of {length} pixels": line,
+        f"{count} single pixels": single,
+    }
 
 
 def _unit_rows(model: SRModel, stack: _Stack, clean: torch.Tensor, plain: torch.Tensor, tile: int) -> list[Row]:

@@ -25,6 +25,7 @@ from deformmamba.layers import (
 from deformmamba.models.base import SRModel, crop, pad_to_multiple
 from deformmamba.models.normalise import NORMALISATIONS, keep_constant, normalised, slice_range
 from deformmamba.models.skip import SKIPS, add_base, base_image, start_at_zero
+from deformmamba.physics.edges import outliers
 
 # Constructor arguments that differ from the defaults (which are the paper's), by preset.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -75,7 +76,8 @@ class DeformMambaSR(Block, SRModel):
         skip: None is the paper's network. "zero-fill" adds the zero-filled input to the output, so that the network
             learns the difference only; its last convolution is then initialised with zero. "zero-fill-edges" does the
             same for fields of view that are cut at their edges. "zero-fill-robust" is better at such edges, and
-            prevents ringing of outliers, see `physics.edges`.
+            prevents ringing of outliers, see `physics.edges`; with `normalise="slice"` the network gets the slice
+            without them.
         normalise: None is the paper's network, for images of about [0, 1]. "slice" takes images of any gain, offset
             and outliers: each slice is normalised inside (`models.normalise`), and where the 5x5 neighbourhood of an
             input pixel is constant, as in a masked background, the output is that constant.
@@ -186,7 +188,8 @@ class DeformMambaSR(Block, SRModel):
         if norm.shape != (*lr.shape[:2], 2):
             raise InvalidArgument(f"DeformMambaSR: norm is {tuple(norm.shape)}; wanted {(*lr.shape[:2], 2)}")
         centre, spread = norm[..., 0, None, None], norm[..., 1, None, None]
-        residual = self._network(normalised(exact, centre, spread)).to(exact.dtype) * spread
+        rest = exact - outliers(exact, centre, spread) if self.robust_edges else exact
+        residual = self._network(normalised(rest, centre, spread)).to(exact.dtype) * spread
         if self.skip:
             centred = None if base is None else base.to(exact) - centre
             sr = add_base("DeformMambaSR", residual, exact - centre, centred, self.scale, self.skip) + centre

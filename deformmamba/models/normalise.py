@@ -8,20 +8,17 @@ a * x + b (a > 0) is a * output(x) + b, and up to half a percent of outlying pix
 import torch
 import torch.nn.functional as F
 
+from deformmamba.physics.edges import percentile_range
+
 NORMALISATIONS = (None, "slice")
 LOWEST, HIGHEST = -0.25, 2.0  # range of the network's input; air is about 0 and bright tissue about 1
 REACH = 2  # LR pixels: a neighbourhood is 5x5
 
 
 def slice_range(lr: torch.Tensor) -> torch.Tensor:
-    """(..., 2): the 1st percentile of each slice of `lr` (..., h, w), and its distance to the 99th percentile.
-
-    The percentiles are the values at index n // 100 and n - 1 - n // 100 of the sorted pixels, without interpolation.
-    """
-    ordered = lr.flatten(-2).sort(dim=-1).values
-    n = ordered.shape[-1]
-    low, high = ordered[..., n // 100], ordered[..., n - 1 - n // 100]
-    return torch.stack([low, high - low], dim=-1)
+    """(..., 2): the `percentile_range` of each slice of `lr` (..., h, w)."""
+    low, spread = percentile_range(lr)
+    return torch.stack([low[..., 0, 0], spread[..., 0, 0]], dim=-1)
 
 
 def normalised(lr: torch.Tensor, centre: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:

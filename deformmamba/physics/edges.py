@@ -28,8 +28,11 @@ Source: Moisan, J Math Imaging Vis 39 (2011) 161-179; the gate g is ours.
 
 `zero_fill_robust` has three steps:
 
-1. Outliers: the part above `OUTLIER` times the slice's range (1st to 99th percentile) is interpolated by cubic
-   convolution, which does not ring beyond two pixels. The rest is processed in steps 2 and 3.
+1. Outliers, such as a marker: let r be the slice's range (1st to 99th percentile). A pixel more than `OUTLIER` r beyond
+   the range, above or below, is an outlier. Its share q grows from 0 to 1 over the next `SURE` r. Its level m is the
+   mean of the pixels with q = 0 in the smallest square around it that contains any (`SQUARES`). The part q (x - m) is
+   interpolated by cubic convolution, which does not ring beyond two pixels. The rest, x - q (x - m), is processed in
+   steps 2 and 3.
 2. Gate: Gaussian models give the likelihood of the samples at a pair of opposite edges, the last `SIDE` and the first
    `SIDE` of every line. In the cut model the two sides are independent. In the periodic models, the k-space crop has
    smoothed the step between the edges, with 0 to three HR pixels of air there. With L = log(quadratic form)
@@ -50,6 +53,7 @@ import math
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
 from deformmamba.physics.kspace import zero_fill
 from deformmamba.tensors import keeps_precision
@@ -57,8 +61,10 @@ from deformmamba.tensors import keeps_precision
 # an edge is cut up to the first beta, and periodic from the second
 CUT, PERIODIC = 0.15, 0.25
 
-# pixels brighter than the 1st percentile plus this many ranges (1st to 99th percentile) of the slice are outliers
-OUTLIER = 3.0
+# a pixel is an outlier if it is more than `OUTLIER` ranges (1st to 99th percentile of the slice) beyond the range, and
+# surely one `SURE` ranges further; squares in which the level around it is measured, in LR pixels
+OUTLIER, SURE = 1.0, 0.25
+SQUARES = (5, 15, 45)
 # LR samples on each side of an edge that d compares; an edge is cut up to the first d, and periodic from the second
 SIDE, SURELY_CUT, SURELY_PERIODIC = 4, 0.1, 0.35
 # widest air at the edges of a periodic image, in HR pixels
@@ -144,14 +150,40 @@ def percentile_range(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return low, high - low
 
 
-def outliers(image: torch.Tensor) -> torch.Tensor:
-    """The excess of `image` (..., h, w) over the limit for outliers (`OUTLIER`).
+def outliers(image: torch.Tensor, low: torch.Tensor | None = None, spread: torch.Tensor | None = None) -> torch.Tensor:
+    """What the outliers of `image` (..., h, w) add to the level around them; zero in all other pixels.
 
-    Zero in all other pixels, and in a slice whose range is 0.
+    `low` and `spread` (..., 1, 1): the `percentile_range` of the whole slice; None: `image` is the whole slice. If the
+    range is 0, no pixel is an outlier. Formula: step 1 in the module docstring.
     """
-    low, spread = percentile_range(image)
-    above = (image - low - OUTLIER * spread).clamp(min=0)
-    return torch.where(spread > 0, above, torch.zeros_like(above))
+    if low is None or spread is None:
+        low, spread = percentile_range(image)
+    known = spread > 0
+    above = image - low
+    beyond = (above - spread / 2).abs() - (OUTLIER + 0.5) * spread
+    share = beyond / torch.where(known, SURE * spread, torch.ones_like(spread))
+    share = torch.where(known, share.clamp(0, 1), torch.zeros_like(share))
+    limits = -OUTLIER * spread, (1 + OUTLIER) * spread
+    return share * (above - _level(above, (share == 0).to(image.dtype), limits))
+
+
+def _level(image: torch.Tensor, used: torch.Tensor, limits: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Mean of the pixels that `used` marks with 1 (others: 0) in the smallest square of `SQUARES` that contains any.
+
+    Where none does, `image` clamped to `limits`.
+    """
+    flat = (-1, 1, *image.shape[-2:])
+    values, counted = (image * used).reshape(flat), used.reshape(flat)
+    level = image.clamp(*limits).reshape(flat)
+    for side in reversed(SQUARES):
+        total, count = (_box(_box(x, (1, side)), (side, 1)) for x in (values, counted))
+        level = torch.where(count > 0, total / torch.where(count > 0, count, torch.ones_like(count)), level)
+    return level.reshape(image.shape)
+
+
+def _box(image: torch.Tensor, sides: tuple[int, int]) -> torch.Tensor:
+    """The mean over a rectangle of odd `sides` around each pixel; beyond the edges are zeros."""
+    return F.avg_pool2d(image, sides, 1, (sides[0] // 2, sides[1] // 2))
 
 
 def _line_covariance(n: int, scale: int, corner: float) -> torch.Tensor:
