@@ -13,11 +13,12 @@ contender. The best time counts. Extra memory is the growth of the process's pea
 
 The floor. A step of one state of one channel takes nine multiplications or fused multiply-adds in the forward pass:
 delta A, five for the exponential by a polynomial, delta u B, h and y. The backward pass computes h again (eight) and
-needs eight for the gradients. The floor is their number divided by the rate of fused multiply-adds, measured here with
-the same number of threads. It excludes softplus, sums over channels and memory access. (With AVX-512 our kernels take
-part of the exponential from a table, which saves two of the nine; the floor still counts nine, so that machines can be
-compared.) Both are compiled for the same target, so that `NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=+avx2,+fma` and
-`NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=` measure older processors' code against its own floor.
+needs eight for the gradients. The floor is their number divided by the rate of fused multiply-adds, measured in turns
+with the scan and with the same number of threads. It excludes softplus, sums over channels and memory access. (With
+AVX-512 our kernels take part of the exponential from a table, which saves two of the nine; the floor still counts nine,
+so that machines can be compared.) Both are compiled for the same target, so that `NUMBA_CPU_NAME=haswell
+NUMBA_CPU_FEATURES=+avx2,+fma` and `NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=` measure older processors' code against
+its own floor.
 """
 
 import argparse
@@ -30,7 +31,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,8 +90,9 @@ def extra_memory(run: Run) -> int | None:
         return None
 
 
-def multiply_adds_per_second(threads: int) -> float:
-    """float32 fused multiply-adds per second of this number of threads, which share clock and power."""
+@cache
+def multiply_adds(threads: int) -> tuple[Run, int]:
+    """A function that does float32 fused multiply-adds on this number of threads, and their number."""
     import numba
     from numba.core.registry import cpu_target
 
@@ -128,12 +130,16 @@ def multiply_adds_per_second(threads: int) -> float:
     rounds = 400_000
     x = torch.full((64,), 0.5).numpy()
     kernel(x, 1)
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    numbers = [x.copy() for _ in range(threads)]
+    return lambda: list(pool.map(lambda mine: kernel(mine, rounds), numbers)), threads * rounds * chains * LANES
 
-        def everywhere() -> None:
-            list(pool.map(lambda mine: kernel(mine, rounds), [x.copy() for _ in range(threads)]))
 
-        return threads * rounds * chains * LANES / take_turns({"": everywhere}, 30)[""]
+def turns_and_rate(contenders: dict[str, Run], repeats: int) -> tuple[dict[str, float], float]:
+    """`take_turns`, and the rate of multiply-adds in the same turns, because the clock of a machine varies."""
+    run, count = multiply_adds(torch.get_num_threads())
+    best = take_turns({**contenders, "multiply-adds": run}, repeats)
+    return best, count / best.pop("multiply-adds")
 
 
 def milliseconds(seconds: float) -> str:
@@ -272,8 +278,8 @@ def share(passes: str, length: int, seconds: float, rate: float, n: int = N) -> 
     return each * CHANNELS * length * n / rate / seconds
 
 
-def sequences(lengths: list[int], repeats: int, rate: float) -> Iterator[Row]:
-    """The rows that compare all contenders. `rate`: fused multiply-adds per second."""
+def sequences(lengths: list[int], repeats: int) -> Iterator[Row]:
+    """The rows that compare all contenders."""
     contenders: dict[str, Callable[..., torch.Tensor]] = {
         **{name: ours(name) for name in ("cpu", "eager", "reference")},
         "loop over steps": step_by_step,
@@ -293,7 +299,7 @@ def sequences(lengths: list[int], repeats: int, rate: float) -> Iterator[Row]:
             {name: training(contenders[name], given, dy) for name in trained},
         ]
         for passes, run in zip(PASSES, runs, strict=True):
-            best = take_turns(run, repeats)
+            best, rate = turns_and_rate(run, repeats)
             for name, seconds in best.items():
                 ratios = [best[other] / seconds if other in best else None for other in list(contenders)[2:]]
                 of_floor = share(passes, length, seconds, rate)
@@ -332,11 +338,10 @@ def maps(sizes: list[tuple[int, int, int]], repeats: int) -> Iterator[Row]:
                 yield Row(name, size, passes, seconds, plain=faster, memory=extra_memory(run[name]))
 
 
-def alone(lengths: list[int], rates: dict[int, float], repeats: int) -> Iterator[Row]:
+def alone(lengths: list[int], counts: list[int], repeats: int) -> Iterator[Row]:
     """The CPU backend alone: for several lengths, and at the second length for other numbers of states, for the numbers
-    of threads in `rates`, and with channels consecutive in memory, as in `SS2D`."""
+    of threads in `counts`, and with channels consecutive in memory, as in `SS2D`."""
     all_threads = torch.get_num_threads()
-    rate = rates[all_threads]
     before: dict[str, float] = {}
     for length in lengths:
         given = arguments(length)
@@ -347,7 +352,7 @@ def alone(lengths: list[int], rates: dict[int, float], repeats: int) -> Iterator
         check("the CPU backend", with_gradients(ours("cpu"), given, dy), exact)
         del exact, double
         runs = both_passes(given, dy)
-        best = take_turns(runs, repeats)
+        best, rate = turns_and_rate(runs, repeats)
         for passes, seconds in best.items():
             doublings = math.log2(length / lengths[lengths.index(length) - 1]) if before else 1
             growth = (seconds / before[passes]) ** (1 / doublings) if before else None
@@ -360,19 +365,21 @@ def alone(lengths: list[int], rates: dict[int, float], repeats: int) -> Iterator
             others = arguments(length, n=n)
             exact = with_gradients(ours("cpu"), arguments(length, torch.float64, n), dy.double())
             check(f"the CPU backend with {n} states", with_gradients(ours("cpu"), others, dy), exact)
-            for passes, seconds in take_turns(both_passes(others, dy), repeats).items():
+            found, rate = turns_and_rate(both_passes(others, dy), repeats)
+            for passes, seconds in found.items():
                 of_floor = share(passes, length, seconds, rate, n)
                 yield Row(f"cpu alone, N = {n}", f"L = {length:,}", passes, seconds, floor=of_floor)
         last = [x.mT.contiguous().mT if x.ndim > 2 else x for x in given]
         channels_last = both_passes(last, dy.mT.contiguous().mT)
-        for count in rates:
+        for count in counts:
             torch.set_num_threads(count)
             for how, contenders in (("", runs), (", channels last", channels_last)):
                 if count == all_threads and not how:
                     continue
                 what = f"cpu alone{how}" + (f", {count} thread{'s' * (count > 1)}" if count < all_threads else "")
-                for passes, seconds in take_turns(contenders, repeats).items():
-                    of_floor = share(passes, length, seconds, rates[count])
+                found, rate = turns_and_rate(contenders, repeats)
+                for passes, seconds in found.items():
+                    of_floor = share(passes, length, seconds, rate)
                     yield Row(what, f"L = {length:,}", passes, seconds, floor=of_floor)
         torch.set_num_threads(all_threads)
 
@@ -387,7 +394,7 @@ def machine(threads: int, rate: float) -> str:
         f"deformmamba {deformmamba.__version__}. "
         f"One image or sequence, {CHANNELS} channels, {GROUPS} groups, N = {N}, float32. "
         f"{rate / 1e9:,.0f} billion fused multiply-adds a "
-        f"second, so that the floor of the forward pass at L = 4,096 is "
+        f"second before the run, with which the floor of the forward pass at L = 4,096 is "
         f"{FORWARD * CHANNELS * 4096 * N / rate * 1e3:.2f} ms."
     )
 
@@ -412,15 +419,14 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into benchmarks/README.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rates = {count: multiply_adds_per_second(count) for count in sorted({1, args.threads})}
-    rate = rates[args.threads]
+    rate = turns_and_rate({}, 30)[1]
     with_others = [] if args.alone else [64] if args.quick else [1024, 4096]
     rows = [
-        *sequences(with_others, args.repeats, rate),
+        *sequences(with_others, args.repeats),
         *maps([(48, 12, 20)] if args.quick else [(192, 64, 64), (96, 128, 128)], args.repeats),
         *alone(
             [64, 128] if args.quick else [1024, 4096, 16384] if args.alone else [1024, 4096, 16384, 65536],
-            rates,
+            sorted({1, args.threads}),
             args.repeats,
         ),
     ]

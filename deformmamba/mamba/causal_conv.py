@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from deformmamba.errors import InvalidArgument, InvalidType
+from deformmamba.errors import InvalidArgument, shown
 from deformmamba.mamba import causal_conv_cpu, step_cpu
+from deformmamba.mamba.arguments import check_boundaries, check_choice, check_rows, check_tensors, check_written
 from deformmamba.torch_private import constant_when_compiled, differentiates_by_transform, transforms_are_active
 
 _ACTIVATIONS = (None, "silu", "swish")
@@ -49,22 +50,19 @@ def causal_conv1d_fn(
     """
     if isinstance(seq_idx, str):  # causal-conv1d before 1.1 had the activation at this position
         seq_idx, activation = None, seq_idx
-    b, d, length = _check(x, weight, bias, activation)
-    width = weight.shape[1]
+    b, d, length, width = _check(
+        x, weight, bias, activation, seq_idx=(seq_idx, "?int:b l"), initial_states=(initial_states, "?b d width-1"),
+        final_states_out=(final_states_out, "?b d width-1"),
+    )  # fmt: skip
     full = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     kernel, offset = weight.to(full), None if bias is None else bias.to(full)
     if seq_idx is not None:
         if initial_states is not None or return_final_states:
-            raise InvalidArgument("seq_idx cannot be combined with initial_states or return_final_states")
-        if seq_idx.shape != (b, length):
-            raise InvalidArgument(f"seq_idx must have shape (b, l) = {(b, length)}, got {tuple(seq_idx.shape)}")
+            raise InvalidArgument(
+                "seq_idx cannot be combined with initial_states or return_final_states; leave one of them out"
+            )
         y = _packed(x.to(full), kernel, offset, seq_idx)
     elif initial_states is not None:
-        if initial_states.shape != (b, d, width - 1):
-            wanted = (b, d, width - 1)
-            raise InvalidArgument(
-                f"initial_states must have shape (b, d, width - 1) = {wanted}, got {tuple(initial_states.shape)}"
-            )
         extended = torch.cat([initial_states.to(full), x.to(full)], -1)
         y = _convolve(extended, kernel, offset)[..., width - 1 :]
     else:
@@ -90,8 +88,7 @@ def causal_conv1d_ref(
     activation: str | None = None,
 ) -> Any:
     """The definition of `causal_conv1d_fn`: step by step, in the dtype of the weight."""
-    b, d, length = _check(x, weight, bias, activation)
-    width = weight.shape[1]
+    b, d, length, width = _check(x, weight, bias, activation, initial_states=(initial_states, "?b d width-1"))
     state = x.new_zeros(b, d, width - 1) if initial_states is None else initial_states
     seen = torch.cat([state, x], -1).to(weight.dtype)
     y = seen.new_zeros(b, d, length) if bias is None else bias[:, None].expand(b, d, length)
@@ -127,21 +124,27 @@ def causal_conv1d_update(
     Returns:
         y like x.
     """
-    one_step = x.ndim == 2 or (x.ndim == 3 and x.shape[2] == 1)
-    if one_step and cache_seqlens is None and conv_state_indices is None and activation in _ACTIVATIONS:
-        y = step_cpu.convolution(x.reshape(x.shape[:2]), conv_state, weight, bias, activation is not None)
+    if cache_seqlens is None and conv_state_indices is None and activation in (None, "silu", "swish"):
+        y = step_cpu.convolution(x, conv_state, weight, bias, activation is not None)
         if y is not None:
-            return y.view(x.shape)
-    steps = x[..., None] if x.ndim == 2 else x
-    _check(steps, weight, bias, activation)
-    if conv_state.ndim != 3 or conv_state.shape[1] != steps.shape[1] or conv_state.shape[2] < weight.shape[1] - 1:
+            return y
+    check_choice("activation", activation, _ACTIVATIONS)
+    own = "b" if conv_state_indices is None else "rows"
+    sizes = check_tensors(
+        x=(x, "b d | b d l"), weight=(weight, "d width"), bias=(bias, "?d"), conv_state=(conv_state, f"{own} d s"),
+        cache_seqlens=(cache_seqlens, "?int:b"), conv_state_indices=(conv_state_indices, "?int:b"),
+    )  # fmt: skip
+    if not sizes["width"] or sizes["s"] < sizes["width"] - 1 or (not sizes["s"] and cache_seqlens is not None):
         raise InvalidArgument(
-            f"conv_state must have shape (b, d, s) with d = {steps.shape[1]} and s >= width - 1 = "
-            f"{weight.shape[1] - 1}, got {tuple(conv_state.shape)}"
+            f"conv_state {tuple(conv_state.shape)} has {sizes['s']} steps; a weight of width {sizes['width']} needs at "
+            "least width - 1, and cache_seqlens at least 1"
         )
+    check_written("conv_state", conv_state)
+    steps = x[..., None] if x.ndim == 2 else x
     if conv_state_indices is None:
         y = _update(steps, conv_state, weight, bias, activation, cache_seqlens)
     else:
+        check_rows("conv_state_indices", conv_state_indices, len(conv_state))
         rows = conv_state_indices.long()
         used = (rows >= 0).nonzero()[:, 0]
         picked = conv_state[rows[used]]
@@ -191,7 +194,14 @@ def causal_conv1d_varlen_states(x: torch.Tensor, cu_seqlens: torch.Tensor, state
 
     Returns:
         (sequences, d, state_len).
+
+    Raises:
+        InvalidArgument, InvalidType: x is no (total length, d), or cu_seqlens is not as described.
     """
+    check_tensors(x=(x, "any:l d"), cu_seqlens=(cu_seqlens, "int:sequences+1"))
+    check_boundaries("cu_seqlens", cu_seqlens, len(x))
+    if not isinstance(state_len, int) or state_len < 0:
+        raise InvalidArgument(f"state_len must be a whole number of at least 0, got {shown(state_len)}")
     starts, ends = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
     steps = ends - state_len + torch.arange(state_len, device=x.device)
     states = x[steps.clamp(min=0)] if len(x) else x.new_zeros(*steps.shape, x.shape[1])
@@ -208,22 +218,17 @@ def causal_conv1d_varlen_states_ref(x: torch.Tensor, cu_seqlens: torch.Tensor, s
     return states
 
 
-def _check(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
-) -> tuple[int, int, int]:
-    if activation not in _ACTIVATIONS:
-        raise InvalidArgument(f"activation must be None, 'silu' or 'swish', got {activation!r}")
-    if x.ndim != 3:
-        raise InvalidArgument(f"x must have shape (b, d, l), got {tuple(x.shape)}")
-    b, d, length = x.shape
-    if weight.ndim != 2 or weight.shape[0] != d or not weight.shape[1]:
-        raise InvalidArgument(f"weight must have shape (d, width) with d = {d}, got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != (d,):
-        raise InvalidArgument(f"bias must have shape (d,) = ({d},), got {tuple(bias.shape)}")
-    for name, tensor in (("x", x), ("weight", weight)):
-        if not tensor.is_floating_point():
-            raise InvalidType(f"{name} must be floating point, got {tensor.dtype}; convert it with .float()")
-    return b, d, length
+def _check(x: Any, weight: Any, bias: Any, activation: Any, **others: Any) -> tuple[int, int, int, int]:
+    """(b, d, l, width), after a check of the arguments; the patterns of `others` may contain "width-1"."""
+    check_choice("activation", activation, _ACTIVATIONS)
+    given = {"x": (x, "b d l"), "weight": (weight, "d width"), "bias": (bias, "?d")}
+    sizes = check_tensors(**given)
+    if not sizes["width"]:
+        raise InvalidArgument(
+            f"weight must have shape (d, width) with a width of at least 1, got {tuple(weight.shape)}"
+        )
+    check_tensors({**sizes, "width-1": sizes["width"] - 1}, **given, **others)
+    return sizes["b"], sizes["d"], sizes["l"], sizes["width"]
 
 
 @constant_when_compiled

@@ -88,7 +88,23 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return dx, dweight, dbias if ctx.has_bias else None
 
 
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_twice(ctx: Any, ddx: Tensor, ddweight: Tensor, ddbias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward pass is bilinear in (x, weight) and dy, so its derivatives are the two operators again."""
+    x, weight, dy = map(plain, ctx.saved_tensors)
+    ddx, ddweight, ddbias = map(plain, (ddx, ddweight, ddbias))
+    dx = causal_conv_backward(x, ddweight, dy)[0]
+    dweight = causal_conv_backward(ddx, weight, dy)[1]
+    return dx, dweight, causal_conv(ddx, weight, ddbias) + causal_conv(x, ddweight, None)
+
+
 torch.library.register_autograd("deformmamba::causal_conv", _differentiate, setup_context=_save)
+torch.library.register_autograd(
+    "deformmamba::causal_conv_backward", _differentiate_twice, setup_context=_save_backward
+)  # fmt: skip
 
 
 torch.library.register_vmap("deformmamba::causal_conv", loop_over_batch(causal_conv))

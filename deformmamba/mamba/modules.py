@@ -58,6 +58,10 @@ class Mamba(nn.Module):
     dt_proj: nn.Linear
     A_log: nn.Parameter
     D: nn.Parameter
+    # for modules that mamba-ssm pickled, which has no such attributes
+    bimamba_type: str = "none"
+    nslices: int = 5
+    if_divide_out: bool = False
 
     def __init__(
         self,

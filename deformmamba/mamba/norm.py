@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deformmamba.errors import InvalidArgument, UnsupportedCall
+from deformmamba.errors import InvalidArgument, UnsupportedCall, shown
+from deformmamba.mamba.arguments import check_tensors
 
 
 def rms_norm_ref(
@@ -94,7 +95,9 @@ def layer_norm_fn(
 ) -> Any:
     """Layer norm of dropout(x) + residual (`is_rms_norm`: root-mean-square norm); the rest as in `rms_norm_fn`."""
     _refuse(x1=x1, weight1=weight1, bias1=bias1, rowscale=rowscale, return_dropout_mask=return_dropout_mask or None)
-    x = F.dropout(x, dropout_p) if dropout_p else x
+    if not 0 <= dropout_p <= 1:
+        raise InvalidArgument(f"dropout_p must be between 0 and 1, got {shown(dropout_p)}")
+    x = F.dropout(x, dropout_p) if dropout_p and isinstance(x, torch.Tensor) else x
     return _normalise(x, weight, bias, residual, eps, prenorm, True, residual_in_fp32, is_rms_norm)
 
 
@@ -115,6 +118,9 @@ def _normalise(
     sum_in_float32: bool,
     rms: bool,
 ) -> Any:
+    check_tensors(x=(x, "... d"), weight=(weight, "d"), bias=(bias, "?d"), residual=(residual, "?... d"))
+    if residual is not None and residual.shape != x.shape:
+        raise InvalidArgument(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
     full = torch.promote_types(x.dtype, torch.float32) if upcast else x.dtype
     total = x.to(full) if residual is None else x.to(full) + residual.to(full)
     y = _standardise(total, rms, eps) * weight.to(full)
@@ -133,6 +139,8 @@ def _standardise(x: torch.Tensor, rms: bool, eps: float) -> torch.Tensor:
 class RMSNorm(nn.Module):
     """`rms_norm_fn` with a weight; the state_dict is that of mamba-ssm's `ops.triton.layer_norm.RMSNorm`."""
 
+    dropout_p: float = 0.0  # for modules that mamba-ssm pickled, which have `drop` instead
+
     def __init__(
         self, hidden_size: int, eps: float = 1e-5, dropout_p: float = 0.0, device: Any = None, dtype: Any = None
     ) -> None:
@@ -148,13 +156,15 @@ class RMSNorm(nn.Module):
         prenorm: bool = False,
         residual_in_fp32: bool = False,
     ) -> Any:
+        drop = getattr(self, "drop", None)
+        dropout_p: float = self.dropout_p if drop is None else drop.p
         return rms_norm_fn(
             x,
             self.weight,
             None,
             residual=residual,
             eps=self.eps,
-            dropout_p=self.dropout_p if self.training else 0.0,
+            dropout_p=dropout_p if self.training else 0.0,
             prenorm=prenorm,
             residual_in_fp32=residual_in_fp32,
         )
@@ -208,10 +218,10 @@ def layernorm_fn(
     Returns:
         (..., d) in x's dtype.
     """
-    d = x.shape[-1]
-    size = group_size or d
-    if d % size:
-        raise InvalidArgument(f"group_size is {group_size}; it must divide the {d} channels of x")
+    d = check_tensors(x=(x, "... d"), weight=(weight, "d"), bias=(bias, "?d"), z=(z, "?... d"))["d"]
+    size = d if group_size is None else group_size
+    if not isinstance(size, int) or (d and (size < 1 or d % size)):
+        raise InvalidArgument(f"group_size is {shown(group_size)}; it must divide the {d} channels of x")
     if z is not None and z.shape != x.shape:
         raise InvalidArgument(f"z must have the shape of x, {tuple(x.shape)}, got {tuple(z.shape)}")
     full = torch.promote_types(x.dtype, torch.float32)

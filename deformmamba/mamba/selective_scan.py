@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from deformmamba.errors import InvalidArgument
+from deformmamba.mamba.arguments import check_tensors
 from deformmamba.mamba.causal_conv import causal_conv1d_fn, causal_conv1d_ref
 from deformmamba.mamba.norm import rms_norm_ref
 from deformmamba.scan import selective_scan
@@ -53,10 +54,12 @@ def selective_scan_fn(
     Raises:
         InvalidArgument, InvalidType: a shape, dtype or device that does not fit, naming the argument and the rule.
     """
-    if A.is_complex():
+    if isinstance(A, torch.Tensor) and A.is_complex():
         return selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
-    if B.ndim > 2 and C.ndim > 2:
-        if B.ndim != C.ndim:  # one of them has one group, which all groups of the other share
+    if not (isinstance(B, torch.Tensor) and isinstance(C, torch.Tensor)) or (B.ndim > 2 and C.ndim > 2):
+        if (
+            isinstance(B, torch.Tensor) and isinstance(C, torch.Tensor) and {B.ndim, C.ndim} == {3, 4}
+        ):  # one of them has one group, which all groups of the other share
             B, C = (w[:, None] if w.ndim == 3 else w for w in (B, C))
             groups = max(B.shape[1], C.shape[1])
             B, C = (w.expand(-1, groups, -1, -1) if w.shape[1] == 1 else w for w in (B, C))
@@ -64,6 +67,7 @@ def selective_scan_fn(
             u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus,
             return_last_state=return_last_state,
         )  # fmt: skip
+    _check(u, delta, A, B, C, D, z, delta_bias)
     return _scan_of_states(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
 
@@ -80,6 +84,7 @@ def selective_scan_ref(
     return_last_state: bool = False,
 ) -> Any:
     """The definition of `selective_scan_fn`, a loop over steps, with the same arguments and results."""
+    _check(u, delta, A, B, C, D, z, delta_bias)
     full = torch.promote_types(u.dtype, torch.float32)
     x, dt = u.to(full), delta.to(full)
     dt = dt if delta_bias is None else dt + delta_bias[:, None].to(full)
@@ -99,6 +104,32 @@ def selective_scan_ref(
     return (y, h) if return_last_state else y
 
 
+def _check(
+    u: torch.Tensor, delta: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None,
+    z: torch.Tensor | None, delta_bias: torch.Tensor | None,
+) -> None:  # fmt: skip
+    real = {
+        "u": (u, "b d l"),
+        "delta": (delta, "b d l"),
+        "D": (D, "?d"),
+        "z": (z, "?b d l"),
+        "bias": (delta_bias, "?d"),
+    }
+    real["delta_bias"] = real.pop("bias")
+    sizes = check_tensors(A=(A, "any:d n"), **real)
+    steps, constant = "l", "d n"
+    if A.is_complex():
+        steps, sizes["2*l"], constant = "2*l", 2 * sizes["l"], "any:d n"
+    for name, weights in (("B", B), ("C", C)):
+        changing = isinstance(weights, torch.Tensor) and weights.ndim != 2
+        axes = f"b g n {steps} | b n {steps}" if changing else constant
+        g = check_tensors(sizes, u=(u, "b d l"), **{name: (weights, axes)}).get("g", 1)
+        if not g or sizes["d"] % g:
+            raise InvalidArgument(
+                f"{name} {tuple(weights.shape)} has {g} groups; they must divide the {sizes['d']} channels of u"
+            )
+
+
 def _by_step(weights: torch.Tensor, A: torch.Tensor, d: int, full: torch.dtype) -> torch.Tensor:
     """B or C in any of its forms as (b, d, n, l), or (1, d, n, 1) if it does not change with time."""
     if weights.ndim == 2:
@@ -116,10 +147,6 @@ def _scan_of_states(
     """The scan if B or C does not change with time: each state becomes a channel of a scan with one state."""
     (b, d, length), n = u.shape, A.shape[1]
     full = torch.promote_types(u.dtype, torch.float32)
-    for name, weights in (("B", B), ("C", C)):
-        if weights.ndim == 2 and weights.shape != (d, n):
-            raise InvalidArgument(f"{name} must have shape (d, n) = {(d, n)}, got {tuple(weights.shape)}")
-
     x = u.to(full)
     dt = delta.to(full) if delta_bias is None else delta.to(full) + delta_bias[:, None].to(full)
     dt = F.softplus(dt) if delta_softplus else dt
@@ -181,7 +208,7 @@ def mamba_inner_fn(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias, B_proj_bias,
         C_proj_bias, delta_softplus, b_rms_weight, c_rms_weight, dt_rms_weight, b_c_dt_rms_eps,
     )  # fmt: skip
-    return _linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
+    return _project(y.transpose(1, 2), out_proj_weight, out_proj_bias)
 
 
 def mamba_inner_fn_no_out_proj(
@@ -237,7 +264,7 @@ def bimamba_inner_fn(
     y = selective_scan_fn(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
     B, C = (weights.flip(-1) if weights.ndim > 2 else weights for weights in (B, C))
     y_b = selective_scan_fn(x.flip(-1), delta.flip(-1), A_b, B, C, D, z.flip(-1), delta_bias, delta_softplus)
-    return _linear((y + y_b.flip(-1)).transpose(1, 2), out_proj_weight, out_proj_bias)
+    return _project((y + y_b.flip(-1)).transpose(1, 2), out_proj_weight, out_proj_bias)
 
 
 def mamba_inner_ref(
@@ -263,7 +290,7 @@ def mamba_inner_ref(
         C_proj_bias,
     )  # fmt: skip
     y = selective_scan_ref(x, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    return _linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
+    return _project(y.transpose(1, 2), out_proj_weight, out_proj_bias)
 
 
 def _scan_inputs(
@@ -273,6 +300,17 @@ def _scan_inputs(
     rms_weights: tuple[torch.Tensor | None, ...] = (None, None, None), eps: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """x after the convolution, the gate z, delta (all (b, d, l)), B and C."""
+    sizes = check_tensors(xz=(xz, "b 2*d l"), conv1d_weight=(conv1d_weight, "d 1 width"))
+    if sizes["2*d"] != 2 * sizes["d"]:
+        raise InvalidArgument(
+            f"xz must have shape (b, 2 d, l) with d = {sizes['d']} as in conv1d_weight, got {tuple(xz.shape)}"
+        )
+    sizes = check_tensors(
+        sizes, xz=(xz, "b 2*d l"), conv1d_bias=(conv1d_bias, "?d"), delta_proj_weight=(delta_proj_weight, "d r"),
+        A=(A, "any:d n"),
+    )  # fmt: skip
+    own = sizes["n"] * (2 if A.is_complex() else 1) * ((B is None) + (C is None))
+    check_tensors({**sizes, "r+n+n": sizes["r"] + own}, xz=(xz, "b 2*d l"), x_proj_weight=(x_proj_weight, "r+n+n d"))
     x, z = xz.chunk(2, 1)
     x = convolve(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
     rank, n = delta_proj_weight.shape[1], A.shape[1] * (2 if A.is_complex() else 1)
@@ -297,6 +335,11 @@ def _scan_inputs(
     if dt_rms is not None:
         delta = rms_norm_ref(delta.transpose(1, 2), dt_rms, None, eps=eps, upcast=True).transpose(1, 2)
     return x, z, delta, B, C
+
+
+def _project(y: torch.Tensor, out_proj_weight: torch.Tensor, out_proj_bias: torch.Tensor | None) -> torch.Tensor:
+    check_tensors(y=(y, "b l d"), out_proj_weight=(out_proj_weight, "m d"), out_proj_bias=(out_proj_bias, "?m"))
+    return _linear(y, out_proj_weight, out_proj_bias)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

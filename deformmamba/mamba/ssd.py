@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from deformmamba.errors import InvalidArgument, InvalidType
+from deformmamba.errors import InvalidArgument, InvalidType, shown
 from deformmamba.mamba import ssd_chunks
+from deformmamba.mamba.arguments import check_boundaries, check_range, check_tensors
 from deformmamba.mamba.causal_conv import causal_conv1d_fn, causal_conv1d_ref, needs_transforms
 from deformmamba.mamba.norm import gated_norm_ref, rmsnorm_fn
 
@@ -66,6 +67,12 @@ def mamba_chunk_scan_combined(
         InvalidArgument, InvalidType: a shape or dtype that does not fit, naming the argument and the rule.
     """
     _check(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
+    if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
+        raise InvalidType(f"state_dtype must be a floating point torch.dtype or None, got {shown(state_dtype)}")
+    if return_varlen_states:
+        if cu_seqlens is None or len(x) != 1:
+            raise InvalidArgument(f"return_varlen_states needs cu_seqlens and a batch of 1 (one pack), x has {len(x)}")
+        check_boundaries("cu_seqlens", cu_seqlens, x.shape[1])
     full = torch.promote_types(x.dtype, torch.float32)
     step = _step_sizes(dt, dt_bias, dt_softplus, dt_limit, full)
     u, A, B, C = (t.to(full) for t in (x, A, B, C))
@@ -75,9 +82,7 @@ def mamba_chunk_scan_combined(
     states = []
     if return_final_states:
         states.append(last)
-    if return_varlen_states:
-        if cu_seqlens is None or len(x) != 1:
-            raise InvalidArgument(f"return_varlen_states needs cu_seqlens and a batch of 1 (one pack), x has {len(x)}")
+    if cu_seqlens is not None and return_varlen_states:
         states.append(_states_at(u[0], step[0], A, B[0], state, cu_seqlens))
     return (y, *(s if state_dtype is None else s.to(state_dtype) for s in states)) if states else y
 
@@ -97,6 +102,7 @@ def ssd_ref(
     dt_limit: tuple[float, float] = (0.0, math.inf),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition of `mamba_chunk_scan_combined`, a loop over steps. Returns (y, state after the last step)."""
+    _check(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
     full = torch.promote_types(x.dtype, torch.float32)
     step = _step_sizes(dt, dt_bias, dt_softplus, dt_limit, full)
     u, A, B, C = (t.to(full) for t in (x, A, B, C))
@@ -172,7 +178,7 @@ def mamba_split_conv1d_scan_combined(
     Returns:
         y (b, l, m') or (b, l, m + d); with `return_final_states`, (y, state after the last step (b, h, p, n)).
     """
-    mlp, z, xBC, dt, p = _split(zxbcdt, conv1d_weight, D, headdim, ngroups)
+    mlp, z, xBC, dt, p = _split(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, headdim, ngroups)
     by_channel = xBC.transpose(1, 2)
     xBC = causal_conv1d_fn(by_channel, conv1d_weight, conv1d_bias, seq_idx, activation=activation).transpose(1, 2)
     x, B, C = _heads(xBC, z.shape[-1], p, ngroups)
@@ -208,7 +214,7 @@ def mamba_split_conv1d_scan_ref(
     norm_before_gate: bool = True,
 ) -> torch.Tensor:
     """The definition of `mamba_split_conv1d_scan_combined`: the definitions of its parts, one after the other."""
-    mlp, z, xBC, dt, p = _split(zxbcdt, conv1d_weight, D, headdim, ngroups)
+    mlp, z, xBC, dt, p = _split(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, headdim, ngroups)
     convolved = causal_conv1d_ref(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, activation=activation)
     x, B, C = _heads(convolved.transpose(1, 2), z.shape[-1], p, ngroups)
     gate = None if rmsnorm_weight is not None else z.unflatten(-1, (-1, p))
@@ -220,12 +226,26 @@ def mamba_split_conv1d_scan_ref(
 
 
 def _split(
-    zxbcdt: torch.Tensor, conv1d_weight: torch.Tensor, D: torch.Tensor, headdim: int | None, ngroups: int
+    zxbcdt: torch.Tensor,
+    conv1d_weight: torch.Tensor,
+    conv1d_bias: torch.Tensor | None,
+    dt_bias: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor,
+    headdim: int | None,
+    ngroups: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """The parts of an input projection: MLP, gate, inputs of the convolution, dt; and the channels of a head."""
+    check_tensors(
+        zxbcdt=(zxbcdt, "b l channels"), conv1d_weight=(conv1d_weight, "c width"), conv1d_bias=(conv1d_bias, "?c"),
+        dt_bias=(dt_bias, "h"), A=(A, "h"), D=(D, "h | h p"),
+    )  # fmt: skip
     p = D.shape[1] if D.ndim == 2 else headdim
     if p is None:
-        raise InvalidArgument("headdim must be given where D has one axis")
+        raise InvalidArgument("headdim must be given, because D has one axis; or give D as (h, p)")
+    for name, size in (("headdim", p), ("ngroups", ngroups)):
+        if not isinstance(size, int) or size < 1:
+            raise InvalidArgument(f"{name} must be a whole number of at least 1, got {shown(size)}")
     heads, d = len(D), len(D) * p
     mlp = zxbcdt.shape[-1] - d - len(conv1d_weight) - heads
     if heads % ngroups or mlp < 0 or mlp % 2 or (len(conv1d_weight) - d) % (2 * ngroups):
@@ -249,6 +269,7 @@ def _project(
     if mlp.shape[-1]:
         gate, value = mlp.chunk(2, -1)
         y = torch.cat([F.silu(gate) * value, y], -1)
+    check_tensors(y=(y, "b l d"), outproj_weight=(weight, "?m d"), outproj_bias=(bias, "?m"))
     if weight is None:
         return y
     return F.linear(y, weight.to(y.dtype), None if bias is None else bias.to(y.dtype))
@@ -259,7 +280,8 @@ def _step_sizes(
 ) -> torch.Tensor:
     dt = dt.to(full) if bias is None else dt.to(full) + bias.to(full)
     dt = F.softplus(dt) if softplus else dt
-    return dt if tuple(limit) == (0.0, math.inf) and softplus else dt.clamp(*limit)
+    limit = check_range("dt_limit", limit)
+    return dt if limit == (0.0, math.inf) and softplus else dt.clamp(*limit)
 
 
 def _scan(
@@ -292,14 +314,14 @@ def _states_at(
     """The state after each sequence of a pack: x (l, h, p), dt (l, h), B (l, g, n); (sequences, h, p, n)."""
     ends = cu_seqlens.tolist()
     states = []
-    for i, (start, end) in enumerate(itertools.pairwise(ends)):
+    for start, end in itertools.pairwise(ends):
         at = slice(start, end)
         s = (dt[at] * A).double().cumsum(0)
         last = s[-1:] if end > start else s.new_zeros(1, s.shape[1])
         decay = torch.exp(last - s).to(x.dtype)
         B_ = B[at].repeat_interleave(x.shape[1] // B.shape[1], 1)
         h = torch.einsum("lhp,lhn->hpn", x[at] * (dt[at] * decay)[..., None], B_)
-        if state is not None and i == 0:
+        if state is not None and start == 0:  # a pack may begin with empty sequences
             h = h + torch.exp(last[0]).to(x.dtype)[:, None, None] * state[0]
         states.append(h)
     return torch.stack(states) if states else x.new_zeros(0, *x.shape[1:], B.shape[2])
@@ -310,21 +332,12 @@ def _check(
     z: torch.Tensor | None, dt_bias: torch.Tensor | None, initial_states: torch.Tensor | None,
     seq_idx: torch.Tensor | None,
 ) -> None:  # fmt: skip
-    if x.ndim != 4 or B.ndim != 4:
+    sizes = check_tensors(x=(x, "b l h p"), dt=(dt, "b l h"), A=(A, "h"), B=(B, "b l g n"))
+    if not sizes["g"] or sizes["h"] % sizes["g"]:
         raise InvalidArgument(
-            f"x must have shape (b, l, h, p) and B (b, l, g, n), got {tuple(x.shape)} and {tuple(B.shape)}"
+            f"B {tuple(B.shape)} has {sizes['g']} groups; they must divide the {sizes['h']} heads of x"
         )
-    (b, length, heads, p), (groups, n) = x.shape, B.shape[2:]
-    if not groups or heads % groups:
-        raise InvalidArgument(f"B {tuple(B.shape)} has {groups} groups; they must divide the {heads} heads of x")
-    wanted: dict[str, tuple[torch.Tensor | None, tuple[int, ...]]] = {
-        "dt": (dt, (b, length, heads)), "A": (A, (heads,)), "B": (B, (b, length, groups, n)),
-        "C": (C, (b, length, groups, n)), "D": (D, (heads,) if D is None or D.ndim == 1 else (heads, p)),
-        "z": (z, tuple(x.shape)), "dt_bias": (dt_bias, (heads,)), "initial_states": (initial_states, (b, heads, p, n)),
-        "seq_idx": (seq_idx, (b, length)),
-    }  # fmt: skip
-    for name, (tensor, shape) in wanted.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise InvalidArgument(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-        if tensor is not None and name != "seq_idx" and not tensor.is_floating_point():
-            raise InvalidType(f"{name} must be floating point, got {tensor.dtype}; convert it with .float()")
+    check_tensors(
+        sizes, x=(x, "b l h p"), C=(C, "b l g n"), D=(D, "?h | h p"), z=(z, "?b l h p"), dt_bias=(dt_bias, "?h"),
+        initial_states=(initial_states, "?b h p n"), seq_idx=(seq_idx, "?int:b l"),
+    )  # fmt: skip

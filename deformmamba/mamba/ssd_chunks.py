@@ -134,6 +134,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
 
 
+def _first_state(kept: Tensor, x: Tensor) -> Tensor:
+    """The state before the first step, (b, h, p, n), from the kept ones."""
+    b, _, spans, n = kept.shape[:4]
+    if not spans:
+        return x.new_zeros(b, x.shape[2], x.shape[3], n)
+    return kept[:, :, 0].unflatten(-1, (-1, x.shape[3])).permute(0, 1, 3, 4, 2).flatten(1, 2)
+
+
 def _differentiate(ctx: Any, dy: Tensor | None, dlast: Tensor | None, dkept: Tensor | None) -> tuple[Any, ...]:
     x, dt, A, B, C, run, y, kept = ctx.saved_tensors
     if not ctx.keep:
@@ -141,10 +149,34 @@ def _differentiate(ctx: Any, dy: Tensor | None, dlast: Tensor | None, dkept: Ten
     dy = torch.zeros_like(y) if dy is None else dy
     dlast = x.new_zeros(ctx.last_shape) if dlast is None else dlast
     dx, ddt, dA, dB, dC, dstate = scan_backward(x, dt, A, B, C, run, y, kept, dy, dlast)
+    if dkept is not None:  # from a second derivative
+        dstate = dstate + _first_state(dkept, x)
     return dx, ddt, dA, dB, dC, dstate if ctx.has_state else None, None, None
 
 
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, dt, A, B, C, run, _, kept, dy, dlast = inputs
+    ctx.save_for_backward(x, dt, A, B, C, run, kept, dy, dlast)
+
+
+def _differentiate_twice(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    """The gradients of the backward pass, as those of `scan_eager`: y and the kept states follow from the inputs."""
+    x, dt, A, B, C, run, kept, dy, dlast = ctx.saved_tensors
+    with torch.enable_grad():
+        inputs = (x, dt, A, B, C, _first_state(kept, x), dy, dlast)
+        given = [t if t.requires_grad else t.detach().requires_grad_() for t in inputs]
+        y, last = scan_eager(*given[:6], run)
+        once = torch.autograd.grad((y, last), given[:6], given[6:], create_graph=True, materialize_grads=True)
+        twice = torch.autograd.grad(once, given, grads, create_graph=torch.is_grad_enabled(), materialize_grads=True)
+    dx, ddt, dA, dB, dC, dstate, ddy, ddlast = twice
+    b, groups, spans, n = kept.shape[:4]
+    first = dstate.reshape(b, groups, -1, x.shape[3], n).permute(0, 1, 4, 2, 3).flatten(3)[:, :, None]
+    dkept = F.pad(first, (0, 0, 0, 0, 0, spans - 1)) if spans else kept
+    return dx, ddt, dA, dB, dC, None, None, dkept, ddy, ddlast
+
+
 torch.library.register_autograd("deformmamba::ssd", _differentiate, setup_context=_save)
+torch.library.register_autograd("deformmamba::ssd_backward", _differentiate_twice, setup_context=_save_backward)
 
 
 def scan_eager(
@@ -298,7 +330,7 @@ def _chunks(
         # the difference in float64, the exponential in the dtype of x
         torch.sub(by_head[..., None], by_head[:, :, None], out=decay).masked_fill_(later, -torch.inf).exp_()
     far_in, carry = far_in[..., None], carry[..., None]
-    u = (x * (dt * near_in)[..., None]).view(c, q, r * p)
+    u = (x * (dt * near_in)[..., None]).reshape(c, q, r * p)
     states = x.new_empty(c + 1, n, r * p)
     states[0] = h
     torch.bmm((B if reaches is None else B * reaches).mT, u, out=states[1:])
@@ -338,18 +370,18 @@ def _backward(
     missing = c * q - len(x)
     dy_y = F.pad((dy * y).sum(-1), (0, 0, 0, missing)).view(c, q, r)
     dy = F.pad(dy, (0, 0, 0, 0, 0, missing)).view(c, q, r, p)
-    far = (dy * k.far_out[..., None]).view(c, q, r * p)
+    far = (dy * k.far_out[..., None]).reshape(c, q, r * p)
     dstates = x.new_empty(k.states.shape)
     dstates[-1] = dh
     torch.bmm(k.C.mT, far, out=dstates[:-1])
     by_head = dstates.view(c + 1, -1, r, p)
     for i in reversed(range(c)):
         by_head[i].addcmul_(by_head[i + 1], k.carry[i])
-    into = (by_head[1:] * k.far_in).view(c, -1, r * p)
+    into = (by_head[1:] * k.far_in).reshape(c, -1, r * p)
     B_into = k.B if k.reaches is None else k.B * k.reaches
     dB_into = torch.bmm(k.u, into.mT)
     if k.decay is None:
-        near = (dy * k.near_out[..., None]).view(c, q, r * p)
+        near = (dy * k.near_out[..., None]).reshape(c, q, r * p)
         dscores = torch.bmm(near, k.u.mT).tril_()
         du = torch.bmm(k.scores.mT, near).baddbmm_(B_into, into).view(c, q, r, p)
         direct = (du * k.x).sum(-1) * k.near_in  # the gradient of dt through dt x

@@ -75,7 +75,7 @@ def head_sets(dt: Tensor, A: Tensor, run: Tensor | None, span: int, limit: float
     """The heads of dt (l, r) and A (r,) whose factors are within range, and the others; no heads without steps.
 
     `run` (l,) is as in `ssd_chunks`; `limit` is the largest range of s in a span."""
-    if not len(dt):
+    if not dt.numel():
         return []
     missing = -len(dt) % span
     s = F.pad(dt * A, (0, 0, 0, missing)).double().view(-1, span, len(A)).cumsum(1)

@@ -5,9 +5,12 @@ Only packages that cannot be imported are replaced.
 
 import importlib
 import inspect
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
+from multiprocessing import spawn
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -92,6 +95,17 @@ NAMES: dict[str, dict[str, Any]] = {
 }
 
 _installed: dict[str, ModuleType | None] = {}  # the replacements in sys.modules, and the modules that they replaced
+_lock = threading.RLock()
+
+
+def _after_fork() -> None:
+    """A lock that another thread of the parent process holds is never released in a forked child."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _StandIn(ModuleType):
@@ -121,23 +135,13 @@ def install(*, quiet: bool = False) -> list[str]:
     Returns:
         The packages and extensions that are replaced now.
     """
-    reasons = {}
-    for root in dict.fromkeys(name.split(".")[0] for name in NAMES):
-        if root in _installed:
-            continue
-        before = set(sys.modules)
-        try:
-            importlib.import_module(root)
-        except Exception as error:  # not installed, built for another torch, or in need of a GPU
-            reasons[root] = " ".join(str(error).split()) or type(error).__name__
-            for name in set(sys.modules) - before:
-                if name.startswith(f"{root}."):  # parts that were imported before the package failed
-                    del sys.modules[name]
-            _put(root)
-    _rebind_transformers()
-    roots = [name for name in _installed if "." not in name]
+    with _lock:
+        reasons = _replace()
+        _rebind_transformers()
+        spawn.get_preparation_data = _with_stand_ins
+        roots = [name for name in _installed if "." not in name]
     if reasons and not quiet:
-        others = [root for root in dict.fromkeys(name.split(".")[0] for name in NAMES) if root not in roots]
+        others = [root for root in _roots() if root not in roots]
         left = f"; left alone, because they can be imported: {', '.join(others)}" if others else ""
         print(f"deformmamba: deformmamba.mamba replaces {', '.join(reasons)} (not importable){left}", file=sys.stderr)
     return roots
@@ -145,13 +149,41 @@ def install(*, quiet: bool = False) -> list[str]:
 
 def uninstall() -> None:
     """Undoes `install`. Programs keep the names that they imported from a replacement, except transformers' models."""
-    for name, before in _installed.items():
-        if isinstance(sys.modules.get(name), _StandIn):
-            del sys.modules[name]
-            if before is not None:
-                sys.modules[name] = before
-    _installed.clear()
-    _rebind_transformers()
+    with _lock:
+        for name, before in _installed.items():
+            if isinstance(sys.modules.get(name), _StandIn):
+                del sys.modules[name]
+                if before is not None:
+                    sys.modules[name] = before
+        _installed.clear()
+        _rebind_transformers()
+        spawn.get_preparation_data = _preparation_data
+
+
+def _roots() -> list[str]:
+    return list(dict.fromkeys(name.split(".")[0] for name in NAMES))
+
+
+def _replace() -> list[str]:
+    """Puts the replacements into sys.modules; returns the packages and extensions that it replaced now."""
+    replaced = []
+    for root in _roots():
+        if isinstance(sys.modules.get(root), _StandIn):
+            continue
+        before = set(sys.modules)
+        try:
+            module = importlib.import_module(root)
+        except Exception:  # not installed, built for another torch, or in need of a GPU
+            usable = False
+        else:  # a folder of the same name, such as a checkout's, can be imported as an empty namespace
+            usable = getattr(module, "__file__", None) is not None or not hasattr(module, "__path__")
+        if not usable:
+            for name in set(sys.modules) - before:
+                if name.startswith(f"{root}."):  # parts that were imported before the package failed
+                    del sys.modules[name]
+            _put(root)
+            replaced.append(root)
+    return replaced
 
 
 def _put(root: str) -> None:
@@ -162,6 +194,27 @@ def _put(root: str) -> None:
             parent, _, last = name.rpartition(".")
             if parent:
                 setattr(sys.modules[parent], last, sys.modules[name])
+
+
+# ----------------------------------------------------------------------------------------------------- other processes
+
+_preparation_data = spawn.get_preparation_data
+
+
+def _with_stand_ins(name: str) -> dict[str, Any]:
+    """What multiprocessing sends to a process that it starts anew (spawn, forkserver), where nothing is installed."""
+    return {**_preparation_data(name), "deformmamba": _InstallWhenUnpickled()}
+
+
+class _InstallWhenUnpickled:
+    """The new process unpickles it before it imports the program's main module."""
+
+    def __reduce__(self) -> tuple[Any, tuple[bool]]:
+        return _install_in_child, (True,)
+
+
+def _install_in_child(quiet: bool) -> None:
+    install(quiet=quiet)
 
 
 # -------------------------------------------------------------------------------------------------------- transformers
@@ -202,7 +255,7 @@ def _transformers_functions() -> Iterator[FunctionType]:
         if not name.startswith("transformers.models."):
             continue
         for value in list(vars(module).values()):
-            while value is not None:
+            for _ in range(10):  # wrappers around the function; objects that have every attribute never end
                 if isinstance(value, FunctionType) and set(value.__code__.co_freevars) >= _CLOSURE:
                     yield value
                 value = getattr(value, "__wrapped__", None) if callable(value) else None

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from deformmamba.errors import InvalidArgument
 from deformmamba.mamba import step_cpu
+from deformmamba.mamba.arguments import check_rows, check_tensors, check_written
 
 
 def selective_state_update(
@@ -41,6 +42,8 @@ def selective_state_update(
         InvalidArgument: a shape that does not fit, naming the argument and the rule.
     """
     if state_batch_indices is not None:
+        _check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices)
+        check_rows("state_batch_indices", state_batch_indices, len(state))
         rows = state_batch_indices.long()
         used = (rows >= 0).nonzero()[:, 0]
         picked = state[rows[used]]
@@ -52,8 +55,9 @@ def selective_state_update(
     stepped = step_cpu.scan(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
     if stepped is not None:
         return stepped
+    _check(state, x, dt, A, B, C, D, z, dt_bias)
     heads = state if state.ndim == 4 else state[:, None]
-    u, step, gate, A_, D_, bias, B_, C_ = _with_heads(heads, x, dt, z, A, D, dt_bias, B, C)
+    u, step, gate, A_, D_, bias, B_, C_ = _with_heads(state.ndim == 4, x, dt, z, A, D, dt_bias, B, C)
     full = torch.promote_types(torch.promote_types(state.dtype, x.dtype), torch.float32)
     # Mamba-2 has one rate and one dt per head, expanded, so one exponential serves all states of the head
     narrow = (A_, step) if bias is None else (A_, step, bias)
@@ -69,10 +73,10 @@ def selective_state_update(
     given = (state, u, step, A_, B_)
     before = heads.clone() if torch.is_grad_enabled() and any(t.requires_grad for t in given) else heads
     new = torch.addcmul(before * torch.exp(step[..., None] * A_), (step * u)[..., None], B_[:, :, None])
-    heads.copy_(new)
     y = torch.matmul(new, C_[..., None])[..., 0]
     y = y if D_ is None else torch.addcmul(y, u, D_.to(full))
     y = (y if gate is None else y * F.silu(gate.to(full))).to(x.dtype)
+    heads.copy_(new)  # last, because an input may be a view of the state
     return y if state.ndim == 4 else y[:, 0]
 
 
@@ -89,8 +93,9 @@ def selective_state_update_ref(
     dt_softplus: bool = False,
 ) -> torch.Tensor:
     """The definition of `selective_state_update`, head by head."""
+    _check(state, x, dt, A, B, C, D, z, dt_bias)
     heads = state if state.ndim == 4 else state[:, None]
-    x_, dt_, z_, A_, D_, bias, B_, C_ = _with_heads(heads, x, dt, z, A, D, dt_bias, B, C)
+    x_, dt_, z_, A_, D_, bias, B_, C_ = _with_heads(state.ndim == 4, x, dt, z, A, D, dt_bias, B, C)
     outputs = []
     for i in range(heads.shape[1]):
         group = i // (heads.shape[1] // B_.shape[1])
@@ -105,28 +110,34 @@ def selective_state_update_ref(
     return y if state.ndim == 4 else y[:, 0]
 
 
+def _check(
+    state: torch.Tensor, x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
+    D: torch.Tensor | None, z: torch.Tensor | None, dt_bias: torch.Tensor | None, rows: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    own = "b" if rows is None else "rows"
+    check_tensors(state=(state, f"{own} d n | {own} heads d n"))
+    heads = state.ndim == 4
+    each = "heads d" if heads else "d"
+    sizes = check_tensors(
+        state=(state, f"{own} {each} n"), x=(x, f"b {each}"), dt=(dt, f"b {each}"), A=(A, f"{each} n"),
+        D=(D, f"?{each}"), z=(z, f"?b {each}"), dt_bias=(dt_bias, f"?{each}"), state_batch_indices=(rows, "?int:b"),
+        B=(B, "b n | b g n" if heads else "b n | b 1 n"),
+    )  # fmt: skip
+    g = sizes.setdefault("g", 1)
+    check_tensors(sizes, x=(x, f"b {each}"), C=(C, "b g n" if g != 1 else "b n | b 1 n"))
+    if heads and (not g or sizes["heads"] % g):
+        raise InvalidArgument(f"B {tuple(B.shape)} has {g} groups; they must divide the {sizes['heads']} heads of x")
+    check_written("state", state)
+
+
 def _with_heads(
-    state: torch.Tensor, x: torch.Tensor, dt: torch.Tensor, z: torch.Tensor | None, A: torch.Tensor,
+    heads: bool, x: torch.Tensor, dt: torch.Tensor, z: torch.Tensor | None, A: torch.Tensor,
     D: torch.Tensor | None, dt_bias: torch.Tensor | None, B: torch.Tensor, C: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None,
            torch.Tensor, torch.Tensor]:  # fmt: skip
-    """All arguments with an axis of heads (or groups), their shapes checked."""
-    b, heads, d, n = len(x), *state.shape[1:]
-    wanted = {"x": (b, heads, d), "dt": (b, heads, d), "z": (b, heads, d), "A": (heads, d, n), "D": (heads, d)}
-    wanted |= {"dt_bias": (heads, d), "B": (b, 0, n), "C": (b, 0, n), "state": (b, heads, d, n)}
-    shaped: dict[str, torch.Tensor | None] = {"state": state}
-    given = {"x": x, "dt": dt, "z": z, "A": A, "D": D, "dt_bias": dt_bias, "B": B, "C": C}
-    for name, tensor in given.items():
-        if tensor is not None and tensor.ndim == len(wanted[name]) - 1:
-            tensor = tensor[None] if name in ("A", "D", "dt_bias") else tensor[:, None]
-        shaped[name] = tensor
-    groups = shaped["B"].shape[1] if shaped["B"] is not None and shaped["B"].ndim == 3 else 0
-    if not groups or heads % groups:
-        raise InvalidArgument(
-            f"B must have shape (b, n) or (b, g, n) with g a divisor of {heads} heads, got {tuple(B.shape)}"
-        )
-    for name, shaped_tensor in shaped.items():
-        shape = tuple(size or groups for size in wanted[name]) if name in ("B", "C") else wanted[name]
-        if shaped_tensor is not None and shaped_tensor.shape != shape:
-            raise InvalidArgument(f"{name} must have shape {shape} (with heads), got {tuple(shaped_tensor.shape)}")
-    return tuple(shaped[name] for name in ("x", "dt", "z", "A", "D", "dt_bias", "B", "C"))  # type: ignore[return-value]
+    """All arguments with an axis of heads (or groups)."""
+    B, C = (weights[:, None] if weights.ndim == 2 else weights for weights in (B, C))
+    if heads:
+        return x, dt, z, A, D, dt_bias, B, C
+    D, dt_bias = (None if weights is None else weights[None] for weights in (D, dt_bias))
+    return x[:, None], dt[:, None], None if z is None else z[:, None], A[None], D, dt_bias, B, C

@@ -29,7 +29,7 @@ def scan(
     dt_softplus: bool,
 ) -> torch.Tensor | None:
     """`selective_state_update`: y, with `state` updated."""
-    if state.ndim not in (3, 4) or not _apply(state, x, dt, A, B, C, D, z, dt_bias):
+    if not _apply((state, x, dt, A, B, C), D, z, dt_bias) or state.ndim not in (3, 4):
         return None
     one_head = state.ndim == 3
     sizes = state.shape[1:]
@@ -46,6 +46,7 @@ def scan(
         and groups
         and heads % groups == 0
         and state.is_contiguous()
+        and not _share_memory(state, x, dt, B, C, *(t for t in (z, D) if t is not None))
         and 1 == (x.stride(-1) if d > 1 else 1) == (B.stride(-1) if n > 1 else 1) == (C.stride(-1) if n > 1 else 1)
     ):
         return None
@@ -72,29 +73,31 @@ def scan(
 def convolution(
     x: torch.Tensor, state: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, silu: bool
 ) -> torch.Tensor | None:
-    """y (b, d) of x (b, d), with `state` (b, d, s) updated; weight (d, width)."""
-    if not _apply(x, state, weight, bias):
+    """y of x (b, d) or (b, d, 1), with `state` (b, d, s) updated; weight (d, width)."""
+    if not _apply((x, state, weight), bias):
         return None
-    if state.ndim != 3 or weight.ndim != 2:
+    if state.ndim != 3 or weight.ndim != 2 or not (x.ndim == 2 or (x.ndim == 3 and x.shape[2] == 1)):
         return None
+    shape = x.shape
+    x = x.reshape(shape[:2])
     (images, d), size, width = x.shape, state.shape[2], weight.shape[1]
     if not (state.shape == (images, d, size) and weight.shape == (d, width) and 1 <= width <= size + 1 and size):
         return None
-    if not state.is_contiguous() or (bias is not None and bias.shape != (d,)):
+    if not state.is_contiguous() or (bias is not None and bias.shape != (d,)) or _share_memory(state, x):
         return None
     x, weight = x.contiguous(), weight.contiguous()
     bias = x.new_zeros(d) if bias is None else bias.contiguous()
     y = x.new_empty(images, d)
     _functions()["conv_step"](*(t.data_ptr() for t in (x, state, weight, bias, y)), images, d, size, width, silu)
     _written(state)
-    return y
+    return y.view(shape)
 
 
-def _apply(*tensors: torch.Tensor | None) -> bool:
+def _apply(needed: tuple[torch.Tensor, ...], *optional: torch.Tensor | None) -> bool:
     """Whether all are ordinary float32 tensors on the CPU, and nothing is differentiated, traced or transformed."""
     differentiable = torch.is_grad_enabled()
-    for t in tensors:
-        if t is not None and (
+    for t in (*needed, *(t for t in optional if t is not None)):
+        if (
             type(t) not in PLAIN
             or t.dtype != torch.float32
             or t.device.type != "cpu"
@@ -107,6 +110,13 @@ def _apply(*tensors: torch.Tensor | None) -> bool:
         not (torch.compiler.is_compiling() or transforms_are_active() or differentiates_by_transform())
         and numba_compiles()
     )
+
+
+def _share_memory(state: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether one of the others begins inside the contiguous `state`, so that a kernel overwrites its input."""
+    start = state.data_ptr()
+    end = start + state.numel() * state.element_size()
+    return any(start <= t.data_ptr() < end for t in others)
 
 
 def _written(state: torch.Tensor) -> None:

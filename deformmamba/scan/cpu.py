@@ -56,7 +56,8 @@ def compiled_for() -> str:
 
     _, name, features = cpu_target.target_context.codegen().magic_tuple()
     found = features.split(",")
-    wide = next((word for flag, word in (("+avx512dq", "AVX-512"), ("+avx2", "AVX2")) if flag in found), "no AVX2")
+    widths = (("+avx512dq", "AVX-512"), ("+avx2", "AVX2"))
+    wide = next((word for flag, word in widths if flag in found), "instructions of 128 bits")
     exponential = "a table and a parabola" if wide == "AVX-512" else "a polynomial"
     return f"{name} ({wide}), vectors of {LANES} channels, 2^x by {exponential}"
 

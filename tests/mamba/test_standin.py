@@ -1,9 +1,13 @@
 """The stand-ins for mamba_ssm and causal_conv1d: what they replace, what they do not change, how they are removed."""
 
 import importlib
+import io
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import spawn
 from pathlib import Path
 from typing import Any
 
@@ -79,23 +83,125 @@ def test_a_package_that_works_is_left_alone(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
-def test_a_program_runs_with_the_stand_ins(tmp_path: Path) -> None:
+def test_a_program_and_its_processes_have_the_stand_ins(tmp_path: Path) -> None:
     (tmp_path / "beside.py").write_text("value = 3\n")
-    program = tmp_path / "program.py"
+    (tmp_path / "real").mkdir()
+    program = tmp_path / "real" / "program.py"
     program.write_text(
-        "import sys, beside\nfrom mamba_ssm import Mamba\n"
-        "print(Mamba.__module__, beside.value, *sys.argv[1:], __name__)\n"
+        "import multiprocessing, pickle, sys, beside\nfrom mamba_ssm import Mamba\n"
+        "class Here: pass\n"
+        "def child(): print('child', Mamba.__module__, flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "    one = multiprocessing.get_context('spawn').Process(target=child)\n"
+        "    one.start(); one.join()\n"
+        "    assert type(pickle.loads(pickle.dumps(Here()))) is Here\n"
+        "    print(Mamba.__module__, beside.value, *sys.argv[1:], __name__)\n"
+        "    sys.exit(one.exitcode + 7)\n"
     )
-    command = [sys.executable, "-m", "deformmamba.mamba", str(program), "--flag", "x"]
+    (tmp_path / "real" / "beside.py").write_text("value = 5\n")
+    (tmp_path / "link.py").symlink_to(program)  # Python looks for modules beside the file itself
+    command = [sys.executable, "-m", "deformmamba.mamba", str(tmp_path / "link.py"), "--flag", "x"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "deformmamba.mamba.modules 3 --flag x __main__\n", done.stderr
-    assert "replaces" in done.stderr
+    expected = "child deformmamba.mamba.modules\ndeformmamba.mamba.modules 5 --flag x __main__\n"
+    assert (done.stdout, done.returncode) == (expected, 7), done.stderr
+    assert done.stderr.count("replaces") == 1
 
 
-def test_without_a_program_it_says_how(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(sys, "argv", ["deformmamba.mamba"])
-    assert main() == 2
-    assert "usage: python -m deformmamba.mamba [-m] program" in capsys.readouterr().err
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Any:
+    """Calls `main` with arguments in a folder; returns the exit code, stdout and stderr."""
+    (tmp_path / "module_here.py").write_text("import sys\nprint(__name__, sys.argv[1:])\n")
+    (tmp_path / "script.py").write_text("from .sibling import nothing\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "__main__.py").write_text("import mamba_ssm, beside\nprint('folder', mamba_ssm.__name__)\n")
+    (tmp_path / "folder" / "beside.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+
+    def call(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["deformmamba.mamba", *arguments])
+        monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        code = main()
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_programs_in_every_form_that_python_runs(run: Any, installed: list[str]) -> None:
+    program = "import sys, mamba_ssm; print(mamba_ssm.__name__, sys.argv, __name__)"
+    assert run("-c", program, "a", "-b")[:2] == (0, "mamba_ssm ['-c', 'a', '-b'] __main__\n")
+    assert run("-", "a", stdin=program)[:2] == (0, "mamba_ssm ['-', 'a'] __main__\n")
+    assert run("-m", "module_here", "-x")[:2] == (0, "__main__ ['-x']\n")
+    assert run("folder")[:2] == (0, "folder mamba_ssm\n")
+    with pytest.raises(SystemExit) as caught:
+        run("-c", "raise SystemExit(3)")
+    assert caught.value.code == 3
+    with pytest.raises((ImportError, ImportWarning)):  # as Python itself
+        run("script.py")
+
+
+def test_what_cannot_be_run_is_named_in_one_line(run: Any) -> None:
+    for arguments, expected in (
+        (("-m",), "-m needs a module after it"),
+        (("-c",), "-c needs code after it"),
+        (("-O", "script.py"), "unknown option '-O'; usage: python -m deformmamba.mamba"),
+        (("missing.py",), "cannot open the script 'missing.py': No such file or directory"),
+        (("-m", "missing_module"), "there is no module named 'missing_module'"),
+        (("-m", "missing.module"), "there is no module named 'missing.module'"),
+        ((), "usage: python -m deformmamba.mamba (script.py"),
+    ):
+        code, _, said = run(*arguments)
+        assert (code, said.count("\n")) == (2, 1)
+        assert expected in said
+    assert run("--help")[0] == 0
+
+
+def test_a_folder_of_the_same_name_is_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: list[str]
+) -> None:
+    if "selective_scan" not in installed:
+        pytest.skip("selective_scan is installed here")
+    ours.uninstall()
+    (tmp_path / "selective_scan").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.import_module("selective_scan").__file__ is None
+    assert "selective_scan" in ours.install(quiet=True)
+    assert importlib.import_module("selective_scan").selective_scan_fn is ours.selective_scan_fn
+    ours.uninstall()
+    assert importlib.import_module("selective_scan").__file__ is None
+    del sys.modules["selective_scan"]
+
+
+def test_it_can_be_installed_from_many_threads_and_again(installed: list[str]) -> None:
+    ours.uninstall()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: ours.install(quiet=True), range(8)))
+    assert found == [installed] * 8
+    for name in [name for name in sys.modules if name.split(".")[0] == installed[-1]]:
+        del sys.modules[name]  # by the program
+    assert ours.install(quiet=True) == installed
+    pickle.loads(pickle.dumps(spawn.get_preparation_data("x")["deformmamba"]))  # as a new process does
+    ours.uninstall()
+    ours.uninstall()
+    assert "deformmamba" not in spawn.get_preparation_data("x")
+
+
+def test_modules_that_mamba_ssm_pickled_run(installed: list[str]) -> None:
+    """They have the attributes that mamba-ssm sets, which are not all of ours."""
+    x = torch.randn(2, 5, 8)
+    for module, missing in (
+        (ours.Mamba(8), ("bimamba_type", "nslices", "if_divide_out")),
+        (ours.RMSNorm(8), ("dropout_p",)),
+    ):
+        expected = module(x)
+        for name in missing:
+            del module.__dict__[name]
+        assert_close(pickle.loads(pickle.dumps(module))(x), expected)
+    norm = ours.RMSNorm(8)
+    norm.drop = torch.nn.Dropout(1.0)
+    assert not norm(x).any()
+    assert norm.eval()(x).any()
 
 
 def test_the_scan_does_not_take_the_stand_in_for_a_kernel(installed: list[str]) -> None:
