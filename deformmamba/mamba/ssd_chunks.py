@@ -162,12 +162,15 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _differentiate_twice(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     """The gradients of the backward pass, as those of `scan_eager`: y and the kept states follow from the inputs."""
     x, dt, A, B, C, run, kept, dy, dlast = ctx.saved_tensors
+    again = torch.is_grad_enabled()  # for a third derivative
     with torch.enable_grad():
         inputs = (x, dt, A, B, C, _first_state(kept, x), dy, dlast)
-        given = [t if t.requires_grad else t.detach().requires_grad_() for t in inputs]
-        y, last = scan_eager(*given[:6], run)
-        once = torch.autograd.grad((y, last), given[:6], given[6:], create_graph=True, materialize_grads=True)
-        twice = torch.autograd.grad(once, given, grads, create_graph=torch.is_grad_enabled(), materialize_grads=True)
+        # views, because dy may itself be a function of x
+        given = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
+        x_, dt_, A_, B_, C_, state, *_ = given
+        outputs = scan_eager(x_, dt_, A_, B_, C_, state, run)
+        once = torch.autograd.grad(outputs, given[:6], given[6:], create_graph=True, materialize_grads=True)
+        twice = torch.autograd.grad(once, given, grads, create_graph=again, materialize_grads=True)
     dx, ddt, dA, dB, dC, dstate, ddy, ddlast = twice
     b, groups, spans, n = kept.shape[:4]
     first = dstate.reshape(b, groups, -1, x.shape[3], n).permute(0, 1, 4, 2, 3).flatten(3)[:, :, None]

@@ -263,7 +263,7 @@ def test_second_derivatives() -> None:
     def convolve(*given: Tensor) -> Any:
         return m.causal_conv1d_fn(*given[:3], None, given[3], True, activation="silu")
 
-    assert torch.autograd.gradgradcheck(convolve, (x, weight, bias, state))
+    assert torch.autograd.gradgradcheck(convolve, (x, weight, bias, state), fast_mode=True)
     run = torch.tensor([[0, 0, 1]])
     given = [torch.randn(*size, **kind) for size in ((1, 3, 2, 1), (1, 3, 2), (2,), (1, 3, 1, 2), (1, 3, 1, 2))]
     first = torch.randn(1, 2, 1, 2, **kind)
@@ -274,4 +274,4 @@ def test_second_derivatives() -> None:
                 *t[:5], 64, initial_states=t[5], dt_softplus=True, return_final_states=True, **options
             )  # fmt: skip
 
-        assert torch.autograd.gradgradcheck(scan, (*given, first))
+        assert torch.autograd.gradgradcheck(scan, (*given, first), fast_mode=True)
