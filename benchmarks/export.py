@@ -1,6 +1,7 @@
 """The exported files compared with PyTorch: seconds per slice, ratio, file size and largest difference.
 
 Run: python benchmarks/export.py [--model ixi-4x] [--sizes 64x64 96x128] [--threads 1] [--formats onnx openvino pt2]
+     [--fixed]
 
 Each file is compared with `upscale` when it is exported, and again here on every timed slice; a file that differs is
 not timed. The runtimes run in turns, so other work on the machine affects all of them. The table has the medians over
@@ -37,29 +38,36 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx", "openvino"])
     parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--fixed", action="store_true", help="export for each size alone (`export --size H W`)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = deformmamba.from_pretrained(args.model)
     files: dict[str, Runner] = {}
     facts: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in args.formats:
-            path = Path(folder) / f"{name}.{'xml' if name == 'openvino' else name}"
-            start = time.process_time()
-            export(model, path, format=name)
-            seconds = time.process_time() - start
-            files[name] = {"onnx": onnx.runner, "openvino": openvino.runner, "pt2": pt2.runner}[name](path)
-            size = sum(part.stat().st_size for part in Path(folder).glob(f"{name}.*"))
-            facts[name] = f"{size / 1e6:.2f} | {seconds:.0f}"
         print(f"{args.model}, {args.threads} threads, torch {torch.__version__}, "
               f"{platform.processor() or platform.machine()}")  # fmt: skip
         print("| weights | pixels | runtime | CPU s per slice | ratio | difference | file, MB | CPU s of export |")
         print("|---|---|---|---|---|---|---|---|", flush=True)
         for size in args.sizes:
             h, w = (int(n) for n in size.split("x"))
+            if args.fixed or not files:
+                for name in args.formats:
+                    files[name], facts[name] = exported(model, Path(folder), name, (h, w) if args.fixed else None)
             for name, seconds, ratio, difference in timed(model, files, h, w, args.runs):
                 print(f"| {args.model} | {h}x{w} | {name} | {seconds:.3f} | {ratio:.2f} | {difference:.1e} | "
                       f"{facts.get(name, '- | -')} |", flush=True)  # fmt: skip
+
+
+def exported(model: deformmamba.SRModel, folder: Path, name: str, size: tuple[int, int] | None) -> tuple[Runner, str]:
+    """An exported file as a function of its inputs; and its size in MB and the seconds of the export, as cells."""
+    path = folder / f"{name}.{'xml' if name == 'openvino' else name}"
+    start = time.process_time()
+    export(model, path, format=name, size=size)
+    seconds = time.process_time() - start
+    run: Runner = {"onnx": onnx.runner, "openvino": openvino.runner, "pt2": pt2.runner}[name](path)
+    megabytes = sum(part.stat().st_size for part in folder.glob(f"{name}.*")) / 1e6
+    return run, f"{megabytes:.2f} | {seconds:.0f}"
 
 
 def reference(model: deformmamba.SRModel, image: np.ndarray) -> np.ndarray:

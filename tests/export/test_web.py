@@ -230,6 +230,21 @@ def test_wrong_files_get_the_sentences_of_the_package(browser: Any, page: str, s
         assert words(browser, "error").startswith(f"{name}: {sentence}")
 
 
+def test_a_file_may_be_dropped_anywhere(browser: Any, page: str) -> None:
+    """Without a handler the browser would leave the page and show the file."""
+    browser.get(page)
+    until(lambda: browser.execute_script("return document.documentElement.dataset.ready") == "yes", 60, "page ready")
+    prevented = browser.execute_script(
+        "const dataTransfer = new DataTransfer();"
+        "dataTransfer.items.add(new File(['not a scan'], 'text.nii'));"
+        "const event = new DragEvent('drop', { bubbles: true, cancelable: true, dataTransfer });"
+        "document.querySelector('footer').dispatchEvent(event);"
+        "return event.defaultPrevented;"
+    )
+    assert prevented
+    until(lambda: words(browser, "error").startswith("text.nii: not a NIfTI file"), 30, "sentence")
+
+
 def test_of_two_scans_the_last_one_stays(browser: Any, page: str, scan: Path, tmp_path: Path) -> None:
     """The first file is read after the second one was opened."""
     held = (
