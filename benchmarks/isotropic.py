@@ -19,7 +19,7 @@ machine than the wall time.
 eclare keeps the middle of the field of view and not the first slice centre, so its voxels lie elsewhere than ours. Its
 output is interpolated to the truth's positions by a cubic spline, shifted by -1, -0.5, 0, 0.5 or 1 voxel, whichever
 fits the truth best. Its application to a whole scan takes minutes; with --block 32 it is applied only to the sections
-through a block in the middle, and all methods are scored there.
+through a block in the middle, and all methods are also scored there.
 """
 
 import argparse
@@ -144,7 +144,9 @@ def main() -> None:
     parser.add_argument("--eclare", metavar="PYTHON", help="also eclare, by the Python of its environment")
     parser.add_argument("--eclare-minutes", type=float, default=3.0, help="of training (default: 3)")
     parser.add_argument("--eclare-batch", type=int, default=128, help="patches a step (default: 128, as eclare's)")
-    parser.add_argument("--block", type=int, default=0, help="score a block in the middle, so many voxels in i and j")
+    parser.add_argument(
+        "--block", type=int, default=0, help="also score a block in the middle, so many voxels in i and j"
+    )
     parser.add_argument("--only-eclare", action="store_true", help="leave out our network")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -184,18 +186,22 @@ def main() -> None:
                     image, facts = by_eclare(volume, thickness, at, wanted, block, args)
                     facts = {"adapted": facts["steps"]} | {key: round(facts[key], 1) for key in ("cpu_s", "wall_s")}
                     results["eclare"] = image, facts
-                wanted = wanted[block]
-                power = power_at_period(wanted, voxel, spacing)
-                for how, (image, facts) in results.items():
-                    image = image if how == "eclare" else image[block]
+                sizes = sorted({0, args.block})
+                # eclare has the voxels of the block only
+                scored = [(how, size) for how in results for size in sizes if how != "eclare" or size == args.block]
+                for how, size in scored:
+                    image, facts = results[how]
+                    part = middle(wanted.shape, size)
+                    image = image if how == "eclare" else image[part]
+                    power = power_at_period(wanted[part], voxel, spacing)
                     row: dict[str, Any] = {
                         "subject": name,
                         "mm": thickness,
                         "gap": gap,
-                        "block": args.block,
+                        "block": size,
                         "method": how,
-                        "psnr": round(psnr(image, wanted), 3),
-                        "ssim": round(ssim(image, wanted), 4),
+                        "psnr": round(psnr(image, wanted[part]), 3),
+                        "ssim": round(ssim(image, wanted[part]), 4),
                         "stripes": round(power_at_period(image, voxel, spacing) / power, 3),
                     } | {key: facts.get(key, "") for key in COLUMNS}
                     print(*row.values(), sep="\t", flush=True)

@@ -66,6 +66,9 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="also write an uncertainty map: half the difference of the results along the two in-plane axes",
     )
+    parser.add_argument(
+        "--as-image", action="store_true", help="also accept a mask, a phase image or an output of this package"
+    )
     parser.add_argument("--report", metavar="HTML", help="also write an HTML report for visual checks")
     parser.add_argument("--figure", metavar="PNG", help="also draw the sections before and after (.png, .pdf or .svg)")
 
@@ -77,6 +80,8 @@ def _isotropic(args: argparse.Namespace) -> int | None:
 
     settings: dict[str, Any] = {
         "volume": args.volume,
+        "nan": args.nan,
+        "partial": args.partial,
         "dtype": args.dtype,
         "to": args.to,
         "thickness": args.thickness,
@@ -100,8 +105,7 @@ def _isotropic(args: argparse.Namespace) -> int | None:
         args.output,
         series=series_of(args.series),
         stack=args.stack,
-        nan=args.nan,
-        partial=args.partial,
+        as_image=args.as_image,
         uncertainty=args.uncertainty,
         report=args.report,
         **settings,

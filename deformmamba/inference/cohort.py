@@ -14,7 +14,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -335,6 +336,7 @@ def _done_or_made(
 ) -> Outcome:
     source, output = shown_path(task.name), shown_path(task.output)
     start = time.perf_counter()
+    added: list[Path] = []  # folders, the innermost first
     try:
         size, changed = _state(task.source)
         wanted = {
@@ -350,16 +352,29 @@ def _done_or_made(
         same = {key: found.get(key) for key in wanted} == wanted
         if same and found.get("OutputSha256") == _content_hash(path):
             return Outcome(source, output, "skipped", "done before")
+        added = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         remark, facts = make(task.source, path, **({"series": task.series} if task.series is not None else {}))
         stripped = skull_stripped(task.source)
         said = {**wanted, "SkullStripped": stripped, **facts, "OutputSha256": _content_hash(path)}
         write_text(sidecar, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
     except NothingToDo as reason:
+        _remove_empty(added)
         return Outcome(source, output, "ignored", _reason(reason), time.perf_counter() - start)
     except Exception as error:  # an unforeseen error in one scan must not stop the others
+        _remove_empty(added)
         return Outcome(source, output, "failed", _reason(error), time.perf_counter() - start)
     return Outcome(source, output, "made", "", time.perf_counter() - start, remark)
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Removes folders, the innermost first, up to the first that is not empty. With several processes all stay, because
+    another process may be about to write there."""
+    if processes(os.environ)[1] > 1:
+        return
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _content_hash(path: Path) -> str:

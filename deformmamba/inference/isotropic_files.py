@@ -14,11 +14,19 @@ from deformmamba.inference.adaptation import check_seed, parse_adapt
 from deformmamba.inference.cohort import Outcome, describe_weights, run_cohort
 from deformmamba.inference.files import check_paths
 from deformmamba.inference.isotropic import MODEL, IsotropicReport, derivation, isotropic, loaded, without_spread
-from deformmamba.inference.stack import Stack, check_voxel
+from deformmamba.inference.stack import Stack, check_voxel, given_profile
 from deformmamba.physics.consistency import check_consistency
-from deformmamba.physics.slice_profile import slice_profile
 from deformmamba.pictures.report import write_report
-from deformmamba.volume import PathLike, Volume, check_output, in_plane, read_volume, write_volume
+from deformmamba.volume import (
+    PathLike,
+    Volume,
+    VolumeError,
+    check_output,
+    in_plane,
+    no_scan,
+    read_volume,
+    write_volume,
+)
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
@@ -44,6 +52,7 @@ def isotropic_file(
     stack: int | None = None,
     nan: Literal["refuse", "zero"] = "refuse",
     partial: bool = False,
+    as_image: bool = False,
     dtype: str | None = None,
     uncertainty: PathLike | None = None,
     report: PathLike | None = None,
@@ -53,6 +62,7 @@ def isotropic_file(
 
     Args:
         source, volume, series, stack, nan, partial: as `read_volume`.
+        as_image: also accept files that `volume.not_a_scan` rejects: a mask, a phase image, an output of this package.
         target, dtype: as `volume.writing`; if the input is DICOM, the output can be a DICOM series with more slices.
         uncertainty: another file, for half the difference of the two orientations, in the scan's units.
         report: .html, a report for visual checks, see `report.write_report`: sections across the slices.
@@ -64,6 +74,8 @@ def isotropic_file(
     check_paths(source, target, uncertainty, report)
     check_settings(settings)
     scan = read_volume(source, volume=volume, series=series, stack=stack, nan=nan, partial=partial)
+    if not as_image and (reason := no_scan(source, scan)):
+        raise VolumeError(f"{source}: {reason}; as_image=True (--as-image) makes it isotropic anyway")
     check_output(target, source=scan, dtype=dtype)
     if uncertainty is not None:
         check_output(uncertainty, source=scan)
@@ -92,7 +104,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     parse_adapt(settings.get("adapt", 0))
     check_seed(settings.get("seed", 0))
     check_consistency(settings.get("consistency", "object"))
-    slice_profile(settings.get("profile", "gaussian"), settings.get("thickness") or 1.0)
+    given_profile(settings.get("profile", "gaussian"), settings.get("thickness"))
     check_voxel(settings.get("to"))
 
 
@@ -129,13 +141,15 @@ def isotropic_cohort(
     model: "str | os.PathLike[str] | SRModel" = MODEL,
     volume: int | None = None,
     dtype: str | None = None,
+    nan: Literal["refuse", "zero"] = "refuse",
+    partial: bool = False,
     told: Callable[[Outcome], None] | None = None,
     **settings: Any,
 ) -> list[Outcome]:
     """Makes every scan below `source` isotropic, in the same subfolders of `target`, named `desc-iso`.
 
-    Everything else is as in `cohort.upscale_cohort`: resuming, several processes, the table of outcomes. The sidecar
-    of each scan holds the facts of its `IsotropicReport` under "Isotropic".
+    Everything else is as in `cohort.upscale_cohort`: resuming, several processes, the table of outcomes, several DICOM
+    series in a folder. The sidecar of each scan holds the facts of its `IsotropicReport` under "Isotropic".
     """
     check_settings(settings)
     network = loaded(model, settings.get("device"))
@@ -143,11 +157,13 @@ def isotropic_cohort(
         **describe_weights(network),
         "volume": volume,
         "dtype": dtype,
+        **({"nan": nan} if nan != "refuse" else {}),
         **{key: str(value) for key in SHAPING if (value := settings.get(key)) is not None},
     }
+    reading: dict[str, Any] = {"volume": volume, "dtype": dtype, "nan": nan, "partial": partial}
 
-    def make(scan: Path, output: Path) -> tuple[str, dict[str, Any]]:
-        done = isotropic_file(scan, output, volume=volume, dtype=dtype, model=network, **settings)
+    def make(scan: Path, output: Path, series: str | None = None) -> tuple[str, dict[str, Any]]:
+        done = isotropic_file(scan, output, series=series, as_image=True, model=network, **reading, **settings)
         return str(done.report), {"Isotropic": done.report.facts()}
 
     return run_cohort(source, target, "iso", made_by, make, told)

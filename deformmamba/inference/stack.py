@@ -29,6 +29,7 @@ TRAINED_RATIOS = (2.0, 8.0)  # of the weights `thick`
 FINEST = 4  # the voxels of the result are at most this many times finer than the in-plane pixel
 FEWEST_SLICES = 8
 MOST_SHEAR = 1.0  # degrees between the slices' normal and the direction in which they are stacked
+UNLIKE, ALIKE = 0.2, 0.5  # correlations of two slices: below the first they share no anatomy, above the second they do
 SQUARE = 1.05  # in-plane pixels whose sides differ by a smaller factor are not resampled
 
 
@@ -142,20 +143,32 @@ def _profile_of_slice(
         thickness, origin = spacing, "the spacing between slices, because the file has no thickness"
     else:
         origin = "as given"
+    given_profile(profile, given)
     found = slice_profile(profile, thickness)
     if found.table is not None or isinstance(profile, SliceProfile):  # its width is not the thickness
         origin = "the width of the profile"
-        if given is not None:
-            raise InvalidArgument(
-                f"thickness is {given:.3g} mm, but the profile {found.kind} is {found.width():.3g} mm wide; "
-                "give one of the two"
-            )
     if not 0.1 * spacing <= found.width() <= 4 * spacing:
         raise InvalidArgument(
             f"slices {found.width():.3g} mm thick ({origin}) do not fit slices {spacing:.3g} mm apart; give a "
             f"thickness from {0.1 * spacing:.2g} to {4 * spacing:.3g} mm (--thickness)"
         )
     return found, origin
+
+
+def given_profile(profile: "str | os.PathLike[str] | SliceProfile", thickness: float | None) -> SliceProfile:
+    """The profile as `slice_profile`, with a thickness of 1 mm if none is given, before the spacing is known.
+
+    Raises:
+        SliceProfileError: as `slice_profile`.
+        InvalidArgument: a thickness, and a profile that has its own.
+    """
+    found = slice_profile(profile, 1.0 if thickness is None else thickness)
+    if thickness is not None and (found.table is not None or isinstance(profile, SliceProfile)):
+        raise InvalidArgument(
+            f"thickness is {shown(thickness)} mm, but the profile {found.kind} is {found.width():.3g} mm wide; "
+            "give one of the two"
+        )
+    return found
 
 
 def check_voxel(to: float | None) -> float | None:
@@ -198,6 +211,27 @@ def _check_slices(slices: np.ndarray) -> None:
         raise VolumeError(
             f"slices {doubled[0]} and {doubled[0] + 1} of {len(slices)} are the same image; remove the duplicate"
         )
+    if inside and (lost := _unlike_neighbours(slices[inside[0] : inside[-1] + 1])) is not None:
+        raise VolumeError(
+            f"slice {inside[0] + lost} of {len(slices)} has nothing in common with its neighbours, which resemble each "
+            "other: it is noise or another image, so the slice is missing; the stack must be complete"
+        )
+
+
+def _unlike_neighbours(slices: np.ndarray) -> int | None:
+    """The first slice of a run that correlates with no neighbour, if the slices on both sides of the run correlate."""
+    unit = slices.reshape(len(slices), -1) - slices.mean((1, 2))[:, None]
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True) + np.finfo(np.float32).tiny
+    like = np.einsum("kp,kp->k", unit[:-1], unit[1:]) >= UNLIKE  # slice k and k + 1
+    start = 0
+    while start < len(like):
+        stop = start
+        while stop < len(like) and not like[stop]:
+            stop += 1
+        if stop - start >= 2 and unit[start] @ unit[stop] > ALIKE:
+            return start + 1
+        start = stop + 1
+    return None
 
 
 def _resolved(slices: np.ndarray, sides: Sequence[float], remarks: list[str]) -> list[float]:

@@ -21,6 +21,7 @@ import torch
 from deformmamba.errors import DeformMambaError, shown
 
 PROFILES = ("gaussian", "boxcar")
+MOST_OFF_CENTRE = 0.25  # of the width; a profile further from its slice centre counts its mm from elsewhere
 
 
 def is_millimetres(value: float) -> bool:
@@ -66,8 +67,17 @@ class SliceProfile:
                 f"slice profile {self.kind}: wanted two or more rows of finite numbers with increasing mm in the first "
                 f"column; it has {len(z)} rows"
             )
-        if float(torch.trapezoid(weight, z)) <= 0:
-            raise SliceProfileError(f"slice profile {self.kind}: its area is not positive, so it cannot be normalised")
+        if not 0 < (area := float(torch.trapezoid(weight, z))) < math.inf:
+            raise SliceProfileError(
+                f"slice profile {self.kind}: its area is {area:.3g}, so it cannot be normalised; it must be positive"
+            )
+        # the integral of z p(z), exact for linear pieces
+        moment = ((z[1:] - z[:-1]) * (weight[:-1] * (2 * z[:-1] + z[1:]) + weight[1:] * (z[:-1] + 2 * z[1:]))).sum() / 6
+        if not abs(centre := float(moment) / area) <= MOST_OFF_CENTRE * self.width():
+            raise SliceProfileError(
+                f"slice profile {self.kind}: its centre of mass is at {centre:.3g} mm, too far from 0 for a width of "
+                f"{self.width():.3g} mm; the first column must be the distance from the slice centre in mm"
+            )
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> "SliceProfile":

@@ -264,12 +264,22 @@ def missing(scan: Volume) -> Volume:
     return Volume(array, scan.affine)
 
 
+def noise(scan: Volume, first: int = 7, last: int = 7) -> Volume:
+    """Slices of Rayleigh noise, as a scanner stores for a slice without signal."""
+    array = scan.array.copy()
+    rng = np.random.default_rng(1)
+    array[:, :, first : last + 1] = rng.rayleigh(20, (*array.shape[:2], last + 1 - first))
+    return Volume(array, scan.affine)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (sheared, "sheared"),
         (doubled, "slices 6 and 7"),
         (missing, "slice 7 .* missing"),
+        (noise, "slice 7 .* missing"),
+        (lambda scan: noise(scan, 5, 7), "slice 5 .* missing"),
         (lambda scan: Volume(scan.array[:, :, :7], scan.affine), "7 slices"),
         (lambda scan: Volume(scan.array, np.diag([1, 1, 1.2, 1])), "isotropic already"),
         (lambda scan: Volume(np.where(scan.array > 0, scan.array, np.nan), scan.affine), "NaN"),
@@ -281,6 +291,12 @@ def test_what_is_refused(truth: np.ndarray, change: object, words: str) -> None:
     with pytest.raises(VolumeError, match=words) as caught:
         isotropic(change(thick_scan(truth)), model=Sharpen())  # type: ignore[operator]
     assert "\n" not in str(caught.value)
+
+
+def test_noise_outside_the_anatomy_is_no_missing_slice(truth: np.ndarray) -> None:
+    """At an end of the stack nothing is missing: two slices of noise in front of the head."""
+    scan = thick_scan(truth)
+    assert len(Stack.of(noise(scan, 0, 1)).slices) == scan.array.shape[2]
 
 
 def test_arguments_out_of_range(truth: np.ndarray) -> None:
@@ -310,12 +326,42 @@ def test_arguments_out_of_range(truth: np.ndarray) -> None:
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("adapt", "five"), ("seed", -1), ("consistency", "always"), ("profile", "sinc"), ("thickness", -2.0), ("to", 0)],
+    [
+        ("adapt", "five"),
+        ("seed", -1),
+        ("consistency", "always"),
+        ("profile", "sinc"),
+        ("thickness", -2.0),
+        ("thickness", 0),
+        ("to", 0),
+    ],
 )
 def test_a_folder_is_not_begun_with_wrong_settings(tmp_path: Path, setting: str, value: object) -> None:
     with pytest.raises(DeformMambaError, match=setting):
         isotropic_cohort(tmp_path, tmp_path / "out", model=Sharpen(), **{setting: value})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_not_begun_with_two_thicknesses(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match="give one of the two"):
+        isotropic_cohort(tmp_path, tmp_path / "out", model=Sharpen(), profile=SliceProfile("boxcar", 2.5), thickness=3)
+
+
+def test_a_folder_is_read_as_requested_and_gets_no_empty_folders(truth: np.ndarray, tmp_path: Path) -> None:
+    scan = thick_scan(truth)
+    for name, volume in (
+        ("sub-01/anat/sub-01_T2w", Volume(np.where(truth > 0, truth, np.nan)[:, :, ::3], scan.affine)),
+        ("sub-02/anat/sub-02_T2w", Volume(truth, np.eye(4))),
+    ):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        nibabel.save(nibabel.Nifti1Image(volume.array, volume.affine), tmp_path / "in" / f"{name}.nii")
+    made = isotropic_cohort(tmp_path / "in", tmp_path / "out", model=Sharpen())
+    assert [outcome.status for outcome in made] == ["failed", "ignored"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["desc-iso_summary.csv"]
+    with pytest.warns(UserWarning, match="NaN"):
+        made = isotropic_cohort(tmp_path / "in", tmp_path / "out", model=Sharpen(), nan="zero")
+    assert [outcome.status for outcome in made] == ["made", "ignored"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["desc-iso_summary.csv", "sub-01"]
 
 
 def test_no_voxel_size_makes_thin_slices_thick(truth: np.ndarray) -> None:
@@ -402,6 +448,19 @@ def test_files_command_and_folder(
     again = isotropic_cohort(tmp_path / "scans", tmp_path / "out", model=weights)
     assert {o.source[-11:-7]: o.status for o in again} == {"_T2w": "skipped", "_T1w": "ignored"}
     assert "isotropic already" in next(o.reason for o in again if o.status == "ignored")
+
+
+def test_a_mask_is_no_scan(
+    truth: np.ndarray, tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "sub-01_desc-brain_mask.nii.gz", tmp_path / "iso.nii.gz"
+    nibabel.save(nibabel.Nifti1Image((thick_scan(truth).array > 400).astype(np.uint8), np.diag([1, 1, 3, 1])), source)
+    given = ["isotropic", str(source), "-o", str(out), "--model", str(weights)]
+    assert main(given) == 2
+    assert "mask" in (told := capsys.readouterr().err)
+    assert "--as-image" in told
+    assert not out.exists()
+    assert main([*given, "--as-image"]) == 0
 
 
 def test_a_wrong_input_is_one_line_and_leaves_nothing(

@@ -78,7 +78,16 @@ def test_profile_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("1 2 3\n", "two numbers"), ("0 1\n-1 1\n", "increasing"), ("0 0\n1 0\n", "area"), ("", "rows")]
+    ("text", "words"),
+    [
+        ("1 2 3\n", "two numbers"),
+        ("0 1\n-1 1\n", "increasing"),
+        ("0 0\n1 0\n", "area"),
+        ("-2 0\n-1 1.7e308\n1 1.7e308\n2 0\n", "area"),
+        ("", "rows"),
+        ("0 0\n1 1\n2 0\n", "centre of mass is at 1 mm"),
+        ("100 0\n101 1\n102 0\n", "centre of mass is at 101 mm"),
+    ],
 )
 def test_a_file_that_is_no_profile(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "profile.txt"

@@ -7,7 +7,7 @@ import pydicom
 import pytest
 from dicom_made import PATIENT, classic, enhanced, oblique
 
-from deformmamba.inference.isotropic_files import isotropic_file
+from deformmamba.inference.isotropic_files import isotropic_cohort, isotropic_file
 from deformmamba.models import DeformMambaSR
 from deformmamba.volume import read_volume
 
@@ -37,3 +37,18 @@ def test_a_series_of_more_slices(kind: object, tmp_path: Path, network: DeformMa
     headers = [pydicom.dcmread(path) for path in sorted((tmp_path / "out").iterdir())]
     assert str(headers[0].PatientName) == PATIENT
     assert all("isotropic to 0.8 mm" in str(header) for header in headers)
+
+
+def test_each_series_of_a_folder_is_made_isotropic(tmp_path: Path, network: DeformMambaSR) -> None:
+    affine = oblique(3, (0.8, 0.8, 3.0))
+    for number in (7, 8):
+        classic(tmp_path / str(number), affine, (20, 18, 9), number=number)
+    folder = tmp_path / "in" / "visit"
+    folder.mkdir(parents=True)
+    for number in (7, 8):
+        for path in (tmp_path / str(number)).iterdir():
+            path.rename(folder / f"{number}-{path.name}")
+    made = isotropic_cohort(tmp_path / "in", tmp_path / "out", model=network, to=1.5)
+    assert [(outcome.output, outcome.status) for outcome in made] == [
+        ("visit_series-0_desc-iso", "made"), ("visit_series-1_desc-iso", "made")
+    ]  # fmt: skip

@@ -137,6 +137,12 @@ def test_where_nothing_is_to_be_found_the_matrix_is_full(shape: tuple[int, int, 
     assert effective_matrix(anatomy(*shape[1:])) == shape[1:]
 
 
+def test_a_bright_pixel_in_a_corner_is_no_border() -> None:
+    images = anatomy(48, 52)
+    images[:, 0, 0] = 1e9
+    assert effective_matrix(images) == (48, 52)
+
+
 def test_what_are_no_slices_is_refused() -> None:
     for shape in ((8, 8), (0, 8, 8), (1, 1, 8, 8)):
         with pytest.raises(VolumeError, match=r"takes slices \(n, H, W\)"):
