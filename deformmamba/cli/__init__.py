@@ -175,7 +175,7 @@ def _describe_machine() -> None:
         f"deformmamba {__version__}, Python {platform.python_version()}, {platform.platform()}",
         versions,
         f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-        *(f"scan backend {name}: {'yes' if usable else 'no'}, {why}" for name, usable, why, _ in backend_report()),
+        *(f"scan backend {name}: {'yes' if usable else f'no, {why}'}" for name, usable, why, _ in backend_report()),
     ]
     print(*(f"deformmamba: {line}" for line in lines), sep="\n", file=sys.stderr)
 
