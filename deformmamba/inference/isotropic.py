@@ -35,6 +35,7 @@ from deformmamba.inference.settings import Settings
 from deformmamba.inference.slice_consistency import consistent
 from deformmamba.inference.stack import Stack
 from deformmamba.physics.consistency import Consistency, check_consistency
+from deformmamba.physics.edges import outliers
 from deformmamba.physics.slice_profile import SliceProfile, along
 from deformmamba.volume import Volume, VolumeError, read_volume
 
@@ -122,6 +123,9 @@ def isotropic(
 ) -> tuple[Any, IsotropicReport]:
     """Makes the slice spacing of `scan` equal to its pixel size: the same kind of object, float32, in the same units.
 
+    Outliers such as a marker (`physics.edges.outliers`, in a slice's plane) are hidden from the network and the spline,
+    which they would make ring. They are interpolated linearly between slices, and a remark of the report states it.
+
     Args:
         scan: a `Volume`, a nibabel image, or the path of a scan (which gives a `Volume`).
         to: voxel size of the result in mm. None: the in-plane pixel, or its true resolution in k-space if the scanner
@@ -164,11 +168,14 @@ def isotropic(
     low, high = robust_range(job.slices)
     width = np.float32(high - low)
     slices = torch.from_numpy((job.slices - np.float32(low)) / width)
+    spots = outliers(slices, torch.zeros(()), torch.ones(()))
+    slices = slices - spots
     held, own = split_slices(slices, job)
     chosen, gain, adapted = best_of(network, held, own, job, minutes, steps, seed, progress)
     least = -low / (high - low) if volume.array.min() >= 0 else None  # keep a magnitude image non-negative
     done = restored(chosen, slices, job, consistency, least, progress)
-    out = np.asfortranarray(np.moveaxis(done.image.numpy() * width + np.float32(low), 0, job.axis), np.float32)
+    image = done.image + along(job.linear(), spots, 0)
+    out = np.asfortranarray(np.moveaxis(image.numpy() * width + np.float32(low), 0, job.axis), np.float32)
     spread = None if done.spread is None else np.moveaxis(done.spread.numpy() * width, 0, job.axis)
     report = IsotropicReport(
         method="spline" if chosen is None else "network",
@@ -190,9 +197,15 @@ def isotropic(
         sha256=weights_hash(network),
         seed=seed,
         seconds=time.perf_counter() - start,
-        remarks=job.remarks,
+        remarks=job.remarks + _remark(int(spots.count_nonzero())),
     )
     return back(job.place, out), report
+
+
+def _remark(n_outliers: int) -> tuple[str, ...]:
+    if not n_outliers:
+        return ()
+    return (f"outliers, such as a marker, that were interpolated linearly between slices: {n_outliers:,} voxels",)
 
 
 class Restored(NamedTuple):

@@ -72,6 +72,11 @@ class Stack:
         """(n_fine, n): cubic interpolation from the slices to the result's."""
         return spline_matrix(len(self.slices), torch.arange(self.n_fine, dtype=torch.float64) / self.ratio)
 
+    def linear(self) -> torch.Tensor:
+        """(n_fine, n): linear interpolation from the slices to the result's."""
+        at = torch.arange(self.n_fine, dtype=torch.float64)[:, None] / self.ratio
+        return (1 - (at - torch.arange(len(self.slices))).abs()).clamp(min=0)
+
     def operator(self) -> ThickSlices:
         """The linear operator from the result to the slices."""
         return ThickSlices(self.n_fine, self.to, slice_positions(len(self.slices), self.spacing), self.profile)
