@@ -155,14 +155,7 @@ def isotropic(
     minutes, steps = parse_adapt(adapt)
     check_consistency(consistency)
     seed = check_seed(seed)
-    if isinstance(scan, (str, os.PathLike)):
-        scan = read_volume(scan)
-    elif not isinstance(scan, Volume) and not hasattr(scan, "dataobj"):
-        raise VolumeError(
-            f"isotropic takes a Volume, a nibabel image or a path, not {type(scan).__name__}, which has no voxel "
-            "spacing; make a Volume(array, affine)"
-        )
-    volume, back, _ = opened(scan, Settings())
+    volume, back, _ = opened(_with_spacing(scan), Settings())
     job = Stack.of(volume, to=to, thickness=thickness, profile=profile, axis=axis)
     network = loaded(model, device)
     low, high = robust_range(job.slices)
@@ -200,6 +193,18 @@ def isotropic(
         remarks=job.remarks + _remark(int(spots.count_nonzero())),
     )
     return back(job.place, out), report
+
+
+def _with_spacing(scan: Any) -> Any:
+    """A `Volume` or a nibabel image."""
+    if isinstance(scan, (str, os.PathLike)):
+        return read_volume(scan)
+    if not isinstance(scan, Volume) and not hasattr(scan, "dataobj"):
+        raise VolumeError(
+            f"isotropic takes a Volume, a nibabel image or a path, not {type(scan).__name__}, which has no voxel "
+            "spacing; make a Volume(array, affine)"
+        )
+    return scan
 
 
 def _remark(n_outliers: int) -> tuple[str, ...]:
