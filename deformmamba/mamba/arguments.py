@@ -18,8 +18,8 @@ def check_tensors(sizes: dict[str, int] | None = None, /, **arguments: tuple[Any
         sizes: sizes of axes that are known before; not changed.
         arguments: for each name the value and its pattern. A pattern lists the axes, for example "b d l". An axis has
             the same size in all patterns; a number is a fixed size. "..." stands for any axes before the others.
-            "b d | b d l" allows both. A pattern that starts with "?" allows None. "int:" before the axes wants whole
-            numbers and "any:" allows complex ones, else the numbers are real.
+            "b d | b d l" allows both. A pattern that starts with "?" allows None. Numbers must be real; with "int:"
+            before the axes they must be whole, with "any:" they may be complex.
 
     Returns:
         The size of every axis, by name.
