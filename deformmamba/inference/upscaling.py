@@ -283,6 +283,8 @@ class Upscaling:
             if isinstance(floor, torch.Tensor):
                 floor = floor[:, None]
             sr, spread = predict(model, lr, ensemble=settings.ensemble, tile=settings.tile, overlap=settings.overlap)
+            if sr.shape[-2:] != (wanted := tuple(model.scale * n for n in lr.shape[-2:])):
+                raise InvalidArgument(f"the model returned images of {tuple(sr.shape[-2:])}; wanted {wanted}")
             assert settings.consistency is not None
             lowest = 0.0 if floor is None else floor
             sr = corrected(

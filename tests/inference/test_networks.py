@@ -12,8 +12,9 @@ from torch import nn
 
 import deformmamba
 from deformmamba import upscale, upscale_with_uncertainty
+from deformmamba.errors import InvalidArgument
 from deformmamba.inference import upscale_file
-from deformmamba.models import VDSR, ZeroFill
+from deformmamba.models import VDSR, SRModel, ZeroFill
 from deformmamba.volume import Volume, VolumeError, read_volume, write_volume
 
 
@@ -36,6 +37,19 @@ def test_wrappers_give_what_the_model_inside_gives(model: VDSR) -> None:
         # compiled programs fuse operations, and batch sizes differ
         np.testing.assert_allclose(upscale(wrapper, slices(), axis=0), expected, rtol=1e-4, atol=0.05)
         np.testing.assert_allclose(upscale(wrapper, slices(), axis=0, ensemble=True), mean, rtol=1e-4, atol=0.05)
+
+
+def test_a_model_that_returns_another_size_is_refused() -> None:
+    class Unchanged(SRModel):
+        def __init__(self, *, scale: int = 2) -> None:
+            super().__init__(scale=scale)
+
+        def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
+            return lr
+
+    for settings in ({}, {"ensemble": True}):
+        with pytest.raises(InvalidArgument, match=r"the model returned images of \(12, 8\); wanted \(24, 16\)"):
+            upscale(Unchanged(), np.ones((12, 8), np.float32), **settings)
 
 
 def test_a_name_a_path_and_a_nibabel_image(tmp_path: Path, model: VDSR) -> None:
