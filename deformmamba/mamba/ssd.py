@@ -18,6 +18,7 @@ from deformmamba.mamba import ssd_chunks
 from deformmamba.mamba.arguments import check_boundaries, check_range, check_tensors
 from deformmamba.mamba.causal_conv import causal_conv1d_fn, causal_conv1d_ref, needs_transforms
 from deformmamba.mamba.norm import gated_norm_ref, rmsnorm_fn
+from deformmamba.tensors import without_autocast
 
 
 def mamba_chunk_scan_combined(
@@ -291,7 +292,7 @@ def _scan(
     run = None
     if seq_idx is not None and seq_idx.shape[1]:
         run = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long().cumsum(1), (1, 0))
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         if needs_transforms():
             return ssd_chunks.scan_eager(x, dt, A, B, C, state, run)
         keep = torch.is_grad_enabled() and any(

@@ -7,6 +7,7 @@ import torch
 from deformmamba.errors import InvalidArgument
 from deformmamba.layers import SS2D
 from deformmamba.scan import Discretization, selective_scan
+from deformmamba.tensors import without_autocast
 
 # the order in which a direction walks: the last axis is the fastest
 WALKS = ((0, 1, 2), (1, 2, 0), (2, 0, 1))
@@ -60,7 +61,7 @@ class SS3D(SS2D):
             given = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
             raise InvalidArgument(f"SS3D: given {given}; wanted floating point (b, {self.channels}, d, h, w)")
         k, r, n = self.directions, self.dt_rank, self.d_state
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             u = x.to(torch.promote_types(x.dtype, torch.float32))
             x_proj, dt_proj, bias, A_log, D = (
                 p.to(u.dtype) for p in (self.x_proj, self.dt_proj, self.dt_bias, self.A_log, self.D)

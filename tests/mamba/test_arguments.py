@@ -275,3 +275,11 @@ def test_second_derivatives() -> None:
             )  # fmt: skip
 
         assert torch.autograd.gradgradcheck(scan, (*given, first), fast_mode=True)
+
+
+def test_modules_on_the_meta_device_give_shapes() -> None:
+    x = torch.empty(2, 5, 8, device="meta")
+    for module in (m.Mamba(8, device="meta"), m.Mamba2(8, headdim=4, device="meta")):
+        assert module(x).shape == x.shape
+    volume = torch.empty(1, 4, 2, 3, 5, device="meta")
+    assert m.SS3D(4, device="meta")(volume).shape == volume.shape
