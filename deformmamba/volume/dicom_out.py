@@ -4,7 +4,7 @@ The rules, for classic and enhanced images:
 
 - New: SOP instance and series UIDs, instance numbers (slices in order), content, creation and series date and time,
   the series number (the source's plus 1000; plus 2000 for a deviation, whose window is its own range), " SR" after the
-  series description (" SR standard deviation"), ImageType DERIVED\\SECONDARY (an
+  series description (" SR standard deviation"; for other derivations see `KINDS`), ImageType DERIVED\\SECONDARY (an
   enhanced image must say DERIVED\\PRIMARY) and the source's further values, the description of the derivation, the
   source image of each slice, this package among the contributing equipment.
 - Computed: Rows, Columns, PixelSpacing, position and orientation; if the slice direction was resampled,
@@ -237,6 +237,10 @@ OF_ORIGINALS = (
 )
 
 
+# by a word in the description of the derivation: what follows the series description, and this package's contribution
+KINDS = {"isotropic": ("isotropic", "isotropic resampling"), "degrade": ("degraded", "simulated lower resolution")}
+
+
 class _Made:
     """The shared elements of one new series, and the methods that write its instances."""
 
@@ -258,6 +262,9 @@ class _Made:
         planes = range(voxels.shape[2]) if deviation else ()
         self.largest = max((float(voxels.plane(k).max()) for k in planes), default=0.0)
         self.derivation = derivation.encode("ascii", "replace").decode()[:1024]
+        self.label, self.purpose = next(
+            (words for kind, words in KINDS.items() if f", {kind} " in derivation), ("SR", "super-resolution")
+        )
         self.series_uid = generate_uid(prefix=None)
         self.now = datetime.now()
         lps = LPS_FROM_RAS @ like.affine
@@ -376,7 +383,7 @@ class _Made:
         made.file_meta = meta
         made.SeriesInstanceUID = self.series_uid
         made.SeriesNumber = int(number(made.get("SeriesNumber"))) + (2000 if self.deviation else 1000)
-        name = " SR standard deviation" if self.deviation else " SR"
+        name = f" {self.label} standard deviation" if self.deviation else f" {self.label}"
         made.SeriesDescription = f"{str(made.get('SeriesDescription') or '')[: 64 - len(name)]}{name}".strip()
         if self.deviation:
             self._window(made)
@@ -402,7 +409,7 @@ class _Made:
         equipment.Manufacturer = equipment.ManufacturerModelName = "deformmamba"
         equipment.SoftwareVersions = __version__
         equipment.ContributionDateTime = self.now.strftime("%Y%m%d%H%M%S")
-        equipment.ContributionDescription = "super-resolution"
+        equipment.ContributionDescription = self.purpose
         return equipment
 
     def _window(self, group: Any) -> None:

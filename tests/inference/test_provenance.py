@@ -129,6 +129,22 @@ def test_a_4d_scan_takes_the_memory_of_one_volume(tmp_path: Path) -> None:
     assert 1024 * int(done.stdout) < output, "31 MB of output, 8 MB of input in float32"
 
 
+@pytest.mark.parametrize(
+    ("derivation", "label", "purpose"),
+    [
+        (None, "t2 SR", "super-resolution"),
+        ("deformmamba 1, isotropic to 1 mm, thick", "t2 isotropic", "isotropic resampling"),
+        ("deformmamba 1, degrade k-space:scale=2", "t2 degraded", "simulated lower resolution"),
+    ],
+)
+def test_a_series_is_labelled_by_what_made_it(tmp_path: Path, derivation: str | None, label: str, purpose: str) -> None:
+    scan = read_volume(CASES / "dicom" / "rect_eq_thick")
+    write_volume(tmp_path / "out", scan, derivation=derivation)
+    image = pydicom.dcmread(tmp_path / "out" / "0001.dcm")
+    assert image.SeriesDescription == label
+    assert image.ContributingEquipmentSequence[-1].ContributionDescription == purpose
+
+
 def test_the_deviation_of_dicom_is_a_series_of_its_own(tmp_path: Path) -> None:
     torch.manual_seed(0)
     source = CASES / "dicom" / "rect_eq_thick"
