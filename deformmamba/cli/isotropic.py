@@ -132,7 +132,7 @@ def _isotropic(args: argparse.Namespace) -> int | None:
 def _draw(args: argparse.Namespace, done: Any) -> None:
     import numpy as np
 
-    from deformmamba.inference.isotropic import cubic_spline
+    from deformmamba.inference.isotropic import cubic_spline, derivation
     from deformmamba.pictures.sections import section_figure
 
     made = done.report
@@ -140,4 +140,5 @@ def _draw(args: argparse.Namespace, done: Any) -> None:
     volumes = {"input": done.source, "cubic spline": replace(done.result, array=np.asarray(plain))}
     if made.method == "network":
         volumes[short(args.model)] = done.result
-    section_figure(volumes, args.figure, axis=made.axis, title=f"{Path(args.input).name}: {made}")
+    note = ". ".join((derivation(made).split(", sha256")[0], *(f"Warning: {text}" for text in made.cautions)))
+    section_figure(volumes, args.figure, axis=made.axis, title=f"{Path(args.input).name}: {made}", note=note)

@@ -27,12 +27,10 @@ from deformmamba.inference.drawing import draw_slice
 from deformmamba.inference.files import upscale_file
 from deformmamba.inference.networks import network
 from deformmamba.inference.provenance import (
+    KINDS,
     generated_by,
     shown_path,
     skull_stripped,
-    tensor_digest,
-    type_name,
-    weights_hash,
     weights_name,
 )
 from deformmamba.inference.settings import Settings
@@ -50,11 +48,6 @@ from deformmamba.volume import (
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
 
-# kinds of output: the label of the BIDS entity `desc-`, and its meaning
-KINDS = {
-    "sr": "Made by super-resolution: what the scanner did not measure is an estimate. No diagnosis.",
-    "iso": "Made isotropic: what the scanner did not measure between the slices is an estimate. No diagnosis.",
-}
 # sub-<label>, then entities, then the suffix for the kind of image
 _BIDS = re.compile(r"sub-[A-Za-z0-9]+(_[a-z]+-[A-Za-z0-9+]+)*_[A-Za-z0-9]+")
 
@@ -171,15 +164,6 @@ def _place(folder: PathLike, name: Path, kind: str) -> Path:
     return path
 
 
-def describe_weights(model: "SRModel") -> dict[str, Any]:
-    """Class, name and hash of a model, for a sidecar."""
-    return {
-        "model": type_name(model),
-        "weights": weights_name(model),
-        "sha256": weights_hash(model) or f"no file: {tensor_digest(model)}",
-    }
-
-
 def run_cohort(
     source: PathLike,
     target: PathLike,
@@ -193,7 +177,7 @@ def run_cohort(
 
     Args:
         source, target, told, only: as `upscale_cohort`.
-        kind: one of `KINDS`, for names and descriptions.
+        kind: one of `provenance.KINDS`: the label of the BIDS entity `desc-`, and the description of the output.
         made_by: everything that the outputs depend on, as JSON; if it changes, all outputs are made again.
         make: called with the paths of a scan and of its output, and with `series` if a folder holds several DICOM
             series; writes the output and returns a remark and further facts for the sidecar.

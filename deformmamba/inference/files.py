@@ -17,7 +17,7 @@ import numpy as np
 from deformmamba.inference.effective import to_effective
 from deformmamba.inference.networks import check_in_plane, network
 from deformmamba.inference.progress import Progress
-from deformmamba.inference.provenance import derivation, report_facts, write_sidecar
+from deformmamba.inference.provenance import derivation, generated_by, report_facts, write_sidecar
 from deformmamba.inference.settings import Settings
 from deformmamba.inference.upscaling import Upscaling
 from deformmamba.pictures.report import SUFFIXES as REPORT_SUFFIXES
@@ -156,7 +156,8 @@ def upscale_file(
         if report is not None:
             _write_page(report, found, scan, job, pages, report_facts(found, job.settings, seconds, effective))
     if sidecar:
-        write_sidecar(target, source, found, job, {"volume": volume, "dtype": dtype, "effective": effective})
+        reading = {"volume": volume, "dtype": dtype, "effective": effective}
+        write_sidecar(target, source, "sr", generated_by(found, job.settings, reading), job.cautions)
     remark = spacing_remark(found, scan, job.axis)
     return Upscaled(
         scan, job.place, job.shape, job.axis, kept, remark, seconds, job.settings, n_volumes, job.cautions, made_by

@@ -17,6 +17,7 @@ Source: Zhao et al., SMORE, IEEE TMI 40 (2021); Remedios et al., ECLARE, arXiv 2
 import copy
 import os
 import time
+import warnings
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,11 +39,14 @@ from deformmamba.physics.consistency import Consistency, check_consistency
 from deformmamba.physics.edges import outliers
 from deformmamba.physics.slice_profile import SliceProfile, along
 from deformmamba.volume import Volume, VolumeError, read_volume
+from deformmamba.volume.inspection import is_far, trained_spacings
+from deformmamba.weights.cards import pixel_range
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
 
 MODEL = "thick"
+FAR_RATIO = 1.25  # a slice spacing farther than this factor from those of the training data gives a warning
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class IsotropicReport:
         weights, sha256: of the network; None without a file, and for sha256 after adaptation.
         seed, seconds: of the whole run.
         remarks: further remarks, one line each.
+        cautions: reasons why the result may be worse than reported, a sentence each; also given as warnings.
     """
 
     method: str
@@ -90,6 +95,7 @@ class IsotropicReport:
     seed: int
     seconds: float
     remarks: tuple[str, ...]
+    cautions: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """The gain in one sentence."""
@@ -191,6 +197,7 @@ def isotropic(
         seed=seed,
         seconds=time.perf_counter() - start,
         remarks=job.remarks + _remark(int(spots.count_nonzero())),
+        cautions=() if chosen is None else _cautions(network, job),
     )
     return back(job.place, out), report
 
@@ -205,6 +212,30 @@ def _with_spacing(scan: Any) -> Any:
             "spacing; make a Volume(array, affine)"
         )
     return scan
+
+
+def _cautions(network: "SRModel", job: Stack) -> tuple[str, ...]:
+    """Reasons why the result may be worse than reported: voxels or slice spacings far from the training data.
+
+    They are also given as warnings.
+    """
+    found = []
+    trained = trained_spacings(network)
+    if trained and any(job.place.codes) and is_far((job.to, job.to), trained):
+        known = pixel_range(*trained)
+        found.append(f"the voxels of the result are {job.to:.3g} mm, the weights were trained on {known}")
+    recipe = network.provenance.get("recipe")
+    data = recipe.get("data") if isinstance(recipe, dict) else None
+    ratios = data.get("ratio") if isinstance(data, dict) else None
+    if ratios and not min(ratios) / FAR_RATIO <= job.ratio <= max(ratios) * FAR_RATIO:
+        found.append(
+            f"the slices are {job.ratio:.3g} voxels of the result apart, the weights were trained on "
+            f"{min(ratios):.3g} to {max(ratios):.3g}"
+        )
+    cautions = tuple(f"{text}: the result may be worse than reported" for text in found)
+    for caution in cautions:
+        warnings.warn(caution, stacklevel=3)  # the caller of `isotropic`
+    return cautions
 
 
 def _remark(n_outliers: int) -> tuple[str, ...]:
@@ -292,7 +323,8 @@ def derivation(report: IsotropicReport) -> str:
     if report.method == "network":
         weights = f"{report.weights or 'weights without a file'}, sha256 {report.sha256 or 'none'}"
         how = f"{weights}, adapted for {report.adapted} steps, seed {report.seed}" if report.adapted else weights
-    line = f"deformmamba {__version__}, isotropic to {report.to:.4g} mm, {how}"
+    unlike = "UNLIKE TRAINING DATA, " if report.cautions else ""
+    line = f"deformmamba {__version__}, {unlike}isotropic to {report.to:.4g} mm, {how}"
     return line.encode("ascii", "replace").decode()
 
 

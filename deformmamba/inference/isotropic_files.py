@@ -11,9 +11,10 @@ import numpy as np
 
 from deformmamba import __version__
 from deformmamba.inference.adaptation import check_seed, parse_adapt
-from deformmamba.inference.cohort import Outcome, describe_weights, run_cohort
+from deformmamba.inference.cohort import Outcome, run_cohort
 from deformmamba.inference.files import check_paths
 from deformmamba.inference.isotropic import MODEL, IsotropicReport, derivation, isotropic, loaded, without_spread
+from deformmamba.inference.provenance import describe_weights, write_sidecar
 from deformmamba.inference.stack import Stack, check_voxel, given_profile
 from deformmamba.physics.consistency import check_consistency
 from deformmamba.pictures.report import write_report
@@ -56,9 +57,12 @@ def isotropic_file(
     dtype: str | None = None,
     uncertainty: PathLike | None = None,
     report: PathLike | None = None,
+    sidecar: bool = True,
     **settings: Any,
 ) -> Isotropic:
     """Read `source`, make it isotropic, write `target`. The file appears when it is complete.
+
+    Beside a NIfTI or MGH output a JSON file is written, with provenance, warnings and the facts of the report.
 
     Args:
         source, volume, series, stack, nan, partial: as `read_volume`.
@@ -66,6 +70,7 @@ def isotropic_file(
         target, dtype: as `volume.writing`; if the input is DICOM, the output can be a DICOM series with more slices.
         uncertainty: another file, for half the difference of the two orientations, in the scan's units.
         report: .html, a report for visual checks, see `report.write_report`: sections across the slices.
+        sidecar: write the JSON file. An existing file that this package did not write is not changed.
         settings: as `isotropic`.
 
     Raises:
@@ -94,9 +99,19 @@ def isotropic_file(
             axis=across,
             grid="origin",
             facts=report_facts(made),
+            cautions=made.cautions,
             uncertainty=replace(result, array=spread) if made.uncertainty is not None else None,
         )
+    if sidecar:
+        reading = {"volume": volume, "dtype": dtype}
+        made_by = {"weights": made.weights, "sha256": made.sha256, **reading, **shaping(settings)}
+        write_sidecar(target, source, "iso", made_by, made.cautions, {"Isotropic": made.facts()})
     return Isotropic(scan, result, without_spread(made))
+
+
+def shaping(settings: dict[str, Any]) -> dict[str, str]:
+    """The settings that change the result, as text for a sidecar."""
+    return {key: str(value) for key in SHAPING if (value := settings.get(key)) is not None}
 
 
 def check_settings(settings: dict[str, Any]) -> None:
@@ -158,12 +173,14 @@ def isotropic_cohort(
         "volume": volume,
         "dtype": dtype,
         **({"nan": nan} if nan != "refuse" else {}),
-        **{key: str(value) for key in SHAPING if (value := settings.get(key)) is not None},
+        **shaping(settings),
     }
     reading: dict[str, Any] = {"volume": volume, "dtype": dtype, "nan": nan, "partial": partial}
 
     def make(scan: Path, output: Path, series: str | None = None) -> tuple[str, dict[str, Any]]:
-        done = isotropic_file(scan, output, series=series, as_image=True, model=network, **reading, **settings)
-        return str(done.report), {"Isotropic": done.report.facts()}
+        options = {**reading, **settings, "as_image": True, "sidecar": False}
+        done = isotropic_file(scan, output, series=series, model=network, **options)
+        warned = {"Warnings": list(done.report.cautions)} if done.report.cautions else {}
+        return str(done.report), {**warned, "Isotropic": done.report.facts()}
 
     return run_cohort(source, target, "iso", made_by, make, told)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,13 @@ from deformmamba.volume.selection import PRODUCER
 from deformmamba.weights import WeightsError, load_checkpoint
 
 if TYPE_CHECKING:
-    from deformmamba.inference.upscaling import Upscaling
     from deformmamba.models.base import SRModel
+
+# what an output is, for the sidecar, by the kind of output
+KINDS = {
+    "sr": "Made by super-resolution: what the scanner did not measure is an estimate. No diagnosis.",
+    "iso": "Made isotropic: what the scanner did not measure between the slices is an estimate. No diagnosis.",
+}
 
 
 def report_facts(model: "SRModel", settings: Settings, seconds: float, effective: bool) -> dict[str, str]:
@@ -47,6 +52,15 @@ def report_facts(model: "SRModel", settings: Settings, seconds: float, effective
     }
 
 
+def describe_weights(model: "SRModel") -> dict[str, Any]:
+    """Class, name and hash of a model, for a sidecar."""
+    return {
+        "model": type_name(model),
+        "weights": weights_name(model),
+        "sha256": weights_hash(model) or f"no file: {tensor_digest(model)}",
+    }
+
+
 def derivation(model: "SRModel", *, far: bool = False) -> str:
     """One line of ASCII for an image header: this package, the network, its weights and their hash; with `far`, also
     that the scan is unlike the training data."""
@@ -63,14 +77,10 @@ def type_name(model: Any) -> str:
 
 
 def generated_by(model: "SRModel", settings: Settings, reading: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that an output depends on besides its source, as JSON: an entry of BIDS' GeneratedBy."""
+    """Everything that an output depends on besides its source and this version, as JSON, for BIDS' GeneratedBy."""
     shaping = ("axis", "ensemble", "tile", "overlap")
     return {
-        "Name": PRODUCER,
-        "Version": __version__,
-        "model": type_name(model),
-        "weights": weights_name(model),
-        "sha256": weights_hash(model) or f"no file: {tensor_digest(model)}",
+        **describe_weights(model),
         "scale": model.scale,
         **reading,
         **{key: value for key in shaping if (value := getattr(settings, key)) is not None},
@@ -79,9 +89,18 @@ def generated_by(model: "SRModel", settings: Settings, reading: Mapping[str, Any
 
 
 def write_sidecar(
-    target: PathLike, source: PathLike, model: "SRModel", job: "Upscaling", reading: Mapping[str, Any]
+    target: PathLike,
+    source: PathLike,
+    kind: str,
+    made_by: Mapping[str, Any],
+    cautions: Sequence[str],
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the JSON file beside a NIfTI or MGH output: provenance, and why it may be worse than reported."""
+    """Writes the JSON file beside a NIfTI or MGH output: provenance, and why it may be worse than reported.
+
+    `kind` is a key of `KINDS`. `made_by` is the entry of GeneratedBy without program and version; `facts` holds further
+    entries of the file.
+    """
     path = Path(target)
     if suffix(path) not in (*NIFTI_SUFFIXES, *MGH_SUFFIXES):
         return  # DICOM stores this in its own elements
@@ -90,11 +109,12 @@ def write_sidecar(
         warnings.warn(f"{beside}: is of another origin and stays; nothing is written to it", stacklevel=3)
         return
     made = {
-        "Description": "Made by super-resolution: what the scanner did not measure is an estimate. No diagnosis.",
+        "Description": KINDS[kind],
         "Sources": [shown_path(Path(source).name)],
         "SkullStripped": skull_stripped(source),
-        "GeneratedBy": [generated_by(model, job.settings, reading)],
-        **({"Warnings": list(job.cautions)} if job.cautions else {}),
+        "GeneratedBy": [{"Name": PRODUCER, "Version": __version__, **made_by}],
+        **({"Warnings": list(cautions)} if cautions else {}),
+        **(facts or {}),
     }
     write_text(beside, json.dumps(made, indent=2, ensure_ascii=False) + "\n")
 

@@ -125,7 +125,7 @@ def before_after(
         _caption(panels[0, column], name, f"{image.shape[1]} × {image.shape[0]} px, {columns:g} × {rows:g} mm")
         _edges(panels[0, column], labels)
         _zoom(panels[0, column], panels[1, column], region, lr.shape, spacing)
-    _save(figure, path, title, note)
+    save(figure, path, title, note)
 
 
 def comparison(
@@ -185,7 +185,7 @@ def comparison(
     key.text(0.6, 0.5, "absolute error\n(1 = maximum of the truth)", rotation=90, ha="center", va="center", **words)
     above = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 9, "color": _MUTED, "ha": "right"}
     key.annotate("PSNR / SSIM of this slice,\ndata range its own maximum", (0.94, 0), (0, -24), **above)
-    _save(figure, path, title)
+    save(figure, path, title)
 
 
 def _figure(
@@ -313,7 +313,8 @@ def _busiest(image: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float, f
     return (float(row) + window / 2) / scale, (float(column) + window / 2) / scale, float(size)
 
 
-def _save(figure: "Figure", path: PathLike, title: str, note: str = "") -> None:
+def save(figure: "Figure", path: PathLike, title: str, note: str = "") -> None:
+    """Adds title, note and statement to a figure, and writes it; the file appears when it is complete."""
     height = figure.get_figheight()
     left = _MARGIN / figure.get_figwidth()
     # a file's name may hold bytes that are not UTF-8, or dollar signs that look like a formula

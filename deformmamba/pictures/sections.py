@@ -4,19 +4,22 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from deformmamba.pictures.figures import SUFFIXES, grey_window, oriented
+from deformmamba.pictures.figures import SUFFIXES, grey_window, oriented, save
 from deformmamba.volume import PathLike, Volume, VolumeError, check_output, in_plane
 
 _NAMES = ("sagittal", "coronal", "axial")
 
 
-def section_figure(volumes: Mapping[str, Volume], path: PathLike, *, axis: int, title: str = "") -> None:
+def section_figure(
+    volumes: Mapping[str, Volume], path: PathLike, *, axis: int, title: str = "", note: str = ""
+) -> None:
     """Draws the middle sections along both in-plane axes of each volume, in mm (sagittal and coronal for axial scans).
 
     Args:
         volumes: name to volume, from left to right, the input first; all at the same position in the world.
         path: .png, .pdf or .svg.
         axis: where slices are stacked.
+        note: below the panels: provenance of the results, and warnings.
 
     Raises:
         VolumeError: `path` cannot be written, or there is no volume.
@@ -36,7 +39,8 @@ def section_figure(volumes: Mapping[str, Volume], path: PathLike, *, axis: int, 
         height, width = (n * mm for n, mm in zip(seen.image.shape, seen.spacing, strict=True))
         heights.append(height / width)
     wide, gap = 3.4, 0.35
-    figure = Figure(figsize=(wide * len(volumes) + 0.2, wide * sum(heights) + gap * 3), dpi=150, facecolor="white")
+    size = wide * len(volumes) + 0.2, wide * sum(heights) + gap * 3 + 0.5
+    figure = Figure(figsize=size, dpi=150, facecolor="white")
     panels = figure.subplots(2, len(volumes), squeeze=False, gridspec_kw={"height_ratios": heights})
     for row, across in enumerate(rows):
         place = sizes[across] / 2  # mm from the centre of the first voxel
@@ -56,10 +60,9 @@ def section_figure(volumes: Mapping[str, Volume], path: PathLike, *, axis: int, 
                 axes.set_title(f"{name}\n{mm} mm", fontsize=9)
             if column == 0 and any(volume.codes):
                 axes.set_ylabel(_section(volume, across), fontsize=9)
-    if title:
-        figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path)
+    height = figure.get_figheight()
+    figure.tight_layout(rect=(0, 0.5 / height, 1, 1 - 0.4 / height))
+    save(figure, path, title, note)
 
 
 def _section(volume: Volume, across: int) -> str:

@@ -1,6 +1,7 @@
 """Thick slices made isotropic: geometry, refused inputs, the choice between network and spline, data consistency."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -495,3 +496,41 @@ def test_a_marker_changes_only_what_is_near_it(truth: np.ndarray, times: int) ->
     assert report.expected.db == pytest.approx(said.expected.db, abs=0.05)
     assert not any("outliers" in remark for remark in said.remarks)
     assert "outliers, such as a marker, that were interpolated linearly between slices: 20 voxels" in report.remarks
+
+
+def test_distrust_is_stated_wherever_the_result_is_seen(truth: np.ndarray, tmp_path: Path) -> None:
+    model = Sharpen()
+    model.provenance = {"spacings_mm": [0.67, 1.25], "recipe": {"data": {"kind": "thick", "ratio": [5.0, 8.0]}}}
+    fine = thick_scan(truth)
+    far = replace(fine, affine=np.diag([0.25, 0.25, 0.75, 1.0]))
+    write_volume(tmp_path / "far.nii.gz", far)
+    with pytest.warns(UserWarning, match="may be worse than reported") as warned:
+        done = isotropic_file(
+            tmp_path / "far.nii.gz", tmp_path / "iso.nii.gz", model=model, report=tmp_path / "report.html"
+        )
+    worse = ": the result may be worse than reported"
+    said = (
+        f"the voxels of the result are 0.25 mm, the weights were trained on 0.67 to 1.25 mm{worse}",
+        f"the slices are 3 voxels of the result apart, the weights were trained on 5 to 8{worse}",
+    )
+    assert done.report.cautions == said
+    assert tuple(str(one.message) for one in warned) == said
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert all(text in page for text in said)
+    beside = json.loads((tmp_path / "iso.json").read_text("utf-8"))
+    assert tuple(beside["Warnings"]) == said
+    assert beside["GeneratedBy"][0]["Name"] == "deformmamba"
+    assert beside["Sources"] == ["far.nii.gz"]
+    assert beside["Isotropic"]["method"] == "network"
+    header = nibabel.load(tmp_path / "iso.nii.gz").header
+    assert b"UNLIKE TRAINING DATA" in header["descrip"].item()
+    # a scan like the training data: no warning (warnings are errors), and no such statement
+    model.provenance = {"spacings_mm": [0.67, 1.25], "recipe": {"data": {"kind": "thick", "ratio": [2.0, 8.0]}}}
+    write_volume(tmp_path / "near.nii.gz", fine)
+    isotropic_file(tmp_path / "near.nii.gz", tmp_path / "other.nii.gz", model=model)
+    assert "Warnings" not in json.loads((tmp_path / "other.json").read_text("utf-8"))
+    # a file of another origin beside the output stays
+    (tmp_path / "other.json").write_text('{"EchoTime": 0.1}')
+    with pytest.warns(UserWarning, match="is of another origin and stays"):
+        isotropic_file(tmp_path / "near.nii.gz", tmp_path / "other.nii.gz", model=model)
+    assert (tmp_path / "other.json").read_text() == '{"EchoTime": 0.1}'

@@ -26,13 +26,13 @@ def picture(n: int = 24, m: int = 32) -> np.ndarray:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The saved figures, still open."""
     kept: list[Any] = []
-    save = figures._save
+    save = figures.save
 
     def keep(figure: Any, path: Path, title: str, note: str = "") -> None:
         save(figure, path, title, note)
         kept.append(figure)
 
-    monkeypatch.setattr(figures, "_save", keep)
+    monkeypatch.setattr(figures, "save", keep)
     return kept
 
 
