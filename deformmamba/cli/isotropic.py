@@ -140,5 +140,7 @@ def _draw(args: argparse.Namespace, done: Any) -> None:
     volumes = {"input": done.source, "cubic spline": replace(done.result, array=np.asarray(plain))}
     if made.method == "network":
         volumes[short(args.model)] = done.result
-    note = ". ".join((derivation(made).split(", sha256")[0], *(f"Warning: {text}" for text in made.cautions)))
-    section_figure(volumes, args.figure, axis=made.axis, title=f"{Path(args.input).name}: {made}", note=note)
+    gain = str(made)
+    note = [derivation(made).split(", sha256")[0], gain[0].upper() + gain[1:]]
+    note += [f"Warning: {text}" for text in made.cautions]
+    section_figure(volumes, args.figure, axis=made.axis, title=Path(args.input).name, note=". ".join(note))
