@@ -237,8 +237,12 @@ def _patch_embed(nodes: Nodes, block: PatchEmbed, x: Value) -> Value:
     """A matrix product of patches: a convolution with kernel = stride = 4 and 16 channels gives wrong numbers in
     oneDNN's bfloat16, which OpenVINO uses on CPUs with AMX."""
     size, layer = block.patch, block.project
-    patches = nodes("Transpose", nodes("SpaceToDepth", x, blocksize=size), perm=[0, 2, 3, 1])
-    matrix = layer.weight.permute(2, 3, 1, 0).reshape(-1, layer.out_channels)  # SpaceToDepth: (row, column, channel)
+    width = layer.in_channels * size
+    # not SpaceToDepth: of images whose size is computed by padding, OpenVINO (2026.4) makes empty ones with it
+    x = nodes("Reshape", nodes("Transpose", x, perm=[0, 2, 3, 1]), [0, 0, -1, width])  # (b, h, w / size, (column, c))
+    x = nodes("Reshape", nodes("Transpose", x, perm=[0, 2, 1, 3]), [0, 0, -1, size * width])  # (b, w', h', (row, ...))
+    patches = nodes("Transpose", x, perm=[0, 2, 1, 3])
+    matrix = layer.weight.permute(2, 3, 1, 0).reshape(-1, layer.out_channels)  # (row, column, channel)
     y = nodes("Add", nodes("MatMul", patches, matrix), layer.bias)
     return nodes("Transpose", nodes.norm(y, block.norm), perm=[0, 3, 1, 2])
 
