@@ -41,16 +41,14 @@ def described(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(repr(arg) for arg in args)
     if isinstance(origin, type):
-        return (
-            f"a {'table' if issubclass(origin, Mapping) else 'list'} of {described(args[0 if origin is tuple else -1])}"
-        )
+        return f"a {'dictionary' if issubclass(origin, Mapping) else 'list'} of {described(args[0 if origin is tuple else -1])}"
     return str(getattr(hint, "__name__", hint))
 
 
 def check_types(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
     """Refuses an argument of a wrong type in one sentence; `given` is `locals()` in the first line of `function`.
 
-    Checked are numbers, texts, paths, functions, lists, tables and instances of the annotated classes, but not the
+    Checked are numbers, texts, paths, functions, lists, dictionaries and instances of the annotated classes, but not the
     items of a list. numpy's numbers are numbers. An annotation in quotes (a class that only type checkers import) and a
     protocol are not checked. Ranges and choices are checked by the function itself.
 
@@ -120,7 +118,13 @@ def _in_words(hint: Any) -> str:
         return "one of " + ", ".join(map(repr, args))
     known = {int: "an integer", float: "a number", bool: "True or False", str: "a text", None: "None", NoneType: "None"}
     kind = origin or hint
-    kinds = {Callable: "a function", Sequence: "a list", Iterable: "a list", Mapping: "a table", os.PathLike: "a path"}
+    kinds = {
+        Callable: "a function",
+        Sequence: "a list",
+        Iterable: "a list",
+        Mapping: "a dictionary",
+        os.PathLike: "a path",
+    }
     if hint in known:
         return known[hint]
     return kinds.get(kind) or f"an instance of {getattr(kind, '__name__', kind)}"

@@ -39,7 +39,7 @@ def test_a_value_fits_or_not(hint: Any, good: list[Any], bad: list[Any]) -> None
 def test_annotations_in_words() -> None:
     assert described(Sequence[int] | None) == "a list of int"
     assert described(Literal["a", "b"]) == "'a' or 'b'"
-    assert described(Mapping[str, float]) == "a table of float"
+    assert described(Mapping[str, float]) == "a dictionary of float"
     assert described(tuple[int, ...]) == "a list of int"
     assert described(bool) == "bool"
 
@@ -75,7 +75,7 @@ def test_arguments_of_the_annotated_types_are_taken() -> None:
         ({"n": 1.5}, "n must be an integer, not 1.5"),
         ({"share": "x"}, "share must be a number or None, not 'x'"),
         ({"names": "abc"}, "names must be a list, not 'abc'"),
-        ({"table": [1]}, "table must be a table or None, not a list"),
+        ({"table": [1]}, "table must be a dictionary or None, not a list"),
         ({"work": 3}, "work must be a function or None, not 3"),
         ({"choice": 3}, "choice must be one of 'a', 'b', not 3"),
         ({"flag": 1}, "flag must be True or False, not 1"),

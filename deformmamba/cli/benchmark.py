@@ -38,7 +38,6 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--preset",
         default="tiny",
-        choices=("tiny", "paper"),
         help="sizes of the networks: tiny, or paper for the published sizes (default: tiny)",
     )
     parser.add_argument(

@@ -103,7 +103,7 @@ def weights_entry(name: str) -> dict[str, Any]:
         raise WeightsError(
             f"weights {name!r} do not exist yet ({plan['why']}); train them with {plan['recipe']}. Published: {names}"
         )
-    hint = did_you_mean(name[:100].lower(), [*known["weights"], *known["planned"]], cutoff=0.5) or ","
+    hint = did_you_mean(name[:100], [*known["weights"], *known["planned"]], cutoff=0.5) or ","
     raise WeightsError(
         f"unknown weights {shown(name)}{hint} published are: {names}; a path to a file or folder and org/repo work too"
     )
@@ -165,7 +165,7 @@ def load_checkpoint(
     Raises:
         WeightsError: whatever goes wrong, in one line.
     """
-    check_types(load_checkpoint, locals())
+    check_types(load_checkpoint, {**locals(), "name": ""})  # `_find` checks the name
     return _find(name, revision, cache_dir, local_files_only, token=token, force_download=force_download).read()
 
 
