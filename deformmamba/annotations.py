@@ -41,15 +41,16 @@ def described(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(repr(arg) for arg in args)
     if isinstance(origin, type):
-        return f"a {'dictionary' if issubclass(origin, Mapping) else 'list'} of {described(args[0 if origin is tuple else -1])}"
+        kind = "dictionary" if issubclass(origin, Mapping) else "list"
+        return f"a {kind} of {described(args[0 if origin is tuple else -1])}"
     return str(getattr(hint, "__name__", hint))
 
 
 def check_types(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
     """Refuses an argument of a wrong type in one sentence; `given` is `locals()` in the first line of `function`.
 
-    Checked are numbers, texts, paths, functions, lists, dictionaries and instances of the annotated classes, but not the
-    items of a list. numpy's numbers are numbers. An annotation in quotes (a class that only type checkers import) and a
+    Checked are numbers, texts, paths, functions, lists, dictionaries and instances of the annotated classes, but not
+    the items of a list. numpy's numbers are numbers. An annotation in quotes (a class that only type checkers import) and a
     protocol are not checked. Ranges and choices are checked by the function itself.
 
     Raises:
