@@ -50,8 +50,8 @@ def check_types(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
     """Refuses an argument of a wrong type in one sentence; `given` is `locals()` in the first line of `function`.
 
     Checked are numbers, texts, paths, functions, lists, dictionaries and instances of the annotated classes, but not
-    the items of a list. numpy's numbers are numbers. An annotation in quotes (a class that only type checkers import) and a
-    protocol are not checked. Ranges and choices are checked by the function itself.
+    the items of a list. numpy's numbers are numbers. An annotation in quotes (a class that only type checkers import)
+    and a protocol are not checked. Ranges and choices are checked by the function itself.
 
     Raises:
         InvalidType: an argument of a wrong type.
