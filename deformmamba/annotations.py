@@ -41,7 +41,7 @@ def described(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(repr(arg) for arg in args)
     if isinstance(origin, type):
-        kind = "dictionary" if issubclass(origin, Mapping) else "list"
+        kind = "table" if issubclass(origin, Mapping) else "list"
         return f"a {kind} of {described(args[0 if origin is tuple else -1])}"
     return str(getattr(hint, "__name__", hint))
 

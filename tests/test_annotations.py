@@ -39,7 +39,7 @@ def test_a_value_fits_or_not(hint: Any, good: list[Any], bad: list[Any]) -> None
 def test_annotations_in_words() -> None:
     assert described(Sequence[int] | None) == "a list of int"
     assert described(Literal["a", "b"]) == "'a' or 'b'"
-    assert described(Mapping[str, float]) == "a dictionary of float"
+    assert described(Mapping[str, float]) == "a table of float"
     assert described(tuple[int, ...]) == "a list of int"
     assert described(bool) == "bool"
 

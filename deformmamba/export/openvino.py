@@ -8,9 +8,12 @@ attribute of operations for that, DisablePrecisionConversion, but its optimizer 
 such as matrix products (2026.4).
 """
 
-from collections.abc import Callable
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -45,15 +48,47 @@ def _deformable_convolution(node: Any) -> Any:
     return opset13.add(y, opset13.reshape(bias, channels, False)).outputs()
 
 
+class _SignalStack(ctypes.Structure):
+    _fields_: ClassVar = [("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+@contextmanager
+def signal_stack_kept() -> Iterator[None]:
+    """Restores this thread's alternate signal stack after the block.
+
+    On CPUs with AMX, OpenVINO replaces this stack when it compiles a model, and frees its own stack when it deletes the
+    model (2026.4). With two models the freed one stays in use, and the next signal, such as ctrl-C, ends the process
+    with a segmentation fault.
+    """
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    libc, before = ctypes.CDLL(None), _SignalStack()
+    libc.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        libc.sigaltstack(ctypes.byref(before), None)
+
+
+class _Compiled:
+    """A file compiled for the CPU, as a function of its inputs by name."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        import openvino
+
+        with signal_stack_kept():
+            self._model = openvino.Core().compile_model(path, "CPU", settings)
+
+    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
+        results = self._model({name: x.numpy() for name, x in inputs.items()})
+        return torch.from_numpy(results[self._model.output(0)].copy())
+
+    def __del__(self) -> None:
+        with signal_stack_kept():
+            self.__dict__.clear()
+
+
 def runner(path: Path, threads: int | None = None) -> Callable[[dict[str, Tensor]], Tensor]:
     """The file as a function of its inputs by name, on the CPU."""
-    import openvino
-
-    settings = {**SETTINGS, "INFERENCE_NUM_THREADS": threads or torch.get_num_threads()}
-    compiled = openvino.Core().compile_model(path, "CPU", settings)
-
-    def run(inputs: dict[str, Tensor]) -> Tensor:
-        results = compiled({name: x.numpy() for name, x in inputs.items()})
-        return torch.from_numpy(results[compiled.output(0)].copy())
-
-    return run
+    return _Compiled(path, {**SETTINGS, "INFERENCE_NUM_THREADS": threads or torch.get_num_threads()})

@@ -488,7 +488,7 @@ def _asked_to_stop() -> Iterator[threading.Event]:
     try:
         yield asked
     except KeyboardInterrupt:
-        if received and received[0] != signal.SIGINT and callable(handler := before[received[0]]):
+        if received and callable(handler := before[received[0]]):
             handler(received[0], None)
         raise
     finally:

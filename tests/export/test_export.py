@@ -335,6 +335,33 @@ def test_an_openvino_file_gives_what_upscale_gives(tmp_path: Path) -> None:
     np.testing.assert_allclose(got[:, 0].numpy(), wanted, atol=1e-5 * stack.max())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's signal stack")
+def test_a_signal_does_not_end_a_process_that_ran_openvino(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("openvino")
+    export(small(skip="zero-fill"), tmp_path / "m.xml", format="openvino", consistency="off")
+    script = f"""
+import faulthandler, signal, torch
+from pathlib import Path
+from deformmamba.export import openvino
+
+faulthandler.enable()  # has a signal stack of its own, as under pytest and in notebooks
+signal.signal(signal.SIGINT, lambda number, frame: print("received", flush=True))
+path = Path({str(tmp_path / "m.xml")!r})
+inputs = dict(lr=torch.rand(1, 1, 16, 16), units=torch.zeros(3))
+first, second = openvino.runner(path), openvino.runner(path)
+first(inputs), second(inputs)
+del first
+del second
+third = openvino.runner(path)
+signal.raise_signal(signal.SIGINT)
+del third
+signal.raise_signal(signal.SIGINT)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "received\nreceived\n"), done.stderr
+
+
 @pytest.mark.parametrize(("h", "w", "scale"), [(8, 6, 2), (9, 6, 3), (7, 9, 4), (12, 16, 4)])
 def test_real_matrices_are_the_fourier_transforms(h: int, w: int, scale: int) -> None:
     """In float64, both agree up to rounding."""
