@@ -8,12 +8,13 @@ attribute of operations for that, DisablePrecisionConversion, but its optimizer 
 such as matrix products (2026.4).
 """
 
-import ctypes
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,47 +49,42 @@ def _deformable_convolution(node: Any) -> Any:
     return opset13.add(y, opset13.reshape(bias, channels, False)).outputs()
 
 
-class _SignalStack(ctypes.Structure):
-    _fields_: ClassVar = [("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+@cache
+def _thread() -> ThreadPoolExecutor:
+    """The only thread in which OpenVINO compiles and deletes models.
 
-
-@contextmanager
-def signal_stack_kept() -> Iterator[None]:
-    """Restores this thread's alternate signal stack after the block.
-
-    On CPUs with AMX, OpenVINO replaces this stack when it compiles a model, and frees its own stack when it deletes the
-    model (2026.4). With two models the freed one stays in use, and the next signal, such as ctrl-C, ends the process
-    with a segmentation fault.
+    On CPUs with AMX, both replace the alternate signal stack of the thread that they run in, and leave a freed one
+    behind (2026.4). In Python's main thread, the next signal, such as ctrl-C, would then end the process with a
+    segmentation fault.
     """
-    if not sys.platform.startswith("linux"):
-        yield
-        return
-    libc, before = ctypes.CDLL(None), _SignalStack()
-    libc.sigaltstack(None, ctypes.byref(before))
-    try:
-        yield
-    finally:
-        libc.sigaltstack(ctypes.byref(before), None)
+    return ThreadPoolExecutor(1, "deformmamba-openvino")
 
 
-class _Compiled:
-    """A file compiled for the CPU, as a function of its inputs by name."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_thread.cache_clear)  # a forked child has no threads
+
+
+class Compiled:
+    """A file compiled for the CPU, as a function of its inputs by name; `settings` as in `openvino.compile_model`."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        import openvino
-
-        with signal_stack_kept():
-            self._model = openvino.Core().compile_model(path, "CPU", settings)
+        self._model = _thread().submit(_compiled, path, settings).result()
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         results = self._model({name: x.numpy() for name, x in inputs.items()})
         return torch.from_numpy(results[self._model.output(0)].copy())
 
     def __del__(self) -> None:
-        with signal_stack_kept():
-            self.__dict__.clear()
+        with suppress(RuntimeError):  # at the end of Python there is no such thread any more
+            _thread().submit(self.__dict__.clear)
+
+
+def _compiled(path: Path, settings: dict[str, Any]) -> Any:
+    import openvino
+
+    return openvino.Core().compile_model(path, "CPU", settings)
 
 
 def runner(path: Path, threads: int | None = None) -> Callable[[dict[str, Tensor]], Tensor]:
     """The file as a function of its inputs by name, on the CPU."""
-    return _Compiled(path, {**SETTINGS, "INFERENCE_NUM_THREADS": threads or torch.get_num_threads()})
+    return Compiled(path, {**SETTINGS, "INFERENCE_NUM_THREADS": threads or torch.get_num_threads()})
