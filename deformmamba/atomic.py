@@ -31,16 +31,17 @@ def temporary_name(target: Path, ending: str) -> Path:
 
 def remove_temporaries() -> None:
     """Removes the temporary files of this process that are left, for the end of a process whose clean-up failed."""
-    while _own:
-        _remove(_own.pop())
+    for path in list(_own):
+        _remove(path)
 
 
 def _remove(path: Path) -> None:
-    """Removes a file or a folder, if it exists."""
+    """Removes a temporary file or folder of this process, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
         path.unlink(missing_ok=True)
+    _own.discard(path)
 
 
 def _machine() -> str:
@@ -97,7 +98,6 @@ def renamed(path: PathLike) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         _remove(temporary)
-        _own.discard(temporary)
 
 
 @contextmanager
@@ -123,7 +123,6 @@ def renamed_folder(path: PathLike) -> Iterator[Path]:
             os.replace(before, target)
         _remove(temporary)
         _remove(before)
-        _own.discard(temporary)
 
 
 def write_bytes(path: PathLike, data: bytes) -> None:

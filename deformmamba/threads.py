@@ -73,15 +73,34 @@ def _parallel_region() -> Callable[..., None] | None:
 _gomp_parallel = cache(gomp_parallel)
 
 
-_lock = threading.Lock()
+class ForkLock:
+    """A lock for `with`, re-entrant. In a forked child it is new, because a thread of the parent that holds the old one
+    does not exist there and never releases it."""
+
+    def __init__(self) -> None:
+        self._renew()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+_lock = ForkLock()
 _pool: tuple[int, ThreadPoolExecutor] | None = None
 _forked = False
 
 
 def _after_fork() -> None:
-    """Resets the pool, because a forked process has no threads and may inherit a held lock."""
-    global _lock, _pool, _forked
-    _lock, _pool, _forked = threading.Lock(), None, True
+    """Resets the pool, because a forked process has no threads."""
+    global _pool, _forked
+    _pool, _forked = None, True
 
 
 if hasattr(os, "register_at_fork"):

@@ -36,9 +36,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--scale", type=positive, default=4, metavar="S", help="scale factor (default: 4)")
     parser.add_argument(
-        "--preset",
-        default="tiny",
-        help="sizes of the networks: tiny, or paper for the published sizes (default: tiny)",
+        "--preset", default="tiny", help="sizes of the networks: tiny, or paper for the published sizes (default: tiny)"
     )
     parser.add_argument(
         "--recipe", metavar="NAME", help="recipe whose [data] section gives patches, group weights and augmentation"

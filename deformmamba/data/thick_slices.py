@@ -8,9 +8,10 @@ is fixed for the network.
 Source: Zhao et al., SMORE, IEEE TMI 40 (2021); Remedios et al., ECLARE, arXiv 2503.10822.
 """
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +43,19 @@ def robust_range(array: np.ndarray) -> tuple[float, float]:
     above = values[values > low]
     high = float(np.percentile(above, HIGH)) if len(above) else low
     return low, high if high > low else low + 1.0
+
+
+def trained_on(provenance: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The training data of weights for the slice direction: the [data] section of their recipe; None for other weights.
+
+    Settings that the recipe does not name are the defaults of `ThickSliceDataset`.
+    """
+    recipe = provenance.get("recipe")
+    data = recipe.get("data") if isinstance(recipe, Mapping) else None
+    if not isinstance(data, Mapping) or data.get("kind") != "thick":
+        return None
+    defaults = {name: value.default for name, value in inspect.signature(ThickSliceDataset).parameters.items()}
+    return {**defaults, **data}
 
 
 def thick(image: torch.Tensor, *, ratio: float, profile: SliceProfile, phase: float = 0.0) -> torch.Tensor:

@@ -5,7 +5,6 @@ A file is kept only if it gives the same result as the model, on slices of a rea
 """
 
 import copy
-import inspect
 import json
 import logging
 import os
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from deformmamba import __version__
 from deformmamba.atomic import renamed, temporary_name
-from deformmamba.data.thick_slices import HIGH, LOW, ThickSliceDataset
+from deformmamba.data.thick_slices import HIGH, LOW, trained_on
 from deformmamba.errors import DeformMambaError, one_line
 from deformmamba.export import onnx, openvino, pt2
 from deformmamba.export.pt2 import FACTS, portable_program
@@ -170,10 +169,10 @@ def _checked(
     if path.is_dir():
         example = path / f"model{ENDINGS[format]}"
         raise ExportError(f"{path} is a folder; give the name of a file in it, such as {example}")
-    if path.suffix in ENDINGS.values() and path.suffix != ENDINGS[format] and format != "openvino":
-        raise ExportError(f"{path}: format is {format!r}, whose files end in {ENDINGS[format]}; change one of them")
     if format == "openvino" and path.suffix != ".xml":
         raise ExportError(f"{path}: an OpenVINO file must end in .xml; its weights go into a .bin file beside it")
+    if path.suffix in ENDINGS.values() and path.suffix != ENDINGS[format]:
+        raise ExportError(f"{path}: format is {format!r}, whose files end in {ENDINGS[format]}; change one of them")
     least = max(model.minimum_size, 1 if inputs == "lr,base" else NEAR if model.robust_edges else 4)
     if size is not None and not (len(size) == 2 and least <= min(size) <= max(size) <= LARGEST):
         raise ExportError(f"size is {tuple(size)}; it must be (h, w) of {least} to {LARGEST} each")
@@ -242,16 +241,11 @@ def _facts(
 
 
 def _slice_direction(model: SRModel) -> dict[str, Any] | None:
-    """The use and the training data of weights for the slice direction, which `isotropic` uses; None for other weights.
-
-    Settings that the recipe does not name are the defaults of `ThickSliceDataset`.
-    """
-    recipe = model.provenance.get("recipe")
-    data = recipe.get("data") if isinstance(recipe, dict) else None
-    if not isinstance(data, dict) or data.get("kind") != "thick":
+    """Use and training data of weights for the slice direction, which `isotropic` uses; None for other weights."""
+    data = trained_on(model.provenance)
+    if data is None:
         return None
-    defaults = {name: value.default for name, value in inspect.signature(ThickSliceDataset).parameters.items()}
-    ratios, thickness, boxcar = (data.get(name, defaults[name]) for name in ("ratio", "thickness", "boxcar"))
+    ratios, boxcar = data["ratio"], data["boxcar"]
     pixels = model.provenance.get("spacings_mm")
     distances = [round(pixels[k] * ratios[k], 4) for k in (0, 1)] if pixels else None
     return {
@@ -260,7 +254,7 @@ def _slice_direction(model: SRModel) -> dict[str, Any] | None:
         "units": f"of the whole scan: low, high - low, and -low / (high - low) or {NO_FLOOR:g} for data with a sign; "
         f"low is percentile {LOW:g} of the scan, and high percentile {HIGH:g} of the voxels above low",
         "ratios": list(ratios),
-        "thickness": list(thickness),
+        "thickness": list(data["thickness"]),
         "profiles": {"gaussian": round(1 - boxcar, 4), "boxcar": boxcar},
         "slice_distances_mm": distances,
     }

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from deformmamba.data.thick_slices import EMPTY, robust_range
+from deformmamba.data.thick_slices import EMPTY, robust_range, trained_on
 from deformmamba.errors import InvalidArgument
 from deformmamba.inference.adaptation import Gain, best_of, check_seed, parse_adapt, split_slices
 from deformmamba.inference.inputs import opened
@@ -224,9 +224,8 @@ def _cautions(network: "SRModel", job: Stack) -> tuple[str, ...]:
     if trained and any(job.place.codes) and is_far((job.to, job.to), trained):
         known = pixel_range(*trained)
         found.append(f"the voxels of the result are {job.to:.3g} mm, the weights were trained on {known}")
-    recipe = network.provenance.get("recipe")
-    data = recipe.get("data") if isinstance(recipe, dict) else None
-    ratios = data.get("ratio") if isinstance(data, dict) else None
+    data = trained_on(network.provenance)
+    ratios = data["ratio"] if data else None
     if ratios and not min(ratios) / FAR_RATIO <= job.ratio <= max(ratios) * FAR_RATIO:
         found.append(
             f"the slices are {job.ratio:.3g} voxels of the result apart, the weights were trained on "

@@ -5,9 +5,7 @@ Only packages that cannot be imported are replaced.
 
 import importlib
 import inspect
-import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from multiprocessing import spawn
@@ -15,6 +13,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from deformmamba.mamba import causal_conv, extensions, modules, norm, selective_scan, ssd, state_update
+from deformmamba.threads import ForkLock
 
 _SCANS = {"fwd": extensions.scan_fwd, "bwd": extensions.scan_bwd}
 _CROSS_SCANS = {"fwd": extensions.cross_scan_fwd, "bwd": extensions.cross_scan_bwd}
@@ -95,17 +94,7 @@ NAMES: dict[str, dict[str, Any]] = {
 }
 
 _installed: dict[str, ModuleType | None] = {}  # the replacements in sys.modules, and the modules that they replaced
-_lock = threading.RLock()
-
-
-def _after_fork() -> None:
-    """A lock that another thread of the parent process holds is never released in a forked child."""
-    global _lock
-    _lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+_lock = ForkLock()
 
 
 class _StandIn(ModuleType):
@@ -209,12 +198,12 @@ def _with_stand_ins(name: str) -> dict[str, Any]:
 class _InstallWhenUnpickled:
     """The new process unpickles it before it imports the program's main module."""
 
-    def __reduce__(self) -> tuple[Any, tuple[bool]]:
-        return _install_in_child, (True,)
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return _install_in_child, ()
 
 
-def _install_in_child(quiet: bool) -> None:
-    install(quiet=quiet)
+def _install_in_child() -> None:
+    install(quiet=True)
 
 
 # -------------------------------------------------------------------------------------------------------- transformers

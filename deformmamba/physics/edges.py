@@ -53,7 +53,6 @@ import math
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 
 from deformmamba.physics.kspace import zero_fill
 from deformmamba.tensors import keeps_precision
@@ -150,6 +149,7 @@ def percentile_range(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return low, high - low
 
 
+@keeps_precision
 def outliers(image: torch.Tensor, low: torch.Tensor | None = None, spread: torch.Tensor | None = None) -> torch.Tensor:
     """What the outliers of `image` (..., h, w) add to the level around them; zero in all other pixels.
 
@@ -172,18 +172,18 @@ def _level(image: torch.Tensor, used: torch.Tensor, limits: tuple[torch.Tensor, 
 
     Where none does, `image` clamped to `limits`.
     """
-    flat = (-1, 1, *image.shape[-2:])
-    values, counted = (image * used).reshape(flat), used.reshape(flat)
-    level = image.clamp(*limits).reshape(flat)
+    h, w = image.shape[-2:]
+    both, level = torch.stack([image * used, used]), image.clamp(*limits)
     for side in reversed(SQUARES):
-        total, count = (_box(_box(x, (1, side)), (side, 1)) for x in (values, counted))
+        total, count = _band(h, side, image) @ both @ _band(w, side, image)
         level = torch.where(count > 0, total / torch.where(count > 0, count, torch.ones_like(count)), level)
-    return level.reshape(image.shape)
+    return level
 
 
-def _box(image: torch.Tensor, sides: tuple[int, int]) -> torch.Tensor:
-    """The mean over a rectangle of odd `sides` around each pixel; beyond the edges are zeros."""
-    return F.avg_pool2d(image, sides, 1, (sides[0] // 2, sides[1] // 2))
+def _band(n: int, side: int, like: torch.Tensor) -> torch.Tensor:
+    """(n, n): 1 where two of n pixels are at most side // 2 apart, else 0. A product with it sums over neighbours."""
+    i = torch.arange(n, device=like.device)
+    return ((i[:, None] - i).abs() <= side // 2).to(like.dtype)
 
 
 def _line_covariance(n: int, scale: int, corner: float) -> torch.Tensor:

@@ -11,7 +11,6 @@ not survive a fork. The kernels release the GIL instead, and jobs run on PyTorch
 
 import itertools
 import math
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import torch
 
 from deformmamba.scan.backend import Abilities
 from deformmamba.tensors import as_array
-from deformmamba.threads import run_on_threads
+from deformmamba.threads import ForkLock, run_on_threads
 from deformmamba.torch_private import with_huge_pages
 
 # Steps between kept states. They take 1/8 of the memory of u at 16 states; a chunk's states (264 kB) fit an L2 cache.
@@ -254,17 +253,7 @@ def _run_kernel(
 # ----------------------------------------------------------------------------------------------------------- compiling
 
 _kernels: dict[tuple[str, torch.dtype, bool], Any] = {}
-_compiling = threading.Lock()
-
-
-def _forget_lock() -> None:
-    """For a forked child: a lock that a thread of the parent holds is never released in the child."""
-    global _compiling
-    _compiling = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_lock)
+_compiling = ForkLock()
 
 _DIMENSIONS = {  # of the arrays in `inputs`, `outputs` and `scratch`
     "forward": ((4, 5, 4, 5, 5, 4, 4, 4, 5), (4, 5, 6), (3, 4, 4, 3, 4, 3)),
