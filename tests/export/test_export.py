@@ -332,6 +332,7 @@ def test_an_openvino_file_gives_what_upscale_gives(tmp_path: Path) -> None:
     np.testing.assert_allclose(got[:, 0].numpy(), wanted, atol=1e-5 * stack.max())
 
 
+@pytest.mark.slow
 def test_a_signal_does_not_end_a_process_that_ran_openvino(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     pytest.importorskip("openvino")
