@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from deformmamba.data.thick_slices import EMPTY, robust_range, trained_on
+from deformmamba.data.thick_slices import EMPTY, trained_on
 from deformmamba.errors import InvalidArgument
 from deformmamba.inference.adaptation import Gain, best_of, check_seed, parse_adapt, split_slices
 from deformmamba.inference.inputs import opened
@@ -36,7 +36,6 @@ from deformmamba.inference.settings import Settings
 from deformmamba.inference.slice_consistency import consistent
 from deformmamba.inference.stack import Stack
 from deformmamba.physics.consistency import Consistency, check_consistency
-from deformmamba.physics.edges import outliers
 from deformmamba.physics.slice_profile import SliceProfile, along
 from deformmamba.volume import Volume, VolumeError, read_volume
 from deformmamba.volume.inspection import is_far, trained_spacings
@@ -130,7 +129,7 @@ def isotropic(
     """Makes the slice spacing of `scan` equal to its pixel size: the same kind of object, float32, in the same units.
 
     Outliers such as a marker (`physics.edges.outliers`, in a slice's plane) are hidden from the network and the spline,
-    which they would make ring. They are interpolated linearly between slices, and a remark of the report states it.
+    which they would make ring. They are interpolated linearly, and a remark of the report states it.
 
     Args:
         scan: a `Volume`, a nibabel image, or the path of a scan (which gives a `Volume`).
@@ -164,17 +163,15 @@ def isotropic(
     volume, back, _ = opened(_with_spacing(scan), Settings())
     job = Stack.of(volume, to=to, thickness=thickness, profile=profile, axis=axis)
     network = loaded(model, device)
-    low, high = robust_range(job.slices)
+    low, high = job.limits
     width = np.float32(high - low)
     slices = torch.from_numpy((job.slices - np.float32(low)) / width)
-    spots = outliers(slices, torch.zeros(()), torch.ones(()))
-    slices = slices - spots
     held, own = split_slices(slices, job)
     chosen, gain, adapted = best_of(network, held, own, job, minutes, steps, seed, progress)
     least = -low / (high - low) if volume.array.min() >= 0 else None  # keep a magnitude image non-negative
     done = restored(chosen, slices, job, consistency, least, progress)
-    image = done.image + along(job.linear(), spots, 0)
-    out = np.asfortranarray(np.moveaxis(image.numpy() * width + np.float32(low), 0, job.axis), np.float32)
+    fine = done.image.numpy() * width + np.float32(low) + job.fine_spots()
+    out = np.asfortranarray(np.moveaxis(fine, 0, job.axis), np.float32)
     spread = None if done.spread is None else np.moveaxis(done.spread.numpy() * width, 0, job.axis)
     report = IsotropicReport(
         method="spline" if chosen is None else "network",
@@ -196,7 +193,7 @@ def isotropic(
         sha256=weights_hash(network),
         seed=seed,
         seconds=time.perf_counter() - start,
-        remarks=job.remarks + _remark(int(spots.count_nonzero())),
+        remarks=job.remarks,
         cautions=() if chosen is None else _cautions(network, job),
     )
     return back(job.place, out), report
@@ -235,12 +232,6 @@ def _cautions(network: "SRModel", job: Stack) -> tuple[str, ...]:
     for caution in cautions:
         warnings.warn(caution, stacklevel=3)  # the caller of `isotropic`
     return cautions
-
-
-def _remark(n_outliers: int) -> tuple[str, ...]:
-    if not n_outliers:
-        return ()
-    return (f"outliers, such as a marker, that were interpolated linearly between slices: {n_outliers:,} voxels",)
 
 
 class Restored(NamedTuple):
@@ -289,10 +280,11 @@ def restored(
 
 
 def cubic_spline(volume: Volume, **geometry: Any) -> np.ndarray:
-    """The voxels of the result by cubic interpolation alone; `geometry` as `Stack.of`."""
+    """The voxels of the result by cubic interpolation alone (outliers: linear); `geometry` as `Stack.of`."""
     job = Stack.of(volume, **geometry)
-    fine = along(job.spline(), torch.from_numpy(np.ascontiguousarray(job.slices)), 0).numpy()
-    return np.moveaxis(np.maximum(fine, 0) if volume.array.min() >= 0 else fine, 0, job.axis)
+    fine = along(job.spline(), torch.from_numpy(job.slices), 0).numpy()
+    fine = (np.maximum(fine, 0) if volume.array.min() >= 0 else fine) + job.fine_spots()
+    return np.moveaxis(fine, 0, job.axis)
 
 
 def loaded(model: "str | os.PathLike[str] | SRModel", device: str | torch.device | None) -> "SRModel":

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from deformmamba.data.thick_slices import robust_range
 from deformmamba.errors import InvalidArgument, shown
 from deformmamba.inference.inputs import check_voxels
+from deformmamba.physics.edges import OUTLIER, outliers, smooth_part
 from deformmamba.physics.slice_profile import (
     SliceProfile,
     ThickSlices,
+    along,
     is_millimetres,
+    linear_matrix,
     slice_positions,
     slice_profile,
     spline_matrix,
@@ -38,11 +42,15 @@ class Stack:
     """A checked scan as a stack of slices (n, h, w), with the geometry of the result.
 
     Attributes:
-        slices: float32, scanner units; with the in-plane pixels of the result.
+        slices: float32, scanner units; with the in-plane pixels of the result, without outliers such as a marker.
+        spots: (n, h, w), what the outliers add to `slices` (`physics.edges.outliers`, in a slice's plane).
+        limits: the `robust_range` of the scan.
         place: geometry and header of the result; its array is the input's.
     """
 
     slices: np.ndarray
+    spots: np.ndarray
+    limits: tuple[float, float]
     place: Volume
     axis: int
     spacing: float
@@ -74,8 +82,11 @@ class Stack:
 
     def linear(self) -> torch.Tensor:
         """(n_fine, n): linear interpolation from the slices to the result's."""
-        at = torch.arange(self.n_fine, dtype=torch.float64)[:, None] / self.ratio
-        return (1 - (at - torch.arange(len(self.slices))).abs()).clamp(min=0)
+        return linear_matrix(len(self.slices), torch.arange(self.n_fine, dtype=torch.float64) / self.ratio)
+
+    def fine_spots(self) -> np.ndarray:
+        """What the outliers add to the result, (n_fine, h, w), scanner units."""
+        return along(self.linear(), torch.from_numpy(self.spots), 0).numpy()
 
     def operator(self) -> ThickSlices:
         """The linear operator from the result to the slices."""
@@ -120,13 +131,19 @@ class Stack:
             held = f"{n_slices} slice{'s' * (n_slices != 1)}"
             raise VolumeError(f"the scan has {held}; at least {FEWEST_SLICES} are needed to interpolate between them")
         _check_slices(array)
+        limits, spots = _outliers(array)
+        if n_spots := int(np.count_nonzero(spots)):
+            remarks.append(f"outliers, such as a marker, that were interpolated linearly: {n_spots:,} voxels")
+        array = array - spots  # the former may be a view of the user's
         place = volume.resampled(volume.array, spacing / to, (axis,), "origin")
-        for a, n, side in zip((first, second), array.shape[1:], sides, strict=True):
+        shape = list(array.shape[1:])
+        for k, (n, side) in enumerate(zip(array.shape[1:], sides, strict=True)):
             m = max(1, round(n * side / to))
-            if m == n or max(side, to) <= SQUARE * min(side, to):  # almost the requested voxel size
-                continue
-            array = resampled(array, 1 if a == first else 2, m)
-            place = place.resampled(place.array, m / n, (a,), "origin")
+            if m != n and max(side, to) > SQUARE * min(side, to):  # not almost the requested voxel size already
+                shape[k] = m
+                place = place.resampled(place.array, m / n, ((first, second)[k],), "origin")
+        if shape != list(array.shape[1:]):
+            array, spots = resampled(array, shape), _linear(spots, shape)
         found, origin = _profile_of_slice(volume, profile, thickness, spacing)
         if not TRAINED_RATIOS[0] <= spacing / to <= TRAINED_RATIOS[1]:
             least, most = TRAINED_RATIOS
@@ -134,7 +151,7 @@ class Stack:
                 f"{spacing / to:.3g} voxels fit between two slices, and `thick` was trained for {least:g} to {most:g}: "
                 "look at the result with care"
             )
-        return cls(array, place, axis, spacing, to, pixel, found, origin, tuple(remarks))
+        return cls(array, spots, limits, place, axis, spacing, to, pixel, found, origin, tuple(remarks))
 
 
 def _profile_of_slice(
@@ -274,14 +291,48 @@ def _dicom_thickness(volume: Volume) -> float | None:
     return found.pop() if len(found) == 1 else None
 
 
-def resampled(array: np.ndarray, axis: int, m: int) -> np.ndarray:
-    """Resamples one axis to m samples in k-space (cropped or zero-filled); sample 0 keeps its position.
+def _outliers(slices: np.ndarray) -> tuple[tuple[float, float], np.ndarray]:
+    """The `robust_range` of the scan, and what its outliers add to their surroundings in each slice."""
+    low, high = robust_range(slices)
+    width = np.float32(high - low)
+    units = torch.from_numpy((slices - np.float32(low)) / width)
+    spots = torch.zeros_like(units)
+    marked = ((units - 0.5).abs() > OUTLIER + 0.5).flatten(1).any(1)
+    if marked.any():
+        spots[marked] = outliers(units[marked], torch.zeros(()), torch.ones(()))
+    return (low, high), spots.numpy() * width
 
-    If the input has no negative voxel, the result has none.
+
+def resampled(slices: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Resamples slices (n, h, w) to (n, *shape) in k-space (cropped or zero-filled); pixel 0 keeps its position.
+
+    If the edges of the field of view cut the anatomy, the smooth part of a slice (`physics.edges.smooth_part`) is
+    interpolated by a cubic spline instead. If the input has no negative voxel, the result has none.
     """
-    n = array.shape[axis]
-    spectrum = torch.fft.rfft(torch.from_numpy(np.ascontiguousarray(array)).movedim(axis, -1), norm="forward")
-    if m > n and n % 2 == 0:
-        spectrum[..., -1] /= 2  # divided between -n / 2 and n / 2
-    new = torch.fft.irfft(spectrum[..., : m // 2 + 1], n=m, norm="forward").movedim(-1, axis).numpy()
-    return np.maximum(new, 0) if array.min() >= 0 else new
+    image = torch.from_numpy(np.ascontiguousarray(slices))
+    smooth = smooth_part(image)
+    image = image - smooth
+    for axis, m in enumerate(shape, start=1):
+        n = image.shape[axis]
+        if m == n:
+            continue
+        spectrum = torch.fft.rfft(image.movedim(axis, -1), norm="forward")
+        if m > n and n % 2 == 0:
+            spectrum[..., -1] /= 2  # divided between -n / 2 and n / 2
+        image = torch.fft.irfft(spectrum[..., : m // 2 + 1], n=m, norm="forward").movedim(-1, axis)
+        smooth = along(spline_matrix(n, _positions(n, m)), smooth, axis)
+    new = (image + smooth).contiguous().numpy()
+    return np.maximum(new, 0) if slices.min() >= 0 else new
+
+
+def _linear(slices: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Resamples slices (n, h, w) to (n, *shape) by linear interpolation; pixel 0 keeps its position."""
+    image = torch.from_numpy(slices)
+    for axis, m in enumerate(shape, start=1):
+        n = image.shape[axis]
+        image = along(linear_matrix(n, _positions(n, m)), image, axis)
+    return image.contiguous().numpy()
+
+
+def _positions(n: int, m: int) -> torch.Tensor:
+    return torch.arange(m, dtype=torch.float64) * n / m

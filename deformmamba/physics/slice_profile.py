@@ -199,6 +199,11 @@ def spline_matrix(n: int, at: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(at_samples, _spline_basis(at.to(torch.float64), n), left=False)
 
 
+def linear_matrix(n: int, at: torch.Tensor) -> torch.Tensor:
+    """(len(at), n), float64: linear interpolation of n samples at the positions `at`, in samples; beyond them to 0."""
+    return (1 - (at.to(torch.float64)[:, None] - torch.arange(n)).abs()).clamp(min=0)
+
+
 def _spline_basis(x: torch.Tensor, n: int) -> torch.Tensor:
     """(len(x), n): the n mirrored cubic b-splines at the positions x."""
     taps = x.floor()[:, None] + torch.arange(-1, 3, dtype=torch.float64)
