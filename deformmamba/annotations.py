@@ -3,10 +3,11 @@
 import functools
 import inspect
 import numbers
+import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from deformmamba.errors import InvalidType, shown
 
@@ -44,6 +45,31 @@ def described(hint: Any) -> str:
         kind = "table" if issubclass(origin, Mapping) else "list"
         return f"a {kind} of {described(args[0 if origin is tuple else -1])}"
     return str(getattr(hint, "__name__", hint))
+
+
+def is_integer(value: Any) -> TypeGuard[int]:
+    """Whether `value` is one integer, also of numpy or PyTorch; arrays with axes, True and False are not.
+
+    PyTorch's symbolic integers count; they are not evaluated.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return False
+    return not hasattr(value, "dtype") or _converts(value, operator.index)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether `value` is one real number, also of numpy or PyTorch; texts, arrays with axes, True and False are not."""
+    if isinstance(value, bool | str | bytes) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+        return False
+    return not hasattr(value, "dtype") or ("complex" not in str(value.dtype) and _converts(value, float))
+
+
+def _converts(array: Any, kind: Callable[[Any], Any]) -> bool:
+    """Whether `kind` converts an array or a tensor, which has no axes."""
+    try:
+        return array.ndim == 0 and "bool" not in str(array.dtype) and kind(array) is not None
+    except Exception:  # no value of this kind, or none at all, as on the meta device
+        return False
 
 
 def check_types(function: Callable[..., Any], given: Mapping[str, Any]) -> None:
@@ -95,9 +121,9 @@ def _accepts(value: Any, hint: Any) -> bool:
     if hint is bool:
         return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")
     if hint is int:
-        return hasattr(value, "__index__") and not isinstance(value, bool)
+        return is_integer(value)
     if hint is float:
-        return hasattr(value, "__float__") and not isinstance(value, bool)
+        return is_number(value)
     kind = origin or hint
     if kind is Callable:
         return callable(value)

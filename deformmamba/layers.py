@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from deformmamba.annotations import is_integer, is_number
 from deformmamba.deform import modulated_deform_conv2d
 from deformmamba.errors import InvalidArgument, InvalidType, shown
 from deformmamba.scan import Discretization, check_backend, scan_checked_map
@@ -92,8 +93,8 @@ def _check_positive(block: str, **arguments: Any) -> None:
     for name, value in arguments.items():
         if value is None:
             continue
-        kind, needed = ("a number", "__float__") if name in _FRACTIONAL else ("an integer", "__index__")
-        if isinstance(value, bool) or not hasattr(value, needed):
+        kind, accepts = ("a number", is_number) if name in _FRACTIONAL else ("an integer", is_integer)
+        if not accepts(value):
             raise InvalidType(f"{block}: {name} must be {kind} above 0, not {shown(value)}")
         if not value > 0:
             raise InvalidArgument(f"{block}: {name} is {value}; it must be greater than 0")

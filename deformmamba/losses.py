@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deformmamba.annotations import is_number
 from deformmamba.errors import InvalidArgument, InvalidType, shown
 from deformmamba.tensors import overridable, without_autocast
 
@@ -39,7 +40,7 @@ def edge_energy(difference: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor
     """The sum over kernels (n, 1, 3, 3) of the mean square of `difference` (b, c, h, w) filtered with each."""
     padded = F.pad(difference.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")
     with without_autocast(padded.device.type):  # a bf16 Laplacian of a small difference is noise
-        edges = F.conv2d(padded, kernels.to(padded.dtype))
+        edges = F.conv2d(padded, kernels.to(padded))
     return edges.to(torch.promote_types(edges.dtype, torch.float32)).square().mean() * len(kernels)
 
 
@@ -75,7 +76,7 @@ class SRLoss(nn.Module):
 
     def __init__(self, beta: float = 0.1) -> None:
         super().__init__()
-        if isinstance(beta, bool) or not hasattr(beta, "__float__") or not 0 <= beta < math.inf:
+        if not is_number(beta) or not 0 <= beta < math.inf:
             raise InvalidArgument(f"SRLoss: beta must be a number of 0 or more, not {shown(beta)}")
         self.beta = beta
         self.edges = ContrastiveEdgeLoss()

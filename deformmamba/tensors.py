@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from deformmamba.errors import InvalidArgument, UnsupportedCall
+from deformmamba.errors import InvalidArgument, UnsupportedCall, did_you_mean, shown
 from deformmamba.torch_private import transforms_are_active
 
 P = ParamSpec("P")
@@ -87,6 +87,41 @@ def has_values(tensor: Tensor) -> bool:
         or torch.jit.is_tracing()
         or transforms_are_active()
     )
+
+
+def check_device(device: Any, *, also: tuple[str, ...] = ()) -> None:
+    """Checks that a tensor with values can be put on a device, given as for `torch.device`.
+
+    Args:
+        also: further names that the caller accepts, for the message.
+
+    Raises:
+        InvalidArgument: no such device on this machine, a name that PyTorch does not have, or "meta", which holds no
+            values. The message lists the devices of this machine.
+    """
+    try:
+        usable = not torch.empty(1, device=device).is_meta
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError, OverflowError):
+        usable = False
+    if not usable:
+        there = [*also, "cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
+        there += [name for name in ("mps", "xpu") if getattr(torch, name).is_available()]
+        hint = _nearest_device(device, {*there, "cuda"}) if isinstance(device, str) else ""
+        given = shown(str(device) if isinstance(device, torch.device) else device)
+        raise InvalidArgument(
+            f"device {given}: not available on this machine{hint or ';'} available: {', '.join(there)}"
+        )
+
+
+def _nearest_device(name: str, known: set[str]) -> str:
+    """A suggestion for a name that is no device; empty for one that PyTorch has."""
+    try:
+        torch.device(name)
+    except RuntimeError:
+        return did_you_mean("cuda" + name[3:] if name.lower().startswith("gpu") else name, known) or (
+            ", did you mean 'cuda'?" if name.lower() == "gpu" else ""
+        )
+    return ""
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

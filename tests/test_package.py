@@ -142,7 +142,7 @@ def test_the_metadata(built: Built) -> None:
     urls = metadata.get_all("Project-URL") or []
     assert urls == [], "no address is known before the release, which adds those of its own repository"
     assert metadata["Requires-Python"] == f">={PYTHONS[0]}"
-    assert "deformmamba = deformmamba.cli:main" in commands
+    assert "deformmamba = deformmamba.__main__:main" in commands
     versions = re.findall(r"Python :: (3\.\d+)", str(metadata.get_all("Classifier")))
     assert versions == list(PYTHONS)
     assert "![" in str(metadata.get_payload()), "the README is the description"

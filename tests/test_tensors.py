@@ -29,7 +29,7 @@ from deformmamba.layers import (
 )
 from deformmamba.models import DeformMambaSR
 from deformmamba.scan import ScanBackendError, scan_backend, selective_scan
-from deformmamba.tensors import as_array, has_values
+from deformmamba.tensors import as_array, check_device, has_values
 
 OURS = [SS2D, VisionMambaBlock, ModulatedDeformBlock, DeformMambaBlock]
 BLOCKS = [*OURS, MultiViewContext]
@@ -449,3 +449,20 @@ def test_the_operator_runs_once_for_a_map() -> None:
     with Watch():
         modulated_deform_conv2d(x, offset, mask, weight, padding=1)
     assert seen.count("deformmamba.deform_conv2d.default") == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("cudda", "did you mean 'cuda'\\? available: auto, cpu"),
+        ("CPU", "did you mean 'cpu'\\? available"),
+        ("gpu", "did you mean 'cuda'\\? available"),
+        ("cuda:99", "machine; available"),
+        ("meta", "machine; available"),
+        ([], "device \\[\\]: not available"),
+        (torch.device("cuda", 99), "device 'cuda:99': not available on this machine; available"),
+    ],
+)
+def test_a_device_that_is_not_there_gets_one_sentence(device: Any, said: str) -> None:
+    with pytest.raises(InvalidArgument, match=said):
+        check_device(device, also=("auto",))

@@ -87,10 +87,10 @@ def device_here(name: str) -> str:
             return "cpu"
         local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", ""))
         return f"cuda:{int(local) % torch.cuda.device_count()}" if local.isdecimal() else "cuda"
-    from deformmamba.inference.networks import check_device
+    from deformmamba.tensors import check_device
 
     try:
-        check_device(name)
+        check_device(name, also=("auto",))
     except InvalidArgument as error:
         raise InvalidArgument(f"--{error}") from None
     return name

@@ -29,11 +29,13 @@ from deformmamba.inference.networks import network
 from deformmamba.inference.provenance import (
     KINDS,
     generated_by,
+    is_own_sidecar,
     shown_path,
     skull_stripped,
     weights_name,
 )
 from deformmamba.inference.settings import Settings
+from deformmamba.tensors import check_device
 from deformmamba.volume import (
     MGH_SUFFIXES,
     NIFTI_SUFFIXES,
@@ -44,6 +46,7 @@ from deformmamba.volume import (
     scans_below,
     write_text,
 )
+from deformmamba.volume.selection import is_own_file
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
@@ -102,7 +105,8 @@ def upscale_cohort(
     A scan is a NIfTI or MGH file, or a DICOM series in a folder (the output is also a folder; each of several series
     in a folder is a separate scan). `volume.scans_below` finds the scans. Masks, label images, phase images and outputs
     of this package are listed as ignored, with the reason. Hidden files and `target` itself are not listed; a link to
-    a file outside `source` fails. If a scan cannot be read or upscaled, it fails and the run continues.
+    a file outside `source` fails. If a scan cannot be read or upscaled, it fails and the run continues. It also fails
+    if a file has the name of its output, and this package did not write that file.
 
     Under `torchrun`, `accelerate launch` or `srun` each process takes its share (see `processes`), the largest scans
     first. No scan is processed twice, and no two processes write the same file. The folder must not change meanwhile.
@@ -129,6 +133,8 @@ def upscale_cohort(
     """
     check_types(upscale_cohort, locals())
     chosen = Settings.of(settings)
+    if chosen.device is not None:
+        check_device(chosen.device)
     model = network(model)
     reading = {"volume": volume, "dtype": dtype, "effective": effective}
     further = {"uncertainty": uncertainty, "figure": figure, "report": report}
@@ -336,6 +342,11 @@ def _done_or_made(
         same = {key: found.get(key) for key in wanted} == wanted
         if same and found.get("OutputSha256") == _content_hash(path):
             return Outcome(source, output, "skipped", "done before")
+        if (other := _of_others(path, sidecar)) is not None:
+            raise VolumeError(
+                f"{shown_path(other)}: exists and was not written by this package; move it, or choose another output "
+                "folder"
+            )
         added = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         remark, facts = make(task.source, path, **({"series": task.series} if task.series is not None else {}))
@@ -349,6 +360,14 @@ def _done_or_made(
         _remove_empty(added)
         return Outcome(source, output, "failed", _reason(error), time.perf_counter() - start)
     return Outcome(source, output, "made", "", time.perf_counter() - start, remark)
+
+
+def _of_others(output: Path, sidecar: Path) -> Path | None:
+    """The file among these that exists and that this package did not write. A folder (DICOM) is checked when it is
+    written."""
+    if sidecar.exists():
+        return None if is_own_sidecar(sidecar) else sidecar
+    return output if output.is_file() and not is_own_file(output) else None
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:

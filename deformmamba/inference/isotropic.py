@@ -28,8 +28,8 @@ from deformmamba.data.thick_slices import EMPTY, trained_on
 from deformmamba.errors import InvalidArgument
 from deformmamba.inference.adaptation import Gain, best_of, check_seed, parse_adapt, split_slices
 from deformmamba.inference.inputs import opened
-from deformmamba.inference.networks import check_device, unwrapped
 from deformmamba.inference.networks import network as known
+from deformmamba.inference.networks import unwrapped
 from deformmamba.inference.provenance import weights_hash, weights_name
 from deformmamba.inference.sections import by_sections
 from deformmamba.inference.settings import Settings
@@ -37,6 +37,7 @@ from deformmamba.inference.slice_consistency import consistent
 from deformmamba.inference.stack import Stack
 from deformmamba.physics.consistency import Consistency, check_consistency
 from deformmamba.physics.slice_profile import SliceProfile, along
+from deformmamba.tensors import check_device
 from deformmamba.volume import Volume, VolumeError, read_volume
 from deformmamba.volume.inspection import is_far, trained_spacings
 from deformmamba.weights.cards import pixel_range

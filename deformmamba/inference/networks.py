@@ -85,17 +85,6 @@ def check_precision(model: Any) -> torch.dtype:
     return dtype
 
 
-def check_device(device: str | torch.device) -> None:
-    """Raises InvalidArgument for a device that this machine does not have, and for "meta", which holds no values."""
-    try:
-        usable = not torch.empty(1, device=device).is_meta
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
-        usable = False
-    if not usable:
-        there = f"cpu, cuda (0 to {torch.cuda.device_count() - 1})" if torch.cuda.is_available() else "cpu"
-        raise InvalidArgument(f"device {str(device)!r}: not available on this machine; available: {there}")
-
-
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """Evaluation mode in the block; afterwards each module has its mode of before, also if these differ."""

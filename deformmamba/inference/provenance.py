@@ -105,7 +105,7 @@ def write_sidecar(
     if suffix(path) not in (*NIFTI_SUFFIXES, *MGH_SUFFIXES):
         return  # DICOM stores this in its own elements
     beside = path.with_name(path.name[: -len(suffix(path))] + ".json")
-    if beside.exists() and not _is_own(beside):
+    if beside.exists() and not is_own_sidecar(beside):
         warnings.warn(f"{beside}: is of another origin and stays; nothing is written to it", stacklevel=3)
         return
     made = {
@@ -131,7 +131,8 @@ def skull_stripped(source: PathLike) -> bool:
         return False
 
 
-def _is_own(path: Path) -> bool:
+def is_own_sidecar(path: Path) -> bool:
+    """Whether this package wrote a JSON file beside an output."""
     try:
         producers = json.loads(path.read_text("utf-8"))["GeneratedBy"]
         return any(producer.get("Name") == PRODUCER for producer in producers)

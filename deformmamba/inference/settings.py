@@ -6,8 +6,10 @@ from typing import Any, Self
 
 import torch
 
-from deformmamba.errors import InvalidArgument, InvalidType, did_you_mean
+from deformmamba.annotations import is_integer
+from deformmamba.errors import InvalidArgument, InvalidType, did_you_mean, shown
 from deformmamba.physics.consistency import Consistency, check_consistency
+from deformmamba.tensors import check_device
 from deformmamba.volume import VolumeError
 
 
@@ -42,20 +44,23 @@ class Settings:
         return cls(**given)
 
     def __post_init__(self) -> None:
-        if self.axis is not None and (_not_integer(self.axis) or self.axis not in (0, 1, 2)):
-            raise VolumeError(f"axis is {self.axis!r}; it must be 0, 1 or 2, the axis along which slices are stacked")
+        if self.axis is not None and (not is_integer(self.axis) or self.axis not in (0, 1, 2)):
+            raise VolumeError(
+                f"axis is {shown(self.axis)}; it must be 0, 1 or 2, the axis along which slices are stacked"
+            )
         if self.consistency is not None:
             check_consistency(self.consistency)
         for name, least in (("batch_size", 1), ("tile", 1), ("overlap", 0)):
             value = getattr(self, name)
-            if value is not None and (_not_integer(value) or value < least):
-                raise InvalidArgument(f"{name} must be an integer of {least} or more, or None, not {value!r}")
+            if value is not None and (not is_integer(value) or value < least):
+                raise InvalidArgument(f"{name} must be an integer of {least} or more, or None, not {shown(value)}")
+        if isinstance(self.device, str):
+            try:
+                torch.device(self.device)  # only the name: a process that forks later must not initialise a GPU
+            except RuntimeError:
+                check_device(self.device)
         for name in ("ensemble", "progress"):
             if not isinstance(getattr(self, name), bool):
-                raise InvalidType(f"{name} must be True or False, not {getattr(self, name)!r}")
+                raise InvalidType(f"{name} must be True or False, not {shown(getattr(self, name))}")
         if self.tile is None and self.overlap is not None:
             raise InvalidArgument(f"an overlap of {self.overlap} needs tiles: give tile=N (--tile N) as well")
-
-
-def _not_integer(value: Any) -> bool:
-    return isinstance(value, bool) or not hasattr(value, "__index__")

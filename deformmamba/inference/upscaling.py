@@ -16,7 +16,6 @@ from deformmamba.errors import InvalidArgument
 from deformmamba.inference.ensemble import predict
 from deformmamba.inference.inputs import check_voxels, is_list, no_magnitude, of_list, opened
 from deformmamba.inference.networks import (
-    check_device,
     check_in_plane,
     check_precision,
     evaluating,
@@ -28,6 +27,7 @@ from deformmamba.inference.settings import Settings
 from deformmamba.inference.sharing import shared_threads
 from deformmamba.inference.tiling import default_overlap, spans
 from deformmamba.physics.consistency import Consistency, corrected
+from deformmamba.tensors import check_device
 from deformmamba.volume import PathLike, Volume, VolumeError, chosen_axis, in_plane, intensity_scale, normalise, restore
 from deformmamba.volume.inspection import is_far, trained_spacings
 from deformmamba.weights.cards import pixel_range

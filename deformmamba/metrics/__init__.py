@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from deformmamba.errors import InvalidArgument, InvalidType
+from deformmamba.errors import InvalidArgument, InvalidType, shown
 from deformmamba.extras import MissingExtra, require
 
 Protocol = Literal["volume", "slice", "foreground"]
@@ -50,6 +50,10 @@ def _tensor(x: Array, name: str) -> torch.Tensor:
         x = np.asarray(x)
     if not isinstance(x, np.ndarray | torch.Tensor):
         raise InvalidType(f"metrics: {name} is a {type(x).__name__}; wanted a numpy array or a tensor")
+    if np.ma.is_masked(x):
+        raise InvalidArgument(f"metrics: {name} has masked pixels, which would count; fill them in both volumes first")
+    if isinstance(x, torch.Tensor) and x.layout != torch.strided:
+        raise InvalidType(f"metrics: {name} is a sparse tensor; give a dense one, as from to_dense()")
     kind = x.dtype.kind if isinstance(x, np.ndarray) else ""
     if kind == "c" or (isinstance(x, torch.Tensor) and x.is_complex()):
         raise InvalidType(f"metrics: {name} is complex ({x.dtype}); take the magnitude first, such as abs({name})")
@@ -66,8 +70,8 @@ def _pair(sr: Array, hr: Array, protocol: str) -> _Pair:
         )
     if not b.numel():
         raise InvalidArgument(f"metrics: sr and hr have no pixels, {tuple(b.shape)}")
-    if protocol not in PROTOCOLS:
-        raise InvalidArgument(f"metrics: unknown protocol {protocol!r}; protocols: {', '.join(PROTOCOLS)}")
+    if not isinstance(protocol, str) or protocol not in PROTOCOLS:
+        raise InvalidArgument(f"metrics: unknown protocol {shown(protocol)}; protocols: {', '.join(PROTOCOLS)}")
     a, b = (x.double().reshape(-1, *x.shape[-2:]) for x in (a, b))
     peak = b.amax((-2, -1))
     if protocol == "slice":

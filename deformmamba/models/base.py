@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deformmamba.annotations import check_types, described, fits
+from deformmamba.annotations import check_types, described, fits, is_integer
 from deformmamba.errors import InvalidArgument, InvalidType, one_line, shown
 from deformmamba.physics.consistency import Consistency, stored_consistency
 from deformmamba.physics.kspace import Grid, zero_fill
-from deformmamba.tensors import has_values
+from deformmamba.tensors import check_device, has_values
 from deformmamba.torch_private import limited_registration
 from deformmamba.weights import Published, load_checkpoint, publish
 from deformmamba.weights.cards import pixel_range
@@ -86,7 +86,7 @@ class SRModel(nn.Module):
         args, arguments = self.__dict__.pop("_arguments")
         super().__init__()
         name = type(self).__name__
-        if not isinstance(scale, bool) and hasattr(scale, "__index__"):
+        if is_integer(scale):
             scale = operator.index(scale)  # numpy's integers
         if not isinstance(scale, int) or isinstance(scale, bool) or not 1 <= scale <= 16:
             raise InvalidArgument(f"{name}: scale must be an integer from 1 to 16, not {scale!r}")
@@ -276,11 +276,9 @@ class SRModel(nn.Module):
             )
         try:
             return self.to(device=device, dtype=dtype)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise InvalidArgument(
-                f"{name} cannot be put on device {shown(str(device))}: {one_line(error)}; available: cpu"
-                + "".join(f", cuda:{k}" for k in range(torch.cuda.device_count()))
-            ) from None
+        except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+            check_device(device)
+            raise InvalidArgument(f"{name} cannot be put on device {shown(str(device))}: {one_line(error)}") from None
 
     @property
     def device(self) -> torch.device:
@@ -357,7 +355,8 @@ class SRModel(nn.Module):
         """Checks the input of `forward`, and in eval mode warns if it is far from [0, 1].
 
         Raises:
-            TypeError: not a floating-point tensor.
+            TypeError: not a floating-point tensor, a dtype that does not go with that of the weights, or weights in a
+                half precision that the model does not support.
             ValueError: not (b, c, h, w), empty, another channel count, or smaller than `minimum_size`.
         """
         name = type(self).__name__
@@ -375,6 +374,7 @@ class SRModel(nn.Module):
                 f"{name}: the image is {lr.shape[-2]}x{lr.shape[-1]}; wanted at least "
                 f"{self.minimum_size}x{self.minimum_size}; pad it and crop the result"
             )
+        self._check_precision(lr)
         if self.training or self.any_intensity or not has_values(lr):
             return
         if lr.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -386,6 +386,28 @@ class SRModel(nn.Module):
                 f"volume.intensity_scale(lr, {self.intensity!r}) and multiply the result",
                 stacklevel=5,  # the model's caller, above forward and two frames of nn.Module
             )
+
+    def _check_precision(self, lr: torch.Tensor) -> None:
+        """Raises InvalidType where PyTorch would raise, or compute in a precision that the model does not support."""
+        if torch.compiler.is_compiling():
+            return
+        weights = next((x.dtype for x in self.parameters() if x.is_floating_point()), None)
+        if weights is None:
+            return
+        name, own, given = type(self).__name__, *(str(dtype).removeprefix("torch.") for dtype in (weights, lr.dtype))
+        if own not in self.precisions and own in ("float16", "bfloat16"):
+            raise InvalidType(
+                f"{name}: the weights are {own}, in which this model does not run: it runs in "
+                f"{', '.join(self.precisions)}; call model.float(), and for half precision use torch.autocast"
+            )
+        computed = torch.promote_types(lr.dtype, torch.float32) if self.any_intensity else lr.dtype
+        if weights in (computed, lr.dtype):
+            return
+        if torch.is_autocast_enabled(lr.device.type) and torch.float64 not in (weights, lr.dtype):
+            return
+        raise InvalidType(
+            f"{name}: the image is {given} and the weights are {own}; convert it first: lr.to(model.dtype)"
+        )
 
 
 def check_scale_of_shuffles(model: SRModel) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, InvalidType
 from deformmamba.physics.edges import away_from_cut, cubic, cut_edges, cut_likelihood, outliers, smooth_part
 from deformmamba.physics.kspace import check_image, fft2c, ifft2c, lowpass, pad_spectrum
 
@@ -145,6 +145,7 @@ def data_consistency(
     """
     for image in (sr, lr):
         check_image("data_consistency", image, scale)
+    _check_real(sr, lr)
     if within is not None and not _broadcasts(within, sr):
         given = tuple(within.shape) if isinstance(within, torch.Tensor) else f"a {type(within).__name__}"
         raise InvalidArgument(
@@ -171,6 +172,16 @@ def data_consistency(
         smooth = smooth_part(residual.real if residual.is_complex() else residual, gate=cut)
         correction = _backproject(residual - smooth, scale) + cubic(smooth, scale)
     return sr + (correction if within is None else within * correction)
+
+
+def _check_real(sr: torch.Tensor, lr: torch.Tensor) -> None:
+    if torch.compiler.is_compiling() or isinstance(sr, torch.fx.Proxy):
+        return
+    if not (sr.is_floating_point() and lr.is_floating_point() and sr.dtype == lr.dtype and sr.device == lr.device):
+        raise InvalidType(
+            f"data_consistency: sr is {sr.dtype} on {sr.device} and lr {lr.dtype} on {lr.device}; both must be "
+            "floating point of one dtype, on one device"
+        )
 
 
 def _broadcasts(within: Any, sr: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 
+from deformmamba.annotations import is_integer
 from deformmamba.errors import InvalidArgument, InvalidType, shown
 
 # "origin": LR[i] lies on HR[scale * i] (k-space crop, strided sampling).
@@ -36,7 +37,9 @@ def check_image(name: str, image: Any, scale: Any = 1) -> None:
         raise InvalidArgument(
             f"{name}: the image must be (..., H, W) with at least one pixel, not {tuple(image.shape)}"
         )
-    if isinstance(scale, bool) or not hasattr(scale, "__index__"):
+    if image.layout != torch.strided or (image.is_floating_point() and image.element_size() < 2):
+        raise InvalidType(f"{name}: the image is {image.layout}, {image.dtype}; give a dense one of ordinary numbers")
+    if not is_integer(scale):
         raise InvalidType(f"{name}: scale must be an integer, not {shown(scale)}")
     if scale < 1:
         raise InvalidArgument(f"{name}: scale must be at least 1, not {scale}")
@@ -49,14 +52,23 @@ def _kind(value: Any) -> str:
 def _check_size(name: str, size: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    if not isinstance(size, tuple | list) or len(size) != 2 or not all(hasattr(n, "__index__") and n > 0 for n in size):
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(is_integer(n) and n > 0 for n in size):
         raise InvalidArgument(f"{name}: size must be two positive integers (h, w), not {shown(size)}")
+
+
+def _is_half(image: torch.Tensor) -> bool:
+    """Whether an image is in a precision that PyTorch's Fourier transforms do not take on a CPU."""
+    return not isinstance(image, torch.fx.Proxy) and image.dtype in (torch.float16, torch.bfloat16)
+
+
+def _single(image: torch.Tensor) -> torch.Tensor:
+    return image.float() if _is_half(image) else image
 
 
 def fft2c(image: torch.Tensor) -> torch.Tensor:
     """Centred spectrum of `image` (..., H, W), in the image's unit; frequency 0 at index (H // 2, W // 2)."""
     check_image("fft2c", image)
-    return torch.fft.fftshift(torch.fft.fft2(image, norm="forward"), dim=(-2, -1))
+    return torch.fft.fftshift(torch.fft.fft2(_single(image), norm="forward"), dim=(-2, -1))
 
 
 def ifft2c(spectrum: torch.Tensor) -> torch.Tensor:
@@ -107,6 +119,7 @@ def resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """
     check_image("resize", image)
     _check_size("resize", size)
+    image = _single(image)
     (n_rows, n_columns), (h, w) = image.shape[-2:], size
     if not (0 < h <= n_rows and 0 < w <= n_columns):
         raise InvalidArgument(f"resize: {h}x{w} frequencies wanted, but the image has only {n_rows}x{n_columns}")
@@ -153,10 +166,11 @@ def degrade(hr: torch.Tensor, scale: int, *, output: Literal["magnitude", "real"
 
     Source: section 3.1 ("implemented in the frequency domain", Lyu et al. 2020); the paper gives no formula.
     """
-    if output not in ("magnitude", "real"):
-        raise InvalidArgument(f'degrade: output must be "magnitude" or "real", not {output!r}')
+    if not isinstance(output, str) or output not in ("magnitude", "real"):
+        raise InvalidArgument(f'degrade: output must be "magnitude" or "real", not {shown(output)}')
     low = lowpass(hr, scale)
-    return low.abs() if output == "magnitude" else low.real
+    made = low.abs() if output == "magnitude" else low.real
+    return made.to(hr.dtype) if hr.is_floating_point() else made
 
 
 def zero_fill(lr: torch.Tensor, scale: int) -> torch.Tensor:
@@ -168,6 +182,10 @@ def zero_fill(lr: torch.Tensor, scale: int) -> torch.Tensor:
     even size has the frequency -n/2 without +n/2: the real part shares it out between both.
     """
     check_image("zero_fill", lr, scale)
+    if _is_half(lr):
+        return zero_fill(lr.float(), scale).to(lr.dtype)
+    if not (isinstance(lr, torch.fx.Proxy) or lr.is_floating_point() or lr.is_complex()):
+        lr = lr.to(torch.get_default_dtype())
     h, w = lr.shape[-2:]
     size = (scale * h, scale * w)
     if lr.is_complex() or scale == 1:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from deformmamba.annotations import is_integer
 from deformmamba.volume import mosaic
 from deformmamba.volume.files import Bounded, ChoiceNeeded, parsing, volume_index
 from deformmamba.volume.image import Volume, VolumeError
@@ -274,14 +275,14 @@ def _one_series(source: Path, datasets: dict[Path, Any], series: int | str | Non
         return datasets
     if isinstance(series, str) and series in by_uid:
         return by_uid[series]
-    if isinstance(series, int) and 0 <= series < len(uids):
+    if is_integer(series) and 0 <= series < len(uids):
         return by_uid[uids[series]]
     listed = [
         f"{k}: {len(by_uid[uid])} files of {int(first.Columns)}x{int(first.Rows)}"
         for k, uid in enumerate(uids[:10])
         for first in [next(iter(by_uid[uid].values()))]
     ]
-    wrong = "" if series is None else f" but no series {series}" if isinstance(series, int) else " but not this one"
+    wrong = "" if series is None else f" but no series {series}" if is_integer(series) else " but not this one"
     raise ChoiceNeeded(
         f"{source}: holds {len(uids)} DICOM series{wrong}",
         "series",

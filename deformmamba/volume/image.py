@@ -7,7 +7,8 @@ from typing import Any, TypeVar, final
 import numpy as np
 import numpy.typing as npt
 
-from deformmamba.errors import DeformMambaError, InvalidArgument
+from deformmamba.annotations import is_integer
+from deformmamba.errors import DeformMambaError, InvalidArgument, shown
 
 
 class VolumeError(DeformMambaError, ValueError):
@@ -51,6 +52,12 @@ class Volume:
             raise VolumeError(f"a volume is a numpy array, not a {type(self.array).__name__}; convert it first")
         if self.array.ndim != 3 or 0 in self.array.shape:
             raise VolumeError(f"a volume is a 3-D array, not one of shape {self.array.shape}")
+        if np.ma.is_masked(self.array):
+            raise VolumeError(f"{np.ma.count_masked(self.array)} voxels are masked; fill them first: array.filled(0)")
+        if not (self.slices is None or (is_integer(self.slices) and self.slices in (0, 1, 2))):
+            raise VolumeError(f"slices must be 0, 1, 2 (where slices are stacked) or None, not {shown(self.slices)}")
+        if not (isinstance(self.codes, tuple) and len(self.codes) == 2 and all(map(is_integer, self.codes))):
+            raise VolumeError(f"codes must be NIfTI's two codes (qform_code, sform_code), not {shown(self.codes)}")
         for form in ("affine", "qform"):
             if (matrix := getattr(self, form)) is not None or form == "affine":
                 object.__setattr__(self, form, _checked_affine(matrix, form))
@@ -88,7 +95,7 @@ class Volume:
 def _checked_affine(matrix: npt.ArrayLike, name: str) -> np.ndarray:
     try:
         affine = np.asarray(matrix, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         affine = np.empty(0)
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
         raise VolumeError(f"the {name} must be a finite 4x4 matrix")
@@ -152,15 +159,15 @@ def chosen_axis(volume: Volume, axis: int | None) -> int:
     """
     if axis is None:
         return slice_axis(volume)
-    if axis not in (0, 1, 2):
-        raise VolumeError(f"axis is {axis!r}; it must be 0, 1 or 2, the axis along which slices are stacked")
+    if not is_integer(axis) or axis not in (0, 1, 2):
+        raise VolumeError(f"axis is {shown(axis)}; it must be 0, 1 or 2, the axis along which slices are stacked")
     return axis
 
 
 def in_plane(axis: int) -> tuple[int, int]:
     """The two axes of a slice across `axis`, in the array's order: its rows, its columns."""
-    if axis not in (0, 1, 2):
-        raise VolumeError(f"axis is {axis!r}; it must be 0, 1 or 2, the axis along which slices are stacked")
+    if not is_integer(axis) or axis not in (0, 1, 2):
+        raise VolumeError(f"axis is {shown(axis)}; it must be 0, 1 or 2, the axis along which slices are stacked")
     first, second = (a for a in range(3) if a != axis)
     return first, second
 

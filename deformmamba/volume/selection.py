@@ -150,6 +150,16 @@ def _sidecar(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def is_own_file(path: PathLike) -> bool:
+    """Whether this package wrote a NIfTI file, by its header. MGH files do not state it."""
+    import nibabel
+
+    with suppress(Exception), silenced():  # malformed bytes raise anything
+        found: Any = nibabel.load(path)
+        return str(found.header["descrip"].item().decode("latin-1")).startswith(f"{PRODUCER} ")
+    return False
+
+
 def _is_own(description: str) -> bool:
     """Whether `inference.derivation` wrote this description. Outputs of `degrade` remain valid input for `upscale`."""
     return description.startswith(f"{PRODUCER} ") and ", degrade " not in description

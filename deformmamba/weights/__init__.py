@@ -39,7 +39,7 @@ from deformmamba.weights.checkpoint import (
     write_checkpoint,
     write_files,
 )
-from deformmamba.weights.hub import download, hub_hash, upload
+from deformmamba.weights.hub import checked_license, download, hub_hash, upload
 
 __all__ = [
     "Checkpoint",
@@ -224,18 +224,41 @@ def publish(
     check_types(publish, locals())
     if not (match := _REPO.fullmatch(repo)) or match["revision"]:
         raise WeightsError(f"{shown(repo)} is not a repository name; wanted org/name")
+    wanted = None if license is None else checked_license(license)
     found = _find(source, None, None, True, with_card=True)
-    content = _repository(found, found.read(), repo, license)
-    if stated_license(content[CARD_FILE].decode("utf-8", "replace")) is None:
-        raise WeightsError(
-            f"{shown(os.fspath(source))} has no licence; give license= (--license cc-by-4.0, apache-2.0 ...), one "
-            "that the licences of its training data allow"
-        )
+    content = _licensed(found, repo, wanted, os.fspath(source))
     sizes = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in content.items()}
     if dry_run:
         return Published(repo, None, sizes)
     message = f"Checkpoint {sizes[WEIGHTS_FILE][1][:12]}"
     return Published(repo, upload(repo, content, private=private, message=message), sizes)
+
+
+def _licensed(found: _Found, repo: str, license: str | None, source: str) -> dict[str, bytes]:
+    """The files for the Hub, whose card states `license`, or without one the licence that the checkpoint has.
+
+    Raises:
+        WeightsError: no licence, one that the Hub does not have, or a card written by a person that states another.
+    """
+    checkpoint = found.read()
+    content = _repository(found, checkpoint, repo, license)
+    stated = stated_license(content[CARD_FILE].decode("utf-8", "replace"))
+    if license is None and stated is None:
+        raise WeightsError(
+            f"{shown(source)} has no licence; give license= (--license cc-by-4.0, apache-2.0 ...), one that the "
+            "licences of its training data allow"
+        )
+    wanted = license or checked_license(stated or "")
+    if stated != wanted:
+        content = _repository(found, checkpoint, repo, wanted)
+        stated = stated_license(content[CARD_FILE].decode("utf-8", "replace"))
+    if stated != wanted:
+        raise WeightsError(
+            f"the {CARD_FILE} of {shown(source)} was written by a person and states "
+            f"{'no licence' if stated is None else f'the licence {shown(stated)}'}; write `license: {wanted}` between "
+            "two lines --- at its start"
+        )
+    return content
 
 
 def verify(name: str | os.PathLike[str], *, sha256: str | None = None) -> str:

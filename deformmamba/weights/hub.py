@@ -12,8 +12,22 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from deformmamba.errors import one_line
+from deformmamba.errors import did_you_mean, one_line, shown
 from deformmamba.weights.checkpoint import CARD_FILE, CONFIG_FILE, CONVERT, WEIGHTS_FILE, WeightsError
+
+# licence identifiers of the Hub, without "other" and "unknown", which are no specific licence
+LICENSES = (
+    "afl-3.0", "agpl-3.0", "apache-2.0", "apple-amlr", "apple-ascl", "artistic-2.0", "bigcode-openrail-m",
+    "bigscience-bloom-rail-1.0", "bigscience-openrail-m", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear",
+    "bsl-1.0", "c-uda", "cc", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0",
+    "cc-by-nc-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0",
+    "cc-by-nd-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0", "cdla-permissive-1.0", "cdla-permissive-2.0",
+    "cdla-sharing-1.0", "creativeml-openrail-m", "deepfloyd-if-license", "ecl-2.0", "epl-1.0", "epl-2.0", "etalab-2.0",
+    "eupl-1.1", "eupl-1.2", "fair-noncommercial-research-license", "gemma", "gfdl", "gpl", "gpl-2.0", "gpl-3.0",
+    "h-research", "intel-research", "isc", "lgpl", "lgpl-2.1", "lgpl-3.0", "lgpl-lr", "llama2", "llama3", "llama3.1",
+    "llama3.2", "llama3.3", "llama4", "lppl-1.3c", "mit", "mpl-2.0", "ms-pl", "ncsa", "odbl", "odc-by", "ofl-1.1",
+    "openmdw-1.0", "openrail", "openrail++", "osl-3.0", "pddl", "postgresql", "unlicense", "wtfpl", "zlib",
+)  # fmt: skip
 
 
 def download(
@@ -108,6 +122,20 @@ def upload(repo: str, content: Mapping[str, bytes], *, private: bool, message: s
             "before it is used"
         )
     return commit
+
+
+def checked_license(name: str) -> str:
+    """The Hub's spelling of a licence identifier; capital and small letters are the same.
+
+    Raises:
+        WeightsError: the Hub does not have it.
+    """
+    if (found := name.strip().lower()) not in LICENSES:
+        raise WeightsError(
+            f"{shown(name)} is no licence that the Hub lists{did_you_mean(name, LICENSES) or ';'} give an identifier "
+            "such as cc-by-4.0, cc-by-sa-4.0 or apache-2.0 (all: huggingface.co/docs/hub/repositories-licenses)"
+        )
+    return found
 
 
 @contextlib.contextmanager

@@ -153,3 +153,19 @@ def test_a_folder_is_old_or_new_whenever_a_signal_comes(tmp_path: Path, monkeypa
         (temporary / "new").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["series"]
     assert [path.name for path in target.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGINT, "cli"), (signal.SIGTERM, "cli"), (signal.SIGINT, "errors")])
+def test_a_signal_during_the_imports_of_a_command_gives_one_line(number: int, at: str) -> None:
+    script = f"""
+import signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "deformmamba.{at}":
+            signal.raise_signal({int(number)})
+sys.meta_path.insert(0, Finder())
+from deformmamba.__main__ import main
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", script, "backends"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "deformmamba: interrupted\n")

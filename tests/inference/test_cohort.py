@@ -21,6 +21,7 @@ from pydicom.data import get_testdata_file
 
 from deformmamba.cli import main
 from deformmamba.inference.cohort import is_cohort, output_name, processes, upscale_cohort
+from deformmamba.inference.files import upscale_file
 from deformmamba.models import VDSR, ZeroFill
 from deformmamba.volume import VolumeError, read_volume, write_text
 
@@ -459,3 +460,26 @@ def test_under_torchrun_a_bad_file_stops_nobody(tmp_path: Path, weights: str) ->
         *((f"sub-{k}_T2w.nii", "made") for k in range(4)),
     ]
     assert "failed: sub-0_T1w.nii: " in done.stderr
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_files_of_others_are_not_replaced(tmp_path: Path, inside: bool) -> None:
+    """Neither in the input folder itself nor in another one."""
+    source = tmp_path / "scans"
+    for k, name in enumerate(("a.nii", "b.nii", "c.mgz", "d.nii", "e.nii")):
+        scan(source / name, k)
+    out = source if inside else tmp_path / "out"
+    scan(out / "a_desc-sr.nii", 7)
+    (out / "b_desc-sr.json").write_text("{}")
+    scan(out / "c_desc-sr.mgz", 8)
+    model = ZeroFill(scale=2)
+    upscale_file(model, source / "d.nii", out / "d_desc-sr.nii", sidecar=False)  # as after a kill before the sidecar
+    before = {name: (out / name).read_bytes() for name in ("a_desc-sr.nii", "b_desc-sr.json", "c_desc-sr.mgz")}
+    for name in ("a.nii", "b.nii", "c.mgz", "d.nii", "e.nii"):
+        before[f"../scans/{name}"] = (source / name).read_bytes()
+    outcomes = {o.source: o for o in upscale_cohort(model, source, out) if not o.source.endswith("_desc-sr.nii")}
+    failed = [name for name, outcome in outcomes.items() if outcome.status == "failed"]
+    assert [name for name in failed if "_desc-sr" not in name] == ["a.nii", "b.nii", "c.mgz"]
+    assert "exists and was not written by this package; move it" in outcomes["a.nii"].reason
+    assert (outcomes["d.nii"].status, outcomes["e.nii"].status) == ("made", "made")
+    assert {name: (out / name).read_bytes() for name in before} == before

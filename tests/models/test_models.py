@@ -598,3 +598,20 @@ def test_integers_of_numpy_are_integers() -> None:
     assert type(model.scale) is int
     assert model.config["scale"] == 2
     assert type(model.config["scale"]) is int
+
+
+def test_a_precision_that_does_not_fit_gets_one_sentence(name: str) -> None:
+    """The image in another precision than the weights; weights in one that the model does not run in."""
+    model, lr = build(name), image(1, 1, 12, 12)
+    if next(model.parameters(), None) is None:
+        assert_close(model(lr.half()), model(lr.half().float()).half(), atol=1e-3, rtol=0)  # a step of float16 near 1
+        return
+    for given in (torch.float64, torch.float16):
+        if given == torch.float64 or not model.any_intensity:
+            with pytest.raises(TypeError, match=r"the image is float.. and the weights are float32"):
+                model(lr.to(given))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(lr.bfloat16()).isfinite().all()
+    for dtype in (torch.float16, torch.bfloat16):
+        with pytest.raises(TypeError, match=r"in which this model does not run: .*model\.float"):
+            model.to(dtype)(lr.to(dtype))

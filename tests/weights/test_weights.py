@@ -570,6 +570,24 @@ def test_publishing_asks_for_a_licence(tmp_path: Path) -> None:
     assert ZeroFill(scale=2).push_to_hub("org/mine", dry_run=True, license="cc0-1.0").repo == "org/mine"
 
 
+def test_a_licence_is_one_of_the_hubs_and_is_written_into_the_card(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    ZeroFill(scale=2).save_pretrained(folder, provenance={"license": "no such"})
+    refused(lambda: publish(folder, "org/mine", dry_run=True), "'no such' is no licence that the Hub lists")
+    refused(lambda: publish(folder, "org/mine", dry_run=True, license="other"), "is no licence that the Hub lists")
+    for name, nearest in (("cc by 4.0", "cc-by-4.0"), ("Apache 2", "apache-2.0")):
+        refused(lambda name=name: publish(folder, "org/mine", dry_run=True, license=name), f"did you mean '{nearest}'")
+    assert publish(folder, "org/mine", dry_run=True, license="CC-BY-SA-4.0").revision is None
+    for text, said in (
+        ("# By hand", "states no licence"),
+        ("---\nlicense: mit\n---\n# By hand", "states the licence 'mit'"),
+    ):
+        (folder / "README.md").write_text(text)
+        refused(lambda: publish(folder, "org/mine", dry_run=True, license="cc0-1.0"), f"{said}; write `license: cc0")
+    assert publish(folder, "org/mine", dry_run=True).revision is None
+    assert publish(folder, "org/mine", dry_run=True, license="MIT").revision is None
+
+
 def test_the_card_is_markdown_with_the_facts(published: dict[str, Any]) -> None:
     entry = list_weights()[0]
     text = card(entry)
