@@ -64,6 +64,11 @@ def is_number(value: Any) -> TypeGuard[float]:
     return not hasattr(value, "dtype") or ("complex" not in str(value.dtype) and _converts(value, float))
 
 
+def is_one_of(value: Any, choices: Iterable[Any]) -> bool:
+    """Whether `value` is one of these texts and numbers, or None; an array, which Python cannot compare, is not."""
+    return isinstance(value, str | int | NoneType) and value in choices
+
+
 def _converts(array: Any, kind: Callable[[Any], Any]) -> bool:
     """Whether `kind` converts an array or a tensor, which has no axes."""
     try:

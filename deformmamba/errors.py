@@ -4,6 +4,7 @@ A message has one line: what was wrong, what was given, what is allowed, what to
 """
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,10 +30,17 @@ class UnsupportedCall(DeformMambaError, RuntimeError):
 
 
 def shown(value: Any) -> str:
-    """`value` for a message: `ascii(value)`, cut to 80 characters. Safe for values that come from a file."""
+    """`value` for a message: `ascii(value)` in one line, cut to 80 characters. Safe for values that come from a file.
+
+    For arrays and tensors: type, shape and dtype.
+    """
     try:
-        text = ascii(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits, a deep nesting
+        shape = getattr(value, "shape", ())
+        if isinstance(shape, tuple) and shape and hasattr(value, "dtype"):
+            text = f"{type(value).__name__} of shape {tuple(shape)}, {value.dtype}"
+        else:
+            text = re.sub(r"\s*\n\s*", " ", ascii(value))
+    except Exception:  # an integer of thousands of digits, a deep nesting, a class with a failing repr
         text = f"a {type(value).__name__}"
     return shortened(text, 80)
 

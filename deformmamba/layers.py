@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from deformmamba.annotations import is_integer, is_number
+from deformmamba.annotations import is_integer, is_number, is_one_of
 from deformmamba.deform import modulated_deform_conv2d
 from deformmamba.errors import InvalidArgument, InvalidType, shown
 from deformmamba.scan import Discretization, check_backend, scan_checked_map
@@ -213,10 +213,12 @@ class ModulatedDeformBlock(Block):
                 f"deform_groups={deform_groups}, kernel_size={kernel_size}; groups must divide both channel counts, "
                 "deform_groups divide channels, kernel_size be odd"
             )
-        if not (norm is None or norm == "layer" or callable(norm)):
-            raise InvalidArgument(f'ModulatedDeformBlock: norm is {norm!r}; it must be "layer", a callable or None')
+        if not (is_one_of(norm, (None, "layer")) or callable(norm)):
+            raise InvalidArgument(
+                f'ModulatedDeformBlock: norm is {shown(norm)}; it must be "layer", a callable or None'
+            )
         if not (activation is None or isinstance(activation, nn.Module)):
-            raise InvalidType(f"ModulatedDeformBlock: activation is {activation!r}; it must be a module or None")
+            raise InvalidType(f"ModulatedDeformBlock: activation is {shown(activation)}; it must be a module or None")
         self.channels = channels
         self.stride, self.dilation, self.padding = stride, dilation, dilation * (kernel_size // 2)
         self.taps = deform_groups * kernel_size**2
@@ -330,13 +332,15 @@ class SS2D(Block):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if directions not in self.allowed_directions:
-            raise InvalidArgument(f"{name}: directions is {directions}; it must be one of {self.allowed_directions}")
+        if not is_one_of(directions, self.allowed_directions):
+            raise InvalidArgument(
+                f"{name}: directions is {shown(directions)}; it must be one of {self.allowed_directions}"
+            )
         _check_positive(name, channels=channels, d_state=d_state, dt_rank=dt_rank, dt_min=dt_min, dt_max=dt_max)
         if dt_max < dt_min:
             raise InvalidArgument(f"{name}: dt_min is {dt_min} and dt_max {dt_max}; dt_max must be at least dt_min")
-        if discretization not in ("euler", "zoh"):
-            raise InvalidArgument(f'{name}: discretization is {discretization!r}; it must be "euler" or "zoh"')
+        if not is_one_of(discretization, ("euler", "zoh")):
+            raise InvalidArgument(f'{name}: discretization is {shown(discretization)}; it must be "euler" or "zoh"')
         if backend is not None:
             check_backend(backend)
         self.channels, self.d_state, self.directions = channels, d_state, directions

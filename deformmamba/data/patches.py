@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
+from deformmamba.annotations import is_one_of
 from deformmamba.data.augmentation import TISSUE, Augmentation, check_range
 from deformmamba.data.scans import Scan, Slices, find_scans, load_slices, load_volume, subjects
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, shown
 from deformmamba.models.normalise import slice_range
 from deformmamba.models.skip import BASES
 from deformmamba.physics.degradations import Degradation, KSpaceCrop, parse
@@ -116,8 +117,8 @@ class PatchDataset(Dataset[Sample]):
         check_range("patch", patch, 1)
         check_range("masked", masked, 0, 1)
         check_range("cut", cut, 0, 1)
-        if base not in BASES:
-            raise InvalidArgument(f"PatchDataset: base is {base!r}; it must be one of {', '.join(BASES)}")
+        if not is_one_of(base, BASES):
+            raise InvalidArgument(f"PatchDataset: base is {shown(base)}; it must be one of {', '.join(BASES)}")
         check_range("coarsest", coarsest, 1)
         self.scale, self.patch, self.length, self.seed = scale, patch, length, seed
         self.coarsest, self.masked, self.cut, self.base = coarsest, masked, cut, base

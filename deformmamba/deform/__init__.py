@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deformmamba.deform.gather import gather
 from deformmamba.deform.sampling import grid_sample
-from deformmamba.errors import InvalidArgument, InvalidType
+from deformmamba.errors import InvalidArgument, InvalidType, shown
 from deformmamba.tensors import overridable, refuse_tracing, without_autocast
 from deformmamba.torch_private import constant_when_compiled, differentiates_by_transform
 
@@ -111,7 +111,7 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
         )
     for number in numbers:
         if isinstance(number, (bool, float, str)) or not hasattr(number, "__index__"):
-            raise InvalidType(f"modulated_deform_conv2d: {name} is {value!r}; wanted one integer, or (y, x)")
+            raise InvalidType(f"modulated_deform_conv2d: {name} is {shown(value)}; wanted one integer, or (y, x)")
     y, x = (n if isinstance(n, torch.SymInt) else operator.index(n) for n in (numbers * 2)[:2])
     return y, x  # type: ignore[return-value]
 

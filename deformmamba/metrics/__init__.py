@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from deformmamba.annotations import is_one_of
 from deformmamba.errors import InvalidArgument, InvalidType, shown
 from deformmamba.extras import MissingExtra, require
 
@@ -70,7 +71,7 @@ def _pair(sr: Array, hr: Array, protocol: str) -> _Pair:
         )
     if not b.numel():
         raise InvalidArgument(f"metrics: sr and hr have no pixels, {tuple(b.shape)}")
-    if not isinstance(protocol, str) or protocol not in PROTOCOLS:
+    if not is_one_of(protocol, PROTOCOLS):
         raise InvalidArgument(f"metrics: unknown protocol {shown(protocol)}; protocols: {', '.join(PROTOCOLS)}")
     a, b = (x.double().reshape(-1, *x.shape[-2:]) for x in (a, b))
     peak = b.amax((-2, -1))

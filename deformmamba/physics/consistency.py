@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from deformmamba.errors import InvalidArgument, InvalidType
+from deformmamba.errors import InvalidArgument, InvalidType, shown
 from deformmamba.physics.edges import away_from_cut, cubic, cut_edges, cut_likelihood, outliers, smooth_part
 from deformmamba.physics.kspace import check_image, fft2c, ifft2c, lowpass, pad_spectrum
 
@@ -30,7 +30,7 @@ def check_consistency(name: Any) -> Consistency:
         ValueError: it is not.
     """
     if not isinstance(name, str) or name not in CONSISTENCIES:
-        raise InvalidArgument(f'consistency must be "exact", "object" or "off", not {name!r}')
+        raise InvalidArgument(f'consistency must be "exact", "object" or "off", not {shown(name)}')
     return name
 
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from deformmamba.annotations import check_types
-from deformmamba.errors import InvalidArgument, did_you_mean
+from deformmamba.errors import InvalidArgument, did_you_mean, shown
 from deformmamba.physics.kspace import Grid, crop_spectrum, degrade, fft2c, ifft2c, pad_spectrum, zero_fill
 
 Seed = int | tuple[int, ...]
@@ -109,7 +109,7 @@ class Degradation(ABC):
 
 def _check(valid: bool, owner: str, name: str, value: Any, wanted: str) -> None:
     if not valid:
-        raise InvalidArgument(f"{owner}: {name} must be {wanted}, not {value!r}")
+        raise InvalidArgument(f"{owner}: {name} must be {wanted}, not {shown(value)}")
 
 
 def _check_factor(owner: str, name: str, value: Any) -> None:

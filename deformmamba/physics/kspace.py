@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 
-from deformmamba.annotations import is_integer
+from deformmamba.annotations import is_integer, is_one_of
 from deformmamba.errors import InvalidArgument, InvalidType, shown
 
 # "origin": LR[i] lies on HR[scale * i] (k-space crop, strided sampling).
@@ -166,7 +166,7 @@ def degrade(hr: torch.Tensor, scale: int, *, output: Literal["magnitude", "real"
 
     Source: section 3.1 ("implemented in the frequency domain", Lyu et al. 2020); the paper gives no formula.
     """
-    if not isinstance(output, str) or output not in ("magnitude", "real"):
+    if not is_one_of(output, ("magnitude", "real")):
         raise InvalidArgument(f'degrade: output must be "magnitude" or "real", not {shown(output)}')
     low = lowpass(hr, scale)
     made = low.abs() if output == "magnitude" else low.real

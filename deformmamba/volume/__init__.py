@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from deformmamba.annotations import check_types
+from deformmamba.annotations import check_types, is_one_of
 from deformmamba.atomic import renamed, renamed_folder
-from deformmamba.errors import InvalidArgument, did_you_mean
+from deformmamba.errors import InvalidArgument, did_you_mean, shown
 from deformmamba.volume import dicom, dicom_out, nifti
 from deformmamba.volume.dicom import holds_dicom
 from deformmamba.volume.files import (
@@ -121,8 +121,8 @@ def read_volume(
             infinite voxels, nothing but zeros, or an invalid geometry.
     """
     check_types(read_volume, locals())
-    if nan not in ("refuse", "zero"):
-        raise VolumeError(f'nan must be "refuse" or "zero", not {nan!r}')
+    if not is_one_of(nan, ("refuse", "zero")):
+        raise VolumeError(f'nan must be "refuse" or "zero", not {shown(nan)}')
     path = Path(path)
     with silenced():
         if (choice := _dicom_choice(path, series, stack, partial)) is not None:

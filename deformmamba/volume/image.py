@@ -1,13 +1,14 @@
 """`Volume`: one image in scanner units with its position in the world. Affines, slice axis and intensity scale."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, final
 
 import numpy as np
 import numpy.typing as npt
 
-from deformmamba.annotations import is_integer
+from deformmamba.annotations import is_integer, is_one_of
 from deformmamba.errors import DeformMambaError, InvalidArgument, shown
 
 
@@ -118,8 +119,8 @@ def upscaled_affine(affine: npt.ArrayLike, scale: float, axes: Sequence[int], gr
     Raises:
         ValueError: `grid` is neither of the two.
     """
-    if grid not in ("origin", "half-pixel"):
-        raise InvalidArgument(f'grid must be "origin" or "half-pixel", not {grid!r}')
+    if not is_one_of(grid, ("origin", "half-pixel")):
+        raise InvalidArgument(f'grid must be "origin" or "half-pixel", not {shown(grid)}')
     coarse_from_fine = np.eye(4)
     for axis in axes:
         coarse_from_fine[axis, axis] = 1 / scale
@@ -182,12 +183,12 @@ def intensity_scale(array: npt.ArrayLike, rule: str = "p99.9") -> float:
     Raises:
         ValueError: an unknown rule.
     """
-    try:
-        percentile = 100.0 if rule == "max" else float(rule.removeprefix("p")) if rule.startswith("p") else -1.0
-    except ValueError:
-        percentile = -1.0
+    percentile = 100.0 if is_one_of(rule, ("max",)) else -1.0
+    if isinstance(rule, str) and rule.startswith("p"):
+        with suppress(ValueError):
+            percentile = float(rule.removeprefix("p"))
     if not 0 < percentile <= 100:
-        raise InvalidArgument(f'intensity rule must be "max" or a percentile such as "p99.9", not {rule!r}')
+        raise InvalidArgument(f'intensity rule must be "max" or a percentile such as "p99.9", not {shown(rule)}')
     values = np.asarray(array)
     values = values[np.isfinite(values) & (values != 0)]
     if values.size == 0:
