@@ -203,6 +203,49 @@ CALLS = {
         d.SRLoss(beta="x")
         d.SRLoss()("x", hr)
     """,
+    "one number": """
+        d.psnr(array, array, protocol=array)
+        d.psnr(masked, masked)
+        d.psnr(lr[0, 0].to_sparse(), lr[0, 0])
+        d.degrade(lr, array)
+        d.degrade(lr, lr)
+        d.degrade(lr, lr[0, 0, 0, 0])
+        d.degrade(lr, np.float32(2))
+        d.degrade(lr, 2, output=array)
+        d.degrade(lr[0, 0].to_sparse(), 2)
+        d.zero_fill(lr, np.array([2]))
+        d.data_consistency(hr.int(), lr.int(), 2)
+        d.data_consistency(hr, lr.double(), 2)
+        d.data_consistency(hr, lr.cfloat(), 2)
+        consistency.check_consistency(array)
+        volume.Volume(masked, eye)
+        volume.Volume(array, lr.requires_grad_())
+        volume.Volume(array, eye, codes="ab")
+        volume.Volume(array, eye, codes=(1, 1.5))
+        volume.Volume(array, eye, slices=3)
+        volume.Volume(array, eye, slices=array)
+        volume.in_plane(array)
+        volume.intensity_scale(array, array)
+        volume.upscaled_affine(eye, 2, (0, 1), array)
+        volume.read_volume("s.nii", volume=array)
+        volume.read_volume("s.nii", nan=array)
+        d.upscale(zero, array, axis=array)
+        d.upscale(zero, array, tile=array)
+        d.upscale(zero, array, batch_size=lr)
+        d.upscale(zero, array, device="cudda")
+        d.upscale_cohort(zero, "folder", "o", device="cudda")
+        d.SRLoss(array)
+        d.SRLoss(np.str_("1"))
+        d.SS2D(array)
+        d.SS2D(8, directions=array)
+        d.SS2D(8, discretization=array)
+        d.ModulatedDeformBlock(8, norm=array)
+        d.ModulatedDeformBlock(8, activation=array)
+        SRCNN(scale=array)
+        patches.PatchDataset(pairs, scale=2, length=array)
+        d.evaluate(zero, ["s.nii"], most=array)
+        d.evaluate(zero, ["s.nii"], seed=array)
+    """,
 }
 
 
@@ -220,7 +263,10 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "d": deformmamba,
         "lr": lr,
         "hr": hr,
+        "np": np,
+        "SRCNN": SRCNN,
         "array": array,
+        "masked": np.ma.masked_greater(array, 1.5),
         "scan": scan,
         "eye": np.eye(4),
         "flat": torch.rand(8),

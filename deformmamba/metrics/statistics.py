@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, shown
 
 # with fewer values, an interval is too wide to be useful
 FEWEST = 5
@@ -85,10 +85,10 @@ def spread(values: Sequence[float] | Mapping[str, float], *, over: str = "subjec
     numbers = np.array([values[name] for name in sorted(values)] if isinstance(values, Mapping) else values, float)
     if not numbers.size or numbers.ndim != 1 or np.isnan(numbers).any():
         raise InvalidArgument(
-            f"spread: wanted a list of numbers over {over}, at least one and none NaN, not {values!r}"
+            f"spread: wanted a list of numbers over {over}, at least one and none NaN, not {shown(values)}"
         )
     if not 0 < level < 1:
-        raise InvalidArgument(f"spread: level must lie between 0 and 1, such as 0.95, not {level!r}")
+        raise InvalidArgument(f"spread: level must lie between 0 and 1, such as 0.95, not {shown(level)}")
     n = numbers.size
     if not np.isfinite(numbers).all():  # an infinite PSNR: equal volumes
         return Spread(float(numbers.sum()), None, n, over, None, level)

@@ -89,9 +89,9 @@ class SRModel(nn.Module):
         if is_integer(scale):
             scale = operator.index(scale)  # numpy's integers
         if not isinstance(scale, int) or isinstance(scale, bool) or not 1 <= scale <= 16:
-            raise InvalidArgument(f"{name}: scale must be an integer from 1 to 16, not {scale!r}")
+            raise InvalidArgument(f"{name}: scale must be an integer from 1 to 16, not {shown(scale)}")
         if not isinstance(intensity, str):
-            raise InvalidType(f'{name}: intensity must be the name of a rule such as "p99.9", not {intensity!r}')
+            raise InvalidType(f'{name}: intensity must be the name of a rule such as "p99.9", not {shown(intensity)}')
         given = _bound(type(self), args, arguments)
         given = {key: given[key] for key in ("scale", "intensity") if key in given} | given  # these two first
         self.config: dict[str, Any] = {}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, shown
 from deformmamba.layers import (
     Block,
     DeformMambaBlock,
@@ -238,9 +238,9 @@ def _check_arguments(
     if min(depths) < 1:
         raise InvalidArgument(f"DeformMambaSR: depths={list(depths)}; each level needs at least one block")
     if skip not in SKIPS:
-        raise InvalidArgument(f"DeformMambaSR: skip is {skip!r}; it must be one of {SKIPS}")
+        raise InvalidArgument(f"DeformMambaSR: skip is {shown(skip)}; it must be one of {SKIPS}")
     if normalise not in NORMALISATIONS:
-        raise InvalidArgument(f"DeformMambaSR: normalise is {normalise!r}; it must be one of {NORMALISATIONS}")
+        raise InvalidArgument(f"DeformMambaSR: normalise is {shown(normalise)}; it must be one of {NORMALISATIONS}")
 
 
 def _levels(

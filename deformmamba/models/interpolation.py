@@ -7,7 +7,7 @@ All are linear and, on the origin-aligned grid, pass exactly through the LR samp
 
 import torch
 
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, shown
 from deformmamba.models.base import SRModel
 from deformmamba.physics.kspace import Grid, zero_fill
 from deformmamba.physics.slice_profile import spline_matrix
@@ -74,7 +74,7 @@ class Bicubic(_Separable):
     def __init__(self, *, scale: int, a: float = -0.5, grid: Grid = "origin", intensity: str = "p99.9") -> None:
         super().__init__(scale=scale, grid=grid, intensity=intensity)
         if not -3 <= a <= 0:
-            raise InvalidArgument(f"Bicubic: a must lie in [-3, 0], usually -0.5 or -0.75, not {a!r}")
+            raise InvalidArgument(f"Bicubic: a must lie in [-3, 0], usually -0.5 or -0.75, not {shown(a)}")
         self.a = float(a)
 
     def matrix(self, n: int) -> torch.Tensor:

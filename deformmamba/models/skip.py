@@ -6,7 +6,7 @@ None of the papers uses such a skip. To compare networks after a short training,
 import torch
 from torch import nn
 
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, shown
 from deformmamba.physics.edges import zero_fill_edges, zero_fill_robust
 from deformmamba.physics.kspace import Grid, zero_fill
 
@@ -19,7 +19,7 @@ def checked_skip(name: str, skip: str | None, grid: Grid) -> str | None:
     """Checks and returns `skip`; a ValueError names the model `name`. Zero-filling exists on the origin grid only."""
     if skip not in SKIPS or (skip and grid != "origin"):
         raise InvalidArgument(
-            f'{name}: skip must be one of {SKIPS}, and None unless grid="origin", not {skip!r} on {grid}'
+            f'{name}: skip must be one of {SKIPS}, and None unless grid="origin", not {shown(skip)} on {grid}'
         )
     return skip
 

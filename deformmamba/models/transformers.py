@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, shown
 from deformmamba.extras import MissingExtra, require
 from deformmamba.models.base import SRModel, check_scale_of_shuffles, crop, pad_to_multiple
 from deformmamba.models.skip import add_base, checked_skip, start_at_zero
@@ -99,7 +99,7 @@ class SwinIR(_Windowed):
         super().__init__(scale=scale, in_channels=in_channels, window=window, grid=grid, skip=skip, intensity=intensity)
         if upsampler not in ("pixelshuffle", "pixelshuffledirect"):
             raise InvalidArgument(
-                f'SwinIR: upsampler must be "pixelshuffle" or "pixelshuffledirect", not {upsampler!r}'
+                f'SwinIR: upsampler must be "pixelshuffle" or "pixelshuffledirect", not {shown(upsampler)}'
             )
         _check(self, width, depths, heads, window)
         self.network = self.build(

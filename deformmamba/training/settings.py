@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, shown
 
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("no", "bf16", "fp16")
@@ -41,9 +41,11 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
-            raise InvalidArgument(f"fit: schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
+            raise InvalidArgument(f"fit: schedule is {shown(self.schedule)}; it must be one of {', '.join(SCHEDULES)}")
         if self.precision not in PRECISIONS:
-            raise InvalidArgument(f"fit: precision is {self.precision!r}; it must be one of {', '.join(PRECISIONS)}")
+            raise InvalidArgument(
+                f"fit: precision is {shown(self.precision)}; it must be one of {', '.join(PRECISIONS)}"
+            )
         if not all(0 < milestone < 1 for milestone in self.milestones):
             raise InvalidArgument(
                 f"fit: milestones are {list(self.milestones)}; they are fractions of the run, between 0 and 1"

@@ -107,7 +107,7 @@ class _Source:
         self._file.seek(self._offset + index * self._n_bytes)
         slope, intercept = (None, None) if not _is_nifti(self._header) else self._header.get_slope_inter()
         array = np.empty(self._shape, np.float32, order="F")
-        n = self._shape[0] * self._shape[1]
+        n, largest = self._shape[0] * self._shape[1], 0.0
         for k in range(self._shape[2]):
             block = self._file.read(n * self._dtype.itemsize)
             if len(block) < n * self._dtype.itemsize:
@@ -117,6 +117,11 @@ class _Source:
                 if slope is not None and (slope, intercept) != (1, 0):
                     plane = plane.astype(np.float64) * slope + intercept
                 array[:, :, k] = plane
+            largest = max(largest, float(np.abs(plane[np.isfinite(plane)]).max(initial=0)))
+        if largest > np.finfo(np.float32).max or (largest > 0 and not array.any()):
+            raise VolumeError(
+                f"{self._path}: its largest voxel is {largest:.3g}, beyond float32; scale the voxels first"
+            )
         if index == self.n_volumes - 1:
             while self._file.read(1 << 20):  # to the end, where gzip compares its checksum
                 pass
