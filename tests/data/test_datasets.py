@@ -147,6 +147,17 @@ def test_a_source_that_has_changed_is_prepared_again(ixi, tmp_path, phantom):
     assert set(before) - set(contents(tmp_path / "out")) == {"IXI004.safetensors"}
 
 
+def test_files_of_others_stay(ixi, tmp_path):
+    out = tmp_path / "out"
+    prepare(plan_ixi(ixi), out)
+    (out / "own.safetensors").write_bytes(b"weights of a user")
+    before = contents(out)
+    prepare(plan_ixi(ixi), out)
+    with pytest.raises(VolumeError, match=r"holds the source .*; give a new folder"):
+        prepare(plan_folder(out), out)
+    assert contents(out) == before
+
+
 def test_a_full_disk_is_one_line_and_the_rest_resumes(ixi, tmp_path, capsys):
     out = tmp_path / "out"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

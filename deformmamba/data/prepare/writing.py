@@ -1,5 +1,6 @@
 """Carries out a plan: reads each source, writes its slices and the manifest."""
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def prepare(plan: Plan, out: PathLike, *, skip_unusable: bool | None = None, pro
     skip_unusable = plan.kind == "folder" if skip_unusable is None else skip_unusable
     chosen_slices(plan.options["slices"], 1)  # raises for an invalid rule before anything is written
     facts = {"version": __version__, "kind": plan.kind, "options": dict(plan.options), "rule": plan.rule}
-    _check_target(out, facts)
+    _check_target(out, plan, facts)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -56,7 +57,8 @@ def prepare(plan: Plan, out: PathLike, *, skip_unusable: bool | None = None, pro
         reason = f"; {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
         raise VolumeError(f"{out}: no usable volume, {len(skipped)} skipped{reason}")
     for orphan in set(out.glob(f"*{SUFFIX}")) - {out / row["file"] for row in rows}:
-        orphan.unlink(missing_ok=True)
+        if _is_made(orphan, {}):  # not a user's file
+            orphan.unlink(missing_ok=True)
     manifest = {
         "complete": True,
         **facts,
@@ -113,10 +115,14 @@ def _is_made(target: Path, made_of: Mapping[str, Any]) -> bool:
     return all(facts.get(key) == value for key, value in made_of.items())
 
 
-def _check_target(out: Path, facts: Mapping[str, Any]) -> None:
-    """Refuses a folder that holds a data set prepared with other options, or anything else."""
+def _check_target(out: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
+    """Refuses a folder that holds the sources, a data set prepared with other options, or anything else."""
     if not out.exists():
         return
+    inside = os.path.realpath(out)
+    for source in plan.sources:
+        if Path(os.path.realpath(source.path)).is_relative_to(inside):
+            raise VolumeError(f"{out}: holds the source {source.path}; give a new folder for the data set")
     if not out.is_dir():
         raise VolumeError(f"{out}: is a file; give a folder")
     known = begun(out)
