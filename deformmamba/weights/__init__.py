@@ -17,6 +17,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -178,7 +179,8 @@ def fetch(
 ) -> Path:
     """Downloads a checkpoint, verifies it, and returns the path of its file.
 
-    With `folder`, writes `model.safetensors`, `config.json` and `README.md` there. Copy this folder to a machine
+    With `folder`, writes `model.safetensors`, `config.json` and `README.md` there, unless it holds other files of these
+    names. Copy this folder to a machine
     without a network and pass it to `from_pretrained`. Without `folder`, a checkpoint on the Hub is downloaded into the
     cache of huggingface_hub, and a local one stays in place. `name`, `revision` and `cache_dir` as in
     `load_checkpoint`.
@@ -191,9 +193,24 @@ def fetch(
     checkpoint = found.read()
     if folder is None:
         return found.file
-    write_files(folder, _repository(found, checkpoint, repo=None))
+    content = _repository(found, checkpoint, repo=None)
+    _check_folder(Path(folder), content, checkpoint.sha256)
+    write_files(folder, content)
     read_checkpoint(folder, digest=checkpoint.sha256)
     return Path(folder) / WEIGHTS_FILE
+
+
+def _check_folder(folder: Path, content: Mapping[str, bytes], sha256: str) -> None:
+    """Refuses a folder with other files of the same names, unless they are an earlier download of this checkpoint."""
+    if not folder.is_dir():
+        return
+    there = {name: (folder / name).read_bytes() for name in content if (folder / name).is_file()}
+    own = read_card(folder)
+    if there.get(CARD_FILE) == content[CARD_FILE] or (own is not None and stated_hash(own) == sha256):
+        return
+    for name, data in there.items():
+        if data != content[name]:
+            raise WeightsError(f"{folder} holds another {name}, which would be replaced; give a new or empty folder")
 
 
 def publish(

@@ -537,6 +537,20 @@ def test_verify_is_ok_only_after_a_comparison(published: dict[str, Any], saved: 
     assert verify(tmp_path / "own") == other  # the hash in its card
 
 
+def test_fetching_replaces_nothing_of_another_origin(published: dict[str, Any], tmp_path: Path) -> None:
+    for k, (name, data) in enumerate({"README.md": "# Mine", "config.json": "{}", "model.safetensors": "x"}.items()):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        (folder / name).write_text(data)
+        refused(lambda folder=folder: fetch("ixi-4x", folder), f"holds another {name}, which would be replaced")
+        assert (folder / name).read_text() == data
+        assert len(list(folder.iterdir())) == 1
+    path = fetch("ixi-4x", tmp_path / "new")
+    whole = path.read_bytes()
+    path.write_bytes(b"damaged")
+    assert fetch("ixi-4x", tmp_path / "new").read_bytes() == whole
+
+
 def test_a_saved_folder_has_a_card_and_one_of_a_person_stays(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
