@@ -30,6 +30,7 @@ from deformmamba.physics.edges import (
     cut_likelihood,
     edge_models,
     extended,
+    lowest_without,
     outliers,
     prediction,
 )
@@ -234,13 +235,23 @@ class WholeSlice(nn.Module):
         signed = floor <= NO_FLOOR
         floor = torch.where(signed, torch.zeros_like(floor), floor)
         x = (lr - zero) / span
+        lowest = floor
+        if model.robust_edges:  # as in `inference.upscaling`: outliers below the slice do not lower its floor
+            spots = outliers(x)
+            deep = spots.clamp(max=0)
+            lower = ~signed & (deep.amin((-2, -1), keepdim=True) < 0)
+            floor = torch.where(lower, lowest_without(spots, x), floor)
         rows, columns = (axis(n, scale, x) for n in x.shape[-2:])
         skip = getattr(model, "skip", None)
         sr = model(x) if skip is None else model(x, _base(x, rows, columns, scale, skip))
         sr, x = sr - floor, x - floor
         if self.consistency != "off":
             sr = self._corrected(sr, x, signed, rows, columns)
-        sr = torch.where(signed, sr, sr.clamp(min=0)) + floor
+        if model.robust_edges:
+            below = cubic(deep, rows, columns)
+            sr = torch.where(signed, sr, torch.maximum((sr - below).clamp(min=0) + below + floor, lowest))
+        else:
+            sr = torch.where(signed, sr, sr.clamp(min=0)) + floor
         return sr * span + zero
 
     def _own_units(self, lr: Tensor) -> tuple[Tensor, Tensor, Tensor]:

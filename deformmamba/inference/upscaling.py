@@ -27,6 +27,7 @@ from deformmamba.inference.settings import Settings
 from deformmamba.inference.sharing import shared_threads
 from deformmamba.inference.tiling import default_overlap, spans
 from deformmamba.physics.consistency import Consistency, corrected
+from deformmamba.physics.edges import cubic, lowest_without, outliers
 from deformmamba.tensors import check_device
 from deformmamba.volume import PathLike, Volume, VolumeError, chosen_axis, in_plane, intensity_scale, normalise, restore
 from deformmamba.volume.inspection import is_far, trained_spacings
@@ -282,6 +283,12 @@ class Upscaling:
             settings, floor = self.settings, units.floor
             if isinstance(floor, torch.Tensor):
                 floor = floor[:, None]
+            deep = torch.zeros_like(lr)
+            if isinstance(floor, torch.Tensor) and model.robust_edges:
+                # outliers below the slice do not lower the floor of the rest, and it does not cut them off
+                spots = outliers(lr)
+                deep = spots.clamp(max=0)
+                floor = torch.where(deep.amin((-2, -1), keepdim=True) < 0, lowest_without(spots, lr), floor)
             sr, spread = predict(model, lr, ensemble=settings.ensemble, tile=settings.tile, overlap=settings.overlap)
             if sr.shape[-2:] != (wanted := tuple(model.scale * n for n in lr.shape[-2:])):
                 raise InvalidArgument(f"the model returned images of {tuple(sr.shape[-2:])}; wanted {wanted}")
@@ -296,7 +303,8 @@ class Upscaling:
                 edges=model.any_intensity,
                 robust=model.robust_edges,
             )
-            sr = sr if floor is None else sr.clamp_(min=0) + floor  # magnitudes, above the lowest possible value
+            if floor is not None:  # magnitudes, above the lowest possible value
+                sr = sr.clamp_(min=0) + floor if not deep.any() else _above(sr, floor, lr, deep)
             sharp = restore(sr[:, 0], units.scale) + units.zero
             deviation = None if spread is None else restore(spread[:, 0], units.scale)
             made = [None if x is None else x.to("cpu", torch.float32).numpy() for x in (sharp, deviation)]
@@ -317,6 +325,13 @@ class Upscaling:
         reusable = torch.cuda.memory_reserved(self._device) - held
         slice_bytes = max(1, torch.cuda.max_memory_allocated(self._device) - held)
         return max(1, int(FREE_MEMORY_SHARE * (free + reusable) / slice_bytes))
+
+
+def _above(sr: torch.Tensor, floor: torch.Tensor | float, lr: torch.Tensor, deep: torch.Tensor) -> torch.Tensor:
+    """`sr`, counted from the floor, at least there, except for the outliers `deep` of `lr` below the floor; but nothing
+    below the lowest value of `lr`."""
+    below = cubic(deep, sr.shape[-1] // lr.shape[-1])
+    return torch.maximum((sr - below).clamp(min=0) + below + floor, lr.amin((-2, -1), keepdim=True))
 
 
 class _Units(NamedTuple):

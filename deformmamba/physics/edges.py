@@ -64,6 +64,8 @@ CUT, PERIODIC = 0.15, 0.25
 # surely one `SURE` ranges further; squares in which the level around it is measured, in LR pixels
 OUTLIER, SURE = 1.0, 0.25
 SQUARES = (5, 15, 45)
+# an outlier further than this many ranges from its surroundings is one for sure
+FAR_OUT = 4.0
 # LR samples on each side of an edge that d compares; an edge is cut up to the first d, and periodic from the second
 SIDE, SURELY_CUT, SURELY_PERIODIC = 4, 0.1, 0.35
 # widest air at the edges of a periodic image, in HR pixels
@@ -165,6 +167,14 @@ def outliers(image: torch.Tensor, low: torch.Tensor | None = None, spread: torch
     share = torch.where(known, share.clamp(0, 1), torch.zeros_like(share))
     limits = -OUTLIER * spread, (1 + OUTLIER) * spread
     return share * (above - _level(above, (share == 0).to(image.dtype), limits))
+
+
+def lowest_without(spots: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """The lowest value (..., 1, 1) of `image` (..., h, w) without `spots`, its `outliers`. The image has a range of
+    about 1."""
+    # rounding: an outlier of a million ranges minus such a spot is no longer precise, and it is never the lowest
+    rest = torch.where(spots.abs() > FAR_OUT, torch.full_like(image, torch.inf), image - spots)
+    return rest.amin((-2, -1), keepdim=True)
 
 
 def _level(image: torch.Tensor, used: torch.Tensor, limits: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
