@@ -365,9 +365,11 @@ def _done_or_made(
 def _of_others(output: Path, sidecar: Path) -> Path | None:
     """The file among these that exists and that this package did not write. A folder (DICOM) is checked when it is
     written."""
-    if sidecar.exists():
-        return None if is_own_sidecar(sidecar) else sidecar
-    return output if output.is_file() and not is_own_file(output) else None
+    if is_own_sidecar(sidecar):
+        return None
+    if output.is_file() and not is_own_file(output):
+        return output
+    return sidecar if _read(sidecar) is not None else None  # a damaged one is made again
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:

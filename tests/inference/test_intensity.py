@@ -129,3 +129,27 @@ def test_published_weights_take_each_slice_in_any_units(name: str, tmp_path: Pat
             wanted = run(scan)
             got = (run(gains * scan + offsets) - offsets) / gains
             assert (got - wanted).square().mean() < (0.01**2) * (wanted - base).square().mean(), way
+
+
+@pytest.mark.parametrize("settings", [{}, {"tile": 16}, {"ensemble": True}, {"export": True}], ids=str)
+def test_an_outlier_below_the_slice_changes_only_its_surroundings(array: np.ndarray, settings: dict[str, bool]) -> None:
+    """Neither the floor of the other pixels nor data consistency follows it, and nothing is below its value."""
+    torch.manual_seed(0)
+    model = DeformMambaSR(scale=2, dims=[8], depths=[1], d_state=4, skip="zero-fill-robust", normalise="slice").eval()
+    marked = array[..., :1].copy()
+    marked[4, 5] = -9
+    whole = WholeSlice(model, "object")
+
+    def run(scan: np.ndarray) -> np.ndarray:
+        if "export" in settings:
+            with torch.no_grad():
+                return whole(torch.from_numpy(scan.copy())[None, None, ..., 0], torch.zeros(3))[0, 0].numpy()
+        return upscale(model, scan, axis=2, consistency="object", **settings)[..., 0]
+
+    clean, out = run(array[..., :1]), run(marked)
+    elsewhere = np.ones(out.shape, bool)
+    elsewhere[:20, :22] = False
+    assert out.min() >= -9
+    assert out[elsewhere].min() >= array[..., 0].min()
+    # the interpolated pixel differs from the one that it hides, and zero-filling spreads the difference
+    np.testing.assert_allclose(out[elsewhere], clean[elsewhere], rtol=0, atol=0.01)

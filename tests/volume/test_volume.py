@@ -450,7 +450,8 @@ def test_contents_that_are_no_scan(tmp_path: Path) -> None:
         (rgb, "colours"),
         (nan, "1 of 64 voxels are NaN"),
         (nan * np.inf, "NaN or infinite"),
-        (np.full((4, 4, 4), 1e300), "infinite"),
+        (np.full((4, 4, 4), 1e300), "largest voxel is 1e+300, beyond float32"),
+        (np.full((4, 4, 4), 1e-300), "largest voxel is 1e-300, beyond float32"),
         (np.zeros((4, 4, 4), np.int16), "every voxel is zero"),
     ):
         assert said in error_of(save(path, array))
