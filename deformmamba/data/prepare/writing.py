@@ -119,15 +119,15 @@ def _check_target(out: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
     """Refuses a folder that holds the sources, a data set prepared with other options, or anything else."""
     if not out.exists():
         return
-    inside = os.path.realpath(out)
-    for source in plan.sources:
-        if Path(os.path.realpath(source.path)).is_relative_to(inside):
-            raise VolumeError(f"{out}: holds the source {source.path}; give a new folder for the data set")
     if not out.is_dir():
         raise VolumeError(f"{out}: is a file; give a folder")
     known = begun(out)
     if not known and any(out.iterdir()):
         raise VolumeError(f"{out}: is not empty and holds no prepared data set; give a new folder")
+    inside = os.path.realpath(out)
+    for source in plan.sources:
+        if Path(os.path.realpath(source.path)).is_relative_to(inside):
+            raise VolumeError(f"{out}: holds the source {source.path}; give a new folder for the data set")
     for key in ("kind", "options"):
         if known and known.get(key) != facts[key]:
             raise VolumeError(f"{out}: was prepared with {key} {known.get(key)}, not {facts[key]}; give a new folder")
