@@ -1,5 +1,6 @@
 """Atomic writes: a file or a folder appears under its name complete, or not at all."""
 
+import errno
 import hashlib
 import os
 import re
@@ -74,6 +75,11 @@ def _is_alive(process: int) -> bool:
     return True
 
 
+def is_special(path: PathLike) -> bool:
+    """Whether something exists at `path` (links are followed) that is neither a file nor a folder."""
+    return os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
+
+
 @contextmanager
 def renamed(path: PathLike) -> Iterator[Path]:
     """Yields a temporary name in the folder of `path`; the block writes a file of that name.
@@ -84,9 +90,11 @@ def renamed(path: PathLike) -> Iterator[Path]:
     of `path`.
 
     Raises:
-        OSError: the operating system refused.
+        OSError: the operating system refused, or `path` is a device, a pipe or a socket, which a file must not replace.
     """
     target = Path(os.path.realpath(path))
+    if is_special(target):
+        raise OSError(errno.EINVAL, "it is a device, a pipe or a socket, not a file", os.fspath(path))
     ending = "".join(target.suffixes[-2:]) if target.name.endswith((".gz", ".bz2")) else target.suffix
     temporary = temporary_name(target, ending)
     try:

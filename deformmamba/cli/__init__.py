@@ -86,6 +86,10 @@ def _run(argv: Sequence[str] | None, stopping: Stopping) -> int:
     except SystemExit as stopped:
         return int(stopped.code or 0)
     start = time.monotonic()
+    try:
+        os.getcwd()
+    except OSError:  # PyTorch's libraries end the process without it
+        return refuse("the current folder no longer exists; change to another one")
     limit_spinning()
     take_short_turns()
     threads = use_threads(args.threads, args.idle_only)
@@ -203,7 +207,8 @@ class _ShowOnce:
         text = printable(str(message))
         if text not in self._shown:
             self._shown.add(text)
-            print(f"deformmamba: warning: {text}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print(f"deformmamba: warning: {text}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

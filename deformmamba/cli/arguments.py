@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,7 +27,8 @@ def printable(text: str) -> str:
 
 def refuse(message: str, code: int = 2) -> int:
     """Prints an error on stderr and returns the exit code."""
-    print(f"deformmamba: {printable(message)}", file=sys.stderr)
+    with suppress(OSError):  # stderr on a full disk: the exit code remains
+        print(f"deformmamba: {printable(message)}", file=sys.stderr)
     return code
 
 
@@ -63,7 +64,8 @@ def tell(text: str) -> None:
 def note(text: str) -> None:
     """Announces the next step of a command on stderr; --quiet suppresses it."""
     if not is_quiet():
-        print(f"deformmamba: {printable(text)}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(f"deformmamba: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def load_model(name: str) -> "SRModel":

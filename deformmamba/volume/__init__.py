@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from deformmamba.annotations import check_types, is_one_of
-from deformmamba.atomic import renamed, renamed_folder
+from deformmamba.atomic import is_special, renamed, renamed_folder
 from deformmamba.errors import InvalidArgument, did_you_mean, shown
 from deformmamba.volume import dicom, dicom_out, nifti
 from deformmamba.volume.dicom import holds_dicom
@@ -387,4 +387,6 @@ def check_output(
         raise VolumeError(f"{path}: voxels can be written as {', '.join(allowed)}, not as {dtype}{hint}")
     if os.path.isdir(path):
         raise VolumeError(f"{path}: is a folder; give a file name")
+    if is_special(path):
+        raise VolumeError(f"{path}: is a device, a pipe or a socket; give the name of a file")
     check_folder_of(path)

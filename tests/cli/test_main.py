@@ -144,6 +144,28 @@ def test_a_traceback_only_on_request(error: Exception, command: Any, capsys: pyt
     assert long.endswith(plain)
 
 
+def test_without_a_current_folder_or_stderr(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    def warned(_: Any) -> None:
+        warnings.warn("a remark", stacklevel=1)
+        raise InvalidArgument("wrong")
+
+    command(warned)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Full())
+        assert main(["backends"]) == 2
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["backends"]) == 2
+    assert "the current folder no longer exists" in capsys.readouterr().err
+
+
 def test_verbose_describes_the_machine(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
     command(lambda _: None)
     assert main(["backends", "--verbose"]) == 0

@@ -19,7 +19,7 @@ import pytest
 from dicom_made import classic, enhanced, oblique, save, voxels
 from pydicom.data import get_testdata_file
 
-from deformmamba.volume import Volume, VolumeError, read_volume, write_volume, writing
+from deformmamba.volume import Volume, VolumeError, read_volume, write_text, write_volume, writing
 from deformmamba.volume.files import CompressedFile, closed
 
 N_DAMAGED = 24  # of each kind of file
@@ -327,6 +327,20 @@ def test_a_disk_that_fills_up(tmp_path: Path, small_disk: Path, name: str, axis:
         write()
     assert not list(small_disk.iterdir())
     gc.collect()  # a file object that still holds data would print a traceback now
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
+def test_a_device_or_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    """Neither directly nor at the end of a link, which is followed: as root, that could replace a device."""
+    os.mkfifo(tmp_path / "pipe.nii")
+    (tmp_path / "link.nii").symlink_to(tmp_path / "pipe.nii")
+    volume = Volume(np.ones((4, 4, 2), np.float32), np.eye(4))
+    for name in ("pipe.nii", "link.nii"):
+        for write in (lambda path: write_volume(path, volume), lambda path: write_text(path, "x")):
+            with pytest.raises(VolumeError, match="a device, a pipe or a socket"):
+                write(tmp_path / name)
+    assert (tmp_path / "pipe.nii").is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.nii", "pipe.nii"]
 
 
 def test_a_compressed_file_is_written_in_order_and_has_no_date(tmp_path: Path) -> None:
