@@ -4,7 +4,7 @@ import functools
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
@@ -143,6 +143,53 @@ def keeps_precision(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
 
     return call
+
+
+def on_cpu_by_default(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes a function create tensors on the CPU if it names no device, also under `torch.set_default_device`.
+
+    For functions that go between numpy and PyTorch.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.get_default_device().type == "cpu":
+            return function(*args, **kwargs)
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def with_full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes a function run with autocast off on the CPU and on a GPU."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with without_autocast("cpu"), without_autocast("cuda"):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def constant(maxsize: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Makes a function that computes tensors from numbers keep its last `maxsize` results.
+
+    They are ordinary tensors on the CPU, also if the first call is in inference mode, or under another default device.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.lru_cache(maxsize)
+        def computed(*args: Any, **kwargs: Any) -> R:
+            if torch.compiler.is_compiling():
+                return function(*args, **kwargs)
+            with torch.inference_mode(False), torch.no_grad(), without_autocast("cpu"), torch.device("cpu"):
+                return function(*args, **kwargs)
+
+        kept: Any = functools.wraps(function)(computed)
+        return cast("Callable[P, R]", kept)
+
+    return decorate
 
 
 def refuse_tracing(name: str) -> None:

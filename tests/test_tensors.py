@@ -29,7 +29,7 @@ from deformmamba.layers import (
 )
 from deformmamba.models import DeformMambaSR
 from deformmamba.scan import ScanBackendError, scan_backend, selective_scan
-from deformmamba.tensors import as_array, check_device, has_values
+from deformmamba.tensors import as_array, check_device, constant, has_values
 
 OURS = [SS2D, VisionMambaBlock, ModulatedDeformBlock, DeformMambaBlock]
 BLOCKS = [*OURS, MultiViewContext]
@@ -466,3 +466,14 @@ def test_the_operator_runs_once_for_a_map() -> None:
 def test_a_device_that_is_not_there_gets_one_sentence(device: Any, said: str) -> None:
     with pytest.raises(InvalidArgument, match=said):
         check_device(device, also=("auto",))
+
+
+def test_a_constant_is_an_ordinary_tensor_wherever_it_is_first_computed() -> None:
+    @constant(maxsize=1)
+    def numbers(n: int) -> torch.Tensor:
+        return torch.arange(float(n)) @ torch.eye(n)
+
+    with torch.inference_mode(), torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
+        made = numbers(3)
+    assert numbers(3) is made
+    assert (made.device.type, made.dtype, made.is_inference()) == ("cpu", torch.float32, False)

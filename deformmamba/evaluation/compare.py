@@ -25,12 +25,14 @@ from deformmamba.metrics.statistics import Spread, paired_difference, subject_me
 from deformmamba.models.base import SRModel
 from deformmamba.physics.consistency import Consistency
 from deformmamba.physics.degradations import Degradation, KSpaceCrop
+from deformmamba.tensors import on_cpu_by_default
 from deformmamba.volume import intensity_scale
 
 Source = Scan | str | os.PathLike[str]
 Visit = Callable[[Scan, torch.Tensor, torch.Tensor], None]
 
 
+@on_cpu_by_default
 def evaluate(
     model: SRModel,
     volumes: Iterable[Source],

@@ -22,6 +22,7 @@ from deformmamba.inference.settings import Settings
 from deformmamba.inference.upscaling import Upscaling
 from deformmamba.pictures.report import SUFFIXES as REPORT_SUFFIXES
 from deformmamba.pictures.report import write_report
+from deformmamba.tensors import on_cpu_by_default
 from deformmamba.volume import (
     NIFTI_SUFFIXES,
     ChoiceNeeded,
@@ -76,6 +77,7 @@ class Upscaled:
     made_by: str = ""
 
 
+@on_cpu_by_default
 def upscale_file(
     model: "SRModel | PathLike",
     source: PathLike,
@@ -286,5 +288,5 @@ def _warn_if_filled(scan: Volume, axis: int) -> None:
             f"the slices have {h}x{w} pixels, but their k-space is filled to about {rows}x{columns}: the scan was "
             "interpolated, and its true resolution is lower than the header states; effective=True (--effective) "
             "undoes the interpolation first",
-            stacklevel=3,  # the caller of `upscale_file`
+            stacklevel=4,  # the caller of `upscale_file`
         )

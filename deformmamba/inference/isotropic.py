@@ -28,8 +28,8 @@ from deformmamba.data.thick_slices import EMPTY, trained_on
 from deformmamba.errors import InvalidArgument
 from deformmamba.inference.adaptation import Gain, best_of, check_seed, parse_adapt, split_slices
 from deformmamba.inference.inputs import opened
+from deformmamba.inference.networks import check_precision, unwrapped
 from deformmamba.inference.networks import network as known
-from deformmamba.inference.networks import unwrapped
 from deformmamba.inference.provenance import weights_hash, weights_name
 from deformmamba.inference.sections import by_sections
 from deformmamba.inference.settings import Settings
@@ -37,7 +37,7 @@ from deformmamba.inference.slice_consistency import consistent
 from deformmamba.inference.stack import Stack
 from deformmamba.physics.consistency import Consistency, check_consistency
 from deformmamba.physics.slice_profile import SliceProfile, along
-from deformmamba.tensors import check_device
+from deformmamba.tensors import check_device, on_cpu_by_default, with_full_precision
 from deformmamba.volume import Volume, VolumeError, read_volume
 from deformmamba.volume.inspection import is_far, trained_spacings
 from deformmamba.weights.cards import pixel_range
@@ -113,6 +113,8 @@ class IsotropicReport:
         return {**plain, "expected": None if self.expected is None else {**vars(self.expected), "db": self.expected.db}}
 
 
+@on_cpu_by_default
+@with_full_precision
 def isotropic(
     scan: Any,
     *,
@@ -231,7 +233,7 @@ def _cautions(network: "SRModel", job: Stack) -> tuple[str, ...]:
         )
     cautions = tuple(f"{text}: the result may be worse than reported" for text in found)
     for caution in cautions:
-        warnings.warn(caution, stacklevel=3)  # the caller of `isotropic`
+        warnings.warn(caution, stacklevel=5)  # the caller of `isotropic`
     return cautions
 
 
@@ -297,6 +299,7 @@ def loaded(model: "str | os.PathLike[str] | SRModel", device: str | torch.device
     if device is not None:
         check_device(device)
     network: SRModel = known(model)
+    check_precision(network)
     if network.scale != 1:
         name = weights_name(network) or type(network).__name__
         raise InvalidArgument(

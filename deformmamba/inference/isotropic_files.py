@@ -18,6 +18,7 @@ from deformmamba.inference.provenance import describe_weights, write_sidecar
 from deformmamba.inference.stack import Stack, check_voxel, given_profile
 from deformmamba.physics.consistency import check_consistency
 from deformmamba.pictures.report import write_report
+from deformmamba.tensors import on_cpu_by_default
 from deformmamba.volume import (
     PathLike,
     Volume,
@@ -44,6 +45,7 @@ class Isotropic(NamedTuple):
     report: IsotropicReport
 
 
+@on_cpu_by_default
 def isotropic_file(
     source: PathLike,
     target: PathLike,

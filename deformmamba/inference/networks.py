@@ -79,7 +79,7 @@ def check_precision(model: Any) -> torch.dtype:
     dtype: torch.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     if dtype not in (torch.float32, torch.float64):
         raise InvalidType(
-            f"the model's weights are {str(dtype).removeprefix('torch.')}; upscale takes float32 or float64 "
+            f"the model's weights are {str(dtype).removeprefix('torch.')}; this function takes float32 or float64 "
             "(model.float()); for half precision use torch.autocast around it"
         )
     return dtype

@@ -106,7 +106,7 @@ def write_sidecar(
         return  # DICOM stores this in its own elements
     beside = path.with_name(path.name[: -len(suffix(path))] + ".json")
     if beside.exists() and not is_own_sidecar(beside):
-        warnings.warn(f"{beside}: is of another origin and stays; nothing is written to it", stacklevel=3)
+        warnings.warn(f"{beside}: is of another origin and stays; nothing is written to it", stacklevel=4)
         return
     made = {
         "Description": KINDS[kind],

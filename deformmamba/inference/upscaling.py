@@ -28,7 +28,7 @@ from deformmamba.inference.sharing import shared_threads
 from deformmamba.inference.tiling import default_overlap, spans
 from deformmamba.physics.consistency import Consistency, corrected
 from deformmamba.physics.edges import cubic, lowest_without, outliers
-from deformmamba.tensors import check_device
+from deformmamba.tensors import check_device, on_cpu_by_default
 from deformmamba.volume import PathLike, Volume, VolumeError, chosen_axis, in_plane, intensity_scale, normalise, restore
 from deformmamba.volume.inspection import is_far, trained_spacings
 from deformmamba.weights.cards import pixel_range
@@ -51,6 +51,7 @@ FREE_MEMORY_SHARE = 0.6
 ABOVE_P99 = 1.3
 
 
+@on_cpu_by_default
 def upscale(
     model: "SRModel | nn.Module | PathLike",
     scan: Scan,
@@ -114,6 +115,7 @@ def upscale(
     return result
 
 
+@on_cpu_by_default
 def upscale_with_uncertainty(model: "SRModel | nn.Module | PathLike", scan: Scan, **settings: Any) -> tuple[Scan, Scan]:
     """`upscale(model, scan, ensemble=True)`, and the disagreement of its eight members.
 
@@ -177,7 +179,7 @@ class Upscaling:
         _check_slices(found, volume, axis)
         self.cautions = _cautions(found, volume, axis)
         for caution in self.cautions if warn else ():
-            warnings.warn(caution, stacklevel=3)  # the caller of `upscale`
+            warnings.warn(caution, stacklevel=4)  # the caller of `upscale`
         self.axis = axis
         i, j, k = (n if a == axis else n * found.scale for a, n in enumerate(volume.array.shape))
         self.shape = i, j, k

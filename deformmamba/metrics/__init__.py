@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from deformmamba.annotations import is_one_of
 from deformmamba.errors import InvalidArgument, InvalidType, shown
 from deformmamba.extras import MissingExtra, require
+from deformmamba.tensors import constant, on_cpu_by_default
 
 Protocol = Literal["volume", "slice", "foreground"]
 PROTOCOLS: tuple[str, ...] = get_args(Protocol)
@@ -84,6 +85,7 @@ def _pair(sr: Array, hr: Array, protocol: str) -> _Pair:
     return _Pair(a, b, peak, foreground(b) if protocol == "foreground" else None)
 
 
+@on_cpu_by_default
 def foreground(hr: Array) -> torch.Tensor:
     """The pixels inside the body, bool, of the shape of `hr`: (slices, H, W) or (H, W).
 
@@ -114,6 +116,7 @@ def _sums(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, tor
     return torch.where(mask, x, 0).sum((-2, -1)), mask.sum((-2, -1)).to(x.dtype)
 
 
+@on_cpu_by_default
 def psnr(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
     """Peak signal to noise ratio in dB; infinite for equal volumes."""
     a, b, peak, mask = _pair(sr, hr, protocol)
@@ -171,6 +174,7 @@ def _similarity(pair: _Pair) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         yield _sums(similarity, None if pair.mask is None else pair.mask[some, edge:-edge, edge:-edge])
 
 
+@on_cpu_by_default
 def ssim(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
     """Structural similarity, 1 for equal volumes. Slices must be at least 7x7."""
     total, n = map(torch.cat, zip(*_similarity(_pair(sr, hr, protocol)), strict=True))
@@ -187,12 +191,14 @@ def _energies(x: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | Non
     return error / energy
 
 
+@on_cpu_by_default
 def nmse(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
     """Normalised mean squared error |sr - hr|^2 / |hr|^2, of the volume (fastMRI) or averaged over slices."""
     a, b, _, mask = _pair(sr, hr, protocol)
     return float(_energies(a - b, b, mask, protocol).mean())
 
 
+@on_cpu_by_default
 def by_slice(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> dict[str, list[float]]:
     """PSNR, SSIM and NMSE of each slice with the data range of the protocol.
 
@@ -216,7 +222,7 @@ METRICS = {"psnr": psnr, "ssim": ssim, "nmse": nmse}
 # ------------------------------------------------------------------------------------------------------ when asked for
 
 
-@cache
+@constant(maxsize=1)
 def _laplacian_of_gaussian() -> tuple[torch.Tensor, torch.Tensor]:
     """Gaussian of standard deviation 1.5 pixels, 15 taps, sum 1; and its second derivative."""
     x = torch.arange(-7, 8, dtype=torch.float64)
@@ -236,6 +242,7 @@ def _edges(x: torch.Tensor) -> torch.Tensor:
     return separable(second, gaussian) + separable(gaussian, second)
 
 
+@on_cpu_by_default
 def hfen(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
     """High-frequency error norm |LoG(sr - hr)| / |LoG(hr)|: 0 for equal volumes, about 1 if all edges are missing.
 
@@ -247,6 +254,7 @@ def hfen(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
     return float(_energies(_edges(a - b), _edges(b), mask, protocol).sqrt().mean())
 
 
+@on_cpu_by_default
 def lpips(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
     """Learned perceptual distance (AlexNet, version 0.1) of each slice, averaged over slices; 0 for equal volumes.
 

@@ -17,7 +17,6 @@ with `first=k`, on any device and for any batch size.
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import numpy as np
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from deformmamba.annotations import check_types
 from deformmamba.errors import InvalidArgument, did_you_mean, shown
 from deformmamba.physics.kspace import Grid, crop_spectrum, degrade, fft2c, ifft2c, pad_spectrum, zero_fill
+from deformmamba.tensors import constant
 
 Seed = int | tuple[int, ...]
 Output = Literal["magnitude", "real"]
@@ -231,7 +231,7 @@ class _Separable(Degradation):
         return rows.T @ lr @ columns
 
 
-@lru_cache(maxsize=4)  # a matrix of 1,024 x 1,024 takes 8 MB
+@constant(maxsize=4)  # a matrix of 1,024 x 1,024 takes 8 MB
 def _matrix(degradation: _Separable, n: int) -> torch.Tensor:
     return degradation.matrix(n)
 

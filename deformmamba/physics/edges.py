@@ -50,12 +50,11 @@ Source: ours; kriging as in Stein, Interpolation of Spatial Data (1999).
 """
 
 import math
-from functools import lru_cache
 
 import torch
 
 from deformmamba.physics.kspace import zero_fill
-from deformmamba.tensors import keeps_precision
+from deformmamba.tensors import constant, keeps_precision
 
 # an edge is cut up to the first beta, and periodic from the second
 CUT, PERIODIC = 0.15, 0.25
@@ -208,7 +207,7 @@ def _line_covariance(n: int, scale: int, corner: float) -> torch.Tensor:
     return covariance[(i[:, None] - i).abs()] / covariance[0]
 
 
-@lru_cache(maxsize=8)
+@constant(maxsize=8)
 def edge_models(scale: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse covariances (m, 2 * SIDE, 2 * SIDE) and log determinants per sample (m,) of the samples across an edge.
 
@@ -269,7 +268,7 @@ def away_from_cut(gate: torch.Tensor, h: int, w: int, scale: int) -> torch.Tenso
     return shares[0][..., :, None] * shares[1][..., None, :]
 
 
-@lru_cache(maxsize=1)
+@constant(maxsize=1)
 def prediction() -> torch.Tensor:
     """Weights (BEYOND, NEAR), float64, that predict the next `BEYOND` samples of a line from its last `NEAR`.
 
@@ -289,7 +288,7 @@ def extended(lines: torch.Tensor) -> torch.Tensor:
     return torch.cat([before, lines, lines[..., -NEAR:] @ weights.mT], dim=-1)
 
 
-@lru_cache(maxsize=32)
+@constant(maxsize=32)
 def line_matrix(n: int, scale: int) -> torch.Tensor:
     """Matrix (scale * n, n), float64: zero-filling of a line, without the imaginary part at the frequency -n/2."""
     return zero_fill(torch.eye(n, dtype=torch.float64)[:, :, None], scale)[..., 0].mT.contiguous()

@@ -12,6 +12,7 @@ import torch
 
 from deformmamba.annotations import check_types
 from deformmamba.physics.kspace import fft2c
+from deformmamba.tensors import on_cpu_by_default
 from deformmamba.volume import Volume, VolumeError, chosen_axis, in_plane, intensity_scale
 from deformmamba.volume.dicom import DicomSeries
 from deformmamba.weights.cards import pixel_range
@@ -37,6 +38,7 @@ _STEP, _STATED_STEP = 3.0, 1.5
 _MAJORITY, _FEWEST_VOTES, _AGREEMENT = 0.6, 3, 0.02
 
 
+@on_cpu_by_default
 def effective_matrix(
     slices: np.ndarray | torch.Tensor, stated: tuple[int | None, int | None] = (None, None)
 ) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -13,6 +14,7 @@ from tolerances import assert_close
 
 from deformmamba.cli import main
 from deformmamba.errors import DeformMambaError, InvalidArgument
+from deformmamba.evaluation import evaluate
 from deformmamba.inference import adaptation, upscale, upscale_file
 from deformmamba.inference.adaptation import parse_adapt
 from deformmamba.inference.isotropic import isotropic
@@ -20,7 +22,7 @@ from deformmamba.inference.isotropic_files import isotropic_cohort, isotropic_fi
 from deformmamba.inference.slice_consistency import noise_level
 from deformmamba.inference.stack import Stack, resampled
 from deformmamba.metrics import psnr
-from deformmamba.models import MODELS, DeformMambaSR
+from deformmamba.models import MODELS, DeformMambaSR, ZeroFill
 from deformmamba.models.base import SRModel
 from deformmamba.physics.slice_profile import SliceProfile, SliceProfileError, ThickSlices, slice_positions
 from deformmamba.volume import Volume, VolumeError, read_volume, write_volume
@@ -161,6 +163,25 @@ def test_the_order_of_the_voxels_in_memory_changes_nothing(truth: np.ndarray) ->
     plain, _ = isotropic(scan, model=Sharpen(), consistency="off")
     inside = 3 * (scan.array.shape[2] - 1) + 1
     assert_close(last_first.array[:, :, inside - 1 :: -1][:, :, 6:-6], plain.array[:, :, :inside][:, :, 6:-6])
+
+
+def test_the_state_of_the_caller_changes_nothing(truth: np.ndarray, tmp_path: Path) -> None:
+    """Another default device or dtype, autocast and inference mode."""
+    scan, network = thick_scan(truth), Sharpen()
+    write_volume(tmp_path / "scan.nii.gz", scan)
+
+    def results() -> list[Any]:
+        sharp, zero = isotropic(scan, model=network)[0].array, ZeroFill(scale=2)
+        row = evaluate(zero, [tmp_path / "scan.nii.gz"], most=1)[0]
+        return [sharp, upscale(zero, scan).array, np.array([row["psnr"], psnr(sharp, 1.1 * sharp)])]
+
+    plain = results()
+    with torch.inference_mode(), torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
+        in_another_state = results()
+    with pytest.raises(TypeError, match="weights have no values"):
+        isotropic(scan, model=Sharpen().to("meta"))
+    for got, wanted in zip(in_another_state, plain, strict=True):
+        np.testing.assert_array_equal(got, wanted)
 
 
 def test_adaptation_learns_and_repeats(truth: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
