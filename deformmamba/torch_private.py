@@ -92,11 +92,12 @@ def gomp_parallel() -> Callable[..., None] | None:
     return region
 
 
-def with_huge_pages(tensor: torch.Tensor, smallest: int = 32 << 20) -> torch.Tensor:
+def with_huge_pages(tensor: torch.Tensor, smallest: int = 4 << 20) -> torch.Tensor:
     """Asks Linux for huge pages behind a new, empty tensor of at least `smallest` bytes; returns the tensor.
 
-    Why: for tensors above 32 MB the C library requests new memory from the system each time. The first access in pages
-    of 4 KB then takes as long as the scan. PyTorch and Python have no function for this.
+    Why: the C library gives the memory of large tensors back to the system: above 32 MB each time, below that whenever
+    enough of it is free at the end of the heap. The first access to new memory in pages of 4 KB takes up to as long as
+    the scan. PyTorch and Python have no function for this.
     """
     if tensor.nbytes >= smallest and sys.platform == "linux":
         start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -54,7 +54,7 @@ def scan(
         B_, C_, run_ = B[image, :, group], C[image, :, group], None if run is None else run[image]
         h = _flat_state(x, state, image, part, n)
         h_, kept_ = h.view(n, heads // groups, p), kept[image, group].view(kept.shape[2], n, heads // groups, p)
-        for some in ssd_factored.head_sets(dt_, A_, run_, SPAN, ssd_factored.RANGE):
+        for some in ssd_factored.head_sets(dt_, A_, run_, SPAN, gradients=False):
             y_some, kept_some, h_some = some.empty(y_), some.empty(kept_, 2), some.of(h_).reshape(n, -1)
             given = (some.of(x_), some.of(dt_), some.of(A_, 0), B_, C_, run_, h_some)
             if not some.fits and ssd_steps.usable(x):
@@ -101,7 +101,7 @@ def scan_backward(
         dx_, ddt_, dA_ = dx[image, :, part], ddt[image, :, part], dA[part]
         dB_, dC_, dh = dB[image, :, group].zero_(), dC[image, :, group].zero_(), _flat_state(x, dlast, image, part, n)
         dh_, kept_ = dh.view(n, heads // groups, p), kept[image, group].view(kept.shape[2], n, heads // groups, p)
-        for some in ssd_factored.head_sets(dt_, A_, run_, SPAN, ssd_factored.GRADIENT_RANGE):
+        for some in ssd_factored.head_sets(dt_, A_, run_, SPAN, gradients=True):
             dx_some, ddt_some, dA_some = some.empty(dx_), some.empty(ddt_), some.of(dA_, 0)
             dh_some = some.of(dh_).reshape(n, -1)
             _backward_spans(
@@ -299,15 +299,21 @@ class _Chunks(NamedTuple):
 
 
 def _chunks(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, run: Tensor | None, h: Tensor, limit: float
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, run: Tensor | None, h: Tensor, gradients: bool
 ) -> _Chunks:
     """The chunks of a span, of the largest size for which the factors of the decays are within range, if there is
-    one."""
+    one (`gradients`: and give exact gradients)."""
     (r, p), n = x.shape[1:], B.shape[1]
     sizes = [q for q in _CHUNKS if q < 2 * len(x)] or [_CHUNKS[-1]]
+    limit = ssd_factored.GRADIENT_RANGE if gradients else ssd_factored.RANGE
     for q in sizes:
-        s, low, high = _cumulative(dt * A, q)
-        if factors := bool((high - low <= limit).all()):  # not if a value is NaN
+        rates = F.pad(dt * A, (0, 0, 0, -len(dt) % q)).double().view(-1, q, r)
+        s = rates.cumsum(1)  # from the start of each chunk
+        low, high = s.amin(1, keepdim=True), s.amax(1, keepdim=True)
+        factors = bool((high - low <= limit).all())  # not if a value is NaN
+        if gradients:
+            factors = factors and bool(ssd_factored.gradients_are_exact(rates, x.dtype).all())
+        if factors:
             break
         if q <= _PAIRED_CHUNKS[x.dtype]:
             break
@@ -344,17 +350,11 @@ def _chunks(
     return _Chunks(dt, x, B, C, reaches, same, scores, decay, near_out, near_in, far_out, far_in, carry, u, states)
 
 
-def _cumulative(rates: Tensor, q: int) -> tuple[Tensor, Tensor, Tensor]:
-    """s (c, q, r), the sums of dt A from the start of each chunk, in float64; and the ends of their range."""
-    s = F.pad(rates, (0, 0, 0, -len(rates) % q)).double().view(-1, q, rates.shape[1]).cumsum(1)
-    return s, s.amin(1, keepdim=True), s.amax(1, keepdim=True)
-
-
 def _forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, run: Tensor | None, h: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(y, next state)."""
-    k = _chunks(x, dt, A, B, C, run, h, ssd_factored.RANGE)
+    k = _chunks(x, dt, A, B, C, run, h, gradients=False)
     if k.decay is None:
         y = torch.bmm(k.scores, k.u).view(k.x.shape).mul_(k.near_out[..., None])
     else:
@@ -368,7 +368,7 @@ def _backward(
     dh: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The gradients of x, dt, A, B, C and h."""
-    k = _chunks(x, dt, A, B, C, run, h, ssd_factored.GRADIENT_RANGE)
+    k = _chunks(x, dt, A, B, C, run, h, gradients=True)
     c, q, r, p = k.x.shape
     missing = c * q - len(x)
     dy_y = F.pad((dy * y).sum(-1), (0, 0, 0, missing)).view(c, q, r)

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RANGE = 120.0  # largest range of s in a chunk; products with exp(60) are far from the limits of float32
-# the same for gradients: that of A is a small difference of large sums if decays are fast
-GRADIENT_RANGE = 80.0
+GRADIENT_RANGE = 80.0  # the same for gradients
+# Largest loss of digits in the gradient of A, see `gradients_are_exact`: about 1e-4 of it in float32.
+_LOSS = {torch.float32: 1e3, torch.float64: 1e5}
 
 
 class Factors(NamedTuple):
@@ -71,26 +72,41 @@ class BackwardWorkspace(Workspace):
         self.pairs = torch.empty_like(self.weights)
 
 
-def head_sets(dt: Tensor, A: Tensor, run: Tensor | None, span: int, limit: float) -> list[HeadSet]:
+def head_sets(dt: Tensor, A: Tensor, run: Tensor | None, span: int, gradients: bool) -> list[HeadSet]:
     """The heads of dt (l, r) and A (r,) whose factors are within range, and the others; no heads without steps.
 
-    `run` (l,) is as in `ssd_chunks`; `limit` is the largest range of s in a span."""
+    `run` (l,) is as in `ssd_chunks`; `gradients`: the factors are for the backward pass."""
     if not dt.numel():
         return []
     missing = -len(dt) % span
-    s = F.pad(dt * A, (0, 0, 0, missing)).double().view(-1, span, len(A)).cumsum(1)
+    rates = F.pad(dt * A, (0, 0, 0, missing)).double().view(-1, span, len(A))
+    s = rates.cumsum(1)
     continues = torch.ones(len(s), dtype=torch.bool, device=s.device)
     if run is not None:
         continues = ~F.pad(run[1:] != run[:-1], (1, missing)).view(-1, span).any(1)
-    fits = _fits(s, limit).all(0)
+    fits = _fits(s, GRADIENT_RANGE if gradients else RANGE)
+    if gradients:
+        fits &= gradients_are_exact(rates, dt.dtype)
+    of_head = fits.all(0)
     sets = []
     for fit in (True, False):
-        heads = (fits == fit).nonzero()[:, 0]
+        heads = (of_head == fit).nonzero()[:, 0]
         if len(heads) == len(A):
-            return [HeadSet(None, fit, _factors(s, continues, limit, dt.dtype))]
+            return [HeadSet(None, fit, _factors(s, fits.all(1) & continues, dt.dtype))]
         if len(heads):
-            sets.append(HeadSet(heads, fit, _factors(s[..., heads], continues, limit, dt.dtype)))
+            sets.append(HeadSet(heads, fit, _factors(s[..., heads], fits[:, heads].all(1) & continues, dt.dtype)))
     return sets
+
+
+def gradients_are_exact(rates: Tensor, dtype: torch.dtype) -> Tensor:
+    """(chunks, r) of dt A (chunks, chunk, r): whether decays as factors give the gradient of A to enough digits.
+
+    They give it as a difference of sums over steps, in which the influence of a step on itself cancels. What remains
+    passed at least one decay; where all decays are fast, for example in a few steps of 15, it is smaller than the
+    rounding of the sums."""
+    size = rates.abs()
+    remains = (size * torch.exp(rates.clamp(max=0))).sum(1)
+    return (rates != 0).sum(1) * size.sum(1) <= _LOSS[dtype] * remains
 
 
 def _fits(s: Tensor, limit: float) -> Tensor:
@@ -99,8 +115,8 @@ def _fits(s: Tensor, limit: float) -> Tensor:
     return (high - low <= limit) & (high <= RANGE / 2)
 
 
-def _factors(s: Tensor, continues: Tensor, limit: float, dtype: torch.dtype) -> Factors:
-    fits = _fits(s, limit).all(1) & continues
+def _factors(s: Tensor, fits: Tensor, dtype: torch.dtype) -> Factors:
+    """`fits` (spans,): whether all heads allow factors."""
     m, last = (s.amin(1) + s.amax(1)) / 2, s[:, -1]
     between = s - m[:, None]
     out, into, before, after = (torch.exp(t).to(dtype) for t in (between, -between, m, last - m))

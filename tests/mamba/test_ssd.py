@@ -86,11 +86,29 @@ def test_heads_with_fast_and_slow_decays_are_computed_apart(
     given = arguments(2, 150, g=1, dtype=dtype)
     given[1], given[2] = 0.2 * torch.rand_like(given[1]), -torch.tensor(rates, dtype=dtype)
     given[7] = torch.zeros_like(given[7])
-    sets = ssd_factored.head_sets(given[1][0], given[2], None, 128, ssd_factored.RANGE)
+    sets = ssd_factored.head_sets(given[1][0], given[2], None, 128, gradients=False)
     fits = {head: s.fits for s in sets for head in (range(4) if s.heads is None else s.heads.tolist())}
     assert [fits[head] for head in range(4)] == [rate < 1 for rate in rates]
     compare_with_gradients(given, rtol, dt_softplus=False)
     compare_with_gradients(given, rtol, dt_softplus=False, seq_idx=packed(2, 20, 108, 22))
+
+
+@pytest.mark.parametrize(("length", "rate"), [(2, 30.0), (4, 15.0), (8, 8.0), (16, 4.5), (132, 15.0), (75, 1.0)])
+def test_gradients_of_fast_decays_keep_their_digits(length: int, rate: float) -> None:
+    """Equal steps: the gradient of A is about exp(-rate) times the sums over steps from which it can be computed, and a
+    few steps are within the range of factors. The last four of 132 steps are a separate span."""
+    given = arguments(2, length, p=16, g=1, n=16)[:5]
+    given[1], given[2] = torch.ones_like(given[1]), torch.full_like(given[2], -rate)
+    dy = torch.randn_like(given[0])
+    ours = [t.clone().requires_grad_() for t in given]
+    exact = [t.double().requires_grad_() for t in given]
+    mamba_chunk_scan_combined(*ours, 64).backward(dy)
+    ssd_ref(*exact)[0].backward(dy.double())
+    for a, e in zip(ours, exact, strict=True):
+        assert a.grad is not None
+        assert e.grad is not None
+        # 1e-4: the loss of digits that `gradients_are_exact` allows, before exact decays are used
+        torch.testing.assert_close(a.grad.double(), e.grad, rtol=0, atol=1e-4 * e.grad.abs().max().item())
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
