@@ -109,6 +109,44 @@ def renamed(path: PathLike) -> Iterator[Path]:
 
 
 @contextmanager
+def renamed_pair(path: PathLike, beside: PathLike) -> Iterator[tuple[Path, Path]]:
+    """Two temporary names in the folder of `path`, equal up to their endings, for two files that belong together.
+
+    After the block they replace `path` and `beside`, which are in the same folder. If the block raises, or a signal
+    comes between the two renames, both old files are there again. (Only a process that is killed, or a machine that
+    stops, exactly between the two leaves the new `beside` with the old `path`.) A symbolic link is replaced.
+
+    Raises:
+        OSError: the operating system refused.
+    """
+    path, beside = Path(path), Path(beside)
+    temporary = temporary_name(path, path.suffix)
+    second, before = temporary.with_suffix(beside.suffix), temporary.with_suffix(".before")
+    _own.add(second)
+    was_there = True
+    try:
+        yield temporary, second
+        for made, target in ((second, beside), (temporary, path)):
+            with open(made, "r+b") as file:
+                os.fsync(file.fileno())
+            with suppress(FileNotFoundError):
+                os.chmod(made, stat.S_IMODE(target.stat().st_mode))
+        was_there = beside.exists()
+        if was_there:
+            os.replace(beside, before)
+        os.replace(second, beside)
+        os.replace(temporary, path)
+    finally:
+        if temporary.exists():  # `path` is still the old one
+            if before.exists():
+                os.replace(before, beside)
+            elif not was_there:
+                _remove(beside)
+        for name in (temporary, second, before):
+            _remove(name)
+
+
+@contextmanager
 def renamed_folder(path: PathLike) -> Iterator[Path]:
     """An empty temporary folder beside `path`; it replaces `path` if the block succeeds, else it is removed.
 

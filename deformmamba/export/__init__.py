@@ -7,7 +7,9 @@ A file is kept only if it gives the same result as the model, on slices of a rea
 import copy
 import json
 import logging
+import operator
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,15 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from deformmamba import __version__
-from deformmamba.atomic import renamed, temporary_name
+from deformmamba.annotations import check_types
+from deformmamba.atomic import renamed, renamed_pair, sweep
 from deformmamba.data.thick_slices import HIGH, LOW, trained_on
-from deformmamba.errors import DeformMambaError, one_line
+from deformmamba.errors import DeformMambaError, InvalidType, one_line, shown
 from deformmamba.export import onnx, openvino, pt2
 from deformmamba.export.pt2 import FACTS, portable_program
 from deformmamba.export.whole_slice import NO_FLOOR, WholeSlice
+from deformmamba.inference.networks import network, unwrapped
 from deformmamba.inference.settings import Settings
 from deformmamba.inference.upscaling import Upscaling, scan_units
 from deformmamba.models import SRModel
+from deformmamba.models.skip import SKIPS
 from deformmamba.physics.consistency import Consistency, check_consistency
 from deformmamba.physics.edges import NEAR
 from deformmamba.volume import Volume, intensity_scale
@@ -80,7 +85,7 @@ class Export:
 
 
 def export(
-    model: SRModel,
+    model: SRModel | nn.Module | str | os.PathLike[str],
     path: str | os.PathLike[str],
     *,
     format: str,
@@ -99,7 +104,8 @@ def export(
     "lr,units": some runtimes, such as ONNX Runtime for the browser, cannot set an input that has a default.
 
     Args:
-        model: any of `MODELS`; exported in eval mode, float32, for the CPU. The model itself is unchanged.
+        model: any SRModel, also inside `DataParallel`, `torch.compile` or an averaged model; or a name of weights as in
+            `from_pretrained`. Exported in eval mode, float32, for the CPU. The model itself is unchanged.
         path: replaced if it exists, only after the comparison. OpenVINO: ends in .xml; the weights go into a .bin file
             beside it.
         format: "onnx" (ONNX Runtime) and "openvino" need the extra `export`; "pt2"
@@ -117,13 +123,19 @@ def export(
 
     Raises:
         ExportError: an unknown format or setting, a size the model does not take, a missing package, an unsupported
-            operation, or a file that differs by more than `tolerance`.
+            operation, a folder or a disk that cannot be written, or a file that differs by more than `tolerance`.
+        InvalidType: an argument of a wrong type.
     """
+    model = _model(model)
+    check_types(export, locals())
     path = Path(path)
-    how = _checked(model, path, format, size, inputs, consistency, variant)
+    if not 0 < tolerance < 1:
+        raise ExportError(f"tolerance is {tolerance:g}; it must be a share of the intensity scale, between 0 and 1")
+    size = None if size is None else _checked_size(size, _least(model, inputs))
+    how = _checked(model, path, format, inputs, consistency, variant)
     model = copy.deepcopy(model).cpu().float().eval()
     smallest = smallest_side(model, inputs)
-    sizes = [(int(size[0]), int(size[1]))] if size else [(max(33, smallest), max(22, smallest)), (smallest + 7, 48)]
+    sizes = [size] if size else [(max(33, smallest), max(22, smallest)), (smallest + 7, 48)]
     facts = _facts(model, size, smallest, inputs, how)
     if format == "openvino":
         facts["compile_with"] = json.dumps(openvino.SETTINGS)
@@ -131,6 +143,11 @@ def export(
         facts["variant"] = variant
     with _quiet(), torch.no_grad():
         images = [_images(model, h, w, 1 if size else 2, inputs, how, own=bool(k)) for k, (h, w) in enumerate(sizes)]
+        if not all(image.wanted.isfinite().all() for image in images):
+            raise ExportError(
+                f"{type(model).__name__} gives NaN or infinite values on slices of a real scan, so a file could not be "
+                "compared with it; check its weights"
+            )
         exported: nn.Module = model if inputs == "lr,base" else WholeSlice(model, how).eval()
         with _written(path, format) as temporary:
             optional = format == "onnx" and inputs == "lr"
@@ -146,16 +163,41 @@ def export(
     return Export(path, difference, sizes, facts)
 
 
+def _model(given: Any) -> SRModel:
+    """The model to export, loaded if `given` is a name, and without a wrapper."""
+    try:
+        model: SRModel = unwrapped(network(given))
+    except InvalidType:
+        raise InvalidType(
+            f"export: the model is a {type(given).__name__}; give a model of deformmamba or the name of weights: "
+            'export(model, path, format="onnx")'
+        ) from None
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise InvalidType('export: on the device "meta" weights have no values; load the model with from_pretrained')
+    return model
+
+
+def _least(model: SRModel, inputs: str) -> int:
+    """The smallest h and w in pixels of a file for one size."""
+    return max(model.minimum_size, 1 if inputs == "lr,base" else NEAR if model.robust_edges else 4)
+
+
+def _checked_size(size: Any, least: int) -> tuple[int, int]:
+    """`size` as two integers."""
+    try:
+        h, w = (operator.index(n) for n in size)
+        allowed = least <= min(h, w) <= max(h, w) <= LARGEST
+    except (TypeError, ValueError):
+        allowed = False
+    if not allowed:
+        raise ExportError(f"size is {shown(size)}; it must be (h, w) of {least} to {LARGEST} each")
+    return h, w
+
+
 def _checked(
-    model: SRModel,
-    path: Path,
-    format: str,
-    size: tuple[int, int] | None,
-    inputs: str,
-    consistency: Consistency | None,
-    variant: str,
+    model: SRModel, path: Path, format: str, inputs: str, consistency: Consistency | None, variant: str
 ) -> Consistency:
-    """Checks all arguments and returns the consistency to export."""
+    """Checks all other arguments and returns the consistency to export."""
     if format not in FORMATS:
         raise ExportError(f"unknown export format {format!r}; formats: {', '.join(FORMATS)}")
     if inputs not in INPUTS:
@@ -164,18 +206,21 @@ def _checked(
         raise ExportError(
             f'variant is {variant!r}; it must be "scan", or with format "onnx" one of {", ".join(VARIANTS)}'
         )
-    if not path.parent.is_dir():
-        raise ExportError(f"{path}: there is no folder {path.parent}; create it first")
-    if path.is_dir():
-        example = path / f"model{ENDINGS[format]}"
-        raise ExportError(f"{path} is a folder; give the name of a file in it, such as {example}")
-    if format == "openvino" and path.suffix != ".xml":
-        raise ExportError(f"{path}: an OpenVINO file must end in .xml; its weights go into a .bin file beside it")
-    if path.suffix in ENDINGS.values() and path.suffix != ENDINGS[format]:
-        raise ExportError(f"{path}: format is {format!r}, whose files end in {ENDINGS[format]}; change one of them")
-    least = max(model.minimum_size, 1 if inputs == "lr,base" else NEAR if model.robust_edges else 4)
-    if size is not None and not (len(size) == 2 and least <= min(size) <= max(size) <= LARGEST):
-        raise ExportError(f"size is {tuple(size)}; it must be (h, w) of {least} to {LARGEST} each")
+    if inputs == "lr,base" and consistency not in (None, "off"):
+        raise ExportError(
+            f'consistency is {consistency!r}; a file with inputs "lr,base" contains the network alone; use inputs "lr"'
+        )
+    _check_path(path, format)
+    if inputs != "lr,base" and model.channels not in (None, 1):
+        raise ExportError(
+            f"{type(model).__name__} takes {model.channels} channels; a file for whole slices takes one, use inputs "
+            '"lr,base"'
+        )
+    if inputs != "lr,base" and model.scale > 1 and getattr(model, "skip", None) not in SKIPS:
+        raise ExportError(
+            f"{type(model).__name__} has a skip of its own, {model.skip!r}; a file for whole slices computes "
+            f'{", ".join(map(repr, SKIPS[1:]))} only, use inputs "lr,base"'
+        )
     missing = [name for name in NEEDS[format] if not _imports(name)]
     if missing:
         raise ExportError(
@@ -196,6 +241,28 @@ def _checked(
             f'{type(model).__name__} has grid {model.grid!r} and scale {model.scale}; use "off"'
         )
     return how
+
+
+def _check_path(path: Path, format: str) -> None:
+    """Checks that `path` can be written, before a minute of computation, and removes what killed exports left there."""
+    if not path.parent.is_dir():
+        raise ExportError(f"{path}: there is no folder {path.parent}; create it first")
+    if path.is_dir():
+        example = path / f"model{ENDINGS[format]}"
+        raise ExportError(f"{path} is a folder; give the name of a file in it, such as {example}")
+    if format == "openvino" and path.suffix != ".xml":
+        raise ExportError(f"{path}: an OpenVINO file must end in .xml; its weights go into a .bin file beside it")
+    if path.suffix.lower() in ENDINGS.values() and path.suffix.lower() != ENDINGS[format]:
+        raise ExportError(f"{path}: format is {format!r}, whose files end in {ENDINGS[format]}; change one of them")
+    for file in (path, path.with_suffix(".bin")) if format == "openvino" else (path,):
+        if file.exists() and not file.is_file():
+            raise ExportError(f"{file} is not a regular file; choose another name")
+    sweep(path.parent)
+    try:
+        with tempfile.TemporaryFile(dir=Path(os.path.realpath(path)).parent):
+            pass
+    except OSError as error:
+        raise ExportError(f"{path}: cannot write to its folder: {error.strerror}; choose another folder") from error
 
 
 def _facts(
@@ -365,6 +432,8 @@ def _write(
             openvino.write(between, path, facts)
         finally:
             between.unlink(missing_ok=True)
+    except OSError:  # a full disk
+        raise
     except Exception as error:  # a tracer may raise anything on unsupported operations
         raise ExportError(
             f"torch {torch.__version__} cannot export {type(model).__name__} to {NAMES[format]}: "
@@ -388,18 +457,15 @@ def _difference(format: str, path: Path, images: list[_TestImages]) -> float:
 @contextmanager
 def _written(path: Path, format: str) -> Iterator[Path]:
     """A temporary name that becomes `path` after the block, with the .bin file beside it for OpenVINO."""
-    if format != "openvino":
-        with renamed(path) as temporary:
-            yield temporary
-        return
-    temporary = temporary_name(path, ".xml")
     try:
-        yield temporary
-        os.replace(temporary.with_suffix(".bin"), path.with_suffix(".bin"))
-        os.replace(temporary, path)
-    finally:
-        for suffix in (".xml", ".bin"):
-            temporary.with_suffix(suffix).unlink(missing_ok=True)
+        if format == "openvino":
+            with renamed_pair(path, path.with_suffix(".bin")) as (temporary, _):
+                yield temporary
+        else:
+            with renamed(path) as temporary:
+                yield temporary
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _imports(name: str) -> bool:

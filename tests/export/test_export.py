@@ -1,6 +1,9 @@
 """Exported files equal the model at other sizes, describe themselves correctly, and are not written if they differ."""
 
+import errno
 import json
+import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -13,14 +16,16 @@ import torch
 from tolerances import assert_close
 
 import deformmamba.export
+from deformmamba import atomic
 from deformmamba.cli import main
 from deformmamba.data.thick_slices import robust_range
+from deformmamba.errors import InvalidType
 from deformmamba.export import FACTS, ExportError, export, onnx, openvino, pt2, whole_slice
 from deformmamba.export.whole_slice import WholeSlice
 from deformmamba.inference import upscale
 from deformmamba.inference.upscaling import scan_units
 from deformmamba.layers import SS2D, PatchEmbed
-from deformmamba.models import DeformMambaSR, SRModel
+from deformmamba.models import SRCNN, DeformMambaSR, SRModel
 from deformmamba.physics import edges
 from deformmamba.physics.consistency import data_consistency
 from deformmamba.physics.kspace import lowpass, zero_fill
@@ -393,12 +398,12 @@ def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "m.pt2").read_bytes() == b"yesterday's"
 
 
-@pytest.mark.long
-def test_a_file_that_gives_nan_is_not_kept(tmp_path: Path) -> None:
+def test_a_model_that_gives_nan_is_refused(tmp_path: Path) -> None:
     model = small(deform=False, context=False, directions=1)
     model.project.bias.data.fill_(float("nan"))
-    with pytest.raises(ExportError, match="differs from the model by inf"):
-        export(model, tmp_path / "m.pt2", format="pt2", size=(5, 4), inputs="lr,base")
+    for inputs in ("lr", "lr,base"):
+        with pytest.raises(ExportError, match="DeformMambaSR gives NaN or infinite values on slices of a real scan"):
+            export(model, tmp_path / "m.pt2", format="pt2", size=(5, 4), inputs=inputs)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -427,6 +432,18 @@ class Unexportable(SRModel):
     ("arguments", "message"),
     [
         ({"format": "tflite"}, "unknown export format 'tflite'; formats: onnx, openvino, pt2"),
+        *(
+            (
+                {"format": "pt2", "size": size},
+                rf"size is {re.escape(repr(size))}; it must be \(h, w\) of 4 to 16384 each",
+            )
+            for size in ((8,), (8, 8, 8), 8, (8.5, 8), "88", (None, 8))
+        ),
+        *(
+            ({"format": "pt2", "tolerance": share}, f"tolerance is {share}; it must be a share of the intensity scale")
+            for share in (0, -1, 1, float("nan"))
+        ),
+        ({"format": "pt2", "inputs": "lr,base", "consistency": "object"}, 'a file with inputs "lr,base" contains the'),
         ({"format": "pt2", "size": (0, 4)}, r"size is \(0, 4\); it must be \(h, w\) of 4 to 16384 each"),
         ({"format": "pt2", "size": (8, 20000)}, r"size is \(8, 20000\); it must be \(h, w\) of 4 to 16384 each"),
         ({"format": "pt2", "inputs": "base"}, 'inputs is \'base\'; it must be "lr", "lr,units" or "lr,base"'),
@@ -449,6 +466,12 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, arguments: dict[str
         export(Unexportable(), tmp_path / "none" / "m", format="pt2")
     with pytest.raises(ExportError, match=r"m\.pt2: format is 'onnx', whose files end in \.onnx"):
         export(Unexportable(), tmp_path / "m.pt2", format="onnx")
+    with pytest.raises(ExportError, match=r"m\.PT2: format is 'onnx', whose files end in \.onnx"):
+        export(Unexportable(), tmp_path / "m.PT2", format="onnx")
+    with pytest.raises(ExportError, match=r"an OpenVINO file must end in \.xml"):
+        export(Unexportable(), tmp_path / "m.XML", format="openvino")
+    with pytest.raises(ExportError, match="/dev/null is not a regular file; choose another name"):
+        export(Unexportable(), "/dev/null", format="pt2")
     with pytest.raises(ExportError, match="is a folder; give the name of a file in it"):
         export(Unexportable(), tmp_path, format="pt2")
 
@@ -456,6 +479,105 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, arguments: dict[str
 def test_a_model_that_extends_edges_needs_as_many_pixels(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"size is \(7, 9\); it must be \(h, w\) of 8 to 16384 each"):
         export(small(skip="zero-fill-robust", normalise="slice"), tmp_path / "m", format="pt2", size=(7, 9))
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        (torch.nn.Linear(1, 1), {}, "the model is a Linear; give a model of deformmamba or the name of weights"),
+        (None, {}, "the model is a NoneType; give"),
+        (Unexportable(), {"path": None}, "export: path must be a text or a path, not None"),
+        (Unexportable(), {"tolerance": "1e-4"}, "export: tolerance must be a number, not '1e-4'"),
+        (Unexportable(), {"format": 3}, "export: format must be a text, not 3"),
+        (SRCNN(scale=2).to("meta"), {}, 'on the device "meta" weights have no values'),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_one_line(model: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidType, match=re.escape(message)):
+        export(model, **{"path": "m.pt2", "format": "pt2", **arguments})
+
+
+class OwnSkip(Unexportable):
+    skip = "blurred"
+
+
+def test_what_a_whole_slice_cannot_contain_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="OwnSkip has a skip of its own, 'blurred'; a file for whole slices computes"):
+        export(OwnSkip(), tmp_path / "m.pt2", format="pt2")
+    with pytest.raises(ExportError, match='takes 3 channels; a file for whole slices takes one, use inputs "lr,base"'):
+        export(small(in_channels=3), tmp_path / "m.pt2", format="pt2")
+
+
+def test_a_folder_that_cannot_be_written_stops_the_export_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(**_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(deformmamba.export.tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(deformmamba.export, "_images", None)  # nothing is computed
+    with pytest.raises(
+        ExportError, match=r"m\.pt2: cannot write to its folder: Permission denied; choose another folder"
+    ):
+        export(SRCNN(scale=2), tmp_path / "m.pt2", format="pt2")
+
+
+@pytest.mark.parametrize("format", deformmamba.export.FORMATS)
+@pytest.mark.parametrize("reason", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_an_export_that_stops_leaves_the_former_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, reason: BaseException
+) -> None:
+    """A full disk, and ctrl-C, in the middle of writing."""
+    monkeypatch.setattr(deformmamba.export, "NEEDS", dict.fromkeys(deformmamba.export.FORMATS, ()))
+    monkeypatch.setattr(onnx, "newest_opset", lambda: 99)
+    path = tmp_path / f"m{deformmamba.export.ENDINGS[format]}"
+    for name in (path, path.with_suffix(".bin")):
+        name.write_bytes(b"yesterday's")
+
+    def write(*arguments: Any) -> None:
+        temporary: Path = arguments[3]
+        temporary.write_bytes(b"half")
+        if format == "openvino":
+            temporary.with_suffix(".bin").write_bytes(b"half")
+        raise reason
+
+    monkeypatch.setattr(deformmamba.export, "_write", write)
+    with pytest.raises(ExportError if isinstance(reason, OSError) else KeyboardInterrupt) as caught:
+        export(SRCNN(scale=2), path, format=format)
+    assert not isinstance(reason, OSError) or str(caught.value) == f"{path}: cannot be written: No space left on device"
+    kept = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert kept == {path.name: b"yesterday's", "m.bin": b"yesterday's"}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_both_files_of_a_pair_are_new_or_both_are_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """A signal comes between the two renames."""
+    first, second = tmp_path / "m.xml", tmp_path / "m.bin"
+    before = {path.name: f"old {path.name}" for path in ((first, second) if there else ())}
+    for name, text in before.items():
+        (tmp_path / name).write_text(text)
+
+    def written() -> None:
+        with atomic.renamed_pair(first, second) as names:
+            for name in names:
+                name.write_text("new")
+
+    replace = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        if target == first:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        written()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+    monkeypatch.setattr(os, "replace", replace)
+    written()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"m.xml": "new", "m.bin": "new"}
 
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
