@@ -42,8 +42,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phantom: np.ndarray)
     return tmp_path
 
 
+PYTHON = [
+    pytest.param(page, code, marks=[pytest.mark.slow] if "torch.export" in code else [])
+    for page, code in blocks("python")
+]
+
+
 @pytest.mark.portable
-@pytest.mark.parametrize(("page", "code"), blocks("python"), ids=lambda text: text.split("\n")[0][:40])
+@pytest.mark.parametrize(("page", "code"), PYTHON, ids=lambda text: text.split("\n")[0][:40])
 def test_python_blocks_run(page: str, code: str, folder: Path) -> None:
     exec(compile(code, page, "exec"), {"__name__": "docs"})
 
