@@ -4,7 +4,9 @@ import { finer, inFolders, niftiBytes, putSlice, readScan, ScanError, slice, spa
 const $ = (id) => document.getElementById(id);
 const catalogue = await (await fetch("weights.json")).json();
 const DARK = 0.005, BRIGHT = 0.995; // shares of the voxels that the view shows as black and as white
-let scan, result, worker, run = 0, opening = 0;
+const STEPS = 1000; // of a contrast slider
+const PLANES = ["sagittal", "coronal", "axial"];
+let scan, result, worker, run = 0, opening = 0, lowest, highest;
 
 for (const weights of catalogue) {
   const option = new Option(`${weights.name}: ${weights.scale} times finer`, weights.name);
@@ -39,7 +41,7 @@ async function open(given) {
   }
   result = undefined;
   const [i, j, k] = scan.shape, spacing = scan.spacing.map((v) => Number(v.toPrecision(3)));
-  $("facts").textContent = `${scan.name}: ${i} x ${j} x ${k} voxels of ${spacing.join(" x ")} mm, slices along axis ${scan.slices}`;
+  $("facts").textContent = `${scan.name}: ${i} x ${j} x ${k} voxels of ${spacing.join(" x ")} mm, ${stacked(scan)}`;
   const n = scan.shape[scan.slices];
   $("slice").max = n - 1;
   $("slice").value = Math.floor(n / 2);
@@ -50,16 +52,46 @@ async function open(given) {
   advise();
   const view = await views;
   $("plane-choice").hidden = !view.planes;
-  await view.open(scan, range(scan.data));
+  const shown = range(scan.data);
+  await view.open(scan, shown);
+  windowed(shown);
   draw();
   say("Ready to upscale");
 }
 
-/** The intensities that the view shows as black and as white. */
+/** How the slices lie in the patient, as far as the file contains it. */
+function stacked({ affine, header, slices }) {
+  if (!(header.codes.sform > 0 || header.codes.qform > 0)) return `slices along axis ${slices}, unknown position in the patient`;
+  const column = affine.map((row) => Math.abs(row[slices]));
+  return `${PLANES[column.indexOf(Math.max(...column))]} slices (along axis ${slices})`;
+}
+
+/** The intensities that the view shows as black and as white when a scan is opened. */
 function range(data) {
   const sorted = Float32Array.from(data).sort(), at = (share) => sorted[Math.round(share * (sorted.length - 1))];
+  lowest = Math.min(0, sorted[0]);
+  highest = Math.max(sorted.at(-1), lowest + 1e-6);
   const low = Math.min(0, at(DARK)), used = sorted.filter((v) => v !== 0);
   return [low, Math.max(used[Math.round(BRIGHT * (used.length - 1))], low + 1e-6)];
+}
+
+/** Sets the contrast sliders. */
+function windowed(shown) {
+  ["black", "white"].forEach((name, end) => {
+    $(name).value = (STEPS * (shown[end] - lowest)) / (highest - lowest);
+    $(`${name}-number`).textContent = Number(shown[end].toPrecision(3));
+  });
+}
+
+/** Shows the contrast of the sliders; white stays above black. */
+async function recontrast({ target }) {
+  if (!scan) return;
+  const steps = ["black", "white"].map((name) => Number($(name).value));
+  if (steps[0] >= steps[1]) steps[target.id === "black" ? 1 : 0] = steps[target.id === "black" ? 0 : 1] + (target.id === "black" ? 1 : -1);
+  const shown = steps.map((step) => lowest + (step / STEPS) * (highest - lowest));
+  windowed(shown);
+  (await views).window(shown);
+  draw();
 }
 
 function advise() {
@@ -102,7 +134,16 @@ async function upscale() {
   $("progress").max = n;
   $("progress").value = 0;
   say("Loading the network");
-  const given = units(input.data, weights), made = { scan: finer(input, weights.scale), weights };
+  const given = units(input.data, weights);
+  let made;
+  try {
+    made = { scan: finer(input, weights.scale), weights };
+  } catch {
+    stop();
+    say("");
+    fail(`the result needs ${(4 * input.data.length * weights.scale ** 2 / 2 ** 30).toPrecision(2)} GiB of memory, more than this browser gives; use the deformmamba package`);
+    return;
+  }
   worker = new Worker("worker.js", { type: "module" });
   worker.onerror = (event) => {
     stop();
@@ -126,7 +167,8 @@ async function upscale() {
     seconds += answer.seconds;
     [threads, bytes] = [answer.threads, answer.bytes];
     $("progress").value = k + 1;
-    say(`Slice ${k + 1} of ${n}`);
+    const left = ((performance.now() - start) / (k + 1)) * (n - k - 1) / 1000;
+    say(`Slice ${k + 1} of ${n}, about ${left < 90 ? `${Math.ceil(left)} s` : `${Math.ceil(left / 60)} min`} left`);
   }
   stop();
   const all = performance.now() - start;
@@ -156,6 +198,9 @@ function save() {
 const views = makeView($("view"), (k) => {
   $("slice").value = k;
   $("slice-number").textContent = `${k + 1} of ${scan.shape[scan.slices]}`;
+}, async (shown) => {
+  windowed(shown);
+  (await views).window(shown);
 });
 $("planes").addEventListener("change", async () => {
   (await views).setPlanes($("planes").value);
@@ -170,6 +215,8 @@ $("cancel").addEventListener("click", () => {
 });
 $("save").addEventListener("click", save);
 for (const id of ["slice", "compare"]) $(id).addEventListener("input", draw);
+for (const id of ["black", "white"]) $(id).addEventListener("input", recontrast);
+addEventListener("resize", () => draw()); // the border moves with the image
 // files may be dropped anywhere: a browser leaves the page for a file that is dropped beside the box
 const drop = $("drop");
 addEventListener("dragover", (event) => {

@@ -4,11 +4,17 @@ import { inPlane, nearest, niftiBytes, onGridOf, slice } from "./volume.js";
 
 const MOST_VOXELS = 1.2e8; // of a result in NiiVue, which needs several times their memory
 
-/** box: the element to draw in. moved(k): called when the user turns to slice k in the view itself. */
-export async function makeView(box, moved) {
+/**
+ * box: the element to draw in. moved(k): called when the user turns to slice k in the view itself; windowed([black,
+ * white]): when the user changes the contrast there.
+ *
+ * Both views show the patient as radiologists do: the patient's right is on the left, and anterior is on the left of
+ * sagittal slices.
+ */
+export async function makeView(box, moved, windowed) {
   if (document.createElement("canvas").getContext("webgl2")) {
     try {
-      return await niivueView(box, moved);
+      return await niivueView(box, moved, windowed);
     } catch (error) {
       console.warn(`NiiVue cannot start, so the page draws slices itself: ${error.message}`);
       box.replaceChildren();
@@ -17,11 +23,12 @@ export async function makeView(box, moved) {
   return new PlainView(box);
 }
 
-async function niivueView(box, moved) {
+async function niivueView(box, moved, windowed) {
   const { Niivue, SLICE_TYPE } = await import("./niivue.js");
   const quiet = {
     logLevel: "error", dragAndDropEnabled: false, crosshairWidth: 0, backColor: [0, 0, 0, 1], loadingText: "", isAntiAlias: false,
     multiplanarShowRender: 0, viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "",
+    isRadiologicalConvention: true, sagittalNoseLeft: true, showAllOrientationMarkers: true, fontColor: [1, 1, 1, 1], fontMinPx: 16,
   };
   const viewers = [];
   for (const name of ["after", "before"]) {
@@ -29,7 +36,8 @@ async function niivueView(box, moved) {
     await viewer.attachToCanvas(canvas(box, name));
     viewers.push(viewer);
   }
-  return new NiivueView(box, viewers, SLICE_TYPE, moved);
+  marks(box);
+  return new NiivueView(box, viewers, SLICE_TYPE, moved, windowed);
 }
 
 function canvas(box, name) {
@@ -40,17 +48,34 @@ function canvas(box, name) {
   return made;
 }
 
+/** What is which, and where one ends: over the canvases. */
+function marks(box) {
+  for (const [name, text] of [["input", "Input"], ["result", "Result"], ["border", ""]]) {
+    const made = document.createElement("span");
+    [made.className, made.textContent] = [`mark ${name}`, text];
+    box.append(made);
+  }
+}
+
+/** The share of the width, from the left, where the upper canvas is seen. */
 function clip(box, share) {
-  const upper = box.querySelector("[data-shows=before]");
+  const upper = box.querySelector("[data-shows=before]"), [input, result, border] = ["input", "result", "border"].map((name) => box.querySelector(`.${name}`));
   upper.style.clipPath = share < 1 ? `inset(0 ${100 * (1 - share)}% 0 0)` : "";
+  input.hidden = share <= 0;
+  result.hidden = share >= 1;
+  border.hidden = input.hidden || result.hidden;
+  border.style.left = `${upper.offsetLeft + share * upper.offsetWidth}px`;
 }
 
 class NiivueView {
-  constructor(box, [after, before], types, moved) {
+  constructor(box, [after, before], types, moved, windowed) {
     Object.assign(this, { box, after, before, types, moved, planes: "one" });
     before.broadcastTo([after], { "2d": true, "3d": false });
     after.broadcastTo([before], { "2d": true, "3d": false });
-    for (const viewer of [before, after]) viewer.onLocationChange = ({ frac }) => this.#turned(frac);
+    for (const viewer of [before, after]) {
+      viewer.onLocationChange = ({ frac }) => this.#turned(frac);
+      viewer.onIntensityChange = ({ cal_min, cal_max }) => windowed([cal_min, cal_max]);
+    }
   }
 
   /** Shows a scan without a result; range: the intensities of black and white. */
@@ -79,6 +104,16 @@ class NiivueView {
       viewer.drawScene();
     }
     clip(this.box, this.after.volumes.length ? share : 1);
+  }
+
+  /** range: the intensities of black and white. */
+  window(range) {
+    this.range = range;
+    for (const viewer of [this.before, this.after]) {
+      if (!viewer.volumes.length) continue;
+      [viewer.volumes[0].cal_min, viewer.volumes[0].cal_max] = range;
+      viewer.updateGLVolume();
+    }
   }
 
   /** "one": the slice; "three": three planes through it. */
@@ -122,6 +157,8 @@ class PlainView {
   constructor(box) {
     this.box = box;
     for (const name of ["after", "before"]) canvas(box, name);
+    marks(box);
+    for (const side of ["left", "top"]) box.append(Object.assign(document.createElement("span"), { className: `mark ${side}` }));
   }
 
   async open(scan, range) {
@@ -141,20 +178,39 @@ class PlainView {
 
   setPlanes() {}
 
-  /** `factor` times as large, nearest pixels. The first axis of the slice runs to the right, the second one up. */
+  window(range) {
+    this.range = range;
+  }
+
+  /** `factor` times as large, nearest pixels. */
   #paint(name, { h, w, data }, factor) {
     const view = this.box.querySelector(`[data-shows=${name}]`), [low, high] = this.range;
-    [view.width, view.height] = [h * factor, w * factor];
+    const { across, down } = this.#directions(), first = across.axis === 0, [columns, rows] = first ? [h, w] : [w, h];
+    [view.width, view.height] = [columns * factor, rows * factor];
     const context = view.getContext("2d"), pixels = context.createImageData(view.width, view.height);
     for (let x = 0; x < view.width; x++) {
       for (let y = 0; y < view.height; y++) {
-        const value = data[nearest(x, factor, h) * w + nearest(y, factor, w)], grey = (255 * (value - low)) / (high - low);
-        pixels.data.set([grey, grey, grey, 255], 4 * ((view.height - 1 - y) * view.width + x));
+        const column = nearest(across.flipped ? view.width - 1 - x : x, factor, columns), row = nearest(down.flipped ? view.height - 1 - y : y, factor, rows);
+        const value = first ? data[column * w + row] : data[row * w + column], grey = (255 * (value - low)) / (high - low);
+        pixels.data.set([grey, grey, grey, 255], 4 * (y * view.width + x));
       }
     }
     context.putImageData(pixels, 0, 0);
-    const [first, second] = inPlane(this.scan.slices), { shape, spacing } = this.scan;
-    const ratio = (shape[first] * spacing[first]) / (shape[second] * spacing[second]);
+    const { shape, spacing } = this.scan, axes = inPlane(this.scan.slices), side = ({ axis }) => shape[axes[axis]] * spacing[axes[axis]];
+    const ratio = side(across) / side(down);
     Object.assign(view.style, { width: `min(100%, calc(var(--height) * ${ratio}))`, height: "auto", aspectRatio: ratio, margin: "auto" });
+    this.box.querySelector(".left").textContent = across.from;
+    this.box.querySelector(".top").textContent = down.from;
+  }
+
+  /** Which of the slice's two axes runs to the right and which one down, whether against its order, and from which side of the patient. */
+  #directions() {
+    const { affine, slices } = this.scan, columns = inPlane(slices).map((axis) => affine.map((row) => row[axis]));
+    // the axes of the patient, to the right, forward and up, that the plane shows: the first from left, the second from above
+    const along = (column) => column.map(Math.abs).indexOf(Math.max(...column.map(Math.abs)));
+    const normal = along(affine.map((row) => row[slices])), shown = [0, 1, 2].filter((axis) => axis !== normal);
+    const first = Math.abs(columns[0][shown[0]]) * Math.abs(columns[1][shown[1]]) >= Math.abs(columns[1][shown[0]]) * Math.abs(columns[0][shown[1]]) ? 0 : 1;
+    const [across, down] = [first, 1 - first].map((axis, k) => ({ axis, flipped: columns[axis][shown[k]] > 0, from: "RAS"[shown[k]] }));
+    return { across, down };
   }
 }

@@ -414,13 +414,11 @@ def _write(
         scaled = {0: b, 2: model.scale * h, 3: model.scale * w}
         dims = {name: {"lr": {0: b, 2: h, 3: w}, "base": scaled, "units": {}}[name] for name in inputs}
     try:
+        hidden = [] if format == "pt2" else onnx.hide_blocks(module)
+        program = portable_program(module, kwargs=inputs, dynamic_shapes=dims)
         if format == "pt2":
-            pt2.write(portable_program(module, kwargs=inputs, dynamic_shapes=dims), path, facts)
+            pt2.write(program, path, facts)
             return
-        hidden = onnx.hide_blocks(module)
-        program = torch.export.export(
-            module, (), inputs, dynamic_shapes=dims, prefer_deferred_runtime_asserts_over_guards=True
-        )
         # in OpenVINO a default value would become a constant
         defaults = {"units": np.zeros(3, np.float32)} if optional else {}
         if format == "onnx":

@@ -30,6 +30,7 @@ OPSETS = {"scan": 20, "linear-attention": 27}  # by variant; DeformConv needs 19
 STEPS = 32  # time steps in the body of a Scan
 # 2 artanh(z) / z as a polynomial of z^2 up to 1/9: Chebyshev interpolation, relative error 1.7e-7
 ARTANH = (1.9999996802662279, 0.6667584866935501, 0.3959318567539399, 0.34203619366077115)
+LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Identity, nn.SiLU)  # PyTorch's layers that this module can write
 DOMAIN = "deformmamba"  # namespace of the opaque operators, which are all replaced before the file is written
 
 Value = Any  # an onnx_ir.Value; onnx_ir is imported where it is used
@@ -73,6 +74,10 @@ def hide_blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _writer(block: nn.Module) -> Callable[..., Value] | None:
     """The function that writes this block; None: PyTorch's exporter writes it."""
+    for layer in block.modules():
+        known = type(layer) in LAYERS or type(layer).__module__ == "deformmamba.layers"
+        if not known or layer._forward_hooks or layer._forward_pre_hooks:
+            return None
     if (
         type(block) is VisionMambaBlock
         and type(block.attention) in (ChannelAttention, nn.Identity)

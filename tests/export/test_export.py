@@ -24,7 +24,7 @@ from deformmamba.export import FACTS, ExportError, export, onnx, openvino, pt2, 
 from deformmamba.export.whole_slice import WholeSlice
 from deformmamba.inference import upscale
 from deformmamba.inference.upscaling import scan_units
-from deformmamba.layers import SS2D, PatchEmbed
+from deformmamba.layers import SS2D, ModulatedDeformBlock, PatchEmbed, VisionMambaBlock
 from deformmamba.models import SRCNN, DeformMambaSR, SRModel
 from deformmamba.physics import edges
 from deformmamba.physics.consistency import data_consistency
@@ -245,6 +245,36 @@ def test_an_onnx_file_gives_what_upscale_gives(tmp_path: Path, options: dict[str
         (sr,) = session.run(["sr"], {"lr": stack[:1, None]})
         wanted = upscale(model, stack[:1], axis=0, consistency=consistency)
         np.testing.assert_allclose(sr[:, 0], wanted, atol=atol, rtol=0, err_msg=name)
+
+
+class Louder(VisionMambaBlock):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1.5 * super().forward(x)
+
+
+def changed_blocks() -> DeformMambaSR:
+    """A model with a subclass of a block, a parametrization and a hook, which the exporter's graphs do not have."""
+    model = small()
+    first, second = (block for block in model.modules() if type(block) is VisionMambaBlock)
+    first.__class__ = Louder
+    torch.nn.utils.parametrizations.weight_norm(second.gate)
+    deformed = next(block for block in model.modules() if type(block) is ModulatedDeformBlock)
+    deformed.register_forward_hook(lambda block, inputs, y: 2 * y)
+    return model
+
+
+def test_the_graph_of_a_changed_block_is_left_to_pytorch() -> None:
+    changed, plain = ([type(block) for _, block in onnx.hide_blocks(model)] for model in (changed_blocks(), small()))
+    assert plain.count(VisionMambaBlock) == 2
+    assert VisionMambaBlock not in changed
+    assert changed.count(ModulatedDeformBlock) == plain.count(ModulatedDeformBlock) - 1
+
+
+@pytest.mark.long
+def test_a_model_with_changed_blocks_can_be_exported(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    assert export(changed_blocks(), tmp_path / "m.onnx", format="onnx", inputs="lr,base").difference < 1e-5
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -142,7 +143,8 @@ def test_the_page_gives_what_the_package_gives(browser: Any, page: str, scan: Pa
     assert errors == []
 
 
-def test_without_webgl_the_page_draws_by_itself(browser: Any, page: str, scan: Path) -> None:
+@contextmanager
+def without_webgl(browser: Any) -> Iterator[None]:
     hidden = (
         "const get = HTMLCanvasElement.prototype.getContext;"
         "HTMLCanvasElement.prototype.getContext = function (kind, ...more) {"
@@ -150,13 +152,53 @@ def test_without_webgl_the_page_draws_by_itself(browser: Any, page: str, scan: P
     )
     script = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": hidden})
     try:
+        yield
+    finally:
+        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+
+
+def test_without_webgl_the_page_draws_by_itself(browser: Any, page: str, scan: Path) -> None:
+    with without_webgl(browser):
         opened(browser, page, scan)
         before = picture(browser)
         assert before.max() > 0.5
         assert np.abs(moved(browser, "slice", "0") - before).max() > 0.05
         assert not browser.find_element("id", "plane-choice").is_displayed()
-    finally:
-        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)
+
+
+@pytest.mark.parametrize("webgl", [True, False])
+def test_both_views_are_radiological(browser: Any, page: str, tmp_path: Path, webgl: bool) -> None:
+    """A bright block on the right, front and top of the patient is at the upper left, in any order of the axes."""
+    array = np.full((30, 26, 22), 20, np.int16)
+    array[20:26, 16:22, 14:18] = 1000
+    upright = nibabel.Nifti1Image(array, np.diag([3.0, 3.0, 3.0, 1]))
+    screenshots.looks(browser, 1280, "light")
+    for codes, axis, plane in (("RAS", 2, "axial"), ("LIP", 2, "coronal"), ("SPL", 2, "sagittal"), ("IRA", 0, "axial")):
+        turned = nibabel.orientations.ornt_transform(
+            nibabel.orientations.axcodes2ornt("RAS"), nibabel.orientations.axcodes2ornt(codes)
+        )
+        image = upright.as_reoriented(turned)
+        image.header.set_dim_info(slice=axis)
+        nibabel.save(image, path := tmp_path / f"{codes}.nii")
+        with nullcontext() if webgl else without_webgl(browser):
+            opened(browser, page, path)
+        assert f"{plane} slices (along axis {axis})" in words(browser, "facts")
+        block = int(np.flatnonzero(np.asarray(image.dataobj).max(tuple({0, 1, 2} - {axis})) > 500)[0])
+        y, x = np.nonzero(moved(browser, "slice", str(block)) > 0.9)
+        box = browser.find_element("id", "view").size
+        assert np.median(x) < 0.5 * box["width"], codes
+        assert np.median(y) < 0.5 * box["height"], codes
+
+
+def test_the_contrast_can_be_changed(browser: Any, page: str, scan: Path) -> None:
+    opened(browser, page, scan)
+    before, black = picture(browser), words(browser, "black-number")
+    brighter = moved(browser, "white", "200")
+    assert brighter.mean() > 1.1 * before.mean()
+    assert moved(browser, "black", "100").mean() < brighter.mean()
+    assert float(words(browser, "black-number")) > float(black)
+    moved(browser, "black", "900")  # white stays above black
+    assert float(words(browser, "white-number")) >= float(words(browser, "black-number"))
 
 
 def test_a_dicom_series_lies_where_the_package_puts_it(browser: Any, page: str, tmp_path: Path) -> None:
