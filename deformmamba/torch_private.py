@@ -77,6 +77,44 @@ def scan_operator() -> Callable[..., Any]:
     return operator
 
 
+@contextmanager
+def without_fake_tensor_cache() -> Iterator[None]:
+    """Traces inside the block compute each shape instead of looking it up in PyTorch's cache of shapes.
+
+    Why: with symbolic sizes nearly every look-up fails, and each failure computes the entry twice: a third of the time
+    of a trace (torch 2.13). There is no public switch.
+    """
+    from torch._dynamo import config
+
+    with config.patch(fake_tensor_cache_enabled=False):
+        yield
+
+
+@contextmanager
+def expressions_parsed_once() -> Iterator[None]:
+    """`torch.export.load` inside the block parses each expression of a free size once.
+
+    Why: it parses the sizes and strides of every tensor, thousands of equal expressions (torch 2.13), and that takes
+    most of its time. There is no public switch.
+    """
+    import sympy
+
+    parse, parsed = sympy.sympify, {}
+
+    def sympify(given: Any, *args: Any, **options: Any) -> Any:
+        if type(given) is not str:
+            return parse(given, *args, **options)
+        if given not in parsed:
+            parsed[given] = parse(given, *args, **options)
+        return parsed[given]
+
+    sympy.sympify = sympify
+    try:
+        yield
+    finally:
+        sympy.sympify = parse
+
+
 def gomp_parallel() -> Callable[..., None] | None:
     """GOMP_parallel(function, its argument, threads, flags) of the OpenMP library that PyTorch has loaded, or None.
 

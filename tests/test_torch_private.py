@@ -115,3 +115,40 @@ def test_the_scan_operator_runs_a_loop_with_a_state() -> None:
     last, ys = torch_private.scan_operator()(step, (torch.zeros(2),), (torch.ones(3, 2),), (torch.tensor(2.0),))
     assert last.tolist() == [7, 7]
     assert ys.tolist() == [[2, 2], [4, 4], [8, 8]]
+
+
+@pytest.mark.slow
+def test_the_switches_for_exported_programs_exist_and_change_nothing() -> None:
+    """Both are faster ways to the same program; only their number of calls differs."""
+    import io
+
+    import sympy
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    net, x = nn.Conv2d(1, 2, 3, padding=1), torch.rand(1, 1, 6, 5)
+    sizes = {2: torch.export.Dim("h", min=2, max=64), 3: torch.export.Dim("w", min=2, max=64)}
+    with torch_private.without_fake_tensor_cache():
+        assert not FakeTensorMode().cache_enabled
+        program = torch.export.export(net, (x,), dynamic_shapes=(sizes,))
+    assert FakeTensorMode().cache_enabled
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    parse, texts = sympy.sympify, []
+
+    def counted(given: Any, *args: Any, **options: Any) -> Any:
+        if type(given) is str:
+            texts.append(given)
+        return parse(given, *args, **options)
+
+    sympy.sympify = counted
+    try:
+        with torch_private.expressions_parsed_once():
+            loaded = torch.export.load(io.BytesIO(file.getvalue())).module()
+        assert texts
+        assert len(set(texts)) == len(texts)
+        assert sympy.sympify is counted
+    finally:
+        sympy.sympify = parse
+    for size in ((6, 5), (9, 8)):
+        y = torch.rand(1, 1, *size)
+        torch.testing.assert_close(loaded(y), net(y), rtol=0, atol=1e-6)

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from deformmamba.deform import exported_as
 from deformmamba.scan import scan_backend
 from deformmamba.scan.reference import discretize, step_sizes
-from deformmamba.torch_private import scan_operator
+from deformmamba.torch_private import expressions_parsed_once, scan_operator, without_fake_tensor_cache
 
 STEPS = 16  # time steps in one round of the loop
 FACTS = "deformmamba.json"  # the name of the facts inside a pt2 file
@@ -38,18 +38,23 @@ def portable_program(
     A free size is a `torch.export.Dim` with min=2 (a model: `multiple + 1`): PyTorch treats size 1 as special.
     """
     # backend "cpu": one operator, for any length
-    with torch.no_grad(), scan_backend("cpu"), exported_as("grid_sample"), _ScansBySteps():
+    with torch.no_grad(), scan_backend("cpu"), exported_as("grid_sample"), _ShortProgram(), without_fake_tensor_cache():
         return torch.export.export(
             module, args, kwargs, dynamic_shapes=dynamic_shapes, prefer_deferred_runtime_asserts_over_guards=True
         )
 
 
-class _ScansBySteps(TorchFunctionMode):
-    """Replaces `deformmamba::scan` while the model is traced; a decomposition afterwards would trace it twice."""
+class _ShortProgram(TorchFunctionMode):
+    """Replaces `deformmamba::scan` while the model is traced; a decomposition afterwards would trace it twice.
+
+    It also leaves out conversions to the dtype that a tensor has already. PyTorch would write two operations for each.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.Tensor.to and not kwargs and len(args) == 2 and args[1] is args[0].dtype:
+            return args[0]
         run = _scan_by_steps if func is torch.ops.deformmamba.scan.default else func
         return run(*args, **(kwargs or {}))
 
@@ -123,7 +128,8 @@ def write(program: torch.export.ExportedProgram, path: Path, facts: dict[str, st
 
 def runner(path: Path) -> Callable[[dict[str, Tensor]], Tensor]:
     """The file as a function of its inputs by name, without gradients."""
-    program = torch.export.load(path).module()
+    with expressions_parsed_once():
+        program = torch.export.load(path).module()
 
     @torch.no_grad()
     def run(inputs: dict[str, Tensor]) -> Tensor:
