@@ -1,13 +1,15 @@
 """The exported files compared with PyTorch: seconds per slice, ratio, file size and largest difference.
 
 Run: python benchmarks/export.py [--model ixi-4x] [--sizes 64x64 96x128] [--threads 1] [--formats onnx openvino pt2]
-     [--fixed]
+     [--fixed] [--exported FOLDER]
 
 Each file is compared with `upscale` when it is exported, and again here on every timed slice; a file that differs is
 not timed. The runtimes run in turns, so other work on the machine affects all of them. The table has the medians over
 the rounds: of each runtime's seconds of processor time, and of its ratio to PyTorch within a round. PyTorch runs the
 steps of `upscale` on the same slice with the same data consistency; for weights for the slice direction, which
 `upscale` refuses, it runs the network on the same section.
+
+With --exported, files that an earlier run left in the folder are not exported again; "CPU s of export" is of that run.
 """
 
 import argparse
@@ -39,12 +41,15 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx", "openvino"])
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--fixed", action="store_true", help="export for each size alone (`export --size H W`)")
+    parser.add_argument("--exported", type=Path, metavar="FOLDER", help="keep exports in this folder, and take them")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = deformmamba.from_pretrained(args.model)
     files: dict[str, Runner] = {}
     facts: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.exported or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         print(f"{args.model}, {args.threads} threads, torch {torch.__version__}, "
               f"{platform.processor() or platform.machine()}")  # fmt: skip
         print("| weights | pixels | runtime | CPU s per slice | ratio | difference | file, MB | CPU s of export |")
@@ -53,21 +58,27 @@ def main() -> None:
             h, w = (int(n) for n in size.split("x"))
             if args.fixed or not files:
                 for name in args.formats:
-                    files[name], facts[name] = exported(model, Path(folder), name, (h, w) if args.fixed else None)
+                    file = f"{args.model}-{size if args.fixed else 'free'}"
+                    files[name], facts[name] = exported(model, folder / file, name, (h, w) if args.fixed else None)
             for name, seconds, ratio, difference in timed(model, files, h, w, args.runs):
                 print(f"| {args.model} | {h}x{w} | {name} | {seconds:.3f} | {ratio:.2f} | {difference:.1e} | "
                       f"{facts.get(name, '- | -')} |", flush=True)  # fmt: skip
 
 
-def exported(model: deformmamba.SRModel, folder: Path, name: str, size: tuple[int, int] | None) -> tuple[Runner, str]:
-    """An exported file as a function of its inputs; and its size in MB and the seconds of the export, as cells."""
-    path = folder / f"{name}.{'xml' if name == 'openvino' else name}"
-    start = time.process_time()
-    export(model, path, format=name, size=size)
-    seconds = time.process_time() - start
+def exported(model: deformmamba.SRModel, stem: Path, name: str, size: tuple[int, int] | None) -> tuple[Runner, str]:
+    """The file `stem` with the ending of format `name` as a function of its inputs, exported if it is not there.
+
+    Also its size in MB, and the seconds of processor time of its export, as cells.
+    """
+    path = stem.with_suffix(".xml" if name == "openvino" else f".{name}")
+    took = stem.with_suffix(f".{name}-seconds")
+    if not took.exists():
+        start = time.process_time()
+        export(model, path, format=name, size=size)
+        took.write_text(f"{time.process_time() - start:.0f}")
     run: Runner = {"onnx": onnx.runner, "openvino": openvino.runner, "pt2": pt2.runner}[name](path)
-    megabytes = sum(part.stat().st_size for part in folder.glob(f"{name}.*")) / 1e6
-    return run, f"{megabytes:.2f} | {seconds:.0f}"
+    parts = (path, path.with_suffix(".bin")) if name == "openvino" else (path,)
+    return run, f"{sum(part.stat().st_size for part in parts) / 1e6:.2f} | {took.read_text()}"
 
 
 def reference(model: deformmamba.SRModel, image: np.ndarray) -> np.ndarray:

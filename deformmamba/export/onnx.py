@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from deformmamba.layers import SS2D, ChannelAttention, ModulatedDeformBlock, PatchEmbed, VisionMambaBlock
+from deformmamba.torch_private import without_fake_tensor_cache
 
 OPSETS = {"scan": 20, "linear-attention": 27}  # by variant; DeformConv needs 19, LinearAttention 27
 STEPS = 32  # time steps in the body of a Scan
@@ -120,15 +121,16 @@ def write(
     import onnx_ir as ir
 
     # ONNX Runtime optimizes when it loads; onnxscript's optimizer takes minutes and gains nothing on top
-    exported = torch.onnx.export(
-        program,
-        dynamo=True,
-        verbose=False,
-        optimize=False,
-        input_names=list(names),
-        output_names=["sr"],
-        opset_version=OPSETS["scan"],
-    )
+    with without_fake_tensor_cache():  # PyTorch traces the program once more
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            optimize=False,
+            input_names=list(names),
+            output_names=["sr"],
+            opset_version=OPSETS["scan"],
+        )
     assert exported is not None
     graph = exported.model.graph
     for node in list(graph):

@@ -179,16 +179,25 @@ def extension_filled(lines: Tensor, gate: Tensor, along: Axis) -> Tensor:
     return plain + gate * (extended(lines) @ along.longer.mT - plain)
 
 
-def _base(x: Tensor, rows: Axis, columns: Axis, scale: int, skip: str) -> Tensor:
-    """`models.skip.base_image` of whole slices (..., h, w)."""
+def _outliers_and_cuts(x: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+    """`edges.outliers` of whole slices (..., h, w), and `edges.cut_likelihood` (..., 2) of the rest.
+
+    Both are the same for x + constant, so the base image and data consistency share them.
+    """
+    spots = outliers(x)
+    return spots, cut_likelihood(x - spots, scale)
+
+
+def _base(x: Tensor, rows: Axis, columns: Axis, scale: int, skip: str, robust: tuple[Tensor, Tensor] | None) -> Tensor:
+    """`models.skip.base_image` of whole slices (..., h, w); `robust`: their `_outliers_and_cuts`."""
     if skip == "zero-fill":
         return zero_fill(x, rows, columns)
     if skip == "zero-fill-edges":
         smooth = smooth_part(x, cut_edges(x))
         return zero_fill(x - smooth, rows, columns) + cubic(smooth, rows, columns)
-    spots = outliers(x)
+    assert robust is not None
+    spots, gate = robust[0], robust[1][..., None, None]
     rest = x - spots
-    gate = cut_likelihood(rest, scale)[..., None, None]
     down, across = gate[..., 0, :, :], gate[..., 1, :, :]
     filled = extension_filled(extension_filled(rest.mT, down, rows).mT, across, columns)
     corner = (rows.alternating @ rest @ columns.alternating)[..., None, None] * _outer(rows.sine, columns.sine)
@@ -236,17 +245,18 @@ class WholeSlice(nn.Module):
         floor = torch.where(signed, torch.zeros_like(floor), floor)
         x = (lr - zero) / span
         lowest = floor
-        if model.robust_edges:  # as in `inference.upscaling`: outliers below the slice do not lower its floor
-            spots = outliers(x)
+        skip = getattr(model, "skip", None)
+        robust = _outliers_and_cuts(x, scale) if model.robust_edges or skip == "zero-fill-robust" else None
+        if model.robust_edges and robust is not None:  # as in `inference.upscaling`: outliers below the slice do not lower its floor
+            spots = robust[0]
             deep = spots.clamp(max=0)
             lower = ~signed & (deep.amin((-2, -1), keepdim=True) < 0)
             floor = torch.where(lower, lowest_without(spots, x), floor)
         rows, columns = (axis(n, scale, x) for n in x.shape[-2:])
-        skip = getattr(model, "skip", None)
-        sr = model(x) if skip is None else model(x, _base(x, rows, columns, scale, skip))
+        sr = model(x) if skip is None else model(x, _base(x, rows, columns, scale, skip, robust))
         sr, x = sr - floor, x - floor
         if self.consistency != "off":
-            sr = self._corrected(sr, x, signed, rows, columns)
+            sr = self._corrected(sr, x, signed, rows, columns, robust)
         if model.robust_edges:
             below = cubic(deep, rows, columns)
             sr = torch.where(signed, sr, torch.maximum((sr - below).clamp(min=0) + below + floor, lowest))
@@ -272,16 +282,26 @@ class WholeSlice(nn.Module):
         span = torch.where(found > 0, found, torch.where(largest > 0, largest, one))
         return 0 * one, span, torch.where(lowest >= 0, 0 * one, NO_FLOOR * one)
 
-    def _corrected(self, sr: Tensor, x: Tensor, signed: Tensor, rows: Axis, columns: Axis) -> Tensor:
-        """`consistency.corrected` in real arithmetic."""
+    def _corrected(
+        self,
+        sr: Tensor,
+        x: Tensor,
+        signed: Tensor,
+        rows: Axis,
+        columns: Axis,
+        found: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """`consistency.corrected` in real arithmetic; `found`: `_outliers_and_cuts` of x, for robust edges."""
         scale = self.model.scale
         edges = self.model.any_intensity and self.consistency == "object"
         robust = self.consistency == "object" and self.model.robust_edges
+        cut = cut_edges(x) if edges and not robust else None
         if robust:
-            spots = outliers(x)
+            assert found is not None
+            spots, likely = found
+            cut = likely if edges else None
             sharp = cubic(spots, rows, columns)
             x, sr = x - spots, sr - sharp
-        cut = (cut_likelihood(x, scale) if robust else cut_edges(x)) if edges else None
         if cut is None:
             real, imaginary = lowpass(sr, rows, columns, scale)
         else:
