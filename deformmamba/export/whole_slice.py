@@ -247,7 +247,9 @@ class WholeSlice(nn.Module):
         lowest = floor
         skip = getattr(model, "skip", None)
         robust = _outliers_and_cuts(x, scale) if model.robust_edges or skip == "zero-fill-robust" else None
-        if model.robust_edges and robust is not None:  # as in `inference.upscaling`: outliers below the slice do not lower its floor
+        if (
+            model.robust_edges and robust is not None
+        ):  # as in `inference.upscaling`: outliers below the slice do not lower its floor
             spots = robust[0]
             deep = spots.clamp(max=0)
             lower = ~signed & (deep.amin((-2, -1), keepdim=True) < 0)
