@@ -245,6 +245,16 @@ CALLS = {
         patches.PatchDataset(pairs, scale=2, length=array)
         d.evaluate(zero, ["s.nii"], most=array)
         d.evaluate(zero, ["s.nii"], seed=array)
+        d.evaluate(zero, ["s.nii"], metrics=array)
+        d.evaluate(zero, array)
+        d.evaluate(zero, [b"s.nii"])
+        d.upscale_file(zero, array, "o.nii")
+        d.upscale_file(zero, "s.nii", b"o.nii")
+        d.upscale_file(zero, "s.nii", "o.nii", report=array)
+        d.upscale_file(zero, "s.nii", "o.nii", dtype=array)
+        d.upscale_file(zero, "s.nii", "o.nii", keep=array)
+        d.upscale_file(zero, "s.nii", "o.nii", sidecar=array)
+        volume.write_volume("o.nii", scan, dtype=array)
     """,
 }
 

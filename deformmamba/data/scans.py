@@ -13,7 +13,7 @@ from deformmamba.annotations import check_types
 from deformmamba.data.prepared import MANIFEST, SUFFIX, is_prepared, read_manifest, read_prepared
 from deformmamba.data.splits import SPLITS, by_share, check_shares, check_splits, read_table
 from deformmamba.data.subjects import name_subjects, patient_id
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, InvalidType, shown
 from deformmamba.volume import (
     Candidate,
     ChoiceNeeded,
@@ -97,7 +97,13 @@ def find_scans(
 
 def named_scans(sources: Iterable[Scan | str | os.PathLike[str]]) -> list[Scan]:
     """Turns paths of files or DICOM folders into scans, with the subject from the path and no split; keeps scans."""
-    sources = list(sources)
+    try:
+        sources = list(sources)
+    except TypeError:
+        raise InvalidType(f"scans must be a list of paths, not {shown(sources)}") from None
+    for source in sources:
+        if not isinstance(source, Scan | str | os.PathLike):
+            raise InvalidType(f"a scan must be a path, or one found by find_scans, not {shown(source)}")
     paths = [Path(os.path.abspath(source)) for source in sources if not isinstance(source, Scan)]
     if not paths:
         return [source for source in sources if isinstance(source, Scan)]

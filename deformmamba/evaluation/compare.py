@@ -5,6 +5,7 @@ over subjects.
 """
 
 import hashlib
+import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ import numpy as np
 import torch
 
 from deformmamba import __version__
-from deformmamba.annotations import check_types
+from deformmamba.annotations import check_types, is_one_of
 from deformmamba.data.scans import Scan, load_slices, named_scans
-from deformmamba.errors import InvalidArgument, did_you_mean
+from deformmamba.errors import InvalidArgument, did_you_mean, shown
 from deformmamba.evaluation.rendering import Shown, csv_text, terminal_table
 from deformmamba.inference import upscale
 from deformmamba.metrics import METRICS, ON_REQUEST, Protocol, by_slice
@@ -76,10 +77,13 @@ def evaluate(
     check_types(evaluate, locals())
     if most is not None and most < 1:
         raise InvalidArgument(f"evaluate: most must be at least 1, or None for all slices, not {most}")
+    most = None if most is None else operator.index(most)
     degradation = degradation or KSpaceCrop(model.scale)
-    unknown = [name for name in metrics if name not in ON_REQUEST]
+    unknown = [name for name in metrics if not is_one_of(name, ON_REQUEST)]
     if unknown:
-        raise InvalidArgument(f"evaluate: unknown metric {unknown[0]!r}; additional metrics: {', '.join(ON_REQUEST)}")
+        raise InvalidArgument(
+            f"evaluate: unknown metric {shown(unknown[0])}; additional metrics: {', '.join(ON_REQUEST)}"
+        )
     if (degradation.scale, degradation.grid) != (model.scale, model.grid):
         raise InvalidArgument(
             f"evaluate: {degradation} shrinks by {degradation.scale} on the {degradation.grid} grid, but "

@@ -30,6 +30,7 @@ from deformmamba.inference.provenance import (
     KINDS,
     generated_by,
     is_own_sidecar,
+    json_text,
     shown_path,
     skull_stripped,
     weights_name,
@@ -352,7 +353,7 @@ def _done_or_made(
         remark, facts = make(task.source, path, **({"series": task.series} if task.series is not None else {}))
         stripped = skull_stripped(task.source)
         said = {**wanted, "SkullStripped": stripped, **facts, "OutputSha256": _content_hash(path)}
-        write_text(sidecar, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
+        write_text(sidecar, json_text(said))
     except NothingToDo as reason:
         _remove_empty(added)
         return Outcome(source, output, "ignored", _reason(reason), time.perf_counter() - start)

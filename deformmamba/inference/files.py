@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from deformmamba.annotations import check_types
 from deformmamba.inference.effective import to_effective
 from deformmamba.inference.networks import check_in_plane, network
 from deformmamba.inference.progress import Progress
@@ -125,6 +126,7 @@ def upscale_file(
         VolumeError: as the functions named above; or two of the files are the same.
         ValueError: as `upscale`.
     """
+    check_types(upscale_file, locals())
     chosen = Settings.of(settings)
     found: SRModel = network(model)
     check_paths(source, target, uncertainty, report)

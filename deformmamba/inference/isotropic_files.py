@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from deformmamba import __version__
+from deformmamba.annotations import check_types
 from deformmamba.inference.adaptation import check_seed, parse_adapt
 from deformmamba.inference.cohort import Outcome, run_cohort
 from deformmamba.inference.files import check_paths
@@ -78,6 +79,7 @@ def isotropic_file(
     Raises:
         VolumeError, InvalidArgument: as the functions named above; or two of the files are the same.
     """
+    check_types(isotropic_file, locals())
     check_paths(source, target, uncertainty, report)
     check_settings(settings)
     scan = read_volume(source, volume=volume, series=series, stack=stack, nan=nan, partial=partial)

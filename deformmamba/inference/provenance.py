@@ -116,7 +116,18 @@ def write_sidecar(
         **({"Warnings": list(cautions)} if cautions else {}),
         **(facts or {}),
     }
-    write_text(beside, json.dumps(made, indent=2, ensure_ascii=False) + "\n")
+    write_text(beside, json_text(made))
+
+
+def json_text(facts: Mapping[str, Any]) -> str:
+    """`facts` as a JSON file; numbers of numpy are plain numbers."""
+
+    def plain(value: Any) -> Any:
+        if hasattr(value, "item"):
+            return value.item()
+        raise TypeError(f"{type(value).__name__} is not plain data")
+
+    return json.dumps(facts, indent=2, ensure_ascii=False, default=plain) + "\n"
 
 
 def skull_stripped(source: PathLike) -> bool:

@@ -1,5 +1,6 @@
 """The settings of one upscaling, checked on creation: an unknown name is a TypeError, other errors name the value."""
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
@@ -48,6 +49,9 @@ class Settings:
             raise VolumeError(
                 f"axis is {shown(self.axis)}; it must be 0, 1 or 2, the axis along which slices are stacked"
             )
+        for name in ("axis", "batch_size", "tile", "overlap"):
+            if is_integer(getattr(self, name)):  # numpy's integers of a few bits would overflow
+                object.__setattr__(self, name, operator.index(getattr(self, name)))
         if self.consistency is not None:
             check_consistency(self.consistency)
         for name, least in (("batch_size", 1), ("tile", 1), ("overlap", 0)):

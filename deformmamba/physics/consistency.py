@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from deformmamba.errors import InvalidArgument, InvalidType, shown
 from deformmamba.physics.edges import away_from_cut, cubic, cut_edges, cut_likelihood, outliers, smooth_part
-from deformmamba.physics.kspace import check_image, fft2c, ifft2c, lowpass, pad_spectrum
+from deformmamba.physics.kspace import check_image, fft2c, ifft2c, lowpass, pad_spectrum, plain_scale
 
 Consistency = Literal["exact", "object", "off"]
 CONSISTENCIES: tuple[Consistency, ...] = get_args(Consistency)
@@ -146,6 +146,7 @@ def data_consistency(
     for image in (sr, lr):
         check_image("data_consistency", image, scale)
     _check_real(sr, lr)
+    scale = plain_scale(scale)
     if within is not None and not _broadcasts(within, sr):
         given = tuple(within.shape) if isinstance(within, torch.Tensor) else f"a {type(within).__name__}"
         raise InvalidArgument(

@@ -8,6 +8,7 @@ cropping or zero-padding it keeps intensities without a factor.
 Cropping k-space gives an ORIGIN-aligned image: LR[i] lies on HR[scale * i]. See `Grid`.
 """
 
+import operator
 from typing import Any, Literal, get_args
 
 import torch
@@ -43,6 +44,11 @@ def check_image(name: str, image: Any, scale: Any = 1) -> None:
         raise InvalidType(f"{name}: scale must be an integer, not {shown(scale)}")
     if scale < 1:
         raise InvalidArgument(f"{name}: scale must be at least 1, not {scale}")
+
+
+def plain_scale(scale: int) -> int:
+    """`scale` as an int of Python: numpy's integers of a few bits would overflow."""
+    return scale if isinstance(scale, int) else operator.index(scale)
 
 
 def _kind(value: Any) -> str:
@@ -149,6 +155,7 @@ def lowpass(hr: torch.Tensor, scale: int) -> torch.Tensor:
         ValueError: `scale` is below 1, or does not divide H and W.
     """
     check_image("degrade", hr, scale)
+    scale = plain_scale(scale)
     h, w = hr.shape[-2:]
     if h % scale or w % scale:
         raise InvalidArgument(
@@ -182,6 +189,7 @@ def zero_fill(lr: torch.Tensor, scale: int) -> torch.Tensor:
     even size has the frequency -n/2 without +n/2: the real part shares it out between both.
     """
     check_image("zero_fill", lr, scale)
+    scale = plain_scale(scale)
     if _is_half(lr):
         return zero_fill(lr.float(), scale).to(lr.dtype)
     if not (isinstance(lr, torch.fx.Proxy) or lr.is_floating_point() or lr.is_complex()):

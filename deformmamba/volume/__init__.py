@@ -382,9 +382,10 @@ def check_output(
         or_dicom = "; or, as DICOM, to a folder" if source and isinstance(source.header, dicom.DicomSeries) else ""
         raise VolumeError(f"{path}: wanted a file name ending in {', '.join(suffixes)}{or_dicom}; choose another name")
     allowed = MGH_DTYPES if suffix(path) in MGH_SUFFIXES else DTYPES
-    if dtype not in (None, *allowed):
+    if not is_one_of(dtype, (None, *allowed)):
         hint = did_you_mean(str(dtype), allowed)
-        raise VolumeError(f"{path}: voxels can be written as {', '.join(allowed)}, not as {dtype}{hint}")
+        given = dtype if isinstance(dtype, str) else shown(dtype)
+        raise VolumeError(f"{path}: voxels can be written as {', '.join(allowed)}, not as {given}{hint}")
     if os.path.isdir(path):
         raise VolumeError(f"{path}: is a folder; give a file name")
     if is_special(path):

@@ -3,6 +3,7 @@
 import errno
 import io
 import logging
+import operator
 import os
 import tempfile
 import threading
@@ -154,7 +155,7 @@ def volume_index(path: Path, n: int, volume: int | None) -> int:
     if not 0 <= volume < n:
         allowed = f"0 to {n - 1}" if n > 1 else "only volume 0"
         raise VolumeError(f"{path}: has no volume {volume}; it has {n}: {allowed}")
-    return volume
+    return operator.index(volume)  # numpy's integers of a few bits would overflow
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

@@ -18,6 +18,7 @@ import torch
 from deformmamba.cli import main
 from deformmamba.inference import upscale, upscale_file
 from deformmamba.inference.choice import ranked_weights
+from deformmamba.inference.cohort import upscale_cohort
 from deformmamba.inference.provenance import derivation, weights_hash
 from deformmamba.models import VDSR, ZeroFill
 from deformmamba.volume import Volume, VolumeError, not_a_scan, read_volume, write_volume
@@ -56,6 +57,22 @@ def test_an_output_names_what_made_it_and_its_warnings(tmp_path: Path, weights: 
     assert "an output of this package" in not_a_scan(tmp_path / "out.nii.gz")
     (tmp_path / "out.json").unlink()
     assert "by its header" in not_a_scan(tmp_path / "out.nii.gz")
+
+
+def test_numbers_of_numpy_are_plain_numbers_in_the_json_file(tmp_path: Path) -> None:
+    write_volume(tmp_path / "in.nii", volume())
+    # 8 bits overflow in the product of tile, tile and scale
+    settings = {"volume": np.int8(0), "axis": np.int64(2), "tile": np.uint8(8), "effective": np.False_}
+    for run in (
+        lambda: upscale_file(ZeroFill(scale=2), tmp_path / "in.nii", tmp_path / "in_desc-sr.nii", **settings),
+        lambda: upscale_cohort(ZeroFill(scale=2), tmp_path, tmp_path / "o", **settings),
+    ):
+        run()
+    for path in (tmp_path / "in_desc-sr.json", tmp_path / "o" / "in_desc-sr.json"):
+        by = json.loads(path.read_text("utf-8"))["GeneratedBy"][0]
+        assert (by["volume"], by["axis"], by["tile"], by["effective"]) == (0, 2, 8, False)
+    again = upscale_cohort(ZeroFill(scale=2), tmp_path, tmp_path / "o", **settings)
+    assert [outcome.status for outcome in again if outcome.source == "in.nii"] == ["skipped"]
 
 
 def test_a_json_file_of_another_origin_stays(tmp_path: Path) -> None:

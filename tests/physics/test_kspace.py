@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from tolerances import assert_close
@@ -124,3 +125,12 @@ def test_wrong_sizes_are_refused_with_the_cure():
         data_consistency(torch.zeros(16, 16), torch.zeros(8, 8), 4)
     with pytest.raises(ValueError, match='"magnitude" or "real"'):
         degrade(torch.zeros(8, 8), 2, output="phase")
+
+
+def test_a_scale_of_a_few_bits_does_not_overflow() -> None:
+    lr = torch.rand(1, 1, 80, 80)
+    for scale in (np.uint8(4), np.int8(4), torch.tensor(4, dtype=torch.uint8)):
+        sr = zero_fill(lr, scale)
+        assert torch.equal(sr, zero_fill(lr, 4))
+        assert torch.equal(degrade(sr, scale), degrade(sr, 4))
+        assert torch.equal(data_consistency(sr, lr, scale), data_consistency(sr, lr, 4))
