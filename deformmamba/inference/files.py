@@ -126,9 +126,9 @@ def upscale_file(
         VolumeError: as the functions named above; or two of the files are the same.
         ValueError: as `upscale`.
     """
-    check_types(upscale_file, locals())
     chosen = Settings.of(settings)
-    found: SRModel = network(model)
+    found: SRModel = network(model)  # first: it names a scan that was given as the model
+    check_types(upscale_file, locals())
     check_paths(source, target, uncertainty, report)
     scans, n_volumes = _scans(
         source, target, volume, {"series": series, "stack": stack, "nan": nan, "partial": partial}

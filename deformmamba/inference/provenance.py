@@ -122,12 +122,7 @@ def write_sidecar(
 def json_text(facts: Mapping[str, Any]) -> str:
     """`facts` as a JSON file; numbers of numpy are plain numbers."""
 
-    def plain(value: Any) -> Any:
-        if hasattr(value, "item"):
-            return value.item()
-        raise TypeError(f"{type(value).__name__} is not plain data")
-
-    return json.dumps(facts, indent=2, ensure_ascii=False, default=plain) + "\n"
+    return json.dumps(facts, indent=2, ensure_ascii=False, default=lambda value: value.item()) + "\n"
 
 
 def skull_stripped(source: PathLike) -> bool:
