@@ -15,7 +15,10 @@ def add(commands: Any) -> None:
         "export --format onnx --model ixi-4x -o ixi-4x.onnx",
     )
     export.add_argument(
-        "--format", choices=("onnx", "openvino", "pt2"), required=True, help="ONNX, OpenVINO, or torch.export's .pt2"
+        "--format",
+        choices=("onnx", "openvino", "pt2"),
+        required=True,
+        help="ONNX, OpenVINO, or torch.export's .pt2; takes about a minute of processor time, pt2 with --size half of it",
     )
     add_model(export)
     export.add_argument(
