@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
         "--format",
         choices=("onnx", "openvino", "pt2"),
         required=True,
-        help="ONNX, OpenVINO, or torch.export's .pt2; takes about a minute of processor time, pt2 with --size half of it",
+        help="ONNX, OpenVINO, or torch.export's .pt2; takes about a minute of processor time",
     )
     add_model(export)
     export.add_argument(
