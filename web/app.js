@@ -179,7 +179,7 @@ async function upscale() {
   $("save").disabled = false;
   say("Done. Compare with the slider, then save.");
   try {
-    await (await views).compare(made.scan);
+    await (await views).compare(made.scan, $("input-as").value === "interpolated");
     $("compare").disabled = false;
   } catch (error) {
     say(`Done. It cannot be shown here: ${error.message}. Save it.`);
@@ -204,6 +204,11 @@ const views = makeView($("view"), (k) => {
 });
 $("planes").addEventListener("change", async () => {
   (await views).setPlanes($("planes").value);
+  draw();
+});
+$("input-as").addEventListener("change", async () => {
+  if (!result || $("compare").disabled) return;
+  await (await views).compare(result.scan, $("input-as").value === "interpolated");
   draw();
 });
 $("file").addEventListener("change", () => open($("file").files));

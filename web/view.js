@@ -1,6 +1,6 @@
 // The view: input and result on two canvases above one another, and the slider clips the upper one.
 // NiiVue draws if the browser has WebGL 2; otherwise the page draws the slice itself.
-import { inPlane, nearest, niftiBytes, onGridOf, slice } from "./volume.js";
+import { inPlane, niftiBytes, onGridOf, slice } from "./volume.js";
 
 const MOST_VOXELS = 1.2e8; // of a result in NiiVue, which needs several times their memory
 
@@ -86,10 +86,10 @@ class NiivueView {
     this.#arrange();
   }
 
-  /** Shows the result beside the input, which is put onto the result's grid. */
-  async compare(result) {
+  /** Shows the result beside the input, which is put onto the result's grid, interpolated if `smooth`. */
+  async compare(result, smooth) {
     if (result.data.length > MOST_VOXELS) throw new RangeError("the result is too large for this view; save it, and look at it in a viewer");
-    await this.#load(this.before, onGridOf(this.scan, result));
+    await this.#load(this.before, onGridOf(this.scan, result, smooth));
     await this.#load(this.after, result);
     this.#arrange();
   }
@@ -162,18 +162,17 @@ class PlainView {
   }
 
   async open(scan, range) {
-    Object.assign(this, { scan, range, result: undefined });
+    Object.assign(this, { scan, range, input: scan, result: undefined });
   }
 
-  async compare(result) {
-    this.result = result;
+  async compare(result, smooth) {
+    Object.assign(this, { result, input: onGridOf(this.scan, result, smooth) });
   }
 
   draw(k, share) {
-    const before = slice(this.scan, k), after = this.result && slice(this.result, k);
-    this.#paint("before", before, after ? after.h / before.h : 1);
-    if (after) this.#paint("after", after, 1);
-    clip(this.box, after ? share : 1);
+    this.#paint("before", slice(this.input, k));
+    if (this.result) this.#paint("after", slice(this.result, k));
+    clip(this.box, this.result ? share : 1);
   }
 
   setPlanes() {}
@@ -182,15 +181,14 @@ class PlainView {
     this.range = range;
   }
 
-  /** `factor` times as large, nearest pixels. */
-  #paint(name, { h, w, data }, factor) {
+  #paint(name, { h, w, data }) {
     const view = this.box.querySelector(`[data-shows=${name}]`), [low, high] = this.range;
     const { across, down } = this.#directions(), first = across.axis === 0, [columns, rows] = first ? [h, w] : [w, h];
-    [view.width, view.height] = [columns * factor, rows * factor];
+    [view.width, view.height] = [columns, rows];
     const context = view.getContext("2d"), pixels = context.createImageData(view.width, view.height);
     for (let x = 0; x < view.width; x++) {
       for (let y = 0; y < view.height; y++) {
-        const column = nearest(across.flipped ? view.width - 1 - x : x, factor, columns), row = nearest(down.flipped ? view.height - 1 - y : y, factor, rows);
+        const column = across.flipped ? columns - 1 - x : x, row = down.flipped ? rows - 1 - y : y;
         const value = first ? data[column * w + row] : data[row * w + column], grey = (255 * (value - low)) / (high - low);
         pixels.data.set([grey, grey, grey, 255], 4 * (y * view.width + x));
       }

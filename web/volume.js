@@ -111,12 +111,33 @@ export function finer(scan, scale) {
 /** Of n pixels, the one nearest to pixel x of the origin-aligned grid that is `factor` times finer. */
 export const nearest = (x, factor, n) => Math.min(n - 1, Math.round(x / factor));
 
-/** The scan on the grid of its result, without interpolation. */
-export function onGridOf(scan, result) {
+/** The scan on the grid of its result: its pixels, or with linear interpolation if `smooth`. */
+export function onGridOf(scan, result, smooth) {
+  if (smooth) return interpolated(scan, result);
   const [x, y, z] = result.shape.map((n, axis) => Int32Array.from({ length: n }, (_, k) => nearest(k, n / scan.shape[axis], scan.shape[axis])));
   const data = new Float32Array(result.data.length), [columns, rows] = scan.shape;
   let at = 0;
   for (const k of z) for (const j of y) for (const i of x) data[at++] = scan.data[(k * rows + j) * columns + i];
+  return { ...result, data };
+}
+
+function interpolated(scan, result) {
+  const [x, y, z] = result.shape.map((n, axis) =>
+    Array.from({ length: n }, (_, k) => {
+      const at = (k * scan.shape[axis]) / n, first = Math.floor(at);
+      return [first, Math.min(first + 1, scan.shape[axis] - 1), at - first];
+    }));
+  const data = new Float32Array(result.data.length), [columns, rows] = scan.shape;
+  const between = (row, [i, j, share]) => (share ? scan.data[row + i] * (1 - share) + scan.data[row + j] * share : scan.data[row + i]);
+  let at = 0;
+  for (const [k0, k1, c] of z) for (const [j0, j1, b] of y) {
+    const start = [[k0, j0, (1 - c) * (1 - b)], [k0, j1, (1 - c) * b], [k1, j0, c * (1 - b)], [k1, j1, c * b]].filter(([, , share]) => share);
+    for (const i of x) {
+      let sum = 0;
+      for (const [k, j, share] of start) sum += share * between((k * rows + j) * columns, i);
+      data[at++] = sum;
+    }
+  }
   return { ...result, data };
 }
 

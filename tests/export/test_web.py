@@ -135,6 +135,13 @@ def test_the_page_gives_what_the_package_gives(browser: Any, page: str, scan: Pa
     assert np.corrcoef(before.ravel(), result.ravel())[0, 1] > 0.9
     assert np.abs(before - result).max() > 0.05
     assert np.abs(moved(browser, "slice", "0") - before).max() > 0.05
+    # the input interpolated, and in its own pixels: blocks of 4 x 4 equal pixels of the result
+    shown = moved(browser, "slice", "1")
+    pixels = moved(browser, "input-as", "pixels")
+    time.sleep(1)
+    pixels = picture(browser)
+    assert np.abs(pixels - shown).max() > 0.01
+    assert (np.diff(pixels, axis=0) == 0).mean() > (np.diff(shown, axis=0) == 0).mean()
     if browser.find_element("id", "plane-choice").is_displayed():
         assert np.abs(moved(browser, "planes", "three") - before).max() > 0.05
     elsewhere = "return performance.getEntriesByType('resource').map((r) => r.name).filter((n) => /^http/.test(n))"

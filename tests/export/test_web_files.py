@@ -337,21 +337,24 @@ console.log(JSON.stringify(await inFolders([series, file("d")])));
 
 
 def test_the_view_shows_the_input_on_the_grid_of_its_result() -> None:
-    """On the origin grid, voxel i of the input is at voxel s * i of the result; other voxels show the nearest one."""
+    """On the origin grid, voxel i of the input is at voxel s * i of the result; others are nearest, or interpolated."""
     shape, scale = (3, 4, 2), 2
     array = np.arange(24, dtype=np.float32).reshape(shape, order="F")
     script = (
         "const [, module, text] = process.argv; const { finer, onGridOf } = await import(module);"
         "const scan = { ...JSON.parse(text), affine: [[1,0,0,0],[0,1,0,0],[0,0,1,0]], slices: 2,"
         "  header: { qform: { zooms: [1, 1, 1] } } };"
-        "console.log(JSON.stringify([...onGridOf(scan, finer(scan, 2)).data]));"
+        "console.log(JSON.stringify([false, true].map((smooth) => [...onGridOf(scan, finer(scan, 2), smooth).data])));"
     )
     given = json.dumps({"shape": shape, "data": array.ravel(order="F").tolist()})
     done = subprocess.run(
         ["node", "--input-type=module", "-e", script, VOLUME.as_uri(), given],
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
-    got = np.reshape(json.loads(done.stdout), (6, 8, 2), order="F")
+    got, smooth = (np.reshape(data, (6, 8, 2), order="F") for data in json.loads(done.stdout))
     np.testing.assert_array_equal(got[::scale, ::scale], array)
     np.testing.assert_array_equal(got[1], got[2])  # the half-pixel between two voxels is rounded up
     np.testing.assert_array_equal(got[-1], got[-2])  # beyond the last voxel
+    y, x, z = np.meshgrid(*(np.arange(n) / 2 for n in (6, 8)), np.arange(2), indexing="ij")
+    wanted = np.minimum(y, 2) + 3 * np.minimum(x, 3) + 12 * z  # the array is linear in its indices
+    np.testing.assert_allclose(smooth, wanted, atol=1e-6, rtol=0)
