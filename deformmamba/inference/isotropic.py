@@ -171,7 +171,7 @@ def isotropic(
     slices = torch.from_numpy((job.slices - np.float32(low)) / width)
     held, own = split_slices(slices, job)
     chosen, gain, adapted = best_of(network, held, own, job, minutes, steps, seed, progress)
-    least = -low / (high - low) if volume.array.min() >= 0 else None  # keep a magnitude image non-negative
+    least = -low / (high - low) if job.magnitude else None  # keep a magnitude image non-negative
     done = restored(chosen, slices, job, consistency, least, progress)
     fine = done.image.numpy() * width + np.float32(low) + job.fine_spots()
     out = np.asfortranarray(np.moveaxis(fine, 0, job.axis), np.float32)
@@ -286,7 +286,7 @@ def cubic_spline(volume: Volume, **geometry: Any) -> np.ndarray:
     """The voxels of the result by cubic interpolation alone (outliers: linear); `geometry` as `Stack.of`."""
     job = Stack.of(volume, **geometry)
     fine = along(job.spline(), torch.from_numpy(job.slices), 0).numpy()
-    fine = (np.maximum(fine, 0) if volume.array.min() >= 0 else fine) + job.fine_spots()
+    fine = (np.maximum(fine, 0) if job.magnitude else fine) + job.fine_spots()
     return np.moveaxis(fine, 0, job.axis)
 
 

@@ -33,6 +33,7 @@ TRAINED_RATIOS = (2.0, 8.0)  # of the weights `thick`
 FINEST = 4  # the voxels of the result are at most this many times finer than the in-plane pixel
 FEWEST_SLICES = 8
 MOST_SHEAR = 1.0  # degrees between the slices' normal and the direction in which they are stacked
+ROUNDING = 1e-5  # of the intensity range, for voxels from which an outlier was subtracted
 UNLIKE, ALIKE = 0.2, 0.5  # correlations of two slices: below the first they share no anatomy, above the second they do
 SQUARE = 1.05  # in-plane pixels whose sides differ by a smaller factor are not resampled
 
@@ -45,12 +46,14 @@ class Stack:
         slices: float32, scanner units; with the in-plane pixels of the result, without outliers such as a marker.
         spots: (n, h, w), what the outliers add to `slices` (`physics.edges.outliers`, in a slice's plane).
         limits: the `robust_range` of the scan.
+        magnitude: no voxel is negative, except for outliers.
         place: geometry and header of the result; its array is the input's.
     """
 
     slices: np.ndarray
     spots: np.ndarray
     limits: tuple[float, float]
+    magnitude: bool
     place: Volume
     axis: int
     spacing: float
@@ -135,6 +138,8 @@ class Stack:
         if n_spots := int(np.count_nonzero(spots)):
             remarks.append(f"outliers, such as a marker, that were interpolated linearly: {n_spots:,} voxels")
         array = array - spots  # the former may be a view of the user's
+        magnitude = bool(array.min() >= -ROUNDING * (limits[1] - limits[0]) if n_spots else array.min() >= 0)
+        array = np.maximum(array, 0) if magnitude and n_spots else array
         place = volume.resampled(volume.array, spacing / to, (axis,), "origin")
         shape = list(array.shape[1:])
         for k, (n, side) in enumerate(zip(array.shape[1:], sides, strict=True)):
@@ -151,7 +156,7 @@ class Stack:
                 f"{spacing / to:.3g} voxels fit between two slices, and `thick` was trained for {least:g} to {most:g}: "
                 "look at the result with care"
             )
-        return cls(array, spots, limits, place, axis, spacing, to, pixel, found, origin, tuple(remarks))
+        return cls(array, spots, limits, magnitude, place, axis, spacing, to, pixel, found, origin, tuple(remarks))
 
 
 def _profile_of_slice(

@@ -47,6 +47,8 @@ CPU_BATCH_PIXELS = 1 << 18
 CPU_PARALLEL_PIXELS = 8 * CPU_BATCH_PIXELS
 # share of the accelerator's free memory; the first slice shows how much memory a slice needs
 FREE_MEMORY_SHARE = 0.6
+# a scan whose range is less than this many steps of float32 gets a warning
+FEWEST_STEPS = 256
 # ratio of the 99.9th to the 99th percentile of T2 head scans (validation: 1.3); consistency uses a share of it
 ABOVE_P99 = 1.3
 
@@ -412,6 +414,13 @@ def _cautions(model: "SRModel", volume: Volume, axis: int) -> tuple[str, ...]:
         found.append(
             f"the scan does not look like a magnitude image: {reason}; the weights were trained on magnitude images "
             "only, so check the result before use"
+        )
+    lowest, highest = float(volume.array.min()), float(volume.array.max())
+    step = float(np.spacing(np.float32(max(abs(lowest), abs(highest)))))
+    if 0 < highest - lowest < FEWEST_STEPS * step:
+        found.append(
+            f"the values lie between {lowest:.7g} and {highest:.7g}, where float32 has steps of {step:.2g}: subtract "
+            "an offset first, or the result is coarse"
         )
     trained, pixel = trained_spacings(model), (volume.spacing[first], volume.spacing[second])
     if trained and any(volume.codes) and is_far(pixel, trained):

@@ -153,3 +153,8 @@ def test_an_outlier_below_the_slice_changes_only_its_surroundings(array: np.ndar
     assert out[elsewhere].min() >= array[..., 0].min()
     # the interpolated pixel differs from the one that it hides, and zero-filling spreads the difference
     np.testing.assert_allclose(out[elsewhere], clean[elsewhere], rtol=0, atol=0.01)
+
+
+def test_a_range_that_float32_hardly_resolves_gives_a_warning(model: DeformMambaSR, array: np.ndarray) -> None:
+    with pytest.warns(UserWarning, match=r"float32 has steps of 0\.062: subtract an offset first"):
+        upscale(model, array.astype(np.float64) + 1e6, axis=2)

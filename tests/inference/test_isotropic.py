@@ -165,6 +165,18 @@ def test_the_order_of_the_voxels_in_memory_changes_nothing(truth: np.ndarray) ->
     assert_close(last_first.array[:, :, inside - 1 :: -1][:, :, 6:-6], plain.array[:, :, :inside][:, :, 6:-6])
 
 
+def test_a_voxel_below_zero_leaves_the_rest_above_it(truth: np.ndarray) -> None:
+    scan = thick_scan(truth)
+    marked = replace(scan, array=scan.array.copy())
+    marked.array[5, 6, 4] = -20 * scan.array.max()
+    plain, out = (isotropic(one, model=Sharpen())[0].array for one in (scan, marked))
+    assert plain.min() >= 0
+    away = np.ones(out.shape, bool)
+    away[1:10, 2:11, 8:17] = False
+    assert out[away].min() >= 0
+    assert out.min() >= marked.array.min()
+
+
 def test_the_state_of_the_caller_changes_nothing(truth: np.ndarray, tmp_path: Path) -> None:
     """Another default device or dtype, autocast and inference mode."""
     scan, network = thick_scan(truth), Sharpen()
