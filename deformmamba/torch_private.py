@@ -97,22 +97,22 @@ def expressions_parsed_once() -> Iterator[None]:
     Why: it parses the sizes and strides of every tensor, thousands of equal expressions (torch 2.13), and that takes
     most of its time. There is no public switch.
     """
-    import sympy
+    from torch._export.serde import serialize
 
-    parse, parsed = sympy.sympify, {}
+    deserializer: Any = serialize.GraphModuleDeserializer
+    parse, parsed = deserializer._parse_sym_expr, {}
 
-    def sympify(given: Any, *args: Any, **options: Any) -> Any:
-        if type(given) is not str:
-            return parse(given, *args, **options)
-        if given not in parsed:
-            parsed[given] = parse(given, *args, **options)
-        return parsed[given]
+    def parse_once(self: Any, expression: Any, hint: Any = None) -> Any:
+        key = self, expression, hint
+        if key not in parsed:
+            parsed[key] = parse(self, expression, hint)
+        return parsed[key]
 
-    sympy.sympify = sympify
+    deserializer._parse_sym_expr = parse_once
     try:
         yield
     finally:
-        sympy.sympify = parse
+        deserializer._parse_sym_expr = parse
 
 
 def gomp_parallel() -> Callable[..., None] | None:
