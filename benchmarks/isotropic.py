@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--gaps", default="0,0.2")
     parser.add_argument("--model", default="thick")
     parser.add_argument("--adapt", default="0")
+    parser.add_argument("--consistency", default="object", choices=["object", "exact", "off"])
     parser.add_argument("--eclare", metavar="PYTHON", help="also eclare, by the Python of its environment")
     parser.add_argument("--eclare-minutes", type=float, default=3.0, help="of training (default: 3)")
     parser.add_argument("--eclare-batch", type=int, default=128, help="patches a step (default: 128, as eclare's)")
@@ -171,7 +172,8 @@ def main() -> None:
                 }
                 if not args.only_eclare:
                     start, began = time.process_time(), time.perf_counter()
-                    out, report = isotropic(volume, to=to, thickness=thickness, model=network, adapt=args.adapt, axis=2)
+                    options = {"model": network, "adapt": args.adapt, "consistency": args.consistency}
+                    out, report = isotropic(volume, to=to, thickness=thickness, axis=2, **options)
                     facts = {
                         "expected": "" if report.expected is None else f"{report.expected.db:+.2f}",
                         "chosen": report.method,
