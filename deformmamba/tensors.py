@@ -105,7 +105,7 @@ def check_device(device: Any, *, also: tuple[str, ...] = ()) -> None:
         usable = False
     if not usable:
         there = [*also, "cpu", *(f"cuda:{k}" for k in range(torch.cuda.device_count()))]
-        there += [name for name in ("mps", "xpu") if getattr(torch, name).is_available()]
+        there += [name for name, kind in (("mps", torch.backends.mps), ("xpu", torch.xpu)) if kind.is_available()]
         hint = _nearest_device(device, {*there, "cuda"}) if isinstance(device, str) else ""
         given = shown(str(device) if isinstance(device, torch.device) else device)
         raise InvalidArgument(

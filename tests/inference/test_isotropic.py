@@ -193,7 +193,7 @@ def test_the_state_of_the_caller_changes_nothing(truth: np.ndarray, tmp_path: Pa
     with pytest.raises(TypeError, match="weights have no values"):
         isotropic(scan, model=Sharpen().to("meta"))
     for got, wanted in zip(in_another_state, plain, strict=True):
-        np.testing.assert_array_equal(got, wanted)
+        assert_close(got, wanted)
 
 
 def test_adaptation_learns_and_repeats(truth: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
