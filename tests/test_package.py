@@ -247,6 +247,7 @@ def test_every_python_that_is_declared_compiles_the_sources(version: str) -> Non
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_everything_that_is_imported_is_declared() -> None:
     """Every imported package is a dependency, is in an extra, or is required by one of those packages."""
     brought_by = {

@@ -165,6 +165,7 @@ def test_a_slight_displacement_is_no_invention():
     assert (torch.roll(image, 4, 1) - _largest_nearby(image, 4)).max() == 1
 
 
+@pytest.mark.slow
 def test_the_whole_is_plain_and_readable(scans):
     found = assess(ZeroFill(scale=2), scans, groups=["T2 brain"], slices=1)
     assert list(found) == ["by_spacing", "out_of_domain", "lesions"]

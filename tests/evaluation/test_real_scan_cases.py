@@ -53,6 +53,8 @@ def test_zero_filling_is_measured_as_what_it_is(scan: str) -> None:
     assert 0 < masked["largest"] < 0.5
 
 
+@pytest.mark.slow
+@pytest.mark.portable
 def test_a_network_for_any_intensity_passes_the_cases_of_units_and_masks(scan: str, network: DeformMambaSR) -> None:
     rows = real_scans(network, [scan], **SMALL)
     units = [row for row in rows if "deviation" in row]
@@ -65,6 +67,7 @@ def test_a_network_for_any_intensity_passes_the_cases_of_units_and_masks(scan: s
             assert row["nonzero"] == row["largest"] == 0, row
 
 
+@pytest.mark.slow
 def test_a_network_for_images_of_about_one_fails_the_case_of_offsets(scan: str) -> None:
     torch.manual_seed(0)
     plain = DeformMambaSR(scale=2, dims=[8], depths=[1], stem_channels=4, d_state=4, skip="zero-fill")

@@ -232,6 +232,8 @@ def test_what_does_not_fit_is_named(place: int, wrong: Tensor, match: str) -> No
 
 
 @pytest.mark.parametrize("mode", ["compile", "export"])
+@pytest.mark.slow
+@pytest.mark.portable
 def test_compiled_and_exported_it_is_one_operator(mode: str) -> None:
     class Scan(torch.nn.Module):
         def forward(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:

@@ -54,6 +54,8 @@ def test_a_marker_changes_what_is_far_from_it_little(model: DeformMambaSR, lr: t
 
 
 @torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.portable
 def test_a_line_of_outliers_is_invisible_to_the_network_far_from_it() -> None:
     made = from_pretrained("ixi-4x")
     y, x = torch.meshgrid(torch.arange(48.0), torch.arange(52.0), indexing="ij")

@@ -513,6 +513,7 @@ def test_publish_and_load_again(
     )
 
 
+@pytest.mark.slow
 def test_what_may_not_be_published(
     hub: HubServer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
