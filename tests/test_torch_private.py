@@ -100,7 +100,6 @@ def test_scripting_is_refused_by_a_module_inside_a_module() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own warning, on importing its compiler
-@pytest.mark.slow
 @pytest.mark.portable
 def test_a_compiled_module_shows_the_one_inside() -> None:
     model = nn.Linear(2, 2)

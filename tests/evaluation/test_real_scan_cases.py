@@ -53,7 +53,6 @@ def test_zero_filling_is_measured_as_what_it_is(scan: str) -> None:
     assert 0 < masked["largest"] < 0.5
 
 
-@pytest.mark.slow
 @pytest.mark.portable
 def test_a_network_for_any_intensity_passes_the_cases_of_units_and_masks(scan: str, network: DeformMambaSR) -> None:
     rows = real_scans(network, [scan], **SMALL)

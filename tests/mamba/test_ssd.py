@@ -232,7 +232,6 @@ def test_what_does_not_fit_is_named(place: int, wrong: Tensor, match: str) -> No
 
 
 @pytest.mark.parametrize("mode", ["compile", "export"])
-@pytest.mark.slow
 @pytest.mark.portable
 def test_compiled_and_exported_it_is_one_operator(mode: str) -> None:
     class Scan(torch.nn.Module):

@@ -54,7 +54,6 @@ def test_a_marker_changes_what_is_far_from_it_little(model: DeformMambaSR, lr: t
 
 
 @torch.no_grad()
-@pytest.mark.slow
 @pytest.mark.portable
 def test_a_line_of_outliers_is_invisible_to_the_network_far_from_it() -> None:
     made = from_pretrained("ixi-4x")

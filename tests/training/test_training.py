@@ -118,7 +118,6 @@ def test_it_learns_and_writes_what_it_says(tmp_path, drawn):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.slow
 @pytest.mark.portable
 def test_the_best_checkpoint_is_the_one_that_validates_best(tmp_path):
     scores = iter([1.0, 3.0, 2.0])
