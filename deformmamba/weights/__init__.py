@@ -258,6 +258,12 @@ def _licensed(found: _Found, repo: str, license: str | None, source: str) -> dic
         WeightsError: no licence, one that the Hub does not have, or a card written by a person that states another.
     """
     checkpoint = found.read()
+    entry = _entry_of(found, checkpoint)
+    if license and entry and license != checked_license(entry["license"]):
+        raise WeightsError(
+            f"{shown(source)} is {entry['name']}, whose licence is {entry['license']}, not {license}; leave license= "
+            "(--license) out"
+        )
     content = _repository(found, checkpoint, repo, license)
     stated = stated_license(content[CARD_FILE].decode("utf-8", "replace"))
     if license is None and stated is None:
@@ -404,12 +410,17 @@ def _looks_like_a_path(text: str, match: re.Match[str] | None) -> bool:
     )
 
 
+def _entry_of(found: _Found, checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The manifest's entry for a checkpoint, also if it was found under another name."""
+    return found.entry or next((e for e in list_weights() if e["sha256"] == checkpoint.sha256), None)
+
+
 def _repository(
     found: _Found, checkpoint: Checkpoint, repo: str | None, license: str | None = None
 ) -> dict[str, bytes]:
     """The three files of a checkpoint in a Hub repository or a folder, by name."""
     data = found.file.read_bytes()
-    entry = found.entry or next((e for e in list_weights() if e["sha256"] == checkpoint.sha256), None)
+    entry = _entry_of(found, checkpoint)
     own = read_card(found.file.parent) if found.path.is_dir() else None
     if own is not None and not (repo and is_generated(own)):
         text = own

@@ -558,6 +558,10 @@ def test_a_hub_that_stored_something_else_is_noticed(
 
 def test_the_card_of_a_file_that_the_manifest_lists_is_the_manifests(hub: HubServer) -> None:
     made = publish("ixi-4x", "org/ixi-4x", dry_run=True)
+    refused(
+        lambda: publish("ixi-4x", "org/ixi-4x", dry_run=True, license="mit"),
+        "is ixi-4x, whose licence is cc-by-sa-4.0, not mit",
+    )
     entry = weights.weights_entry("ixi-4x")
     card = weights.card({**entry, "repo": "org/ixi-4x", "revision": None})
     assert made.files["README.md"] == (len(card.encode()), hashlib.sha256(card.encode()).hexdigest())
