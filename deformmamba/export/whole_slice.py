@@ -188,15 +188,15 @@ def _outliers_and_cuts(x: Tensor, scale: int) -> tuple[Tensor, Tensor]:
     return spots, cut_likelihood(x - spots, scale)
 
 
-def _base(x: Tensor, rows: Axis, columns: Axis, scale: int, skip: str, robust: tuple[Tensor, Tensor] | None) -> Tensor:
-    """`models.skip.base_image` of whole slices (..., h, w); `robust`: their `_outliers_and_cuts`."""
+def _base(x: Tensor, rows: Axis, columns: Axis, scale: int, skip: str, found: tuple[Tensor, Tensor] | None) -> Tensor:
+    """`models.skip.base_image` of whole slices (..., h, w); `found`: their `_outliers_and_cuts`."""
     if skip == "zero-fill":
         return zero_fill(x, rows, columns)
     if skip == "zero-fill-edges":
         smooth = smooth_part(x, cut_edges(x))
         return zero_fill(x - smooth, rows, columns) + cubic(smooth, rows, columns)
-    assert robust is not None
-    spots, gate = robust[0], robust[1][..., None, None]
+    assert found is not None
+    spots, gate = found[0], found[1][..., None, None]
     rest = x - spots
     down, across = gate[..., 0, :, :], gate[..., 1, :, :]
     filled = extension_filled(extension_filled(rest.mT, down, rows).mT, across, columns)
@@ -246,19 +246,18 @@ class WholeSlice(nn.Module):
         x = (lr - zero) / span
         lowest = floor
         skip = getattr(model, "skip", None)
-        robust = _outliers_and_cuts(x, scale) if model.robust_edges or skip == "zero-fill-robust" else None
-        if (
-            model.robust_edges and robust is not None
-        ):  # as in `inference.upscaling`: outliers below the slice do not lower its floor
-            spots = robust[0]
+        found = _outliers_and_cuts(x, scale) if model.robust_edges or skip == "zero-fill-robust" else None
+        if model.robust_edges:  # as in `inference.upscaling`: outliers below the slice do not lower its floor
+            assert found is not None
+            spots = found[0]
             deep = spots.clamp(max=0)
             lower = ~signed & (deep.amin((-2, -1), keepdim=True) < 0)
             floor = torch.where(lower, lowest_without(spots, x), floor)
         rows, columns = (axis(n, scale, x) for n in x.shape[-2:])
-        sr = model(x) if skip is None else model(x, _base(x, rows, columns, scale, skip, robust))
+        sr = model(x) if skip is None else model(x, _base(x, rows, columns, scale, skip, found))
         sr, x = sr - floor, x - floor
         if self.consistency != "off":
-            sr = self._corrected(sr, x, signed, rows, columns, robust)
+            sr = self._corrected(sr, x, signed, rows, columns, found)
         if model.robust_edges:
             below = cubic(deep, rows, columns)
             sr = torch.where(signed, sr, torch.maximum((sr - below).clamp(min=0) + below + floor, lowest))

@@ -121,7 +121,6 @@ def write_sidecar(
 
 def json_text(facts: Mapping[str, Any]) -> str:
     """`facts` as a JSON file; numbers of numpy are plain numbers."""
-
     return json.dumps(facts, indent=2, ensure_ascii=False, default=lambda value: value.item()) + "\n"
 
 

@@ -180,10 +180,9 @@ def fetch(
     """Downloads a checkpoint, verifies it, and returns the path of its file.
 
     With `folder`, writes `model.safetensors`, `config.json` and `README.md` there, unless it holds other files of these
-    names. Copy this folder to a machine
-    without a network and pass it to `from_pretrained`. Without `folder`, a checkpoint on the Hub is downloaded into the
-    cache of huggingface_hub, and a local one stays in place. `name`, `revision` and `cache_dir` as in
-    `load_checkpoint`.
+    names. Copy this folder to a machine without a network and pass it to `from_pretrained`. Without `folder`, a
+    checkpoint on the Hub is downloaded into the cache of huggingface_hub, and a local one stays in place. `name`,
+    `revision` and `cache_dir` as in `load_checkpoint`.
 
     Raises:
         WeightsError: whatever goes wrong, in one line.
