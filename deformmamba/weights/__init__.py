@@ -260,7 +260,7 @@ def _licensed(found: _Found, repo: str, license: str | None, source: str) -> dic
     entry = _entry_of(found, checkpoint)
     if license and entry and license != checked_license(entry["license"]):
         raise WeightsError(
-            f"{shown(source)} is {entry['name']}, whose licence is {entry['license']}, not {license}; leave license= "
+            f"{shown(source)}: the licence of {entry['name']} is {entry['license']}, not {license}; leave license= "
             "(--license) out"
         )
     content = _repository(found, checkpoint, repo, license)

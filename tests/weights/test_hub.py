@@ -560,7 +560,7 @@ def test_the_card_of_a_file_that_the_manifest_lists_is_the_manifests(hub: HubSer
     made = publish("ixi-4x", "org/ixi-4x", dry_run=True)
     refused(
         lambda: publish("ixi-4x", "org/ixi-4x", dry_run=True, license="mit"),
-        "is ixi-4x, whose licence is cc-by-sa-4.0, not mit",
+        "'ixi-4x': the licence of ixi-4x is cc-by-sa-4.0, not mit; leave license=",
     )
     entry = weights.weights_entry("ixi-4x")
     card = weights.card({**entry, "repo": "org/ixi-4x", "revision": None})
