@@ -1,11 +1,12 @@
-"""CELoss and its sum with L1: definition, invariances, gradients."""
+"""CELoss, its sum with L1, and L1 with SSIM: definition, invariances, gradients."""
 
 import pytest
 import torch
 from scipy.ndimage import convolve
 from tolerances import assert_close
 
-from deformmamba.losses import EDGE_KERNELS, LOSSES, ContrastiveEdgeLoss, SRLoss
+from deformmamba.losses import EDGE_KERNELS, LOSSES, ContrastiveEdgeLoss, SRLoss, SSIMLoss
+from deformmamba.metrics import pooled, pooled_by_matrices, ssim
 
 
 def pair(*shape, dtype=torch.float64):
@@ -31,11 +32,38 @@ def test_the_kernels_see_no_constant_and_add_up_to_zero():
     assert ContrastiveEdgeLoss()(sr + 3, sr).item() == pytest.approx(0, abs=1e-20)
 
 
+def test_the_ssim_loss_is_l1_and_the_measured_ssim():
+    generator = torch.Generator().manual_seed(0)
+    hr = torch.rand(2, 1, 24, 20, generator=generator)
+    hr[:, :, 0, 0] = 1  # the metric's data range is the maximum
+    sr = hr + 0.1 * torch.randn(hr.shape, generator=generator)
+    loss = SSIMLoss(0.4)
+    wanted = float((sr - hr).abs().mean()) + 0.4 * (1 - ssim(sr[:, 0], hr[:, 0]))
+    assert float(loss(sr, hr)) == pytest.approx(wanted, abs=1e-5)  # float32 against float64
+    channels = torch.stack([sr[0], sr[1]], 1), torch.stack([hr[0], hr[1]], 1)
+    assert float(loss(*channels)) == pytest.approx(wanted, abs=1e-5)
+    assert float(loss(hr, hr)) == pytest.approx(0, abs=1e-6)
+    assert_close(pooled_by_matrices(sr[:, 0]), pooled(sr[:, 0]))
+    small = loss(sr[:, :, :6], hr[:, :, :6])
+    assert float(small) == pytest.approx(float((sr - hr)[:, :, :6].abs().mean()))
+    with pytest.raises(ValueError, match="weight must be a number of 0 or more, not -1"):
+        SSIMLoss(-1)
+
+
+def test_the_ssim_loss_is_exact_in_half_precision():
+    sr, hr = pair(1, 1, 16, 16)
+    rounded = sr.bfloat16(), hr.bfloat16()
+    wanted, exact = SSIMLoss()(*(image.double() for image in rounded)), SSIMLoss()(sr, hr)
+    torch.testing.assert_close(SSIMLoss()(*rounded).double(), wanted, rtol=1e-2, atol=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(SSIMLoss()(sr, hr), exact)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_is_zero_for_equal_images_and_differentiable(name):
     loss = LOSSES[name]()
-    sr, hr = pair(1, 2, 5, 6)
-    assert loss(hr, hr).item() == 0
+    sr, hr = pair(1, 2, 8, 9)
+    assert loss(hr, hr).item() == pytest.approx(0, abs=1e-15)
     assert torch.autograd.gradcheck(lambda x: loss(x, hr), sr.requires_grad_())
 
 

@@ -23,7 +23,8 @@ from deformmamba.data.thick_slices import EMPTY, n_slices, thick_matrix
 from deformmamba.errors import InvalidArgument, shown
 from deformmamba.inference.sharing import shared_threads
 from deformmamba.inference.stack import Stack
-from deformmamba.metrics import WINDOW, pooled_by_matrices, psnr, similarity_map, ssim
+from deformmamba.losses import SSIMLoss
+from deformmamba.metrics import psnr, ssim
 from deformmamba.physics.slice_profile import along
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 HELD_OUT = 6  # number of in-plane slices that are held out from adaptation
 FEWEST_ACROSS = 4  # smallest number of thick slices across an image for a meaningful comparison
 PATCH, BATCH, RATE = 96, 4, 4e-3
-SSIM_WEIGHT = 0.3
+LOSS = SSIMLoss()
 TRAINING_SHARE = 0.8  # of the minutes; the rest is for the comparison afterwards and the second pass of `TwoWays`
 REPLAN = 10  # steps after which the number of steps that fit the minutes is computed again
 
@@ -244,7 +245,7 @@ def _gradients(twins: Sequence["SRModel"], pool: ThreadPoolExecutor, lr: torch.T
     device = device_of(twins[0])
 
     def part(twin: "SRModel", lr_part: torch.Tensor, hr_part: torch.Tensor) -> None:
-        loss = adaptation_loss(twin(lr_part.to(device)), hr_part.to(device))
+        loss = LOSS(twin(lr_part.to(device)), hr_part.to(device))
         (loss * (len(lr_part) / len(lr))).backward()
 
     sizes = [len(part) for part in torch.arange(len(lr)).tensor_split(len(twins))]
@@ -254,19 +255,6 @@ def _gradients(twins: Sequence["SRModel"], pool: ThreadPoolExecutor, lr: torch.T
             if other.grad is not None:
                 parameters[0].grad = other.grad if parameters[0].grad is None else parameters[0].grad + other.grad
             other.grad = None
-
-
-def adaptation_loss(sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
-    """Mean |sr - hr| + 0.3 (1 - SSIM) of images (b, 1, h, w) with a data range of 1; SSIM as in `metrics`.
-
-    The weight was chosen on a validation scan (T2 brain), by its held-out slices. After 150 steps, 0.1 gives +0.02 dB
-    and +0.0015 SSIM over L1 alone. After 400 steps, 0.3 gives -0.01 dB and +0.001 SSIM over 0.1; 1.0 gives
-    -0.13 dB and -0.0004 SSIM over 0.3.
-    """
-    if min(sr.shape[-2:]) < WINDOW:
-        return (sr - hr).abs().mean()
-    similarity = similarity_map(sr[:, 0], hr[:, 0], 1.0, pooled_by_matrices)
-    return (sr - hr).abs().mean() + SSIM_WEIGHT * (1 - similarity.mean())
 
 
 def patches(own: torch.Tensor, job: Stack, seed: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
