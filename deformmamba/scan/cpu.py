@@ -92,7 +92,7 @@ def forward(
     jobs = _jobs(images, groups, channels, torch.get_num_threads())
 
     def scratch(tiles: int) -> tuple[Any, ...]:
-        shapes = (3, CHUNK, 1), (3, tiles, n, 1), (2, tiles, 1, 1), (2, CHUNK, _vectors(n))
+        shapes = (3, CHUNK, 1), (3, tiles, n, 1), (3, tiles, 1, 1), (2, CHUNK, _vectors(n))
         return _scratch(u, *shapes, (1, tiles, q, 1), (1, CHUNK, _vectors(q)))
 
     _run_kernel("forward", zoh, given, (y, last, kept), scratch, jobs, (height, width), delta_softplus)
@@ -134,7 +134,7 @@ def backward(
     results = (du, ddelta, dA, dB, dC, dD, dbias, dweight, dstate)
 
     def scratch(tiles: int) -> tuple[Any, ...]:
-        shapes = (6, CHUNK, 1), (4, tiles, n, 1), (4, tiles, 1, 1), (4, CHUNK, _vectors(n))
+        shapes = (6, CHUNK, 1), (4, tiles, n, 1), (5, tiles, 1, 1), (4, CHUNK, _vectors(n))
         return _scratch(u, *shapes, (2, tiles, q, 1), (2, CHUNK, _vectors(q)), (2, CHUNK + 1, n, 1))
 
     arrays = (*given, kept, _readable(dy, directions), dlast), results

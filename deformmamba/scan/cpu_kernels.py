@@ -9,6 +9,7 @@ All functions that a kernel calls are in this file, because numba's disk cache c
 Fast-math is `contract` only, because NaN and infinity may occur.
 """
 
+import itertools
 import math
 import operator
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import models, overload, register_model
 
 Array = Any  # what numba compiles has numpy arrays and `Vector`s, which the annotations cannot tell apart
@@ -25,6 +27,12 @@ Array = Any  # what numba compiles has numpy arrays and `Vector`s, which the ann
 LANES = 16
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
+_FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+REGISTER = 512 if "+avx512dq" in _FEATURES else 256 if "+avx2" in _FEATURES else 128  # bits
+# AVX-512 multiplies by 2^x for any x. Elsewhere the exponent is added to the bits of a number, for which x must be
+# limited, unless all of a chunk are known to be below these
+SCALES = REGISTER == 512
+EXPONENTS, DOUBLE_EXPONENTS = 126.0, 1022.0
 
 # for mypy: a compiled function is not called with the arguments of its definition
 intrinsic: Any = numba.extending.intrinsic
@@ -210,6 +218,17 @@ def choose(typing: Any, x: Any, relation: Any, bound: Any, yes: Any, no: Any) ->
 
 
 @intrinsic
+def all_below(typing: Any, x: Any, bound: Any) -> Any:
+    """Whether x < bound in every lane; false if one is NaN."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes = builder.bitcast(builder.fcmp_ordered("<", *args), ir.IntType(LANES))
+        return builder.icmp_unsigned("==", lanes, ir.Constant(ir.IntType(LANES), -1))
+
+    return types.boolean(x, bound), code
+
+
+@intrinsic
 def sum4(typing: Any, a: Any, b: Any, c: Any, d: Any, out: Any, index: Any) -> Any:
     """Add the sums over lanes of a, b, c, d to four consecutive numbers of `out`, as one tree of shuffles."""
 
@@ -253,29 +272,36 @@ def lane_sum(typing: Any, x: Any) -> Any:
 
 @intrinsic
 def transpose(typing: Any, source: Any, at: Any, target: Any, to: Any) -> Any:
-    """target[to + j, i] = source[at + i, j] for i, j < LANES; rows of both are consecutive in memory along j."""
+    """target[to + j, i] = source[at + i, j] for i, j < LANES; rows of both are consecutive in memory along j.
+
+    Block by block, whose rows each fill a register: more rows at once would not fit the registers."""
+    side = min(LANES, REGISTER // source.dtype.bitwidth)
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = context.get_value_type(Vector(source.dtype))
+        kind = ir.VectorType(context.get_value_type(source.dtype), side)
 
-        def row(array_type: Any, array: Any, index: Any, i: int) -> Any:
-            first = builder.add(builder.extract_value(index, 0), ir.Constant(ir.IntType(64), i))
-            address = _address(context, builder, array_type, array, builder.insert_value(index, first, 0))
-            return builder.bitcast(address, kind.as_pointer())
+        def row(array_type: Any, array: Any, index: Any, i: int, j: int) -> Any:
+            for axis, more in enumerate((i, j)):
+                moved = builder.add(builder.extract_value(index, axis), ir.Constant(ir.IntType(64), more))
+                index = builder.insert_value(index, moved, axis)
+            return builder.bitcast(_address(context, builder, array_type, array, index), kind.as_pointer())
 
-        vectors = [builder.load(row(source, args[0], args[1], i), align=_size(source)) for i in range(LANES)]
-        step = LANES // 2
-        while step:  # swap off-diagonal blocks of 8, 4, 2, 1
-            first = [i if not i & step else LANES + i - step for i in range(LANES)]
-            second = [i + step if not i & step else LANES + i for i in range(LANES)]
-            for i in range(LANES):
-                if not i & step:
-                    a, b = vectors[i], vectors[i + step]
-                    vectors[i] = builder.shuffle_vector(a, b, _mask(first))
-                    vectors[i + step] = builder.shuffle_vector(a, b, _mask(second))
-            step //= 2
-        for i, vector in enumerate(vectors):
-            builder.store(vector, row(target, args[2], args[3], i), align=_size(target))
+        for top, left in itertools.product(range(0, LANES, side), repeat=2):
+            vectors = [
+                builder.load(row(source, args[0], args[1], top + i, left), align=_size(source)) for i in range(side)
+            ]
+            step = side // 2
+            while step:  # swap off-diagonal blocks of half the side, a quarter, .. 1
+                first = [i if not i & step else side + i - step for i in range(side)]
+                second = [i + step if not i & step else side + i for i in range(side)]
+                for i in range(side):
+                    if not i & step:
+                        a, b = vectors[i], vectors[i + step]
+                        vectors[i] = builder.shuffle_vector(a, b, _mask(first))
+                        vectors[i + step] = builder.shuffle_vector(a, b, _mask(second))
+                step //= 2
+            for j, vector in enumerate(vectors):
+                builder.store(vector, row(target, args[2], args[3], left + j, top), align=_size(target))
         return context.get_dummy_value()
 
     return types.void(source, at, target, to), code
@@ -290,6 +316,16 @@ def _horner(builder: Any, x: Any, coefficients: list[float]) -> Any:
     while powers:
         total = _multiply_add(builder, total, x, powers.pop())
     return total
+
+
+def _by_pairs(builder: Any, x: Any, coefficients: list[float]) -> Any:
+    """As `_horner`, by Estrin's scheme: a few more products, but few that wait for each other."""
+    terms = [_splat(builder, ir.Constant(x.type.element, float(c))) for c in coefficients]
+    while len(terms) > 1:
+        pairs = [_multiply_add(builder, b, x, a) for a, b in zip(terms[::2], terms[1::2], strict=False)]
+        terms = pairs + terms[len(pairs) * 2 :]
+        x = builder.fmul(x, x) if len(terms) > 1 else x
+    return terms[0]
 
 
 def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
@@ -346,10 +382,6 @@ _LOG1P = [
 _ATANH = [1 / (2 * k + 1) for k in range(17)]
 
 
-def _has_scalef(context: Any) -> bool:
-    return "+avx512dq" in context.codegen().magic_tuple()[2]
-
-
 def _avx512(builder: Any, name: str, element: Any, operands: list[Any], immediate: int | None = None) -> Any:
     """The AVX-512 instruction `name`, register by register."""
     bits = 32 if isinstance(element, ir.FloatType) else 64
@@ -377,10 +409,10 @@ def _magic(element: types.Float) -> tuple[int, int, float]:
     return mantissa, exponent_bias, 1.5 * 2.0**mantissa
 
 
-def _fraction(context: Any, builder: Any, kind: Vector, x: Any) -> tuple[Any, Any]:
+def _fraction(builder: Any, kind: Vector, x: Any) -> tuple[Any, Any]:
     """(fraction in [-1/2, 1/2], the integer that remains, as `_scaled` needs it)."""
     element = x.type.element
-    if _has_scalef(context):
+    if SCALES:
         fraction = _avx512(builder, "reduce", element, [x], 0)
         return fraction, builder.fsub(x, fraction)
     _, exponent_bias, magic = _magic(kind.element)
@@ -393,9 +425,9 @@ def _fraction(context: Any, builder: Any, kind: Vector, x: Any) -> tuple[Any, An
     return builder.fsub(value, builder.fsub(whole, shift)), whole
 
 
-def _scaled(context: Any, builder: Any, kind: Vector, power: Any, whole: Any) -> Any:
+def _scaled(builder: Any, kind: Vector, power: Any, whole: Any) -> Any:
     """power * 2^whole, for `power` = 2^fraction and `whole` from `_fraction`: 0 and infinity where it ends."""
-    if _has_scalef(context):
+    if SCALES:
         return _avx512(builder, "scalef", power.type.element, [power, whole])
     mantissa, _, _ = _magic(kind.element)
     integers = ir.VectorType(ir.IntType(kind.element.bitwidth), LANES)
@@ -406,7 +438,7 @@ def _scaled(context: Any, builder: Any, kind: Vector, power: Any, whole: Any) ->
 @intrinsic
 def _split(typing: Any, x: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return context.make_tuple(builder, signature.return_type, _fraction(context, builder, x, args[0]))
+        return context.make_tuple(builder, signature.return_type, _fraction(builder, x, args[0]))
 
     return types.UniTuple(x, 2)(x), code
 
@@ -414,7 +446,7 @@ def _split(typing: Any, x: Any) -> Any:
 @intrinsic
 def _scale(typing: Any, power: Any, whole: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _scaled(context, builder, power, *args)
+        return _scaled(builder, power, *args)
 
     return power(power, whole), code
 
@@ -429,10 +461,10 @@ def power(typing: Any, x: Any, rate: Any) -> Any:
         def constant(number: float) -> Any:
             return _splat(builder, ir.Constant(kind.element, number))
 
-        if x.element != types.float32 or not _has_scalef(context):
-            fraction, whole = _fraction(context, builder, x, builder.fmul(*args))
+        if x.element != types.float32 or not SCALES:
+            fraction, whole = _fraction(builder, x, builder.fmul(*args))
             near = _multiply_add(builder, fraction, _horner(builder, fraction, _TAIL[x.element]), constant(1.0))
-            return _scaled(context, builder, x, near, whole)
+            return _scaled(builder, x, near, whole)
         # 2^fraction 2^(j/32) 2^floor in eight instructions: Intel executes all 512-bit arithmetic on two ports, so that
         # their number counts
         shifted = _multiply_add(builder, args[0], args[1], constant(1 / 64))
@@ -446,7 +478,25 @@ def power(typing: Any, x: Any, rate: Any) -> Any:
         look_up = ir.FunctionType(kind, [kind, integers, kind])
         function = cgutils.get_or_insert_function(builder.module, look_up, "llvm.x86.avx512.vpermi2var.ps.512")
         root = builder.call(function, [low, builder.bitcast(units, integers), high])
-        return _scaled(context, builder, x, builder.fmul(root, _horner(builder, fraction, _SHORT)), shifted)
+        return _scaled(builder, x, builder.fmul(root, _horner(builder, fraction, _SHORT)), shifted)
+
+    return x(x, rate), code
+
+
+@intrinsic
+def power_within(typing: Any, x: Any, rate: Any) -> Any:
+    """`power` without its limits: |x rate| must be below EXPONENTS, or NaN. Three instructions of sixteen less."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def constant(number: float) -> Any:
+            return _splat(builder, ir.Constant(args[0].type.element, number))
+
+        shift = constant(_magic(x.element)[2])
+        whole = _multiply_add(builder, *args, shift)
+        rounded = builder.fsub(whole, shift)
+        fraction = builder.fsub(builder.fmul(*args, flags=("contract",)), rounded, flags=("contract",))
+        near = _multiply_add(builder, fraction, _horner(builder, fraction, _TAIL[x.element]), constant(1.0))
+        return _scaled(builder, x, near, whole)
 
     return x(x, rate), code
 
@@ -457,7 +507,8 @@ def log1p(typing: Any, x: Any) -> Any:
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if x.element == types.float32:
-            return builder.fmul(args[0], _horner(builder, args[0], _LOG1P))
+            series = _horner if SCALES else _by_pairs
+            return builder.fmul(args[0], series(builder, args[0], _LOG1P))
         two = _splat(builder, ir.Constant(args[0].type.element, 2.0))
         s = builder.fdiv(args[0], builder.fadd(args[0], two))  # log(1 + x) = 2 atanh(s)
         return builder.fmul(builder.fmul(two, s), _horner(builder, builder.fmul(s, s), _ATANH))
@@ -466,11 +517,24 @@ def log1p(typing: Any, x: Any) -> Any:
 
 
 @inline
+def larger(x: Array, y: Array) -> Array:
+    """The larger of both lane by lane; y where one is NaN."""
+    return choose(x, ">", y, x, y)
+
+
+@inline
+def magnitude(x: Array) -> Array:
+    """|x|, lane by lane."""
+    return larger(x, like(x, 0.0) - x)
+
+
+@inline
 def softplus(x: Array) -> Array:
     """(log(1 + e^x), its derivative), accurate relative to the result on both sides."""
     zero = like(x, 0.0)
-    e = power(choose(x, "<", zero, x, zero - x), like(x, LOG2E))
-    return choose(x, ">", zero, x, zero) + log1p(e), choose(x, "<", zero, e, like(x, 1.0)) / (e + 1.0)
+    minus = zero - x
+    e = power(choose(x, "<", minus, x, minus), like(x, LOG2E))
+    return larger(x, zero) + log1p(e), choose(x, "<", zero, e, like(x, 1.0)) / (e + 1.0)
 
 
 @inline
@@ -487,7 +551,7 @@ def hold(delta: Array, decay: Array, inverse: Array) -> Array:
     slope = (delta * a - phi) * inverse
     small_phi = delta * LOG2E * tail
     small_slope = delta * delta * _hold_slope(fraction * LN2)
-    size = choose(x, "<", like(x, 0.0), like(x, 0.0) - x, x)
+    size = magnitude(x)
     return a, choose(size, "<", half, small_phi, phi), choose(size, "<", half, small_slope, slope)
 
 
@@ -620,11 +684,13 @@ kernel: Any = njit(error_model="numpy")
 
 @kernel
 def step_sizes(
-    deltas: Array, slopes: Array, lows: Array, delta_weight: Array, delta_bias: Array, count: int, delta_softplus: bool
-) -> None:
+    deltas: Array, slopes: Array, lows: Array, delta_weight: Array, delta_bias: Array, count: int, delta_softplus: bool,
+    fastest: Array,
+) -> Any:  # fmt: skip
     """deltas = dt and slopes = its derivative, from raw deltas, or from `lows` (chunk, q) by `delta_weight` (q, LANES).
 
-    Apart from `advance`, whose steps would each wait for it. `slopes` may be None."""
+    Apart from `advance`, whose steps would each wait for it. `slopes` may be None. Returns whether `power_within` may
+    compute all decays of these steps, whose largest rates are `fastest` (1, LANES)."""
     for t in range(count):
         dt = get(delta_bias, 0)
         if delta_weight.shape[0]:
@@ -638,17 +704,33 @@ def step_sizes(
         put(deltas, t, dt)
         if slopes is not None:
             put(slopes, t, slope)
+    if SCALES:
+        return False
+    longest = like(get(delta_bias, 0), 0.0)
+    for t in range(count):
+        longest = larger(magnitude(get(deltas, t)), longest)
+    bound = like(longest, EXPONENTS if deltas.itemsize == 4 else DOUBLE_EXPONENTS)
+    return all_below(longest * get(fastest, 0), bound)
+
+
+@inline
+def step(delta: Array, decay: Array, inverse: Array, s: int, zoh: Any, within: Any) -> Array:
+    """(e^(delta A), the factor of B u) of state s. `within` is None or True: see `step_sizes`."""
+    if zoh is not None:
+        a, phi, _ = hold(delta, get(decay, s), get(inverse, s))
+        return a, phi
+    if within is None:
+        return power(delta, get(decay, s)), delta
+    return power_within(delta, get(decay, s)), delta
 
 
 @inline
 def advance_state(
-    s: int, decay: Array, inverse: Array, B: Array, C: Array, u: Array, delta: Array, h: Array, y: Array, zoh: Any
-) -> Array:
+    s: int, decay: Array, inverse: Array, B: Array, C: Array, u: Array, delta: Array, h: Array, y: Array,
+    zoh: Any, within: Any,
+) -> Array:  # fmt: skip
     """One state of one step of `advance`; returns y plus its contribution."""
-    if zoh is None:
-        a, phi = power(delta, get(decay, s)), delta
-    else:
-        a, phi, _ = hold(delta, get(decay, s), get(inverse, s))
+    a, phi = step(delta, decay, inverse, s, zoh, within)
     state = fma(a, get(h, s), phi * u * number(B, (s,)))
     put(h, s, state)
     return fma(state, like(state, number(C, (s,))), y)
@@ -657,7 +739,7 @@ def advance_state(
 @kernel
 def advance(
     us: Array, deltas: Array, decay: Array, inverse: Array, Bs: Array, Cs: Array, skip: Array, h: Array, ys: Array,
-    count: int, zoh: Any, coming: Any, next_u: Array, next_delta: Array, next_y: Array,
+    count: int, zoh: Any, within: Any, coming: Any, next_u: Array, next_delta: Array, next_y: Array,
 ) -> None:  # fmt: skip
     """The scan itself: `count` steps from the state h, which they leave behind."""
     n = decay.shape[0]
@@ -670,17 +752,17 @@ def advance(
         y = get(skip, 0) * u if skip.shape[0] else like(u, 0.0)
         rest = like(u, 0.0)  # half of the sum: two short chains of additions instead of a long one
         for s in range(0, n - 1, 2):
-            y = advance_state(s, decay, inverse, Bs[t], Cs[t], u, delta, h, y, zoh)
-            rest = advance_state(s + 1, decay, inverse, Bs[t], Cs[t], u, delta, h, rest, zoh)
+            y = advance_state(s, decay, inverse, Bs[t], Cs[t], u, delta, h, y, zoh, within)
+            rest = advance_state(s + 1, decay, inverse, Bs[t], Cs[t], u, delta, h, rest, zoh, within)
         if n % 2:
-            y = advance_state(n - 1, decay, inverse, Bs[t], Cs[t], u, delta, h, y, zoh)
+            y = advance_state(n - 1, decay, inverse, Bs[t], Cs[t], u, delta, h, y, zoh, within)
         put(ys, t, y + rest)
 
 
 @kernel
 def retrace(
     us: Array, deltas: Array, decay: Array, inverse: Array, Bs: Array, hs: Array, factors: Array, count: int,
-    zoh: Any, coming: Any, next_u: Array, next_delta: Array, next_dy: Array,
+    zoh: Any, within: Any, coming: Any, next_u: Array, next_delta: Array, next_dy: Array,
 ) -> None:  # fmt: skip
     """The same steps from hs[0], keeping all states hs (count + 1, n, LANES) and the factors between them."""
     for t in range(count):
@@ -690,10 +772,7 @@ def retrace(
         prefetch(next_dy, line)
         u, delta = get(us, t), get(deltas, t)
         for s in range(decay.shape[0]):
-            if zoh is None:
-                a, phi = power(delta, get(decay, s)), delta
-            else:
-                a, phi, _ = hold(delta, get(decay, s), get(inverse, s))
+            a, phi = step(delta, decay, inverse, s, zoh, within)
             put(factors[t], s, a)
             put(hs[t + 1], s, fma(a, get(hs[t], s), phi * u * number(Bs, (t, s))))
 
@@ -822,13 +901,17 @@ def reverse_step_sizes(
 @inline
 def prepare(
     A: Array, D: Array, delta_bias: Array, delta_weight: Array, first: int, end: int,
-    decays: Array, inverses: Array, skips: Array, biases: Array, mixes: Array, zoh: Any,
+    decays: Array, fastest: Array, inverses: Array, skips: Array, biases: Array, mixes: Array, zoh: Any,
 ) -> None:  # fmt: skip
     """The parts of A, D, delta_bias and delta_weight that every chunk needs, tile by tile."""
     for tile in range(decays.shape[0]):
         c = first + tile * LANES
         lanes = min(LANES, end - c)
         columns(decays[tile], A, c, lanes, LOG2E)
+        most = like(get(fastest[tile], 0), 0.0)
+        for s in range(A.shape[1]):
+            most = larger(magnitude(get(decays[tile], s)), most)
+        put(fastest[tile], 0, most)
         if zoh is not None:
             for j in range(lanes):
                 for s in range(A.shape[1]):
@@ -890,7 +973,7 @@ def forward_job(
     us, deltas, ys = rows[0], rows[1], rows[2]
     chunk = us.shape[0]
     decays, inverses, hs = states[0, :tiles], states[1, :tiles], states[2, :tiles]
-    skips, biases = sides[0, :tiles], sides[1, :tiles]
+    skips, biases, fastest = sides[0, :tiles], sides[1, :tiles], sides[2, :tiles]
     Bs, Cs = rates[0], rates[1]
     order, lines, next_lines = np.empty(chunk, np.int64), np.empty((2, chunk), np.int64), np.empty((2, chunk), np.int64)
     directions, length, n = B.shape
@@ -899,7 +982,10 @@ def forward_job(
         direction = 2 * k if directions == 2 else k
         straight = direction == 0
         along = straight and u.strides[1] != u.itemsize
-        prepare(A[k], D[k], delta_bias[k], delta_weight[k], first, end, decays, inverses, skips, biases, mixes[0], zoh)
+        prepare(
+            A[k], D[k], delta_bias[k], delta_weight[k], first, end,
+            decays, fastest, inverses, skips, biases, mixes[0], zoh,
+        )  # fmt: skip
         for tile in range(hs.shape[0]):
             columns(hs[tile], state[k], first + tile * LANES, min(LANES, end - first - tile * LANES), 1.0)
         for start in range(0, length, chunk):
@@ -926,13 +1012,17 @@ def forward_job(
                 gather(us, u, order, count, straight, c, lanes)
                 if not low_rank:
                     gather(deltas, delta[k], order, count, straight, c, lanes)
-                step_sizes(deltas, None, lows[0], mixes[0, tile], biases[tile], count, delta_softplus)
+                within = step_sizes(
+                    deltas, None, lows[0], mixes[0, tile], biases[tile], count, delta_softplus, fastest[tile]
+                )
                 skip = skips[tile, : min(1, D.shape[1])]
                 coming = (lines, c + LANES) if tile + 1 < hs.shape[0] else (next_lines, first)
-                advance(
-                    us, deltas, decays[tile], inverses[tile], Bs, Cs, skip, hs[tile], ys,
-                    count, zoh, coming, u, u if low_rank else delta[k], y,
-                )  # fmt: skip
+                given = us, deltas, decays[tile], inverses[tile], Bs, Cs, skip, hs[tile], ys, count, zoh
+                ahead = coming, u, u if low_rank else delta[k], y
+                if within:
+                    advance(*given, True, *ahead)
+                else:
+                    advance(*given, None, *ahead)
                 scatter(y, ys, order, count, straight, c, lanes, k > 0)
         for tile in range(hs.shape[0]):
             c = first + tile * LANES
@@ -975,6 +1065,7 @@ def backward_job(
     chunk = us.shape[0]
     decays, inverses, carried, dAs = states[0, :tiles], states[1, :tiles], states[2, :tiles], states[3, :tiles]
     skips, biases, dDs, dbiases = sides[0, :tiles], sides[1, :tiles], sides[2, :tiles], sides[3, :tiles]
+    fastest = sides[4, :tiles]
     Bs, Cs, dBs, dCs = rates[0], rates[1], rates[2], rates[3]
     hs, factors = trace[0], trace[1]
     edge = np.zeros((1, LANES), us.dtype)
@@ -986,7 +1077,10 @@ def backward_job(
         direction = 2 * k if directions == 2 else k
         straight = direction == 0
         along = straight and u.strides[1] != u.itemsize
-        prepare(A[k], D[k], delta_bias[k], delta_weight[k], first, end, decays, inverses, skips, biases, mixes[0], zoh)
+        prepare(
+            A[k], D[k], delta_bias[k], delta_weight[k], first, end,
+            decays, fastest, inverses, skips, biases, mixes[0], zoh,
+        )  # fmt: skip
         dAs[:] = 0
         dDs[:] = 0
         dbiases[:] = 0
@@ -1020,13 +1114,18 @@ def backward_job(
                 gather(gs, dy, order, count, straight, c, lanes)
                 if not low_rank:
                     gather(deltas, delta[k], order, count, straight, c, lanes)
-                step_sizes(deltas, slopes, lows[0], mixes[0, tile], biases[tile], count, delta_softplus)
+                within = step_sizes(
+                    deltas, slopes, lows[0], mixes[0, tile], biases[tile], count, delta_softplus, fastest[tile]
+                )
                 skip = skips[tile, : min(1, D.shape[1])]
                 decay, inverse = decays[tile], inverses[tile]
                 coming = (lines, c + LANES) if tile + 1 < carried.shape[0] else (next_lines, first)
-                retrace(
-                    us, deltas, decay, inverse, Bs, hs, factors, count, zoh, coming, u, u if low_rank else delta[k], dy
-                )
+                given = us, deltas, decay, inverse, Bs, hs, factors, count, zoh
+                ahead = coming, u, u if low_rank else delta[k], dy
+                if within:
+                    retrace(*given, True, *ahead)
+                else:
+                    retrace(*given, None, *ahead)
                 own = hs, factors, gs, carried[tile], dAs[tile], dus, ddeltas, dBs, dCs, count, zoh
                 ahead = coming, du, du if low_rank else ddelta[k]
                 of_steps = slopes, lows[0], mixes[0, tile], dbiases[tile], mixes[1, tile], lows[1], count
