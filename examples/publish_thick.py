@@ -37,8 +37,8 @@ def publish(args: argparse.Namespace) -> dict[str, Any]:
         "license": args.license,
         "limits": args.limits,
         "meant_for": "thick-slice scans of any contrast, slices 2 to 8 pixels apart",
-        "summary": "The slice direction of thick-slice scans of any contrast, for `deformmamba isotropic`: 2 to 8 "
-        "times finer, after a cubic spline.",
+        "summary": "Slice direction of thick-slice scans of any contrast, for `deformmamba isotropic`: 2 to 8 "
+        "times finer, applied after a cubic spline.",
         **description(model, facts, FINAL, sha256),
         "scores": [
             {
