@@ -492,7 +492,7 @@ def power_within(typing: Any, x: Any, rate: Any) -> Any:
             return _splat(builder, ir.Constant(args[0].type.element, number))
 
         shift = constant(_magic(x.element)[2])
-        whole = _multiply_add(builder, *args, shift)
+        whole = _multiply_add(builder, args[0], args[1], shift)
         rounded = builder.fsub(whole, shift)
         fraction = builder.fsub(builder.fmul(*args, flags=("contract",)), rounded, flags=("contract",))
         near = _multiply_add(builder, fraction, _horner(builder, fraction, _TAIL[x.element]), constant(1.0))
@@ -656,6 +656,28 @@ def from_columns(target: Array, tile: Array, first: int, lanes: int) -> None:
     for j in range(lanes):
         for s in range(done, target.shape[1]):
             target[first + j, s] = tile[s, j]
+
+
+@inline
+def keep(kept: Array, h: Array, first: int, lanes: int) -> None:
+    """kept[s, first + j] = h[s, j], for `kept` (n, r)."""
+    for s in range(h.shape[0]):
+        if lanes == LANES:
+            store(kept, (s, first), get(h, s))
+        else:
+            for j in range(lanes):
+                kept[s, first + j] = h[s, j]
+
+
+@inline
+def recall(h: Array, kept: Array, first: int, lanes: int) -> None:
+    """The inverse of `keep`; zeros beyond the last channel."""
+    for s in range(h.shape[0]):
+        if lanes == LANES:
+            put(h, s, load(kept, (s, first)))
+        else:
+            for j in range(LANES):
+                h[s, j] = kept[s, first + j] if j < lanes else 0.0
 
 
 @inline
@@ -976,7 +998,7 @@ def forward_job(
     skips, biases, fastest = sides[0, :tiles], sides[1, :tiles], sides[2, :tiles]
     Bs, Cs = rates[0], rates[1]
     order, lines, next_lines = np.empty(chunk, np.int64), np.empty((2, chunk), np.int64), np.empty((2, chunk), np.int64)
-    directions, length, n = B.shape
+    directions, length, _ = B.shape
     low_rank = delta_weight.shape[2] > 0
     for k in range(directions):
         direction = 2 * k if directions == 2 else k
@@ -1002,13 +1024,7 @@ def forward_job(
                 c = first + tile * LANES
                 lanes = min(LANES, end - c)
                 if kept.shape[1]:
-                    at = kept[k, start // chunk]
-                    for s in range(n):
-                        if lanes == LANES:
-                            store(at, (s, c), get(hs[tile], s))
-                        else:
-                            for j in range(lanes):
-                                at[s, c + j] = hs[tile, s, j]
+                    keep(kept[k, start // chunk], hs[tile], c, lanes)
                 gather(us, u, order, count, straight, c, lanes)
                 if not low_rank:
                     gather(deltas, delta[k], order, count, straight, c, lanes)
@@ -1071,7 +1087,7 @@ def backward_job(
     edge = np.zeros((1, LANES), us.dtype)
     edge[0, : (end - first - 1) % LANES + 1] = 1
     order, lines, next_lines = np.empty(chunk, np.int64), np.empty((2, chunk), np.int64), np.empty((2, chunk), np.int64)
-    directions, length, n = B.shape
+    directions, length, _ = B.shape
     low_rank = delta_weight.shape[2] > 0
     for k in range(directions):
         direction = 2 * k if directions == 2 else k
@@ -1103,13 +1119,7 @@ def backward_job(
             for tile in range(carried.shape[0]):
                 c = first + tile * LANES
                 lanes = min(LANES, end - c)
-                at = kept[k, start // chunk]
-                for s in range(n):
-                    if lanes == LANES:
-                        put(hs[0], s, load(at, (s, c)))
-                    else:
-                        for j in range(LANES):
-                            hs[0, s, j] = at[s, c + j] if j < lanes else 0.0
+                recall(hs[0], kept[k, start // chunk], c, lanes)
                 gather(us, u, order, count, straight, c, lanes)
                 gather(gs, dy, order, count, straight, c, lanes)
                 if not low_rank:
@@ -1121,11 +1131,11 @@ def backward_job(
                 decay, inverse = decays[tile], inverses[tile]
                 coming = (lines, c + LANES) if tile + 1 < carried.shape[0] else (next_lines, first)
                 given = us, deltas, decay, inverse, Bs, hs, factors, count, zoh
-                ahead = coming, u, u if low_rank else delta[k], dy
+                inputs_ahead = coming, u, u if low_rank else delta[k], dy
                 if within:
-                    retrace(*given, True, *ahead)
+                    retrace(*given, True, *inputs_ahead)
                 else:
-                    retrace(*given, None, *ahead)
+                    retrace(*given, None, *inputs_ahead)
                 own = hs, factors, gs, carried[tile], dAs[tile], dus, ddeltas, dBs, dCs, count, zoh
                 ahead = coming, du, du if low_rank else ddelta[k]
                 of_steps = slopes, lows[0], mixes[0, tile], dbiases[tile], mixes[1, tile], lows[1], count
