@@ -13,11 +13,11 @@ from torch import nn
 from deformmamba.errors import InvalidArgument, UnsupportedCall
 from deformmamba.mamba.causal_conv import causal_conv1d_fn, causal_conv1d_update, causal_conv1d_varlen_states
 from deformmamba.mamba.norm import RMSNormGated
-from deformmamba.mamba.selective_scan import mamba_inner_fn_no_out_proj, selective_scan_fn
+from deformmamba.mamba.selective_scan import bimamba_inner_fn, mamba_inner_fn_no_out_proj, selective_scan_fn
 from deformmamba.mamba.ssd import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
 from deformmamba.mamba.state_update import selective_state_update
 
-BIMAMBA_TYPES = ("none", "v2", "v3")
+BIMAMBA_TYPES = ("none", "v1", "v2", "v3")
 
 
 def _initial_dt(channels: int, dt_min: float, dt_max: float, floor: float, device: Any, dtype: Any) -> torch.Tensor:
@@ -25,6 +25,25 @@ def _initial_dt(channels: int, dt_min: float, dt_max: float, floor: float, devic
     span = math.log(dt_max) - math.log(dt_min)
     dt = torch.exp(torch.rand(channels, device=device, dtype=dtype) * span + math.log(dt_min)).clamp(min=floor)
     return dt + torch.log(-torch.expm1(-dt))
+
+
+def _initialise_dt(dt_proj: nn.Linear, scale: float, dt_init: str, bias: torch.Tensor) -> None:
+    """Sets the weight of the step size projection to `scale`, or at random up to it, and its bias."""
+    if dt_init == "constant":
+        nn.init.constant_(dt_proj.weight, scale)
+    else:
+        nn.init.uniform_(dt_proj.weight, -scale, scale)
+    with torch.no_grad():
+        dt_proj.bias.copy_(bias)
+    dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
+
+
+def _initial_A_log(channels: int, states: int, device: Any) -> nn.Parameter:
+    """(channels, states): the rates -A of state n are n + 1; float32, without weight decay."""
+    rates = torch.arange(1, states + 1, dtype=torch.float32, device=device).repeat(channels, 1)
+    A_log = nn.Parameter(rates.log())
+    A_log._no_weight_decay = True  # type: ignore[attr-defined]
+    return A_log
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -46,10 +65,12 @@ class Mamba(nn.Module):
         conv_bias, bias: whether the convolution and the projections have one.
         use_fast_path: accepted, without effect, because there is only one path here.
         layer_idx: key of this layer's states in `inference_params`.
-        bimamba_type: "none": mamba-ssm's block. "v2": adds a reversed scan with its own weights (Vision Mamba). "v3":
-            adds also a third scan across `nslices` slices (SegMamba).
+        bimamba_type: "none": mamba-ssm's block. "v1": adds a reversed scan with its own rates A, "v2": with its own
+            weights (both Vision Mamba). "v3": adds also a third scan across `nslices` slices (SegMamba).
         nslices: for "v3": the sequence is this many slices of equal length.
         if_divide_out: for "v2": the sum of both directions is halved.
+        init_layer_scale: initial value of a factor `gamma` for each channel of the output (Vision Mamba); None: no
+            factor.
         device, dtype: of the parameters; A_log and D are float32.
     """
 
@@ -58,6 +79,7 @@ class Mamba(nn.Module):
     dt_proj: nn.Linear
     A_log: nn.Parameter
     D: nn.Parameter
+    A_b_log: nn.Parameter
     # for modules that mamba-ssm pickled, which has no such attributes
     bimamba_type: str = "none"
     nslices: int = 5
@@ -84,6 +106,7 @@ class Mamba(nn.Module):
         bimamba_type: str = "none",
         nslices: int = 5,
         if_divide_out: bool = False,
+        init_layer_scale: float | None = None,
     ) -> None:
         super().__init__()
         if dt_init not in ("random", "constant"):
@@ -99,7 +122,7 @@ class Mamba(nn.Module):
         where = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **where)
         dt = {"dt_min": dt_min, "dt_max": dt_max, "floor": dt_init_floor}
-        for suffix in {"none": ("",), "v2": ("", "_b"), "v3": ("", "_b", "_s")}[bimamba_type]:
+        for suffix in {"v2": ("", "_b"), "v3": ("", "_b", "_s")}.get(bimamba_type, ("",)):
             conv = nn.Conv1d(
                 self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias, **where
             )
@@ -107,21 +130,18 @@ class Mamba(nn.Module):
             dt_proj = nn.Linear(self.dt_rank, self.d_inner, **where)
             if not suffix:  # the others keep PyTorch's initial values, as in Vision Mamba
                 scale = self.dt_rank**-0.5 * dt_scale
-                if dt_init == "constant":
-                    nn.init.constant_(dt_proj.weight, scale)
-                else:
-                    nn.init.uniform_(dt_proj.weight, -scale, scale)
-                with torch.no_grad():
-                    dt_proj.bias.copy_(_initial_dt(self.d_inner, **dt, **where))
-                dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
-            A = torch.arange(1, d_state + 1, dtype=torch.float32, device=device).repeat(self.d_inner, 1)
-            A_log, D = nn.Parameter(A.log()), nn.Parameter(torch.ones(self.d_inner, device=device))
-            A_log._no_weight_decay = D._no_weight_decay = True  # type: ignore[attr-defined]
+                _initialise_dt(dt_proj, scale, dt_init, _initial_dt(self.d_inner, **dt, **where))
+            D = nn.Parameter(torch.ones(self.d_inner, device=device))
+            D._no_weight_decay = True  # type: ignore[attr-defined]
             names = ("conv1d", "x_proj", "dt_proj", "D")
             for name, part in zip(names, (conv, x_proj, dt_proj, D), strict=True):
                 setattr(self, f"{name}{suffix}", part)
-            setattr(self, f"A{suffix}_log", A_log)
+            setattr(self, f"A{suffix}_log", _initial_A_log(self.d_inner, d_state, device))
+        if bimamba_type == "v1":
+            self.A_b_log = _initial_A_log(self.d_inner, d_state, device)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **where)
+        if init_layer_scale is not None:
+            self.gamma = nn.Parameter(torch.full((d_model,), float(init_layer_scale), device=device))
 
     def forward(self, hidden_states: torch.Tensor, inference_params: Any = None) -> torch.Tensor:
         """(b, l, d_model) to (b, l, d_model).
@@ -135,6 +155,8 @@ class Mamba(nn.Module):
         xz = self.in_proj(hidden_states).transpose(1, 2)
         if inference_params is not None:
             return self._fill(xz, conv_state, ssm_state)
+        if self.bimamba_type == "v1":
+            return self._scaled(self._scan_with_two_rates(xz))
         y = self._scan(xz, "")
         if self.bimamba_type != "none":
             y = y + self._scan(xz.flip(-1), "_b").flip(-1)
@@ -147,7 +169,23 @@ class Mamba(nn.Module):
             y = y + self._scan(across, "_s").unflatten(-1, (-1, self.nslices)).transpose(-1, -2).flatten(-2)
         if self.bimamba_type == "v2" and self.if_divide_out:
             y = y / 2
-        return self.out_proj(y.transpose(1, 2))
+        return self._project(y)
+
+    def _project(self, y: torch.Tensor) -> torch.Tensor:
+        """(b, d, l) to the output (b, l, d_model)."""
+        return self._scaled(self.out_proj(y.transpose(1, 2)))
+
+    def _scaled(self, output: torch.Tensor) -> torch.Tensor:
+        gamma = getattr(self, "gamma", None)
+        return output if gamma is None else output * gamma
+
+    def _scan_with_two_rates(self, xz: torch.Tensor) -> torch.Tensor:
+        """(b, 2 d, l) to the projected sum (b, l, d_model) of both directions, which share all weights but A."""
+        A, A_b = (-torch.exp(_at_least_float32(A_log)) for A_log in (self.A_log, self.A_b_log))
+        return bimamba_inner_fn(
+            xz, self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.out_proj.weight,
+            self.out_proj.bias, A, A_b, D=_at_least_float32(self.D), delta_bias=_at_least_float32(self.dt_proj.bias),
+        )  # fmt: skip
 
     def _scan(self, xz: torch.Tensor, suffix: str) -> torch.Tensor:
         """(b, 2 d, l) to (b, d, l) with the weights of one direction."""
@@ -180,7 +218,7 @@ class Mamba(nn.Module):
             return_last_state=True,
         )
         ssm_state.copy_(last)
-        return self.out_proj(y.transpose(1, 2))
+        return self._project(y)
 
     def step(
         self, hidden_states: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor
@@ -197,7 +235,7 @@ class Mamba(nn.Module):
         A = -torch.exp(_at_least_float32(self.A_log))
         bias = self.dt_proj.bias
         y = selective_state_update(ssm_state, x, dt, A, B, C, self.D, z=z, dt_bias=bias, dt_softplus=True)
-        return self.out_proj(y)[:, None], conv_state, ssm_state
+        return self._scaled(self.out_proj(y))[:, None], conv_state, ssm_state
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **_: Any

@@ -20,6 +20,7 @@ from deformmamba.mamba import (
     rms_norm_fn,
     rms_norm_ref,
     rmsnorm_fn,
+    selective_scan_ref,
 )
 
 
@@ -122,6 +123,30 @@ def test_both_directions_and_slices() -> None:
     assert sliced(x).shape == x.shape
     with pytest.raises(ValueError, match="7 steps does not divide into 3 slices"):
         sliced(torch.randn(1, 7, 8))
+
+
+def test_two_rates_and_a_factor_of_the_output() -> None:
+    block = Mamba(8, d_state=4, bimamba_type="v1", init_layer_scale=0.5)
+    assert set(block.state_dict()) == {*MAMBA, "A_b_log", "gamma"}
+    x = torch.randn(2, 6, 8)
+    u, z = block.in_proj(x).transpose(1, 2).chunk(2, 1)
+    u = F.silu(block.conv1d(u)[..., :6])
+    dt, B, C = (part.transpose(1, 2) for part in block.x_proj(u.transpose(1, 2)).split([1, 4, 4], -1))
+    parts = [u, block.dt_proj.weight @ dt, B, C, z]
+
+    def scan(A_log: torch.Tensor, u: Any, dt: Any, B: Any, C: Any, z: Any) -> Any:
+        return selective_scan_ref(u, dt, -A_log.exp(), B, C, block.D, z, block.dt_proj.bias, True)
+
+    with torch.no_grad():
+        block.A_b_log.add_(0.3)
+        block.gamma.add_(torch.rand(8))
+    y = scan(block.A_log, *parts) + scan(block.A_b_log, *(part.flip(-1) for part in parts)).flip(-1)
+    assert_close(block(x), block.gamma * block.out_proj(y.transpose(1, 2)))
+    scaled, plain = Mamba(8, layer_idx=0, init_layer_scale=2.0), Mamba(8, layer_idx=0)
+    plain.load_state_dict({name: value for name, value in scaled.state_dict().items() if name != "gamma"})
+    for offset, piece in ((0, x), (6, x[:, :1])):
+        caches = [SimpleNamespace(key_value_memory_dict={}, seqlen_offset=offset) for _ in range(2)]
+        assert_close(scaled(piece, caches[0]), 2 * plain(piece, caches[1]))
 
 
 @pytest.mark.parametrize(
