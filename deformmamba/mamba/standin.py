@@ -12,7 +12,18 @@ from multiprocessing import spawn
 from types import FunctionType, ModuleType
 from typing import Any
 
-from deformmamba.mamba import causal_conv, extensions, modules, norm, selective_scan, ssd, state_update
+from deformmamba.mamba import (
+    blocks,
+    causal_conv,
+    extensions,
+    generation,
+    language,
+    modules,
+    norm,
+    selective_scan,
+    ssd,
+    state_update,
+)
 from deformmamba.threads import ForkLock
 
 _SCANS = {"fwd": extensions.scan_fwd, "bwd": extensions.scan_bwd}
@@ -57,10 +68,22 @@ NAMES: dict[str, dict[str, Any]] = {
         "__version__": "2.3.2",
         **_of(selective_scan, "selective_scan_fn", "mamba_inner_fn"),
         **_of(modules, "Mamba", "Mamba2"),
+        **_of(language, "MambaLMHeadModel"),
     },
     "mamba_ssm.modules": {},
-    "mamba_ssm.modules.mamba_simple": _of(modules, "Mamba"),
+    "mamba_ssm.modules.mamba_simple": {**_of(modules, "Mamba"), "Block": blocks.BlockWithoutMLP},
     "mamba_ssm.modules.mamba2": _of(modules, "Mamba2"),
+    "mamba_ssm.modules.block": _of(blocks, "Block"),
+    "mamba_ssm.modules.mlp": _of(blocks, "GatedMLP"),
+    "mamba_ssm.models": {},
+    "mamba_ssm.models.config_mamba": _of(language, "MambaConfig"),
+    "mamba_ssm.models.mixer_seq_simple": {
+        **_of(language, "MambaLMHeadModel", "MixerModel", "create_block", "MambaConfig"),
+        "_init_weights": language.init_weights,
+    },
+    "mamba_ssm.utils": {},
+    "mamba_ssm.utils.generation": _of(generation, "GenerationMixin", "InferenceParams", "sample"),
+    "mamba_ssm.utils.hf": _of(language, "load_config_hf", "load_state_dict_hf"),
     "mamba_ssm.ops": {},
     "mamba_ssm.ops.selective_scan_interface": _of(
         selective_scan,
