@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from deformmamba.errors import InvalidArgument, shown
 from deformmamba.mamba import causal_conv_cpu, step_cpu
 from deformmamba.mamba.arguments import check_boundaries, check_choice, check_rows, check_tensors, check_written
+from deformmamba.tensors import keeps_precision
 from deformmamba.torch_private import constant_when_compiled, differentiates_by_transform, transforms_are_active
 
 _ACTIVATIONS = (None, "silu", "swish")
@@ -237,6 +238,7 @@ def needs_transforms() -> bool:
     return transforms_are_active() or differentiates_by_transform()
 
 
+@keeps_precision
 def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """y (b, d, l) of x (b, d, l), all in one dtype."""
     if causal_conv_cpu.usable(x) and not needs_transforms():
@@ -254,6 +256,7 @@ def _packed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, se
     return y if bias is None else y + bias[:, None]
 
 
+@keeps_precision
 def _update(
     x: torch.Tensor,
     state: torch.Tensor,

@@ -71,6 +71,8 @@ class Mamba(nn.Module):
         if_divide_out: for "v2": the sum of both directions is halved.
         init_layer_scale: initial value of a factor `gamma` for each channel of the output (Vision Mamba); None: no
             factor.
+        bimamba, if_devide_out: other names, of VideoMamba for bimamba_type="v2" and of earlier versions of Vision Mamba
+            for `if_divide_out`.
         device, dtype: of the parameters; A_log and D are float32.
     """
 
@@ -84,6 +86,7 @@ class Mamba(nn.Module):
     bimamba_type: str = "none"
     nslices: int = 5
     if_divide_out: bool = False
+    if_devide_out: bool = False
 
     def __init__(
         self,
@@ -107,17 +110,20 @@ class Mamba(nn.Module):
         nslices: int = 5,
         if_divide_out: bool = False,
         init_layer_scale: float | None = None,
+        bimamba: bool = False,
+        if_devide_out: bool = False,
     ) -> None:
         super().__init__()
         if dt_init not in ("random", "constant"):
             raise InvalidArgument(f"Mamba: dt_init is {dt_init!r}; it must be 'random' or 'constant'")
+        self.bimamba_type = bimamba_type = "v2" if bimamba else bimamba_type
         if bimamba_type not in BIMAMBA_TYPES:
             raise InvalidArgument(f"Mamba: bimamba_type is {bimamba_type!r}; it must be one of {BIMAMBA_TYPES}")
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
-        self.use_fast_path, self.layer_idx = use_fast_path, layer_idx
-        self.bimamba_type, self.nslices, self.if_divide_out = bimamba_type, nslices, if_divide_out
+        self.use_fast_path, self.layer_idx, self.nslices = use_fast_path, layer_idx, nslices
+        self.if_divide_out, self.if_devide_out = if_divide_out, if_devide_out
         self.activation, self.act = "silu", nn.SiLU()
         where = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **where)
@@ -167,7 +173,7 @@ class Mamba(nn.Module):
                 )
             across = xz.unflatten(-1, (self.nslices, -1)).transpose(-1, -2).flatten(-2)
             y = y + self._scan(across, "_s").unflatten(-1, (-1, self.nslices)).transpose(-1, -2).flatten(-2)
-        if self.bimamba_type == "v2" and self.if_divide_out:
+        if self.bimamba_type == "v2" and (self.if_divide_out or self.if_devide_out):
             y = y / 2
         return self._project(y)
 

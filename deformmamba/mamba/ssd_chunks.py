@@ -24,6 +24,7 @@ from torch import Tensor
 
 from deformmamba.errors import UnsupportedCall
 from deformmamba.mamba import ssd_factored, ssd_steps
+from deformmamba.tensors import without_autocast
 
 SPAN = 128  # steps between kept states; a backward pass recomputes the states within a span
 _CHUNKS = (128, 64, 32, 16)  # with decays as factors; shorter ones for short sequences
@@ -148,7 +149,8 @@ def _differentiate(ctx: Any, dy: Tensor | None, dlast: Tensor | None, dkept: Ten
         raise UnsupportedCall("deformmamba::ssd with keep=False cannot be differentiated; pass keep=True")
     dy = torch.zeros_like(y) if dy is None else dy
     dlast = x.new_zeros(ctx.last_shape) if dlast is None else dlast
-    dx, ddt, dA, dB, dC, dstate = scan_backward(x, dt, A, B, C, run, y, kept, dy, dlast)
+    with without_autocast(x.device.type):  # the backward pass may run inside it
+        dx, ddt, dA, dB, dC, dstate = scan_backward(x, dt, A, B, C, run, y, kept, dy, dlast)
     if dkept is not None:  # from a second derivative
         dstate = dstate + _first_state(dkept, x)
     return dx, ddt, dA, dB, dC, dstate if ctx.has_state else None, None, None
@@ -163,7 +165,7 @@ def _differentiate_twice(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     """The gradients of the backward pass, as those of `scan_eager`: y and the kept states follow from the inputs."""
     x, dt, A, B, C, run, kept, dy, dlast = ctx.saved_tensors
     again = torch.is_grad_enabled()  # for a third derivative
-    with torch.enable_grad():
+    with torch.enable_grad(), without_autocast(x.device.type):
         inputs = (x, dt, A, B, C, _first_state(kept, x), dy, dlast)
         # views, because dy may itself be a function of x
         given = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]

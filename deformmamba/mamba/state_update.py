@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from deformmamba.errors import InvalidArgument
 from deformmamba.mamba import step_cpu
 from deformmamba.mamba.arguments import check_rows, check_tensors, check_written
+from deformmamba.tensors import without_autocast
 
 
 def selective_state_update(
@@ -73,7 +74,8 @@ def selective_state_update(
     given = (state, u, step, A_, B_)
     before = heads.clone() if torch.is_grad_enabled() and any(t.requires_grad for t in given) else heads
     new = torch.addcmul(before * torch.exp(step[..., None] * A_), (step * u)[..., None], B_[:, :, None])
-    y = torch.matmul(new, C_[..., None])[..., 0]
+    with without_autocast(state.device.type):
+        y = torch.matmul(new, C_[..., None])[..., 0]
     y = y if D_ is None else torch.addcmul(y, u, D_.to(full))
     y = (y if gate is None else y * F.silu(gate.to(full))).to(x.dtype)
     heads.copy_(new)  # last, because an input may be a view of the state

@@ -119,10 +119,30 @@ def test_both_directions_and_slices() -> None:
     x = torch.randn(1, 6, 8)
     # both directions have the same weights, so reversing the sequence reverses the output
     assert_close(block(x.flip(1)), block(x).flip(1))
+    for other in ({"if_divide_out": True}, {"if_devide_out": True}):
+        halved = Mamba(8, d_state=4, bimamba=True, **other)
+        halved.load_state_dict(block.state_dict())
+        assert_close(halved(x), block(x) / 2)
     sliced = Mamba(8, d_state=4, bimamba_type="v3", nslices=3)
     assert sliced(x).shape == x.shape
     with pytest.raises(ValueError, match="7 steps does not divide into 3 slices"):
         sliced(torch.randn(1, 7, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_block_can_be_differentiated_inside_autocast(dtype: torch.dtype) -> None:
+    for block in (Mamba(8, d_state=4), Mamba2(8, d_state=4, headdim=4)):
+        x = torch.randn(1, 9, 8)
+        grads = []
+        for inside in (True, False):
+            with torch.autocast("cpu", dtype):
+                y = block(x)
+                if inside:
+                    grads.append(torch.autograd.grad(y.float().sum(), block.parameters()))
+            if not inside:
+                grads.append(torch.autograd.grad(y.float().sum(), block.parameters()))
+        for one, other in zip(*grads, strict=True):
+            assert_close(one, other, atol=2e-2 * float(other.abs().max()), rtol=0)
 
 
 def test_two_rates_and_a_factor_of_the_output() -> None:

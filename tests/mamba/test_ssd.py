@@ -172,6 +172,20 @@ def test_half_precision_sums_in_float32() -> None:
     torch.testing.assert_close(last.double(), exact_last, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rate", [0.1, 20.0])
+def test_autocast_around_the_backward_pass_changes_nothing(rate: float) -> None:
+    given = [torch.randn(1, 40, 4, 3), rate * torch.rand(1, 40, 4), -torch.rand(4), *torch.randn(2, 1, 40, 2, 5)]
+    found = []
+    for enabled in (False, True):
+        leaves = [t.clone().requires_grad_() for t in given]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = mamba_chunk_scan_combined(*leaves, 8)
+            once = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+            twice = torch.autograd.grad(once[0].square().sum(), leaves)
+        found.append([y, *once, *twice])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_states_of_a_pack() -> None:
     given = arguments(1, 20, dtype=torch.float64)
     x, dt, A, B, C, *_ = given

@@ -122,3 +122,15 @@ def test_many_steps_of_the_convolution_agree_with_pytorch() -> None:
             x = torch.randn(b, d)
             y = causal_conv1d_update(x, ours, weight)
             assert_close(y.double(), causal_conv1d_update(x.double(), theirs, weight.double()), rtol=1e-5, atol=1e-5)
+
+
+def test_steps_keep_their_precision_under_autocast() -> None:
+    x, dt, A = torch.randn(2, 4, 8, requires_grad=True), torch.rand(2, 4, 8), -torch.rand(4, 8, 16)
+    B, C, state = torch.randn(2, 1, 16), torch.randn(2, 1, 16), torch.randn(2, 4, 8, 16)
+    steps, weight, before = torch.randn(2, 6, 5), torch.randn(6, 4), torch.randn(2, 6, 4)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = selective_state_update(state.clone(), x, dt, A, B, C)
+            found.append([y, causal_conv1d_update(steps, before.clone(), weight)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
