@@ -121,8 +121,8 @@ class SSIMLoss(nn.Module):
             return loss
         with without_autocast(sr.device.type):  # variances are small differences of large sums
             exact = torch.promote_types(torch.promote_types(sr.dtype, hr.dtype), torch.float32)
-            images = (image.flatten(0, 1).to(exact) for image in (sr, hr))
-            similarity = similarity_map(*images, 1.0, pooled_by_matrices)
+            a, b = (image.flatten(0, 1).to(exact) for image in (sr, hr))
+            similarity = similarity_map(a, b, 1.0, pooled_by_matrices)
         return loss + self.weight * (1 - similarity.mean())
 
     def extra_repr(self) -> str:

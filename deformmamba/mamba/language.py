@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deformmamba.atomic import renamed
 from deformmamba.errors import InvalidArgument, UnsupportedCall, shown
 from deformmamba.mamba.blocks import Block, GatedMLP, add_and_normalise
 from deformmamba.mamba.generation import GenerationMixin
@@ -227,8 +228,10 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         """Writes `pytorch_model.bin` and `config.json` to a folder, which is made if it is missing."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self.state_dict(), folder / "pytorch_model.bin")
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=4), "utf-8")
+        with renamed(folder / "pytorch_model.bin") as path:
+            torch.save(self.state_dict(), path)
+        with renamed(folder / "config.json") as path:
+            path.write_text(json.dumps(asdict(self.config), indent=4), "utf-8")
 
 
 def _file(model_name: str, name: str) -> Path:
