@@ -1035,7 +1035,7 @@ def forward_job(
                 coming = (lines, c + LANES) if tile + 1 < hs.shape[0] else (next_lines, first)
                 given = us, deltas, decays[tile], inverses[tile], Bs, Cs, skip, hs[tile], ys, count, zoh
                 ahead = coming, u, u if low_rank else delta[k], y
-                if within:
+                if zoh is None and within:
                     advance(*given, True, *ahead)
                 else:
                     advance(*given, None, *ahead)
@@ -1132,7 +1132,7 @@ def backward_job(
                 coming = (lines, c + LANES) if tile + 1 < carried.shape[0] else (next_lines, first)
                 given = us, deltas, decay, inverse, Bs, hs, factors, count, zoh
                 inputs_ahead = coming, u, u if low_rank else delta[k], dy
-                if within:
+                if zoh is None and within:
                     retrace(*given, True, *inputs_ahead)
                 else:
                     retrace(*given, None, *inputs_ahead)
