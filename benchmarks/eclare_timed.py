@@ -13,8 +13,7 @@ times as fast there.
 The trained network is applied to the sections that are MARGIN_I and MARGIN_J or more from the ends of the first two
 axes; only voxels in both ranges are complete in the output. With margins of 0 these are all voxels.
 
-The last line of the output is JSON: steps, seconds of a step, precision, CPU and wall seconds of everything, the
-written file.
+The last line of the output is JSON: steps, seconds of a step, CPU and wall seconds of everything, the written file.
 """
 
 import json
@@ -86,8 +85,7 @@ def main() -> None:
     given = ["--in-fpath", source, "--out-dir", folder, "--relative-slice-thickness", thickness]
     eclare([*given, "--batch-size", batch, "--n-patches", str(steps * int(batch))])
     name = Path(source).name.replace(".nii", "_eclare.nii")
-    facts = {"steps": steps, "step_s": step, "precision": "bfloat16" if bfloat16 else "float32"}
-    facts |= {"cpu_s": cpu_seconds() - start, "wall_s": time.perf_counter() - began}
+    facts = {"steps": steps, "step_s": step, "cpu_s": cpu_seconds() - start, "wall_s": time.perf_counter() - began}
     print(json.dumps({**facts, "out": str(Path(folder) / name)}))
 
 

@@ -123,7 +123,7 @@ class Mamba(nn.Module):
         self.d_inner = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
         self.use_fast_path, self.layer_idx, self.nslices = use_fast_path, layer_idx, nslices
-        self.if_divide_out, self.if_devide_out = if_divide_out, if_devide_out
+        self.if_divide_out = if_divide_out or if_devide_out
         self.activation, self.act = "silu", nn.SiLU()
         where = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **where)

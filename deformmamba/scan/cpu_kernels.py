@@ -435,6 +435,13 @@ def _scaled(builder: Any, kind: Vector, power: Any, whole: Any) -> Any:
     return builder.bitcast(builder.add(builder.bitcast(power, integers), exponent), power.type)
 
 
+def _joined(builder: Any, kind: Vector, fraction: Any, whole: Any) -> Any:
+    """2^(fraction + whole), the inverse of `_fraction`."""
+    one = _splat(builder, ir.Constant(fraction.type.element, 1.0))
+    near = _multiply_add(builder, fraction, _horner(builder, fraction, _TAIL[kind.element]), one)
+    return _scaled(builder, kind, near, whole)
+
+
 @intrinsic
 def _split(typing: Any, x: Any) -> Any:
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -463,8 +470,7 @@ def power(typing: Any, x: Any, rate: Any) -> Any:
 
         if x.element != types.float32 or not SCALES:
             fraction, whole = _fraction(builder, x, builder.fmul(*args))
-            near = _multiply_add(builder, fraction, _horner(builder, fraction, _TAIL[x.element]), constant(1.0))
-            return _scaled(builder, x, near, whole)
+            return _joined(builder, x, fraction, whole)
         # 2^fraction 2^(j/32) 2^floor in eight instructions: Intel executes all 512-bit arithmetic on two ports, so that
         # their number counts
         shifted = _multiply_add(builder, args[0], args[1], constant(1 / 64))
@@ -488,15 +494,11 @@ def power_within(typing: Any, x: Any, rate: Any) -> Any:
     """`power` without its limits: |x rate| must be below EXPONENTS, or NaN. Three instructions of sixteen less."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        def constant(number: float) -> Any:
-            return _splat(builder, ir.Constant(args[0].type.element, number))
-
-        shift = constant(_magic(x.element)[2])
+        shift = _splat(builder, ir.Constant(args[0].type.element, _magic(x.element)[2]))
         whole = _multiply_add(builder, args[0], args[1], shift)
         rounded = builder.fsub(whole, shift)
         fraction = builder.fsub(builder.fmul(*args, flags=("contract",)), rounded, flags=("contract",))
-        near = _multiply_add(builder, fraction, _horner(builder, fraction, _TAIL[x.element]), constant(1.0))
-        return _scaled(builder, x, near, whole)
+        return _joined(builder, x, fraction, whole)
 
     return x(x, rate), code
 
@@ -706,13 +708,11 @@ kernel: Any = njit(error_model="numpy")
 
 @kernel
 def step_sizes(
-    deltas: Array, slopes: Array, lows: Array, delta_weight: Array, delta_bias: Array, count: int, delta_softplus: bool,
-    fastest: Array,
-) -> Any:  # fmt: skip
+    deltas: Array, slopes: Array, lows: Array, delta_weight: Array, delta_bias: Array, count: int, delta_softplus: bool
+) -> None:
     """deltas = dt and slopes = its derivative, from raw deltas, or from `lows` (chunk, q) by `delta_weight` (q, LANES).
 
-    Apart from `advance`, whose steps would each wait for it. `slopes` may be None. Returns whether `power_within` may
-    compute all decays of these steps, whose largest rates are `fastest` (1, LANES)."""
+    Apart from `advance`, whose steps would each wait for it. `slopes` may be None."""
     for t in range(count):
         dt = get(delta_bias, 0)
         if delta_weight.shape[0]:
@@ -726,9 +726,14 @@ def step_sizes(
         put(deltas, t, dt)
         if slopes is not None:
             put(slopes, t, slope)
+
+
+@kernel
+def are_within(deltas: Array, fastest: Array, count: int) -> Any:
+    """Whether `power_within` may compute all decays of these steps; `fastest` (1, LANES): the largest rates."""
     if SCALES:
         return False
-    longest = like(get(delta_bias, 0), 0.0)
+    longest = like(get(fastest, 0), 0.0)
     for t in range(count):
         longest = larger(magnitude(get(deltas, t)), longest)
     bound = like(longest, EXPONENTS if deltas.itemsize == 4 else DOUBLE_EXPONENTS)
@@ -737,7 +742,7 @@ def step_sizes(
 
 @inline
 def step(delta: Array, decay: Array, inverse: Array, s: int, zoh: Any, within: Any) -> Array:
-    """(e^(delta A), the factor of B u) of state s. `within` is None or True: see `step_sizes`."""
+    """(e^(delta A), the factor of B u) of state s. `within` is None or True: see `are_within`."""
     if zoh is not None:
         a, phi, _ = hold(delta, get(decay, s), get(inverse, s))
         return a, phi
@@ -1028,14 +1033,12 @@ def forward_job(
                 gather(us, u, order, count, straight, c, lanes)
                 if not low_rank:
                     gather(deltas, delta[k], order, count, straight, c, lanes)
-                within = step_sizes(
-                    deltas, None, lows[0], mixes[0, tile], biases[tile], count, delta_softplus, fastest[tile]
-                )
+                step_sizes(deltas, None, lows[0], mixes[0, tile], biases[tile], count, delta_softplus)
                 skip = skips[tile, : min(1, D.shape[1])]
                 coming = (lines, c + LANES) if tile + 1 < hs.shape[0] else (next_lines, first)
                 given = us, deltas, decays[tile], inverses[tile], Bs, Cs, skip, hs[tile], ys, count, zoh
                 ahead = coming, u, u if low_rank else delta[k], y
-                if zoh is None and within:
+                if zoh is None and are_within(deltas, fastest[tile], count):
                     advance(*given, True, *ahead)
                 else:
                     advance(*given, None, *ahead)
@@ -1124,15 +1127,13 @@ def backward_job(
                 gather(gs, dy, order, count, straight, c, lanes)
                 if not low_rank:
                     gather(deltas, delta[k], order, count, straight, c, lanes)
-                within = step_sizes(
-                    deltas, slopes, lows[0], mixes[0, tile], biases[tile], count, delta_softplus, fastest[tile]
-                )
+                step_sizes(deltas, slopes, lows[0], mixes[0, tile], biases[tile], count, delta_softplus)
                 skip = skips[tile, : min(1, D.shape[1])]
                 decay, inverse = decays[tile], inverses[tile]
                 coming = (lines, c + LANES) if tile + 1 < carried.shape[0] else (next_lines, first)
                 given = us, deltas, decay, inverse, Bs, hs, factors, count, zoh
                 inputs_ahead = coming, u, u if low_rank else delta[k], dy
-                if zoh is None and within:
+                if zoh is None and are_within(deltas, fastest[tile], count):
                     retrace(*given, True, *inputs_ahead)
                 else:
                     retrace(*given, None, *inputs_ahead)
