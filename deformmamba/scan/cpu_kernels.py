@@ -29,8 +29,8 @@ LOG2E = math.log2(math.e)
 LN2 = math.log(2)
 _FEATURES = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 REGISTER = 512 if "+avx512dq" in _FEATURES else 256 if "+avx2" in _FEATURES else 128  # bits
-# AVX-512 multiplies by 2^x for any x. Elsewhere the exponent is added to the bits of a number, for which x must be
-# limited, unless all of a chunk are known to be below these
+# AVX-512 multiplies by 2^x for any x. Elsewhere x is added to the exponent bits of a number, so it must be limited. If
+# |x| is below these bounds in a whole chunk, the limits are left out.
 SCALES = REGISTER == 512
 EXPONENTS, DOUBLE_EXPONENTS = 126.0, 1022.0
 
@@ -274,7 +274,7 @@ def lane_sum(typing: Any, x: Any) -> Any:
 def transpose(typing: Any, source: Any, at: Any, target: Any, to: Any) -> Any:
     """target[to + j, i] = source[at + i, j] for i, j < LANES; rows of both are consecutive in memory along j.
 
-    Block by block, whose rows each fill a register: more rows at once would not fit the registers."""
+    It works in blocks whose rows fill one register each, because larger blocks do not fit into the registers."""
     side = min(LANES, REGISTER // source.dtype.bitwidth)
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
