@@ -246,6 +246,7 @@ def _run(
         steps = plan.steps or _steps(row, dataset, loss, folder, plan, device)
         validation = Validation(val, plan.degradation(), plan.protocol, device) if val else None
         rate, tried = _rate(row, dataset, steps, folder, plan, validation, progress)
+        steps = _steps_by_trials(row, steps, list(tried), folder, plan)
         run = folder / "runs" / f"{_slug(row)}-{seed}"
         checkpoint, seconds = _trained(model, row, dataset, run, steps, rate, seed, plan, validation, device, progress)
         result |= {"steps": steps, "seconds": round(seconds, 1), "beta": row.beta, "lr": rate, "batch": plan.batch}
@@ -325,17 +326,39 @@ def _rate(
     path = folder / "rates.json"
     known: dict[str, dict[str, float]] = _stored(path, {})
     found = known.setdefault(row.name, {})
-    few = max(1, round(steps * plan.tuning))
+    few = _trial_steps(steps, plan)
     for factor in plan.rates:
         rate = f"{factor * plan.rate(row):g}"
         if rate not in found:
             model = _new(row, 0, plan)
-            run = folder / "trials" / f"{_slug(row)}-{rate}"
+            run = _trial(folder, row, rate)
             checkpoint, _ = _trained(model, row, dataset, run, few, float(rate), 0, plan, None, model.device, progress)
             found[rate] = round(validation(from_pretrained(checkpoint))["psnr"], 4)
             write_text(path, json.dumps(known, indent=1) + "\n")
     best = max(found, key=lambda rate: found[rate])
     return float(best), found
+
+
+def _trial(folder: Path, row: Row, rate: str) -> Path:
+    """The folder of a short training with a learning rate."""
+    return folder / "trials" / f"{_slug(row)}-{rate}"
+
+
+def _trial_steps(steps: int, plan: Plan) -> int:
+    """The number of steps of each trial of a learning rate."""
+    return max(1, round(steps * plan.tuning))
+
+
+def _steps_by_trials(row: Row, steps: int, rates: Sequence[str], folder: Path, plan: Plan) -> int:
+    """The number of steps that fit into the minutes, by the time that the trials of learning rates took for theirs.
+
+    The trials take minutes, and everything that a training does; `steps`, from a timing of seconds, was up to a third
+    too high or too low. It remains without trials, and if the budget is a number of steps.
+    """
+    seconds = sum(_seconds_before(_trial(folder, row, rate)) for rate in rates)
+    if plan.minutes is None or not seconds:
+        return steps
+    return max(1, round(60 * plan.minutes * len(rates) * _trial_steps(steps, plan) / seconds))
 
 
 def _steps(row: Row, dataset: PatchDataset, loss: SRLoss, folder: Path, plan: Plan, device: Any) -> int:
