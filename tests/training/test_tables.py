@@ -232,6 +232,18 @@ def test_minutes_become_steps_once(folder: Path, tmp_path: Path, monkeypatch: py
     assert cells(markdown(tmp_path / "out"))["FMISR"][3] == "2"
 
 
+def test_the_trials_of_learning_rates_tell_how_many_steps_fit(tmp_path: Path) -> None:
+    row = next(row for row in TABLES["table2"] if row.name == "FMISR")
+    equal = plan(steps=None, minutes=10.0, rates=(0.1, 1), tuning=0.1)
+    for rate, seconds in (("0.0001", 30.0), ("0.001", 50.0)):  # 10 of the 100 steps each, so 4 s a step
+        run = tmp_path / "trials" / f"fmisr-{rate}"
+        run.mkdir(parents=True)
+        (run / "seconds.json").write_text(str(seconds))
+    assert tables._steps_by_trials(row, 100, ["0.0001", "0.001"], tmp_path, equal) == 150
+    assert tables._steps_by_trials(row, 100, [], tmp_path, equal) == 100
+    assert tables._steps_by_trials(row, 100, ["0.0001"], tmp_path, plan(steps=100, rates=(0.1,))) == 100
+
+
 def test_a_step_is_timed(folder: Path) -> None:
     dataset = PatchDataset(split(folder)[0], scale=2, patch=8, length=1)
     row = next(row for row in TABLES["table2"] if row.name == "FMISR")
@@ -312,6 +324,9 @@ def test_learning_rates_are_chosen_on_validation_and_written_down(
         assert result["tried"] == rates[name]
         assert rates[name][f"{result['lr']:g}"] == max(rates[name].values())
         assert result["seconds"] > 0
+        row = next(row for row in TABLES["all"] if row.name == name)
+        first = json.loads((out / "steps.json").read_text("utf-8"))[name]
+        assert result["steps"] == tables._steps_by_trials(row, first, list(rates[name]), out, equal)
         assert [v["slices"] for v in result["volumes"]] == [1]
         assert f"{name} 0.0001: {rates[name]['0.0001']:.2f}" in text
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
