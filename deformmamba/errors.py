@@ -51,6 +51,11 @@ def one_line(error: BaseException) -> str:
     return shortened(text, 300)
 
 
+def counted(n: int, noun: str) -> str:
+    """A number with its noun: "1 volume", "2 volumes"."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def shortened(text: str, longest: int) -> str:
     """`text`, cut to `longest` characters that end in three dots if it has more."""
     return text if len(text) <= longest else text[: longest - 3] + "..."

@@ -9,7 +9,7 @@ import pytest
 import deformmamba
 from deformmamba import DeformMambaError
 from deformmamba.atomic import renamed, write_bytes
-from deformmamba.errors import InvalidArgument, InvalidType, UnsupportedCall, did_you_mean, one_line, shown
+from deformmamba.errors import InvalidArgument, InvalidType, UnsupportedCall, counted, did_you_mean, one_line, shown
 
 PACKAGE = Path(deformmamba.__file__).parent
 
@@ -80,3 +80,7 @@ def test_a_file_is_replaced_whole_or_left_alone(tmp_path: Path, monkeypatch: pyt
 )
 def test_suggestions(word: str, said: str) -> None:
     assert did_you_mean(word, ("ixi-4x", "finetune")) == said
+
+
+def test_one_is_not_a_plural() -> None:
+    assert [counted(n, "slice") for n in (0, 1, 2, 1200)] == ["0 slices", "1 slice", "2 slices", "1,200 slices"]

@@ -81,7 +81,8 @@ def _minutes(text: str) -> float:
 
 
 def _benchmark(args: argparse.Namespace) -> None:
-    from deformmamba.data.scans import counted, describe_splits, find_scans
+    from deformmamba.data.scans import describe_splits, find_scans
+    from deformmamba.errors import counted
     from deformmamba.training import load_recipe
     from deformmamba.training.comparison import Plan, benchmark
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from deformmamba.cli.arguments import add_command, add_source, load_model, reading, sizes, sliced, tell
+from deformmamba.errors import counted
 
 if TYPE_CHECKING:
     from deformmamba.volume import Volume
@@ -74,9 +75,8 @@ def _read(args: argparse.Namespace) -> "tuple[Volume, int]":
 
 
 def _placed(found: "Inspection") -> str:
-    slices = (
-        f"{found.shape[found.axis]} slices of {found.matrix[0]} x {found.matrix[1]} pixels across axis {found.axis}"
-    )
+    n, (h, w) = found.shape[found.axis], found.matrix
+    slices = f"{counted(n, 'slice')} of {h} x {w} pixels across axis {found.axis}"
     if found.orientation is None or found.tilt is None:
         return slices
     axes = ", ".join(f"{a} towards the {_TOWARDS[letter]}" for a, letter in enumerate(found.orientation))

@@ -17,6 +17,7 @@ from deformmamba.cli.arguments import (
     short,
     sizes,
 )
+from deformmamba.errors import counted
 
 DEFAULT = "thick"
 
@@ -112,7 +113,7 @@ def _isotropic(args: argparse.Namespace) -> int | None:
     )
     made = done.report
     how = short(args.model) if made.method == "network" else "cubic spline"
-    adapted = f", adapted for {made.adapted} steps" if made.adapted else ""
+    adapted = f", adapted for {counted(made.adapted, 'step')}" if made.adapted else ""
     what = f"{sizes(done.result)}, from {sizes(done.source)}"
     say(f"{args.output}: {what}; {how}{adapted} on {settings['device']} in {made.seconds:.1f} s")
     say(f"{args.output}: {made}")

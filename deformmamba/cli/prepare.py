@@ -115,11 +115,13 @@ def _folder(args: argparse.Namespace) -> None:
 def _prepare(plan: Any, args: argparse.Namespace, skip_unusable: bool | None) -> None:
     from deformmamba.data.prepare import prepare
     from deformmamba.data.scans import describe_splits, find_scans
+    from deformmamba.errors import counted
 
     manifest = prepare(plan, args.output, skip_unusable=skip_unusable, progress=True)
     volumes, skipped = manifest["volumes"], manifest["skipped"]
     slices = sum(row["slices"] for row in volumes)
-    say(f"{args.output}: {slices} slices of {len(volumes)} volumes, {len(skipped)} files skipped; see manifest.json")
+    written = f"{counted(slices, 'slice')} of {counted(len(volumes), 'volume')}"
+    say(f"{args.output}: {written}, {counted(len(skipped), 'file')} skipped; see manifest.json")
     for line in describe_splits(find_scans(args.output)):
         say(line)
     say(f"rule: {manifest['rule']}")

@@ -27,7 +27,7 @@ from deformmamba.cli.arguments import (
     sizes,
     sliced,
 )
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, counted
 
 if TYPE_CHECKING:
     from deformmamba.inference import Upscaling
@@ -147,7 +147,8 @@ def upscale_and_draw(
         n_bytes = size * _itemsize(options.get("dtype"))
         several = f"{n_volumes} volumes, " if n_volumes > 1 else ""
         if n_bytes > LARGE:
-            note(f"{source}: {several}{job.shape[job.axis]} slices, on {_cores(job)}; writes {n_bytes / 1e6:.0f} MB")
+            slices = counted(job.shape[job.axis], "slice")
+            note(f"{source}: {several}{slices}, on {_cores(job)}; writes {n_bytes / 1e6:.0f} MB")
 
     done = upscale_file(
         model,
@@ -184,7 +185,7 @@ def _cores(job: "Upscaling") -> str:
     import torch
 
     n = torch.get_num_threads()
-    return str(job.settings.device) if "cuda" in str(job.settings.device) else f"{n} core{'s' * (n > 1)}"
+    return str(job.settings.device) if "cuda" in str(job.settings.device) else counted(n, "core")
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

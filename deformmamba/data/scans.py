@@ -13,7 +13,7 @@ from deformmamba.annotations import check_types
 from deformmamba.data.prepared import MANIFEST, SUFFIX, is_prepared, read_manifest, read_prepared
 from deformmamba.data.splits import SPLITS, by_share, check_shares, check_splits, read_table
 from deformmamba.data.subjects import name_subjects, patient_id
-from deformmamba.errors import InvalidArgument, InvalidType, shown
+from deformmamba.errors import InvalidArgument, InvalidType, counted, shown
 from deformmamba.volume import (
     Candidate,
     ChoiceNeeded,
@@ -125,11 +125,6 @@ def describe_splits(scans: Sequence[Scan], *, most: int = 40) -> list[str]:
             counts = f"{counted(len(own), 'volume')} of {counted(len(names), 'subject')}"
             lines.append(f"{split or 'no split'}: {counts}: {shown}")
     return lines
-
-
-def counted(n: int, name: str) -> str:
-    """A number with its noun: "1 volume", "2 volumes"."""
-    return f"{n} {name}{'s' * (n != 1)}"
 
 
 def _from_manifest(root: Path) -> list[Scan]:

@@ -18,7 +18,7 @@ import torch
 from deformmamba import __version__
 from deformmamba.annotations import check_types, is_one_of
 from deformmamba.data.scans import Scan, load_slices, named_scans
-from deformmamba.errors import InvalidArgument, did_you_mean, shown
+from deformmamba.errors import InvalidArgument, counted, did_you_mean, shown
 from deformmamba.evaluation.rendering import Shown, csv_text, terminal_table
 from deformmamba.inference import upscale
 from deformmamba.metrics import METRICS, ON_REQUEST, Protocol, by_slice
@@ -227,8 +227,8 @@ def compare(
     scales = {model.scale for model in models.values()}
     if not volumes or len(scales) != 1:
         raise InvalidArgument(
-            f"compare: {len(volumes)} volumes and models of the scales {sorted(scales)}; wanted volumes, and models of "
-            "one scale"
+            f"compare: {counted(len(volumes), 'volume')} and models of the scales {sorted(scales)}; wanted volumes, "
+            "and models of one scale"
         )
     against = next(iter(models)) if against is None else against
     if against not in models:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from deformmamba.errors import counted
+
 
 def hardware() -> str:
     """The accelerator, or the processor and the number of threads that torch uses."""
@@ -18,7 +20,7 @@ def hardware() -> str:
     except OSError:  # not Linux
         pass
     n = torch.get_num_threads()
-    return f"{name}, {n} thread{'s' * (n != 1)}"
+    return f"{name}, {counted(n, 'thread')}"
 
 
 def commit() -> str | None:

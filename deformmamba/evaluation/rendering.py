@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from deformmamba.data.scans import Scan, counted, load_volume
-from deformmamba.errors import InvalidArgument
+from deformmamba.data.scans import Scan, load_volume
+from deformmamba.errors import InvalidArgument, counted
 from deformmamba.metrics.statistics import FEWEST, Spread
 from deformmamba.pictures.figures import Slice, oriented_like
 

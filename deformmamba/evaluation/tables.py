@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deformmamba.data.scans import counted
+from deformmamba.errors import counted
 from deformmamba.evaluation.compare import mean_scores
 from deformmamba.metrics.statistics import FEWEST, Spread, paired_difference, spread, subject_means
 
@@ -187,7 +187,9 @@ def _by_person(done: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]
 
 
 def budget(plan: Mapping[str, Any]) -> str:
-    return f"{plan['steps']} steps each" if plan["steps"] else f"{plan['minutes']:g} minutes each"
+    if plan["steps"]:
+        return f"{counted(plan['steps'], 'step')} each"
+    return f"{plan['minutes']:g} minute{'s' * (plan['minutes'] != 1)} each"
 
 
 def _size(row: Row, plan: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deformmamba.errors import InvalidType, one_line
+from deformmamba.errors import InvalidType, counted, one_line
 from deformmamba.inference.settings import Settings
 from deformmamba.tensors import has_values
 from deformmamba.volume import Volume, VolumeError, from_nibabel, read_volume, to_nibabel
@@ -94,7 +94,8 @@ def _is_array(value: Any) -> bool:
 
 def _check_masked(array: Any) -> None:
     if np.ma.is_masked(array):
-        raise VolumeError(f"{np.ma.count_masked(array)} voxels of the scan are masked; fill them first: scan.filled(0)")
+        hidden = counted(np.ma.count_masked(array), "voxel")
+        raise VolumeError(f"the scan is a masked array that hides {hidden}; fill it first: scan.filled(0)")
 
 
 def is_list(scan: Any) -> bool:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from deformmamba.data.thick_slices import EMPTY, trained_on
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, counted
 from deformmamba.inference.adaptation import Gain, best_of, check_seed, parse_adapt, split_slices
 from deformmamba.inference.inputs import opened
 from deformmamba.inference.networks import check_precision, unwrapped
@@ -102,7 +102,7 @@ class IsotropicReport:
         if self.expected is None:
             return "expected gain over cubic interpolation: not measured, the slices are too small or empty"
         gain = self.expected
-        measured = f"(measured on {gain.slices} slices of this scan)"
+        measured = f"(measured on {counted(gain.slices, 'slice')} of this scan)"
         if self.method == "spline":
             return f"no gain over cubic interpolation: {gain.db:+.1f} dB {measured}; the cubic spline was written"
         return f"expected gain over cubic interpolation {gain.db:+.1f} dB {measured}"
@@ -317,7 +317,9 @@ def derivation(report: IsotropicReport) -> str:
     how = "cubic spline"
     if report.method == "network":
         weights = f"{report.weights or 'weights without a file'}, sha256 {report.sha256 or 'none'}"
-        how = f"{weights}, adapted for {report.adapted} steps, seed {report.seed}" if report.adapted else weights
+        how = weights
+        if report.adapted:
+            how += f", adapted for {counted(report.adapted, 'step')}, seed {report.seed}"
     unlike = "UNLIKE TRAINING DATA, " if report.cautions else ""
     line = f"deformmamba {__version__}, {unlike}isotropic to {report.to:.4g} mm, {how}"
     return line.encode("ascii", "replace").decode()

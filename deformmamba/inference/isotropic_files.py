@@ -11,6 +11,7 @@ import numpy as np
 
 from deformmamba import __version__
 from deformmamba.annotations import check_types
+from deformmamba.errors import counted
 from deformmamba.inference.adaptation import check_seed, parse_adapt
 from deformmamba.inference.cohort import Outcome, run_cohort
 from deformmamba.inference.files import check_paths
@@ -141,7 +142,7 @@ def report_facts(made: IsotropicReport) -> dict[str, str]:
     facts = {
         "result": str(made),
         "method": f"network, {weights}" if made.method == "network" else "cubic spline: the network was not better",
-        "adaptation": f"{made.adapted} steps on this scan, seed {made.seed}" if made.adapted else "none",
+        "adaptation": f"{counted(made.adapted, 'step')} on this scan, seed {made.seed}" if made.adapted else "none",
         "slice profile": f"{made.profile}, {made.thickness:.3g} mm ({made.thickness_from})",
         "slices": f"{made.spacing:.3g} mm apart before, {made.to:.3g} mm after",
         "consistency": f"the slices of the result differ from the input's by {made.inconsistency[1]:.2%} of the range",

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from deformmamba.data.thick_slices import robust_range
-from deformmamba.errors import InvalidArgument, shown
+from deformmamba.errors import InvalidArgument, counted, shown
 from deformmamba.inference.inputs import check_voxels
 from deformmamba.physics.edges import OUTLIER, outliers, smooth_part
 from deformmamba.physics.slice_profile import (
@@ -131,12 +131,12 @@ class Stack:
                 f"{ratio:.2f}, at least {LEAST_RATIO} is needed)"
             )
         if (n_slices := len(array)) < FEWEST_SLICES:
-            held = f"{n_slices} slice{'s' * (n_slices != 1)}"
+            held = counted(n_slices, "slice")
             raise VolumeError(f"the scan has {held}; at least {FEWEST_SLICES} are needed to interpolate between them")
         _check_slices(array)
         limits, spots = _outliers(array)
         if n_spots := int(np.count_nonzero(spots)):
-            remarks.append(f"outliers, such as a marker, that were interpolated linearly: {n_spots:,} voxels")
+            remarks.append(f"outliers, such as a marker, that were interpolated linearly: {counted(n_spots, 'voxel')}")
         array = array - spots  # the former may be a view of the user's
         magnitude = bool(array.min() >= -ROUNDING * (limits[1] - limits[0]) if n_spots else array.min() >= 0)
         array = np.maximum(array, 0) if magnitude and n_spots else array

@@ -19,7 +19,7 @@ import torch
 from deformmamba import __version__
 from deformmamba.data.patches import PatchDataset
 from deformmamba.data.scans import Scan, subjects
-from deformmamba.errors import InvalidArgument, did_you_mean, shortened
+from deformmamba.errors import InvalidArgument, counted, did_you_mean, shortened
 from deformmamba.evaluation.compare import compare, evaluate, mean_scores
 from deformmamba.evaluation.machine import commit, hardware
 from deformmamba.evaluation.tables import SIZES, TABLES, Row, budget, markdown
@@ -152,7 +152,8 @@ def benchmark(
             result = _run(row, seed, patches, test, val, folder, plan, progress)
             write_text(path, json.dumps(result, indent=1) + "\n")
             scores = mean_scores(result["volumes"])
-            say(f"{row.name}, seed {seed}: {scores['psnr']:.2f} dB, {scores['ssim']:.4f}, {result['steps']} steps")
+            steps = counted(result["steps"], "step")
+            say(f"{row.name}, seed {seed}: {scores['psnr']:.2f} dB, {scores['ssim']:.4f}, {steps}")
             write_text(document, markdown(folder))
     write_text(document, markdown(folder))
     if val:
@@ -212,16 +213,16 @@ def _check(
         )
     if plan.rates and (not val or min(plan.rates) <= 0 or not 0 < plan.tuning <= 1):
         raise InvalidArgument(
-            f"benchmark: rates={list(plan.rates)}, tuning={plan.tuning}, {len(val)} volumes to validate on; rates must "
-            "be positive, tuning in (0, 1], and learning rates are chosen on validation volumes: give some"
+            f"benchmark: rates={list(plan.rates)}, tuning={plan.tuning}, {counted(len(val), 'volume')} to validate on; "
+            "rates must be positive, tuning in (0, 1], and learning rates are chosen on validation volumes: give some"
         )
     if plan.slices is not None and plan.slices < 1:
         raise InvalidArgument(f"benchmark: slices={plan.slices}; wanted a positive number, or None for all")
     both = sorted({*subjects(train)} & {*subjects(test)} | {*subjects(val)} & {*subjects(train), *subjects(test)})
     if both or not train or not test:
         raise InvalidArgument(
-            f"benchmark: {len(train)} volumes to train on and {len(test)} to score; both are needed, from different "
-            "subjects" + (f"; in both: {', '.join(both[:5])}" if both else "")
+            f"benchmark: {counted(len(train), 'volume')} to train on and {len(test)} to score; both are needed, from "
+            "different subjects" + (f"; in both: {', '.join(both[:5])}" if both else "")
         )
     return [row for row in TABLES[table] if rows is None or row.name in rows]
 

@@ -14,7 +14,7 @@ from deformmamba.annotations import check_types
 from deformmamba.data.patches import PatchDataset
 from deformmamba.data.scans import INDEX, Scan, describe_splits, find_scans, load_slices, subjects
 from deformmamba.data.thick_slices import ThickSliceDataset, thick_cases
-from deformmamba.errors import InvalidArgument, one_line
+from deformmamba.errors import InvalidArgument, counted, one_line
 from deformmamba.evaluation.compare import evaluate, mean_scores
 from deformmamba.losses import LOSSES, SRLoss
 from deformmamba.metrics import psnr, ssim
@@ -215,8 +215,9 @@ def _split(scans: Sequence[Scan], plan: dict[str, dict[str, Any]], data: Any) ->
     if not train or not val:
         groups = ", ".join(sorted({f"{scan.group or 'no group'} ({scan.split})" for scan in scans}))
         raise InvalidArgument(
-            f"train: {data}: {len(train)} volumes to train on and {len(val)} to validate on; both are needed, from "
-            f"different subjects. The recipe needs {', '.join(weights or ['any'])} and {', '.join(wanted or ['any'])}; "
+            f"train: {data}: {counted(len(train), 'volume')} to train on and {len(val)} to validate on; both are "
+            f"needed, from different subjects. The recipe needs {', '.join(weights or ['any'])} and "
+            f"{', '.join(wanted or ['any'])}; "
             f"available: {groups}. A {INDEX} in the folder (columns participant_id, file, split) sets the splits"
         )
     return train, val

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from deformmamba.annotations import is_integer
+from deformmamba.errors import counted
 from deformmamba.volume import mosaic
 from deformmamba.volume.files import Bounded, ChoiceNeeded, parsing, volume_index
 from deformmamba.volume.image import Volume, VolumeError
@@ -278,7 +279,7 @@ def _one_series(source: Path, datasets: dict[Path, Any], series: int | str | Non
     if is_integer(series) and 0 <= series < len(uids):
         return by_uid[uids[series]]
     listed = [
-        f"{k}: {len(by_uid[uid])} files of {int(first.Columns)}x{int(first.Rows)}"
+        f"{k}: {counted(len(by_uid[uid]), 'file')} of {int(first.Columns)}x{int(first.Rows)}"
         for k, uid in enumerate(uids[:10])
         for first in [next(iter(by_uid[uid].values()))]
     ]
@@ -306,7 +307,7 @@ def _one_stack(source: Path, frames: list[Frame], stack: int | None) -> list[Fra
     if stack is None and len(stacks) == 1:
         return frames
     listed = [
-        f"{k}: {len(found)} {_plane(found[0])} slices of {found[0].size[0]}x{found[0].size[1]}"
+        f"{k}: {counted(len(found), f'{_plane(found[0])} slice')} of {found[0].size[0]}x{found[0].size[1]}"
         for k, found in enumerate(stacks[:10])
     ]
     wrong = "" if stack is None else f" but no stack {stack}"

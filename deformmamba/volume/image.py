@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deformmamba.annotations import is_integer, is_one_of
-from deformmamba.errors import DeformMambaError, InvalidArgument, shown
+from deformmamba.errors import DeformMambaError, InvalidArgument, counted, shown
 
 
 class VolumeError(DeformMambaError, ValueError):
@@ -54,7 +54,8 @@ class Volume:
         if self.array.ndim != 3 or 0 in self.array.shape:
             raise VolumeError(f"a volume is a 3-D array, not one of shape {self.array.shape}")
         if np.ma.is_masked(self.array):
-            raise VolumeError(f"{np.ma.count_masked(self.array)} voxels are masked; fill them first: array.filled(0)")
+            hidden = counted(np.ma.count_masked(self.array), "voxel")
+            raise VolumeError(f"the array is masked and hides {hidden}; fill it first: array.filled(0)")
         if not (self.slices is None or (is_integer(self.slices) and self.slices in (0, 1, 2))):
             raise VolumeError(f"slices must be 0, 1, 2 (where slices are stacked) or None, not {shown(self.slices)}")
         if not (isinstance(self.codes, tuple) and len(self.codes) == 2 and all(map(is_integer, self.codes))):

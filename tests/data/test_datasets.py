@@ -566,7 +566,7 @@ def test_a_damaged_ixi_file_stops_and_is_left_out_on_request(ixi, tmp_path, caps
     assert main(command) == 2
     assert "it resumes" in capsys.readouterr().err
     assert main([*command, "--skip-unusable"]) == 0
-    assert "9 volumes, 1 files skipped" in capsys.readouterr().out
+    assert "9 volumes, 1 file skipped" in capsys.readouterr().out
     assert [row["source"] for row in read_manifest(tmp_path / "out")["skipped"]] == [ixi_name(5)]
 
 
