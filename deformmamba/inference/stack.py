@@ -14,7 +14,7 @@ import torch
 from deformmamba.data.thick_slices import robust_range
 from deformmamba.errors import InvalidArgument, counted, shown
 from deformmamba.inference.inputs import check_voxels
-from deformmamba.physics.edges import OUTLIER, outliers, smooth_part
+from deformmamba.physics.edges import have_outliers, outliers, smooth_part
 from deformmamba.physics.slice_profile import (
     SliceProfile,
     ThickSlices,
@@ -302,9 +302,10 @@ def _outliers(slices: np.ndarray) -> tuple[tuple[float, float], np.ndarray]:
     width = np.float32(high - low)
     units = torch.from_numpy((slices - np.float32(low)) / width)
     spots = torch.zeros_like(units)
-    marked = ((units - 0.5).abs() > OUTLIER + 0.5).flatten(1).any(1)
+    unit = torch.zeros(()), torch.ones(())
+    marked = have_outliers(units, *unit)
     if marked.any():
-        spots[marked] = outliers(units[marked], torch.zeros(()), torch.ones(()))
+        spots[marked] = outliers(units[marked], *unit)
     return (low, high), spots.numpy() * width
 
 

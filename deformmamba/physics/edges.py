@@ -161,11 +161,20 @@ def outliers(image: torch.Tensor, low: torch.Tensor | None = None, spread: torch
         low, spread = percentile_range(image)
     known = spread > 0
     above = image - low
-    beyond = (above - spread / 2).abs() - (OUTLIER + 0.5) * spread
-    share = beyond / torch.where(known, SURE * spread, torch.ones_like(spread))
+    share = _beyond(above, spread) / torch.where(known, SURE * spread, torch.ones_like(spread))
     share = torch.where(known, share.clamp(0, 1), torch.zeros_like(share))
     limits = -OUTLIER * spread, (1 + OUTLIER) * spread
     return share * (above - _level(above, (share == 0).to(image.dtype), limits))
+
+
+def have_outliers(images: torch.Tensor, low: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """Which `images` (n, h, w) have `outliers`: bool, (n,). `low` and `spread` as there, `spread` above 0."""
+    return (_beyond(images - low, spread) > 0).flatten(1).any(1)
+
+
+def _beyond(above: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+    """How far pixels that are `above` the lower end of the range lie beyond the outliers' limits; negative inside."""
+    return (above - spread / 2).abs() - (OUTLIER + 0.5) * spread
 
 
 def lowest_without(spots: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
