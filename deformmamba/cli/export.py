@@ -34,6 +34,7 @@ def add(commands: Any) -> None:
     export.add_argument(
         "--inputs",
         choices=("lr", "lr,units", "lr,base"),
+        metavar="NAMES",
         default="lr",
         help="inputs of the file. lr (default): whole slices in scanner units; lr,units: slices and the intensities of "
         "the whole scan, both required; lr,base: the network alone, for tiles",

@@ -288,4 +288,18 @@ def _model(recipe: str | os.PathLike[str], arguments: Mapping[str, Any], start: 
                 f"train: init = {str(arguments['init'])!r} ({start.class_name}) does not fit the recipe's "
                 f"{type(model).__name__}: {one_line(error)}"
             ) from None
+        _warn_if_unlike(model, start)
     return model
+
+
+def _warn_if_unlike(model: SRModel, start: Checkpoint) -> None:
+    """Warns if the network computes something else from the weights of `start` than the network that they were for."""
+    theirs = MODELS[start.class_name].from_checkpoint(start).config
+    unlike = [key for key, value in model.config.items() if theirs.get(key) != value]
+    if unlike:
+        ours, before = (", ".join(f"{key} = {of.get(key)!r}" for key in unlike) for of in (model.config, theirs))
+        warnings.warn(
+            f"train: the recipe's network has {ours}, and the network of init {start.source} has {before}: the "
+            "training does not start from the results of these weights; make [model] equal unless you want this",
+            stacklevel=4,
+        )

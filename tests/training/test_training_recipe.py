@@ -150,6 +150,14 @@ def test_finetuning_takes_the_network_of_its_start_and_never_returns_worse(folde
     assert kept.provenance["validation"]["psnr"] == pytest.approx(wanted, abs=1e-6)
 
 
+def test_a_start_whose_network_computes_something_else_is_announced(folder, tmp_path, recipe):
+    network = {"scale": 2, "dims": [8, 12], "depths": [1, 1], "patch": 2, "d_state": 2, "skip": "zero-fill"}
+    DeformMambaSR(**network, normalise="slice").save_pretrained(tmp_path / "start.safetensors")
+    wanted = r"has .*normalise = None.* init .*start.safetensors has .*normalise = 'slice'.*make \[model\] equal"
+    with pytest.warns(UserWarning, match=wanted):
+        train_recipe(recipe, folder, tmp_path / "out", init=str(tmp_path / "start.safetensors"), progress=False)
+
+
 def test_finetuning_asks_for_weights(folder, tmp_path):
     with pytest.raises(ValueError, match="no weights to start from; give them: --init"):
         train_recipe("finetune", folder, tmp_path / "out")
