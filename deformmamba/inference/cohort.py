@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from deformmamba import __version__
 from deformmamba.annotations import check_types
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import DeformMambaError, InvalidArgument
 from deformmamba.inference.drawing import draw_slice
 from deformmamba.inference.files import upscale_file
 from deformmamba.inference.networks import network
 from deformmamba.inference.provenance import (
     KINDS,
     generated_by,
-    is_own_sidecar,
     json_text,
+    read_json,
     shown_path,
     skull_stripped,
     weights_name,
@@ -47,7 +47,7 @@ from deformmamba.volume import (
     scans_below,
     write_text,
 )
-from deformmamba.volume.selection import is_own_file
+from deformmamba.volume.selection import is_generated, is_own_file, is_sidecar_of
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
@@ -338,7 +338,7 @@ def _done_or_made(
             "GeneratedBy": [{"Name": "deformmamba", "Version": __version__, **made_by}],
         }
         path, sidecar = target / task.output, target / task.sidecar
-        known = _read(sidecar) if path.exists() else None
+        known = read_json(sidecar) if path.exists() else None
         found = known if isinstance(known, dict) else {}
         same = {key: found.get(key) for key in wanted} == wanted
         if same and found.get("OutputSha256") == _content_hash(path):
@@ -352,7 +352,8 @@ def _done_or_made(
         path.parent.mkdir(parents=True, exist_ok=True)
         remark, facts = make(task.source, path, **({"series": task.series} if task.series is not None else {}))
         stripped = skull_stripped(task.source)
-        said = {**wanted, "SkullStripped": stripped, **facts, "OutputSha256": _content_hash(path)}
+        of_output = {"OutputFile": shown_path(path.name), "OutputSha256": _content_hash(path)}
+        said = {**wanted, "SkullStripped": stripped, **facts, **of_output}
         write_text(sidecar, json_text(said))
     except NothingToDo as reason:
         _remove_empty(added)
@@ -366,11 +367,13 @@ def _done_or_made(
 def _of_others(output: Path, sidecar: Path) -> Path | None:
     """The file among these that exists and that this package did not write. A folder (DICOM) is checked when it is
     written."""
-    if is_own_sidecar(sidecar):
+    facts = read_json(sidecar)
+    if is_sidecar_of(facts, output):
         return None
     if output.is_file() and not is_own_file(output):
         return output
-    return sidecar if _read(sidecar) is not None else None  # a damaged one is made again
+    # a damaged one is made again
+    return sidecar if facts is not None and not is_generated(facts) else None
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
@@ -395,19 +398,12 @@ def _content_hash(path: Path) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory; try tiles"
-    if isinstance(error, (ValueError, FloatingPointError)):
+    if isinstance(error, (DeformMambaError, FloatingPointError)):
         return str(error)
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     # the text of a foreign error may quote patient data
     return f"an unexpected {type(error).__name__}; upscale this scan alone to see where"
-
-
-def _read(sidecar: Path) -> Any:
-    try:
-        return json.loads(sidecar.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _table(outcomes: list[Outcome]) -> str:

@@ -16,7 +16,7 @@ from deformmamba import __version__
 from deformmamba.inference.settings import Settings
 from deformmamba.volume import MGH_SUFFIXES, NIFTI_SUFFIXES, PathLike, write_text
 from deformmamba.volume.files import suffix
-from deformmamba.volume.selection import PRODUCER
+from deformmamba.volume.selection import PRODUCER, is_generated, is_sidecar_of
 from deformmamba.weights import WeightsError, load_checkpoint
 
 if TYPE_CHECKING:
@@ -99,17 +99,19 @@ def write_sidecar(
     """Writes the JSON file beside a NIfTI or MGH output: provenance, and why it may be worse than reported.
 
     `kind` is a key of `KINDS`. `made_by` is the entry of GeneratedBy without program and version; `facts` holds further
-    entries of the file.
+    entries of the file. A file of another origin, or of another output of the same name (scan.mgz beside scan.nii),
+    stays, with a warning.
     """
     path = Path(target)
     if suffix(path) not in (*NIFTI_SUFFIXES, *MGH_SUFFIXES):
         return  # DICOM stores this in its own elements
     beside = path.with_name(path.name[: -len(suffix(path))] + ".json")
-    if beside.exists() and not is_own_sidecar(beside):
-        warnings.warn(f"{beside}: is of another origin and stays; nothing is written to it", stacklevel=4)
+    if (reason := _kept(beside, path)) is not None:
+        warnings.warn(f"{beside}: {reason} and stays; nothing is written to it", stacklevel=4)
         return
     made = {
         "Description": KINDS[kind],
+        "OutputFile": shown_path(path.name),
         "Sources": [shown_path(Path(source).name)],
         "SkullStripped": skull_stripped(source),
         "GeneratedBy": [{"Name": PRODUCER, "Version": __version__, **made_by}],
@@ -129,20 +131,28 @@ def skull_stripped(source: PathLike) -> bool:
     path = Path(source)
     ending = suffix(path)
     stem = path.name[: -len(ending)] if ending else path.name
-    try:
-        said = json.loads(path.with_name(f"{stem}.json").read_text("utf-8"))
-        return bool(said.get("SkullStripped", False))
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return False
+    facts = read_json(path.with_name(f"{stem}.json"))
+    return isinstance(facts, dict) and bool(facts.get("SkullStripped", False))
 
 
-def is_own_sidecar(path: Path) -> bool:
-    """Whether this package wrote a JSON file beside an output."""
+def _kept(sidecar: Path, output: Path) -> str | None:
+    """Why the JSON file beside an output is not replaced; None: it is, or it is missing."""
+    facts = read_json(sidecar)
+    if not sidecar.exists() or is_sidecar_of(facts, output):
+        return None
+    if not is_generated(facts):
+        return "is of another origin"
+    named = facts["OutputFile"]
+    other = output.with_name(sidecar.stem + named[len(named) - len(suffix(Path(named))) :])
+    return f"belongs to the output {other.name}" if other.exists() else None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; None if it is missing or damaged."""
     try:
-        producers = json.loads(path.read_text("utf-8"))["GeneratedBy"]
-        return any(producer.get("Name") == PRODUCER for producer in producers)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def shown_path(path: PathLike) -> str:
@@ -191,4 +201,5 @@ def _hash_if_same(model: "SRModel") -> str | None:
 
 def weights_name(model: "SRModel") -> str | None:
     """The manifest name, org/repo@commit, or the file's name without its folder; None for weights without a source."""
-    return os.path.basename(model.source) if model.source and os.path.exists(model.source) else model.source
+    is_file = model.source and os.path.exists(model.source)
+    return os.path.basename(os.path.abspath(model.source)) if is_file else model.source  # folder/ and . have names too

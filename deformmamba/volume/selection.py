@@ -124,8 +124,7 @@ def not_a_scan(path: PathLike) -> str:
     if last in _PHASE_NAMES or "_part-phase" in stem:
         return "a phase image (by its name)"
     sidecar = _sidecar(path.with_name(stem + ".json"))
-    producers = sidecar.get("GeneratedBy")
-    if isinstance(producers, list) and any(isinstance(p, dict) and p.get("Name") == PRODUCER for p in producers):
+    if is_sidecar_of(sidecar, path):
         return "an output of this package (by the JSON file beside it)"
     kinds = sidecar.get("ImageType")
     if isinstance(kinds, list) and {"P", "PHASE"} & {str(kind).upper() for kind in kinds}:
@@ -148,6 +147,24 @@ def _sidecar(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def is_generated(facts: Any) -> bool:
+    """Whether this package wrote `facts`, the content of a JSON file beside an output."""
+    producers = facts.get("GeneratedBy") if isinstance(facts, dict) else None
+    return isinstance(producers, list) and any(isinstance(p, dict) and p.get("Name") == PRODUCER for p in producers)
+
+
+def is_sidecar_of(facts: Any, path: PathLike) -> bool:
+    """Whether this package wrote `facts`, the content of a JSON file, for the NIfTI or MGH file at `path`.
+
+    scan.json is the sidecar of scan.nii and of scan.mgz. `OutputFile` in it names the output; only the endings are
+    compared, so that both files may be renamed. Without this entry (earlier versions), it belongs to each of them.
+    """
+    if not is_generated(facts):
+        return False
+    name = facts.get("OutputFile")
+    return not isinstance(name, str) or suffix(Path(name)) == suffix(Path(path))
 
 
 def is_own_file(path: PathLike) -> bool:

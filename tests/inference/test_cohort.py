@@ -20,10 +20,13 @@ from pydicom import dcmread
 from pydicom.data import get_testdata_file
 
 from deformmamba.cli import main
+from deformmamba.errors import InvalidType, UnsupportedCall
+from deformmamba.extras import MissingExtra
 from deformmamba.inference.cohort import is_cohort, output_name, processes, upscale_cohort
 from deformmamba.inference.files import upscale_file
 from deformmamba.models import VDSR, ZeroFill
 from deformmamba.volume import VolumeError, read_volume, write_text
+from deformmamba.weights import WeightsError
 
 
 def scan(path: Path, seed: int = 0, shape: tuple[int, ...] = (8, 6, 3)) -> Path:
@@ -179,6 +182,45 @@ def test_a_bug_in_one_scan_is_named_but_not_quoted(tree: Path, tmp_path: Path, m
     monkeypatch.setattr(ZeroFill, "forward", bug)
     outcomes = upscale_cohort(ZeroFill(scale=2), tree, tmp_path / "out")
     assert {o.reason for o in outcomes} == {"an unexpected KeyError; upscale this scan alone to see where"}
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MissingExtra("pip install deformmamba[dicom]"), "pip install deformmamba[dicom]"),
+        (UnsupportedCall("no such call here"), "no such call here"),
+        (WeightsError("no such weights"), "no such weights"),
+        (InvalidType("a wrong type"), "a wrong type"),
+        (ValueError("SECRET"), "an unexpected ValueError; upscale this scan alone to see where"),
+        (OSError("SECRET"), "an unexpected OSError; upscale this scan alone to see where"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_only_messages_of_this_package_are_quoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    scan(tmp_path / "a.nii")
+    monkeypatch.setattr("deformmamba.inference.cohort.upscale_file", fails)
+    assert [o.reason for o in upscale_cohort(ZeroFill(scale=2), tmp_path, tmp_path / "out")] == [reason]
+
+
+def test_a_scan_stays_a_scan_beside_its_output(tmp_path: Path) -> None:
+    """The output of a folder's scan has the name of another scan in another format."""
+    scan(tmp_path / "a.mgz")
+    scan(tmp_path / "a_desc-sr.nii", 1)
+    upscale_cohort(ZeroFill(scale=2), tmp_path, tmp_path, only=lambda path: path.name == "a.mgz")
+    outcomes = upscale_cohort(ZeroFill(scale=2), tmp_path, tmp_path)
+    assert [(o.source, o.status) for o in outcomes] == [
+        ("a.mgz", "skipped"), ("a_desc-sr.mgz", "ignored"), ("a_desc-sr.nii", "made")
+    ]  # fmt: skip
+    # a scan of the user is not replaced because the JSON file belongs to an output in another format
+    scan(tmp_path / "a.nii")
+    (tmp_path / "a.mgz").unlink()
+    failed = upscale_cohort(ZeroFill(scale=2), tmp_path, tmp_path, only=lambda path: path.name == "a.nii")
+    assert "a_desc-sr.nii: exists and was not written by this package" in failed[0].reason
 
 
 def test_outputs_are_no_inputs(tree: Path) -> None:

@@ -19,7 +19,7 @@ from deformmamba.cli import main
 from deformmamba.inference import upscale, upscale_file
 from deformmamba.inference.choice import ranked_weights
 from deformmamba.inference.cohort import upscale_cohort
-from deformmamba.inference.provenance import derivation, weights_hash
+from deformmamba.inference.provenance import derivation, weights_hash, weights_name
 from deformmamba.models import VDSR, ZeroFill
 from deformmamba.volume import Volume, VolumeError, not_a_scan, read_volume, write_volume
 
@@ -81,6 +81,44 @@ def test_a_json_file_of_another_origin_stays(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="of another origin and stays"):
         upscale_file(ZeroFill(scale=2), tmp_path / "in.nii", tmp_path / "out.nii")
     assert (tmp_path / "out.json").read_text() == '{"EchoTime": 0.1}'
+
+
+def test_a_scan_stays_a_scan_beside_an_output_of_the_same_name(tmp_path: Path) -> None:
+    """s.json belongs to the output s.nii, not to the scan s.mgz; renamed together, the output stays an output."""
+    model = ZeroFill(scale=2)
+    write_volume(tmp_path / "s.mgz", volume())
+    for _ in range(2):
+        upscale_file(model, tmp_path / "s.mgz", tmp_path / "s.nii")
+        assert not_a_scan(tmp_path / "s.mgz") == ""
+        assert json.loads((tmp_path / "s.json").read_text("utf-8"))["OutputFile"] == "s.nii"
+    assert "by the JSON file beside it" in not_a_scan(tmp_path / "s.nii")
+    (tmp_path / "s.nii").rename(tmp_path / "t.nii")
+    (tmp_path / "s.json").rename(tmp_path / "t.json")
+    assert "by the JSON file beside it" in not_a_scan(tmp_path / "t.nii")
+
+
+def test_the_json_file_of_another_output_of_the_same_name_stays(tmp_path: Path) -> None:
+    write_volume(tmp_path / "in.nii", volume())
+    upscale_file(ZeroFill(scale=2), tmp_path / "in.nii", tmp_path / "out.mgz")
+    with pytest.warns(UserWarning, match="belongs to the output out.mgz and stays"):
+        upscale_file(ZeroFill(scale=2), tmp_path / "in.nii", tmp_path / "out.nii")
+    assert "an output of this package" in not_a_scan(tmp_path / "out.mgz")
+    (tmp_path / "out.mgz").unlink()
+    upscale_file(ZeroFill(scale=2), tmp_path / "in.nii", tmp_path / "out.nii")
+    assert json.loads((tmp_path / "out.json").read_text("utf-8"))["OutputFile"] == "out.nii"
+
+
+def test_weights_in_a_folder_have_its_name_with_and_without_a_slash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ZeroFill(scale=2).save_pretrained(tmp_path / "w3")
+    model = ZeroFill(scale=2)
+    for source in (tmp_path / "w3", f"{tmp_path}/w3/"):
+        model.source = str(source)
+        assert weights_name(model) == "w3"
+    monkeypatch.chdir(tmp_path / "w3")
+    model.source = "."
+    assert weights_name(model) == "w3"
 
 
 def test_what_is_no_scan_is_refused_unless_told_otherwise(tmp_path: Path) -> None:
