@@ -37,6 +37,7 @@ torch.fx.wrap("rearrange")  # einops does not support symbolic values
 DIRECTIONS = (1, 2, 4)
 # largest dilation rate: the padding grows with it, and the config of a checkpoint is not trusted
 LARGEST_RATE = 256
+# parameters of a selective scan that are rates and gains, not weights of a linear map
 NO_WEIGHT_DECAY = ("A_log", "D", "dt_bias")
 
 
@@ -96,8 +97,8 @@ def _check_positive(block: str, **arguments: Any) -> None:
         kind, accepts = ("a number", is_number) if name in _FRACTIONAL else ("an integer", is_integer)
         if not accepts(value):
             raise InvalidType(f"{block}: {name} must be {kind} above 0, not {shown(value)}")
-        if not value > 0:
-            raise InvalidArgument(f"{block}: {name} is {value}; it must be greater than 0")
+        if not 0 < value < math.inf:
+            raise InvalidArgument(f"{block}: {name} is {value}; it must be greater than 0 and finite")
 
 
 def _last(x: torch.Tensor) -> torch.Tensor:

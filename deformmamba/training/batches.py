@@ -24,8 +24,9 @@ class Batches(Sampler[list[int]]):
     """One endless stream of shuffled passes over `n` samples, cut into steps of `batch`, from step `start` on.
 
     `batch` counts the samples of a step over all `processes` and all `accumulate` pieces of each, so that these two
-    numbers change only rounding. The last step has the remaining ones of `samples`. Iterates over the indices of the
-    pieces of process `rank`, `accumulate` pieces per step.
+    numbers change only rounding, and what a model draws at random in training (`drop_path`). The last step has the
+    remaining ones of `samples`. Iterates over the indices of the pieces of process `rank`, `accumulate` pieces per
+    step.
     """
 
     def __init__(

@@ -6,11 +6,12 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -59,6 +60,13 @@ class RunFolder:
         """Whether the settings of the run in this folder include `key`, such as "fit.lr"."""
         return key in self.known()
 
+    def records(self, section: str) -> Callable[[str], bool]:
+        """Whether the settings of the run in this folder include a key of `section`; always, if they lack the section
+        or there is no run."""
+        known = self.known()
+        begun = any(key.startswith(f"{section}.") for key in known)
+        return lambda key: not begun or f"{section}.{key}" in known
+
     def check(self, run: Mapping[str, Any], *, whole: bool = True) -> None:
         """Compares the settings of the run in this folder, if there is one, with `run`.
 
@@ -81,7 +89,9 @@ class RunFolder:
             return
         wanted = dict(_flat(_plain(run)))
         compared = known.keys() | wanted.keys() if whole else wanted.keys()
-        different = sorted(key for key in compared if known.get(key, "not given") != wanted.get(key, "not given"))
+        different = sorted(
+            key for key in compared if not _same(known.get(key, "not given"), wanted.get(key, "not given"))
+        )
         if different and not (_is_longer(known, wanted, different) and self._finished(known)):
             shown = "; ".join(
                 f"{key} was {_short(known, key)}, now it is {_short(wanted, key)}" for key in different[:3]
@@ -92,11 +102,26 @@ class RunFolder:
             )
 
     def _finished(self, known: Mapping[str, Any]) -> bool:
-        """Whether the run in this folder reached its last step, which is always logged."""
-        rows, samples, batch = self.rows(), known.get("fit.samples"), known.get("fit.batch")
-        if not rows or not isinstance(samples, int) or not isinstance(batch, int):
+        """Whether the run in this folder saved its last step."""
+        samples, batch = known.get("fit.samples"), known.get("fit.batch")
+        if not isinstance(samples, int) or not isinstance(batch, int) or not (state := self._state()):
             return False
-        return int(rows[-1]["step"]) >= math.ceil(samples / batch) and (self.path / STATE).is_file()
+        return int(state["step"]) >= math.ceil(samples / batch)
+
+    def _state(self) -> dict[str, Any] | None:
+        """The saved state, or None.
+
+        Raises:
+            InvalidArgument: it cannot be read.
+        """
+        if not (self.path / STATE).is_file():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
+            int(state["step"])
+        except Exception as error:  # torch.load raises many kinds of errors
+            raise InvalidArgument(f"fit: {self.path / STATE} cannot be read ({one_line(error)}); delete it") from None
+        return state
 
     def begin(self, run: Mapping[str, Any], *, writes: bool) -> dict[str, Any] | None:
         """Checks the folder, writes `run.json`, and returns the saved state to resume from, or None.
@@ -105,15 +130,7 @@ class RunFolder:
             InvalidArgument: see `check`; or the state cannot be read.
         """
         self.check(run)
-        state = None
-        if (self.path / STATE).is_file():
-            try:
-                state = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
-                state["step"]
-            except Exception as error:  # torch.load raises many kinds of errors
-                raise InvalidArgument(
-                    f"fit: {self.path / STATE} cannot be read ({one_line(error)}); delete it"
-                ) from None
+        state = self._state()
         if writes:
             with refusals(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -138,8 +155,11 @@ class RunFolder:
         return rows
 
     def log(self, row: Mapping[str, float]) -> None:
-        """Adds a row to the log, and to TensorBoard if it is installed, and redraws the curve."""
-        rows = [*self.rows(), dict(row)]
+        """Adds a row to the log, and to TensorBoard if it is installed, and redraws the curve.
+
+        The row replaces an earlier one of the same step.
+        """
+        rows = [*(known for known in self.rows() if int(known["step"]) != row["step"]), dict(row)]
         self._write_rows(rows)
         training_curve(rows, self.path / CURVE)
         if self._writer is not None:
@@ -150,29 +170,31 @@ class RunFolder:
 
     def save_state(self, state: Mapping[str, Any]) -> None:
         with replacing(self.path / STATE) as temporary:
-            torch.save(dict(state), temporary)
+            torch.save(_readable(dict(state)), temporary)
 
-    def keep(self, model: nn.Module, facts: Mapping[str, Any], score: float | None, best: float) -> float:
-        """Saves `model` as the last one, and as the best unless another scored higher; returns the best score so far.
+    def has_best(self) -> bool:
+        return (self.path / BEST).exists()
 
-        Without a score (None) every model is the best. A model whose score is not finite becomes the best only if there
-        is no best model yet.
+    def keep(self, model: nn.Module, facts: Mapping[str, Any], score: float | None, least: float) -> bool:
+        """Saves `model` as the last one, and as the best if its score is finite and `least` or more; returns whether
+        it is the best.
+
+        Without a score (None) every model is the best. If there is no best model yet, any model is saved as the best.
         """
         self.save_model(model, LAST, facts)
         if score is not None and not math.isfinite(score):
             warnings.warn(f"fit: the validation score is {score}, which cannot be compared with others", stacklevel=4)
-            if not (self.path / BEST).exists():
-                self.save_model(model, BEST, facts)
-            return best
-        if score is None or score >= best:
+            is_best = False
+        else:
+            is_best = score is None or score >= least or not self.has_best()
+        if is_best or not self.has_best():
             self.save_model(model, BEST, facts)
-            return best if score is None else score
-        return best
+        return is_best
 
     def keep_unscored(self, model: nn.Module, facts: Mapping[str, Any]) -> None:
         """Saves `model` as the last one, and as the best if there is no best model yet."""
         self.save_model(model, LAST, facts)
-        if not (self.path / BEST).exists():
+        if not self.has_best():
             self.save_model(model, BEST, facts)
 
     def save_model(self, model: nn.Module, name: str, facts: Mapping[str, Any]) -> None:
@@ -211,6 +233,20 @@ def described(model: nn.Module) -> dict[str, Any]:
 def _plain(facts: Any) -> Any:
     """`facts` as after a round trip through JSON: tuples become lists, other types become text."""
     return json.loads(json.dumps(facts, default=str))
+
+
+def _readable(state: Any) -> Any:
+    """`state` with numpy's numbers as Python's: `torch.load` refuses others with weights_only."""
+    if type(state) is dict:  # not the state of a module, an OrderedDict with attributes
+        return {key: _readable(item) for key, item in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(map(_readable, state))
+    return state.item() if isinstance(state, np.generic) else state
+
+
+def _same(known: Any, wanted: Any) -> bool:
+    """Whether two settings are equal. Earlier versions wrote the numbers of numpy as text."""
+    return bool(known == wanted) or (isinstance(wanted, int | float) and known == str(wanted))
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -20,8 +20,8 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
-from deformmamba.annotations import check_types
-from deformmamba.errors import DeformMambaError, InvalidArgument, InvalidType
+from deformmamba.annotations import check_types, is_number
+from deformmamba.errors import DeformMambaError, InvalidArgument, InvalidType, shown
 from deformmamba.extras import require
 from deformmamba.inference.networks import evaluating, modes_kept
 from deformmamba.losses import SRLoss
@@ -76,11 +76,13 @@ def fit(
     an uninterrupted one if samples are functions of their index alone.
 
     A finished run that is started again with more steps or epochs continues from its end, with the schedule of the
-    longer run. The global random state and the mode (training or evaluation) of each module are restored; submodules
-    in evaluation mode inside a model in training mode keep their mode.
+    longer run. If `validate` raises an exception, the same call validates again before it continues. The global random
+    state, the mode (training or evaluation) of each module and the learning rates of a given optimiser are restored;
+    submodules in evaluation mode inside a model in training mode keep their mode.
 
     Under `accelerate launch` each process computes its share of every batch, and the result equals that of one process
-    up to rounding. Only the main process writes and validates; the others wait.
+    up to rounding, unless the model draws random numbers, such as `drop_path`: what it draws depends on the number of
+    processes and on `accumulate`. Only the main process writes and validates; the others wait.
 
     Args:
         model: any module from lr to sr, (lr, base) or (lr, base, norm); saved by its own `save_pretrained` if it
@@ -103,8 +105,8 @@ def fit(
         clip: largest norm of the gradient; 0 for no limit.
         ema: decay of the exponential moving average of the weights, which is validated and saved; 0 for no average.
         precision: accelerate's mixed precision: "no", "bf16", "fp16"; accelerate allows one per process.
-        validate: returns the scores of a model in evaluation mode, and is called every `every` steps. The model with
-            the highest finite "psnr" is the best.
+        validate: returns the scores of a model in evaluation mode, numbers by name, and is called every `every` steps.
+            The model with the highest finite "psnr" is the best.
         score_start: also validates the model before the first step, as step 0, so that fine-tuning never returns worse
             weights than the initial ones: if no validation scores higher, `best.safetensors` holds the initial weights,
             and a warning is issued.
@@ -114,7 +116,9 @@ def fit(
         progress: show a progress bar with the loss and the samples per second.
 
     Raises:
-        InvalidArgument: an argument out of range, or `out` holds another run (the message lists the differences).
+        InvalidArgument: an argument out of range, a model without parameters to train, or `out` holds another run (the
+            message lists the differences).
+        InvalidType: an argument of a wrong type, or scores that are not numbers.
         MissingExtra: accelerate is not installed.
         NotFinite: the loss or its gradient is not finite; the message gives step and samples. The last saved state is
             kept.
@@ -141,12 +145,13 @@ def fit(
     folder, loss = RunFolder(out), loss or SRLoss()
     # runs of earlier versions, whose settings lack this entry, decayed every parameter
     all_decay = folder.describes("fit.weight_decay") and not folder.describes("fit.undecayed")
-    groups = parameter_groups(model, lr=lr, weight_decay=weight_decay, all_decay=all_decay)
+    groups = parameter_groups(model, lr=settings.lr, weight_decay=settings.weight_decay, all_decay=all_decay)
     made = build_optimizer(model, optimizer, groups)
     undecayed = bool(weight_decay) and not all_decay
-    run = _described_run(model, dataset, settings, provenance, loss, optimizer and made, undecayed, score_start)
+    facts = None if optimizer is None else optimizer_facts(made, folder.records("fit.optimizer"))
+    run = _described_run(model, dataset, settings, provenance, loss, facts, undecayed, score_start)
     state = folder.begin(run, writes=accelerator.is_main_process)
-    with _random_state_kept(accelerator.device), modes_kept(model):
+    with _random_state_kept(accelerator.device), modes_kept(model), _rates_kept(made):
         parts = accelerator, model, dataset, loss, made, settings, folder
         training = _Training(*parts, validate, provenance or {}, progress)
         training.restore(state)
@@ -193,7 +198,7 @@ def _described_run(
     settings: FitSettings,
     provenance: Mapping[str, Any] | None,
     loss: Loss,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: Mapping[str, Any] | None,
     undecayed: bool,
     score_start: bool,
 ) -> dict[str, Any]:
@@ -204,7 +209,7 @@ def _described_run(
             **settings.facts(),
             "loss": _named(loss),
             **({"undecayed": True} if undecayed else {}),
-            **({"optimizer": optimizer_facts(optimizer)} if optimizer is not None else {}),
+            **({"optimizer": optimizer} if optimizer is not None else {}),
             **({"score_start": True} if score_start else {}),
         },
         "data": {"class": type(dataset).__name__, "length": len(dataset)},
@@ -221,6 +226,7 @@ class _Progress:
         best: the highest score so far; -inf before the first score.
         best_step: the step of the highest score; None before the first score.
         recent, seen: sum and number of the losses since the last validation.
+        due: whether the validation of this step failed, so that it comes before the next step.
     """
 
     step: int = 0
@@ -228,6 +234,7 @@ class _Progress:
     best_step: int | None = None
     recent: float = 0.0
     seen: int = 0
+    due: bool = False
 
 
 class _Training:
@@ -275,8 +282,9 @@ class _Training:
         if state is not None:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-            known = ("step", "best", "best_step", "recent", "seen")
-            self.at = _Progress(**{name: state[name] for name in known if name in state})
+            self.at = _Progress(**{name: state[name] for name in vars(_Progress()) if name in state})
+            if self.at.step >= self.settings.n_steps and not self.folder.has_best():
+                self.at.due = True  # an earlier version did not record it, or the file was removed
         steps = self.accelerator.gather(torch.tensor([self.at.step], device=self.accelerator.device))
         if len(set(steps.tolist())) > 1:
             raise InvalidArgument(
@@ -330,9 +338,11 @@ class _Training:
             stack.callback(self.accelerator.unwrap_model, self.network, keep_fp32_wrapper=False)
             if score_start:
                 self.validated(bar)
+            if self.at.due:
+                self.validated_and_saved(bar)
             samples = iter(loader)
             while self.at.step < batches.n_steps:
-                torch.manual_seed((settings.seed * 1_000_003 + self.at.step) * processes + rank)
+                torch.manual_seed(((settings.seed * 1_000_003 + self.at.step) * processes + rank) % 2**63)
                 loss, stopping = self.step(samples, batches, asked)
                 images = min(settings.batch, settings.samples - (self.at.step - 1) * settings.batch)
                 self.speed.count(images)
@@ -340,10 +350,7 @@ class _Training:
                 bar.update(images)
                 last = self.at.step == batches.n_steps
                 if last or self.at.step % settings.every == 0:
-                    self.validated(bar)
-                    self.save()
-                    self.accelerator.wait_for_everyone()
-                    self.speed = _Speed()
+                    self.validated_and_saved(bar)
                 elif stopping:
                     self.save()
                 if stopping and not last:
@@ -395,9 +402,10 @@ class _Training:
         if self.main:
             try:
                 with evaluating(self.average.model):
-                    scores = dict(self.validate(self.average.model)) if self.validate else {}
+                    scores = _numbers(self.validate(self.average.model)) if self.validate else {}
             except Exception:
-                if at.step:  # save the training so far, so that the same call resumes after this step
+                if at.step:  # save the training so far, so that the same call resumes with this validation
+                    at.due = True
                     self.save()
                 raise
             row: dict[str, Any] = {"step": at.step, "loss": "", "lr": "", "images_per_second": ""}
@@ -405,13 +413,21 @@ class _Training:
                 row |= {"loss": at.recent / at.seen, "lr": self.optimizer.param_groups[0]["lr"]}
                 row["images_per_second"] = self.speed.per_second()
             self.folder.log({**row, **scores})
-            before = at.best
-            at.best = self.folder.keep(self.average.model, self.facts(scores), scores.get("psnr"), before)
-            if at.best != before or (scores.get("psnr") == at.best and self.validate):
-                at.best_step = at.step
+            score = scores.get("psnr")
+            # the initial weights stay the best if another score is only equal
+            least = math.nextafter(at.best, math.inf) if at.best_step == 0 else at.best
+            if self.folder.keep(self.average.model, self.facts(scores), score, least) and score is not None:
+                at.best, at.best_step = score, at.step
             if scores and self.progress:
                 bar.write(f"step {at.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in scores.items()))
-        at.recent, at.seen = 0.0, 0
+        at.recent, at.seen, at.due = 0.0, 0, False
+
+    def validated_and_saved(self, bar: Any) -> None:
+        """Validates, saves the state, and waits for the other processes."""
+        self.validated(bar)
+        self.save()
+        self.accelerator.wait_for_everyone()
+        self.speed = _Speed()
 
     def stopped(self, bar: Any) -> None:
         """Ends a run that was asked to stop; saves the weights even if none was validated yet."""
@@ -457,6 +473,31 @@ class _Average:
         blend(list(self.model.parameters()), list(model.parameters()), step)
         for mine, current in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(current)
+
+
+def _numbers(scores: Any) -> dict[str, float]:
+    """Scores as Python's numbers, which a saved state can hold; those of numpy and PyTorch are converted.
+
+    Raises:
+        InvalidType: no dictionary, or a score that is not a number.
+    """
+    if not isinstance(scores, Mapping):
+        raise InvalidType(f"fit: validate returned {shown(scores)}; wanted a dictionary of scores such as 'psnr'")
+    for name, value in scores.items():
+        if not is_number(value):
+            raise InvalidType(f"fit: validate returned {shown(value)} as {name}; wanted a number")
+    return {str(name): float(value) for name, value in scores.items()}
+
+
+@contextmanager
+def _rates_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """After the block, the groups of the optimiser have the learning rates of before, which the schedule changed."""
+    before = [group["lr"] for group in optimizer.param_groups]
+    try:
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, before, strict=True):
+            group["lr"] = rate
 
 
 @contextmanager

@@ -7,12 +7,10 @@ import torch
 from torch import nn
 
 from deformmamba.errors import InvalidArgument, InvalidType
+from deformmamba.layers import NO_WEIGHT_DECAY
 
 Groups = list[dict[str, Any]]
 MakeOptimizer = Callable[[Groups], torch.optim.Optimizer]
-
-# parameters of a selective scan that are rates and gains, not weights of a linear map
-_UNDECAYED = ("A_log", "D", "dt_bias")
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -23,7 +21,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     """
     last = name.rpartition(".")[2]
     marked = getattr(parameter, "_no_weight_decay", False)
-    return not (marked or last in _UNDECAYED or last.endswith("bias") or parameter.ndim <= 1)
+    return not (marked or last in NO_WEIGHT_DECAY or last.endswith("bias") or parameter.ndim <= 1)
 
 
 def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float, all_decay: bool = False) -> Groups:
@@ -49,8 +47,13 @@ def build_optimizer(
 
     Raises:
         InvalidType: `given` is neither an optimiser nor a function that returns one.
-        InvalidArgument: the optimiser holds parameters that are not the model's.
+        InvalidArgument: the optimiser holds parameters that are not the model's, or the model has none to train.
     """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InvalidArgument(
+            f"fit: {type(model).__name__} has no parameters to train; give a model with parameters whose requires_grad "
+            "is True"
+        )
     if given is None:
         return torch.optim.AdamW(groups)
     made = given if isinstance(given, torch.optim.Optimizer) else given(groups) if callable(given) else given
@@ -65,7 +68,19 @@ def build_optimizer(
     return made
 
 
-def optimizer_facts(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Facts that identify the user's optimiser: its class, its settings, and the learning rate of each group."""
-    plain = {key: value for key, value in optimizer.defaults.items() if isinstance(value, (bool, int, float, str))}
+def optimizer_facts(optimizer: torch.optim.Optimizer, known: Callable[[str], bool]) -> dict[str, Any]:
+    """Facts that identify the user's optimiser: its class, its settings, and the learning rate of each group.
+
+    `known` tells whether a run that is resumed recorded a setting. Runs of earlier versions did not record those with
+    several numbers, such as `betas`.
+    """
+    plain = {
+        key: value
+        for key, value in optimizer.defaults.items()
+        if isinstance(value, bool | int | float | str) or (_is_numbers(value) and known(key))
+    }
     return {"class": type(optimizer).__name__, **plain, "rates": [group["lr"] for group in optimizer.param_groups]}
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(isinstance(item, bool | int | float) for item in value)

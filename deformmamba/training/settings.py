@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from deformmamba.errors import InvalidArgument, shown
+from deformmamba.annotations import is_integer, is_number
+from deformmamba.errors import InvalidArgument, InvalidType, shown
 
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("no", "bf16", "fp16")
 _LOWEST = {"batch": 1, "accumulate": 1, "every": 1}
-_NUMBERS = ("batch", "accumulate", "lr", "weight_decay", "warmup", "clip", "ema", "every", "workers", "seed")
+_NUMBERS = ("batch", "accumulate", "lr", "weight_decay", "warmup", "gamma", "clip", "ema", "every", "workers", "seed")
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,11 @@ class FitSettings:
     """The settings of a call of `fit`, which documents each field.
 
     `samples` is the number of samples of the whole run: steps times batch, or epochs times the length of the data set.
+    Numbers of numpy become Python's, so that a run with the same numbers has the same settings.
 
     Raises:
         InvalidArgument: an unknown schedule, or a number out of range.
+        InvalidType: a milestone that is not a number.
     """
 
     samples: int
@@ -46,6 +49,12 @@ class FitSettings:
             raise InvalidArgument(
                 f"fit: precision is {shown(self.precision)}; it must be one of {', '.join(PRECISIONS)}"
             )
+        for field in fields(self):
+            if field.type in (int, float):
+                object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+        if wrong := [milestone for milestone in self.milestones if not is_number(milestone)]:
+            raise InvalidType(f"fit: a milestone is {shown(wrong[0])}; milestones are numbers, fractions of the run")
+        object.__setattr__(self, "milestones", tuple(_plain(milestone) for milestone in self.milestones))
         if not all(0 < milestone < 1 for milestone in self.milestones):
             raise InvalidArgument(
                 f"fit: milestones are {list(self.milestones)}; they are fractions of the run, between 0 and 1"
@@ -82,13 +91,23 @@ def n_samples(n: int, steps: int | None, epochs: float | None, batch: int) -> in
     """The number of samples of a run over a data set of `n`, from the number of steps or of epochs.
 
     Raises:
-        InvalidArgument: an empty data set, both numbers or neither, or zero samples.
+        InvalidArgument: an empty data set, both numbers or neither, zero samples, or a number that is not finite.
     """
     if not n:
         raise InvalidArgument("fit: the data set is empty")
     if (steps is None) == (epochs is None):
         raise InvalidArgument(f"fit: steps is {steps} and epochs is {epochs}; give exactly one")
-    samples = steps * batch if steps is not None else round(epochs * n)  # type: ignore[operator]
+    length = _plain(epochs if steps is None else steps)
+    if not -math.inf < length < math.inf:
+        raise InvalidArgument(f"fit: epochs is {length}; it must be a finite number")
+    samples = round(length * n) if steps is None else length * _plain(batch)
     if samples < 1:
         raise InvalidArgument(f"fit: steps is {steps} and epochs is {epochs}; there is nothing to train")
     return samples
+
+
+def _plain(number: Any) -> Any:
+    """A number of numpy or PyTorch as one of Python; its integers become int, others float."""
+    if type(number) in (int, float):
+        return number
+    return number.__index__() if is_integer(number) else float(number)

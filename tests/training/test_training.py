@@ -314,16 +314,64 @@ def test_a_score_that_is_not_finite_ends_nothing_and_is_never_the_best(tmp_path,
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 6
 
 
-@pytest.mark.slow
-def test_a_validation_that_fails_loses_no_step(tmp_path):
-    def failing(model):
+@pytest.mark.parametrize("failing", [2, 6])
+def test_a_validation_that_fails_loses_no_step_and_is_repeated_first(tmp_path, failing):
+    steps, options = [], {"model": Plain(), "ema": 0}
+
+    def fails(model):
+        steps.append(2 * len(steps) + 2)
+        if steps[-1] == failing:
+            raise RuntimeError("no disk")
+        return {"psnr": float(steps[-1])}
+
+    with pytest.raises(RuntimeError, match="no disk"):
+        run(tmp_path / "a", validate=fails, **options)
+    assert torch.load(tmp_path / "a" / "state.pt", weights_only=True)["step"] == failing
+    best = run(tmp_path / "a", validate=lambda model: {"psnr": 9.0}, **(options | {"model": Plain()}))
+    assert [row["step"] for row in log(tmp_path / "a")] == ["2", "4", "6"]
+    assert log(tmp_path / "a")[failing // 2 - 1]["psnr"] == "9.0"
+    whole = load_file(run(tmp_path / "b", **(options | {"model": Plain()})))
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in load_file(best).items())
+
+
+def test_a_run_whose_last_validation_failed_can_be_made_longer(tmp_path):
+    def fails(model):
         raise RuntimeError("no disk")
 
     with pytest.raises(RuntimeError, match="no disk"):
-        run(tmp_path, validate=failing)
-    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
-    run(tmp_path, validate=lambda model: {"psnr": 1.0})
-    assert [row["step"] for row in log(tmp_path)] == ["4", "6"]
+        run(tmp_path, model=Plain(), ema=0, steps=2, validate=fails)
+    run(tmp_path, model=Plain(), ema=0, steps=4)
+    assert [row["step"] for row in log(tmp_path)] == ["2", "4"]
+
+
+def test_a_finished_run_without_its_best_checkpoint_writes_it_again(tmp_path):
+    """So ended runs of versions that did not repeat a failed last validation."""
+    options = {"steps": 2, "ema": 0, "validate": lambda model: {"psnr": 3.0}}
+    run(tmp_path, model=Plain(), **options).unlink()
+    assert run(tmp_path, model=Plain(), **options).is_file()
+    assert [row["step"] for row in log(tmp_path)] == ["2"]
+
+
+def test_scores_of_numpy_and_pytorch_become_numbers_of_python(tmp_path):
+    scores = {"psnr": np.float64(30.0), "ssim": torch.tensor(0.5), "count": np.int64(3)}
+    run(tmp_path, model=Plain(), ema=0, validate=lambda model: scores)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert (state["best"], type(state["best"])) == (30.0, float)
+    assert log(tmp_path)[-1]["ssim"] == "0.5"
+    run(tmp_path, model=Plain(), ema=0, steps=8, validate=lambda model: scores)  # the state is readable
+    for wrong, message in ((None, "returned None; wanted a dictionary"), ({"psnr": "x"}, "returned 'x' as psnr")):
+        with pytest.raises(TypeError, match=message):
+            run(tmp_path / message[-4:], model=Plain(), ema=0, validate=lambda model, wrong=wrong: wrong)
+
+
+def test_a_tie_keeps_the_initial_weights_and_says_so(tmp_path):
+    from safetensors import safe_open
+
+    with pytest.warns(UserWarning, match=r"no validation was better than the start's \(5\)"):
+        best = run(tmp_path, model=Plain(), ema=0, validate=lambda model: {"psnr": 5.0}, score_start=True)
+    assert all(torch.equal(tensor, Plain().state_dict()[name]) for name, tensor in load_file(best).items())
+    with safe_open(tmp_path / "last.safetensors", "pt") as file:
+        assert '"steps": 6' in file.metadata()["provenance"]
 
 
 @pytest.mark.slow
@@ -387,6 +435,22 @@ def test_a_frozen_submodule_stays_in_evaluation_mode(tmp_path):
     assert set(seen) == {(True, False)}
 
 
+def test_a_given_optimiser_gets_its_learning_rates_back(tmp_path):
+    model = Plain()
+    given = torch.optim.SGD(model.parameters(), lr=np.float64(0.1))
+    for steps in (2, 4):  # the second call resumes the first, with the same object
+        run(tmp_path, model=model, optimizer=given, ema=0, steps=steps)
+        assert given.param_groups[0]["lr"] == 0.1
+    assert float(log(tmp_path)[-1]["lr"]) < 0.1
+
+    def fails(model):
+        raise RuntimeError("no disk")
+
+    with pytest.raises(RuntimeError, match="no disk"):
+        run(tmp_path / "failed", model=model, optimizer=given, ema=0, validate=fails)
+    assert given.param_groups[0]["lr"] == 0.1
+
+
 # ----------------------------------------------------------------------------------------------------------- optimisers
 
 
@@ -437,6 +501,21 @@ def test_an_optimiser_of_the_users_own(tmp_path):
         run(tmp_path / "text", model=Plain(), optimizer="adam", ema=0)
 
 
+def test_several_numbers_of_an_optimiser_are_compared_if_the_run_recorded_them(tmp_path):
+    def with_betas(*betas):
+        return lambda groups: torch.optim.Adam(groups, betas=betas)
+
+    options = {"model": Plain(), "ema": 0, "steps": 2}
+    run(tmp_path, optimizer=with_betas(0.9, 0.99), **options)
+    run(tmp_path, optimizer=with_betas(0.9, 0.99), **options)
+    with pytest.raises(ValueError, match=r"fit\.optimizer\.betas was \[0\.9, 0\.99\], now it is \[0\.5, 0\.99\]"):
+        run(tmp_path, optimizer=with_betas(0.5, 0.99), **options)
+    facts = json.loads((tmp_path / "run.json").read_text())
+    del facts["fit"]["optimizer"]["betas"]  # like versions without this entry
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    run(tmp_path, optimizer=with_betas(0.9, 0.99), **options)
+
+
 @pytest.mark.slow
 def test_a_run_that_decayed_everything_goes_on_as_it_began(tmp_path):
     options = {"steps": 4, "weight_decay": 0.1}
@@ -482,6 +561,27 @@ def finished(tmp_path_factory):
     return out
 
 
+def test_numbers_of_numpy_are_the_same_run_as_those_of_python(tmp_path):
+    options = {"model": Plain(), "ema": 0}
+    given = {
+        "steps": np.int64(4),
+        "batch": np.int64(2),
+        "every": np.int32(2),
+        "lr": np.float32(0.5),
+        "seed": np.uint8(3),
+    }
+    run(tmp_path, **options, **given)
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert (facts["fit"]["samples"], facts["fit"]["batch"], facts["fit"]["seed"]) == (8, 2, 3)
+    facts["fit"] |= {"batch": "2", "samples": "8"}  # as earlier versions wrote them
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    run(tmp_path, **options, steps=4, batch=2, every=2, lr=0.5, seed=3)
+
+
+def test_a_seed_of_any_size_trains(tmp_path):
+    assert run(tmp_path, model=Plain(), ema=0, steps=1, seed=1_900_000_000_000_000_000).is_file()
+
+
 def test_a_folder_with_strange_checkpoints_is_refused(tmp_path):
     network().save_pretrained(tmp_path / "best.safetensors")
     with pytest.raises(ValueError, match=r"holds best\.safetensors of an unknown run"):
@@ -506,12 +606,22 @@ def test_a_broken_state_is_one_line(tmp_path):
         ({"seed": -1}, "seed is -1; it must be 0 or more"),
         ({"steps": 2, "epochs": 1}, "steps is 2 and epochs is 1; give exactly one"),
         ({"steps": 0}, "there is nothing to train"),
+        ({"epochs": math.nan}, "epochs is nan; it must be a finite number"),
+        ({"epochs": math.inf}, "epochs is inf; it must be a finite number"),
+        ({"gamma": math.nan}, "gamma is nan; it must be 0 or more"),
+        ({"model": nn.Identity()}, "Identity has no parameters to train"),
+        ({"model": Plain().requires_grad_(False)}, "Plain has no parameters to train"),
     ],
 )
 def test_arguments_out_of_range_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_milestones_are_numbers(tmp_path):
+    with pytest.raises(TypeError, match="a milestone is 'a'; milestones are numbers"):
+        run(tmp_path / "out", milestones=("a",), schedule="step")
 
 
 class Described(TensorDataset):
