@@ -53,7 +53,7 @@ def one_line(error: BaseException) -> str:
 
 def counted(n: int, noun: str) -> str:
     """A number with its noun: "1 volume", "2 volumes"."""
-    return f"{n:,} {noun}{'s' * (n != 1)}"
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def shortened(text: str, longest: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deformmamba.data.thick_slices import trained_on
 from deformmamba.errors import InvalidArgument, InvalidType
 from deformmamba.models import from_pretrained
 from deformmamba.models.base import SRModel
@@ -62,7 +63,7 @@ def unwrapped(model: Any) -> Any:
 
 def check_in_plane(model: Any) -> None:
     """Raises InvalidArgument for weights that were trained for the slice direction."""
-    if model.provenance.get("recipe", {}).get("data", {}).get("kind") == "thick":
+    if trained_on(model.provenance) is not None:
         raise InvalidArgument(
             "these weights work along the slice direction and do not upscale slices; use deformmamba isotropic"
         )

@@ -201,5 +201,6 @@ def _hash_if_same(model: "SRModel") -> str | None:
 
 def weights_name(model: "SRModel") -> str | None:
     """The manifest name, org/repo@commit, or the file's name without its folder; None for weights without a source."""
-    is_file = model.source and os.path.exists(model.source)
-    return os.path.basename(os.path.abspath(model.source)) if is_file else model.source  # folder/ and . have names too
+    if model.source is None or not os.path.exists(model.source):
+        return model.source
+    return os.path.basename(os.path.abspath(model.source))  # "folder/" and "." have names too

@@ -50,6 +50,7 @@ __all__ = [
     "check_config",
     "describe",
     "fetch",
+    "license_of",
     "list_weights",
     "load_checkpoint",
     "manifest",
@@ -108,6 +109,21 @@ def weights_entry(name: str) -> dict[str, Any]:
     raise WeightsError(
         f"unknown weights {shown(name)}{hint} published are: {names}; a path to a file or folder and org/repo work too"
     )
+
+
+def license_of(sha256: str | None, provenance: Mapping[str, Any]) -> str | None:
+    """The licence of weights, by the hash of their file and their provenance; None if it is unknown.
+
+    The manifest has the licences of the published files, whose headers lack them.
+    """
+    entry = _entry_with(sha256)
+    stated = provenance.get("license") if entry is None else entry["license"]
+    return None if stated is None else str(stated)
+
+
+def _entry_with(sha256: str | None) -> dict[str, Any] | None:
+    """The manifest's entry for the file with this hash, wherever the file is."""
+    return next((entry for entry in list_weights() if entry["sha256"] == sha256), None)
 
 
 @dataclass(frozen=True)
@@ -310,7 +326,7 @@ def verify(name: str | os.PathLike[str], *, sha256: str | None = None) -> str:
             f"{found.file} has sha256 {checkpoint.sha256}, but the {CARD_FILE} beside it states {stated}: the file was "
             "changed after it was saved or fetched; fetch it again"
         )
-    if stated is None and all(entry["sha256"] != checkpoint.sha256 for entry in list_weights()):
+    if stated is None and _entry_with(checkpoint.sha256) is None:
         raise WeightsError(
             f"{found.source} has sha256 {checkpoint.sha256}, but no expected hash is known; give it with --sha256 HASH "
             "(sha256= in Python)"
@@ -411,7 +427,7 @@ def _looks_like_a_path(text: str, match: re.Match[str] | None) -> bool:
 
 def _entry_of(found: _Found, checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The manifest's entry for a checkpoint, also if it was found under another name."""
-    return found.entry or next((e for e in list_weights() if e["sha256"] == checkpoint.sha256), None)
+    return found.entry or _entry_with(checkpoint.sha256)
 
 
 def _repository(
@@ -439,4 +455,4 @@ def _repository(
             license=license or (stated_license(own) if own else None),
         )
     config = config_json(checkpoint.class_name, checkpoint.config)
-    return {WEIGHTS_FILE: data, CONFIG_FILE: config, CARD_FILE: text.encode()}
+    return {WEIGHTS_FILE: data, CONFIG_FILE: config, CARD_FILE: text.encode("utf-8", "backslashreplace")}

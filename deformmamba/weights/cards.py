@@ -69,10 +69,11 @@ def card(entry: Mapping[str, Any]) -> str:
     """The model card of a manifest entry: Markdown with front matter for the Hub.
 
     Lists of rows (`trained_on`, `scores`, `by_spacing`, `out_of_domain`, `lesions`) become tables whose columns are the
-    rows' keys; any other key of the entry is a line under "Facts", so the card is complete.
+    rows' keys; any other key of the entry is a line under "Facts", so the card is complete. Each value may be any JSON:
+    a value that is not a list is a table of one row.
     """
     front = {
-        "license": entry.get("license", "other"),
+        "license": entry.get("license") or "other",
         "library_name": "deformmamba",
         "pipeline_tag": "image-to-image",
         "tags": ["mri", "super-resolution", "safetensors"],
@@ -87,7 +88,7 @@ def card(entry: Mapping[str, Any]) -> str:
         f"# {name}",
         "",
         *([f"For: {purpose(entry)}.", ""] if entry.get("meant_for") else []),
-        *([str(entry["summary"]), ""] if entry.get("summary") else []),
+        *([_text(entry["summary"]), ""] if entry.get("summary") else []),
         "```python",
         "import deformmamba",
         "",
@@ -96,17 +97,18 @@ def card(entry: Mapping[str, Any]) -> str:
         "",
         "## Intended use and limits",
         "",
-        str(entry.get("intended_use") or _USE),
-        *(["", f"Limits: {entry['limits']}"] if entry.get("limits") else []),
-        *_acknowledgements(entry.get("trained_on") or []),
+        _text(entry.get("intended_use") or _USE),
+        *(["", f"Limits: {_text(entry['limits'])}"] if entry.get("limits") else []),
+        *_acknowledgements(entry.get("trained_on")),
         "",
         "## Facts",
         "",
     ]
     for key, value in entry.items():
         if key not in _PLACED and value is not None:
-            said = f"{value / 1e6:.2f} MB ({value} bytes)" if key == "size" else _prose(value)
-            lines.append(f"- **{key.replace('_', ' ')}**: {said}")
+            is_size = key == "size" and _is_number(value)
+            said = f"{value / 1e6:.2f} MB ({value} bytes)" if is_size else _prose(value)
+            lines.append(f"- **{_title(key)}**: {said}")
     if "file" in entry and not repo:
         lines.append("- **source**: the file is part of the package; there is no repository on the Hub")
     return "\n".join(lines) + "\n" + tables(entry)
@@ -118,15 +120,21 @@ def pixel_range(finest: float, coarsest: float) -> str:
 
 
 def purpose(entry: Mapping[str, Any]) -> str:
-    """Contrast, anatomy and pixel sizes that weights of the manifest are for, without a full stop."""
-    text, (finest, coarsest), scale = entry["meant_for"], entry["spacings_mm"], entry["scale"]
-    after = f" ({pixel_range(finest / scale, coarsest / scale)} after it)" if scale > 1 else ""
+    """Contrast, anatomy and pixel sizes that weights are for, as far as the entry has them, without a full stop."""
+    text, pixels, scale = _text(entry.get("meant_for")), entry.get("spacings_mm"), entry.get("scale")
+    if not isinstance(pixels, (list, tuple)) or len(pixels) != 2 or not all(map(_is_number, pixels)):
+        return text
+    finest, coarsest = pixels
+    after = ""
+    if _is_number(scale) and scale > 1:
+        after = f" ({pixel_range(finest / scale, coarsest / scale)} after it)"
     return f"{text}, pixels of {pixel_range(finest, coarsest)}{after}"
 
 
-def _acknowledgements(trained_on: Sequence[Any]) -> list[str]:
+def _acknowledgements(trained_on: Any) -> list[str]:
     """The acknowledgements that the sources of the training data require."""
-    sources = " ".join(str(row.get("source")) for row in trained_on if isinstance(row, Mapping))
+    rows = _rows(trained_on) if trained_on else []
+    sources = " ".join(_prose(row.get("source", row) if isinstance(row, Mapping) else row) for row in rows)
     asked = [text for name, text in _ACKNOWLEDGED.items() if name in sources]
     return ["", f"Acknowledgements: {' '.join(asked)}"] if asked else []
 
@@ -184,8 +192,13 @@ def tables(entry: Mapping[str, Any]) -> str:
     lines = []
     for key, (title, text) in TABLES.items():
         if entry.get(key):
-            lines += ["", f"## {title}", "", text, "", *_table(entry[key])]
+            lines += ["", f"## {title}", "", text, "", *_table(_rows(entry[key]))]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _rows(value: Any) -> Sequence[Any]:
+    """The rows of a table: the items of a list; any other value is the only row."""
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _table(rows: Sequence[Any]) -> list[str]:
@@ -200,7 +213,7 @@ def _table(rows: Sequence[Any]) -> list[str]:
     columns: dict[str, tuple[str, ...]] = {}
     for key in keys:
         shared = next((title for title, merged in _MERGED.items() if key in merged and set(merged) <= set(keys)), None)
-        columns[shared or key.replace("_", " ")] = _MERGED[shared] if shared else (key,)
+        columns[shared or _title(key)] = _MERGED[shared] if shared else (key,)
     cells = [
         list(columns),
         ["---"] * len(columns),
@@ -218,13 +231,26 @@ def _table(rows: Sequence[Any]) -> list[str]:
 def _shown(key: str, value: Any) -> str:
     """The text of a table cell; numbers of one kind always have the same number of decimals."""
     decimals = next((n for part, n in _DECIMALS.items() if part in key), None)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return f"{value:.{decimals}f}" if number and decimals is not None else _prose(value)
+    return f"{value:.{decimals}f}" if _is_number(value) and decimals is not None else _prose(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _title(key: str) -> str:
+    """A key as words, in one line."""
+    return " ".join(key.replace("_", " ").split())
+
+
+def _text(value: Any) -> str:
+    """A paragraph: a text unchanged, and any other value as in a table."""
+    return value if isinstance(value, str) else _prose(value)
 
 
 def _prose(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key.replace('_', ' ')} {_shown(str(key), item)}" for key, item in value.items())
+        return ", ".join(f"{_title(str(key))} {_shown(str(key), item)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):
         return "; ".join(map(_prose, value))
     if isinstance(value, bool):

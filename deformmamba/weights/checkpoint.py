@@ -130,13 +130,16 @@ def write_checkpoint(
     else:
         if path.suffix.lower() in PICKLE_SUFFIXES:
             raise WeightsError(f"{path}: checkpoints are safetensors; name a folder or a file ending in .safetensors")
-        write_files(path, {WEIGHTS_FILE: data, CONFIG_FILE: config_json(class_name, config)})
+        files = {WEIGHTS_FILE: data, CONFIG_FILE: config_json(class_name, config)}
         own = read_card(path)
         if not (path / CARD_FILE).exists() or (own is not None and is_generated(own)):
-            name = path.resolve().name
+            with _disk("make the folder", path, "; choose another one"):  # a name that no file can have
+                name = path.resolve().name
             facts: dict[str, Any] = {"class_name": class_name, "config": config, "size": len(data)}
             text = checkpoint_card(name, **facts, provenance=provenance or {}, sha256=digest)
-            write_files(path, {CARD_FILE: text.encode()})
+            # a name may hold bytes that are not UTF-8
+            files[CARD_FILE] = text.encode("utf-8", "backslashreplace")
+        write_files(path, files)
     return digest
 
 

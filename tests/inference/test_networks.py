@@ -52,6 +52,18 @@ def test_a_model_that_returns_another_size_is_refused() -> None:
             upscale(Unchanged(), np.ones((12, 8), np.float32), **settings)
 
 
+@pytest.mark.parametrize("recipe", ["my.toml", None, {"data": None}, {"data": "T2"}])
+def test_a_recipe_in_the_provenance_may_be_any_json(model: VDSR, recipe: object) -> None:
+    model.provenance = {"recipe": recipe}
+    assert upscale(model, slices(1)[0]).shape == (24, 20)
+
+
+def test_weights_for_the_slice_direction_do_not_upscale_slices(model: VDSR) -> None:
+    model.provenance = {"recipe": {"data": {"kind": "thick"}}}
+    with pytest.raises(InvalidArgument, match="use deformmamba isotropic"):
+        upscale(model, slices(1)[0])
+
+
 def test_a_name_a_path_and_a_nibabel_image(tmp_path: Path, model: VDSR) -> None:
     model.save_pretrained(tmp_path / "mine.safetensors")
     path = tmp_path / "scan.nii"
@@ -107,7 +119,7 @@ def test_lists_keep_what_each_scan_is(model: VDSR) -> None:
     assert [image.shape for image in made] == [(24, 20)] * 2
     masked = np.ma.masked_less(one, 100)
     for given in (masked, [masked, masked]):
-        with pytest.raises(VolumeError, match="masked; fill them first"):
+        with pytest.raises(VolumeError, match=r"masked array that hides \d+ voxels; fill it first"):
             upscale(model, given)
 
 

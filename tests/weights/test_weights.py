@@ -31,6 +31,7 @@ from deformmamba.weights import (
     WeightsError,
     card,
     check_config,
+    describe,
     fetch,
     list_weights,
     load_checkpoint,
@@ -650,6 +651,32 @@ def test_the_card_has_a_table_for_each_list_of_an_assessment_and_loses_nothing()
     assert "- **consistency**: off\n" in text
     assert "| rotated \\| by 10 degrees | 25.00 |" in text
     assert "| diameter mm | contrast recovered | bicubic |\n| --- | --- | --- |\n| 2 | 0.51 | 0.3 |" in text
+
+
+@pytest.mark.parametrize(
+    ("facts", "line"),
+    [
+        ({"meant_for": "T2 brain"}, "For: T2 brain."),
+        ({"meant_for": ["T2", "T1"], "spacings_mm": "unknown"}, "For: T2; T1."),
+        ({"meant_for": "T2", "spacings_mm": [1, 2.5]}, "For: T2, pixels of 1 to 2.5 mm (0.5 to 1.25 mm after it)."),
+        ({"scores": 3}, "| 3 |"),
+        ({"trained_on": 7}, "| 7 |"),
+        ({"trained_on": "IXI"}, "| IXI |"),
+        ({"trained_on": "IXI"}, "Acknowledgements: IXI data set, brain-development.org, CC BY-SA 3.0."),
+        ({"trained_on": {"IXI": 500}}, "Acknowledgements: IXI data set, brain-development.org, CC BY-SA 3.0."),
+        ({"trained_on": [{"source": ["IXI T2"]}, {}, None]}, "| IXI T2 |  |"),
+        ({"by_subject": {"psnr": "high"}}, "| high |"),
+        ({"summary": {"a_b": 1}}, "a b 1"),
+        ({"limits": [1, 2]}, "Limits: 1; 2"),
+        ({"a\nb": "c\udc80"}, "- **a b**: c\\udc80"),
+        ({"license": None}, 'license: "other"'),
+    ],
+)
+def test_any_facts_are_written_into_the_card(tmp_path: Path, facts: dict[str, Any], line: str) -> None:
+    ZeroFill(scale=2).save_pretrained(tmp_path / "mine", provenance=facts)
+    assert line in (tmp_path / "mine" / "README.md").read_text("utf-8").splitlines()
+    assert line in describe(tmp_path / "mine").splitlines()
+    assert load_checkpoint(tmp_path / "mine").provenance == facts
 
 
 def test_the_real_manifest_is_whole() -> None:
