@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 # lists of rows in an entry: title and explanation of the table for each
 TABLES = {
@@ -234,7 +234,7 @@ def _shown(key: str, value: Any) -> str:
     return f"{value:.{decimals}f}" if _is_number(value) and decimals is not None else _prose(value)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -147,7 +147,7 @@ def read_card(folder: Path) -> str | None:
     """The text of the model card in a folder; None if it is missing or unreadable."""
     try:
         return (folder / CARD_FILE).read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
+    except (OSError, ValueError):  # ValueError: no UTF-8, or a NUL in the path
         return None
 
 
