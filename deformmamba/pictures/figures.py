@@ -289,10 +289,14 @@ def _edges(axes: "Axes", labels: Sequence[str]) -> None:
 
 
 def grey_window(reference: np.ndarray) -> tuple[float, float]:
-    """The values of black and white: 0, or the lowest negative value; and the 99.7th percentile of non-zero values."""
-    values = reference[reference != 0]
-    low = min(0.0, float(reference.min()))
-    high = float(np.percentile(values, 99.7)) if values.size else 1.0
+    """The values of black and white, independent of a single voxel such as a marker or a padding value.
+
+    Black is the 0.3rd percentile: 0 for a scan with air, negative for a signed image, above 0 for a scan with an
+    offset. White is the 99.7th percentile of the non-zero values above black.
+    """
+    low = float(np.percentile(reference, 0.3, method="higher"))
+    values = reference[(reference > low) & (reference != 0)]
+    high = float(np.percentile(values, 99.7, method="lower")) if values.size else low
     return low, high if high > low else low + 1.0
 
 

@@ -197,6 +197,7 @@ def _header_reason(path: Path) -> str:
         is_gzip = raw.read(2) == b"\x1f\x8b"
     with gzip.open(path) if is_gzip else path.open("rb") as file:
         start = file.read(nibabel.Nifti2Header.sizeof_hdr)
+        slope, intercept = 1.0, 0.0
         if suffix(path) in MGH_SUFFIXES:
             file.seek(0)
             header: Any = nibabel.freesurfer.mghformat.MGHHeader.from_fileobj(file)
@@ -212,16 +213,26 @@ def _header_reason(path: Path) -> str:
                 return f"not an intensity image (NIfTI intent code {intent})"
             if _is_own(header["descrip"].item().decode("latin-1")):
                 return "an output of this package (by its header)"
+            slope, intercept = _scaling(header)
         shape = tuple(int(n) for n in header.get_data_shape())
         dtype = header.get_data_dtype()
         if dtype.kind not in "iuf" or len(shape) < 2:
             return ""
         file.seek(header.get_data_offset())
-        return _voxel_reason(file, shape, dtype)
+        return _voxel_reason(file, shape, dtype, slope, intercept)
 
 
-def _voxel_reason(file: Any, shape: tuple[int, ...], dtype: np.dtype) -> str:
-    """Reads plane after plane, and stops as soon as the voxels cannot be labels or a phase."""
+def _scaling(header: Any) -> tuple[float, float]:
+    """Slope and intercept of a NIfTI header; 1 and 0 where it has none."""
+    slope, intercept = header.get_slope_inter()
+    return 1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)
+
+
+def _voxel_reason(file: Any, shape: tuple[int, ...], dtype: np.dtype, slope: float, intercept: float) -> str:
+    """Reads plane after plane, and stops as soon as the voxels cannot be labels or a phase.
+
+    Labels are integers as stored; the range of a phase is that of slope * stored + intercept.
+    """
     n = shape[0] * shape[1]
     values: np.ndarray = np.empty(0)
     alike = pairs = 0
@@ -232,8 +243,9 @@ def _voxel_reason(file: Any, shape: tuple[int, ...], dtype: np.dtype) -> str:
         if len(block) < n * dtype.itemsize:
             break
         plane = np.frombuffer(block, dtype).reshape(shape[1], shape[0]).astype(np.float64)
+        scaled = np.nan_to_num(slope * plane + intercept, nan=0.0, posinf=0.0, neginf=0.0)
+        low, high = min(low, float(scaled.min())), max(high, float(scaled.max()))
         plane = np.nan_to_num(plane, nan=0.0, posinf=0.0, neginf=0.0)
-        low, high = min(low, float(plane.min())), max(high, float(plane.max()))
         if labels and (plane == np.rint(plane)).all():
             values = np.union1d(values, plane)
             both = (plane[:, 1:] != 0) & (plane[:, :-1] != 0)

@@ -181,3 +181,25 @@ def test_no_window_system_and_no_global_state(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     before_after(picture(), {"sharp": picture()}, tmp_path / "a.png")
     assert "matplotlib.pyplot" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("change", "window"),
+    [
+        (lambda a: a, (0, 897)),
+        (lambda a: np.where(a == a.max(), -32768, a), (0, 897)),  # a padding value
+        (lambda a: np.where(a == a.max(), 32767, a), (0, 897)),  # a marker
+        (lambda a: a + 20000, (20000, 20897)),  # an offset
+        (lambda a: np.where(a == a.max(), 0, a + 20000), (20000, 20897)),
+        (lambda a: a - 450, (-450, 447)),  # a signed image
+        (lambda a: -a, (-897, -3)),
+        (lambda a: 0 * a, (0, 1)),
+        (lambda a: 0 * a + 5, (5, 6)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float32, ">f4"])
+def test_single_voxels_and_an_offset_do_not_grey_the_picture(dtype: Any, change: Any, window: tuple[int, int]) -> None:
+    """Half of the image is air; the values of the other half are 0 to 899."""
+    image = np.concatenate([np.zeros(1800), np.repeat(np.arange(900), 2)]).reshape(60, 60)
+    image[-1, -1] = 900
+    assert figures.grey_window(change(image).astype(dtype)) == pytest.approx(window, abs=3)

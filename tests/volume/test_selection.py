@@ -96,8 +96,29 @@ def test_phase_images(tmp_path: Path) -> None:
     siemens = np.random.default_rng(0).integers(-4096, 4095, (40, 40, 8)).astype("int16")
     siemens.flat[:2] = -4096, 4094
     assert "-4096" in not_a_scan(image(siemens, tmp_path / "b.nii.gz"))
+    for slope, intercept, raw, said in (
+        (2, -4096, (0, 4095), "-4096"),  # 12 bits of a scanner
+        (np.pi / 4096, 0, (-4096, 4096), "-pi to pi"),
+        (np.pi / 2048, -np.pi, (0, 4096), "-pi to pi"),
+    ):
+        values = np.random.default_rng(0).integers(*raw, (40, 40, 8)).astype("int16")
+        values.flat[:2] = raw
+        made = nibabel.Nifti1Image(values, np.eye(4))
+        made.header.set_slope_inter(slope, intercept)
+        nibabel.save(made, tmp_path / "c.nii.gz")
+        assert nibabel.load(tmp_path / "c.nii.gz").dataobj.slope == pytest.approx(slope)
+        assert said in not_a_scan(tmp_path / "c.nii.gz")
     assert "phase image" in not_a_scan(image(anatomy(), tmp_path / "sub-1_part-phase_bold.nii.gz"))
     assert "phase image" in not_a_scan(image(anatomy(), tmp_path / "sub-1_phasediff.nii.gz"))
+
+
+def test_stored_values_of_a_phase_do_not_make_a_scaled_scan_one(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(-4096, 4095, (40, 40, 8)).astype("int16")
+    values.flat[:2] = -4096, 4095
+    made = nibabel.Nifti1Image(values, np.eye(4))
+    made.header.set_slope_inter(0.1, 409.6)
+    nibabel.save(made, tmp_path / "scan.nii")
+    assert not_a_scan(tmp_path / "scan.nii") == ""
 
 
 def test_a_tree_is_walked_once_and_each_file_that_is_passed_over_is_named(tmp_path: Path) -> None:
