@@ -37,7 +37,7 @@ from deformmamba.models.skip import SKIPS
 from deformmamba.physics.consistency import Consistency, check_consistency
 from deformmamba.physics.edges import NEAR
 from deformmamba.volume import Volume, intensity_scale
-from deformmamba.weights import manifest
+from deformmamba.weights import license_of, manifest
 
 __all__ = [
     "FACTS",
@@ -285,12 +285,11 @@ def _facts(
         if _takes_base(model):
             described["base"] = f"float32 {scaled}: the cut of SRModel.whole_slice(whole slice) at the place of lr"
 
-    entry = manifest()["weights"].get(model.source, {}) if model.source else {}
     return {
         "producer": f"deformmamba {__version__}, torch {torch.__version__}",
-        "name": model.source or "",
+        "name": _name(model),
         "sha256": model.sha256 or "",
-        "licence": str(entry.get("license", "")),
+        "licence": license_of(model.sha256, model.provenance) or "",
         "class": type(model).__name__,
         "config": json.dumps(model.config),
         "scale": str(model.scale),
@@ -305,6 +304,13 @@ def _facts(
         "minimum_size": str(min(size) if size else smallest),
         "provenance": json.dumps(model.provenance),
     }
+
+
+def _name(model: SRModel) -> str:
+    """The name of the weights; of a path its last part, because a folder may have a person's name."""
+    source = model.source or ""
+    is_path = source not in manifest()["weights"] and source != model.provenance.get("hub")
+    return Path(source).name if is_path else source
 
 
 def _slice_direction(model: SRModel) -> dict[str, Any] | None:

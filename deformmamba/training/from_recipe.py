@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from deformmamba.annotations import check_types
+from deformmamba.annotations import check_types, is_number
 from deformmamba.data.patches import PatchDataset
 from deformmamba.data.scans import INDEX, Scan, describe_splits, find_scans, load_slices, subjects
 from deformmamba.data.thick_slices import ThickSliceDataset, thick_cases
@@ -21,10 +21,11 @@ from deformmamba.metrics import psnr, ssim
 from deformmamba.models import MODELS
 from deformmamba.models.base import SRModel
 from deformmamba.training.folder import RunFolder
-from deformmamba.training.loop import fit
-from deformmamba.training.recipe import load_recipe
+from deformmamba.training.loop import Loss, fit
+from deformmamba.training.recipe import check_recipe, load_recipe
 from deformmamba.training.sample import sample_picture
-from deformmamba.weights import load_checkpoint
+from deformmamba.training.settings import plain_number
+from deformmamba.weights import license_of, load_checkpoint
 from deformmamba.weights.checkpoint import Checkpoint
 
 SAMPLE = "sample.png"
@@ -60,7 +61,7 @@ def train_recipe(
         overrides: replace [fit] keys if they are not None, such as `steps` (which replaces `epochs`) or `seed`.
 
     Initial weights are validated first, as step 0, and stay the best checkpoint until a validation scores higher. Their
-    data consistency is inherited.
+    data consistency and licence are inherited.
 
     Returns the best checkpoint.
 
@@ -70,6 +71,7 @@ def train_recipe(
     """
     check_types(train_recipe, locals())
     plan = _plan(recipe, None if init is None else os.fspath(init), overrides)
+    loss = _loss(plan["fit"])
     train, val = _split(find_scans(data, subject=subject), plan, data)
     if say is not None:
         for line in describe_splits([*train, *val]):
@@ -78,26 +80,26 @@ def train_recipe(
     folder = RunFolder(out)
     # a run started by an earlier version continues with its settings
     scored = start is not None and not (folder.describes("fit.samples") and not folder.describes("fit.score_start"))
-    run = _run_facts(plan, train, val, start if scored else None)
+    run = _run_facts(plan, train, val)
     if start is not None:
-        run["init"] = _inherited(start)
+        run |= _inherited(start, folder) if scored else {}
+        run["init"] = _predecessors(start)
     folder.check({"provenance": run}, whole=False)
 
     seed = plan["fit"].get("seed", 0)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % 2**63)
         model = _model(recipe, plan["model"], start)
     model.provenance = {key: run[key] for key in INHERITED if key in run}
     quiet = os.environ.get("RANK", "0") != "0" or not progress
     dataset, validate = _data(recipe, plan, model, train, val, Path(out) / SAMPLE, progress=not quiet)
     fitting = {key: value for key, value in plan["fit"].items() if key not in ("loss", "beta", "steps", "epochs")}
-    kind, beta = plan["fit"].get("loss", "sr"), plan["fit"].get("beta", 0.1)
     return fit(
         model,
         dataset,
         out=out,
         steps=math.ceil(len(dataset) / fitting.get("batch", 8)),
-        loss=SRLoss(beta=beta) if kind == "sr" else LOSSES[kind](),
+        loss=loss,
         validate=validate,
         score_start=scored,
         provenance={**run, "spacings_mm": [round(spacing, 2) for spacing in dataset.spacings]},
@@ -107,9 +109,9 @@ def train_recipe(
 
 
 def _plan(recipe: str | os.PathLike[str], init: str | None, overrides: Mapping[str, Any]) -> Plan:
-    """The recipe with the caller's replacements; checks the length of the run."""
+    """The recipe with the caller's replacements, checked as the recipe is."""
     plan = load_recipe(recipe)
-    given = {key: value for key, value in overrides.items() if value is not None}
+    given = {key: _as_in_toml(value) for key, value in overrides.items() if value is not None}
     for key, other in (("steps", "epochs"), ("epochs", "steps")):
         if key in given:
             plan["fit"].pop(other, None)
@@ -120,13 +122,23 @@ def _plan(recipe: str | os.PathLike[str], init: str | None, overrides: Mapping[s
         raise InvalidArgument(f"recipe {recipe}: no weights to start from; give them: --init ixi-4x (init= in Python)")
     if ("steps" in plan["fit"]) == ("epochs" in plan["fit"]):
         raise InvalidArgument(f"recipe {recipe}: [fit] must contain either steps or epochs")
-    for key in ("steps", "epochs"):
-        if key in plan["fit"] and not 0 < plan["fit"][key] < math.inf:
-            raise InvalidArgument(f"recipe {recipe}: {key} in [fit] is {plan['fit'][key]}; wanted a number above 0")
+    check_recipe(recipe, plan)
     return plan
 
 
-def _run_facts(plan: Plan, train: Sequence[Scan], val: Sequence[Scan], start: Checkpoint | None) -> dict[str, Any]:
+def _as_in_toml(value: Any) -> Any:
+    """An argument as TOML gives it: lists instead of tuples, and numbers of Python instead of numpy's."""
+    if isinstance(value, list | tuple):
+        return [_as_in_toml(item) for item in value]
+    return plain_number(value) if is_number(value) else value
+
+
+def _loss(settings: Mapping[str, Any]) -> Loss:
+    kind = settings.get("loss", "sr")
+    return SRLoss(beta=settings.get("beta", 0.1)) if kind == "sr" else LOSSES[kind]()
+
+
+def _run_facts(plan: Plan, train: Sequence[Scan], val: Sequence[Scan]) -> dict[str, Any]:
     """The facts about a training that are written into checkpoints and must be equal for two runs in one folder."""
     model = dict(plan["model"])
     if "init" in model:
@@ -140,7 +152,6 @@ def _run_facts(plan: Plan, train: Sequence[Scan], val: Sequence[Scan], start: Ch
         "train": _described(train),
         "val": _described(val),
         "degradation": _degradation(plan["data"]),
-        **({key: start.provenance[key] for key in INHERITED if key in start.provenance} if start else {}),
     }
 
 
@@ -239,7 +250,7 @@ def _thick_scores(val: Sequence[Scan]) -> Callable[[SRModel], dict[str, float]]:
         rows = []
         with torch.inference_mode():
             for case in cases:
-                pair = [(model(case.lr), case.hr), (case.lr, case.hr)]
+                pair = [(model(case.lr.to(model.device)).cpu(), case.hr), (case.lr, case.hr)]
                 rows.append([f(sr[0], hr[0]) for f in (psnr, ssim) for sr, hr in pair])
         names = ("psnr", "psnr_spline", "ssim", "ssim_spline")
         return {name: float(value) for name, value in zip(names, torch.tensor(rows).mean(0), strict=True)}
@@ -259,7 +270,20 @@ def _degradation(settings: Mapping[str, Any]) -> str:
     return "; ".join([settings.get("degradation", "k-space crop, magnitude"), *others])
 
 
-def _inherited(start: Checkpoint) -> list[dict[str, Any]]:
+def _inherited(start: Checkpoint, folder: RunFolder) -> dict[str, Any]:
+    """The facts about the initial weights that also hold for the trained weights.
+
+    A run in `folder` that was started by an earlier version, which read the licence from the header only, keeps its
+    facts.
+    """
+    facts = {key: start.provenance[key] for key in INHERITED if key in start.provenance}
+    begun, licence = folder.known(), license_of(start.sha256, start.provenance)
+    if licence and (not begun or "provenance.license" in begun):
+        facts["license"] = licence
+    return facts
+
+
+def _predecessors(start: Checkpoint) -> list[dict[str, Any]]:
     """The provenance of the initial weights and of all their predecessors, oldest first."""
     kept = ("name", "steps", "batch", "seed", "spacings_mm", "recipe")
     before = start.provenance.get("init")
@@ -294,7 +318,9 @@ def _model(recipe: str | os.PathLike[str], arguments: Mapping[str, Any], start: 
 
 def _warn_if_unlike(model: SRModel, start: Checkpoint) -> None:
     """Warns if the network computes something else from the weights of `start` than the network that they were for."""
-    theirs = MODELS[start.class_name].from_checkpoint(start).config
+    # of a class that is not in the list, the settings that the file does not name are unknown and count as equal
+    known = start.class_name in MODELS
+    theirs = MODELS[start.class_name].from_checkpoint(start).config if known else {**model.config, **start.config}
     unlike = [key for key, value in model.config.items() if theirs.get(key) != value]
     if unlike:
         ours, before = (", ".join(f"{key} = {of.get(key)!r}" for key in unlike) for of in (model.config, theirs))

@@ -1,6 +1,7 @@
 """Recipes: the settings of a run in a TOML file, so that it can be repeated on another folder of volumes."""
 
 import inspect
+import math
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -8,13 +9,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from deformmamba.annotations import check_types, described, fits
+from deformmamba.annotations import check_types, described, fits, is_one_of
 from deformmamba.data.patches import PatchDataset
 from deformmamba.data.thick_slices import ThickSliceDataset
-from deformmamba.errors import InvalidArgument, did_you_mean
+from deformmamba.errors import InvalidArgument, did_you_mean, one_line, shown
 from deformmamba.losses import LOSSES
 from deformmamba.models import MODELS
 from deformmamba.training.loop import fit
+from deformmamba.training.settings import check_settings
 
 SECTIONS = ("model", "data", "fit")
 # the data sets that a recipe can use
@@ -33,42 +35,76 @@ def load_recipe(name: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
             slices, one patch of each.
 
     Raises:
-        InvalidArgument: an unknown recipe, section or key (the message lists the allowed ones), or a value of a wrong
-            type.
+        InvalidArgument: an unknown recipe, section or key (the message lists the allowed ones), a file that cannot be
+            read, a value of a wrong type, or a number out of range in [fit].
     """
     check_types(load_recipe, locals())
+    try:
+        recipe: dict[str, Any] = tomllib.loads(_text(name))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InvalidArgument(f"recipe {name}: not valid TOML: {one_line(error)}") from None
+    for section, content in recipe.items():
+        if not isinstance(content, dict):
+            raise InvalidArgument(
+                f"recipe {name}: {shown(section)} is {shown(content)}, outside of a section; every key belongs to one "
+                f"of the sections {', '.join(f'[{one}]' for one in SECTIONS)}"
+            )
+        if section not in SECTIONS:
+            raise InvalidArgument(f"recipe {name}: unknown section [{section}]; sections: {', '.join(SECTIONS)}")
+    recipe = {**{section: {} for section in SECTIONS}, **recipe}
+    check_recipe(name, recipe)
+    return recipe
+
+
+def _text(name: str | os.PathLike[str]) -> str:
+    """The content of a recipe in the package, or of a file.
+
+    Raises:
+        InvalidArgument: there is no such recipe, or it cannot be read.
+    """
     packaged = {path.name.removesuffix(".toml"): path for path in files("deformmamba").joinpath("recipes").iterdir()}
     if str(name) in packaged:
-        text = packaged[str(name)].read_text("utf-8")
-    elif Path(name).is_file():
-        text = Path(name).read_text("utf-8")
-    else:
-        raise InvalidArgument(
-            f"no recipe {str(name)!r}{did_you_mean(str(name), packaged)}; recipes: {', '.join(sorted(packaged))}, or "
-            "the path of a TOML file"
-        )
+        return packaged[str(name)].read_text("utf-8")
     try:
-        recipe = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InvalidArgument(f"recipe {name}: not valid TOML: {error}") from None
-    for section in [*recipe, *SECTIONS]:
-        if section not in SECTIONS or not isinstance(recipe.setdefault(section, {}), dict):
-            raise InvalidArgument(f"recipe {name}: unknown section [{section}]; sections: {', '.join(SECTIONS)}")
+        if Path(name).is_file():
+            return Path(name).read_text("utf-8")
+    except (OSError, ValueError) as error:  # no permission, a name that is too long, no UTF-8
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise InvalidArgument(f"recipe {shown(str(name))} cannot be read ({reason}); wanted a TOML file") from None
+    raise InvalidArgument(
+        f"no recipe {str(name)!r}{did_you_mean(str(name), packaged)}; recipes: {', '.join(sorted(packaged))}, or "
+        "the path of a TOML file"
+    )
+
+
+def check_recipe(name: Any, recipe: Mapping[str, Mapping[str, Any]]) -> None:
+    """Checks keys, types and numbers of a recipe's sections; `name` is for messages.
+
+    Raises:
+        InvalidArgument: see `load_recipe`.
+    """
     model = recipe["model"].get("name", "DeformMambaSR")
-    if model not in MODELS:
-        raise InvalidArgument(f"recipe {name}: unknown model {model!r}; models: {', '.join(MODELS)}")
+    if not is_one_of(model, MODELS):
+        raise InvalidArgument(f"recipe {name}: unknown model {shown(model)}; models: {', '.join(MODELS)}")
     _check_keys(name, "model", recipe["model"], MODELS[model].__init__, extra={"name": str, "preset": str, "init": str})
     kind = recipe["data"].get("kind", "in-plane")
-    if kind not in KINDS:
-        raise InvalidArgument(f"recipe {name}: kind in [data] is {kind!r}; wanted {' or '.join(map(repr, KINDS))}")
+    if not is_one_of(kind, KINDS):
+        raise InvalidArgument(f"recipe {name}: kind in [data] is {shown(kind)}; wanted {' or '.join(map(repr, KINDS))}")
     _check_keys(name, "data", recipe["data"], KINDS[kind].__init__, extra={"validation": Sequence[str], "kind": str})
     _check_keys(name, "fit", recipe["fit"], fit, extra={"loss": str, "beta": float})
     loss = recipe["fit"].get("loss", "sr")
-    if loss not in LOSSES:
-        raise InvalidArgument(f"recipe {name}: unknown loss {loss!r}; losses: {', '.join(LOSSES)}")
+    if not is_one_of(loss, LOSSES):
+        raise InvalidArgument(f"recipe {name}: unknown loss {shown(loss)}; losses: {', '.join(LOSSES)}")
     if loss != "sr" and "beta" in recipe["fit"]:
         raise InvalidArgument(f"recipe {name}: beta in [fit] needs loss = 'sr', but loss is {loss!r}; leave beta out")
-    return recipe
+    for key in ("steps", "epochs"):
+        if not 0 < recipe["fit"].get(key, 1) < math.inf:
+            raise InvalidArgument(f"recipe {name}: {key} in [fit] is {recipe['fit'][key]}; wanted a number above 0")
+    defaults = {key: parameter.default for key, parameter in inspect.signature(fit).parameters.items()}
+    try:
+        check_settings(recipe["fit"], defaults)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"recipe {name}: {error}") from None
 
 
 _GIVEN_ELSEWHERE = (

@@ -1,7 +1,7 @@
 """The settings of a training, checked once, and the learning rate schedule."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -51,10 +51,10 @@ class FitSettings:
             )
         for field in fields(self):
             if field.type in (int, float):
-                object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+                object.__setattr__(self, field.name, plain_number(getattr(self, field.name)))
         if wrong := [milestone for milestone in self.milestones if not is_number(milestone)]:
             raise InvalidType(f"fit: a milestone is {shown(wrong[0])}; milestones are numbers, fractions of the run")
-        object.__setattr__(self, "milestones", tuple(_plain(milestone) for milestone in self.milestones))
+        object.__setattr__(self, "milestones", tuple(plain_number(milestone) for milestone in self.milestones))
         if not all(0 < milestone < 1 for milestone in self.milestones):
             raise InvalidArgument(
                 f"fit: milestones are {list(self.milestones)}; they are fractions of the run, between 0 and 1"
@@ -87,6 +87,16 @@ class FitSettings:
         return {**{name: getattr(self, name) for name in plain}, "schedule": schedule, "seed": self.seed}
 
 
+def check_settings(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Checks the settings `given` for a run of unknown length; others have the values of `defaults`.
+
+    Raises:
+        InvalidArgument, InvalidType: as `FitSettings`.
+    """
+    values = {**defaults, **given, "samples": 1}
+    FitSettings(**{field.name: values[field.name] for field in fields(FitSettings)})
+
+
 def n_samples(n: int, steps: int | None, epochs: float | None, batch: int) -> int:
     """The number of samples of a run over a data set of `n`, from the number of steps or of epochs.
 
@@ -97,16 +107,16 @@ def n_samples(n: int, steps: int | None, epochs: float | None, batch: int) -> in
         raise InvalidArgument("fit: the data set is empty")
     if (steps is None) == (epochs is None):
         raise InvalidArgument(f"fit: steps is {steps} and epochs is {epochs}; give exactly one")
-    length = _plain(epochs if steps is None else steps)
+    length = plain_number(epochs if steps is None else steps)
     if not -math.inf < length < math.inf:
         raise InvalidArgument(f"fit: epochs is {length}; it must be a finite number")
-    samples = round(length * n) if steps is None else length * _plain(batch)
+    samples = round(length * n) if steps is None else length * plain_number(batch)
     if samples < 1:
         raise InvalidArgument(f"fit: steps is {steps} and epochs is {epochs}; there is nothing to train")
     return samples
 
 
-def _plain(number: Any) -> Any:
+def plain_number(number: Any) -> Any:
     """A number of numpy or PyTorch as one of Python; its integers become int, others float."""
     if type(number) in (int, float):
         return number

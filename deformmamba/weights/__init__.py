@@ -116,9 +116,8 @@ def license_of(sha256: str | None, provenance: Mapping[str, Any]) -> str | None:
 
     The manifest has the licences of the published files, whose headers lack them.
     """
-    entry = _entry_with(sha256)
-    stated = provenance.get("license") if entry is None else entry["license"]
-    return None if stated is None else str(stated)
+    stated = (_entry_with(sha256) or {}).get("license") or provenance.get("license")
+    return str(stated) if stated else None
 
 
 def _entry_with(sha256: str | None) -> dict[str, Any] | None:

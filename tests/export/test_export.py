@@ -30,7 +30,7 @@ from deformmamba.physics import edges
 from deformmamba.physics.consistency import data_consistency
 from deformmamba.physics.kspace import lowpass, zero_fill
 from deformmamba.scan import selective_scan_2d
-from deformmamba.weights import write_checkpoint
+from deformmamba.weights import weights_entry, write_checkpoint
 
 SMALL = {"scale": 2, "dims": [4], "depths": [1], "patch": 2, "stem_channels": 2, "d_state": 2, "context_rates": [1, 2]}
 
@@ -338,6 +338,20 @@ def test_weights_for_the_slice_direction_describe_their_use() -> None:
     np.testing.assert_allclose(got.numpy(), wanted.numpy(), rtol=0, atol=SHARE * (high - low))
     plain = deformmamba.export._facts(small(), None, 8, "lr", "off")
     assert json.loads(plain["slice_direction"]) is None
+
+
+def test_the_licence_follows_the_file_and_the_name_holds_no_folder() -> None:
+    model, entry = small(), weights_entry("ixi-4x")
+    for source, sha256, provenance, name, licence in (
+        ("ixi-4x", entry["sha256"], {}, "ixi-4x", entry["license"]),
+        ("/home/anna/copy.safetensors", entry["sha256"], {}, "copy.safetensors", entry["license"]),
+        ("runs/mine/best.safetensors", "0" * 64, {"license": "CC0-1.0"}, "best.safetensors", "CC0-1.0"),
+        ("org/repo@123", "0" * 64, {"hub": "org/repo@123"}, "org/repo@123", ""),
+        (None, None, {}, "", ""),
+    ):
+        model.source, model.sha256, model.provenance = source, sha256, provenance
+        facts = deformmamba.export._facts(model, None, 8, "lr", "off")
+        assert (facts["name"], facts["licence"]) == (name, licence)
 
 
 @pytest.mark.skipif("ONEDNN_MAX_CPU_ISA" in os.environ, reason="OpenVINO does not run with oneDNN's older instructions")

@@ -1,12 +1,15 @@
 """Recipes of the kind "thick": a run from data to checkpoint, and recipes that are refused before the run starts."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from deformmamba.data.scans import find_scans
 from deformmamba.models import from_pretrained
-from deformmamba.training import train_recipe
+from deformmamba.training import from_recipe, train_recipe
 from deformmamba.training.recipe import load_recipe
 from deformmamba.volume import Volume, write_volume
 
@@ -72,6 +75,19 @@ def test_what_is_refused(data: Path, tmp_path: Path, before: str, after: str, wo
     recipe.write_text(RECIPE.replace(before, after))
     with pytest.raises(ValueError, match=words):
         train_recipe(recipe, data, tmp_path / "run", progress=False)
+
+
+def test_validation_images_move_to_the_device_of_the_model_and_results_back(data: Path) -> None:
+    class Elsewhere:
+        device = torch.device("meta")
+
+        def __call__(self, lr: torch.Tensor) -> SimpleNamespace:
+            assert lr.device == self.device
+            return SimpleNamespace(cpu=lambda: torch.zeros(lr.shape))
+
+    scores = from_recipe._thick_scores([scan for scan in find_scans(data) if scan.split == "val"])
+    found = scores(Elsewhere())  # type: ignore[arg-type]
+    assert found["psnr"] < found["psnr_spline"]
 
 
 @pytest.mark.parametrize("name", ["thick", "thick-stage2"])

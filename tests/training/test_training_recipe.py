@@ -18,8 +18,9 @@ from deformmamba.metrics import psnr
 from deformmamba.models import MODELS, ZeroFill
 from deformmamba.models.deform_mamba import PRESETS, DeformMambaSR
 from deformmamba.physics.kspace import degrade, zero_fill
-from deformmamba.training import load_recipe, train_recipe
-from deformmamba.weights import WeightsError
+from deformmamba.training import from_recipe, load_recipe, train_recipe
+from deformmamba.training.folder import RunFolder
+from deformmamba.weights import Checkpoint, WeightsError, load_checkpoint, weights_entry
 
 accelerate_state = pytest.importorskip("accelerate.state")
 
@@ -158,6 +159,28 @@ def test_a_start_whose_network_computes_something_else_is_announced(folder, tmp_
         train_recipe(recipe, folder, tmp_path / "out", init=str(tmp_path / "start.safetensors"), progress=False)
 
 
+def test_the_licence_of_published_weights_is_inherited_from_the_manifest(tmp_path):
+    start = load_checkpoint("ixi-4x")
+    assert "license" not in start.provenance
+    entry = weights_entry("ixi-4x")
+    out = RunFolder(tmp_path)
+    assert from_recipe._inherited(start, out)["license"] == entry["license"] == "cc-by-sa-4.0"
+    other = dataclasses.replace(start, sha256="0" * 64, provenance={"license": "CC0-1.0"})
+    assert from_recipe._inherited(other, out) == {"license": "CC0-1.0"}
+    # a run that an earlier version started without the licence resumes with the settings that it began with
+    (tmp_path / "run.json").write_text(json.dumps({"fit": {"samples": 2}, "provenance": {"recipe": {}}}))
+    (tmp_path / "state.pt").write_bytes(b"")
+    assert "license" not in from_recipe._inherited(start, out)
+
+
+def test_a_start_of_an_unknown_class_is_compared_by_what_its_file_says():
+    model = DeformMambaSR(scale=2, dims=[8], depths=[1], patch=2, d_state=2)
+    same = Checkpoint("Mine", {"scale": 2, "d_state": 2}, {}, {}, "", "mine.safetensors")
+    from_recipe._warn_if_unlike(model, same)
+    with pytest.warns(UserWarning, match=r"has d_state = 2, and the network of init mine.safetensors has d_state = 4"):
+        from_recipe._warn_if_unlike(model, dataclasses.replace(same, config={"d_state": 4}))
+
+
 def test_finetuning_asks_for_weights(folder, tmp_path):
     with pytest.raises(ValueError, match="no weights to start from; give them: --init"):
         train_recipe("finetune", folder, tmp_path / "out")
@@ -238,12 +261,52 @@ def test_a_group_that_is_not_there_is_said(folder, tmp_path, recipe):
         (("[model]", '[model]\nname = "Nothing"'), "unknown model 'Nothing'"),
         (("[data]", "[date]"), r"unknown section \[date\]"),
         (("[data]", "[data"), "not valid TOML"),
+        (("[model]", "[model]\nname = ['x']"), r"unknown model \['x'\]; models: "),
+        (("[data]", "[data]\nkind = ['thick']"), r"kind in \[data\] is \['thick'\]; wanted 'in-plane' or"),
+        (("[fit]", "[fit]\nloss = ['l1']"), r"loss in \[fit\] is \['l1'\]; wanted str"),
+        (("[model]", "model = 3\n[data2]"), r"'model' is 3, outside of a section.*\[model\], \[data\], \[fit\]"),
+        (("[model]", "steps = 3\n[model]"), r"'steps' is 3, outside of a section"),
+        (("batch = 2", "batch = 0"), "batch is 0; it must be 1 or more"),
     ],
 )
 def test_a_wrong_recipe_is_refused_before_anything_is_read(recipe, change, message):
     recipe.write_text(RECIPE.replace(*change, 1))
     with pytest.raises(ValueError, match=message):
         load_recipe(recipe)
+
+
+def test_a_recipe_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / "latin.toml").write_bytes("[model]\n# für\n".encode("latin-1"))
+    for name in (tmp_path / "latin.toml", "x" * 5000, "a\0b"):
+        with pytest.raises(ValueError, match=r"^recipe '.* cannot be read \(|^no recipe '(x{9}|a)") as error:
+            load_recipe(name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"stepz": 5}, r"unknown key 'stepz' in \[fit\]; keys: .*steps"),
+        ({"loss": "bad"}, "unknown loss 'bad'; losses: "),
+        ({"beta": -1.0}, "beta must be a number of 0 or more"),
+        ({"batch": 0}, "batch is 0; it must be 1 or more"),
+        ({"steps": "5"}, r"steps in \[fit\] is '5'; wanted int"),
+        ({"epochs": np.nan}, r"epochs in \[fit\] is nan; wanted a number above 0"),
+        ({"lr": -1.0}, "lr is -1.0; it must be 0 or more"),
+        ({"milestones": (0.5, 2)}, "milestones are .0.5, 2.; they are fractions"),
+    ],
+)
+def test_wrong_replacements_are_refused_before_anything_is_read(tmp_path, recipe, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        train_recipe(recipe, tmp_path / "there is no such folder", tmp_path / "out", **overrides)
+
+
+def test_replacements_are_those_of_toml(recipe):
+    given = {"steps": np.int64(3), "lr": np.float32(0.5), "milestones": (0.25, np.float64(0.5)), "seed": None}
+    fit = from_recipe._plan(recipe, None, given)["fit"]
+    assert (fit["steps"], fit["lr"], fit["milestones"]) == (3, 0.5, [0.25, 0.5])
+    assert [type(fit[key]) for key in ("steps", "lr")] == [int, float]
+    assert "seed" not in fit
 
 
 def test_an_unknown_recipe_names_those_there_are():
