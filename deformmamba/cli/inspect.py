@@ -9,6 +9,7 @@ from deformmamba.cli.arguments import add_command, add_source, load_model, readi
 from deformmamba.errors import counted
 
 if TYPE_CHECKING:
+    from deformmamba.models import SRModel
     from deformmamba.volume import Volume
     from deformmamba.volume.inspection import Inspection
 
@@ -38,8 +39,11 @@ def _inspect(args: argparse.Namespace) -> None:
     model = load_model(args.model) if args.model else None
     found = inspect_volume(volume, axis=args.axis, model=model)
     fits = ranked_weights(volume, found.axis, path=args.input)
+    effective = ranked_weights(volume, found.axis, path=args.input, pixel=found.resolution)
     if args.json:
-        tell(json.dumps({**asdict(found), "volumes": n_volumes, "weights": [asdict(fit) for fit in fits]}))
+        ranked = {"weights": fits, "weights_effective": effective}
+        shown = {name: [asdict(fit) for fit in ranking] for name, ranking in ranked.items()}
+        tell(json.dumps({**asdict(found), "volumes": n_volumes, **shown}))
         return
     several = f"{n_volumes} volumes; of the first: " if n_volumes > 1 else ""
     tell(f"{args.input}: {several}{sizes(volume)}")
@@ -49,16 +53,18 @@ def _inspect(args: argparse.Namespace) -> None:
         *([f"not a scan: {kind}"] if kind else []),
         _placed(found),
         taken,
-        _values(found),
+        _values(found, volume, model),
         found.filling,
         *found.remarks,
     ):
         tell(f"  {sentence[0].upper()}{sentence[1:]}.")
     if found.interpolated:
         tell("  deformmamba upscale --effective removes this interpolation first.")
-    tell("  Published weights, best first:")
-    for fit in fits:
-        tell(f"    {fit.name}: {fit.reason}")
+    rankings = {"": fits} | ({" after --effective": effective} if found.interpolated else {})
+    for when, ranking in rankings.items():
+        tell(f"  Published weights{when}, best first:")
+        for fit in ranking:
+            tell(f"    {fit.name}: {fit.reason}")
 
 
 def _read(args: argparse.Namespace) -> "tuple[Volume, int]":
@@ -84,8 +90,14 @@ def _placed(found: "Inspection") -> str:
     return f"{slices}: {_PLANES[found.orientation[found.axis]]}{tilted}; axis {axes}"
 
 
-def _values(found: "Inspection") -> str:
-    return (
-        f"values from {found.lowest:.5g} to {found.highest:.5g}; a model gets them divided by {found.intensity:.5g}, "
-        "the 99.9th percentile of the non-zero ones"
-    )
+def _values(found: "Inspection", volume: "Volume", model: "SRModel | None") -> str:
+    """The range of the voxels; for a model that upscales slices and does not normalise each itself, also its unit."""
+    from deformmamba.data.thick_slices import trained_on
+    from deformmamba.volume import intensity_scale
+
+    said = f"values from {found.lowest:.5g} to {found.highest:.5g}"
+    if model is None or model.any_intensity or trained_on(model.provenance) is not None:
+        return said
+    percentile = "largest" if model.intensity == "max" else f"{model.intensity.removeprefix('p')}th percentile"
+    scale = intensity_scale(volume.array, model.intensity)
+    return f"{said}; the model gets them divided by {scale:.5g}, the {percentile} of the non-zero ones"

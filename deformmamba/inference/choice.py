@@ -40,7 +40,14 @@ class Fit:
     reason: str
 
 
-def ranked_weights(volume: Volume, axis: int, *, path: PathLike | None = None, scale: int | None = None) -> list[Fit]:
+def ranked_weights(
+    volume: Volume,
+    axis: int,
+    *,
+    path: PathLike | None = None,
+    scale: int | None = None,
+    pixel: tuple[float, float] | None = None,
+) -> list[Fit]:
     """The published weights, best first.
 
     The distance of a pixel size is the logarithm of the factor by which it lies outside the trained range. An untrained
@@ -53,12 +60,14 @@ def ranked_weights(volume: Volume, axis: int, *, path: PathLike | None = None, s
         axis: where its slices are stacked.
         path: of the scan, whose name may state contrast or anatomy.
         scale: only weights of this factor; None: all.
+        pixel: the pixel size (mm, mm) to compare, such as the true resolution of an interpolated scan; None: that of
+            the volume.
     """
     check_types(ranked_weights, locals())
     words = " ".join(_words(volume, path)).lower()
     contrast, anatomy = _found(_CONTRASTS, words), _found(_ANATOMIES, words)
     first, second = in_plane(axis)
-    pixel = volume.spacing[first], volume.spacing[second]
+    pixel = (volume.spacing[first], volume.spacing[second]) if pixel is None else pixel
     fits = [
         _fit(entry, pixel if any(volume.codes) else None, contrast, anatomy)
         for entry in list_weights()

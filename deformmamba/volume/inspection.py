@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from deformmamba.annotations import check_types
+from deformmamba.annotations import check_types, is_number
 from deformmamba.physics.kspace import fft2c
 from deformmamba.tensors import on_cpu_by_default
 from deformmamba.volume import Volume, VolumeError, chosen_axis, in_plane, intensity_scale
@@ -196,7 +196,8 @@ class Inspection:
         effective: the filled part of the k-space of `matrix`, see `effective_matrix`.
         resolution: true resolution along the same two axes, mm: the field of view divided by `effective`.
         lowest, highest: smallest and largest voxel.
-        intensity: the number by which a model divides the voxels, see `volume.intensity_scale`.
+        intensity: the 99.9th percentile of the non-zero voxels (`volume.intensity_scale`); networks that do not
+            normalise each slice themselves get the voxels divided by it.
         negative: share of voxels below zero, 0 to 1.
         remarks: further remarks, also about the given model: one line each, without a full stop.
     """
@@ -324,8 +325,12 @@ def _orientation(volume: Volume, axis: int) -> tuple[str | None, float | None]:
 
 def trained_spacings(model: "SRModel") -> tuple[float, float] | None:
     """The finest and the coarsest pixel in the training data of the weights, in mm; None: unknown."""
-    trained = np.ravel(model.provenance.get("spacings_mm") or [])
-    return (float(trained.min()), float(trained.max())) if trained.size else None
+    stored = model.provenance.get("spacings_mm")  # any JSON
+    if not isinstance(stored, list | tuple) or not stored:
+        return None
+    if not all(is_number(size) and 0 < size < np.inf for size in stored):
+        return None
+    return float(min(stored)), float(max(stored))
 
 
 def is_far(pixel: tuple[float, float], trained: tuple[float, float]) -> bool:

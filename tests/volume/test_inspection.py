@@ -4,6 +4,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -15,7 +16,7 @@ from pydicom.data import get_testdata_file
 from deformmamba.cli import main
 from deformmamba.models import ZeroFill
 from deformmamba.physics.kspace import fft2c, ifft2c, pad_spectrum
-from deformmamba.volume import Volume, VolumeError, read_volume
+from deformmamba.volume import Volume, VolumeError, intensity_scale, read_volume
 from deformmamba.volume.inspection import _filled, effective_matrix, inspect_volume, stated_matrix
 
 rng = np.random.default_rng(0)
@@ -220,6 +221,8 @@ def test_what_it_says_about_a_model(phantom: np.ndarray) -> None:
         return inspect_volume(scan, model=model).remarks[-1]
 
     assert "do not record" in said()
+    for odd in ("1 mm", [], {"T2": 1}, [[1], 2], [None, 1], [0, 1], 3, [True]):
+        assert "do not record" in said(spacings_mm=odd)
     assert "are among them" in said(spacings_mm=[0.8, 1.2])
     assert "are near that" in said(spacings_mm=[1.2, 1.4])
     assert "far from that" in said(spacings_mm=[2.0, 3.0])
@@ -242,14 +245,46 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "128 x 64 x 4 voxels of 1 x 1 x 4 mm",
         "axial; axis 0 towards the left",
         "Values from",
+        f"divided by {intensity_scale(images):.5g}, the 99.9th percentile of the non-zero ones",
         "of 128",
         "are",
+        "Published weights, best first",
+        "Published weights after --effective, best first",
+        "pixels of 1 x 1 mm are outside the trained 1.33",
+        "pixels of 2 x 1 mm are outside the trained 1.33",
     ):
         assert text in said
     assert main(["inspect", str(path), "--json", "--axis", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["shape"] == [128, 64, 4]
     assert found["effective"] == pytest.approx([64, 64], rel=0.04)
+    assert len(found["weights"]) == len(found["weights_effective"]) > 1
+    # the smaller pixel decides here: it is 1 mm with and without interpolation
+    assert found["weights"][0]["distance"] == pytest.approx(found["weights_effective"][0]["distance"], rel=1e-6)
+
+
+def test_weights_are_also_ranked_for_the_true_resolution(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """2 mm, interpolated from 4 mm: as read, it is outside the pixels of ixi-4x; after --effective, inside."""
+    images = np.moveaxis(measured(anatomy(64, 64), (128, 128)).abs().round().numpy(), 0, -1)
+    nibabel.save(nibabel.Nifti1Image(images.astype(np.int16), np.diag([-2.0, 2, 8, 1])), tmp_path / "a_T2w.nii")
+    assert main(["inspect", str(tmp_path / "a_T2w.nii"), "--json", "--axis", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    before, after = ({fit["name"]: fit["distance"] for fit in found[key]} for key in ("weights", "weights_effective"))
+    assert before["ixi-4x"] == pytest.approx(np.log(2.67 / 2), abs=0.01)
+    assert after["ixi-4x"] == 0
+
+
+def test_the_division_is_stated_for_models_that_need_it(phantom: np.ndarray, tmp_path: Path, capsys: Any) -> None:
+    nibabel.save(nibabel.Nifti1Image(phantom, np.diag([-1.0, 1, 4, 1])), tmp_path / "a.nii")
+    ZeroFill(scale=2, intensity="max").save_pretrained(tmp_path / "z.safetensors")
+    for model, said in (
+        ([], False),
+        (["--model", "ixi-4x"], False),
+        (["--model", str(tmp_path / "z.safetensors")], True),
+    ):
+        assert main(["inspect", str(tmp_path / "a.nii"), *model]) == 0
+        words = f"the model gets them divided by {phantom.max():.5g}, the largest of the non-zero ones"
+        assert (words in capsys.readouterr().out) == said
 
 
 def test_inspect_says_nothing_of_the_patient(capsys: pytest.CaptureFixture[str]) -> None:
