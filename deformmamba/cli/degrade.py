@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
         default="k-space",
         metavar="TEXT",
         help='degradation model, such as "blur:sigma=1.5 >> subsample >> rician:snr=30" (default: k-space, which keeps '
-        "the low frequencies; an unknown name lists all models)",
+        "the low frequencies, and the signs of negative voxels; an unknown name lists all models)",
     )
     parser.add_argument("--crop", action="store_true", help="crop rows and columns to a multiple of S")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the noise (default: 0)")
@@ -42,6 +42,7 @@ def add(commands: Any) -> None:
 
 def _degrade(args: argparse.Namespace) -> None:
     from deformmamba.inference import coarsen
+    from deformmamba.inference.effective import k_space_crop
     from deformmamba.physics.degradations import parse
     from deformmamba.volume import check_output, read_volume, write_volume
 
@@ -54,6 +55,8 @@ def _degrade(args: argparse.Namespace) -> None:
     volume = read_volume(args.input, **reading(args))
     check_output(args.output, source=volume, dtype=args.dtype)
     check_not_input(args.output, args.input)
+    if args.kind == "k-space":
+        degradation = k_space_crop(volume, args.scale)
     coarse = coarsen(volume, degradation, axis=args.axis, crop=args.crop, seed=args.seed)
     write_volume(args.output, coarse, dtype=args.dtype, derivation=f"deformmamba {__version__}, degrade {degradation}")
     say(f"{args.output}: {sizes(coarse)}, from {sizes(volume)}")

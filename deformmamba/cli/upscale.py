@@ -105,6 +105,7 @@ def _upscale(args: argparse.Namespace) -> int | None:
 def _best_weights(args: argparse.Namespace) -> str:
     """The published weights that fit the scan best; prints their name and the reason."""
     from deformmamba.inference.choice import ranked_weights
+    from deformmamba.inference.effective import to_effective
     from deformmamba.volume import ChoiceNeeded, chosen_axis, read_volume
 
     with warnings.catch_warnings():
@@ -115,7 +116,9 @@ def _best_weights(args: argparse.Namespace) -> str:
             if choice.argument != "volume" or args.volume is not None:
                 raise
             volume = read_volume(args.input, **{**reading(args), "volume": 0})
-    best = ranked_weights(volume, chosen_axis(volume, args.axis), path=args.input)[0]
+    axis = chosen_axis(volume, args.axis)
+    volume = to_effective(volume, axis=axis) if args.effective else volume
+    best = ranked_weights(volume, axis, path=args.input)[0]
     say(f"--model auto: {best.name}: {best.reason}")
     return best.name
 

@@ -1,14 +1,19 @@
 """Reduces the resolution of volumes: simulates a coarser scan, or crops to the filled part of k-space."""
 
+import operator
+import warnings
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from deformmamba.errors import InvalidArgument
+from deformmamba.annotations import is_integer
+from deformmamba.errors import InvalidArgument, InvalidType, shown
 from deformmamba.inference.inputs import check_voxels
-from deformmamba.physics.degradations import Degradation, KSpaceCrop
+from deformmamba.physics.degradations import Compose, Degradation, KSpaceCrop, RicianNoise
+from deformmamba.physics.edges import outliers
 from deformmamba.physics.kspace import resize
+from deformmamba.physics.slice_profile import resampled_linearly
 from deformmamba.volume import Volume, VolumeError, chosen_axis, in_plane, intensity_scale
 from deformmamba.volume.inspection import effective_matrix, stated_matrix
 
@@ -25,20 +30,27 @@ def coarsen(
 
     Args:
         volume: real numbers; noise levels are relative to its "p99.9".
-        degradation: of `physics.degradations`; an integer is the scale of a k-space crop with magnitude: the image of
+        degradation: of `physics.degradations`; an integer is the scale of a k-space crop (`k_space_crop`): the image of
             a scanner that measures 1 / scale of the k-space per in-plane axis.
         axis: where slices are stacked; None: `volume.slice_axis`.
         crop: crop rows and columns at the end to a multiple of the scale, so that voxel 0 keeps its position; without
             it such slices are refused.
-            seed: random seed of the noise, if any.
+        seed: random seed of the noise, if any.
+
+    A degradation that gives magnitudes takes the signs of a scan with negative voxels; it warns.
 
     Raises:
         VolumeError: voxels that are complex, NaN or infinite, no such axis, or slices smaller than the scale.
         ValueError: slices that are not a multiple of the scale, without `crop`.
+        TypeError: `degradation` is neither a Degradation nor an integer.
     """
-    made = KSpaceCrop(degradation) if isinstance(degradation, int) else degradation
-    axis, scale = chosen_axis(volume, axis), made.scale
+    if not (isinstance(degradation, Degradation) or is_integer(degradation)):
+        raise InvalidType(f"coarsen: degradation is {shown(degradation)}; give an integer scale or a Degradation")
+    axis = chosen_axis(volume, axis)
     check_voxels(volume.array)
+    made = degradation if isinstance(degradation, Degradation) else k_space_crop(volume, operator.index(degradation))
+    scale = made.scale
+    _warn_of_lost_signs(volume, made)
     h, w = (volume.array.shape[a] for a in in_plane(axis))
     if min(h, w) < scale:
         raise VolumeError(f"slices across axis {axis} are {h}x{w}, too small to reduce by {scale}")
@@ -57,12 +69,28 @@ def coarsen(
     return volume.resampled(coarse, 1 / scale, in_plane(axis), made.grid)
 
 
+def _warn_of_lost_signs(volume: Volume, degradation: Degradation) -> None:
+    parts = degradation.parts if isinstance(degradation, Compose) else (degradation,)
+    folds = any(isinstance(part, RicianNoise) or getattr(part, "output", None) == "magnitude" for part in parts)
+    if folds and volume.array.min() < 0:
+        warnings.warn(
+            f"the scan has negative voxels, and {degradation} gives magnitudes, so their signs are lost; output=real "
+            "and noise instead of rician keep them",
+            stacklevel=3,
+        )
+
+
+def k_space_crop(volume: Volume, scale: int) -> KSpaceCrop:
+    """The k-space crop for a scan: with magnitude, as a scanner computes it; for negative voxels with the real part."""
+    return KSpaceCrop(scale, "real" if volume.array.min() < 0 else "magnitude")
+
+
 def to_effective(volume: Volume, *, axis: int | None = None, matrix: tuple[int, int] | None = None) -> Volume:
     """Undoes the scanner's zero-filling: crops the k-space to the measured `matrix` (h, w); float32.
 
-    `matrix` None: the result of `inspection.effective_matrix`. Magnitude, slice by slice; voxel 0 keeps its position.
-    Only the interpolation is lost, and the networks get pixels as in their training data. A volume with full k-space
-    is returned unchanged.
+    `matrix` None: `measured_matrix`. Slice by slice; magnitudes stay magnitudes, and voxel 0 keeps its position. Only
+    the interpolation is lost, and the networks get pixels as in their training data. A volume with full k-space is
+    returned unchanged. Outliers such as a marker (`physics.edges.outliers`) would ring; they are resampled linearly.
 
     Raises:
         VolumeError: voxels that are complex, NaN or infinite, no such axis, or a matrix larger than the slices.
@@ -71,21 +99,27 @@ def to_effective(volume: Volume, *, axis: int | None = None, matrix: tuple[int, 
     check_voxels(volume.array)
     first, second = in_plane(axis)
     size = volume.array.shape[first], volume.array.shape[second]
-    slices = np.moveaxis(volume.array, axis, 0)
-    found = effective_matrix(slices, stated_matrix(volume, axis)) if matrix is None else matrix
+    found = measured_matrix(volume, axis) if matrix is None else matrix
     if found == size:
         return volume
     if not all(1 <= m <= n for m, n in zip(found, size, strict=True)):
         raise VolumeError(f"a matrix of {found[0]}x{found[1]} is larger than the slices, {size[0]}x{size[1]}")
 
     def cropped(image: torch.Tensor, _: int) -> torch.Tensor:
-        low = resize(image, found)
-        return low.abs() if (image >= 0).all() else low.real
+        spots = outliers(image)
+        low = resize(image - spots, found)
+        magnitude = ((image >= 0) | (spots != 0)).all()
+        return (low.abs() if magnitude else low.real) + resampled_linearly(spots, found)
 
     array = _map_slices(volume, axis, found, cropped)
     for a, m, n in zip((first, second), found, size, strict=True):
         volume = volume.resampled(array, m / n, (a,), "origin")
     return volume
+
+
+def measured_matrix(volume: Volume, axis: int) -> tuple[int, int]:
+    """(h, w) of the filled k-space of slices across `axis`: `effective_matrix`, with the header's matrix as a hint."""
+    return effective_matrix(np.moveaxis(volume.array, axis, 0), stated_matrix(volume, axis))
 
 
 def _map_slices(

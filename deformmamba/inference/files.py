@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from deformmamba.annotations import check_types
-from deformmamba.inference.effective import to_effective
+from deformmamba.inference.effective import measured_matrix, to_effective
 from deformmamba.inference.networks import check_in_plane, network
 from deformmamba.inference.progress import Progress
 from deformmamba.inference.provenance import derivation, generated_by, report_facts, write_sidecar
@@ -31,6 +31,7 @@ from deformmamba.volume import (
     Volume,
     VolumeError,
     check_output,
+    chosen_axis,
     count_volumes,
     in_plane,
     no_scan,
@@ -38,7 +39,7 @@ from deformmamba.volume import (
     read_volumes,
     writing,
 )
-from deformmamba.volume.inspection import effective_matrix, spacing_remark, stated_matrix
+from deformmamba.volume.inspection import spacing_remark
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
@@ -130,9 +131,8 @@ def upscale_file(
     found: SRModel = network(model)  # first: it names a scan that was given as the model
     check_types(upscale_file, locals())
     check_paths(source, target, uncertainty, report)
-    scans, n_volumes = _scans(
-        source, target, volume, {"series": series, "stack": stack, "nan": nan, "partial": partial}
-    )
+    read, n_volumes = _scans(source, target, volume, {"series": series, "stack": stack, "nan": nan, "partial": partial})
+    scans = read()
     scan = next(scans)
     if not as_image and (reason := no_scan(source, scan)):
         raise VolumeError(f"{source}: {reason}; as_image=True (--as-image) upscales it anyway")
@@ -140,31 +140,32 @@ def upscale_file(
     if uncertainty is not None:
         check_output(uncertainty, source=scan)
         chosen = replace(chosen, ensemble=True)
-    prepared = partial_of(to_effective, axis=chosen.axis) if effective else (lambda one: one)
+    prepared = _preparation(scan, chosen_axis(scan, chosen.axis), effective)
     scan = prepared(scan)
     check_in_plane(found)
     job = Upscaling(found, scan, chosen)
-    if not effective:
-        _warn_if_filled(scan, job.axis)
+    jobs_of = partial_of(map, lambda one: Upscaling(found, prepared(one), chosen, warn=False))
+    cautions = (*job.cautions, *_more_cautions(jobs_of(scans), len(job.cautions)))
     started(job, n_volumes)
     start = time.perf_counter()
-    made_by = derivation(found, far=bool(job.cautions))
+    made_by = derivation(found, far=bool(cautions))
     outputs = [(target, dtype)] if uncertainty is None else [(target, dtype), (uncertainty, None)]
     with ExitStack() as until_reported:
         pages = (
             [until_reported.enter_context(_temporary_array(report, job)) for _ in outputs] if report is not None else []
         )
-        jobs = itertools.chain([job], (Upscaling(found, prepared(one), chosen, warn=False) for one in scans))
+        jobs = itertools.chain([job], jobs_of(itertools.islice(_silently(read()), 1, None)))
         kept = _write(jobs, n_volumes, job, outputs, made_by, pages, keep(scan.array.shape[job.axis]))
         seconds = time.perf_counter() - start
         if report is not None:
-            _write_page(report, found, scan, job, pages, report_facts(found, job.settings, seconds, effective))
+            facts = report_facts(found, job.settings, seconds, effective)
+            _write_page(report, found, scan, job, pages, facts, cautions)
     if sidecar:
         reading = {"volume": volume, "dtype": dtype, "effective": effective}
-        write_sidecar(target, source, "sr", generated_by(found, job.settings, reading), job.cautions)
+        write_sidecar(target, source, "sr", generated_by(found, job.settings, reading), cautions)
     remark = spacing_remark(found, scan, job.axis)
     return Upscaled(
-        scan, job.place, job.shape, job.axis, kept, remark, seconds, job.settings, n_volumes, job.cautions, made_by
+        scan, job.place, job.shape, job.axis, kept, remark, seconds, job.settings, n_volumes, cautions, made_by
     )
 
 
@@ -181,16 +182,43 @@ def check_paths(source: PathLike, target: PathLike, uncertainty: PathLike | None
 
 def _scans(
     source: PathLike, target: PathLike, volume: int | None, reading: dict[str, Any]
-) -> tuple[Iterator[Volume], int]:
-    """The volumes to upscale and their number: one, or all volumes of the source."""
+) -> tuple[Callable[[], Iterator[Volume]], int]:
+    """A function that reads the volumes to upscale, and their number: one, or all volumes of the source."""
     try:
-        return iter([read_volume(source, volume=volume, **reading)]), 1
+        one = read_volume(source, volume=volume, **reading)
+        return (lambda: iter([one])), 1
     except ChoiceNeeded as choice:
         in_one_file = str(target).lower().endswith(NIFTI_SUFFIXES)
         if choice.argument != "volume" or volume is not None or not in_one_file:
             raise
     n_volumes = count_volumes(source, **{key: value for key, value in reading.items() if key != "nan"})
-    return read_volumes(source, **reading), n_volumes
+    return (lambda: read_volumes(source, **reading)), n_volumes
+
+
+def _more_cautions(jobs: Iterable[Upscaling], n_known: int) -> list[str]:
+    """Cautions of further volumes, also given as warnings: of each volume that has more of them than those before it.
+
+    All volumes are read here, so that a faulty one is found before anything is computed.
+    """
+    found = []
+    for number, job in enumerate(jobs, 1):
+        if len(job.cautions) > n_known:
+            n_known = len(job.cautions)
+            found += [f"volume {number}: {caution}" for caution in job.cautions]
+    for caution in found:
+        warnings.warn(caution, stacklevel=3)  # the caller of `upscale_file`
+    return found
+
+
+def _silently(volumes: Iterator[Volume]) -> Iterator[Volume]:
+    """The same volumes without the warnings of reading them, which were given before."""
+    while True:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            volume = next(volumes, None)
+        if volume is None:
+            return
+        yield volume
 
 
 def _write(
@@ -238,6 +266,7 @@ def _write_page(
     job: Upscaling,
     pages: Sequence[np.ndarray],
     facts: dict[str, str],
+    cautions: tuple[str, ...],
 ) -> None:
     """The report on a scan and its result; `pages` are the result and, if there is one, its deviation."""
     after, *spread = (replace(job.place, array=page) for page in pages)
@@ -249,7 +278,7 @@ def _write_page(
         grid=model.grid,
         facts=facts,
         uncertainty=spread[0] if spread else None,
-        cautions=(*scan.notes, *job.cautions),
+        cautions=(*scan.notes, *cautions),
     )
 
 
@@ -282,9 +311,15 @@ def _temporary_array(report: PathLike, job: Upscaling) -> Iterator[np.ndarray]:
         yield np.moveaxis(np.memmap(file, np.float32, "r+", shape=(job.shape[job.axis], h, w)), 0, job.axis)
 
 
-def _warn_if_filled(scan: Volume, axis: int) -> None:
-    slices = np.moveaxis(scan.array, axis, 0)
-    (h, w), (rows, columns) = slices.shape[1:], effective_matrix(slices, stated_matrix(scan, axis))
+def _preparation(scan: Volume, axis: int, effective: bool) -> Callable[[Volume], Volume]:
+    """What is done to each volume of a file before it is upscaled: with `effective`, `to_effective`, else nothing.
+
+    All volumes are cropped to the matrix of the first, `scan`, because they become one file. Without `effective`, warns
+    if k-space is filled to a smaller size than that of the slices.
+    """
+    (h, w), (rows, columns) = (scan.array.shape[a] for a in in_plane(axis)), measured_matrix(scan, axis)
+    if effective:
+        return partial_of(to_effective, axis=axis, matrix=(rows, columns))
     if (rows, columns) != (h, w):
         warnings.warn(
             f"the slices have {h}x{w} pixels, but their k-space is filled to about {rows}x{columns}: the scan was "
@@ -292,3 +327,4 @@ def _warn_if_filled(scan: Volume, axis: int) -> None:
             "undoes the interpolation first",
             stacklevel=4,  # the caller of `upscale_file`
         )
+    return lambda one: one

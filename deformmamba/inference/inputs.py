@@ -26,6 +26,10 @@ MOST_NEGATIVE = 0.01
 # Mean difference of neighbours over the range of values: 1/3 for uniform noise, at most 0.1 for LR magnitude images of
 # the validation split.
 PHASE_STEP = 0.2
+# a scan whose range is less than this many steps of float32 gets a warning
+FEWEST_STEPS = 256
+# percentiles between which a scan's intensities are judged
+FEW = (0.1, 99.9)
 
 
 def opened(scan: Any, settings: Settings) -> tuple[Volume, Back, Settings]:
@@ -146,15 +150,35 @@ def check_voxels(array: np.ndarray) -> None:
         )
 
 
-def no_magnitude(array: np.ndarray) -> str | None:
+def intensity_cautions(array: np.ndarray, *, trained: bool = True, signed: bool = False) -> list[str]:
+    """Reasons in the intensities why a result may be worse than reported, a sentence each.
+
+    `trained`: the network has weights; interpolation takes any image. `signed`: negative values are allowed.
+    """
+    found = []
+    if trained and (reason := no_magnitude(array, signed=signed)) is not None:
+        found.append(
+            f"the scan does not look like a magnitude image: {reason}; the weights were trained on magnitude images "
+            "only, so check the result before use"
+        )
+    lowest, highest = (float(value) for value in np.percentile(array, FEW))
+    step = float(np.spacing(np.float32(max(abs(lowest), abs(highest)))))
+    if 0 < highest - lowest < FEWEST_STEPS * step:
+        found.append(
+            f"the values lie between {lowest:.7g} and {highest:.7g}, where float32 has steps of {step:.2g}: subtract "
+            "an offset first, or the result is coarse"
+        )
+    return found
+
+
+def no_magnitude(array: np.ndarray, *, signed: bool = False) -> str | None:
     """Why a scan does not look like a magnitude image, in one sentence; None if it does.
 
-    Negative values: more than 1 % of the voxels (a t-map, a signed or negated image). Phase: the values fill the range
-    of a phase, in radians or in a scanner's 12-bit units, and neighbours differ by a fifth of it on average, because
-    the phase in air is uniform noise (magnitude images: by a tenth or less).
+    Negative values, unless `signed`: more than 1 % of the voxels (a t-map, a signed or negated image). Phase: the
+    values fill the range of a phase, in radians or in a scanner's 12-bit units, and neighbours differ by a fifth of it
+    on average, because the phase in air is uniform noise (magnitude images: by a tenth or less).
     """
-    negative = float(np.mean(array < 0))
-    lowest, highest = float(array.min()), float(array.max())
+    lowest, highest = (float(value) for value in np.percentile(array, FEW))  # single voxels, as of padding, may differ
     spans = ((-np.pi, np.pi), (0.0, 2 * np.pi), (-4096.0, 4095.0), (0.0, 4095.0), (-2048.0, 2047.0))
     for low, high in spans:
         near = 0.02 * (high - low)
@@ -162,6 +186,6 @@ def no_magnitude(array: np.ndarray) -> str | None:
             axis = int(np.argmax(array.shape))
             if np.abs(np.diff(array.astype(np.float32), axis=axis)).mean() > PHASE_STEP * (high - low):
                 return f"its values fill {low:.4g} to {high:.4g} like noise, as those of a phase image do"
-    if negative > MOST_NEGATIVE:
+    if not signed and (negative := float(np.mean(array < 0))) > MOST_NEGATIVE:
         return f"{100 * negative:.0f} % of its voxels are negative, as in a t-map or in a signed or negated image"
     return None

@@ -27,7 +27,7 @@ import torch
 from deformmamba.data.thick_slices import EMPTY, trained_on
 from deformmamba.errors import InvalidArgument, counted
 from deformmamba.inference.adaptation import Gain, best_of, check_seed, parse_adapt, split_slices
-from deformmamba.inference.inputs import opened
+from deformmamba.inference.inputs import intensity_cautions, opened
 from deformmamba.inference.networks import check_precision, unwrapped
 from deformmamba.inference.networks import network as known
 from deformmamba.inference.provenance import weights_hash, weights_name
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
 
 MODEL = "thick"
+NO_ADAPTATION = "there was no adaptation, because the slices are too small, or too few of them hold anatomy"
 FAR_RATIO = 1.25  # a slice spacing farther than this factor from those of the training data gives a warning
 
 
@@ -173,7 +174,8 @@ def isotropic(
     chosen, gain, adapted = best_of(network, held, own, job, minutes, steps, seed, progress)
     least = -low / (high - low) if job.magnitude else None  # keep a magnitude image non-negative
     done = restored(chosen, slices, job, consistency, least, progress)
-    fine = done.image.numpy() * width + np.float32(low) + job.fine_spots()
+    fine = done.image.numpy() * width + np.float32(low)
+    fine = (np.maximum(fine, 0) if job.magnitude else fine) + job.fine_spots()
     out = np.asfortranarray(np.moveaxis(fine, 0, job.axis), np.float32)
     spread = None if done.spread is None else np.moveaxis(done.spread.numpy() * width, 0, job.axis)
     report = IsotropicReport(
@@ -196,8 +198,8 @@ def isotropic(
         sha256=weights_hash(network),
         seed=seed,
         seconds=time.perf_counter() - start,
-        remarks=job.remarks,
-        cautions=() if chosen is None else _cautions(network, job),
+        remarks=(*job.remarks, *([NO_ADAPTATION] if (minutes or steps) and not len(own) else [])),
+        cautions=_cautions(None if chosen is None else network, job),
     )
     return back(job.place, out), report
 
@@ -214,11 +216,19 @@ def _with_spacing(scan: Any) -> Any:
     return scan
 
 
-def _cautions(network: "SRModel", job: Stack) -> tuple[str, ...]:
-    """Reasons why the result may be worse than reported: voxels or slice spacings far from the training data.
+def _cautions(network: "SRModel | None", job: Stack) -> tuple[str, ...]:
+    """Reasons why the result may be worse than reported: intensities, voxels or spacings unlike the training data.
 
-    They are also given as warnings.
+    `network`: None for the spline. They are also given as warnings.
     """
+    cautions = [*intensity_cautions(job.place.array, signed=True), *(_far(network, job) if network else [])]
+    for caution in cautions:
+        warnings.warn(caution, stacklevel=5)  # the caller of `isotropic`
+    return tuple(cautions)
+
+
+def _far(network: "SRModel", job: Stack) -> list[str]:
+    """Voxels or slice spacings far from the training data, a sentence each."""
     found = []
     trained = trained_spacings(network)
     if trained and any(job.place.codes) and is_far((job.to, job.to), trained):
@@ -231,10 +241,7 @@ def _cautions(network: "SRModel", job: Stack) -> tuple[str, ...]:
             f"the slices are {job.ratio:.3g} voxels of the result apart, the weights were trained on "
             f"{min(ratios):.3g} to {max(ratios):.3g}"
         )
-    cautions = tuple(f"{text}: the result may be worse than reported" for text in found)
-    for caution in cautions:
-        warnings.warn(caution, stacklevel=5)  # the caller of `isotropic`
-    return cautions
+    return [f"{text}: the result may be worse than reported" for text in found]
 
 
 class Restored(NamedTuple):

@@ -1,5 +1,7 @@
 """Makes scan files isotropic, one or a folder of them, with a report and a figure."""
 
+import hashlib
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +19,7 @@ from deformmamba.inference.cohort import Outcome, run_cohort
 from deformmamba.inference.files import check_paths
 from deformmamba.inference.isotropic import MODEL, IsotropicReport, derivation, isotropic, loaded, without_spread
 from deformmamba.inference.provenance import describe_weights, write_sidecar
+from deformmamba.inference.settings import check_names
 from deformmamba.inference.stack import Stack, check_voxel, given_profile
 from deformmamba.physics.consistency import check_consistency
 from deformmamba.pictures.report import write_report
@@ -115,12 +118,20 @@ def isotropic_file(
 
 
 def shaping(settings: dict[str, Any]) -> dict[str, str]:
-    """The settings that change the result, as text for a sidecar."""
-    return {key: str(value) for key in SHAPING if (value := settings.get(key)) is not None}
+    """The settings that change the result, as text for a sidecar; of a profile from a file also a hash of its table."""
+    found = {key: str(value) for key in SHAPING if (value := settings.get(key)) is not None}
+    profile = given_profile(settings.get("profile", "gaussian"), settings.get("thickness"))
+    if profile.table is not None:
+        found["profile"] += f", sha256 {hashlib.sha256(repr(profile.table).encode()).hexdigest()[:12]}"
+    return found
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Refuses settings that no scan can have, before the first scan is read. Raises as `isotropic`."""
+    """Refuses settings that no scan can have, before the first scan is read. Raises as `isotropic`.
+
+    Raises InvalidType for a name that is no argument of `isotropic`.
+    """
+    check_names(settings, [name for name in inspect.signature(isotropic).parameters if name != "scan"])
     parse_adapt(settings.get("adapt", 0))
     check_seed(settings.get("seed", 0))
     check_consistency(settings.get("consistency", "object"))
@@ -132,7 +143,7 @@ def in_plane_as(result: Volume, scan: Volume, settings: dict[str, Any]) -> Volum
     """The scan resampled to the in-plane pixels of the result, so that both have the same sections."""
     keys = ("to", "thickness", "profile", "axis")
     job = Stack.of(scan, **{key: settings[key] for key in keys if key in settings})
-    array = np.moveaxis(job.slices, 0, job.axis)
+    array = np.moveaxis(job.slices + job.spots, 0, job.axis)
     return result.resampled(array, 1 / job.ratio, (job.axis,), "origin")
 
 

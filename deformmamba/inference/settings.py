@@ -1,7 +1,7 @@
 """The settings of one upscaling, checked on creation: an unknown name is a TypeError, other errors name the value."""
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -12,6 +12,15 @@ from deformmamba.errors import InvalidArgument, InvalidType, did_you_mean, shown
 from deformmamba.physics.consistency import Consistency, check_consistency
 from deformmamba.tensors import check_device
 from deformmamba.volume import VolumeError
+
+
+def check_names(given: Iterable[str], known: Sequence[str]) -> None:
+    """Raises InvalidType for a name of a setting that is not known."""
+    for name in given:
+        if name not in known:
+            raise InvalidType(
+                f"there is no setting {name!r}{did_you_mean(name, known)}; settings are {', '.join(known)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +45,7 @@ class Settings:
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
         """The settings of these names and values. Raises InvalidType for an unknown name."""
-        names = [field.name for field in fields(cls)]
-        for name in given:
-            if name not in names:
-                raise InvalidType(
-                    f"there is no setting {name!r}{did_you_mean(name, names)}; settings are {', '.join(names)}"
-                )
+        check_names(given, [field.name for field in fields(cls)])
         return cls(**given)
 
     def __post_init__(self) -> None:

@@ -21,12 +21,13 @@ from deformmamba.physics.slice_profile import (
     along,
     is_millimetres,
     linear_matrix,
+    resampled_linearly,
     slice_positions,
     slice_profile,
     spline_matrix,
 )
 from deformmamba.volume import NothingToDo, Volume, VolumeError, chosen_axis, in_plane
-from deformmamba.volume.inspection import effective_matrix
+from deformmamba.volume.inspection import effective_matrix, stated_matrix
 
 LEAST_RATIO = 1.3  # slice spacing divided by the wanted voxel size; below this ratio a scan counts as isotropic
 TRAINED_RATIOS = (2.0, 8.0)  # of the weights `thick`
@@ -117,7 +118,7 @@ class Stack:
         pixel = (sides[0], sides[1])
         wanted = sides
         if to is None:
-            wanted = _resolved(array, sides, remarks)
+            wanted = _resolved(array, sides, stated_matrix(volume, axis), remarks)
             to = math.sqrt(wanted[0] * wanted[1]) if max(wanted) <= SQUARE * min(wanted) else min(wanted)
         if to * FINEST < min(sides):
             raise InvalidArgument(
@@ -133,8 +134,8 @@ class Stack:
         if (n_slices := len(array)) < FEWEST_SLICES:
             held = counted(n_slices, "slice")
             raise VolumeError(f"the scan has {held}; at least {FEWEST_SLICES} are needed to interpolate between them")
-        _check_slices(array)
         limits, spots = _outliers(array)
+        _check_slices(array, array - spots)
         if n_spots := int(np.count_nonzero(spots)):
             remarks.append(f"outliers, such as a marker, that were interpolated linearly: {counted(n_spots, 'voxel')}")
         array = array - spots  # the former may be a view of the user's
@@ -148,7 +149,7 @@ class Stack:
                 shape[k] = m
                 place = place.resampled(place.array, m / n, ((first, second)[k],), "origin")
         if shape != list(array.shape[1:]):
-            array, spots = resampled(array, shape), _linear(spots, shape)
+            array, spots = resampled(array, shape), resampled_linearly(torch.from_numpy(spots), shape).numpy()
         found, origin = _profile_of_slice(volume, profile, thickness, spacing)
         if not TRAINED_RATIOS[0] <= spacing / to <= TRAINED_RATIOS[1]:
             least, most = TRAINED_RATIOS
@@ -226,8 +227,11 @@ def _checked_spacing(volume: Volume, axis: int) -> float:
     return spacing
 
 
-def _check_slices(slices: np.ndarray) -> None:
-    """Raises VolumeError for an empty slice between others, or for two equal neighbours."""
+def _check_slices(slices: np.ndarray, rest: np.ndarray) -> None:
+    """Raises VolumeError for an empty slice between others, for two equal neighbours, or for an unlike one.
+
+    `rest`: the slices without outliers, because a marker in one slice makes it unlike its neighbours.
+    """
     full = [bool(image.any()) and float(image.max()) > float(image.min()) for image in slices]
     inside = [k for k, is_full in enumerate(full) if is_full]
     missing = [k for k in range(inside[0], inside[-1]) if not full[k]] if inside else []
@@ -238,7 +242,7 @@ def _check_slices(slices: np.ndarray) -> None:
         raise VolumeError(
             f"slices {doubled[0]} and {doubled[0] + 1} of {len(slices)} are the same image; remove the duplicate"
         )
-    if inside and (lost := _unlike_neighbours(slices[inside[0] : inside[-1] + 1])) is not None:
+    if inside and (lost := _unlike_neighbours(rest[inside[0] : inside[-1] + 1])) is not None:
         raise VolumeError(
             f"slice {inside[0] + lost} of {len(slices)} has nothing in common with its neighbours, which resemble each "
             "other: it is noise or another image, so the slice is missing; the stack must be complete"
@@ -261,9 +265,14 @@ def _unlike_neighbours(slices: np.ndarray) -> int | None:
     return None
 
 
-def _resolved(slices: np.ndarray, sides: Sequence[float], remarks: list[str]) -> list[float]:
-    """The true in-plane resolution in mm from k-space; adds a remark if it differs from the header."""
-    filled = effective_matrix(slices)
+def _resolved(
+    slices: np.ndarray, sides: Sequence[float], stated: tuple[int | None, int | None], remarks: list[str]
+) -> list[float]:
+    """The true in-plane resolution in mm from k-space; adds a remark if it differs from the header.
+
+    `stated`: the `stated_matrix` of the header.
+    """
+    filled = effective_matrix(slices, stated)
     found = [side * n / m for side, n, m in zip(sides, slices.shape[1:], filled, strict=True)]
     if filled == slices.shape[1:]:
         return list(sides)
@@ -329,15 +338,6 @@ def resampled(slices: np.ndarray, shape: Sequence[int]) -> np.ndarray:
         smooth = along(spline_matrix(n, _positions(n, m)), smooth, axis)
     new = (image + smooth).contiguous().numpy()
     return np.maximum(new, 0) if slices.min() >= 0 else new
-
-
-def _linear(slices: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Resamples slices (n, h, w) to (n, *shape) by linear interpolation; pixel 0 keeps its position."""
-    image = torch.from_numpy(slices)
-    for axis, m in enumerate(shape, start=1):
-        n = image.shape[axis]
-        image = along(linear_matrix(n, _positions(n, m)), image, axis)
-    return image.contiguous().numpy()
 
 
 def _positions(n: int, m: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from deformmamba.errors import InvalidArgument
 from deformmamba.inference.ensemble import predict
-from deformmamba.inference.inputs import check_voxels, is_list, no_magnitude, of_list, opened
+from deformmamba.inference.inputs import check_voxels, intensity_cautions, is_list, of_list, opened
 from deformmamba.inference.networks import (
     check_in_plane,
     check_precision,
@@ -47,8 +47,6 @@ CPU_BATCH_PIXELS = 1 << 18
 CPU_PARALLEL_PIXELS = 8 * CPU_BATCH_PIXELS
 # share of the accelerator's free memory; the first slice shows how much memory a slice needs
 FREE_MEMORY_SHARE = 0.6
-# a scan whose range is less than this many steps of float32 gets a warning
-FEWEST_STEPS = 256
 # ratio of the 99.9th to the 99th percentile of T2 head scans (validation: 1.3); consistency uses a share of it
 ABOVE_P99 = 1.3
 
@@ -405,23 +403,9 @@ def _check_slices(model: "SRModel", volume: Volume, axis: int) -> None:
 
 
 def _cautions(model: "SRModel", volume: Volume, axis: int) -> tuple[str, ...]:
-    """Reasons why the result may be worse than reported: not a magnitude image, or a pixel size far from the training
-    data."""
-    found = []
+    """Reasons why the result may be worse than reported: intensities, or a pixel size far from the training data."""
     first, second = in_plane(axis)
-    trains = next(model.parameters(), None) is not None  # interpolation takes any image
-    if trains and (reason := no_magnitude(volume.array)) is not None:
-        found.append(
-            f"the scan does not look like a magnitude image: {reason}; the weights were trained on magnitude images "
-            "only, so check the result before use"
-        )
-    lowest, highest = float(volume.array.min()), float(volume.array.max())
-    step = float(np.spacing(np.float32(max(abs(lowest), abs(highest)))))
-    if 0 < highest - lowest < FEWEST_STEPS * step:
-        found.append(
-            f"the values lie between {lowest:.7g} and {highest:.7g}, where float32 has steps of {step:.2g}: subtract "
-            "an offset first, or the result is coarse"
-        )
+    found = intensity_cautions(volume.array, trained=next(model.parameters(), None) is not None)
     trained, pixel = trained_spacings(model), (volume.spacing[first], volume.spacing[second])
     if trained and any(volume.codes) and is_far(pixel, trained):
         found.append(

@@ -199,9 +199,23 @@ def spline_matrix(n: int, at: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(at_samples, _spline_basis(at.to(torch.float64), n), left=False)
 
 
-def linear_matrix(n: int, at: torch.Tensor) -> torch.Tensor:
-    """(len(at), n), float64: linear interpolation of n samples at the positions `at`, in samples; beyond them to 0."""
-    return (1 - (at.to(torch.float64)[:, None] - torch.arange(n)).abs()).clamp(min=0)
+def linear_matrix(n: int, at: torch.Tensor, width: float = 1.0) -> torch.Tensor:
+    """(len(at), n), float64: linear interpolation of n samples at the positions `at`, in samples; beyond them to 0.
+
+    `width`: half the width of the hat, 1 or more; as wide as the new spacing, it averages, so that no sample is lost.
+    """
+    beyond = math.ceil(width)
+    hats = (1 - (at.to(torch.float64)[:, None] - torch.arange(-beyond, n + beyond)).abs() / width).clamp(min=0)
+    return hats[:, beyond : n + beyond] / hats.sum(1, keepdim=True)
+
+
+def resampled_linearly(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """`image` (..., h, w) on a grid of another `size`; pixel 0 keeps its position. A coarser grid gets averages."""
+    for axis, m in zip((-2, -1), size, strict=True):
+        n = image.shape[axis]
+        at = torch.arange(m, dtype=torch.float64) * n / m
+        image = along(linear_matrix(n, at, max(1.0, n / m)), image, axis % image.ndim)
+    return image.contiguous()
 
 
 def _spline_basis(x: torch.Tensor, n: int) -> torch.Tensor:

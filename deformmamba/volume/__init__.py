@@ -154,8 +154,10 @@ def read_volumes(
     nan: Literal["refuse", "zero"] = "refuse",
     partial: bool = False,
 ) -> Iterator[Volume]:
-    """Every 3-D volume of a file or a DICOM series, one at a time in memory; arguments and errors as `read_volume`."""
+    """Every 3-D volume of a file or a DICOM series, one at a time in memory; arguments, errors and warnings as
+    `read_volume`."""
     path = Path(path)
+    told: set[str] = set()
     with silenced():
         choice = _dicom_choice(path, series, stack, partial)
         volumes = nifti.each(path) if choice is None else dicom.each(path, choice)
@@ -164,7 +166,12 @@ def read_volumes(
             made = next(volumes, None)
         if made is None:
             return
-        yield _checked_voxels(made, path, nan, zeros=True)
+        made = _checked_voxels(made, path, nan, zeros=True)
+        for note in made.notes:
+            if note not in told:  # the notes on the header are the same for each volume
+                warnings.warn(f"{path}: {note}", stacklevel=2)
+        told.update(made.notes)
+        yield made
 
 
 def _dicom_choice(path: Path, series: int | str | None, stack: int | None, partial: bool) -> dicom.Choice | None:

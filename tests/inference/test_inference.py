@@ -1,8 +1,10 @@
 """upscale(): equal numbers for every kind of input, in the input's units, at the same world coordinates."""
 
+import json
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -704,3 +706,64 @@ def test_the_effective_matrix_is_found(tmp_path: Path) -> None:
     np.testing.assert_allclose(read_volume(tmp_path / "out.nii").affine, done.place.affine, atol=1e-5)
     assert all(abs(n - 96) <= 4 for n in found.array.shape[:2])
     assert_close(found.spacing, [192 / n / 2 if n != 4 else 4 for n in found.array.shape])
+
+
+@pytest.mark.parametrize("value", [32767, -32768])
+def test_a_marker_does_not_ring_when_the_interpolation_is_undone(phantom: np.ndarray, value: int) -> None:
+    plain = Volume(phantom, np.eye(4))
+    marked = phantom.copy()
+    marked[20:22, 30, 2] = value
+    clean, with_marker = (
+        to_effective(replace(plain, array=array), matrix=(24, 20)).array[..., 2] for array in (phantom, marked)
+    )
+    near = np.zeros(clean.shape, bool)
+    near[8:13, 13:18] = True
+    assert np.abs(with_marker - clean)[~near].max() < 0.02 * phantom.max()
+    assert abs(with_marker[10:12, 15].sum()) > 0.2 * abs(value)  # it is still there
+
+
+def test_all_volumes_of_a_file_get_the_matrix_of_the_first(tmp_path: Path) -> None:
+    y, x = np.meshgrid(*[np.linspace(-1, 1, 96)] * 2, indexing="ij")
+    head = np.stack([(y**2 + x**2 * (1.1 + k / 9) < 0.7) * 500 + (abs(y + x / 2) < 0.2) * 200 for k in range(4)], 2)
+    noisy = np.abs(head + np.random.default_rng(0).normal(0, 4, head.shape)).astype(np.float32)
+    affine = np.diag([1.0, 1.0, 4.0, 1.0])
+    filled = upscale(ZeroFill(scale=2), noisy)
+    full = np.abs(np.random.default_rng(1).normal(300, 90, filled.shape)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(np.stack([filled, full], 3), affine), tmp_path / "in.nii")
+    done = upscale_file(ZeroFill(scale=2), tmp_path / "in.nii", tmp_path / "out.nii", effective=True)
+    first = to_effective(Volume(filled, affine)).array.shape
+    assert nibabel.load(tmp_path / "out.nii").shape == (2 * first[0], 2 * first[1], 4, 2)
+    assert done.n_volumes == 2
+
+
+def test_what_is_odd_in_a_later_volume_is_said_everywhere(tmp_path: Path, wobble: Wobble, phantom: np.ndarray) -> None:
+    phase = np.random.default_rng(0).uniform(0, 4095, phantom.shape).astype(np.float32)
+    broken = phantom.copy()
+    broken[0, 0, 0] = np.nan
+    image = nibabel.Nifti1Image(np.stack([phantom, broken, phase], 3), np.eye(4))
+    nibabel.save(image, tmp_path / "in.nii")
+    with pytest.raises(VolumeError, match="1 of 11520 voxels are NaN"):
+        upscale_file(wobble, tmp_path / "in.nii", tmp_path / "out.nii")
+    assert not (tmp_path / "out.nii").exists()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        done = upscale_file(wobble, tmp_path / "in.nii", tmp_path / "out.nii", nan="zero", report=tmp_path / "r.html")
+    said = [str(warning.message) for warning in caught]
+    assert sum("1 of 11520 voxels were NaN or infinite and are 0 now" in text for text in said) == 1
+    (odd,) = (text for text in said if text.startswith("volume 2: the scan does not look like a magnitude image"))
+    assert done.cautions == (odd,)
+    assert odd in json.loads((tmp_path / "out.json").read_text("utf-8"))["Warnings"]
+    assert "volume 2" in (tmp_path / "r.html").read_text("utf-8")
+    assert "UNLIKE TRAINING DATA" in str(nibabel.load(tmp_path / "out.nii").header["descrip"])
+
+
+def test_signs_survive_coarsening(phantom: np.ndarray) -> None:
+    negated = Volume(-phantom, np.eye(4))
+    wanted = coarsen(Volume(phantom, np.eye(4)), parse("k-space:scale=2,output=real")).array
+    np.testing.assert_allclose(coarsen(negated, 2).array, -wanted, atol=0.01)
+    assert coarsen(negated, np.int64(2)).array.shape == (24, 20, 6)
+    for text in ("k-space:scale=2", "area:scale=2 >> rician:snr=30"):
+        with pytest.warns(UserWarning, match="signs are lost; output=real and noise"):
+            coarsen(negated, parse(text))
+    with pytest.raises(TypeError, match="degradation is 'k-space'; give an integer scale or a Degradation"):
+        coarsen(negated, "k-space")  # type: ignore[arg-type]

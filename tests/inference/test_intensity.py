@@ -158,3 +158,15 @@ def test_an_outlier_below_the_slice_changes_only_its_surroundings(array: np.ndar
 def test_a_range_that_float32_hardly_resolves_gives_a_warning(model: DeformMambaSR, array: np.ndarray) -> None:
     with pytest.warns(UserWarning, match=r"float32 has steps of 0\.062: subtract an offset first"):
         upscale(model, array.astype(np.float64) + 1e6, axis=2)
+
+
+def test_a_few_voxels_of_padding_hide_neither_phase_nor_coarse_steps(model: DeformMambaSR) -> None:
+    rng = np.random.default_rng(0)
+    phase = rng.uniform(0, 4095, (26, 24, 3)).astype(np.float32)
+    phase[0, 0, 0] = -8192
+    with pytest.warns(UserWarning, match="those of a phase image"):
+        upscale(model, phase)
+    coarse = rng.uniform(1e8, 1e8 + 100, (26, 24, 3)).astype(np.float32)
+    coarse[0, 0, 0] = 0
+    with pytest.warns(UserWarning, match="where float32 has steps of 8"):
+        upscale(model, coarse)
