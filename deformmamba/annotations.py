@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 
-from deformmamba.errors import InvalidType, shown
+from deformmamba.errors import InvalidArgument, InvalidType, shown
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -55,6 +55,17 @@ def is_integer(value: Any) -> TypeGuard[int]:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         return False
     return not hasattr(value, "dtype") or _converts(value, operator.index)
+
+
+def check_seed(seed: Any, name: str = "seed") -> int:
+    """`seed` as an int; numpy's integers become plain ones.
+
+    Raises:
+        InvalidArgument: it is not a whole number of 0 or more, which random generators require.
+    """
+    if not is_integer(seed) or seed < 0:
+        raise InvalidArgument(f"{name} is {shown(seed)}; it must be a whole number, 0 or more")
+    return operator.index(seed)
 
 
 def is_number(value: Any) -> TypeGuard[float]:

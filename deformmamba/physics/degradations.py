@@ -15,7 +15,9 @@ with `first=k`, on any device and for any batch size.
 """
 
 import dataclasses
+import operator
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from deformmamba.annotations import check_types
+from deformmamba.annotations import check_seed, check_types, is_integer, is_number, is_one_of
 from deformmamba.errors import InvalidArgument, did_you_mean, shown
 from deformmamba.physics.kspace import Grid, crop_spectrum, degrade, fft2c, ifft2c, pad_spectrum, zero_fill
 from deformmamba.tensors import constant
@@ -63,14 +65,15 @@ class Degradation(ABC):
             first: the number of the first slice within its volume, for a stack that is a part of one.
 
         Raises:
-            ValueError: `scale` does not divide H and W, or `hr` is not an image of floating-point numbers.
+            ValueError: `scale` does not divide H and W, `hr` is not an image of floating-point numbers, or `seed` or
+                `first` is not a whole number of 0 or more.
         """
         if not isinstance(hr, torch.Tensor) or hr.ndim < 2 or hr.dtype not in self._dtypes:
             wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in self._dtypes)
             given = f"{hr.dtype} {tuple(hr.shape)}" if isinstance(hr, torch.Tensor) else f"a {type(hr).__name__}"
             raise InvalidArgument(f"{self}: wanted a tensor of {wanted} (..., H, W), not {given}")
         self.size(*hr.shape[-2:])
-        return self._apply(hr, (seed,) if isinstance(seed, int) else seed, first)
+        return self._apply(hr, _seeds(seed), check_seed(first, "first"))
 
     @abstractmethod
     def _apply(self, hr: torch.Tensor, seed: tuple[int, ...], first: int) -> torch.Tensor: ...
@@ -112,9 +115,29 @@ def _check(valid: bool, owner: str, name: str, value: Any, wanted: str) -> None:
         raise InvalidArgument(f"{owner}: {name} must be {wanted}, not {shown(value)}")
 
 
-def _check_factor(owner: str, name: str, value: Any) -> None:
-    valid = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 64
-    _check(valid, owner, name, value, "an integer from 1 to 64")
+def _seeds(seed: Any) -> tuple[int, ...]:
+    """A seed, or several, as plain integers."""
+    seeds = seed if isinstance(seed, (tuple, list)) and seed else (seed,)
+    return tuple(check_seed(one) for one in seeds)
+
+
+def _check_integer(made: Degradation, name: str, wanted: str, low: int, high: int) -> None:
+    """Checks the field `name`, which becomes a plain integer."""
+    value = getattr(made, name)
+    _check(is_integer(value) and low <= value <= high, made.kind, name, value, wanted)
+    object.__setattr__(made, name, operator.index(value))
+
+
+def _check_factor(made: Degradation, name: str) -> None:
+    _check_integer(made, name, "an integer from 1 to 64", 1, 64)
+
+
+def _check_number(made: Degradation, name: str, wanted: str, valid: Callable[[float], bool]) -> None:
+    """Checks the field `name`; a number of numpy becomes a plain one."""
+    value = getattr(made, name)
+    _check(is_number(value) and valid(float(value)), made.kind, name, value, wanted)
+    if not isinstance(value, int):  # an integer stays one, for the text
+        object.__setattr__(made, name, float(value))
 
 
 class _KSpace(Degradation):
@@ -132,7 +155,7 @@ class _KSpace(Degradation):
         return (*real, torch.complex64, torch.complex128) if self.output == "magnitude" else real
 
     def _check_output(self) -> None:
-        _check(self.output in get_args(Output), self.kind, "output", self.output, '"magnitude" or "real"')
+        _check(is_one_of(self.output, get_args(Output)), self.kind, "output", self.output, '"magnitude" or "real"')
 
     def _shown(self, image: torch.Tensor) -> torch.Tensor:
         return image.abs() if self.output == "magnitude" else image.real
@@ -152,7 +175,7 @@ class KSpaceCrop(_KSpace):
     kind: ClassVar[str] = "k-space"
 
     def __post_init__(self) -> None:
-        _check_factor(self.kind, "scale", self.scale)
+        _check_factor(self, "scale")
         self._check_output()
 
     def _apply(self, hr: torch.Tensor, seed: tuple[int, ...], first: int) -> torch.Tensor:
@@ -175,7 +198,7 @@ class Truncation(_KSpace):
     scale = 1
 
     def __post_init__(self) -> None:
-        _check_factor(self.kind, "factor", self.factor)
+        _check_factor(self, "factor")
         self._check_output()
 
     def _apply(self, hr: torch.Tensor, seed: tuple[int, ...], first: int) -> torch.Tensor:
@@ -202,8 +225,8 @@ class PartialFourier(_KSpace):
     scale = 1
 
     def __post_init__(self) -> None:
-        _check(0.5 < self.fraction <= 1, self.kind, "fraction", self.fraction, "above 0.5 and at most 1")
-        _check(self.axis in (-2, -1), self.kind, "axis", self.axis, "-2 (rows) or -1 (columns)")
+        _check_number(self, "fraction", "above 0.5 and at most 1", lambda fraction: 0.5 < fraction <= 1)
+        _check_integer(self, "axis", "-2 (rows) or -1 (columns)", -2, -1)
         self._check_output()
 
     def _apply(self, hr: torch.Tensor, seed: tuple[int, ...], first: int) -> torch.Tensor:
@@ -245,7 +268,7 @@ class AreaAverage(_Separable):
     grid = "half-pixel"
 
     def __post_init__(self) -> None:
-        _check_factor(self.kind, "scale", self.scale)
+        _check_factor(self, "scale")
 
     def matrix(self, n: int) -> torch.Tensor:
         weights = torch.full((1, self.scale), 1 / self.scale, dtype=torch.float64)
@@ -264,7 +287,7 @@ class Bicubic(_Separable):
     grid = "half-pixel"
 
     def __post_init__(self) -> None:
-        _check_factor(self.kind, "scale", self.scale)
+        _check_factor(self, "scale")
 
     def matrix(self, n: int) -> torch.Tensor:
         unit = torch.eye(n, dtype=torch.float64)[None, None]  # column k is the k-th unit vector; widths stay
@@ -280,7 +303,7 @@ class Subsample(_Separable):
     kind: ClassVar[str] = "subsample"
 
     def __post_init__(self) -> None:
-        _check_factor(self.kind, "scale", self.scale)
+        _check_factor(self, "scale")
 
     def matrix(self, n: int) -> torch.Tensor:
         return torch.eye(n, dtype=torch.float64)[:: self.scale]
@@ -295,7 +318,7 @@ class GaussianBlur(_Separable):
     scale = 1
 
     def __post_init__(self) -> None:
-        _check(0 < self.sigma <= 64, self.kind, "sigma", self.sigma, "above 0 and at most 64 pixels")
+        _check_number(self, "sigma", "above 0 and at most 64 pixels", lambda sigma: 0 < sigma <= 64)
 
     def matrix(self, n: int) -> torch.Tensor:
         radius = int(4 * self.sigma + 0.5)
@@ -317,8 +340,7 @@ class _Noise(Degradation):
 
     def _check_noise(self) -> None:
         for name in ("snr", "reference"):
-            value = getattr(self, name)
-            _check(0 < value < float("inf"), self.kind, name, value, "a positive number")
+            _check_number(self, name, "a positive number", lambda value: 0 < value < float("inf"))
 
     def _drawn(self, hr: torch.Tensor, fields: int, seed: tuple[int, ...], first: int) -> torch.Tensor:
         """(fields, ..., H, W): independent normal noise of standard deviation reference / snr."""

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from deformmamba.annotations import check_seed
+
 
 def head(size: int = 256, seed: int = 0) -> np.ndarray:
     """An axial slice of a head as T2 weighting would show it, drawn from ellipses and random folds; not anatomy.
@@ -16,7 +18,7 @@ def head(size: int = 256, seed: int = 0) -> np.ndarray:
     Returns:
         (size, size), float64, from 0 to about 1; air is 0.
     """
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(check_seed(seed))
     over = 2  # drawn twice as fine and averaged, so that edges hold partial volumes
     n = size * over
     y, x = np.meshgrid(*[np.linspace(-1, 1, n)] * 2, indexing="ij")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import assert_close
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.physics.degradations import (
     DEGRADATIONS,
     AreaAverage,
@@ -269,3 +270,47 @@ def test_a_gpu_gives_what_the_cpu_gives(text):
     if degradation.no_adjoint is None:
         y = degradation(x)
         assert_close(degradation.adjoint(y.cuda()).cpu(), degradation.adjoint(y))
+
+
+@pytest.mark.parametrize("seed", [-1, 1.0, True, "1", None, (), (1, -1), (0, 0.5), np.arange(2)])
+def test_a_seed_that_generators_do_not_take_is_refused_in_one_line(seed):
+    for degradation in (RicianNoise(snr=9), KSpaceCrop(2), GaussianBlur(1) >> Subsample(2)):
+        with pytest.raises(InvalidArgument, match=r"^seed is .*; it must be a whole number, 0 or more$"):
+            degradation(torch.rand(4, 4), seed=seed)
+    with pytest.raises(InvalidArgument, match=r"^first is -1; it must be a whole number"):
+        RicianNoise(snr=9)(torch.rand(4, 4), first=-1)
+
+
+def test_numbers_of_numpy_are_plain_numbers():
+    image = torch.rand(8, 8)
+    noise = RicianNoise(snr=np.float32(20))
+    assert (noise, str(noise)) == (RicianNoise(snr=20), "rician:snr=20.0,reference=1.0")
+    for seed in (np.int64(3), np.uint8(3), torch.tensor(3)):
+        assert torch.equal(noise(image, seed=seed), noise(image, seed=3))
+        assert torch.equal(noise(image, seed=(1, seed)), noise(image, seed=(1, 3)))
+    for made in (KSpaceCrop, Truncation, AreaAverage, Subsample):
+        for scale in (np.int64(2), np.uint8(2), torch.tensor(2)):
+            assert made(scale) == made(2)
+            assert str(made(scale)) == str(made(2))
+            assert torch.equal(made(scale)(image), made(2)(image))
+        for wrong in (True, 2.0, np.bool_(True), 0, 65, "2", None):
+            with pytest.raises(InvalidArgument, match="must be an integer from 1 to 64"):
+                made(wrong)
+    assert parse("subsample", scale=np.int64(2)) == Subsample(2)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: GaussianBlur("wide"),
+        lambda: GaussianBlur(None),
+        lambda: RicianNoise(snr="20"),
+        lambda: GaussianNoise(snr=True),
+        lambda: PartialFourier(fraction=[0.75]),
+        lambda: PartialFourier(axis=-2.0),
+        lambda: KSpaceCrop(2, output=np.arange(2)),
+    ],
+)
+def test_values_of_a_wrong_type_are_refused_in_one_line(build):
+    with pytest.raises(InvalidArgument, match=" must be "):
+        build()
