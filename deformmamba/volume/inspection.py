@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from deformmamba.annotations import check_types, is_number
+from deformmamba.annotations import check_types
 from deformmamba.physics.kspace import fft2c
 from deformmamba.tensors import on_cpu_by_default
 from deformmamba.volume import Volume, VolumeError, chosen_axis, in_plane, intensity_scale
@@ -326,11 +326,13 @@ def _orientation(volume: Volume, axis: int) -> tuple[str | None, float | None]:
 def trained_spacings(model: "SRModel") -> tuple[float, float] | None:
     """The finest and the coarsest pixel in the training data of the weights, in mm; None: unknown."""
     stored = model.provenance.get("spacings_mm")  # any JSON
-    if not isinstance(stored, list | tuple) or not stored:
+    try:
+        sizes = np.asarray(stored, np.float64) if isinstance(stored, list | tuple) else np.empty(0)
+    except (TypeError, ValueError):
         return None
-    if not all(is_number(size) and 0 < size < np.inf for size in stored):
+    if not sizes.size or not ((sizes > 0) & (sizes < np.inf)).all():
         return None
-    return float(min(stored)), float(max(stored))
+    return float(sizes.min()), float(sizes.max())
 
 
 def is_far(pixel: tuple[float, float], trained: tuple[float, float]) -> bool:
