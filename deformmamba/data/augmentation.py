@@ -10,21 +10,22 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from deformmamba.errors import InvalidArgument
 
 TISSUE = 0.15  # of the intensity scale: brighter pixels are tissue, darker ones air
 
 
-def check_range(name: str, value: float, lowest: float, highest: float = math.inf) -> None:
+def check_range(name: str, value: float, lowest: float, highest: float = math.inf, *, of: str = "PatchDataset") -> None:
     """Refuses a number outside [lowest, highest], infinity and NaN.
 
     Raises:
-        ValueError: names the argument of `PatchDataset`, its value and the range.
+        ValueError: names the data set `of`, its argument, the value and the range.
     """
     if not lowest <= value <= highest or value == math.inf:
         between = f"from {lowest} to {highest}" if highest < math.inf else f"of {lowest} or more"
-        raise InvalidArgument(f"PatchDataset: {name} is {value}; wanted a number {between}")
+        raise InvalidArgument(f"{of}: {name} is {value}; wanted a number {between}")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ def map_magnitude(image: torch.Tensor, curve: Callable[[torch.Tensor], torch.Ten
     if image.is_complex():
         return torch.polar(curve(image.abs()), image.angle())
     return curve(image.clamp(min=0))
+
+
+def closed(mask: torch.Tensor) -> torch.Tensor:
+    """A mask (n, 1, h, w) of 0 and 1 after a morphological closing with 7x7 pixels: small holes are filled."""
+    return -F.max_pool2d(-F.max_pool2d(mask, 7, 1, 3), 7, 1, 3)
 
 
 def bright_markers(size: tuple[int, int], rng: np.random.Generator) -> torch.Tensor:

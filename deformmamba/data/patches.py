@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from deformmamba.annotations import is_one_of
-from deformmamba.data.augmentation import TISSUE, Augmentation, check_range
+from deformmamba.data.augmentation import TISSUE, Augmentation, check_range, closed
+from deformmamba.data.groups import check_weights, cumulative_shares
 from deformmamba.data.scans import Scan, Slices, find_scans, load_slices, load_volume, subjects
 from deformmamba.errors import InvalidArgument, shown
 from deformmamba.models.normalise import slice_range
@@ -127,7 +128,7 @@ class PatchDataset(Dataset[Sample]):
         )
         self.degradation = _parsed_degradation(degradation, scale)
         self.jitter = _parsed_jitter(jitter or {}, self.degradation)
-        _check_weights(weights)
+        check_weights(weights, of="PatchDataset")
 
         chosen = [scan for scan in scans if weights is None or scan.group in weights]
         if not chosen:
@@ -137,8 +138,8 @@ class PatchDataset(Dataset[Sample]):
         groups, spacings = self._read(chosen, intensity, progress)
         self.groups = list(groups.values())
         self.spacings = (scale * min(spacings), scale * max(spacings))
-        shares = [weights[name] if weights else len(slices) for name, slices in groups.items()]
-        self.shares = np.cumsum(shares) / np.sum(shares)
+        counts = {name: len(slices) for name, slices in groups.items()}
+        self.shares = cumulative_shares(counts, weights, of="PatchDataset")
 
     def _read(
         self, scans: Sequence[Scan], intensity: str, progress: bool
@@ -249,8 +250,7 @@ def _head(lr: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
     In half of the cases an ellipse also cuts through the tissue.
     """
-    mask = (lr.abs() > TISSUE).to(lr.dtype)[None, None]
-    mask = -F.max_pool2d(-F.max_pool2d(mask, 7, 1, 3), 7, 1, 3)
+    mask = closed((lr.abs() > TISSUE).to(lr.dtype)[None, None])
     rim = 2 * int(rng.integers(0, 4)) + 1
     mask = -F.max_pool2d(-mask, rim, 1, rim // 2)[0, 0]
     if rng.random() < 0.5:
@@ -292,13 +292,6 @@ def _parsed_jitter(jitter: Mapping[str, float], main: Degradation) -> dict[Degra
             f"PatchDataset: jitter has the shares {list(parsed.values())}; their sum must be at most 1"
         )
     return parsed
-
-
-def _check_weights(weights: Mapping[str, float] | None) -> None:
-    for name, share in (weights or {}).items():
-        check_range(f"the weight of {name}", share, 0)
-    if weights and not sum(weights.values()):
-        raise InvalidArgument("PatchDataset: all weights are 0; wanted one above 0")
 
 
 def _with_bar(scans: Sequence[Scan], progress: bool) -> Iterable[Scan]:

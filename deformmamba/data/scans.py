@@ -141,7 +141,8 @@ def _from_manifest(root: Path) -> list[Scan]:
 
 def _from_index(root: Path) -> list[Scan]:
     table = root / INDEX
-    scans = []
+    scans: list[Scan] = []
+    spelled: dict[str, str] = {}  # upper and lower case are equal; the first spelling counts
     for number, row in read_table(table, ("participant_id", "file", "split")):
         subject, split = row["participant_id"], row["split"]
         if split not in SPLITS:
@@ -149,6 +150,7 @@ def _from_index(root: Path) -> list[Scan]:
         path = root / row["file"]
         if not path.exists():  # a DICOM series is a folder
             raise VolumeError(f"{table}, line {number}: missing file {row['file']} of {subject}")
+        subject = spelled.setdefault(subject.casefold(), subject)
         scans.append(Scan(path, subject, split, f"{row.get('contrast', '')} {row.get('anatomy', '')}".strip()))
     return scans
 

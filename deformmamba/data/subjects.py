@@ -9,8 +9,11 @@ The name of a scan's subject comes from, in this order:
    (`anna/T1.nii.gz, anna/T2.nii.gz, ben/T1.nii.gz`);
 5. the first part of the file's name that differs between scans (`anna_T1.nii.gz, anna_T2.nii.gz`).
 
-Words for contrasts, sequences, sessions, dates and similar never name a subject. Upper and lower case are equal. DICOM
-series without a `sub-` label but with the same PatientID are also one subject.
+Words for contrasts, sequences, sessions, dates and similar never name a subject. Upper and lower case, and numbers with
+and without leading zeros, are equal. DICOM series without a `sub-` label but with the same PatientID are also one
+subject. If only some paths have a `sub-` label, a path without one belongs to the labelled subject that it names
+(`sub-anna/T2.nii.gz, anna_FLAIR.nii.gz`; `sub-01_T2w.nii.gz, sub01_FLAIR.nii.gz`). Inside the folder of a labelled
+subject, such as `sub-01/anat`, all scans are of this subject.
 
 In doubtful cases the rules join scans rather than separate them: users notice too few subjects at once, but not a
 person in two splits.
@@ -20,7 +23,7 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +33,9 @@ _BIDS = re.compile(r"(?:^|[/_. -])(sub-[A-Za-z0-9]+)", re.IGNORECASE)
 
 # public data sets whose subject names have several parts
 _KNOWN = re.compile(r"TCGA-\w{2}-\w{4}|\d{3}_S_\d{4,5}|OAS\d_\d{4,5}|IXI\d{3}", re.IGNORECASE)
-_NUMBERED = re.compile(
-    r"(?:^|[_. -])((?:pt|pat|patient|subj|subject|sub|case|volunteer|participant|person|donor|proband)[_ -]?\d+"
-    r"|p\d{2,})(?!\d)",
-    re.IGNORECASE,
-)
+_PERSON = "pt|pat|patient|subj|subject|sub|case|volunteer|participant|person|donor|proband"
+_NUMBERED = re.compile(rf"(?:^|[_. -])((?:{_PERSON})[_ -]?\d+|p\d{{2,}})(?!\d)", re.IGNORECASE)
+_WORD = re.compile(rf"^(?:{_PERSON}|p)[_ -]?(?=\d+$)", re.IGNORECASE)
 
 # Words for contrast, protocol, time or site, which never name a subject; a number may follow: `ses2`, `series12`.
 _CONTRASTS = (
@@ -99,18 +100,52 @@ def name_subjects(
     """
     relative = {path: _relative(path, Path(root)) for path in paths}
     if pattern is not None:
-        return Subjects(_by_pattern(relative, pattern), f"the expression {pattern!r}", True)
+        return Subjects(_one_case(_by_pattern(relative, pattern)), f"the expression {pattern!r}", True)
     names: dict[Path, str] = {}
     for path, text in relative.items():
         if found := _BIDS.search(text):
             names[path] = found[1]
+    if not names and (inside := _labelled_folder(root)):
+        names = dict.fromkeys(paths, inside)
     rest = {path: text for path, text in relative.items() if path not in names}
     if not rest:
         return Subjects(_one_case(names), "the BIDS entity sub-<label>", True)
     guessed, rule = _guessed(rest)
+    if names:
+        guessed = _with_labels(guessed, rest, names.values())
     guessed = _joined(guessed, {path: patient for path, patient in (patients or {}).items() if path in rest})
     whole = Path(root).resolve().name or "all"
     return Subjects(_one_case({path: names.get(path) or guessed[path] or whole for path in paths}), rule, False)
+
+
+def _labelled_folder(root: str | os.PathLike[str]) -> str | None:
+    """The BIDS label of the subject whose folder `root` is, or is in, as `sub-01/ses-1/anat`; None outside of one."""
+    root = Path(os.path.abspath(root))
+    folders = (root, *root.parents)[:3]
+    return next((folder.name for folder in folders if re.fullmatch(r"sub-[A-Za-z0-9]+", folder.name, re.I)), None)
+
+
+def _with_labels(guessed: Mapping[Path, str], texts: Mapping[Path, str], labels: Iterable[str]) -> dict[Path, str]:
+    """The guessed names, replaced by one of the BIDS `labels` where a path (`texts`) names the same person.
+
+    It does if its number of a person or its guessed name equals the label, or if a part of it equals a label with a
+    letter. Words such as `sub` and `patient` before a number do not count.
+    """
+    known: dict[str, str] = {}
+    for label in labels:
+        known.setdefault(_person(label), label)
+    found = {}
+    for path, name in guessed.items():
+        parts = [part for folder in texts[path].split("/") for part in _tokens(_stem(folder))]
+        words = [word for word in map(_person, parts) if not word.isdigit()]
+        keys = [_person(_numbered(texts[path]) or ""), _person(name), *words]
+        found[path] = next((known[key] for key in keys if key in known), name)
+    return found
+
+
+def _person(name: str) -> str:
+    """As `_key`, without `sub-` and a word for a person before the number: equal for `sub-01`, `patient1` and `1`."""
+    return _key(_WORD.sub("", re.sub(r"^sub-", "", name, flags=re.I)))
 
 
 def _relative(path: Path, root: Path) -> str:

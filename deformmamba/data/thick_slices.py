@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from deformmamba.data.augmentation import check_range
+from deformmamba.data.groups import check_weights, cumulative_shares
 from deformmamba.data.scans import Scan, load_volume
 from deformmamba.errors import InvalidArgument
 from deformmamba.physics.slice_profile import SliceProfile, ThickSlices, slice_positions, spline_matrix
@@ -143,14 +145,12 @@ class ThickSliceDataset(Dataset[ThickSample]):
         seed: int = 0,
         progress: bool = False,
     ) -> None:
-        bounds: tuple[tuple[str, float, float, float], ...] = (
-            ("patch", patch, 8, math.inf), ("boxcar", boxcar, 0, 1), ("invert", invert, 0, 1),
-            ("reformats", reformats, 1, math.inf), ("contrast", contrast, 1, math.inf), ("gain", gain, 1, math.inf),
-        )  # fmt: skip
-        for name, value, lowest, highest in bounds:
-            if not lowest <= value <= highest or value == math.inf:
-                between = f"from {lowest} to {highest}" if highest < math.inf else f"of {lowest} or more"
-                raise InvalidArgument(f"ThickSliceDataset: {name} is {value}; wanted a number {between}")
+        check_range("patch", patch, 8, of="ThickSliceDataset")
+        for name, share in (("boxcar", boxcar), ("invert", invert)):
+            check_range(name, share, 0, 1, of="ThickSliceDataset")
+        for name, factor in (("reformats", reformats), ("contrast", contrast), ("gain", gain)):
+            check_range(name, factor, 1, of="ThickSliceDataset")
+        check_weights(weights, of="ThickSliceDataset")
         for name, pair, lowest in (("ratio", ratio, 1.0), ("thickness", thickness, 0.1)):
             if len(pair) != 2 or not lowest <= pair[0] <= pair[1] < math.inf:
                 raise InvalidArgument(
@@ -180,8 +180,8 @@ class ThickSliceDataset(Dataset[ThickSample]):
                 f"that are not empty; groups wanted: {', '.join(weights or ['any'])}"
             )
         self.spacings = (min(spacings), max(spacings))
-        shares = [weights[name] if weights else len(flat) for name, (flat, _) in self.groups.items()]
-        self.shares = np.cumsum(shares) / np.sum(shares)
+        counts = {name: len(flat) for name, (flat, _) in self.groups.items()}
+        self.shares = cumulative_shares(counts, weights, of="ThickSliceDataset")
 
     def _stacks(self, scan: Scan, reformats: float, spacings: list[float]) -> tuple[list[_Stack], list[_Stack]]:
         volume, axis = load_volume(scan)

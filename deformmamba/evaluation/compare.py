@@ -112,7 +112,13 @@ def evaluate(
 
 
 def mean_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The mean of each metric: over the volumes of a subject first, then over subjects."""
+    """The mean of each metric: over the volumes of a subject first, then over subjects.
+
+    Raises:
+        InvalidArgument: no rows.
+    """
+    if not rows:
+        raise InvalidArgument("mean_scores: there are no rows; give those of evaluate for one volume or more")
     return {metric: float(np.mean(list(subject_means(rows, metric).values()))) for metric in _metrics(rows)}
 
 

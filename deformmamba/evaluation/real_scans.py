@@ -12,9 +12,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from deformmamba.data.augmentation import TISSUE, closed
 from deformmamba.data.scans import Scan, load_slices, named_scans
 from deformmamba.errors import InvalidArgument
 from deformmamba.inference import upscale
+from deformmamba.metrics.statistics import subject_means
 from deformmamba.models.base import SRModel
 from deformmamba.models.interpolation import ZeroFill
 from deformmamba.models.normalise import constant_neighbourhood
@@ -28,7 +30,6 @@ MARKED_SHARE = 0.005  # share of a slice's pixels that the largest marker covers
 AROUND = 4  # margin around a marker, in LR pixels, that is excluded from the score
 GAINS = (20.0, 0.05, 0.03)
 OFFSETS = (-200.0, -600.0, -1500.0, 2000.0)  # in the scan's own units
-TISSUE = 0.15  # share of the 99.9th percentile; a mask sets the background, darker than this, to 0
 WELL_OUTSIDE = 4  # smallest distance from the mask, in LR pixels, of the pixels that are checked
 
 
@@ -95,13 +96,9 @@ def _stack(scan: Scan, scale: int, slices: int, window: int) -> _Stack:
 
 
 def _mean_over_subjects(case: str, rows: Sequence[Row]) -> Row:
-    people = sorted({row["subject"] for row in rows})
-    keys = [key for key in rows[0] if key != "subject"]
-    means = {
-        key: float(np.mean([np.mean([row[key] for row in rows if row["subject"] == one]) for one in people]))
-        for key in keys
-    }
-    return {"case": case, "subjects": len(people), **means}
+    by_subject = {key: list(subject_means(rows, key).values()) for key in rows[0] if key != "subject"}
+    means = {key: float(np.mean(values)) for key, values in by_subject.items()}
+    return {"case": case, "subjects": len({row["subject"] for row in rows}), **means}
 
 
 def _rows(model: SRModel, stack: _Stack, window: int, tile: int) -> list[Row]:
@@ -240,9 +237,9 @@ def window_corners(size: tuple[int, int], window: int) -> list[tuple[int, int]]:
 
 def _background_rows(model: SRModel, stack: _Stack) -> list[Row]:
     """Regions that are 0 in the input: the background outside a mask, and rows without tissue in a cut image."""
-    bright = intensity_scale(stack.lr.numpy())
+    bright = intensity_scale(stack.lr.numpy())  # a mask sets the background, darker than TISSUE, to 0
     tissue = (stack.lr > TISSUE * bright).to(stack.lr)[:, None]
-    filled = -F.max_pool2d(-F.max_pool2d(tissue, 7, 1, 3), 7, 1, 3)
+    filled = closed(tissue)
     masked = stack.lr * filled[:, 0]
     reach = 2 * WELL_OUTSIDE + 1
     outside = F.max_pool2d(filled, reach, 1, WELL_OUTSIDE)[:, 0] == 0

@@ -25,13 +25,16 @@ def terminal_table(compared: "Comparison") -> str:
         f"{counted(len(compared.any_rows), 'volume')} of {counted(n_subjects, 'subject')} at {s['scale']}x, "
         f"protocol {s['protocol']}, degradation {s['degradation']}"
     ]
-    if few:
-        lines.append(
-            f"mean over subjects ± standard deviation over slices (with fewer than {FEWEST} subjects: no interval)"
-        )
+    spreads = {metric: [row[metric].over for row in compared.summary.values()] for metric in compared.metrics}
+    over_subjects = [metric for metric, over in spreads.items() if set(over) != {"slices"}]
+    if few and len(over_subjects) < len(compared.metrics):
+        note = f" (with fewer than {FEWEST} subjects: no interval)" + ("; *: over subjects" if over_subjects else "")
+        lines.append(f"mean over subjects ± standard deviation over slices{note}")
     else:
-        lines.append("mean over subjects ± standard deviation over subjects [95% confidence interval of the mean]")
-    lines += ["", *_columns(compared.metrics, compared.summary)]
+        over_subjects = []
+        interval = f" (fewer than {FEWEST}: no interval)" if few else " [95% confidence interval of the mean]"
+        lines.append(f"mean over subjects ± standard deviation over subjects{interval}")
+    lines += ["", *_columns(compared.metrics, compared.summary, marked=over_subjects)]
     if compared.differences:
         count = f", {n_subjects} of them: no interval" if few else " [95% confidence interval]"
         lines += ["", f"difference to {compared.against}, subject by subject{count}"]
@@ -80,9 +83,12 @@ class Shown:
         return oriented_like(slices[self._index].numpy(), self._volume, self._axis)
 
 
-def _columns(metrics: Sequence[str], scores: Mapping[str, Mapping[str, Spread]], sign: str = "") -> list[str]:
-    """Lines of a table: names on the left, one column per metric."""
-    cells = [["", *(f"{metric} [dB]" if metric == "psnr" else metric for metric in metrics)]]
+def _columns(
+    metrics: Sequence[str], scores: Mapping[str, Mapping[str, Spread]], sign: str = "", marked: Sequence[str] = ()
+) -> list[str]:
+    """Lines of a table: names on the left, one column per metric; the names of the `marked` ones end in *."""
+    titles = [metric + " [dB]" * (metric == "psnr") + "*" * (metric in marked) for metric in metrics]
+    cells = [["", *titles]]
     for name, row in scores.items():
         cells.append([name, *(_cell(row[metric], 2 if metric == "psnr" else 4, sign) for metric in metrics)])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

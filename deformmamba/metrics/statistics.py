@@ -80,9 +80,12 @@ def spread(values: Sequence[float] | Mapping[str, float], *, over: str = "subjec
     Source: Student, Biometrika 6 (1908).
 
     Raises:
-        ValueError: no value, NaN among them, or a `level` outside (0, 1).
+        ValueError: no value, NaN or something else than a number among them, or a `level` outside (0, 1).
     """
-    numbers = np.array([values[name] for name in sorted(values)] if isinstance(values, Mapping) else values, float)
+    try:
+        numbers = np.array([values[name] for name in sorted(values)] if isinstance(values, Mapping) else values, float)
+    except (TypeError, ValueError):  # a text, or lists of different lengths
+        numbers = np.array([])
     if not numbers.size or numbers.ndim != 1 or np.isnan(numbers).any():
         raise InvalidArgument(
             f"spread: wanted a list of numbers over {over}, at least one and none NaN, not {shown(values)}"

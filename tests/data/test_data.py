@@ -375,6 +375,7 @@ def test_a_damaged_manifest_is_one_line(tmp_path):
         ({"lesions": math.nan}, "lesions is nan; wanted a number from 0 to 1"),
         ({"weights": {"T2": -1.0}}, "the weight of T2 is -1.0"),
         ({"weights": {"T2": 0.0}}, "all weights are 0"),
+        ({"weights": {"T2": 0.0, "T1": 1.0}}, r"groups that have samples \(T2\) all have the weight 0"),
     ],
 )
 def test_numbers_out_of_range_are_refused(tmp_path, phantom, change, message):

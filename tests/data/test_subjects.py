@@ -8,7 +8,7 @@ import numpy as np
 import pydicom
 import pytest
 
-from deformmamba.data.scans import find_scans
+from deformmamba.data.scans import find_scans, named_scans
 from deformmamba.data.subjects import name_subjects, patient_id
 from deformmamba.volume import VolumeError
 
@@ -81,6 +81,52 @@ def test_an_expression_decides():
         name_subjects(paths, ROOT, pattern="b/")
     with pytest.raises(VolumeError, match="not a regular expression"):
         name_subjects(paths, ROOT, pattern="a(")
+
+
+def test_spellings_that_an_expression_finds_are_joined():
+    paths = [ROOT / name for name in ("Patient01_T1.nii", "patient01_T2.nii", "patient1_PD.nii", "patient02_T1.nii")]
+    found = name_subjects(paths, ROOT, pattern="(?i)patient[0-9]+")
+    assert [*found.names.values()] == ["Patient01", "Patient01", "Patient01", "patient02"]
+
+
+# layout in which only some scans have a BIDS label: (its scans, the subject of each)
+PARTLY_LABELLED = {
+    "no hyphen": ("sub-01_T2w.nii sub01_FLAIR.nii sub-02_T2w.nii", "sub-01 sub-01 sub-02"),
+    "a name": ("sub-anna/T2w.nii anna_FLAIR.nii sub-ben/T2w.nii", "sub-anna sub-anna sub-ben"),
+    "a name in every other path": ("sub-anna/T2w.nii anna_FLAIR.nii anna_T1.nii", "sub-anna sub-anna sub-anna"),
+    "names": ("sub-Anna/T2w.nii x/anna/T1.nii x/ben/T1.nii", "sub-Anna sub-Anna ben"),
+    "another word": ("sub-01_T2w.nii patient1_T1.nii patient2_T1.nii", "sub-01 sub-01 patient2"),
+    "a word in the label": ("sub-P001_T2w.nii P001_T1.nii P002_T1.nii", "sub-P001 sub-P001 P002"),
+    "numbers of runs": ("sub-1_T2w.nii anna_1.nii ben_1.nii", "sub-1 anna ben"),
+}
+
+
+@pytest.mark.parametrize(("files", "wanted"), PARTLY_LABELLED.values(), ids=PARTLY_LABELLED)
+def test_a_scan_without_a_label_belongs_to_the_labelled_subject_that_it_names(files, wanted):
+    paths = [ROOT / name for name in files.split()]
+    found = name_subjects(paths, ROOT)
+    assert [found.names[path] for path in paths] == wanted.split()
+    assert not found.certain
+
+
+@pytest.mark.parametrize("inside", ["sub-01", "sub-01/anat", "SUB-01/ses-1/anat"])
+def test_scans_in_the_folder_of_a_labelled_subject_are_of_this_subject(inside):
+    root = ROOT / inside
+    found = name_subjects([root / "a.nii", root / "b.nii"], root)
+    assert [name.lower() for name in found.names.values()] == ["sub-01", "sub-01"]
+    assert found.certain
+    assert [scan.subject for scan in named_scans([root / "a.nii", root / "b.nii"])] == [*found.names.values()]
+
+
+def test_names_in_a_table_are_equal_in_upper_and_lower_case(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.nii").write_bytes(b"")
+    rows = "participant_id\tfile\tsplit\nSub-A\ta.nii\ttrain\nsub-a\tb.nii\t"
+    (tmp_path / "volumes.tsv").write_text(rows + "train\n")
+    assert [scan.subject for scan in find_scans(tmp_path)] == ["Sub-A", "Sub-A"]
+    (tmp_path / "volumes.tsv").write_text(rows + "val\n")
+    with pytest.raises(VolumeError, match="subject Sub-A is in train and val"):
+        find_scans(tmp_path)
 
 
 def series(folder, patient):

@@ -100,3 +100,22 @@ def test_numbers_out_of_range_are_refused(scans: list[Scan], settings: dict[str,
 def test_images_smaller_than_a_patch_are_no_data(scans: list[Scan]) -> None:
     with pytest.raises(VolumeError, match="100x100"):
         made(scans, patch=100)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch": 7}, "ThickSliceDataset: patch is 7; wanted a number of 8 or more"),
+        ({"boxcar": 1.5}, "ThickSliceDataset: boxcar is 1.5; wanted a number from 0 to 1"),
+        ({"gain": np.inf}, "ThickSliceDataset: gain is inf"),
+        ({"weights": {"flat": -1.0, "cube": 2.0}}, "ThickSliceDataset: the weight of flat is -1.0"),
+        ({"weights": {"flat": np.nan}}, "ThickSliceDataset: the weight of flat is nan"),
+        ({"weights": {"flat": 0.0, "cube": 0.0}}, "ThickSliceDataset: all weights are 0"),
+        ({"weights": {"flat": 0.0, "other": 1.0}}, r"groups that have samples \(flat\) all have the weight 0"),
+    ],
+)
+def test_numbers_and_weights_out_of_range_are_refused(
+    scans: list[Scan], change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        made(scans, **change)

@@ -136,6 +136,20 @@ def test_an_interval_from_five_subjects_on(scans: list[Scan]) -> None:
     assert "[" not in table.replace("[dB]", "")
 
 
+def test_a_column_without_values_by_slice_is_marked(scans: list[Scan]) -> None:
+    few = compare(MODELS, scans[:4], metrics=["hfen"])
+    table = few.table()
+    assert "standard deviation over slices (with fewer than 5 subjects: no interval); *: over subjects\n" in table
+    assert table.splitlines()[3].split() == ["psnr", "[dB]", "ssim", "nmse", "hfen*"]
+    assert few.summary["bicubic"]["hfen"].over == "subjects"
+    assert "*" not in compare(MODELS, scans, metrics=["hfen"]).table()
+
+
+def test_no_rows_have_no_mean() -> None:
+    with pytest.raises(ValueError, match="mean_scores: there are no rows"):
+        mean_scores([])
+
+
 def test_what_is_written_can_be_read_and_joined(scans: list[Scan]) -> None:
     result = compare(MODELS, scans[:3], metrics=["hfen"], protocol="slice", seed=3)
     told = json.loads(json.dumps(result.to_dict()))

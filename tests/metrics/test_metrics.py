@@ -25,6 +25,15 @@ def volumes(shape, peak, dtype, seed=0):
     return sr.astype(dtype), hr.astype(dtype)
 
 
+@pytest.mark.parametrize("protocol", ["volume", "slice"])
+@pytest.mark.parametrize("metric", [psnr, ssim, nmse, hfen])
+def test_a_pixel_that_is_nan_is_not_left_out_of_a_score(metric, protocol):
+    sr, hr = volumes((3, 16, 16), 1.0, np.float64)
+    hr[1, 2, 3] = np.nan
+    assert math.isnan(metric(sr, hr, protocol=protocol))
+    assert [math.isnan(value) for value in by_slice(sr, hr, protocol="slice")["nmse"]] == [False, True, False]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("peak", "dtype"), RANGES)
 def test_equal_to_scikit_image(shape, peak, dtype):

@@ -116,7 +116,9 @@ def test_perfect_scores_have_no_spread():
     assert (result.mean, result.std, result.interval) == (math.inf, None, None)
 
 
-@pytest.mark.parametrize(("values", "options"), [([], {}), ([1, math.nan], {}), ([1.0], {"level": 1.5})])
+@pytest.mark.parametrize(
+    ("values", "options"), [([], {}), ([1, math.nan], {}), (["a"], {}), ([[1], [1, 2]], {}), ([1.0], {"level": 1.5})]
+)
 def test_nothing_is_made_of_nothing(values, options):
     with pytest.raises(ValueError, match=r"wanted a list of numbers|between 0 and 1"):
         spread(values, **options)
