@@ -12,6 +12,7 @@ from deformmamba.errors import InvalidType, counted, one_line
 from deformmamba.inference.settings import Settings
 from deformmamba.tensors import has_values
 from deformmamba.volume import Volume, VolumeError, from_nibabel, read_volume, to_nibabel
+from deformmamba.volume.inspection import FEW, no_magnitude
 
 # Converts (geometry and header of the result, its voxels) to an object of the same kind as the input.
 Back = Callable[[Volume, np.ndarray], Any]
@@ -21,15 +22,8 @@ SCANS = "a path, a Volume, a nibabel image, an array or tensor of real numbers, 
 # the range of float32, with a margin for squares and overshoot
 LARGEST, SMALLEST = 1e18, 1e-18
 
-# Share of voxels that may be negative in a magnitude image (interpolation makes some).
-MOST_NEGATIVE = 0.01
-# Mean difference of neighbours over the range of values: 1/3 for uniform noise, at most 0.1 for LR magnitude images of
-# the validation split.
-PHASE_STEP = 0.2
 # a scan whose range is less than this many steps of float32 gets a warning
 FEWEST_STEPS = 256
-# percentiles between which a scan's intensities are judged
-FEW = (0.1, 99.9)
 
 
 def opened(scan: Any, settings: Settings) -> tuple[Volume, Back, Settings]:
@@ -169,23 +163,3 @@ def intensity_cautions(array: np.ndarray, *, trained: bool = True, signed: bool 
             "an offset first, or the result is coarse"
         )
     return found
-
-
-def no_magnitude(array: np.ndarray, *, signed: bool = False) -> str | None:
-    """Why a scan does not look like a magnitude image, in one sentence; None if it does.
-
-    Negative values, unless `signed`: more than 1 % of the voxels (a t-map, a signed or negated image). Phase: the
-    values fill the range of a phase, in radians or in a scanner's 12-bit units, and neighbours differ by a fifth of it
-    on average, because the phase in air is uniform noise (magnitude images: by a tenth or less).
-    """
-    lowest, highest = (float(value) for value in np.percentile(array, FEW))  # single voxels, as of padding, may differ
-    spans = ((-np.pi, np.pi), (0.0, 2 * np.pi), (-4096.0, 4095.0), (0.0, 4095.0), (-2048.0, 2047.0))
-    for low, high in spans:
-        near = 0.02 * (high - low)
-        if low - near < lowest < low + near and high - near < highest < high + near:
-            axis = int(np.argmax(array.shape))
-            if np.abs(np.diff(array.astype(np.float32), axis=axis)).mean() > PHASE_STEP * (high - low):
-                return f"its values fill {low:.4g} to {high:.4g} like noise, as those of a phase image do"
-    if not signed and (negative := float(np.mean(array < 0))) > MOST_NEGATIVE:
-        return f"{100 * negative:.0f} % of its voxels are negative, as in a t-map or in a signed or negated image"
-    return None

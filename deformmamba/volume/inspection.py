@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 # a pixel outside the range of the training data by more than this factor is far from it
 FAR_SPACING = 1.5
 
+# Share of voxels that may be negative in a magnitude image (interpolation makes some).
+MOST_NEGATIVE = 0.01
+# Mean difference of neighbours over the range of values: 1/3 for uniform noise, at most 0.1 for LR magnitude images of
+# the validation split.
+PHASE_STEP = 0.2
+# percentiles between which a scan's intensities are judged
+FEW = (0.1, 99.9)
+
 _N_SLICES = 32  # enough slices for a smooth profile
 _DYNAMIC_RANGE = 1e-12  # in power; smaller values are rounding of float32 voxels
 _LOWEST = 0.15  # share of the highest frequency; lower frequencies are anatomy, and no scanner interpolates sevenfold
@@ -263,8 +271,8 @@ def inspect_volume(volume: Volume, *, axis: int | None = None, model: "SRModel |
     negative = float(np.count_nonzero(array < 0) / array.size)
 
     remarks = []
-    if negative:
-        remarks.append(f"{negative:.2%} of the voxels are negative: no magnitude image, which is what models are for")
+    if (reason := no_magnitude(array)) is not None:
+        remarks.append(f"the scan does not look like a magnitude image, which is what models are for: {reason}")
     if effective == matrix and any(m is not None and m < n for m, n in zip(stated, matrix, strict=True)):
         sizes = " x ".join("?" if m is None else str(m) for m in stated)
         remarks.append(
@@ -294,6 +302,26 @@ def inspect_volume(volume: Volume, *, axis: int | None = None, model: "SRModel |
         negative=negative,
         remarks=tuple(remarks),
     )
+
+
+def no_magnitude(array: np.ndarray, *, signed: bool = False) -> str | None:
+    """Why a scan does not look like a magnitude image, in one sentence; None if it does.
+
+    Negative values, unless `signed`: more than 1 % of the voxels (a t-map, a signed or negated image). Phase: the
+    values fill the range of a phase, in radians or in a scanner's 12-bit units, and neighbours differ by a fifth of it
+    on average, because the phase in air is uniform noise (magnitude images: by a tenth or less).
+    """
+    lowest, highest = (float(value) for value in np.percentile(array, FEW))  # single voxels, as of padding, may differ
+    spans = ((-np.pi, np.pi), (0.0, 2 * np.pi), (-4096.0, 4095.0), (0.0, 4095.0), (-2048.0, 2047.0))
+    for low, high in spans:
+        near = 0.02 * (high - low)
+        if low - near < lowest < low + near and high - near < highest < high + near:
+            axis = int(np.argmax(array.shape))
+            if np.abs(np.diff(array.astype(np.float32), axis=axis)).mean() > PHASE_STEP * (high - low):
+                return f"its values fill {low:.4g} to {high:.4g} like noise, as those of a phase image do"
+    if not signed and (negative := float(np.mean(array < 0))) > MOST_NEGATIVE:
+        return f"{100 * negative:.0f} % of its voxels are negative, as in a t-map or in a signed or negated image"
+    return None
 
 
 def stated_matrix(volume: Volume, axis: int) -> tuple[int | None, int | None]:

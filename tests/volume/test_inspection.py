@@ -212,6 +212,23 @@ def test_what_it_remarks(phantom: np.ndarray) -> None:
         inspect_volume(Volume(phantom + 1j, np.eye(4)))
 
 
+@pytest.mark.parametrize("n_negative", [1, 30])
+def test_few_negative_voxels_do_not_make_another_kind_of_image(phantom: np.ndarray, n_negative: int) -> None:
+    """Interpolation makes some; `upscale` has the same limit."""
+    array = phantom.copy()
+    array.flat[:n_negative] = -1e-5
+    found = inspect_volume(Volume(array, np.diag([1.0, 1, 4, 1])))
+    assert found.negative == n_negative / array.size < 0.01
+    assert found.remarks == ()
+
+
+def test_a_phase_image_gets_a_remark() -> None:
+    phase = np.random.default_rng(0).integers(0, 4096, (32, 32, 4)).astype(np.float32)
+    found = inspect_volume(Volume(phase, np.diag([1.0, 1, 4, 1])))
+    assert "not look like a magnitude image" in found.remarks[0]
+    assert "as those of a phase image do" in found.remarks[0]
+
+
 def test_what_it_says_about_a_model(phantom: np.ndarray) -> None:
     model = ZeroFill(scale=2)
     scan = Volume(phantom, np.diag([1.0, 1, 4, 1]))
@@ -221,7 +238,7 @@ def test_what_it_says_about_a_model(phantom: np.ndarray) -> None:
         return inspect_volume(scan, model=model).remarks[-1]
 
     assert "do not record" in said()
-    for odd in ("1 mm", [], {"T2": 1}, [[1], 2], [None, 1], [0, 1], 3, [True]):
+    for odd in ("1 mm", [], {"T2": 1}, [[1], 2], [None, 1], [0, 1], 3):
         assert "do not record" in said(spacings_mm=odd)
     assert "are among them" in said(spacings_mm=[0.8, 1.2])
     assert "are near that" in said(spacings_mm=[1.2, 1.4])
