@@ -20,7 +20,7 @@ import torch
 from deformmamba.annotations import check_types
 from deformmamba.errors import InvalidType
 from deformmamba.inference import Settings, upscale
-from deformmamba.inference.networks import network
+from deformmamba.inference.networks import network as found_network
 from deformmamba.volume import Volume, VolumeError
 
 if TYPE_CHECKING:
@@ -40,18 +40,19 @@ class UpscaleInferer:
         self.settings = asdict(Settings.of(settings))
 
     def __call__(self, inputs: torch.Tensor, network: "SRModel", *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Raises TypeError if the network is not an SRModel, or if there are further arguments, which no SRModel
-        takes."""
-        if not hasattr(network, "intensity") or not hasattr(network, "scale"):
-            raise InvalidType(f"the network must be one of deformmamba's models, not {type(network).__name__}")
+        """Raises TypeError if the network is not an SRModel or a wrapper of one, or if there are further arguments,
+        which no SRModel takes; VolumeError for an empty batch."""
+        model = found_network(network)
         if not isinstance(inputs, torch.Tensor):
             raise InvalidType(f"inputs must be a tensor (b, c, h, w) or (b, c, i, j, k), not {type(inputs).__name__}")
         if args or kwargs:
             raise InvalidType("a super-resolution model takes only the image; leave the other arguments out")
         if inputs.ndim not in (4, 5):
             raise VolumeError(f"inputs are (b, c, h, w) or (b, c, i, j, k), not {tuple(inputs.shape)}")
+        if not inputs.numel():
+            raise VolumeError(f"inputs of shape {tuple(inputs.shape)} hold no image; give one or more")
         plain = inputs.as_tensor() if hasattr(inputs, "as_tensor") else inputs
-        return torch.stack([torch.stack([upscale(network, scan, **self.settings) for scan in item]) for item in plain])
+        return torch.stack([torch.stack([upscale(model, scan, **self.settings) for scan in item]) for item in plain])
 
 
 class UpscaleTransform:
@@ -74,7 +75,7 @@ class UpscaleTransform:
         self, model: "SRModel | str | os.PathLike[str]", keys: str | Iterable[str] | None = None, **settings: Any
     ) -> None:
         check_types(UpscaleTransform.__init__, {"self": self, "model": model, "keys": keys})
-        found = network(model)  # a wrapper of a model stays, because it can be sent to another process
+        found = found_network(model)  # a wrapper of a model stays, because it can be sent to another process
         self.model = found if isinstance(model, str | os.PathLike) else model
         self.keys = (keys,) if isinstance(keys, str) else None if keys is None else tuple(keys)
         self.settings = asdict(Settings.of(settings))
@@ -115,7 +116,9 @@ class UpscaleTransform:
     def _array(self, image: Any) -> Any:
         affine = getattr(image, "affine", None)
         plain = image.as_tensor() if hasattr(image, "as_tensor") else image
-        tensor, affine = self._channels(torch.as_tensor(plain), None if affine is None else np.asarray(affine))
+        if isinstance(plain, np.ndarray):  # PyTorch has no types of other processors, such as those of MGH files
+            plain = torch.as_tensor(plain.astype(plain.dtype.newbyteorder("=")))
+        tensor, affine = self._channels(plain, None if affine is None else np.asarray(affine))
         if isinstance(image, np.ndarray):
             return tensor.numpy()
         tensor = tensor.to(plain.device)
@@ -128,6 +131,10 @@ class UpscaleTransform:
         """(c, h, w) or (c, i, j, k), each channel upscaled, and the affine of the result."""
         if image.ndim not in (3, 4):
             raise VolumeError(f"an image is (c, h, w) or (c, i, j, k), not {tuple(image.shape)}")
+        if not image.numel():
+            raise VolumeError(f"an image of shape {tuple(image.shape)} is empty; give one channel or more")
+        if image.dtype == torch.bfloat16:  # which numpy lacks
+            image = image.float()
         if affine is None or affine.shape != (4, 4):
             return torch.stack([upscale(self.model, channel, **self.settings) for channel in image.cpu()]), affine
         settings = {**self.settings, "axis": 2} if image.ndim == 3 else self.settings

@@ -352,7 +352,7 @@ class SRModel(nn.Module):
         return {"base": zero_fill(lr.to(torch.promote_types(lr.dtype, torch.float32)), self.scale)}
 
     def check_lr(self, lr: torch.Tensor) -> None:
-        """Checks the input of `forward`, and in eval mode warns if it is far from [0, 1].
+        """Checks the input of `forward`, and in eval mode warns if a network gets images far from [0, 1].
 
         Raises:
             TypeError: not a floating-point tensor, a dtype that does not go with that of the weights, or weights in a
@@ -375,7 +375,8 @@ class SRModel(nn.Module):
                 f"{self.minimum_size}x{self.minimum_size}; pad it and crop the result"
             )
         self._check_precision(lr)
-        if self.training or self.any_intensity or not has_values(lr):
+        linear = next(self.parameters(), None) is None  # interpolation takes any unit
+        if self.training or self.any_intensity or linear or not has_values(lr):
             return
         if lr.is_cuda and torch.cuda.is_current_stream_capturing():
             return

@@ -77,14 +77,13 @@ def effective_matrix(
     Raises:
         VolumeError: not three axes, or no slice.
     """
-    images = torch.as_tensor(np.ascontiguousarray(slices) if isinstance(slices, np.ndarray) else slices)
-    if images.ndim != 3 or 0 in images.shape:
-        raise VolumeError(f"effective_matrix takes slices (n, H, W), not {tuple(images.shape)}")
-    n, h, w = images.shape
+    if slices.ndim != 3 or 0 in slices.shape:
+        raise VolumeError(f"effective_matrix takes slices (n, H, W), not {tuple(slices.shape)}")
+    n, h, w = slices.shape
     window = torch.hann_window(h, dtype=torch.float64)[:, None] * torch.hann_window(w, dtype=torch.float64)
     profiles: tuple[list[np.ndarray], list[np.ndarray]] = [], []
     for k in evenly(n, _N_SLICES):
-        image = images[k].to(torch.complex128 if images.is_complex() else torch.float64)
+        image = _double(slices[k])
         mean = (
             image * window
         ).sum() / window.sum()  # a bright pixel in a corner, which the window removes, is left out
@@ -93,6 +92,13 @@ def effective_matrix(
             of_axis.append(profile.numpy())
     rows, columns = (_agreed(np.stack(found), size) for found, size in zip(profiles, stated, strict=True))
     return rows, columns
+
+
+def _double(image: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """An image in double precision; PyTorch lacks some of numpy's types, such as those of other processors."""
+    if isinstance(image, np.ndarray):
+        return torch.from_numpy(np.ascontiguousarray(image, np.complex128 if image.dtype.kind == "c" else np.float64))
+    return image.to(torch.complex128 if image.is_complex() else torch.float64)
 
 
 def _agreed(profiles: np.ndarray, stated: int | None) -> int:

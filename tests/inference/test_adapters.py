@@ -10,7 +10,7 @@ from tolerances import assert_close
 
 from deformmamba.inference import upscale
 from deformmamba.inference.adapters import UpscaleInferer, UpscaleTransform
-from deformmamba.models import ZeroFill
+from deformmamba.models import VDSR, ZeroFill
 from deformmamba.volume import Volume, VolumeError
 
 AFFINE = np.array([[-0.9, 0, 0, 12], [0, 0.8, 0, -7], [0, 0, 4, 3], [0, 0, 0, 1.0]])
@@ -40,12 +40,37 @@ def test_an_inferer_takes_batches_of_slices_and_volumes() -> None:
     assert slices.shape == (2, 2, 12, 16)
     assert_close(slices[0, 1], upscale(model, volumes[0, 1, :, :, 0]))
     assert UpscaleInferer(axis=0)(volumes, model).shape == (2, 2, 6, 16, 6)
-    with pytest.raises(TypeError, match="one of deformmamba's models, not Linear"):
+    with pytest.raises(TypeError, match="the model is a Linear; give a model of deformmamba"):
         inferer(volumes, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="takes only the image"):
         inferer(volumes, model, 3)
     with pytest.raises(VolumeError, match=r"\(b, c, h, w\)"):
         inferer(volumes[0, 0], model)
+
+
+def test_an_inferer_takes_the_models_that_upscale_takes() -> None:
+    model, slices = VDSR(scale=2, layers=2, width=4).eval(), image(1, 1, 6, 8)
+    assert_close(UpscaleInferer()(slices, torch.nn.DataParallel(model)), UpscaleInferer()(slices, model))
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 6, 8), (2, 0, 6, 8), (1, 1, 0, 8, 3)])
+def test_empty_batches_are_refused_in_one_line(shape: tuple[int, ...]) -> None:
+    with pytest.raises(VolumeError, match=r"hold no image; give one or more"):
+        UpscaleInferer()(torch.zeros(shape), ZeroFill(scale=2))
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 8), (1, 0, 8, 3)])
+def test_empty_images_are_refused_in_one_line(shape: tuple[int, ...]) -> None:
+    for given in (torch.zeros(shape), np.zeros(shape)):
+        with pytest.raises(VolumeError, match="is empty; give one channel or more"):
+            UpscaleTransform(ZeroFill(scale=2))(given)
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">i2", "float16"])
+def test_arrays_of_any_type(dtype: str) -> None:
+    given = image(1, 6, 8).numpy().astype(dtype)
+    made = UpscaleTransform(ZeroFill(scale=2))(given)
+    np.testing.assert_array_equal(made, UpscaleTransform(ZeroFill(scale=2))(given.astype(np.float32)))
 
 
 def test_plain_arrays_and_dictionaries() -> None:
@@ -100,6 +125,12 @@ def check_meta_tensors(kind: Any) -> None:
 
 def test_what_looks_like_a_meta_tensor() -> None:
     check_meta_tensors(Meta)
+
+
+def test_a_meta_tensor_of_half_precision() -> None:
+    scans = image(1, 6, 8, 3).to(torch.bfloat16)
+    made = UpscaleTransform(ZeroFill(scale=2))(Meta(scans, affine=torch.from_numpy(AFFINE), meta={}))
+    np.testing.assert_array_equal(made.as_tensor()[0].numpy(), expected(scans[0].float()).array)
 
 
 @pytest.mark.portable

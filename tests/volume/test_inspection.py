@@ -212,6 +212,17 @@ def test_what_it_remarks(phantom: np.ndarray) -> None:
         inspect_volume(Volume(phantom + 1j, np.eye(4)))
 
 
+@pytest.mark.parametrize("dtype", [">f4", ">i2", ">u2", "u2", "f2", "longdouble"])
+def test_arrays_of_any_type_are_inspected(phantom: np.ndarray, dtype: str) -> None:
+    """MGH files are big-endian, and nibabel's arrays are as the file."""
+    array = np.rint(phantom).astype(dtype)
+    affine = np.diag([1.0, 1, 4, 1])
+    assert inspect_volume(Volume(array, affine)) == inspect_volume(Volume(array.astype(np.float64), affine))
+    image = measured(anatomy(64, 64), (128, 64)).abs().round().numpy()
+    assert effective_matrix(image.astype(dtype)) == effective_matrix(image)
+    assert effective_matrix(image.astype(">c8")) == effective_matrix(image)
+
+
 @pytest.mark.parametrize("n_negative", [1, 30])
 def test_few_negative_voxels_do_not_make_another_kind_of_image(phantom: np.ndarray, n_negative: int) -> None:
     """Interpolation makes some; `upscale` has the same limit."""
