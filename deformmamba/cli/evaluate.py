@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from deformmamba.physics.degradations import Degradation
 
 
+# options that --real-scans does not use
+_SCORING_ONLY = ("csv", "figure", "against", "degradation", "seed", "scale", "protocol", "metric", "consistency")
+
+
 def add(commands: Any) -> None:
     evaluate = add_command(
         commands,
@@ -74,11 +78,10 @@ def _real_scans(args: argparse.Namespace) -> None:
     from deformmamba.evaluation.real_scans import markdown, real_scans
     from deformmamba.volume import write_text
 
-    unused = [f"--{name}" for name in ("csv", "figure", "against") if getattr(args, name)]
-    if unused or args.degradation != "k-space":
+    unused = [f"--{name}" for name in _SCORING_ONLY if getattr(args, name) != args.parser.get_default(name)]
+    if unused:
         raise InvalidArgument(
-            f"--real-scans has cases of its own and does not go with {unused[0] if unused else '--degradation'}; "
-            "leave one of them out"
+            f"--real-scans has cases of its own and does not go with {unused[0]}; leave one of them out"
         )
     if not args.model:
         raise InvalidArgument("--real-scans tests models, and no MODEL was given; name one or more, such as ixi-4x")

@@ -105,10 +105,24 @@ def test_what_does_not_fit_is_refused(scan: str) -> None:
         real_scans(Bicubic(scale=2, grid="half-pixel"), [scan])
 
 
-def test_the_command_refuses_settings_that_it_would_ignore(scan: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for further in (["--csv", "a.csv"], ["--degradation", "blur:sigma=1 >> subsample"]):
-        assert main(["evaluate", "ixi-4x", "--data", scan, "--real-scans", *further]) == 2
-        assert further[0] in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--csv", "a.csv"),
+        ("--against", "bicubic"),
+        ("--degradation", "blur:sigma=1 >> subsample"),
+        ("--seed", "1"),
+        ("--scale", "4"),
+        ("--protocol", "slice"),
+        ("--metric", "hfen"),
+        ("--consistency", "off"),
+    ],
+)
+def test_the_command_refuses_settings_that_it_would_ignore(
+    scan: str, capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    assert main(["evaluate", "ixi-4x", "--data", scan, "--real-scans", option, value]) == 2
+    assert f"does not go with {option}; leave one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [(40, 40), (64, 58), (40, 90)])
