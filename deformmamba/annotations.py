@@ -143,7 +143,10 @@ def _accepts(value: Any, hint: Any) -> bool:
     kind = origin or hint
     if kind is Callable:
         return callable(value)
-    if kind in (Sequence, Iterable):
+    if kind is Sequence:  # also an array or a tensor, but not an iterator, which can be read only once, or a set
+        has_items = hasattr(value, "__len__") and hasattr(value, "__getitem__")
+        return has_items and not isinstance(value, str | bytes | Mapping)
+    if kind is Iterable:
         return isinstance(value, Iterable) and not isinstance(value, str | bytes)
     if isinstance(kind, type) and not getattr(kind, "_is_protocol", False) and (origin is None or kind in _GENERIC):
         return isinstance(value, kind)

@@ -62,6 +62,8 @@ def sample(
 def test_arguments_of_the_annotated_types_are_taken() -> None:
     sample("a")
     sample(Path("a"), np.int64(3), share=1, names=("a",), table={}, work=len, choice="b", flag=np.True_, other=3)
+    sample("a", names=["a"])
+    sample("a", names=range(3))
     sample("a", share=np.float32(0.5), names=np.array(["a"]), table=MappingProxyType({}), choice="not in the list")
 
 
@@ -75,6 +77,10 @@ def test_arguments_of_the_annotated_types_are_taken() -> None:
         ({"n": 1.5}, "n must be an integer, not 1.5"),
         ({"share": "x"}, "share must be a number or None, not 'x'"),
         ({"names": "abc"}, "names must be a list, not 'abc'"),
+        ({"names": iter(["a"])}, "names must be a list, not a list_iterator"),
+        ({"names": (x for x in "a")}, "names must be a list, not a generator"),
+        ({"names": {"a"}}, "names must be a list, not a set"),
+        ({"names": {"a": 1}}, "names must be a list, not a dict"),
         ({"table": [1]}, "table must be a dictionary or None, not a list"),
         ({"work": 3}, "work must be a function or None, not 3"),
         ({"choice": 3}, "choice must be one of 'a', 'b', not 3"),

@@ -178,7 +178,7 @@ def causal_conv1d_update_ref(
             ring = seen[:, 1:]
         turned = 0 if cache_seqlens is None else (start + steps.shape[2]) % size
         conv_state[b].copy_(ring.roll(turned, -1))
-        rows.append(torch.stack(outputs, -1))
+        rows.append(torch.stack(outputs, -1) if outputs else steps[b].to(weight.dtype))
     y = torch.stack(rows) if rows else steps.to(weight.dtype)
     y = y if bias is None else y + bias[:, None]
     y = (y if activation is None else F.silu(y)).to(x.dtype)
@@ -238,9 +238,17 @@ def needs_transforms() -> bool:
     return transforms_are_active() or differentiates_by_transform()
 
 
+def _of_no_steps(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """y (b, d, 0) of x (b, d, 0), for which PyTorch has no convolution."""
+    y = x * weight[:, -1:]
+    return y if bias is None else y + bias[:, None]
+
+
 @keeps_precision
 def _convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """y (b, d, l) of x (b, d, l), all in one dtype."""
+    if not x.shape[-1]:
+        return _of_no_steps(x, weight, bias)
     if causal_conv_cpu.usable(x) and not needs_transforms():
         return causal_conv_cpu.causal_conv(x, weight, bias)
     return F.conv1d(F.pad(x, (weight.shape[1] - 1, 0)), weight[:, None], bias, groups=len(weight))
@@ -279,7 +287,9 @@ def _update(
         newest = slice(max(length - size, 0), None)  # the others would be overwritten at once
         state.scatter_(2, places[..., width - 1 :][..., newest], x[..., newest].to(state.dtype))
     seen, kernel = seen[..., seen.shape[-1] - (length + width - 1) :].to(full), weight.to(full)
-    if length == 1:
+    if not length:
+        y = _of_no_steps(x.to(full), kernel, None if bias is None else bias.to(full))
+    elif length == 1:
         y = (seen * kernel).sum(-1, keepdim=True)
         y = y if bias is None else y + bias.to(full)[:, None]
     else:

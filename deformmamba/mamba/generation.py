@@ -94,7 +94,7 @@ class GenerationMixin:
 
         Args:
             input_ids: (b, l) tokens.
-            max_length: length of the result, with the given tokens.
+            max_length: length of the result, with the given tokens; nothing is generated if these are as many or more.
             top_k, top_p, min_p, temperature: as in `sample`.
             return_dict_in_generate: return an object with `sequences` and `scores`, not only the sequences.
             output_scores: keep the logits (b, vocabulary) of each step.
@@ -106,7 +106,7 @@ class GenerationMixin:
             streamer: its `put` is called with the tokens of each step, then its `end`.
 
         Returns:
-            (b, at most max_length) tokens, or the object.
+            (b, at most max_length) tokens, or the given ones if they are as many or more; or the object.
         """
         tokens, scores = input_ids, []
         params = InferenceParams(max_seqlen=max_length, max_batch_size=len(input_ids))
@@ -116,7 +116,7 @@ class GenerationMixin:
                 if streamer is not None:
                     streamer.put(new.cpu())
                 stopped = eos_token_id is not None and params.seqlen_offset and bool((new == eos_token_id).all())
-                if stopped or params.seqlen_offset >= max_length - 1:
+                if stopped or tokens.shape[1] >= max_length:
                     break
                 logits = self._next_logits(new, params)[..., :vocab_size]
                 params.seqlen_offset += new.shape[1]

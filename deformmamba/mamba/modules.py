@@ -267,6 +267,13 @@ def _states(
     kept = inference_params.key_value_memory_dict
     if block.layer_idx not in kept:
         kept[block.layer_idx] = block.allocate_inference_cache(batch_size, 0)
+    elif (before := len(kept[block.layer_idx][0])) != batch_size:
+        if inference_params.seqlen_offset > 0:
+            raise InvalidArgument(
+                f"{type(block).__name__}: inference_params has the states of {before} sequences, but the input has "
+                f"{batch_size}; call its reset before the first step of other sequences"
+            )
+        kept[block.layer_idx] = tuple(x.new_zeros(batch_size, *x.shape[1:]) for x in kept[block.layer_idx])
     elif initialize_states:
         for state in kept[block.layer_idx]:
             state.zero_()

@@ -184,18 +184,32 @@ def gated_norm_ref(
     upcast: bool = True,
 ) -> torch.Tensor:
     """The definition of `rmsnorm_fn`, group by group: mamba-ssm's `ops.triton.layernorm_gated.rms_norm_ref`."""
+    size = _check_gated(x, weight, bias, z, group_size)
     full = torch.promote_types(x.dtype, torch.float32) if upcast else x.dtype
     y = x.to(full)
     gate = None if z is None else F.silu(z.to(full))
     if gate is not None and not norm_before_gate:
         y = y * gate
-    groups = y.split(group_size or y.shape[-1], -1)
+    groups = y.split(size, -1)
     y = torch.cat([group / torch.sqrt((group**2).mean(-1, keepdim=True) + eps) for group in groups], -1)
     y = y * weight.to(full)
     y = y if bias is None else y + bias.to(full)
     if gate is not None and norm_before_gate:
         y = y * gate
     return y.to(x.dtype)
+
+
+def _check_gated(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, z: torch.Tensor | None, group_size: int | None
+) -> int:
+    """The channels of a group, after a check of the arguments of a norm with a gate."""
+    d = check_tensors(x=(x, "... d"), weight=(weight, "d"), bias=(bias, "?d"), z=(z, "?... d"))["d"]
+    size = d if group_size is None else group_size
+    if not isinstance(size, int) or (d and (size < 1 or d % size)):
+        raise InvalidArgument(f"group_size is {shown(group_size)}; it must divide the {d} channels of x")
+    if z is not None and z.shape != x.shape:
+        raise InvalidArgument(f"z must have the shape of x, {tuple(x.shape)}, got {tuple(z.shape)}")
+    return size
 
 
 def layernorm_fn(
@@ -218,12 +232,8 @@ def layernorm_fn(
     Returns:
         (..., d) in x's dtype.
     """
-    d = check_tensors(x=(x, "... d"), weight=(weight, "d"), bias=(bias, "?d"), z=(z, "?... d"))["d"]
-    size = d if group_size is None else group_size
-    if not isinstance(size, int) or (d and (size < 1 or d % size)):
-        raise InvalidArgument(f"group_size is {shown(group_size)}; it must divide the {d} channels of x")
-    if z is not None and z.shape != x.shape:
-        raise InvalidArgument(f"z must have the shape of x, {tuple(x.shape)}, got {tuple(z.shape)}")
+    size = _check_gated(x, weight, bias, z, group_size)
+    d = x.shape[-1]
     full = torch.promote_types(x.dtype, torch.float32)
     y = x.to(full)
     gate = None if z is None else F.silu(z.to(full))

@@ -57,12 +57,6 @@ def selective_scan_fn(
     if isinstance(A, torch.Tensor) and A.is_complex():
         return selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     if not (isinstance(B, torch.Tensor) and isinstance(C, torch.Tensor)) or (B.ndim > 2 and C.ndim > 2):
-        if (
-            isinstance(B, torch.Tensor) and isinstance(C, torch.Tensor) and {B.ndim, C.ndim} == {3, 4}
-        ):  # one of them has one group, which all groups of the other share
-            B, C = (w[:, None] if w.ndim == 3 else w for w in (B, C))
-            groups = max(B.shape[1], C.shape[1])
-            B, C = (w.expand(-1, groups, -1, -1) if w.shape[1] == 1 else w for w in (B, C))
         return selective_scan(
             u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus,
             return_last_state=return_last_state,
@@ -309,8 +303,14 @@ def _scan_inputs(
         sizes, xz=(xz, "b 2*d l"), conv1d_bias=(conv1d_bias, "?d"), delta_proj_weight=(delta_proj_weight, "d r"),
         A=(A, "any:d n"),
     )  # fmt: skip
-    own = sizes["n"] * (2 if A.is_complex() else 1) * ((B is None) + (C is None))
-    check_tensors({**sizes, "r+n+n": sizes["r"] + own}, xz=(xz, "b 2*d l"), x_proj_weight=(x_proj_weight, "r+n+n d"))
+    columns = sizes["n"] * (2 if A.is_complex() else 1)
+    own = columns * ((B is None) + (C is None))
+    b_rms, c_rms, dt_rms = rms_weights
+    check_tensors(
+        {**sizes, "r+n+n": sizes["r"] + own, "n": columns}, xz=(xz, "b 2*d l"),
+        x_proj_weight=(x_proj_weight, "r+n+n d"), B_proj_bias=(B_bias, "?n"), C_proj_bias=(C_bias, "?n"),
+        b_rms_weight=(b_rms, "?n"), c_rms_weight=(c_rms, "?n"), dt_rms_weight=(dt_rms, "?d"),
+    )  # fmt: skip
     x, z = xz.chunk(2, 1)
     x = convolve(x, conv1d_weight.squeeze(1), conv1d_bias, activation="silu")
     rank, n = delta_proj_weight.shape[1], A.shape[1] * (2 if A.is_complex() else 1)
@@ -325,7 +325,6 @@ def _scan_inputs(
             return columns.unflatten(-1, (-1, 2)).transpose(1, 2).flatten(-2)
         return columns.transpose(1, 2)
 
-    b_rms, c_rms, dt_rms = rms_weights
     if B is None:
         B = from_x(projected[..., rank : rank + n], B_bias, b_rms)
     if C is None:

@@ -98,8 +98,8 @@ def selective_scan(
         u: (b, d, l) input.
         delta: (b, d, l) step sizes, before bias and softplus.
         A: (d, n) rates; negative in a Mamba network, but any sign works. Real numbers only.
-        B, C: (b, g, n, l), or (b, n, l) for one group; channel i belongs to group i // (d / g). Or (d, n), constant
-            over the sequence, as in S4.
+        B, C: (b, g, n, l), or (b, n, l) for one group, which all groups of the other share; channel i belongs to group
+            i // (d / g). Or (d, n), constant over the sequence, as in S4.
         D: (d,) factor of the direct path u -> y.
         z: (b, d, l) gate: y is multiplied by silu(z).
         delta_bias: (d,) added to delta.
@@ -128,7 +128,8 @@ def selective_scan(
         ("D", D, "d"), ("z", z, "b d l"), ("delta_bias", delta_bias, "d"), ("initial_state", initial_state, "b d n"),
     )  # fmt: skip
     b, d, length = u.shape
-    B, C = (x[:, None] if x.ndim == 3 else x for x in (B, C))
+    shared = B.shape[1] if B.ndim == 4 else C.shape[1] if C.ndim == 4 else 1
+    B, C = (x[:, None].expand(-1, shared, -1, -1) if x.ndim == 3 else x for x in (B, C))
     if B.ndim == 2 or C.ndim == 2:  # constant matrices differ from channel to channel: each channel is a group
         B, C = (_group_for_each_channel(x, b, d, length) for x in (B, C))
     g, n = B.shape[1:3]

@@ -147,14 +147,13 @@ def fit(
     all_decay = folder.describes("fit.weight_decay") and not folder.describes("fit.undecayed")
     groups = parameter_groups(model, lr=settings.lr, weight_decay=settings.weight_decay, all_decay=all_decay)
     made = build_optimizer(model, optimizer, groups)
-    undecayed = bool(weight_decay) and not all_decay
     facts = None if optimizer is None else optimizer_facts(made, folder.records("fit.optimizer"))
+    undecayed = bool(weight_decay) and not all_decay
     run = _described_run(model, dataset, settings, provenance, loss, facts, undecayed, score_start)
     state = folder.begin(run, writes=accelerator.is_main_process)
     with _random_state_kept(accelerator.device), modes_kept(model), _rates_kept(made):
-        parts = accelerator, model, dataset, loss, made, settings, folder
-        training = _Training(*parts, validate, provenance or {}, progress)
-        training.restore(state)
+        parts = accelerator, model, dataset, loss, made, settings, folder, validate, provenance or {}, progress
+        (training := _Training(*parts)).restore(state)
         training.run(score_start=score_start and state is None)
     return folder.path / BEST
 

@@ -78,7 +78,13 @@ def inner() -> dict[str, Any]:
         "xz": torch.randn(2, 8, 5), "conv1d_weight": torch.randn(4, 1, 3), "conv1d_bias": torch.randn(4),
         "x_proj_weight": torch.randn(8, 4), "delta_proj_weight": torch.randn(4, 2),
         "out_proj_weight": torch.randn(6, 4), "out_proj_bias": None, "A": -torch.rand(4, 3), "D": torch.randn(4),
+        "B_proj_bias": torch.randn(3), "C_proj_bias": torch.randn(3), "b_rms_weight": torch.randn(3),
+        "c_rms_weight": torch.randn(3), "dt_rms_weight": torch.randn(4),
     }  # fmt: skip
+
+
+def inner_without_projection() -> dict[str, Any]:
+    return {name: value for name, value in inner().items() if not name.startswith("out_proj")}
 
 
 def split() -> dict[str, Any]:
@@ -102,7 +108,9 @@ FUNCTIONS: list[tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = [
     (m.selective_scan_fn, complex_scan), (m.mamba_chunk_scan_combined, ssd), (m.mamba_chunk_scan_combined, pack),
     (m.causal_conv1d_fn, conv), (m.causal_conv1d_update, conv_step), (m.causal_conv1d_update, conv_rows),
     (m.causal_conv1d_varlen_states, last_states), (m.selective_state_update, step),
-    (m.selective_state_update, step_rows), (m.mamba_inner_fn, inner), (m.mamba_split_conv1d_scan_combined, split),
+    (m.selective_state_update, step_rows), (m.mamba_inner_fn, inner),
+    (m.mamba_inner_fn_no_out_proj, inner_without_projection), (m.gated_norm_ref, gated),
+    (m.mamba_split_conv1d_scan_combined, split),
     (m.rms_norm_fn, norm), (m.layer_norm_fn, norm), (m.rmsnorm_fn, gated), (m.layernorm_fn, gated),
 ]  # fmt: skip
 
@@ -135,13 +143,21 @@ def test_every_tensor_is_checked_for_type_shape_numbers_and_device() -> None:
 def test_sizes_are_checked() -> None:
     free = {  # a last axis that no other argument has
         m.causal_conv1d_fn: ("x", "weight"), m.causal_conv1d_update: ("conv_state",),
-        m.mamba_inner_fn: ("xz", "conv1d_weight"), m.causal_conv1d_varlen_states: ("x", "cu_seqlens"),
+        m.mamba_inner_fn: ("xz", "conv1d_weight"), m.mamba_inner_fn_no_out_proj: ("xz", "conv1d_weight"),
+        m.causal_conv1d_varlen_states: ("x", "cu_seqlens"),
         m.mamba_split_conv1d_scan_combined: ("zxbcdt", "conv1d_weight"),
     }  # fmt: skip
     for function, make in FUNCTIONS:
         for name, value in make().items():
             if isinstance(value, Tensor) and name not in free.get(function, ()):
                 message(function, make() | {name: torch.cat([value] * 3, -1)})
+
+
+def test_a_bias_of_one_number_is_not_repeated() -> None:
+    text = message(m.mamba_inner_fn_no_out_proj, inner_without_projection() | {"B_proj_bias": torch.randn(1)})
+    assert text == "B_proj_bias must have shape (n,) with n = 3, got (1,)"
+    assert "weight must have shape (d,) with d = 6" in message(m.gated_norm_ref, gated() | {"weight": torch.randn(1)})
+    assert "group_size is 4; it must divide the 6" in message(m.gated_norm_ref, gated() | {"group_size": 4})
 
 
 def test_values_that_are_not_tensors() -> None:

@@ -93,6 +93,22 @@ def test_nothing_gives_nothing(b: int, length: int) -> None:
     assert given[1].grad is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [1, 4])
+def test_no_steps_give_no_steps_and_leave_the_states(width: int, dtype: torch.dtype) -> None:
+    x, weight, bias = torch.randn(2, 3, 0, dtype=dtype), torch.randn(3, width).to(dtype), torch.randn(3).to(dtype)
+    state = torch.randn(2, 3, 4, dtype=dtype)
+    y, last = causal_conv1d_fn(x, weight, bias, initial_states=state[..., : width - 1], return_final_states=True)
+    assert y.shape == (2, 3, 0)
+    assert torch.equal(last, state[..., : width - 1])
+    assert causal_conv1d_fn(x, weight, bias, activation="silu").shape == (2, 3, 0)
+    for seen in (None, torch.tensor([4, 11])):
+        for update in (causal_conv1d_update, causal_conv1d_update_ref):
+            kept = state.clone()
+            assert update(x, kept, weight, bias, "silu", seen).shape == (2, 3, 0)
+            assert torch.equal(kept, state)
+
+
 def test_half_precision_is_rounded_once() -> None:
     x, weight, bias = torch.randn(2, 3, 9).bfloat16(), torch.randn(3, 4), torch.randn(3)
     y = causal_conv1d_fn(x, weight, bias, activation="silu")

@@ -86,6 +86,32 @@ def test_generating_step_by_step_is_the_whole_sequence(layer: str) -> None:
     assert set(model.allocate_inference_cache(2, 9)) == {0, 1}
 
 
+@pytest.mark.parametrize("longest", [0, 2, 3])
+def test_a_prompt_that_is_long_enough_is_not_continued(longest: int) -> None:
+    prompt = torch.randint(13, (2, 3))
+    found = tiny().generate(prompt, longest, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(found.sequences, prompt)
+    assert found.scores == ()
+    assert tiny().generate(prompt, 4).shape == (2, 4)
+
+
+@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
+def test_states_of_another_number_of_sequences_are_replaced(layer: str) -> None:
+    model, params = tiny(layer), InferenceParams(9, 1)
+    first, second = torch.randint(13, (1, 3)), torch.randint(13, (2, 3))
+    with torch.no_grad():
+        model(first, inference_params=params)
+        params.reset(9, 2)
+        model(second, inference_params=params)
+        params.seqlen_offset = 3
+        step = model(second[:, :1], inference_params=params).logits
+        assert_close(step[:, 0], model(torch.cat([second, second[:, :1]], 1)).logits[:, -1])
+        with pytest.raises(
+            DeformMambaError, match="has the states of 2 sequences, but the input has 1; call its reset"
+        ):
+            model(first[:, :1], inference_params=params)
+
+
 def test_generating_ends_follows_a_teacher_and_streams() -> None:
     model = tiny()
     prompt = torch.randint(13, (1, 2))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import assert_close
 
+from deformmamba.errors import InvalidArgument
 from deformmamba.scan import BACKENDS, ScanBackendError, operator, selective_scan, selective_scan_2d
 
 # The largest allowed error, relative to the largest number of a result: (value, gradient); the same for all backends.
@@ -341,6 +342,23 @@ def test_no_step_sees_later_ones(place: Place) -> None:
     assert isinstance(y_late, torch.Tensor)
     assert y[..., :70].equal(y_late[..., :70])
     assert (y[..., 70:] != y_late[..., 70:]).any(1).all()
+
+
+def test_one_group_is_shared_by_all_groups_of_the_other(place: Place) -> None:
+    given: Any = moved(sequence(2, 4, 5, 3, 2), place, torch.float32)
+    given.pop("initial_state")
+    shared = given["B"][:, 0]
+    wanted = selective_scan(**given | {"B": given["B"][:, :1].expand_as(given["B"])}, backend=place.backend)
+    assert torch.equal(selective_scan(**given | {"B": shared}, backend=place.backend), wanted)
+    turned = given | {"B": given["C"], "C": shared}
+    wanted = selective_scan(**turned | {"C": shared[:, None].expand_as(given["C"])}, backend=place.backend)
+    assert torch.equal(selective_scan(**turned, backend=place.backend), wanted)
+    for wrong in ("B", "C"):  # no group, or a number of groups that does not divide the channels
+        for n in (0, 3):
+            other = {"B": "C", "C": "B"}[wrong]
+            bad = given | {wrong: torch.zeros(2, n, 3, 5).to(given["u"]), other: shared}
+            with pytest.raises(InvalidArgument, match=f"{n} groups"):
+                selective_scan(**bad, backend=place.backend)
 
 
 def test_linear_in_its_input(place: Place) -> None:
