@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from deformmamba.volume import Volume
 
 DEFAULT_MODEL = "ixi-4x"
+# of slices that are stacked in this direction of the patient
+PLANES = {"R": "sagittal", "L": "sagittal", "A": "coronal", "P": "coronal", "S": "axial", "I": "axial"}
 CONSISTENCIES = ("exact", "object", "off")  # those of physics.consistency, which would import torch
 
 
@@ -275,7 +277,6 @@ def output_for(args: argparse.Namespace, kind: str) -> str:
     Raises:
         InvalidArgument: no output.
     """
-    from deformmamba.errors import InvalidArgument
     from deformmamba.inference.cohort import output_name
     from deformmamba.volume import MGH_SUFFIXES, NIFTI_SUFFIXES
 
@@ -297,9 +298,8 @@ def output_for(args: argparse.Namespace, kind: str) -> str:
 
 def sliced(volume: "Volume", axis: int, given: int | None) -> str:
     """The slice axis and how it was chosen, in a few words."""
-    planes = {"R": "sagittal", "L": "sagittal", "A": "coronal", "P": "coronal", "S": "axial", "I": "axial"}
     toward = volume.towards[axis] if volume.towards != "?" else ""
-    plane = f" ({planes[toward]})" if toward else ""
+    plane = f" ({PLANES[toward]})" if toward else ""
     why = (
         "given by --axis"
         if given is not None

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from deformmamba.cli.arguments import add_command, add_source, load_model, reading, sizes, sliced, tell
+from deformmamba.cli.arguments import PLANES, add_command, add_source, load_model, reading, sizes, sliced, tell
 from deformmamba.errors import counted
 
 if TYPE_CHECKING:
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from deformmamba.volume.inspection import Inspection
 
 _TOWARDS = {"R": "right", "L": "left", "A": "front", "P": "back", "S": "head", "I": "feet"}
-_PLANES = {"R": "sagittal", "L": "sagittal", "A": "coronal", "P": "coronal", "S": "axial", "I": "axial"}
 
 
 def add(commands: Any) -> None:
@@ -87,7 +86,7 @@ def _placed(found: "Inspection") -> str:
         return slices
     axes = ", ".join(f"{a} towards the {_TOWARDS[letter]}" for a, letter in enumerate(found.orientation))
     tilted = f", tilted by {found.tilt:.0f} degrees" if found.tilt >= 0.5 else ""
-    return f"{slices}: {_PLANES[found.orientation[found.axis]]}{tilted}; axis {axes}"
+    return f"{slices}: {PLANES[found.orientation[found.axis]]}{tilted}; axis {axes}"
 
 
 def _values(found: "Inspection", volume: "Volume", model: "SRModel | None") -> str:

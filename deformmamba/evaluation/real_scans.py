@@ -19,7 +19,7 @@ from deformmamba.inference import upscale
 from deformmamba.metrics.statistics import subject_means
 from deformmamba.models.base import SRModel
 from deformmamba.models.interpolation import ZeroFill
-from deformmamba.models.normalise import constant_neighbourhood
+from deformmamba.physics.edges import constant_neighbourhood
 from deformmamba.physics.kspace import degrade
 from deformmamba.volume import intensity_scale
 

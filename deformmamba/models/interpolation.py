@@ -9,6 +9,7 @@ import torch
 
 from deformmamba.errors import InvalidArgument, shown
 from deformmamba.models.base import SRModel
+from deformmamba.physics.edges import cubic_matrix
 from deformmamba.physics.kspace import Grid, zero_fill
 from deformmamba.physics.slice_profile import spline_matrix
 from deformmamba.tensors import without_autocast
@@ -78,12 +79,7 @@ class Bicubic(_Separable):
         self.a = float(a)
 
     def matrix(self, n: int) -> torch.Tensor:
-        x, a = self.positions(n), self.a
-        taps = x.floor()[:, None] + torch.arange(-1, 3, dtype=torch.float64)
-        d = (x[:, None] - taps).abs()
-        weights = torch.where(d < 1, ((a + 2) * d - (a + 3)) * d**2 + 1, a * (((d - 5) * d + 8) * d - 4))
-        matrix = torch.zeros(len(x), n, dtype=torch.float64)
-        return matrix.scatter_add_(1, taps.long().clamp(0, n - 1), weights)
+        return cubic_matrix(n, self.positions(n), self.a)
 
 
 class BSpline(_Separable):

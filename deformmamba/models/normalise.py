@@ -8,11 +8,10 @@ a * x + b (a > 0) is a * output(x) + b, and up to half a percent of outlying pix
 import torch
 import torch.nn.functional as F
 
-from deformmamba.physics.edges import percentile_range
+from deformmamba.physics.edges import constant_neighbourhood, percentile_range
 
 NORMALISATIONS = (None, "slice")
 LOWEST, HIGHEST = -0.25, 2.0  # range of the network's input; air is about 0 and bright tissue about 1
-REACH = 2  # LR pixels: a neighbourhood is 5x5
 
 
 def slice_range(lr: torch.Tensor) -> torch.Tensor:
@@ -26,12 +25,6 @@ def normalised(lr: torch.Tensor, centre: torch.Tensor, spread: torch.Tensor) -> 
     known = spread > 0
     image = (lr - centre) / torch.where(known, spread, torch.ones_like(spread))
     return torch.where(known, image, torch.zeros_like(image)).clamp(LOWEST, HIGHEST)
-
-
-def constant_neighbourhood(lr: torch.Tensor) -> torch.Tensor:
-    """(b, c, h, w), bool: pixels whose 5x5 neighbourhood inside the image has only one value."""
-    side = 2 * REACH + 1
-    return F.max_pool2d(lr, side, 1, REACH) == -F.max_pool2d(-lr, side, 1, REACH)
 
 
 def keep_constant(sr: torch.Tensor, lr: torch.Tensor, scale: int) -> torch.Tensor:

@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 
 from deformmamba.errors import InvalidArgument, InvalidType, shown
-from deformmamba.physics.edges import away_from_cut, cubic, cut_edges, cut_likelihood, outliers, smooth_part
+from deformmamba.physics.edges import (
+    away_from_cut,
+    constant_neighbourhood,
+    cubic,
+    cut_edges,
+    cut_likelihood,
+    outliers,
+    smooth_part,
+)
 from deformmamba.physics.kspace import check_image, fft2c, ifft2c, lowpass, pad_spectrum, plain_scale
 
 Consistency = Literal["exact", "object", "off"]
@@ -70,16 +78,12 @@ def corrected(
     cut = (cut_likelihood(lr, scale) if robust else cut_edges(lr)) if edges else None
     within = object_share(sr, lr, scale, magnitude=magnitude, cut=cut)
     if edges:
-        within = within * F.interpolate(_varying(lr), scale_factor=float(scale), mode="nearest")
+        varying = (~constant_neighbourhood(lr)).to(lr.dtype)
+        within = within * F.interpolate(varying, scale_factor=float(scale), mode="nearest")
     if robust and cut is not None:
         within = within * away_from_cut(cut, lr.shape[-2], lr.shape[-1], scale)
     sr = data_consistency(sr, lr, scale, magnitude=magnitude, within=within, cut=cut)
     return sr + cubic(spots, scale) if robust else sr
-
-
-def _varying(lr: torch.Tensor) -> torch.Tensor:
-    """1 where the 5x5 neighbourhood of a pixel of `lr` (b, c, h, w) holds more than one value, else 0."""
-    return (F.max_pool2d(lr, 5, 1, 2) != -F.max_pool2d(-lr, 5, 1, 2)).to(lr.dtype)
 
 
 def object_share(

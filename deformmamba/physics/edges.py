@@ -52,6 +52,7 @@ Source: ours; kriging as in Stein, Interpolation of Spatial Data (1999).
 import math
 
 import torch
+import torch.nn.functional as F
 
 from deformmamba.physics.kspace import zero_fill
 from deformmamba.tensors import constant, keeps_precision
@@ -113,20 +114,30 @@ def _cut(image: torch.Tensor) -> torch.Tensor:
     return ((PERIODIC - beta) / (PERIODIC - CUT)).clamp(0, 1)
 
 
-def cubic_matrix(n: int, scale: int) -> torch.Tensor:
-    """(scale * n, n), float64: Keys' cubic convolution (a = -0.5) of n samples on the origin grid; edges replicate."""
-    x = torch.arange(scale * n, dtype=torch.float64) / scale
-    taps = x.floor()[:, None] + torch.arange(-1, 3, dtype=torch.float64)
-    d = (x[:, None] - taps).abs()
-    weights = torch.where(d < 1, (1.5 * d - 2.5) * d**2 + 1, -0.5 * (((d - 5) * d + 8) * d - 4))
-    matrix = torch.zeros(len(x), n, dtype=torch.float64)
+def constant_neighbourhood(lr: torch.Tensor) -> torch.Tensor:
+    """(b, c, h, w), bool: pixels whose 5x5 neighbourhood inside the image has only one value."""
+    return F.max_pool2d(lr, 5, 1, 2) == -F.max_pool2d(-lr, 5, 1, 2)
+
+
+def cubic_matrix(n: int, at: torch.Tensor, a: float = -0.5) -> torch.Tensor:
+    """(len(at), n), float64: cubic convolution of n samples at the positions `at` (float64), in samples.
+
+    `a`: slope of the kernel at 1, Keys' -0.5. Edges replicate.
+
+    Source: Keys, IEEE TASSP 29 (1981), with a free a as in its equation 8.
+    """
+    taps = at.floor()[:, None] + torch.arange(-1, 3, dtype=torch.float64)
+    d = (at[:, None] - taps).abs()
+    weights = torch.where(d < 1, ((a + 2) * d - (a + 3)) * d**2 + 1, a * (((d - 5) * d + 8) * d - 4))
+    matrix = torch.zeros(len(at), n, dtype=torch.float64)
     return matrix.scatter_add_(1, taps.long().clamp(0, n - 1), weights)
 
 
 @keeps_precision
 def cubic(image: torch.Tensor, scale: int) -> torch.Tensor:
-    """(..., h, w) to (..., scale * h, scale * w), see `cubic_matrix`."""
-    rows, columns = (cubic_matrix(n, scale).to(image) for n in image.shape[-2:])
+    """(..., h, w) to (..., scale * h, scale * w) on the origin grid, see `cubic_matrix`."""
+    at = (torch.arange(scale * n, dtype=torch.float64) / scale for n in image.shape[-2:])
+    rows, columns = (cubic_matrix(n, x).to(image) for n, x in zip(image.shape[-2:], at, strict=True))
     return rows @ image @ columns.mT
 
 
