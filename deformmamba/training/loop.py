@@ -282,8 +282,12 @@ class _Training:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.at = _Progress(**{name: state[name] for name in vars(_Progress()) if name in state})
-            if self.at.step >= self.settings.n_steps and not self.folder.has_best():
-                self.at.due = True  # an earlier version did not record it, or the file was removed
+            is_last = self.at.step >= self.settings.n_steps
+            if "due" not in state and (is_last or self.at.step % self.settings.every == 0):
+                # an earlier version; it logged every validation that did not fail
+                self.at.due = all(int(row["step"]) != self.at.step for row in self.folder.rows())
+            if is_last and not self.folder.has_best():
+                self.at.due = True
         steps = self.accelerator.gather(torch.tensor([self.at.step], device=self.accelerator.device))
         if len(set(steps.tolist())) > 1:
             raise InvalidArgument(

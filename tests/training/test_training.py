@@ -345,11 +345,24 @@ def test_a_run_whose_last_validation_failed_can_be_made_longer(tmp_path):
 
 
 def test_a_finished_run_without_its_best_checkpoint_writes_it_again(tmp_path):
-    """So ended runs of versions that did not repeat a failed last validation."""
     options = {"steps": 2, "ema": 0, "validate": lambda model: {"psnr": 3.0}}
     run(tmp_path, model=Plain(), **options).unlink()
     assert run(tmp_path, model=Plain(), **options).is_file()
     assert [row["step"] for row in log(tmp_path)] == ["2"]
+
+
+def test_a_failed_validation_of_an_earlier_version_is_repeated_too(tmp_path):
+    scores = iter([1.0, 2.0, 3.0])
+    options = {"steps": 4, "ema": 0, "validate": lambda model: {"psnr": next(scores)}}
+    run(tmp_path, model=Plain(), **options)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state.pop("due") is False
+    torch.save(state, tmp_path / "state.pt")
+    run(tmp_path, model=Plain(), **options)  # the last validation is in the log, so nothing is repeated
+    (tmp_path / "log.csv").write_text("step,psnr\n2,1.0\n")
+    torch.save(state, tmp_path / "state.pt")
+    run(tmp_path, model=Plain(), **options)
+    assert [(row["step"], row["psnr"]) for row in log(tmp_path)] == [("2", "1.0"), ("4", "3.0")]
 
 
 def test_scores_of_numpy_and_pytorch_become_numbers_of_python(tmp_path):
