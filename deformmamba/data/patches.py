@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from deformmamba.annotations import is_one_of
+from deformmamba.annotations import check_seed, is_one_of
 from deformmamba.data.augmentation import TISSUE, Augmentation, check_range, closed
 from deformmamba.data.groups import check_weights, cumulative_shares
 from deformmamba.data.scans import Scan, Slices, find_scans, load_slices, load_volume, subjects
@@ -121,7 +121,7 @@ class PatchDataset(Dataset[Sample]):
         if not is_one_of(base, BASES):
             raise InvalidArgument(f"PatchDataset: base is {shown(base)}; it must be one of {', '.join(BASES)}")
         check_range("coarsest", coarsest, 1)
-        self.scale, self.patch, self.length, self.seed = scale, patch, length, seed
+        self.scale, self.patch, self.length, self.seed = scale, patch, length, check_seed(seed)
         self.coarsest, self.masked, self.cut, self.base = coarsest, masked, cut, base
         self.augmentation = Augmentation(
             flips=flips, contrast=contrast, invert=invert, lesions=lesions, gain=gain, markers=markers

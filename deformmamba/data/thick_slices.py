@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from deformmamba.annotations import check_seed
 from deformmamba.data.augmentation import check_range
 from deformmamba.data.groups import check_weights, cumulative_shares
 from deformmamba.data.scans import Scan, load_volume
@@ -156,7 +157,7 @@ class ThickSliceDataset(Dataset[ThickSample]):
                 raise InvalidArgument(
                     f"ThickSliceDataset: {name} is {list(pair)}; wanted smallest and largest value, {lowest:g} or more"
                 )
-        self.patch, self.length, self.seed = patch, length, seed
+        self.patch, self.length, self.seed = patch, length, check_seed(seed)
         self.ratio, self.thickness, self.boxcar = tuple(ratio), tuple(thickness), boxcar
         self.flips, self.contrast, self.gain, self.invert = flips, contrast, gain, invert
         chosen = [scan for scan in scans if weights is None or scan.group in weights]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from deformmamba.annotations import check_seed
 from deformmamba.data.patches import Scan, load_slices
 from deformmamba.errors import InvalidArgument
 from deformmamba.inference import upscale
@@ -147,6 +148,7 @@ def out_of_domain(
         slices: number of middle slices of each volume; None for all.
         seed: random seed of the noise.
     """
+    seed = check_seed(seed)
     stacks = _stacks(model, scans, slices)
     crop = KSpaceCrop(model.scale)
     rows = []
@@ -266,6 +268,7 @@ def lesions(
         slices: number of middle slices of each volume; None for all.
         seed: random seed of the positions.
     """
+    seed = check_seed(seed)
     models = {"": model, "zero_fill_": ZeroFill(scale=model.scale), "bicubic_": Bicubic(scale=model.scale)}
     crop = KSpaceCrop(model.scale)
     kinds = [(size, kind, sign) for size in sizes for kind, sign in (("bright", 1.0), ("dark", -1.0))]
@@ -384,6 +387,7 @@ def assess(
     Raises:
         ValueError: no scan belongs to `groups`, or the model is on the half-pixel grid.
     """
+    seed = check_seed(seed)
     meant = [scan for scan in scans if groups is None or scan.group in groups]
     if not meant:
         raise InvalidArgument(f"assess: none of the {len(scans)} scans belongs to {', '.join(groups or ['any group'])}")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from deformmamba import __version__
-from deformmamba.annotations import check_types, is_one_of
+from deformmamba.annotations import check_seed, check_types, is_one_of
 from deformmamba.data.scans import Scan, load_slices, named_scans
 from deformmamba.errors import InvalidArgument, counted, did_you_mean, shown
 from deformmamba.evaluation.rendering import Shown, csv_text, terminal_table
@@ -75,6 +75,7 @@ def evaluate(
         ValueError: the degradation has another scale or grid than the model, or a metric is unknown.
     """
     check_types(evaluate, locals())
+    seed = check_seed(seed)
     if most is not None and most < 1:
         raise InvalidArgument(f"evaluate: most must be at least 1, or None for all slices, not {most}")
     most = None if most is None else operator.index(most)
@@ -229,6 +230,7 @@ def compare(
         ValueError: no model, no volume, models of different scales, an unknown name or slice; and as `evaluate`.
     """
     check_types(compare, locals())
+    seed = check_seed(seed)
     volumes = list(volumes)
     scales = {model.scale for model in models.values()}
     if not volumes or len(scales) != 1:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from deformmamba.annotations import check_types
-from deformmamba.errors import InvalidType
+from deformmamba.errors import InvalidType, shown
 from deformmamba.inference import Settings, upscale
 from deformmamba.inference.networks import network as found_network
 from deformmamba.volume import Volume, VolumeError
@@ -42,6 +42,8 @@ class UpscaleInferer:
     def __call__(self, inputs: torch.Tensor, network: "SRModel", *args: Any, **kwargs: Any) -> torch.Tensor:
         """Raises TypeError if the network is not an SRModel or a wrapper of one, or if there are further arguments,
         which no SRModel takes; VolumeError for an empty batch."""
+        if isinstance(network, str | os.PathLike):  # it would be loaded for each batch
+            raise InvalidType(f"the network is the name {shown(network)}; give a model, as from from_pretrained(name)")
         model = found_network(network)
         if not isinstance(inputs, torch.Tensor):
             raise InvalidType(f"inputs must be a tensor (b, c, h, w) or (b, c, i, j, k), not {type(inputs).__name__}")

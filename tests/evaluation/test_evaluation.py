@@ -12,8 +12,11 @@ import torch
 from tolerances import assert_close
 
 from deformmamba.cli import main
-from deformmamba.data.patches import Scan, load_slices
+from deformmamba.data.patches import PatchDataset, Scan, load_slices
 from deformmamba.data.prepared import write_prepared
+from deformmamba.data.thick_slices import ThickSliceDataset
+from deformmamba.errors import InvalidArgument
+from deformmamba.evaluation.assessment import assess, lesions, out_of_domain
 from deformmamba.evaluation.compare import compare, evaluate, mean_scores
 from deformmamba.inference import upscale
 from deformmamba.metrics import hfen, psnr, ssim
@@ -280,3 +283,23 @@ def test_a_split_or_group_without_volumes_is_said(scans: list[Scan], capsys: pyt
     folder = str(scans[0].path.parent)
     assert main(["evaluate", "--scale", "2", "--data", folder, "--group", "knee"]) == 2
     assert "group 'knee'" in capsys.readouterr().err
+
+
+def test_a_seed_that_generators_do_not_take_is_refused_before_a_volume_is_read(scans: list[Scan]) -> None:
+    model = ZeroFill(scale=2)
+    for run in (
+        lambda seed: evaluate(model, scans, seed=seed),
+        lambda seed: compare({"a": model}, scans, seed=seed),
+        lambda seed: assess(model, scans, seed=seed),
+        lambda seed: out_of_domain(model, scans, seed=seed),
+        lambda seed: lesions(model, scans, seed=seed),
+        lambda seed: PatchDataset(scans, scale=2, patch=8, length=4, seed=seed),
+        lambda seed: ThickSliceDataset(scans, patch=8, length=4, seed=seed),
+    ):
+        with pytest.raises(InvalidArgument, match=r"^seed is -1; it must be a whole number, 0 or more$"):
+            run(-1)
+
+
+def test_a_seed_of_numpy_is_written_as_a_number(scans: list[Scan]) -> None:
+    made = compare({"a": ZeroFill(scale=2)}, scans, seed=np.int64(3))
+    assert json.loads(json.dumps(made.to_dict()))["seed"] == 3

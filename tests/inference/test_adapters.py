@@ -42,6 +42,8 @@ def test_an_inferer_takes_batches_of_slices_and_volumes() -> None:
     assert UpscaleInferer(axis=0)(volumes, model).shape == (2, 2, 6, 16, 6)
     with pytest.raises(TypeError, match="the model is a Linear; give a model of deformmamba"):
         inferer(volumes, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="the network is the name 'ixi-4x'; give a model"):
+        inferer(volumes, "ixi-4x")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="takes only the image"):
         inferer(volumes, model, 3)
     with pytest.raises(VolumeError, match=r"\(b, c, h, w\)"):
