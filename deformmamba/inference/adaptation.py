@@ -8,7 +8,6 @@ Source: Zhao et al., SMORE, IEEE TMI 40 (2021); Remedios et al., ECLARE, arXiv 2
 
 import copy
 import math
-import numbers
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,13 +71,6 @@ def parse_adapt(adapt: float | str) -> tuple[float, int | None]:
             f'adapt is {shown(adapt)}; it must be minutes, 0 or more, or a number of steps such as "400 steps"'
         ) from None
     return (0.0, int(value)) if unit == "steps" else (value, None)
-
-
-def check_seed(seed: int) -> int:
-    """The seed as an int. Raises InvalidArgument if it is not a whole number of 0 or more."""
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
-        raise InvalidArgument(f"seed is {shown(seed)}; it must be a whole number, 0 or more")
-    return int(seed)
 
 
 def split_slices(slices: torch.Tensor, job: Stack) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from deformmamba.annotations import check_seed
 from deformmamba.data.thick_slices import EMPTY, trained_on
 from deformmamba.errors import InvalidArgument, counted
-from deformmamba.inference.adaptation import Gain, best_of, check_seed, parse_adapt, split_slices
+from deformmamba.inference.adaptation import Gain, best_of, parse_adapt, split_slices
 from deformmamba.inference.inputs import intensity_cautions, opened
 from deformmamba.inference.networks import check_precision, unwrapped
 from deformmamba.inference.networks import network as known

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from deformmamba import __version__
-from deformmamba.annotations import check_types
+from deformmamba.annotations import check_seed, check_types
 from deformmamba.errors import counted
-from deformmamba.inference.adaptation import check_seed, parse_adapt
+from deformmamba.inference.adaptation import parse_adapt
 from deformmamba.inference.cohort import Outcome, run_cohort
 from deformmamba.inference.files import check_paths
 from deformmamba.inference.isotropic import MODEL, IsotropicReport, derivation, isotropic, loaded, without_spread
