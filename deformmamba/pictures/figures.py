@@ -291,12 +291,14 @@ def _edges(axes: "Axes", labels: Sequence[str]) -> None:
 def grey_window(reference: np.ndarray) -> tuple[float, float]:
     """The values of black and white, independent of a single voxel such as a marker or a padding value.
 
-    Black is the 0.3rd percentile: 0 for a scan with air, negative for a signed image, above 0 for a scan with an
-    offset. White is the 99.7th percentile of the non-zero values above black.
+    White is the 99.7th percentile of the non-zero values above black. Black is the 0.3rd percentile: negative for a
+    signed image, above 0 for a scan with an offset. It is 0 if the percentile is above 0 by less than a tenth of white,
+    as in a scan with noise in air.
     """
     low = float(np.percentile(reference, 0.3, method="higher"))
     values = reference[(reference > low) & (reference != 0)]
     high = float(np.percentile(values, 99.7, method="lower")) if values.size else low
+    low = 0.0 if 0 < low < high / 10 else low
     return low, high if high > low else low + 1.0
 
 

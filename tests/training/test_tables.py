@@ -225,7 +225,7 @@ def test_minutes_become_steps_once(folder: Path, tmp_path: Path, monkeypatch: py
     assert json.loads((tmp_path / "out" / "steps.json").read_text("utf-8")) == {"FMISR": 3}
     document = (tmp_path / "out" / "table2.md").read_text("utf-8")
     assert cells(document)["FMISR"][1] == "3"
-    assert "1 minutes each" in document
+    assert "1 minute each" in document
     monkeypatch.setattr(tables, "seconds_a_step", lambda *_, **__: pytest.fail("timed already"))
     more = plan(steps=None, minutes=1.0, seeds=2)
     benchmark("table2", train, test, tmp_path / "out", more, rows=["FMISR"], say=lambda _: None, progress=False)
