@@ -105,8 +105,8 @@ def _upscale(args: argparse.Namespace) -> int | None:
 def _best_weights(args: argparse.Namespace) -> str:
     """The published weights that fit the scan best; prints their name and the reason."""
     from deformmamba.inference.choice import ranked_weights
-    from deformmamba.inference.effective import to_effective
     from deformmamba.volume import ChoiceNeeded, chosen_axis, read_volume
+    from deformmamba.volume.inspection import inspect_volume
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they are shown when the scan is read again
@@ -117,8 +117,8 @@ def _best_weights(args: argparse.Namespace) -> str:
                 raise
             volume = read_volume(args.input, **{**reading(args), "volume": 0})
     axis = chosen_axis(volume, args.axis)
-    volume = to_effective(volume, axis=axis) if args.effective else volume
-    best = ranked_weights(volume, axis, path=args.input)[0]
+    pixel = inspect_volume(volume, axis=axis).resolution if args.effective else None
+    best = ranked_weights(volume, axis, path=args.input, pixel=pixel)[0]
     say(f"--model auto: {best.name}: {best.reason}")
     return best.name
 

@@ -30,6 +30,7 @@ from deformmamba.export import onnx, openvino, pt2
 from deformmamba.export.pt2 import FACTS, portable_program
 from deformmamba.export.whole_slice import NO_FLOOR, WholeSlice
 from deformmamba.inference.networks import network, unwrapped
+from deformmamba.inference.provenance import weights_name
 from deformmamba.inference.settings import Settings
 from deformmamba.inference.upscaling import Upscaling, scan_units
 from deformmamba.models import SRModel
@@ -37,7 +38,7 @@ from deformmamba.models.skip import SKIPS
 from deformmamba.physics.consistency import Consistency, check_consistency
 from deformmamba.physics.edges import NEAR
 from deformmamba.volume import Volume, intensity_scale
-from deformmamba.weights import license_of, manifest
+from deformmamba.weights import license_of
 
 __all__ = [
     "FACTS",
@@ -287,7 +288,7 @@ def _facts(
 
     return {
         "producer": f"deformmamba {__version__}, torch {torch.__version__}",
-        "name": _name(model),
+        "name": weights_name(model) or "",
         "sha256": model.sha256 or "",
         "licence": license_of(model.sha256, model.provenance) or "",
         "class": type(model).__name__,
@@ -304,13 +305,6 @@ def _facts(
         "minimum_size": str(min(size) if size else smallest),
         "provenance": json.dumps(model.provenance),
     }
-
-
-def _name(model: SRModel) -> str:
-    """The name of the weights; of a path its last part, because a folder may have a person's name."""
-    source = model.source or ""
-    is_path = source not in manifest()["weights"] and source != model.provenance.get("hub")
-    return Path(source).name if is_path else source
 
 
 def _slice_direction(model: SRModel) -> dict[str, Any] | None:

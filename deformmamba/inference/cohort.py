@@ -30,7 +30,6 @@ from deformmamba.inference.provenance import (
     KINDS,
     generated_by,
     json_text,
-    read_json,
     shown_path,
     skull_stripped,
     weights_name,
@@ -47,7 +46,7 @@ from deformmamba.volume import (
     scans_below,
     write_text,
 )
-from deformmamba.volume.selection import is_generated, is_own_file, is_sidecar_of
+from deformmamba.volume.selection import is_generated, is_own_file, is_sidecar_of, read_json
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel

@@ -15,7 +15,7 @@ from deformmamba.physics.edges import outliers
 from deformmamba.physics.kspace import resize
 from deformmamba.physics.slice_profile import resampled_linearly
 from deformmamba.volume import Volume, VolumeError, chosen_axis, in_plane, intensity_scale
-from deformmamba.volume.inspection import effective_matrix, stated_matrix
+from deformmamba.volume.inspection import measured_matrix
 
 
 def coarsen(
@@ -88,9 +88,10 @@ def k_space_crop(volume: Volume, scale: int) -> KSpaceCrop:
 def to_effective(volume: Volume, *, axis: int | None = None, matrix: tuple[int, int] | None = None) -> Volume:
     """Undoes the scanner's zero-filling: crops the k-space to the measured `matrix` (h, w); float32.
 
-    `matrix` None: `measured_matrix`. Slice by slice; magnitudes stay magnitudes, and voxel 0 keeps its position. Only
-    the interpolation is lost, and the networks get pixels as in their training data. A volume with full k-space is
-    returned unchanged. Outliers such as a marker (`physics.edges.outliers`) would ring; they are resampled linearly.
+    `matrix` None: `inspection.measured_matrix`. Slice by slice; magnitudes stay magnitudes, and voxel 0 keeps its
+    position. Only the interpolation is lost, and the networks get pixels as in their training data. A volume with full
+    k-space is returned unchanged. Outliers such as a marker (`physics.edges.outliers`) would ring; they are resampled
+    linearly.
 
     Raises:
         VolumeError: voxels that are complex, NaN or infinite, no such axis, or a matrix larger than the slices.
@@ -115,11 +116,6 @@ def to_effective(volume: Volume, *, axis: int | None = None, matrix: tuple[int, 
     for a, m, n in zip((first, second), found, size, strict=True):
         volume = volume.resampled(array, m / n, (a,), "origin")
     return volume
-
-
-def measured_matrix(volume: Volume, axis: int) -> tuple[int, int]:
-    """(h, w) of the filled k-space of slices across `axis`: `effective_matrix`, with the header's matrix as a hint."""
-    return effective_matrix(np.moveaxis(volume.array, axis, 0), stated_matrix(volume, axis))
 
 
 def _map_slices(

@@ -15,7 +15,8 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from deformmamba.annotations import check_types
-from deformmamba.inference.effective import measured_matrix, to_effective
+from deformmamba.inference.effective import to_effective
+from deformmamba.inference.inputs import check_voxels, intensity_cautions
 from deformmamba.inference.networks import check_in_plane, network
 from deformmamba.inference.progress import Progress
 from deformmamba.inference.provenance import derivation, generated_by, report_facts, write_sidecar
@@ -39,7 +40,7 @@ from deformmamba.volume import (
     read_volumes,
     writing,
 )
-from deformmamba.volume.inspection import spacing_remark
+from deformmamba.volume.inspection import measured_matrix, spacing_remark
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
@@ -132,8 +133,7 @@ def upscale_file(
     check_types(upscale_file, locals())
     check_paths(source, target, uncertainty, report)
     read, n_volumes = _scans(source, target, volume, {"series": series, "stack": stack, "nan": nan, "partial": partial})
-    scans = read()
-    scan = next(scans)
+    scan = next(scans := read())
     if not as_image and (reason := no_scan(source, scan)):
         raise VolumeError(f"{source}: {reason}; as_image=True (--as-image) upscales it anyway")
     check_output(target, source=scan, dtype=dtype)
@@ -144,8 +144,9 @@ def upscale_file(
     scan = prepared(scan)
     check_in_plane(found)
     job = Upscaling(found, scan, chosen)
-    jobs_of = partial_of(map, lambda one: Upscaling(found, prepared(one), chosen, warn=False))
-    cautions = (*job.cautions, *_more_cautions(jobs_of(scans), len(job.cautions)))
+    jobs_of = partial_of(map, lambda one: Upscaling(found, prepared(one), chosen, judge=False))
+    more = _more_cautions(itertools.chain([scan], scans), found) if n_volumes > 1 else ()
+    cautions = (*job.cautions, *more)
     started(job, n_volumes)
     start = time.perf_counter()
     made_by = derivation(found, far=bool(cautions))
@@ -195,19 +196,23 @@ def _scans(
     return (lambda: read_volumes(source, **reading)), n_volumes
 
 
-def _more_cautions(jobs: Iterable[Upscaling], n_known: int) -> list[str]:
-    """Cautions of further volumes, also given as warnings: of each volume that has more of them than those before it.
+def _more_cautions(volumes: Iterable[Volume], model: "SRModel") -> tuple[str, ...]:
+    """Cautions about the intensities of `volumes` after the first, also given as warnings: of each volume that has more
+    of them than those before it.
 
     All volumes are read here, so that a faulty one is found before anything is computed.
     """
-    found = []
-    for number, job in enumerate(jobs, 1):
-        if len(job.cautions) > n_known:
-            n_known = len(job.cautions)
-            found += [f"volume {number}: {caution}" for caution in job.cautions]
+    found: list[str] = []
+    most = 0
+    for number, volume in enumerate(volumes):
+        check_voxels(volume.array)
+        said = intensity_cautions(volume.array, trained=model.num_parameters() > 0)
+        if number > 0 and len(said) > most:
+            found += [f"volume {number}: {caution}" for caution in said]
+        most = max(most, len(said))
     for caution in found:
-        warnings.warn(caution, stacklevel=3)  # the caller of `upscale_file`
-    return found
+        warnings.warn(caution, stacklevel=4)  # the caller of `upscale_file`
+    return tuple(found)
 
 
 def _silently(volumes: Iterator[Volume]) -> Iterator[Volume]:

@@ -12,7 +12,7 @@ from deformmamba.errors import InvalidType, counted, one_line
 from deformmamba.inference.settings import Settings
 from deformmamba.tensors import has_values
 from deformmamba.volume import Volume, VolumeError, from_nibabel, read_volume, to_nibabel
-from deformmamba.volume.inspection import FEW, no_magnitude
+from deformmamba.volume.inspection import ends, no_magnitude
 
 # Converts (geometry and header of the result, its voxels) to an object of the same kind as the input.
 Back = Callable[[Volume, np.ndarray], Any]
@@ -149,13 +149,13 @@ def intensity_cautions(array: np.ndarray, *, trained: bool = True, signed: bool 
 
     `trained`: the network has weights; interpolation takes any image. `signed`: negative values are allowed.
     """
-    found = []
-    if trained and (reason := no_magnitude(array, signed=signed)) is not None:
+    found, between = [], ends(array)
+    if trained and (reason := no_magnitude(array, between, signed=signed)) is not None:
         found.append(
             f"the scan does not look like a magnitude image: {reason}; the weights were trained on magnitude images "
             "only, so check the result before use"
         )
-    lowest, highest = (float(value) for value in np.percentile(array, FEW))
+    lowest, highest = between
     step = float(np.spacing(np.float32(max(abs(lowest), abs(highest)))))
     if 0 < highest - lowest < FEWEST_STEPS * step:
         found.append(

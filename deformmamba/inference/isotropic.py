@@ -175,8 +175,7 @@ def isotropic(
     chosen, gain, adapted = best_of(network, held, own, job, minutes, steps, seed, progress)
     least = -low / (high - low) if job.magnitude else None  # keep a magnitude image non-negative
     done = restored(chosen, slices, job, consistency, least, progress)
-    fine = done.image.numpy() * width + np.float32(low)
-    fine = (np.maximum(fine, 0) if job.magnitude else fine) + job.fine_spots()
+    fine = job.completed(done.image.numpy() * width + np.float32(low))
     out = np.asfortranarray(np.moveaxis(fine, 0, job.axis), np.float32)
     spread = None if done.spread is None else np.moveaxis(done.spread.numpy() * width, 0, job.axis)
     report = IsotropicReport(
@@ -293,8 +292,7 @@ def restored(
 def cubic_spline(volume: Volume, **geometry: Any) -> np.ndarray:
     """The voxels of the result by cubic interpolation alone (outliers: linear); `geometry` as `Stack.of`."""
     job = Stack.of(volume, **geometry)
-    fine = along(job.spline(), torch.from_numpy(job.slices), 0).numpy()
-    fine = (np.maximum(fine, 0) if job.magnitude else fine) + job.fine_spots()
+    fine = job.completed(along(job.spline(), torch.from_numpy(job.slices), 0).numpy())
     return np.moveaxis(fine, 0, job.axis)
 
 

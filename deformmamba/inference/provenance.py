@@ -16,8 +16,8 @@ from deformmamba import __version__
 from deformmamba.inference.settings import Settings
 from deformmamba.volume import MGH_SUFFIXES, NIFTI_SUFFIXES, PathLike, write_text
 from deformmamba.volume.files import suffix
-from deformmamba.volume.selection import PRODUCER, is_generated, is_sidecar_of
-from deformmamba.weights import WeightsError, load_checkpoint
+from deformmamba.volume.selection import PRODUCER, is_generated, is_sidecar_of, read_json
+from deformmamba.weights import WeightsError, load_checkpoint, manifest
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
@@ -147,14 +147,6 @@ def _kept(sidecar: Path, output: Path) -> str | None:
     return f"belongs to the output {other.name}" if other.exists() else None
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; None if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-
-
 def shown_path(path: PathLike) -> str:
     """A path as valid UTF-8 text: other bytes become escapes."""
     return os.fspath(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -200,7 +192,11 @@ def _hash_if_same(model: "SRModel") -> str | None:
 
 
 def weights_name(model: "SRModel") -> str | None:
-    """The manifest name, org/repo@commit, or the file's name without its folder; None for weights without a source."""
-    if model.source is None or not os.path.exists(model.source):
-        return model.source
-    return os.path.basename(os.path.abspath(model.source))  # "folder/" and "." have names too
+    """The manifest name, org/repo@commit, or the name of the file or folder; None for weights without a source.
+
+    A path has more than its name: a folder may have a person's.
+    """
+    source = model.source
+    if source is None or source in manifest()["weights"] or source == model.provenance.get("hub"):
+        return source
+    return os.path.basename(os.path.abspath(source))  # "folder/" and "." have names too

@@ -22,12 +22,13 @@ from deformmamba.physics.slice_profile import (
     is_millimetres,
     linear_matrix,
     resampled_linearly,
+    resampled_positions,
     slice_positions,
     slice_profile,
     spline_matrix,
 )
 from deformmamba.volume import NothingToDo, Volume, VolumeError, chosen_axis, in_plane
-from deformmamba.volume.inspection import effective_matrix, stated_matrix
+from deformmamba.volume.inspection import measured_matrix
 
 LEAST_RATIO = 1.3  # slice spacing divided by the wanted voxel size; below this ratio a scan counts as isotropic
 TRAINED_RATIOS = (2.0, 8.0)  # of the weights `thick`
@@ -92,6 +93,10 @@ class Stack:
         """What the outliers add to the result, (n_fine, h, w), scanner units."""
         return along(self.linear(), torch.from_numpy(self.spots), 0).numpy()
 
+    def completed(self, fine: np.ndarray) -> np.ndarray:
+        """The result (n_fine, h, w) from that without outliers, scanner units: with them; magnitudes not below 0."""
+        return (np.maximum(fine, 0) if self.magnitude else fine) + self.fine_spots()
+
     def operator(self) -> ThickSlices:
         """The linear operator from the result to the slices."""
         return ThickSlices(self.n_fine, self.to, slice_positions(len(self.slices), self.spacing), self.profile)
@@ -118,7 +123,7 @@ class Stack:
         pixel = (sides[0], sides[1])
         wanted = sides
         if to is None:
-            wanted = _resolved(array, sides, stated_matrix(volume, axis), remarks)
+            wanted = _resolved(array, sides, measured_matrix(volume, axis), remarks)
             to = math.sqrt(wanted[0] * wanted[1]) if max(wanted) <= SQUARE * min(wanted) else min(wanted)
         if to * FINEST < min(sides):
             raise InvalidArgument(
@@ -265,14 +270,8 @@ def _unlike_neighbours(slices: np.ndarray) -> int | None:
     return None
 
 
-def _resolved(
-    slices: np.ndarray, sides: Sequence[float], stated: tuple[int | None, int | None], remarks: list[str]
-) -> list[float]:
-    """The true in-plane resolution in mm from k-space; adds a remark if it differs from the header.
-
-    `stated`: the `stated_matrix` of the header.
-    """
-    filled = effective_matrix(slices, stated)
+def _resolved(slices: np.ndarray, sides: Sequence[float], filled: tuple[int, int], remarks: list[str]) -> list[float]:
+    """The true in-plane resolution in mm, if k-space is `filled`; adds a remark if it differs from the header."""
     found = [side * n / m for side, n, m in zip(sides, slices.shape[1:], filled, strict=True)]
     if filled == slices.shape[1:]:
         return list(sides)
@@ -335,10 +334,6 @@ def resampled(slices: np.ndarray, shape: Sequence[int]) -> np.ndarray:
         if m > n and n % 2 == 0:
             spectrum[..., -1] /= 2  # divided between -n / 2 and n / 2
         image = torch.fft.irfft(spectrum[..., : m // 2 + 1], n=m, norm="forward").movedim(-1, axis)
-        smooth = along(spline_matrix(n, _positions(n, m)), smooth, axis)
+        smooth = along(spline_matrix(n, resampled_positions(n, m)), smooth, axis)
     new = (image + smooth).contiguous().numpy()
     return np.maximum(new, 0) if slices.min() >= 0 else new
-
-
-def _positions(n: int, m: int) -> torch.Tensor:
-    return torch.arange(m, dtype=torch.float64) * n / m

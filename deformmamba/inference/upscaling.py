@@ -159,11 +159,12 @@ class Upscaling:
         shape: (i, j, k) of the result.
         place: the result's geometry and header; its array is still the input's.
         settings: as given, with `axis`, `consistency` and `overlap` filled in.
-        cautions: reasons why the result may be worse than reported, a sentence each; also given as warnings.
+        cautions: reasons why the result may be worse than reported, a sentence each; also given as warnings. Empty with
+            judge=False, for a volume that was judged before.
     """
 
     def __init__(
-        self, model: "SRModel | nn.Module | PathLike", volume: Volume, settings: Settings, *, warn: bool = True
+        self, model: "SRModel | nn.Module | PathLike", volume: Volume, settings: Settings, *, judge: bool = True
     ) -> None:
         found: SRModel = network(model)
         self._dtype = check_precision(found)
@@ -177,8 +178,8 @@ class Upscaling:
             )
         overlap = None if settings.tile is None else _checked_overlap(found, settings.tile, settings.overlap)
         _check_slices(found, volume, axis)
-        self.cautions = _cautions(found, volume, axis)
-        for caution in self.cautions if warn else ():
+        self.cautions = _cautions(found, volume, axis) if judge else ()
+        for caution in self.cautions:
             warnings.warn(caution, stacklevel=4)  # the caller of `upscale`
         self.axis = axis
         i, j, k = (n if a == axis else n * found.scale for a, n in enumerate(volume.array.shape))
@@ -405,7 +406,7 @@ def _check_slices(model: "SRModel", volume: Volume, axis: int) -> None:
 def _cautions(model: "SRModel", volume: Volume, axis: int) -> tuple[str, ...]:
     """Reasons why the result may be worse than reported: intensities, or a pixel size far from the training data."""
     first, second = in_plane(axis)
-    found = intensity_cautions(volume.array, trained=next(model.parameters(), None) is not None)
+    found = intensity_cautions(volume.array, trained=model.num_parameters() > 0)
     trained, pixel = trained_spacings(model), (volume.spacing[first], volume.spacing[second])
     if trained and any(volume.codes) and is_far(pixel, trained):
         found.append(

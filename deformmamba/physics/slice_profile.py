@@ -209,12 +209,16 @@ def linear_matrix(n: int, at: torch.Tensor, width: float = 1.0) -> torch.Tensor:
     return hats[:, beyond : n + beyond] / hats.sum(1, keepdim=True)
 
 
+def resampled_positions(n: int, m: int) -> torch.Tensor:
+    """The positions (m,) of m samples in place of n, in old samples, float64; the first keeps its position."""
+    return torch.arange(m, dtype=torch.float64) * n / m
+
+
 def resampled_linearly(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """`image` (..., h, w) on a grid of another `size`; pixel 0 keeps its position. A coarser grid gets averages."""
     for axis, m in zip((-2, -1), size, strict=True):
         n = image.shape[axis]
-        at = torch.arange(m, dtype=torch.float64) * n / m
-        image = along(linear_matrix(n, at, max(1.0, n / m)), image, axis % image.ndim)
+        image = along(linear_matrix(n, resampled_positions(n, m), max(1.0, n / m)), image, axis % image.ndim)
     return image.contiguous()
 
 

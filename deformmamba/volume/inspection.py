@@ -28,8 +28,6 @@ MOST_NEGATIVE = 0.01
 # Mean difference of neighbours over the range of values: 1/3 for uniform noise, at most 0.1 for LR magnitude images of
 # the validation split.
 PHASE_STEP = 0.2
-# percentiles between which a scan's intensities are judged
-FEW = (0.1, 99.9)
 
 _N_SLICES = 32  # enough slices for a smooth profile
 _DYNAMIC_RANGE = 1e-12  # in power; smaller values are rounding of float32 voxels
@@ -269,15 +267,14 @@ def inspect_volume(volume: Volume, *, axis: int | None = None, model: "SRModel |
         raise VolumeError("the scan has voxels that are complex, NaN or infinite; take the magnitude, replace NaN")
     first, second = in_plane(axis)
     matrix = (array.shape[first], array.shape[second])
-    stated = stated_matrix(volume, axis)
-    effective = effective_matrix(np.moveaxis(array, axis, 0), stated)
+    stated, effective = stated_matrix(volume, axis), measured_matrix(volume, axis)
     pixel = (volume.spacing[first], volume.spacing[second])
     resolution = (pixel[0] * matrix[0] / effective[0], pixel[1] * matrix[1] / effective[1])
     orientation, tilt = _orientation(volume, axis)
     negative = float(np.count_nonzero(array < 0) / array.size)
 
     remarks = []
-    if (reason := no_magnitude(array)) is not None:
+    if (reason := no_magnitude(array, ends(array))) is not None:
         remarks.append(f"the scan does not look like a magnitude image, which is what models are for: {reason}")
     if effective == matrix and any(m is not None and m < n for m, n in zip(stated, matrix, strict=True)):
         sizes = " x ".join("?" if m is None else str(m) for m in stated)
@@ -310,14 +307,20 @@ def inspect_volume(volume: Volume, *, axis: int | None = None, model: "SRModel |
     )
 
 
-def no_magnitude(array: np.ndarray, *, signed: bool = False) -> str | None:
-    """Why a scan does not look like a magnitude image, in one sentence; None if it does.
+def ends(array: np.ndarray) -> tuple[float, float]:
+    """The values between which a scan's intensities are judged: single voxels, as of padding, do not count."""
+    low, high = np.percentile(array, (0.1, 99.9))
+    return float(low), float(high)
+
+
+def no_magnitude(array: np.ndarray, between: tuple[float, float], *, signed: bool = False) -> str | None:
+    """Why a scan with these `ends` does not look like a magnitude image, in one sentence; None if it does.
 
     Negative values, unless `signed`: more than 1 % of the voxels (a t-map, a signed or negated image). Phase: the
     values fill the range of a phase, in radians or in a scanner's 12-bit units, and neighbours differ by a fifth of it
     on average, because the phase in air is uniform noise (magnitude images: by a tenth or less).
     """
-    lowest, highest = (float(value) for value in np.percentile(array, FEW))  # single voxels, as of padding, may differ
+    lowest, highest = between
     spans = ((-np.pi, np.pi), (0.0, 2 * np.pi), (-4096.0, 4095.0), (0.0, 4095.0), (-2048.0, 2047.0))
     for low, high in spans:
         near = 0.02 * (high - low)
@@ -343,6 +346,11 @@ def stated_matrix(volume: Volume, axis: int) -> tuple[int | None, int | None]:
     if len(given) != 4:
         return None, None
     return (given[1] or given[3] or None), (given[0] or given[2] or None)
+
+
+def measured_matrix(volume: Volume, axis: int) -> tuple[int, int]:
+    """(h, w) of the filled k-space of slices across `axis`: `effective_matrix`, with the header's matrix as a hint."""
+    return effective_matrix(np.moveaxis(volume.array, axis, 0), stated_matrix(volume, axis))
 
 
 def _orientation(volume: Volume, axis: int) -> tuple[str | None, float | None]:

@@ -123,7 +123,8 @@ def not_a_scan(path: PathLike) -> str:
         return f'a mask or label image (the name ends in "{last}")'
     if last in _PHASE_NAMES or "_part-phase" in stem:
         return "a phase image (by its name)"
-    sidecar = _sidecar(path.with_name(stem + ".json"))
+    found = read_json(path.with_name(stem + ".json"))
+    sidecar = found if isinstance(found, dict) else {}
     if is_sidecar_of(sidecar, path):
         return "an output of this package (by the JSON file beside it)"
     kinds = sidecar.get("ImageType")
@@ -141,12 +142,12 @@ def no_scan(path: PathLike, volume: Volume) -> str:
     return not_a_scan(path)
 
 
-def _sidecar(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; None if it is missing or damaged."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return None
 
 
 def is_generated(facts: Any) -> bool:
