@@ -3,6 +3,7 @@
 import operator
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ def coarsen(
     crop: bool = False,
     seed: int = 0,
 ) -> Volume:
-    """Simulates a coarser measurement of the volume, slice by slice, float32.
+    """Simulates a coarser measurement of the volume, slice by slice, float32; the result states its axis of slices.
 
     Args:
         volume: real numbers; noise levels are relative to its "p99.9".
@@ -66,7 +67,7 @@ def coarsen(
         return made(image[:h, :w] / unit, seed=seed, first=k) * unit
 
     coarse = _map_slices(volume, axis, made.size(h, w), coarser)
-    return volume.resampled(coarse, 1 / scale, in_plane(axis), made.grid)
+    return replace(volume.resampled(coarse, 1 / scale, in_plane(axis), made.grid), slices=axis)
 
 
 def _warn_of_lost_signs(volume: Volume, degradation: Degradation) -> None:

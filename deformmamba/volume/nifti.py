@@ -306,14 +306,7 @@ def _nifti_image(voxels: np.ndarray, volume: Volume, kind: Any = None) -> Any:
     if not known:
         header.set_xyzt_units("mm")
     header.set_data_dtype(voxels.dtype)
-    slices = header.get_dim_info()[2]
-    if (
-        known
-        and slices is not None
-        and header.get_data_shape()[slices : slices + 1] != voxels.shape[slices : slices + 1]
-    ):
-        for field in ("slice_start", "slice_end", "slice_code", "slice_duration"):
-            header[field] = 0  # acquisition order, which is that of other slices
+    _state_slices(header, volume.slices, voxels.shape)
     is_nifti2 = isinstance(header, nibabel.Nifti2Header)
     if not is_nifti2 and max(voxels.shape) > np.iinfo(np.int16).max:
         raise VolumeError(f"NIfTI-1 holds at most {np.iinfo(np.int16).max} voxels along an axis, not {voxels.shape}")
@@ -327,3 +320,18 @@ def _nifti_image(voxels: np.ndarray, volume: Volume, kind: Any = None) -> Any:
     image.set_qform(from_mm @ qform, qform_code, update_affine=False)
     image.set_sform(from_mm @ volume.affine, sform_code)
     return image
+
+
+def _state_slices(header: Any, axis: int | None, shape: tuple[int, ...]) -> None:
+    """The axis of the slices in dim_info, if known; the acquisition order of other slices is removed."""
+    row, column, stated = header.get_dim_info()
+    if axis is None:
+        axis = stated
+    if axis is None:
+        return
+    if axis != stated:
+        row, column = (None, None) if axis in (row, column) else (row, column)
+        header.set_dim_info(row, column, axis)
+    if axis != stated or header.get_data_shape()[axis : axis + 1] != shape[axis : axis + 1]:
+        for field in ("slice_start", "slice_end", "slice_code", "slice_duration"):
+            header[field] = 0

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import deformmamba
 import deformmamba.weights
 from deformmamba.cli import main
 from deformmamba.models import ZeroFill
-from deformmamba.volume import read_volume
+from deformmamba.volume import read_volume, slice_axis
 
 COMMANDS = ["upscale", "degrade", "evaluate", "benchmark", "inspect", "train", "weights", "backends", "export", "demo"]
 KEPT = b"the output of yesterday"
@@ -133,6 +134,16 @@ def test_degrade_then_upscale_gives_the_scan_back(tmp_path: Path, weights: str) 
     again = nibabel.load(tmp_path / "sr.nii")
     np.testing.assert_allclose(again.get_fdata(), smooth, atol=0.01)
     assert_close(again.affine, nibabel.load(source).affine)
+
+
+def test_a_scan_made_coarser_than_its_slices_are_thick_keeps_its_axis(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(np.random.default_rng(0).random((16, 16, 6), np.float32), np.diag([0.9, 0.85, 3.0, 1]))
+    nibabel.save(image, tmp_path / "fine.nii")
+    assert main(["degrade", str(tmp_path / "fine.nii"), "-o", str(tmp_path / "coarse.nii"), "--scale", "4"]) == 0
+    coarse = read_volume(tmp_path / "coarse.nii")
+    assert coarse.array.shape == (4, 4, 6)
+    assert slice_axis(coarse) == 2
+    assert slice_axis(replace(coarse, slices=None)) == 0  # the guess: the pixels are larger than the slices are thick
 
 
 def test_a_warning_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -205,6 +205,25 @@ def test_nifti_says_its_slices_in_dim_info(tmp_path: Path, axis: int) -> None:
     assert slice_axis(finer(volume)) == axis
 
 
+@pytest.mark.parametrize(("axis", "row_and_column"), [(2, (0, 1)), (1, (None, None))])
+def test_a_volume_that_knows_its_slices_says_so_in_dim_info(
+    tmp_path: Path, axis: int, row_and_column: tuple[int | None, int | None]
+) -> None:
+    image = nibabel.Nifti1Image(np.ones((6, 5, 4), np.float32), np.diag([1.0, 1, 5, 1]))
+    image.header.set_dim_info(0, 1, 2)
+    image.header["slice_end"], image.header["slice_code"] = 3, 1
+    nibabel.save(image, tmp_path / "a.nii")
+    write_volume(tmp_path / "b.nii", replace(read_volume(tmp_path / "a.nii"), slices=axis))
+    header = nibabel.load(tmp_path / "b.nii").header
+    assert header.get_dim_info() == (*row_and_column, axis)
+    assert header["slice_code"] == (1 if axis == 2 else 0)
+
+
+def test_nifti_from_dicom_says_its_slices(tmp_path: Path) -> None:
+    write_volume(tmp_path / "a.nii.gz", read_volume(CASES / "dicom" / "rect_eq_thick"))
+    assert nibabel.load(tmp_path / "a.nii.gz").header.get_dim_info() == (None, None, 2)
+
+
 # ---------------------------------------------------------------------------------------------------- folders of DICOM
 
 
