@@ -62,7 +62,7 @@ def shortened(text: str, longest: int) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6, written: Callable[[str], str] = repr) -> str:
-    """A suggestion for the end of a message: `, did you mean X?` for the known word nearest to `word`, else empty.
+    """A suggestion to put behind a wrong word: " (did you mean X?)" for the nearest known word, else empty.
 
     Capital and small letters are the same.
 
@@ -74,4 +74,4 @@ def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6, writte
     near = difflib.get_close_matches(word.lower(), list(words), n=1, cutoff=cutoff)
     if near and words[near[0]] == word:
         return ""
-    return f", did you mean {written(words[near[0]])}?" if near else ""
+    return f" (did you mean {written(words[near[0]])}?)" if near else ""

@@ -108,9 +108,7 @@ def check_device(device: Any, *, also: tuple[str, ...] = ()) -> None:
         there += [name for name, kind in (("mps", torch.backends.mps), ("xpu", torch.xpu)) if kind.is_available()]
         hint = _nearest_device(device, {*there, "cuda"}) if isinstance(device, str) else ""
         given = shown(str(device) if isinstance(device, torch.device) else device)
-        raise InvalidArgument(
-            f"device {given}: not available on this machine{hint or ';'} available: {', '.join(there)}"
-        )
+        raise InvalidArgument(f"device {given}: not available on this machine{hint}; available: {', '.join(there)}")
 
 
 def _nearest_device(name: str, known: set[str]) -> str:
@@ -119,7 +117,7 @@ def _nearest_device(name: str, known: set[str]) -> str:
         torch.device(name)
     except RuntimeError:
         return did_you_mean("cuda" + name[3:] if name.lower().startswith("gpu") else name, known) or (
-            ", did you mean 'cuda'?" if name.lower() == "gpu" else ""
+            " (did you mean 'cuda'?)" if name.lower() == "gpu" else ""
         )
     return ""
 

@@ -71,8 +71,8 @@ def test_a_file_is_replaced_whole_or_left_alone(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("fintune", ", did you mean 'finetune'?"),
-        ("IXI-4X", ", did you mean 'ixi-4x'?"),
+        ("fintune", " (did you mean 'finetune'?)"),
+        ("IXI-4X", " (did you mean 'ixi-4x'?)"),
         ("ixi-4x", ""),  # it is known, so another thing is wrong
         ("qqq", ""),
         ("", ""),

@@ -454,9 +454,9 @@ def test_the_operator_runs_once_for_a_map() -> None:
 @pytest.mark.parametrize(
     ("device", "said"),
     [
-        ("cudda", "did you mean 'cuda'\\? available: auto, cpu"),
-        ("CPU", "did you mean 'cpu'\\? available"),
-        ("gpu", "did you mean 'cuda'\\? available"),
+        ("cudda", "did you mean 'cuda'\\?\\); available: auto, cpu"),
+        ("CPU", "did you mean 'cpu'\\?\\); available"),
+        ("gpu", "did you mean 'cuda'\\?\\); available"),
         ("cuda:99", "machine; available"),
         ("meta", "machine; available"),
         ([], "device \\[\\]: not available"),

@@ -140,6 +140,7 @@ CALLS = {
         training.train_recipe(3, "folder", "r")
         adapters.UpscaleTransform("nope")
         adapters.UpscaleTransform(zero, keys=3)
+        adapters.UpscaleTransform(zero)(masked)
         adapters.UpscaleInferer(tiel=3)
         adapters.UpscaleInferer()(array, zero)
         adapters.UpscaleInferer()(lr, "x")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deformmamba.annotations import is_integer, is_number
 from deformmamba.errors import InvalidArgument, InvalidType, shown
 from deformmamba.tensors import has_values
 
@@ -91,6 +92,20 @@ def check_choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None
     if not (value is None or isinstance(value, str)) or value not in allowed:
         given = ", ".join(map(repr, allowed))
         raise InvalidArgument(f"{name} must be one of {given}, got {shown(value)}")
+
+
+def check_sizes(where: str, **sizes: Any) -> None:
+    """Raises InvalidArgument unless each size is a whole number of 1 or more."""
+    for name, value in sizes.items():
+        if not is_integer(value) or value < 1:
+            raise InvalidArgument(f"{where}: {name} must be a whole number of 1 or more, got {shown(value)}")
+
+
+def check_positive(where: str, **numbers: Any) -> None:
+    """Raises InvalidArgument unless each number is above 0 and finite."""
+    for name, value in numbers.items():
+        if not is_number(value) or not 0 < value < math.inf:
+            raise InvalidArgument(f"{where}: {name} must be a finite number above 0, got {shown(value)}")
 
 
 def check_range(name: str, value: Any) -> tuple[float, float]:

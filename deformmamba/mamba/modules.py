@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deformmamba.errors import InvalidArgument, UnsupportedCall
+from deformmamba.mamba.arguments import check_choice, check_positive, check_sizes
 from deformmamba.mamba.causal_conv import causal_conv1d_fn, causal_conv1d_update, causal_conv1d_varlen_states
 from deformmamba.mamba.norm import RMSNormGated
 from deformmamba.mamba.selective_scan import bimamba_inner_fn, mamba_inner_fn_no_out_proj, selective_scan_fn
@@ -44,6 +45,17 @@ def _initial_A_log(channels: int, states: int, device: Any) -> nn.Parameter:
     A_log = nn.Parameter(rates.log())
     A_log._no_weight_decay = True  # type: ignore[attr-defined]
     return A_log
+
+
+def _inner_channels(where: str, d_model: int, expand: float, dt_min: float, dt_max: float, **sizes: Any) -> int:
+    """expand * d_model, after a check of all sizes of a block and of the range of its initial step sizes."""
+    check_sizes(where, d_model=d_model, **sizes)
+    check_positive(where, expand=expand, dt_min=dt_min, dt_max=dt_max)
+    if dt_min > dt_max:
+        raise InvalidArgument(f"{where}: dt_min {dt_min:g} is above dt_max {dt_max:g}")
+    if int(expand * d_model) < 1:
+        raise InvalidArgument(f"{where}: expand {expand:g} leaves no inner channel for d_model {d_model}")
+    return int(expand * d_model)
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -114,13 +126,12 @@ class Mamba(nn.Module):
         if_devide_out: bool = False,
     ) -> None:
         super().__init__()
-        if dt_init not in ("random", "constant"):
-            raise InvalidArgument(f"Mamba: dt_init is {dt_init!r}; it must be 'random' or 'constant'")
         self.bimamba_type = bimamba_type = "v2" if bimamba else bimamba_type
-        if bimamba_type not in BIMAMBA_TYPES:
-            raise InvalidArgument(f"Mamba: bimamba_type is {bimamba_type!r}; it must be one of {BIMAMBA_TYPES}")
+        check_choice("Mamba: bimamba_type", bimamba_type, BIMAMBA_TYPES)
+        check_choice("Mamba: dt_init", dt_init, ("random", "constant"))
+        sizes = {"d_state": d_state, "d_conv": d_conv, "dt_rank": 1 if dt_rank == "auto" else dt_rank}
+        self.d_inner = _inner_channels("Mamba", d_model, expand, dt_min, dt_max, **sizes, nslices=nslices)
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
-        self.d_inner = int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
         self.use_fast_path, self.layer_idx, self.nslices = use_fast_path, layer_idx, nslices
         self.if_divide_out = if_divide_out or if_devide_out
@@ -348,7 +359,8 @@ class Mamba2(nn.Module):
         self.d_model, self.d_state, self.d_conv, self.conv_init, self.expand = (
             d_model, d_state, d_conv, conv_init, expand
         )  # fmt: skip
-        self.d_inner = int(expand * d_model)
+        sizes = {"d_state": d_state, "headdim": headdim, "ngroups": ngroups, "d_ssm": 1 if d_ssm is None else d_ssm}
+        self.d_inner = _inner_channels("Mamba2", d_model, expand, dt_min, dt_max, d_conv=d_conv, **sizes)
         self.headdim, self.ngroups, self.D_has_hdim = headdim, ngroups, D_has_hdim
         self.d_ssm = self.d_inner if d_ssm is None else d_ssm
         _check_mamba2(self.d_ssm, self.d_inner, headdim, ngroups, A_init_range, process_group)

@@ -105,9 +105,9 @@ def weights_entry(name: str) -> dict[str, Any]:
         raise WeightsError(
             f"weights {name!r} do not exist yet ({plan['why']}); train them with {plan['recipe']}. Published: {names}"
         )
-    hint = did_you_mean(name[:100], [*known["weights"], *known["planned"]], cutoff=0.5) or ","
+    hint = did_you_mean(name[:100], [*known["weights"], *known["planned"]], cutoff=0.5)
     raise WeightsError(
-        f"unknown weights {shown(name)}{hint} published are: {names}; a path to a file or folder and org/repo work too"
+        f"unknown weights {shown(name)}{hint}; published are: {names}; a path to a file or folder and org/repo work too"
     )
 
 

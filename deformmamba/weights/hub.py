@@ -132,7 +132,7 @@ def checked_license(name: str) -> str:
     """
     if (found := name.strip().lower()) not in LICENSES:
         raise WeightsError(
-            f"{shown(name)} is no licence that the Hub lists{did_you_mean(name, LICENSES) or ';'} give an identifier "
+            f"{shown(name)} is no licence that the Hub lists{did_you_mean(name, LICENSES)}; give an identifier "
             "such as cc-by-4.0, cc-by-sa-4.0 or apache-2.0 (all: huggingface.co/docs/hub/repositories-licenses)"
         )
     return found

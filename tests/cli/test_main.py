@@ -37,7 +37,10 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         (["upscal", "x.nii"], "did you mean upscale?"),
         (["weights", "lst"], "did you mean list?"),
-        (["backends", "--jsn"], "unrecognized arguments: --jsn, did you mean --json?; see deformmamba backends --help"),
+        (
+            ["backends", "--jsn"],
+            "unrecognized arguments: --jsn (did you mean --json?); see deformmamba backends --help",
+        ),
         (["upscale", "a.nii", "-o", "b.nii", "--figur", "x", "--modle=ixi-2x"], "did you mean --model?"),
         (["upscale", "a.nii", "-o", "b.nii", "--consistency", "objct"], "did you mean object?"),
         (["export", "--format", "onnx", "--inputs", "base", "-o", "x"], "did you mean lr,base?"),

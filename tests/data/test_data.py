@@ -329,7 +329,7 @@ def test_a_degradation_of_another_scale_or_name_is_refused(tmp_path, phantom):
     scan = Scan(write(tmp_path / "a.nii.gz", phantom), "a", "train", "T2")
     for degradation, message in (
         ("area:scale=4", "shrinks by 4; wanted 2"),
-        ("blurry", r"unknown name 'blurry', did you mean 'blur'\?; degradations"),
+        ("blurry", r"unknown name 'blurry' \(did you mean 'blur'\?\); degradations"),
     ):
         with pytest.raises(ValueError, match=message):
             PatchDataset([scan], scale=2, patch=8, length=1, degradation=degradation)

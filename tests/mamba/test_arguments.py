@@ -299,3 +299,32 @@ def test_modules_on_the_meta_device_give_shapes() -> None:
         assert module(x).shape == x.shape
     volume = torch.empty(1, 4, 2, 3, 5, device="meta")
     assert m.SS3D(4, device="meta")(volume).shape == volume.shape
+
+
+@pytest.mark.parametrize("block", [m.Mamba, m.Mamba2])
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"d_model": value} for value in (0, -16, 16.5, float("inf"), "16", None, True)),
+        *({"expand": value} for value in (0, -1, float("inf"), float("nan"), "2", 0.001)),
+        {"d_state": 0}, {"d_state": -1}, {"d_conv": 0}, {"dt_min": 0}, {"dt_max": float("inf")}, {"dt_min": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sizes_of_a_block(block: type[torch.nn.Module], given: dict[str, Any]) -> None:
+    with pytest.raises(DeformMambaError, match=f"^{block.__name__}: {next(iter(given))}"):
+        block(**{"d_model": 64} | given)
+
+
+@pytest.mark.parametrize(
+    ("block", "given"),
+    [
+        *((m.Mamba, given) for given in ({"dt_rank": 0}, {"dt_rank": "all"}, {"nslices": 0}, {"bimamba_type": "v9"})),
+        (m.Mamba, {"dt_init": "zero"}),
+        *((m.Mamba2, given) for given in ({"headdim": 0}, {"ngroups": 0}, {"d_ssm": 0}, {"d_ssm": 64.0})),
+    ],
+    ids=str,
+)
+def test_sizes_of_one_block(block: type[torch.nn.Module], given: dict[str, Any]) -> None:
+    with pytest.raises(DeformMambaError, match=f"^{block.__name__}: {next(iter(given))}"):
+        block(64, **given)

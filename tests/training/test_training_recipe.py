@@ -311,7 +311,7 @@ def test_replacements_are_those_of_toml(recipe):
 
 
 def test_an_unknown_recipe_names_those_there_are():
-    with pytest.raises(ValueError, match=r"no recipe 'ixi-3x', did you mean 'ixi-[24]x'\?; recipes: .*ixi-4x"):
+    with pytest.raises(ValueError, match=r"no recipe 'ixi-3x' \(did you mean 'ixi-[24]x'\?\); recipes: .*ixi-4x"):
         load_recipe("ixi-3x")
 
 

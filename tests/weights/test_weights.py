@@ -461,7 +461,7 @@ def test_a_wrong_hash_is_found_before_the_file_is_parsed(
 
 
 def test_unknown_names_suggest_the_nearest(published: dict[str, Any]) -> None:
-    refused(lambda: load_checkpoint("ixi4x"), "unknown weights 'ixi4x', did you mean 'ixi-4x'.*ixi-4x, ixi-2x")
+    refused(lambda: load_checkpoint("ixi4x"), "unknown weights 'ixi4x' .did you mean 'ixi-4x'.*ixi-4x, ixi-2x")
     refused(lambda: load_checkpoint("fastmri4x"), "did you mean 'fastmri-4x'")
     refused(lambda: load_checkpoint("IXI-4X"), "did you mean 'ixi-4x'")
     refused(lambda: load_checkpoint("./ixi-2x.safetensors"), "there is no file or folder")
