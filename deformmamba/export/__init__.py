@@ -115,7 +115,8 @@ def export(
             LARGEST; two sizes are compared.
         inputs: "lr", "lr,units", or "lr,base": the network alone, for a caller who cuts tiles. Then `lr` is about
             [0, 1], and a model with a global skip also takes `base` (b, c, scale * h, scale * w), the matching part of
-            the WHOLE slice's base image (`SRModel.whole_slice`).
+            the WHOLE slice's base image (`SRModel.whole_slice`). A model for any intensity takes `norm` (b, c, 2) too,
+            the range of the WHOLE slice.
         consistency: inside the file, as in `upscale`; None: the best mode for the weights. Not for inputs "lr,base".
         variant: how an ONNX file computes the selective scan. "scan": loops of opset 20, fast on a CPU.
             "linear-attention": the operator LinearAttention of opset 27, for runtimes with a fast one on a GPU; on the
@@ -285,6 +286,11 @@ def _facts(
         described = {"lr": f"float32 (b, c, h, w) {'of any intensity' if model.any_intensity else about}"}
         if _takes_base(model):
             described["base"] = f"float32 {scaled}: the cut of SRModel.whole_slice(whole slice) at the place of lr"
+        if model.any_intensity:
+            described["norm"] = (
+                "float32 (b, c, 2): of the sorted n pixels of the whole slice, the one at index n // 100, and the one "
+                "at n - 1 - n // 100 minus the first; SRModel.whole_slice gives it too"
+            )
 
     return {
         "producer": f"deformmamba {__version__}, torch {torch.__version__}",
@@ -383,8 +389,10 @@ def _images(
     lr = torch.from_numpy(raw)[:, None].repeat(1, channels, 1, 1)
     if inputs == "lr,base":
         lr = lr / float(np.percentile(volume, 99.9))
-        given = {"lr": lr, "base": model.whole_slice(lr)["base"]} if _takes_base(model) else {"lr": lr}
-        return _TestImages(given, model(**given), 1.0)
+        further = model.whole_slice(lr)
+        if not _takes_base(model):
+            further.pop("base", None)
+        return _TestImages({"lr": lr, **further}, model(lr, **further), 1.0)
     units = scan_units(model, raw)
     floor = NO_FLOOR if units.floor is None else units.floor
     given = {"lr": lr, "units": torch.zeros(3) if own else torch.tensor([units.zero, units.scale, floor])}
@@ -412,7 +420,7 @@ def _write(
     if smallest is not None:
         b, h, w = (torch.export.Dim(n, min=m, max=LARGEST) for n, m in (("b", 1), ("h", smallest), ("w", smallest)))
         scaled = {0: b, 2: model.scale * h, 3: model.scale * w}
-        dims = {name: {"lr": {0: b, 2: h, 3: w}, "base": scaled, "units": {}}[name] for name in inputs}
+        dims = {name: {"lr": {0: b, 2: h, 3: w}, "base": scaled, "norm": {0: b}, "units": {}}[name] for name in inputs}
     try:
         hidden = [] if format == "pt2" else onnx.hide_blocks(module)
         program = portable_program(module, kwargs=inputs, dynamic_shapes=dims)

@@ -257,7 +257,7 @@ class WholeSlice(nn.Module):
         sr = model(x) if skip is None else model(x, _base(x, rows, columns, scale, skip, found))
         sr, x = sr - floor, x - floor
         if self.consistency != "off":
-            sr = self._corrected(sr, x, signed, rows, columns, found)
+            sr = self._corrected(sr, x, signed, -floor, rows, columns, found)
         if model.robust_edges:
             below = cubic(deep, rows, columns)
             sr = torch.where(signed, sr, torch.maximum((sr - below).clamp(min=0) + below + floor, lowest))
@@ -288,6 +288,7 @@ class WholeSlice(nn.Module):
         sr: Tensor,
         x: Tensor,
         signed: Tensor,
+        air: Tensor,
         rows: Axis,
         columns: Axis,
         found: tuple[Tensor, Tensor] | None,
@@ -295,7 +296,7 @@ class WholeSlice(nn.Module):
         """`consistency.corrected` in real arithmetic; `found`: `_outliers_and_cuts` of x, for robust edges."""
         scale = self.model.scale
         edges = self.model.any_intensity and self.consistency == "object"
-        robust = self.consistency == "object" and self.model.robust_edges
+        robust = self.model.robust_edges
         cut = cut_edges(x) if edges and not robust else None
         if robust:
             assert found is not None
@@ -321,9 +322,9 @@ class WholeSlice(nn.Module):
             smooth = smooth_part(residual, cut)
             correction = back_projected(residual - smooth, unpaired, rows, columns) + cubic(smooth, rows, columns)
         if self.consistency == "exact":
-            return sr + correction
+            return sr + correction + sharp if robust else sr + correction
         low = torch.where(signed, real, (real**2 + imaginary**2).sqrt())
-        share = self._object_share(sr, (x - low) ** 2, signed)
+        share = self._object_share(sr - air, (x - low) ** 2, signed)
         if edges:
             varying = (F.max_pool2d(x, 5, 1, 2) != -F.max_pool2d(-x, 5, 1, 2)).to(x.dtype)
             share = share * F.interpolate(varying, scale_factor=float(scale), mode="nearest")
@@ -334,7 +335,7 @@ class WholeSlice(nn.Module):
         return sr + share * correction
 
     def _object_share(self, sr: Tensor, difference: Tensor, signed: Tensor) -> Tensor:
-        """`consistency.object_share`."""
+        """`consistency.object_share`; `sr` less the value of air."""
         near = F.max_pool2d((sr.abs() > SIGNAL).to(sr.dtype), 5, 1, 2)
         within = F.avg_pool2d(near, 5, 1, 2, count_include_pad=False)
         at_samples = within[..., :: self.model.scale, :: self.model.scale]

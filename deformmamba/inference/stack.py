@@ -35,7 +35,6 @@ TRAINED_RATIOS = (2.0, 8.0)  # of the weights `thick`
 FINEST = 4  # the voxels of the result are at most this many times finer than the in-plane pixel
 FEWEST_SLICES = 8
 MOST_SHEAR = 1.0  # degrees between the slices' normal and the direction in which they are stacked
-ROUNDING = 1e-5  # of the intensity range, for voxels from which an outlier was subtracted
 UNLIKE, ALIKE = 0.2, 0.5  # correlations of two slices: below the first they share no anatomy, above the second they do
 SQUARE = 1.05  # in-plane pixels whose sides differ by a smaller factor are not resampled
 
@@ -143,8 +142,8 @@ class Stack:
         _check_slices(array, array - spots)
         if n_spots := int(np.count_nonzero(spots)):
             remarks.append(f"outliers, such as a marker, that were interpolated linearly: {counted(n_spots, 'voxel')}")
+        magnitude = bool(array[spots == 0].min() >= 0)
         array = array - spots  # the former may be a view of the user's
-        magnitude = bool(array.min() >= -ROUNDING * (limits[1] - limits[0]) if n_spots else array.min() >= 0)
         array = np.maximum(array, 0) if magnitude and n_spots else array
         place = volume.resampled(volume.array, spacing / to, (axis,), "origin")
         shape = list(array.shape[1:])

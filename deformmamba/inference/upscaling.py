@@ -89,7 +89,8 @@ def upscale(
             for 0.15 dB (ixi-4x, validation, T2 brain; spine 0.12).
         tile: run the model on blended tiles of this side, in LR pixels (`tiling.tiled`), for slices that do not fit
             into memory; None: on whole slices, which suits the networks best.
-        overlap: LR pixels that neighbouring tiles share; None: `tiling.default_overlap`.
+        overlap: LR pixels that neighbouring tiles share; None: `tiling.default_overlap`. With less than 8, an edge can
+            appear where a seam runs along the border of a masked background.
         device: the model is moved there and runs there. None: the model's current device.
         progress: a bar on a terminal and in a notebook; elsewhere a line on stderr every 30 s.
 
@@ -305,6 +306,7 @@ class Upscaling:
                 magnitude=floor is not None,
                 edges=model.any_intensity,
                 robust=model.robust_edges,
+                air=-lowest,
             )
             if floor is not None:  # magnitudes, above the lowest possible value
                 sr = sr.clamp_(min=0) + floor if not deep.any() else _above(sr, floor, lr, deep)
@@ -387,7 +389,7 @@ def _checked_overlap(model: "SRModel", tile: int, overlap: int | None) -> int:
             f"tiles of {tile} are too small: the smallest image that {type(model).__name__} takes is "
             f"{model.minimum_size}x{model.minimum_size}"
         )
-    overlap = default_overlap(tile) if overlap is None else overlap
+    overlap = default_overlap(tile, model.multiple) if overlap is None else overlap
     spans(1, tile, overlap, model.multiple)  # refuses an overlap that does not go with the tile
     return overlap
 

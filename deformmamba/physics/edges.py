@@ -269,10 +269,14 @@ def _likely_cut(lines: torch.Tensor, inverse: torch.Tensor, determinant: torch.T
     if not torch.compiler.is_compiling() and lines.shape[-1] < 2 * SIDE:
         return lines.new_zeros(lines.shape[:-2])
     sides = torch.cat([lines[..., -SIDE:], lines[..., :SIDE]], dim=-1)[..., None, :, :]  # (..., 1, lines, 2 * SIDE)
+    largest = sides.abs().amax((-2, -1), keepdim=True)  # the squares of very large or small units are no float32
+    known = largest > 0
+    sides = sides / torch.where(known, largest, torch.ones_like(largest))
     form = ((sides @ inverse) * sides).sum((-2, -1)).clamp(min=torch.finfo(lines.dtype).tiny)  # (..., m)
     explained = form.log() + determinant
     d = explained[..., 0] - explained[..., 1:].amin(-1)
-    return ((SURELY_PERIODIC - d) / (SURELY_PERIODIC - SURELY_CUT)).clamp(0, 1)
+    gate = ((SURELY_PERIODIC - d) / (SURELY_PERIODIC - SURELY_CUT)).clamp(0, 1)
+    return torch.where(known[..., 0, 0, 0], gate, torch.zeros_like(gate))  # only air at both edges: nothing is cut
 
 
 def away_from_cut(gate: torch.Tensor, h: int, w: int, scale: int) -> torch.Tensor:

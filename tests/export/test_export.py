@@ -123,6 +123,22 @@ def test_a_pt2_file_takes_sizes_it_was_not_made_at(tmp_path: Path) -> None:
             torch.testing.assert_close(program(lr=lr, base=base), model(lr, base), atol=1e-5, rtol=0)
 
 
+@pytest.mark.long
+def test_a_file_for_tiles_takes_the_range_of_the_whole_slice(tmp_path: Path) -> None:
+    model = small(deform=False, context=False, skip="zero-fill-robust", normalise="slice")
+    done = export(model, tmp_path / "m.pt2", format="pt2", inputs="lr,base")
+    assert list(json.loads(done.facts["inputs"])) == ["lr", "base", "norm"]
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    whole = image(24, 20)
+    whole[..., 14:17, 14:17] = 20  # a marker: 2 % of the slice, 6 % of the tile
+    further, tile = model.whole_slice(whole), whole[..., 8:24, 8:20]
+    base, norm = further["base"][..., 16:48, 16:40], further["norm"]
+    with torch.no_grad():
+        got = program(lr=tile, base=base, norm=norm)
+        torch.testing.assert_close(got, model(tile, base, norm), atol=1e-5, rtol=0)
+        assert (got - model(tile, base)).abs().max() > 1e-3
+
+
 def scan(h: int, w: int, b: int) -> np.ndarray:
     """A stack of slices (b, h, w): an object with intensities of about 2,000, in air."""
     generator = np.random.default_rng(h)

@@ -155,6 +155,59 @@ def test_an_outlier_below_the_slice_changes_only_its_surroundings(array: np.ndar
     np.testing.assert_allclose(out[elsewhere], clean[elsewhere], rtol=0, atol=0.01)
 
 
+@pytest.mark.parametrize("settings", [{}, {"tile": 16}, {"export": True}], ids=str)
+@pytest.mark.parametrize("depth", [0.2, 0.5, 0.9])
+def test_one_dark_pixel_does_not_turn_air_into_signal(
+    array: np.ndarray, depth: float, settings: dict[str, bool]
+) -> None:
+    """It is no outlier yet, but the lowest value of the slice."""
+    torch.manual_seed(0)
+    model = DeformMambaSR(scale=2, dims=[8], depths=[1], d_state=4, skip="zero-fill-robust", normalise="slice").eval()
+    torch.nn.init.normal_(model.project.weight, std=0.01)
+    marked = array[..., :1].copy()
+    marked[13, 12] -= marked[13, 12] + depth
+    results = []
+    for scan in (array[..., :1], marked):
+        for consistency in ("object", "off"):
+            if "export" in settings:
+                with torch.no_grad():
+                    given = torch.from_numpy(scan.copy())[None, None, ..., 0]
+                    made = WholeSlice(model, consistency)(given, torch.zeros(3))[0, 0].numpy()
+            else:
+                made = upscale(model, scan, axis=2, consistency=consistency, **settings)[..., 0]
+            results.append(made)
+    corner = np.s_[:6, :6]  # air, far from tissue
+    np.testing.assert_array_less(0, np.abs(results[0] - results[1]).max())
+    np.testing.assert_allclose(results[0][corner], results[1][corner], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(results[2][corner], results[3][corner], rtol=0, atol=1e-6)
+
+
+def marked_slice() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A slice, the same with a bright marker on a diagonal, and the HR pixels at a distance from it (scale 2)."""
+    clean = np.asarray(degrade(torch.from_numpy(head(128, 3)).float()[None], 2)[0])
+    marked, far = clean.copy(), np.ones((128, 128), bool)
+    for k in range(20, 36):
+        marked[k, k] = 20
+        far[2 * k - 12 : 2 * k + 13, 2 * k - 12 : 2 * k + 13] = False
+    return clean, marked, far
+
+
+@pytest.mark.parametrize("consistency", ["object", "exact"])
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_marker_does_not_ring_in_data_consistency(consistency: str, exported: bool) -> None:
+    model = DeformMambaSR(scale=2, dims=[8], depths=[1], d_state=4, skip="zero-fill-robust", normalise="slice").eval()
+    clean, marked, far = marked_slice()
+
+    def run(scan: np.ndarray) -> np.ndarray:
+        if exported:
+            with torch.no_grad():
+                return WholeSlice(model, consistency)(torch.from_numpy(scan)[None, None], torch.zeros(3))[0, 0].numpy()
+        return upscale(model, scan[..., None], axis=2, consistency=consistency)[..., 0]
+
+    assert far.sum() > 500
+    assert np.abs(run(marked) - run(clean))[far].max() < 0.05
+
+
 def test_a_range_that_float32_hardly_resolves_gives_a_warning(model: DeformMambaSR, array: np.ndarray) -> None:
     with pytest.warns(UserWarning, match=r"float32 has steps of 0\.062: subtract an offset first"):
         upscale(model, array.astype(np.float64) + 1e6, axis=2)

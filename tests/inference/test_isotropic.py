@@ -601,6 +601,16 @@ def test_a_magnitude_stays_one(truth: np.ndarray) -> None:
         assert out.array.min() >= 0
 
 
+def test_a_magnitude_stays_one_beside_a_huge_marker(truth: np.ndarray) -> None:
+    scan = thick_scan(truth)
+    noise = np.random.default_rng(0).rayleigh(9, scan.array.shape).astype(np.float32)
+    for value in np.linspace(1e5, 1e7, 12, dtype=np.float32):
+        marked = scan.array + noise
+        marked[4:6, 4:7] = value
+        out, _ = isotropic(Volume(marked, scan.affine), model=Sharpen(strength=3), to=1.0)
+        assert out.array.min() >= 0
+
+
 def test_phase_is_announced_and_a_skipped_adaptation_too(truth: np.ndarray) -> None:
     scan = thick_scan(truth)
     phase = np.random.default_rng(0).uniform(-np.pi, np.pi, scan.array.shape).astype(np.float32)

@@ -122,3 +122,4 @@ def test_a_model_of_another_scale_is_refused() -> None:
 
 def test_the_default_overlap_always_goes_with_its_tile() -> None:
     assert [default_overlap(tile) for tile in (1, 8, 32, 512)] == [0, 4, 16, 16]
+    assert [default_overlap(tile, multiple=4) for tile in (4, 6, 8, 32)] == [0, 2, 4, 16]

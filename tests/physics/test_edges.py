@@ -13,6 +13,7 @@ from deformmamba.physics.edges import (
     _likely_cut,
     cubic,
     cut_edges,
+    cut_likelihood,
     edge_models,
     extended,
     outliers,
@@ -172,6 +173,20 @@ def test_predictions_keep_a_constant_and_lines_too_short_to_tell_stay_as_they_ar
     assert_close(extended(torch.full((2, 9), 3.0)), torch.full((2, 9 + 2 * BEYOND), 3.0))
     small = torch.rand(5, 6, dtype=torch.float64)
     assert_close(zero_fill_robust(small, 2), zero_fill(small, 2))
+
+
+@pytest.mark.parametrize("gain", [1e25, 1e-25])
+def test_edges_are_judged_in_any_unit(gain: float) -> None:
+    image = smooth_scene(24, 20).float()
+    assert_close(cut_likelihood(gain * image, 2), cut_likelihood(image, 2))
+    assert_close(zero_fill_robust(gain * image, 2) / gain, zero_fill_robust(image, 2))
+
+
+def test_air_at_both_edges_is_no_cut() -> None:
+    masked = torch.zeros(32, 28)
+    masked[6:-6] = smooth_scene(20, 28).float()
+    assert cut_likelihood(masked, 4)[0] == 0
+    assert cut_likelihood(torch.zeros(32, 28), 4).eq(0).all()
 
 
 def test_autocast_changes_nothing() -> None:
