@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deformmamba.cli.arguments import (
@@ -67,16 +68,15 @@ def add(commands: Any) -> None:
         "--real-scans",
         action="store_true",
         help="instead, test each MODEL on markers, other units, cut fields of view and masked backgrounds, and print "
-        "Markdown tables (default split of a folder: val)",
+        "Markdown tables (default split of each folder: val)",
     )
     add_running(evaluate)
 
 
 def _real_scans(args: argparse.Namespace) -> None:
-    """`evaluation.real_scans` of each model, as Markdown."""
+    """`evaluation.real_scans` of each model, as Markdown; --json has the rows of each model, then the "settings"."""
     from deformmamba.data.scans import describe_splits
-    from deformmamba.evaluation.real_scans import markdown, real_scans
-    from deformmamba.volume import write_text
+    from deformmamba.evaluation.real_scans import markdown, real_scans, settings_of
 
     unused = [f"--{name}" for name in _SCORING_ONLY if getattr(args, name) != args.parser.get_default(name)]
     if unused:
@@ -85,24 +85,37 @@ def _real_scans(args: argparse.Namespace) -> None:
         )
     if not args.model:
         raise InvalidArgument("--real-scans tests models, and no MODEL was given; name one or more, such as ixi-4x")
-    scans = chosen(args.data, args.split, args.group, args.subject)
-    if args.split is None:
-        scans = [scan for scan in scans if scan.split == "val"] or scans
+    scans = chosen(args.data, args.split, args.group, args.subject, default="val")
+    models = {name: load_model(name) for name in args.model}
+    settings = settings_of(models, scans)
     for line in describe_splits(scans):
         tell(line)
     found = {}
-    for name in args.model:
-        model = load_model(name)
+    for name, model in models.items():
         model.to(device_here(args.device))
         found[name] = real_scans(model, scans)
         for line in ("", f"## {short(name)}", "", *markdown(found[name]).splitlines()):
             tell(line)
     if args.json:
-        write_text(args.json, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        _write_json(args.json, {**found, "settings": settings})
+
+
+def _write_json(path: str, result: dict[str, Any]) -> None:
+    from deformmamba.evaluation.compare import finite
+    from deformmamba.volume import write_text
+
+    write_text(path, json.dumps(finite(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def add_volumes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", nargs="+", required=True, metavar="PATH", help="scans, or folders of scans")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="scans, or folders of scans; two folders must not have subjects of the same name. --subject is also "
+        "searched in the path of a single scan, as given here",
+    )
     add_subject(parser)
     parser.add_argument("--split", choices=("train", "val", "test", "external"), help="only volumes of this split")
     parser.add_argument("--group", metavar="NAME", help='only volumes of this contrast and anatomy, such as "T2 brain"')
@@ -120,31 +133,81 @@ def add_scoring(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chosen(data: list[str], split: str | None, group: str | None, subject: str | None = None) -> "list[Scan]":
-    """The volumes selected by --data, --split, --group and --subject; other files are skipped and listed."""
-    from deformmamba.data.scans import find_scans, named_scans
+def chosen(
+    data: list[str], split: str | None, group: str | None, subject: str | None = None, *, default: str | None = None
+) -> "list[Scan]":
+    """The volumes selected by --data, --split, --group and --subject; other files are skipped and listed.
+
+    `default`: the split of each folder if `split` is None; None: all splits.
+
+    Raises:
+        InvalidArgument: no volume, a folder without the `default` split, a name of a subject in two folders, or a split
+            or group for a single scan.
+    """
+    from deformmamba.data.scans import find_scans
     from deformmamba.volume import not_a_scan
 
-    scans: list[Scan | str] = []
+    sources: list[Scan | str] = []
+    places: list[str] = []  # where each source was found
     groups = set()
-    for path in data:
+    for number, path in enumerate(data):
         if os.path.isdir(path):
             found = find_scans(path, subject=subject)
             groups |= {scan.group for scan in found if scan.group}
-            scans += [s for s in found if split in (None, s.split) and group in (None, s.group)]
+            grouped = [scan for scan in found if group in (None, scan.group)]
+            own = [scan for scan in grouped if (split or default) in (None, scan.split)]
+            if grouped and not own and split is None:
+                raise _without(default, path, grouped, group)
+            sources += own
+            places += [path if path not in data[:number] else f"{path} (again)"] * len(own)
         elif split is not None or group is not None:
             raise InvalidArgument(f"{path}: --split and --group select from a folder; leave them out for a single scan")
         elif os.path.isfile(path) and (reason := not_a_scan(path)):
             warnings.warn(f"{path}: left out: {reason}", stacklevel=2)
         else:
-            scans.append(path)
-    if not scans:
+            sources.append(path)
+            places.append("the single scans")
+    if not sources:
         raise InvalidArgument(
             f"no volume of split {split or 'any'!r} and group {group or 'any'!r} in {', '.join(data)}"
             f"{did_you_mean(group or '', groups)}; groups there: {', '.join(sorted(groups)) or 'none'}; change --split "
             "or --group"
         )
-    return named_scans(scans)
+    scans = _named(sources, subject)
+    _check_people(scans, places)
+    return scans
+
+
+def _without(split: str | None, folder: str, scans: "list[Scan]", group: str | None) -> InvalidArgument:
+    """The error for a folder whose `scans` are all of other splits than the default one."""
+    of_group = "" if group is None else f" of group {group!r}"
+    there = ", ".join(sorted({scan.split for scan in scans}))
+    return InvalidArgument(
+        f"{folder}: no volume{of_group} in split {split!r}, the default; give another with --split; there are: {there}"
+    )
+
+
+def _named(sources: "list[Scan | str]", pattern: str | None) -> "list[Scan]":
+    """`named_scans`; the subject of a path is found by `pattern`, if given, in the path as the user wrote it."""
+    from deformmamba.data.scans import Scan, named_scans
+    from deformmamba.data.subjects import name_subjects
+
+    if pattern is None:
+        return named_scans(sources)
+    names = name_subjects([Path(one) for one in sources if isinstance(one, str)], ".", pattern=pattern).names
+    return [Scan(Path(one), names[Path(one)], "", "") if isinstance(one, str) else one for one in sources]
+
+
+def _check_people(scans: "list[Scan]", places: list[str]) -> None:
+    """Refuses a name of a subject that was found in two places: means over subjects need to count each person once."""
+    first: dict[str, str] = {}
+    for scan, place in zip(scans, places, strict=True):
+        other = first.setdefault(scan.subject.casefold(), place)
+        if other != place:
+            raise InvalidArgument(
+                f"{other} and {place}: both have a subject {scan.subject}, which may be one person or two; evaluate "
+                "them one at a time, or list their people in a volumes.tsv of the folder above and give that folder"
+            )
 
 
 def interpolations(degradation: "Degradation") -> "dict[str, SRModel]":
@@ -200,7 +263,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     for line in [*describe_splits(scans), *result.table().splitlines()]:
         tell(line)
     if args.json:
-        write_text(args.json, json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        _write_json(args.json, result.to_dict())
     if args.csv:
         write_text(args.csv, result.to_csv())
     if args.figure:

@@ -5,10 +5,11 @@ over subjects.
 """
 
 import hashlib
+import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +21,7 @@ from deformmamba.annotations import check_seed, check_types, is_one_of
 from deformmamba.data.scans import Scan, load_slices, named_scans
 from deformmamba.errors import InvalidArgument, counted, did_you_mean, shown
 from deformmamba.evaluation.rendering import Shown, csv_text, terminal_table
-from deformmamba.inference import upscale
+from deformmamba.inference import upscale, weights_hash
 from deformmamba.metrics import METRICS, ON_REQUEST, Protocol, by_slice
 from deformmamba.metrics.statistics import Spread, paired_difference, subject_means, summarise
 from deformmamba.models.base import SRModel
@@ -90,8 +91,7 @@ def evaluate(
             f"evaluate: {degradation} shrinks by {degradation.scale} on the {degradation.grid} grid, but "
             f"{type(model).__name__} enlarges by {model.scale} on the {model.grid} grid; use one scale and grid"
         )
-    if consistency is None and not isinstance(degradation, KSpaceCrop):
-        consistency = "off"
+    consistency = _in_effect(consistency, model, degradation)
     wanted = METRICS | {name: ON_REQUEST[name] for name in metrics}
     rows = []
     for scan in named_scans(volumes):
@@ -110,6 +110,27 @@ def evaluate(
         if visit:
             visit(scan, hr, sr)
     return rows
+
+
+def _in_effect(given: Consistency | None, model: SRModel, degradation: Degradation) -> Consistency:
+    """The data consistency that `evaluate` applies."""
+    return given or (model.consistency if isinstance(degradation, KSpaceCrop) else "off")
+
+
+def _own_settings(model: SRModel, degradation: Degradation, consistency: Consistency | None) -> dict[str, Any]:
+    return {"sha256": weights_hash(model), "consistency": _in_effect(consistency, model, degradation)}
+
+
+def finite(value: Any) -> Any:
+    """`value`, of dictionaries, lists and numbers, with None for each number that is infinite or NaN.
+
+    JSON has neither. They occur in scores: the PSNR of a slice without signal is infinite.
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(inside) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inside) for inside in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def mean_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -135,7 +156,9 @@ class Comparison:
         rows: the rows of `evaluate`, by model name.
         sources: the source of the weights, by model name; None for a model without weights.
         against: the reference model of the differences.
-        settings: scale, degradation, protocol, seed and version, on which the scores depend.
+        settings: scale, degradation, protocol, seed and version, on which the scores of all models depend.
+        own_settings: the same of each model, by model name: "sha256" of the file of its weights (see
+            `inference.weights_hash`; None for a model without a file) and "consistency", the data consistency applied.
         shown: one slice for `figures.comparison`, if requested.
     """
 
@@ -143,6 +166,7 @@ class Comparison:
     sources: dict[str, str | None]
     against: str
     settings: dict[str, Any]
+    own_settings: dict[str, dict[str, Any]]
     shown: Shown | None = None
 
     @cached_property
@@ -178,17 +202,21 @@ class Comparison:
         return terminal_table(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: settings, and for each model its rows, values by subject, means, spreads and differences."""
+        """For JSON: settings, and for each model its rows, values by subject, means, spreads and differences.
+
+        A value that is infinite or NaN is None, see `finite`.
+        """
 
         def spreads(of: Mapping[str, Spread]) -> dict[str, Any]:
             return {metric: spread.to_dict() for metric, spread in of.items()}
 
-        return {
+        result = {
             **self.settings,
             "against": self.against,
             "models": {
                 name: {
                     "source": self.sources[name],
+                    **self.own_settings[name],
                     "mean": mean_scores(rows),
                     "spread": spreads(self.summary[name]),
                     "difference": spreads(self.differences[name]) if name in self.differences else None,
@@ -198,10 +226,17 @@ class Comparison:
                 for name, rows in self.rows.items()
             },
         }
+        made: dict[str, Any] = finite(result)
+        return made
 
     def to_csv(self) -> str:
-        """One line per model and volume, with the settings as columns, so that files can be joined."""
-        return csv_text(self)
+        """One line per model and volume, with the settings as columns, so that files can be joined.
+
+        An infinite value is written as inf.
+        """
+        rows = {name: [{**self.own_settings[name], **row} for row in rows] for name, rows in self.rows.items()}
+        columns = dict.fromkeys(key for own in self.own_settings.values() for key in own)
+        return csv_text(replace(self, rows=rows, settings={**self.settings, **columns}))
 
 
 def compare(
@@ -244,6 +279,7 @@ def compare(
             f"compare: no model {against!r} to compare with{did_you_mean(against, models)}; models: {', '.join(models)}"
         )
     degradation = degradation or KSpaceCrop(scales.pop())
+    own_settings = {name: _own_settings(model, degradation, consistency) for name, model in models.items()}
     shown: Shown | None = None
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, model in models.items():
@@ -273,4 +309,4 @@ def compare(
         "version": __version__,
     }
     sources = {name: model.source for name, model in models.items()}
-    return Comparison(rows, sources, against, settings, shown)
+    return Comparison(rows, sources, against, settings, own_settings, shown)

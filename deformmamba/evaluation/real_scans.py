@@ -12,10 +12,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from deformmamba import __version__
 from deformmamba.data.augmentation import TISSUE, closed
 from deformmamba.data.scans import Scan, load_slices, named_scans
 from deformmamba.errors import InvalidArgument
-from deformmamba.inference import upscale
+from deformmamba.inference import upscale, weights_hash
 from deformmamba.metrics.statistics import subject_means
 from deformmamba.models.base import SRModel
 from deformmamba.models.interpolation import ZeroFill
@@ -79,6 +80,30 @@ def real_scans(
             for row in _rows(model, stack, window, tile):
                 measured.setdefault(row.pop("case"), []).append({"subject": stack.subject, **row})
     return [_mean_over_subjects(case, rows) for case, rows in measured.items()]
+
+
+def settings_of(models: Mapping[str, SRModel], scans: Iterable[Scan | str]) -> dict[str, Any]:
+    """What the rows of `real_scans` depend on, for JSON: the version, the volumes, and for each model its facts.
+
+    `source` and `sha256` are those of the weights (see `inference.weights_hash`; None without a file), `consistency` is
+    the data consistency applied.
+    """
+    return {
+        "version": __version__,
+        "volumes": [
+            {"file": scan.path.name, "subject": scan.subject, "split": scan.split, "group": scan.group}
+            for scan in named_scans(scans)
+        ],
+        "models": {
+            name: {
+                "source": model.source,
+                "scale": model.scale,
+                "sha256": weights_hash(model),
+                "consistency": model.consistency,
+            }
+            for name, model in models.items()
+        },
+    }
 
 
 def _stack(scan: Scan, scale: int, slices: int, window: int) -> _Stack:

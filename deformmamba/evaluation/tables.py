@@ -137,7 +137,8 @@ def markdown(out: str | Path) -> str:
     rates = {row.name: by_row[row.name][0] for row in table if row.trained and by_row[row.name]}
     if rates:
         told = ", ".join(
-            f"{name} {d['lr']:g}" + (f" (beta {d['beta']:g})" if d["beta"] else "") for name, d in rates.items()
+            f"{name} {_range(by_row[name], 'lr')}" + (f" (beta {d['beta']:g})" if d["beta"] else "")
+            for name, d in rates.items()
         )
         lines += ["", f"Learning rates: {told}; loss L1, with CELoss where a beta is named."]
         tried = {name: d["tried"] for name, d in rates.items() if d.get("tried")}
@@ -145,7 +146,7 @@ def markdown(out: str | Path) -> str:
             lines += [
                 "",
                 "Each rate is the best of those tried, by PSNR on validation scans after a shorter training: "
-                + "; ".join(f"{name} {', '.join(f'{r}: {v:.2f}' for r, v in of.items())}" for name, of in tried.items())
+                + "; ".join(f"{name} {', '.join(_tried(r, v) for r, v in of.items())}" for name, of in tried.items())
                 + ".",
             ]
         lines += ["", f"Networks: {'; '.join(_size(row, plan) for row in table if row.name in rates)}."]
@@ -159,22 +160,47 @@ def markdown(out: str | Path) -> str:
 
 def _differences_over_people(by_row: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     """A table of the paired differences from our network over people; nothing for fewer than two people or rows."""
-    people = {name: _by_person(done) for name, done in by_row.items() if done}
-    ours = people.pop(OURS, None)
-    if not ours or len(ours["psnr"]) < 2 or not people:
+    reference = by_row.get(OURS, [])
+    shared = {
+        name: (_with_seeds(done, reference), _with_seeds(reference, done))
+        for name, done in by_row.items()
+        if done and reference and name != OURS
+    }
+    people = {name: (_by_person(own), _by_person(ours)) for name, (own, ours) in shared.items() if own}
+    n_people = len(next(iter(people.values()))[1]["psnr"]) if people else 0
+    if n_people < 2:
         return []
     lines = [
         "",
-        f"Paired differences from {OURS} over {len(ours['psnr'])} people, mean ± standard deviation, with the 95 % "
-        f"interval of the mean from {FEWEST} people on:",
+        f"Paired differences from {OURS} over {n_people} people, with the seeds that both networks have: mean ± "
+        f"standard deviation, with the 95 % interval of the mean from {FEWEST} people on:",
         "",
         "| | PSNR [dB] | SSIM |",
         "|---|---:|---:|",
     ]
-    for name, own in people.items():
+    for name, (own, ours) in people.items():
         psnr, ssim = (paired_difference(own[metric], ours[metric]) for metric in ("psnr", "ssim"))
         lines.append(f"| {name} | {psnr.show(2)} | {ssim.show(4)} |")
     return lines
+
+
+def _tried(rate: str, psnr: float | None) -> str:
+    return f"{rate}: {'diverged' if psnr is None else f'{psnr:.2f}'}"
+
+
+def _range(done: Sequence[Mapping[str, Any]], key: str) -> str:
+    """A number of all seeds, such as "1,000", or its lowest and highest value where seeds differ."""
+    found = sorted({d[key] for d in done})
+    ends = found if len(found) == 1 else [found[0], found[-1]]
+    return " to ".join(f"{value:,}" if isinstance(value, int) else f"{value:g}" for value in ends)
+
+
+def _with_seeds(done: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """`done` with the seeds that `ours` has too; all of it if one of the two was not trained."""
+    if not done[0]["steps"] or not ours[0]["steps"]:
+        return list(done)
+    seeds = {d["seed"] for d in ours}
+    return [d for d in done if d["seed"] in seeds]
 
 
 def _by_person(done: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -212,7 +238,7 @@ def _score_cells(done: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, 
     ]
     return [
         f"{done[0]['parameters']:,}",
-        f"{done[0]['steps']:,}" if trained else "",
+        _range(done, "steps") if trained else "",
         f"{sum(d['seconds'] for d in done) / len(done):.0f}" if trained else "",
         str(len(done)) if trained else "",
         _shown(spread(psnr, over="seeds"), 2),

@@ -56,6 +56,28 @@ def seconds_a_step(
     return (now() - start) / n
 
 
+class StepTimer:
+    """Times the steps of a training, from the first call of its loss to the last, without validations.
+
+    The time of the first step, which loads and compiles, does not count.
+
+    Attributes:
+        steps, seconds: number of timed steps, and their time by `clock`.
+    """
+
+    def __init__(self, loss: torch.nn.Module, validation: "Validation | None", device: str | torch.device) -> None:
+        self.steps, self.seconds = 0, 0.0
+        self._now, self._validation = clock(device), validation
+        self._last: float | None = None
+        loss.register_forward_pre_hook(self._begin)
+
+    def _begin(self, *_: object) -> None:
+        at = self._now() - (self._validation.seconds if self._validation else 0.0)
+        if self._last is not None:
+            self.steps, self.seconds = self.steps + 1, self.seconds + at - self._last
+        self._last = at
+
+
 class Validation:
     """Scores a model on a few slices of validation volumes; `seconds` is the time that this has taken so far."""
 

@@ -9,10 +9,11 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -28,9 +29,9 @@ from deformmamba.losses import SRLoss
 from deformmamba.metrics import Protocol
 from deformmamba.models import MODELS, SRModel, from_pretrained
 from deformmamba.physics.degradations import Degradation, parse
-from deformmamba.training.budget import Validation, clock, seconds_a_step
+from deformmamba.training.budget import StepTimer, Validation, seconds_a_step
 from deformmamba.training.curves import curves_over_time
-from deformmamba.training.loop import fit
+from deformmamba.training.loop import NotFinite, fit
 from deformmamba.volume import write_text
 
 
@@ -157,9 +158,9 @@ def benchmark(
             write_text(document, markdown(folder))
     write_text(document, markdown(folder))
     if val:
-        curves_over_time(_curves(chosen, folder), folder / "curves.png")
+        curves_over_time(_curves(TABLES[table], folder), folder / "curves.png")
     if table != "table1":
-        _figure(chosen, test, folder, plan)
+        _figure(TABLES[table], test, folder, plan)
     return document
 
 
@@ -200,6 +201,11 @@ def _check(
     if unknown:
         raise InvalidArgument(
             f"benchmark: {table} has no row {unknown[0]!r}{did_you_mean(unknown[0], names)}; rows: {', '.join(names)}"
+        )
+    if (kind := plan.data.get("kind")) is not None:
+        raise InvalidArgument(
+            f"benchmark: the recipe's data are of kind {kind!r}, and these networks upscale slices; give a recipe "
+            "such as ixi-4x"
         )
     given = [n for n in (plan.steps, plan.minutes) if n is not None]
     if len(given) != 1 or not 0 < given[0] < math.inf or plan.seeds < 1 or plan.batch < 1:
@@ -247,7 +253,7 @@ def _run(
         steps = plan.steps or _steps(row, dataset, loss, folder, plan, device)
         validation = Validation(val, plan.degradation(), plan.protocol, device) if val else None
         rate, tried = _rate(row, dataset, steps, folder, plan, validation, progress)
-        steps = _steps_by_trials(row, steps, list(tried), folder, plan)
+        steps = _steps_by_trials(row, steps, [name for name, psnr in tried.items() if psnr is not None], folder, plan)
         run = folder / "runs" / f"{_slug(row)}-{seed}"
         checkpoint, seconds = _trained(model, row, dataset, run, steps, rate, seed, plan, validation, device, progress)
         result |= {"steps": steps, "seconds": round(seconds, 1), "beta": row.beta, "lr": rate, "batch": plan.batch}
@@ -284,11 +290,13 @@ def _trained(
     device: Any,
     progress: bool,
 ) -> tuple[Path, float]:
-    """Trains in the folder `run`; the best checkpoint, and the seconds of training without its validations."""
+    """Trains in the folder `run`; the best checkpoint, and the seconds of training without its validations.
+
+    The seconds are those of a step, times the steps. A step that an interruption lost counts as a timed step too.
+    """
     dataset.seed, dataset.length = seed, steps * plan.batch
-    now = clock(device)
-    before, start = _seconds_before(run), now()
-    validated = validation.seconds if validation else 0.0
+    loss = SRLoss(beta=row.beta)
+    before, timer = _timed(run), StepTimer(loss, validation, device)
     try:
         checkpoint = fit(
             model,
@@ -296,7 +304,7 @@ def _trained(
             out=run,
             steps=steps,
             batch=plan.batch,
-            loss=SRLoss(beta=row.beta),
+            loss=loss,
             lr=rate,
             warmup=min(100, steps // 10),
             validate=validation,
@@ -306,10 +314,10 @@ def _trained(
             progress=progress,
         )
     finally:
-        seconds = before + now() - start - ((validation.seconds if validation else 0.0) - validated)
+        timed = _Timed(before.steps + timer.steps, before.seconds + timer.seconds)
         if run.is_dir():
-            write_text(run / "seconds.json", json.dumps(seconds) + "\n")
-    return checkpoint, seconds
+            write_text(run / "time.json", json.dumps(timed._asdict()) + "\n")
+    return checkpoint, timed.seconds / max(timed.steps, 1) * steps
 
 
 def _rate(
@@ -320,12 +328,15 @@ def _rate(
     plan: Plan,
     validation: Validation | None,
     progress: bool,
-) -> tuple[float, dict[str, float]]:
-    """The learning rate of a row, and the validation PSNR of each rate that was tried; kept for all seeds."""
+) -> tuple[float, dict[str, float | None]]:
+    """The learning rate of a row, and the validation PSNR of each rate that was tried; kept for all seeds.
+
+    The PSNR is None for a rate at which the training diverged.
+    """
     if not plan.rates or validation is None:
         return plan.rate(row), {}
     path = folder / "rates.json"
-    known: dict[str, dict[str, float]] = _stored(path, {})
+    known: dict[str, dict[str, float | None]] = _stored(path, {})
     found = known.setdefault(row.name, {})
     few = _trial_steps(steps, plan)
     for factor in plan.rates:
@@ -333,11 +344,18 @@ def _rate(
         if rate not in found:
             model = _new(row, 0, plan)
             run = _trial(folder, row, rate)
-            checkpoint, _ = _trained(model, row, dataset, run, few, float(rate), 0, plan, None, model.device, progress)
-            found[rate] = round(validation(from_pretrained(checkpoint))["psnr"], 4)
+            try:
+                checkpoint, _ = _trained(
+                    model, row, dataset, run, few, float(rate), 0, plan, None, model.device, progress
+                )
+                found[rate] = round(validation(from_pretrained(checkpoint))["psnr"], 4)
+            except NotFinite:
+                found[rate] = None
             write_text(path, json.dumps(known, indent=1) + "\n")
-    best = max(found, key=lambda rate: found[rate])
-    return float(best), found
+    scores = {rate: score for rate, score in found.items() if score is not None}
+    if not scores:
+        raise NotFinite(f"benchmark: {row.name} diverged at each learning rate, {', '.join(found)}; give lower ones")
+    return float(max(scores, key=lambda rate: scores[rate])), found
 
 
 def _trial(folder: Path, row: Row, rate: str) -> Path:
@@ -356,10 +374,11 @@ def _steps_by_trials(row: Row, steps: int, rates: Sequence[str], folder: Path, p
     The trials take minutes, and everything that a training does; `steps`, from a timing of seconds, was up to a third
     too high or too low. It remains without trials, and if the budget is a number of steps.
     """
-    seconds = sum(_seconds_before(_trial(folder, row, rate)) for rate in rates)
-    if plan.minutes is None or not seconds:
+    timed = [_timed(_trial(folder, row, rate)) for rate in rates]
+    n_steps, seconds = sum(trial.steps for trial in timed), sum(trial.seconds for trial in timed)
+    if plan.minutes is None or not n_steps or not seconds:
         return steps
-    return max(1, round(60 * plan.minutes * len(rates) * _trial_steps(steps, plan) / seconds))
+    return max(1, round(60 * plan.minutes * n_steps / seconds))
 
 
 def _steps(row: Row, dataset: PatchDataset, loss: SRLoss, folder: Path, plan: Plan, device: Any) -> int:
@@ -374,9 +393,16 @@ def _steps(row: Row, dataset: PatchDataset, loss: SRLoss, folder: Path, plan: Pl
     return known[row.name]
 
 
-def _seconds_before(run: Path) -> float:
-    """The seconds that earlier, interrupted calls spent on a run."""
-    return float(_stored(run / "seconds.json", 0.0))
+class _Timed(NamedTuple):
+    """A number of training steps, and the seconds that they took."""
+
+    steps: int
+    seconds: float
+
+
+def _timed(run: Path) -> _Timed:
+    """The steps that all calls so far have timed in the folder of a training."""
+    return _Timed(**_stored(run / "time.json", {"steps": 0, "seconds": 0.0}))
 
 
 def _stored(path: Path, without: Any) -> Any:
@@ -385,16 +411,18 @@ def _stored(path: Path, without: Any) -> Any:
 
 
 def _figure(rows: Sequence[Row], test: Sequence[Scan], folder: Path, plan: Plan) -> None:
-    """Figure 2 with the networks of seed 0 and zero-filling."""
+    """Figure 2 with zero-filling and the finished networks of seed 0, also those of former calls."""
     from deformmamba.pictures.figures import comparison
 
     models: dict[str, SRModel] = {}
     for row in rows:
         checkpoint = folder / "runs" / f"{_slug(row)}-0" / "best.safetensors"
+        finished = (folder / "rows" / f"{_slug(row)}-0.json").exists()
         if row.model == "ZeroFill":
             models[row.name] = plan.build(row)
-        elif checkpoint.exists():
-            models[row.name] = from_pretrained(checkpoint)
+        elif finished and checkpoint.exists():
+            with suppress(MissingExtra):  # as in `benchmark`, which says so
+                models[row.name] = from_pretrained(checkpoint)
     if models:
         shown = compare(models, test[:1], degradation=plan.degradation(), consistency="off", show=True).shown
         assert shown is not None
@@ -407,9 +435,10 @@ def _slug(row: Row) -> str:
 
 
 def _check_folder(path: Path, facts: Mapping[str, Any]) -> None:
-    """Writes `facts` to a new folder; refuses a folder that holds a benchmark with other facts."""
+    """Writes `facts` to a folder; refuses one in which a benchmark with other facts has begun."""
     plain = json.loads(json.dumps(facts))
-    if not path.exists():
+    begun = any(any((path.parent / name).glob("*")) for name in ("rows", "runs", "trials"))
+    if not path.exists() or not begun:
         write_text(path, json.dumps(plain, indent=1) + "\n")
         return
     found = json.loads(path.read_text("utf-8"))

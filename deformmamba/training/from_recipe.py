@@ -174,6 +174,11 @@ def _data(
             raise InvalidArgument(f"recipe {recipe}: kind = 'thick' needs scale = 1 and steps, not epochs")
         thick = ThickSliceDataset(train, length=length, seed=seed, progress=progress, **settings)
         return thick, _thick_scores(val)
+    if model.scale == 1:
+        raise InvalidArgument(
+            f"recipe {recipe}: {type(model).__name__} has scale 1, as networks for the slice direction, and the data "
+            "are for in-plane super-resolution; train it with a recipe of kind = 'thick', such as thick-stage3"
+        )
     dataset = PatchDataset(
         train,
         scale=model.scale,

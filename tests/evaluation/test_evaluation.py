@@ -1,6 +1,7 @@
 """Evaluation: one degradation for all models, values by subject, intervals for enough subjects, files, a figure."""
 
 import csv
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -12,16 +13,18 @@ import torch
 from tolerances import assert_close
 
 from deformmamba.cli import main
+from deformmamba.cli.evaluate import chosen
 from deformmamba.data.patches import PatchDataset, Scan, load_slices
 from deformmamba.data.prepared import write_prepared
 from deformmamba.data.thick_slices import ThickSliceDataset
 from deformmamba.errors import InvalidArgument
 from deformmamba.evaluation.assessment import assess, lesions, out_of_domain
-from deformmamba.evaluation.compare import compare, evaluate, mean_scores
+from deformmamba.evaluation.compare import compare, evaluate, finite, mean_scores
 from deformmamba.inference import upscale
 from deformmamba.metrics import hfen, psnr, ssim
-from deformmamba.models import Bicubic, BSpline, SRModel, ZeroFill
-from deformmamba.physics.degradations import parse
+from deformmamba.models import Bicubic, BSpline, SRModel, ZeroFill, from_pretrained
+from deformmamba.physics.consistency import Consistency
+from deformmamba.physics.degradations import Degradation, parse
 from deformmamba.physics.kspace import degrade
 from deformmamba.volume import Volume, write_volume
 
@@ -168,6 +171,95 @@ def test_what_is_written_can_be_read_and_joined(scans: list[Scan]) -> None:
     assert {line["protocol"] for line in lines} == {"slice"}
     assert float(lines[3]["psnr"]) == result.rows["zero-fill"][0]["psnr"]
     assert "by_slice" not in lines[0]
+
+
+def test_the_weights_and_the_consistency_of_each_model_are_written(scans: list[Scan], tmp_path: Path) -> None:
+    path = tmp_path / "best.safetensors"
+    Bicubic(scale=2).save_pretrained(path, provenance={"consistency": "exact"})
+    models = {"bicubic": Bicubic(scale=2), "mine": from_pretrained(path)}
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    blur = parse("blur:sigma=1 >> subsample", scale=2)
+    seen = []
+    cases: list[tuple[Consistency | None, Degradation | None, list[str]]] = [
+        (None, None, ["off", "exact"]),  # the default of each model
+        (None, blur, ["off", "off"]),  # which is for k-space crops only
+        ("off", None, ["off", "off"]),
+    ]
+    for consistency, degradation, applied in cases:
+        made = compare(models, scans[:1], consistency=consistency, degradation=degradation)
+        told = made.to_dict()["models"]
+        assert [told[name]["consistency"] for name in models] == applied
+        assert [told[name]["sha256"] for name in models] == [None, digest]
+        lines = list(csv.DictReader(io.StringIO(made.to_csv())))
+        assert [(line["sha256"], line["consistency"]) for line in lines] == [("", applied[0]), (digest, applied[1])]
+        assert list(lines[0])[:2] == ["model", "source"]
+        seen.append(float(lines[1]["psnr"]))
+    assert len({*seen}) == 3
+
+
+def test_json_has_null_for_a_value_that_is_not_finite(scans: list[Scan], tmp_path: Path) -> None:
+    slices = smooth(0)
+    slices[..., 1] = 0
+    write_volume(tmp_path / "sub-a_T2w.nii.gz", Volume(slices, np.diag([-1.0, -1, 5, 1])))
+    command = ["evaluate", "--scale", "2", "--data", str(tmp_path / "sub-a_T2w.nii.gz"), "--json"]
+    assert main([*command, str(tmp_path / "scores.json")]) == 0
+    told = json.loads((tmp_path / "scores.json").read_text("utf-8"), parse_constant=pytest.fail)
+    first, empty, last = told["models"]["bicubic"]["volumes"][0]["by_slice"]["psnr"]
+    assert first > 20
+    assert empty is None
+    assert last > 20
+    assert finite({"a": [np.inf, (1.0, np.nan)], "b": 3, "c": "inf"}) == {"a": [None, [1.0, None]], "b": 3, "c": "inf"}
+
+
+def test_a_name_in_two_folders_is_refused_and_a_pattern_separates_single_scans(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for k, name in enumerate(("siteA/sub-01", "siteA/sub-02", "siteB/sub-01", "siteC/sub-03")):
+        path = tmp_path / f"{name}_T2w.nii.gz"
+        path.parent.mkdir(exist_ok=True)
+        write_volume(path, Volume(smooth(k), np.diag([-1.0, -1, 5, 1])))
+    a, b, c = (str(tmp_path / f"site{name}") for name in "ABC")
+    one, two = f"{a}/sub-01_T2w.nii.gz", f"{b}/sub-01_T2w.nii.gz"
+    for places, folders in (
+        ((a, b), f"{a} and {b}"),
+        ((a, two), f"{a} and the single scans"),
+        ((a, a), f"{a} (again)"),
+    ):
+        assert main(["evaluate", "--scale", "2", "--data", *places]) == 2
+        errors = capsys.readouterr().err
+        assert f"{folders}: both have a subject sub-01, which may be one person or two" in errors
+        assert errors.count("\n") == 1
+    assert [scan.subject for scan in chosen([c, a], None, None)] == ["sub-03", "sub-01", "sub-02"]
+    assert [scan.subject for scan in chosen([one, two], None, None)] == ["sub-01"] * 2
+    pattern = r"site.[/\\]sub-\d+"
+    assert [scan.subject[:5] for scan in chosen([one, two], None, None, pattern)] == ["siteA", "siteB"]
+    assert main(["evaluate", "--scale", "2", "--data", one, "--subject", "((("]) == 2
+    assert "'(((' is not a regular expression" in capsys.readouterr().err
+
+
+def test_the_default_split_is_that_of_each_folder(tmp_path: Path) -> None:
+    for name, splits in (("one", ("train", "val")), ("two", ("val", "val")), ("none", ("train", "test"))):
+        (tmp_path / name).mkdir()
+        lines = ["participant_id\tfile\tsplit\tcontrast"]
+        for k, split in enumerate(splits):
+            (tmp_path / name / f"{k}.nii").touch()
+            lines.append(f"{name}-{k}\t{k}.nii\t{split}\tT2")
+        (tmp_path / name / "volumes.tsv").write_text("\n".join(lines) + "\n")
+    one, two, none, single = (str(tmp_path / name) for name in ("one", "two", "none", "single.nii"))
+    found = chosen([one, single, two], None, None, default="val")
+    assert [(scan.path.parent.name, scan.split) for scan in found if scan.split] == [
+        ("one", "val"),
+        ("two", "val"),
+        ("two", "val"),
+    ]
+    assert [str(scan.path) for scan in found if not scan.split] == [single]
+    refused = "none: no volume in split 'val', the default; give another with --split; there are: test, train$"
+    with pytest.raises(InvalidArgument, match=refused):
+        chosen([one, none], None, None, default="val")
+    with pytest.raises(InvalidArgument, match="none: no volume of group 'T2' in split 'val'"):
+        chosen([none], None, "T2", default="val")
+    assert len(chosen([none], "test", None, default="val")) == 1
+    assert len(chosen([one, none], None, None)) == 4
 
 
 def test_the_slice_that_is_shown_is_turned_as_a_radiologist_sees_it(scans: list[Scan]) -> None:

@@ -1,5 +1,6 @@
 """`real_scans`: the value of each case, on a phantom for which the right value is known."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from deformmamba import __version__
 from deformmamba.cli import main
 from deformmamba.errors import InvalidArgument
 from deformmamba.evaluation.real_scans import GAINS, MARKERS, OFFSETS, markdown, real_scans, window_corners
@@ -89,11 +91,46 @@ def test_the_command_prints_both_tables_and_writes_json(
         ["evaluate", str(tmp_path / "net.safetensors"), "--data", str(wide), "--real-scans", "--json", str(path)]
     )
     assert code == 0
-    (rows,) = json.loads(path.read_text("utf-8")).values()
+    name = str(tmp_path / "net.safetensors")
+    told = json.loads(path.read_text("utf-8"), parse_constant=pytest.fail)
+    rows = told.pop(name)
+    assert told["settings"]["volumes"] == [{"file": wide.name, "subject": "sub-01", "split": "", "group": ""}]
+    assert list(told) == ["settings"]
     shown = capsys.readouterr().out
     assert markdown(rows).strip() in shown
     assert all(row["case"] in shown for row in rows)
     assert all(line.count("|") <= 8 for line in shown.splitlines())
+
+
+def test_the_json_states_what_the_rows_depend_on(scan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, path = tmp_path / "best.safetensors", tmp_path / "rows.json"
+    ZeroFill(scale=2).save_pretrained(weights, provenance={"consistency": "exact"})
+    case = {"case": "unchanged", "subjects": 1, "psnr": float("inf"), "zero_fill_psnr": 30.0}
+    monkeypatch.setattr("deformmamba.evaluation.real_scans.real_scans", lambda *_: [case])
+    assert main(["evaluate", str(weights), "--data", scan, "--real-scans", "--json", str(path)]) == 0
+    told = json.loads(path.read_text("utf-8"), parse_constant=pytest.fail)
+    assert told == {
+        str(weights): [{**case, "psnr": None}],
+        "settings": {
+            "version": __version__,
+            "volumes": [{"file": Path(scan).name, "subject": "sub-01", "split": "", "group": ""}],
+            "models": {
+                str(weights): {
+                    "source": str(weights),
+                    "scale": 2,
+                    "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+                    "consistency": "exact",
+                }
+            },
+        },
+    }
+
+
+def test_a_folder_without_a_validation_split_needs_one(scan: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "ixi-4x", "--data", str(Path(scan).parent), "--real-scans"]) == 2
+    errors = capsys.readouterr().err
+    assert "no volume in split 'val', the default; give another with --split; there are: train" in errors
+    assert errors.count("\n") == 1
 
 
 def test_what_does_not_fit_is_refused(scan: str) -> None:

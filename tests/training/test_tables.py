@@ -3,9 +3,10 @@
 import json
 import re
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from deformmamba.evaluation.machine import commit, hardware
 from deformmamba.evaluation.tables import OURS, SIZES, TABLES, markdown
 from deformmamba.losses import SRLoss
 from deformmamba.models import MODELS, ZeroFill, from_pretrained
+from deformmamba.training import budget
 from deformmamba.training import comparison as tables
-from deformmamba.training.budget import Validation, clock, seconds_a_step
+from deformmamba.training.budget import StepTimer, Validation, clock, seconds_a_step
 from deformmamba.training.comparison import Plan, benchmark
 from deformmamba.volume import Volume, write_volume
 
@@ -235,10 +237,10 @@ def test_minutes_become_steps_once(folder: Path, tmp_path: Path, monkeypatch: py
 def test_the_trials_of_learning_rates_tell_how_many_steps_fit(tmp_path: Path) -> None:
     row = next(row for row in TABLES["table2"] if row.name == "FMISR")
     equal = plan(steps=None, minutes=10.0, rates=(0.1, 1), tuning=0.1)
-    for rate, seconds in (("0.0001", 30.0), ("0.001", 50.0)):  # 10 of the 100 steps each, so 4 s a step
+    for rate, seconds in (("0.0001", 30.0), ("0.001", 50.0)):  # 10 steps each, so 4 s a step
         run = tmp_path / "trials" / f"fmisr-{rate}"
         run.mkdir(parents=True)
-        (run / "seconds.json").write_text(str(seconds))
+        (run / "time.json").write_text(json.dumps({"steps": 10, "seconds": seconds}))
     assert tables._steps_by_trials(row, 100, ["0.0001", "0.001"], tmp_path, equal) == 150
     assert tables._steps_by_trials(row, 100, [], tmp_path, equal) == 100
     assert tables._steps_by_trials(row, 100, ["0.0001"], tmp_path, plan(steps=100, rates=(0.1,))) == 100
@@ -269,6 +271,7 @@ def test_the_commit_is_that_of_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_p
         ({"plan": plan(seeds=0)}, "only positive numbers"),
         ({"plan": plan(data={"degradation": "area"})}, "half-pixel grid; the networks need the origin grid"),
         ({"plan": plan(data={"degradation": "magic"})}, "degradations: k-space"),
+        ({"plan": plan(data={"kind": "thick"})}, "data are of kind 'thick', and these networks upscale slices"),
         ({"test": []}, "2 volumes to train on and 0 to score"),
         ({"test": "train"}, "in both: sub-0, sub-1"),
     ],
@@ -349,6 +352,85 @@ def test_differences_are_paired_over_people(folder: Path, tmp_path: Path) -> Non
     gaps = np.subtract(scores["srcnn"], scores["deform-mamba"])
     line = document.read_text("utf-8").rpartition("| SRCNN |")[2].splitlines()[0]
     assert f"{gaps.mean():.2f} ± {gaps.std(ddof=1):.2f} (2 subjects)" in line
+
+
+def stored(row: str, seed: int, scores: dict[str, float], **changes: Any) -> dict[str, Any]:
+    volumes = [{"subject": one, "psnr": psnr, "ssim": 0.9, "slices": 1} for one, psnr in scores.items()]
+    return {"row": row, "seed": seed, "steps": 10, "seconds": 60.0, "parameters": 5, "beta": 0.0, "lr": 1e-3,
+            "batch": 2, "hardware": "", "version": "", "commit": "", "volumes": volumes, **changes}  # fmt: skip
+
+
+def test_differences_are_between_the_same_seeds(tmp_path: Path) -> None:
+    """Our network has two seeds and the other one, so only seed 0 is compared, in both tables."""
+    facts = {"table": "table2", "plan": asdict(plan(seeds=2, preset="tiny")), "degradation": "k-space:scale=2",
+             **{name: {"subjects": ["a"], "volumes": ["a"]} for name in ("train", "test")}}  # fmt: skip
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "benchmark.json").write_text(json.dumps(facts))
+    results = [
+        stored(OURS, 0, {"a": 30.0, "b": 31.0}),
+        stored(OURS, 1, {"a": 34.0, "b": 35.0}, steps=99, lr=3e-3),
+        stored("SRCNN", 0, {"a": 30.1, "b": 31.1}, tried={"0.001": 29.0, "0.01": None}),
+    ]
+    for k, result in enumerate(results):
+        (tmp_path / "rows" / f"{k}.json").write_text(json.dumps(result))
+    text = markdown(tmp_path)
+    assert cells(text)["SRCNN"][6] == "+0.10"
+    assert "| SRCNN | 0.10 ± 0.00" in text
+    assert cells(text)[OURS][1] == "10 to 99"
+    assert f"{OURS} 0.001 to 0.003" in text
+    assert "SRCNN 0.001: 29.00, 0.01: diverged" in text
+
+
+@pytest.mark.slow
+def test_a_rate_that_diverges_is_left_out(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, test = split(folder)
+    honest = tables.fit
+
+    def fit(*arguments: Any, lr: float, **settings: Any) -> Path:
+        if lr > 0.005:
+            raise tables.NotFinite("the loss is nan")
+        return honest(*arguments, lr=lr, **settings)
+
+    monkeypatch.setattr(tables, "fit", fit)
+    common = {"val": [replace(test[0], split="val")], "rows": ["SRCNN"], "say": lambda _: None, "progress": False}
+    benchmark("all", train, test[1:], tmp_path / "some", plan(seeds=1, rates=(1, 10), slices=1), **common)
+    assert json.loads((tmp_path / "some" / "rates.json").read_text("utf-8"))["SRCNN"]["0.01"] is None
+    with pytest.raises(tables.NotFinite, match=r"SRCNN diverged at each learning rate, 0\.01; give lower ones"):
+        benchmark("all", train, test[1:], tmp_path / "all", plan(seeds=1, rates=(10,), slices=1), **common)
+
+
+@pytest.mark.slow
+def test_the_curves_show_the_rows_of_former_calls(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, test = split(folder)
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(tables, "curves_over_time", lambda curves, _: drawn.append(sorted(curves)))
+    for name in ("SRCNN", "FMISR"):
+        benchmark("table2", train, test[1:], tmp_path / "out", plan(seeds=1, slices=1),
+                  val=[replace(test[0], split="val")], rows=[name], say=lambda _: None, progress=False)  # fmt: skip
+    assert drawn == [["SRCNN"], ["FMISR", "SRCNN"]]
+
+
+def test_a_folder_in_which_nothing_began_takes_another_benchmark(tmp_path: Path) -> None:
+    tables._check_folder(tmp_path / "benchmark.json", {"plan": 1})
+    tables._check_folder(tmp_path / "benchmark.json", {"plan": 2})
+    (tmp_path / "trials" / "srcnn-0.001").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds another benchmark: plan was 2, now it is 3"):
+        tables._check_folder(tmp_path / "benchmark.json", {"plan": 3})
+
+
+def test_steps_are_timed_between_calls_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step, which loads and compiles, does not count, and neither does a validation."""
+    ticks, validation = iter([100.0, 102.0, 107.0]), SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(budget, "clock", lambda _: lambda: next(ticks))
+    loss = SRLoss(0.0)
+    timer = StepTimer(loss, validation, "cpu")  # type: ignore[arg-type]
+    image = torch.rand(1, 1, 4, 4)
+    for spent in (0.0, 0.0, 3.0):
+        validation.seconds += spent
+        loss(image, image)
+    assert (timer.steps, timer.seconds) == (2, 4.0)
 
 
 def test_time_is_cpu_time_on_one_thread_only() -> None:
