@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
         required=True,
         metavar="DIR",
         help="folder of volumes; a volumes.tsv in it assigns subjects and splits (default: a tenth of the subjects "
-        "validates)",
+        "validates, and a tenth is kept for a test)",
     )
     add_subject(parser)
     parser.add_argument(

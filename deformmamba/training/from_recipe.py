@@ -72,9 +72,10 @@ def train_recipe(
     check_types(train_recipe, locals())
     plan = _plan(recipe, None if init is None else os.fspath(init), overrides)
     loss = _loss(plan["fit"])
-    train, val = _split(find_scans(data, subject=subject), plan, data)
+    scans = find_scans(data, subject=subject)
+    train, val = _split(scans, plan, data)
     if say is not None:
-        for line in describe_splits([*train, *val]):
+        for line in describe_splits([*train, *val, *(scan for scan in scans if scan.split == "test")]):
             say(line)
     start = load_checkpoint(plan["model"]["init"]) if "init" in plan["model"] else None
     folder = RunFolder(out)

@@ -205,7 +205,16 @@ def test_training_leaves_the_global_random_state_and_names_the_subjects(folder, 
     torch.manual_seed(7)
     train_recipe(recipe, folder, tmp_path / "out", progress=False, say=said.append)
     assert torch.equal(torch.rand(3), wanted)
-    assert said == ["train: 2 volumes of 2 subjects: sub-0, sub-1", "val: 1 volume of 1 subject: sub-2"]
+    assert said == [
+        "train: 2 volumes of 2 subjects: sub-0, sub-1",
+        "val: 1 volume of 1 subject: sub-2",
+        "test: 1 volume of 1 subject: sub-3",
+    ]
+
+
+def test_weights_for_the_slice_direction_do_not_train_on_in_plane_data(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"scale 1, as networks for the slice direction.*kind = 'thick'"):
+        train_recipe("finetune", folder, tmp_path / "out", init="thick", progress=False)
 
 
 def test_weights_to_start_from_must_fit(folder, tmp_path, recipe):
