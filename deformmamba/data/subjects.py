@@ -9,11 +9,15 @@ The name of a scan's subject comes from, in this order:
    (`anna/T1.nii.gz, anna/T2.nii.gz, ben/T1.nii.gz`);
 5. the first part of the file's name that differs between scans (`anna_T1.nii.gz, anna_T2.nii.gz`).
 
-Words for contrasts, sequences, sessions, dates and similar never name a subject. Upper and lower case, and numbers with
-and without leading zeros, are equal. DICOM series without a `sub-` label but with the same PatientID are also one
-subject. If only some paths have a `sub-` label, a path without one belongs to the labelled subject that it names
-(`sub-anna/T2.nii.gz, anna_FLAIR.nii.gz`; `sub-01_T2w.nii.gz, sub01_FLAIR.nii.gz`). Inside the folder of a labelled
-subject, such as `sub-01/anat`, all scans are of this subject.
+Known words for contrasts, sequences, sessions, dates and similar, with their numbers (`ses-01`, `Visit 1`), never name
+a subject. Other parts of paths are people or conditions, and look alike where they vary crosswise
+(`ketamine/anna.nii, ketamine/ben.nii, saline/anna.nii`): the people are those of whom there are at least twice as
+many. If there are not, scans that have either part in common are one subject.
+
+Upper and lower case, and numbers with and without leading zeros, are equal. DICOM series without a `sub-` label but
+with the same PatientID are also one subject. If only some paths have a `sub-` label, a path without one belongs to the
+labelled subject that it names (`sub-anna/T2.nii.gz, anna_FLAIR.nii.gz`; `sub-01_T2w.nii.gz, sub01_FLAIR.nii.gz`).
+Inside the folder of a labelled subject, such as `sub-01/anat`, all scans are of this subject.
 
 In doubtful cases the rules join scans rather than separate them: users notice too few subjects at once, but not a
 person in two splits.
@@ -37,28 +41,56 @@ _PERSON = "pt|pat|patient|subj|subject|sub|case|volunteer|participant|person|don
 _NUMBERED = re.compile(rf"(?:^|[_. -])((?:{_PERSON})[_ -]?\d+|p\d{{2,}})(?!\d)", re.IGNORECASE)
 _WORD = re.compile(rf"^(?:{_PERSON}|p)[_ -]?(?=\d+$)", re.IGNORECASE)
 
-# Words for contrast, protocol, time or site, which never name a subject; a number may follow: `ses2`, `series12`.
+# Words for contrast, protocol, time, condition or site, which never name a subject; a number may follow: `series12`.
 _CONTRASTS = (
     "t1|t2|pd|2d|3d|fs|ax|t1w|t2w|t2s|t2star|t1c|t1ce|t1gd|weighted|pdw|flair|dwi|dti|adc|swi|bold|asl|cbf|"
     "mra|mrv|tof|mprage|mpr|spgr|bravo|vibe|dixon|stir|tirm|tse|fse|gre|epi|haste|space|cube|fisp|trufi|ciss|"
     "fiesta|dess|medic|fatsat|post|pre|contrast|nce|trace|echo|mag|magnitude|real|axial|tra|transversal|"
-    "transverse|sag|sagittal|cor|coronal|iso|hires|lowres"
+    "transverse|sag|sagittal|cor|coronal|iso|hires|lowres|localizer|localiser|loc|scout|survey|ssfse|mrcp|"
+    "frfse|fspgr|ffe|tfe|dark|fluid|ipat|grappa|sense"
+)
+# words for a time, of which the number may be apart: `ses-01`, `Visit 1`
+_TIMES = (
+    "ses|sess|session|sessions|visit|visite|besuch|sitzung|seance|tp|timepoint|time ?point|time|zeitpunkt|followup|"
+    "follow ?up|fu|hour|day|days|tag|jour|week|weeks|wk|wks|woche|semaine|month|months|mo|mon|monat|mois|year|years|yr|"
+    "jahr|run|rep|repeat|repetition|round|phase|stage|series|serie|ser|acq|acquisition|echo|im|slice|frame"
+)
+_CONDITIONS = (
+    "preop|postop|op|before|after|vor|vorher|nach|nachher|avant|apres|après|left|right|links|rechts|gauche|droite|lh|rh|"
+    "first|second|third|last|initial|final|basal|control|acute|subacute|chronic|akut|chronisch|aigu|chronique|retest|"
+    "drug|placebo|verum|sham|active|treatment|treated|untreated|on|off|rest|task|am|pm|morning|evening|"
+    "native|registered|reg|coreg|coregistered|warped|aligned|mni|n3|n4|denoised|biascorrected|corrected|normalized|"
+    "normalised|preproc|preprocessed|processed|resampled|skullstripped|stripped|bet|defaced|"
+    "canon|toshiba|hitachi|prisma|skyra|aera|avanto|trio|verio|achieva|ingenia|signa"
 )
 _OTHER = (
-    "se|ir|gd|ce|fa|te|hr|lr|ses|session|visit|tp|timepoint|time|baseline|bl|followup|fu|follow|up|month|"
-    "months|week|year|day|date|scan|scans|series|ser|sequence|seq|study|std|exam|examination|acq|acquisition|"
-    "run|rep|repeat|rec|dir|part|stack|anat|anatomical|func|fmap|perf|raw|rawdata|source|sourcedata|"
+    "se|ir|gd|ce|fa|te|hr|lr|baseline|bl|follow|up|date|scan|scans|sequence|seq|study|std|exam|"
+    "examination|rec|dir|part|stack|anat|anatomical|func|fmap|perf|raw|rawdata|source|sourcedata|"
     "derivatives|orig|original|nii|nifti|niftis|dicom|dicoms|dcm|mgz|mri|mr|data|dataset|datasets|image|"
-    "images|img|im|file|files|volume|volumes|vol|slice|slices|brain|head|knee|spine|lumbar|prostate|heart|"
+    "images|img|file|files|volume|volumes|vol|slices|brain|head|knee|spine|lumbar|prostate|heart|"
     "pelvis|breast|neck|thorax|abdomen|train|training|val|valid|validation|test|testing|external|split|fold|"
     "site|center|centre|hospital|scanner|batch|group|groups|cohort|patients|subjects|controls|cases|healthy|"
-    "ge|philips|siemens|3t|15t|7t|64mt|unknown"
+    "ge|philips|siemens|3t|15t|7t|64mt|unknown|mask|masks|seg|segmentation|label|labels"
 )
-_NO_PERSON = re.compile(rf"(?:(?:{_CONTRASTS})+|{_OTHER})\d*|[ebvmwydi]\d+", re.IGNORECASE)
+_CONTRAST = re.compile(rf"(?:{_CONTRASTS})+\d*", re.IGNORECASE)
+_NO_PERSON = re.compile(
+    rf"{_CONTRAST.pattern}|(?:{_OTHER}|{_TIMES}|{_CONDITIONS})\d*|[ebvmwydi]\d+|t\d{{1,2}}|"
+    r"\d{1,2}(?:st|nd|rd|th|h|d|w|wks?|weeks?|m|mo|mths?|months?|y|yrs?|years?)",
+    re.IGNORECASE,
+)
+_TIME = re.compile(  # with its number, or a BIDS entity other than sub-
+    rf"(?<![^\W_])(?:(?:{_TIMES.replace(' ?', '[-_ ]?')})[-_ .]{{0,2}}\d+(?!\d)|"
+    r"(?:ses|task|acq|run|dir|rec|ce|echo|desc|space)-[0-9a-z]+)",
+    re.IGNORECASE,
+)
+_YEAR = r"(?:19[5-9]|20[0-3])\d"
 _DATE = re.compile(  # or a DICOM UID, which does not name a subject either
-    r"\d+(?:\.\d+){4,}|(?<!\d)(?:(?:19[5-9]|20[0-3])\d(?:([-_.]?)(?:0[1-9]|1[0-2])\1(?:[0-2]\d|3[01])(?:\d{4}|\d{6})?)?"
-    r"|(?:[0-2]\d|3[01])([-_.])(?:0[1-9]|1[0-2])\2(?:19[5-9]|20[0-3])\d)(?!\d)"
+    rf"\d+(?:\.\d+){{4,}}|(?<!\d)(?:{_YEAR}([-_.]?)(?:0[1-9]|1[0-2])\1(?:[0-2]\d|3[01])(?:\d{{4}}|\d{{6}})?"
+    rf"|(?:[0-2]\d|3[01])([-_.])(?:0[1-9]|1[0-2])\2{_YEAR}|(?<=[^\W_]){_YEAR}|{_YEAR}(?=[^\W_]))(?!\d)"
 )
+_IS_YEAR = re.compile(_YEAR)
+_NUMBER = re.compile(r"[a-z]?(\d+)", re.IGNORECASE)
+_SHORT = re.compile(r"[a-z]?\d{1,3}", re.IGNORECASE)  # the number of a scan or session: `1`, `01`, `s2`
 _ATTACHED = re.compile(r"(.*\d)(?:t1|t2|pd|flair|dwi|adc|swi)(?:w|ce|c|gd|fs)?", re.IGNORECASE)
 # values that anonymisers write for every patient
 _PLACEHOLDER = re.compile(
@@ -179,17 +211,119 @@ def _guessed(relative: Mapping[Path, str]) -> tuple[dict[Path, str], str]:
     numbered = {path: _numbered(text) for path, text in relative.items()}
     if all(numbered.values()):
         return {path: name or "" for path, name in numbered.items()}, "the patient numbers in the paths"
-    parts = {path: text.split("/") for path, text in relative.items()}
-    stems = {path: _stem(names[-1]) for path, names in parts.items()}
-    folders = _first_difference({path: names[:-1] for path, names in parts.items()})
-    files = _person_parts(stems)
-    shapes = defaultdict(set)
-    for path, stem in stems.items():
-        if folders[path]:
-            shapes[_shape(stem)].add(_key(folders[path]))
-    if any(len(owners) > 1 for owners in shapes.values()):
-        return {path: folders[path] or files[path] for path in relative}, "the folders, over which file names repeat"
-    return {path: files[path] or folders[path] for path in relative}, "the file names"
+    names, doubt = _from_columns(relative)
+    rule = "the names of folders and files"
+    if doubt:
+        rule += ", in which two parts may be the person, so that scans with either in common are one subject"
+    return names, rule
+
+
+def _from_columns(relative: Mapping[Path, str]) -> tuple[dict[Path, str], bool]:
+    """Rules 4 and 5: names, and whether scans were joined in doubt.
+
+    The parts of the paths are columns of a table, from the top folder to the end of the file's name. Each column that
+    varies is compared with the names so far.
+    """
+    levels = _levels(relative)
+    folders = [column for level in levels[:-1] for column in _columns(level)]
+    files = _columns(levels[-1])
+    shapes = {path: _shape(_stem(text.split("/")[-1])) for path, text in relative.items()}
+    contrasts = {path: " ".join(filter(_CONTRAST.fullmatch, _words(text))).lower() for path, text in relative.items()}
+    names: dict[Path, str] = {}
+    doubt = False
+    for number, column in enumerate(folders + files):
+        if _count(names) < 2:
+            names = column if _count(column) > 1 else names
+            continue
+        choice = _choice(names, column, contrasts)
+        if choice == "nested":  # numbered files in a person's folder, or people in the folder of a site or year
+            apart = number == len(folders) and not _repeated(shapes, names)
+            apart = apart or (_all_years(names.values()) and not all(map(_SHORT.fullmatch, column.values())))
+            choice = "lower" if apart else "upper"
+        first, second = (column, names) if choice == "lower" else (names, column)
+        names = {path: first.get(path) or second.get(path, "") for path in relative}
+        if choice == "both":
+            doubt = True
+            names = _merged(names, {path: [_key(name)] for path, name in column.items()})
+            if _count(names) < 2:
+                return dict.fromkeys(relative, ""), True
+    if not names and files:
+        names = files[0]
+    years = _all_years(names.values()) and not _numbered_scans(levels)
+    names = {path: "" if years else names.get(path, "") for path in relative}
+    held = _merged(names, _held(names, levels))
+    joined = _count(held) < _count(names)
+    if joined and _count(held) < 2:
+        held = dict.fromkeys(relative, "")
+    return held, doubt or joined
+
+
+def _choice(upper: Mapping[Path, str], lower: Mapping[Path, str], contrasts: Mapping[Path, str]) -> str:
+    """Which of two columns names the people: "upper", "lower", "both" in doubt, or "nested" if no part of the lower
+    one repeats."""
+    owners, owned, marks = defaultdict(set), defaultdict(set), defaultdict(set)
+    for path, name in lower.items():
+        if upper.get(path):
+            owners[_key(name)].add(_key(upper[path]))
+            owned[_key(upper[path])].add(_key(name))
+            marks[_key(name)].add(contrasts[path])
+    uppers = {_key(name) for name in upper.values() if name}
+    alone = {_key(name) for path, name in upper.items() if name and path not in lower}
+    n, m = len(uppers), len(owners)
+    several = sum(len(found) > 1 for found in owners.values())
+    if m < 2:
+        return "upper"
+    if not several:
+        return "nested"
+    if 2 * len(alone) >= n or sum(map(len, marks.values())) == len(set.union(*marks.values())):
+        return "upper"  # many scans have no lower part, or each lower part has contrasts of its own: a protocol's name
+    if all(map(_WORD.match, uppers)):  # P1, P2
+        return "upper"
+    words = len({re.sub(r"\d+", "#", name) for name in owners}) > 1 and not any(map(_SHORT.fullmatch, owners))
+    if m >= n and words and _all_years(uppers):
+        return "lower"
+    digits = _width(name for name in upper.values() if name)
+    if (short := _width(lower.values())) <= 2 and short < digits:  # the numbers of scans, else of people
+        known = digits in (3, 5) or 6 < digits < float("inf")  # 6 may be a date
+        known = known or (digits == 4 and not _all_years(uppers))
+        # many names with not many more scans; numbers of people often have a leading zero
+        known = known or (n >= 4 and m < 2 * n and not any(name.startswith("0") for name in lower.values()))
+        return "upper" if known or n >= m else "both"
+    crosswise = any(len(found) > 1 for found in owned.values())
+    if n >= (2 if crosswise else 3) * m:
+        return "upper"
+    return "lower" if m >= 2 * n and 2 * several > m and words else "both"
+
+
+def _width(names: Iterable[str]) -> float:
+    """The most digits of names that are numbers, also after one letter; infinite if one is a word."""
+    numbers = [_NUMBER.fullmatch(name) for name in names]
+    return max(len(number[1]) if number else float("inf") for number in numbers)
+
+
+def _count(names: Mapping[Path, str]) -> int:
+    return len({_key(name) for name in names.values() if name})
+
+
+def _repeated(shapes: Mapping[Path, str], names: Mapping[Path, str]) -> bool:
+    """Whether a shape occurs with several names."""
+    owners = defaultdict(set)
+    for path, name in names.items():
+        if name:
+            owners[shapes[path]].add(_key(name))
+    return any(len(found) > 1 for found in owners.values())
+
+
+def _held(names: Mapping[Path, str], levels: Sequence[Mapping[Path, Sequence[str]]]) -> dict[Path, list[str]]:
+    """For each path, its name and the names of other paths that it holds in another place: `anna.nii, x_anna.nii`."""
+    known = {_key(name) for name in names.values() if name}
+    whole = _whole(levels)
+    held = {}
+    for path, name in names.items():
+        own = _key(name)
+        parts = {_key(token) for token in whole[path]} & known
+        held[path] = [own, *(part for part in parts if not (_NUMBER.fullmatch(part) and _NUMBER.fullmatch(own)))]
+    return {path: found for path, found in held.items() if names[path]}
 
 
 def _numbered(text: str) -> str | None:
@@ -205,11 +339,15 @@ def _stem(name: str) -> str:
     return re.sub(r"\.(nii|mg[hz]|gz|dcm|img|hdr)$", "", re.sub(r"\.gz$", "", name, flags=re.I), flags=re.I)
 
 
+def _words(text: str) -> list[str]:
+    return [word for word in re.split(r"[^0-9A-Za-z\u0080-\uffff^]+", text) if word]
+
+
 def _tokens(text: str) -> list[str]:
     """The parts of a name that may name a subject: no contrasts, sessions or dates."""
     kept = []
-    for token in re.split(r"[^0-9A-Za-z\u0080-\uffff^]+", _DATE.sub(" ", text)):
-        if token and not _NO_PERSON.fullmatch(token):
+    for token in _words(_TIME.sub(" ", _DATE.sub(" ", text))):
+        if not _NO_PERSON.fullmatch(token):
             attached = _ATTACHED.fullmatch(token)  # P001T1
             kept.append(attached[1] if attached else token)
     return kept
@@ -220,29 +358,69 @@ def _shape(stem: str) -> str:
     return re.sub(r"\d+", "#", " ".join(_tokens(stem))).lower()
 
 
-def _person_parts(names: Mapping[Path, str]) -> dict[Path, str]:
-    """The first part of each name that may name a subject and does not occur in all names; empty if there is none."""
-    tokens = {path: _tokens(name) for path, name in names.items()}
-    lists = [{token.lower() for token in found} for found in tokens.values()]
-    common = set.intersection(*lists) if len({*names.values()}) > 1 else set()
-    return {path: next((t for t in found if t.lower() not in common), "") for path, found in tokens.items()}
+def _levels(relative: Mapping[Path, str]) -> list[dict[Path, list[str]]]:
+    """For each level of folders, and last for the files, the parts of the names that may name a subject.
+
+    A number such as 2021 is a year and left out, unless every path begins with one, or it may be a person's as in
+    `2001_01.nii`.
+    """
+    parts = {path: text.split("/") for path, text in relative.items()}
+    found = [
+        {path: _tokens(names[level]) for path, names in parts.items() if level < len(names) - 1}
+        for level in range(max(map(len, parts.values())) - 1)
+    ]
+    found.append({path: _tokens(_stem(names[-1])) for path, names in parts.items()})
+    if _numbered_scans(found) or all(tokens and _IS_YEAR.fullmatch(tokens[0]) for tokens in _whole(found).values()):
+        return found
+    return [
+        {path: [token for token in tokens if not _IS_YEAR.fullmatch(token)] for path, tokens in level.items()}
+        for level in found
+    ]
+
+
+def _whole(levels: Sequence[Mapping[Path, Sequence[str]]]) -> dict[Path, list[str]]:
+    """All parts of each path."""
+    return {path: [token for level in levels for token in level.get(path, ())] for path in levels[-1]}
+
+
+def _numbered_scans(levels: Sequence[Mapping[Path, Sequence[str]]]) -> bool:
+    """Whether some path is a number like a year and then only short numbers, so that the first is a person's."""
+    return any(
+        len(tokens) > 1 and _IS_YEAR.fullmatch(tokens[0]) and all(map(_SHORT.fullmatch, tokens[1:]))
+        for tokens in _whole(levels).values()
+    )
+
+
+def _all_years(names: Iterable[str]) -> bool:
+    return all(map(_IS_YEAR.fullmatch, filter(None, names)))
+
+
+def _columns(level: Mapping[Path, Sequence[str]]) -> list[dict[Path, str]]:
+    """The first parts of the names, the second, and so on, without those that occur in all of several names.
+
+    A word goes into the last column in which it occurs, so that `anna` is in the second of `anna.nii, x_anna.nii`.
+    """
+    lists = [{token.lower() for token in tokens} for tokens in level.values()]
+    differ = len({" ".join(tokens) for tokens in level.values()}) > 1
+    common = set.intersection(*lists) if differ else set()
+    kept = {path: [token for token in tokens if token.lower() not in common] for path, tokens in level.items()}
+    last: dict[str, int] = {}
+    for tokens in kept.values():
+        for place, token in enumerate(tokens):
+            if not _NUMBER.fullmatch(token):
+                last[_key(token)] = max(place, last.get(_key(token), 0))
+    columns: dict[int, dict[Path, str]] = defaultdict(dict)
+    for path, tokens in kept.items():
+        place = -1
+        for token in tokens:
+            place = max(place + 1, last.get(_key(token), 0))
+            columns[place][path] = token
+    return [columns[place] for place in sorted(columns)]
 
 
 def _key(name: str) -> str:
     """A key that ignores upper and lower case and leading zeros, equal for all spellings of a name."""
     return re.sub(r"(?<!\d)0+(?=\d)", "", name.lower())
-
-
-def _first_difference(folders: Mapping[Path, Sequence[str]]) -> dict[Path, str]:
-    """For each list of folders, the topmost that may name a subject, from the first level with two different names."""
-    depth = max(map(len, folders.values()))
-    levels = [
-        _person_parts({path: names[level] for path, names in folders.items() if level < len(names)})
-        for level in range(depth)
-    ]
-    while levels and len({_key(name) for name in levels[0].values() if name}) < 2:
-        levels.pop(0)
-    return {path: next((level[path] for level in levels if level.get(path)), "") for path in folders}
 
 
 def _joined(names: Mapping[Path, str], patients: Mapping[Path, str]) -> dict[Path, str]:
@@ -252,6 +430,11 @@ def _joined(names: Mapping[Path, str], patients: Mapping[Path, str]) -> dict[Pat
         path: name or (f"patient-{hashlib.sha256(usable[path].encode()).hexdigest()[:8]}" if path in usable else "")
         for path, name in names.items()
     }
+    return _merged(filled, {path: [patient] for path, patient in usable.items()})
+
+
+def _merged(names: Mapping[Path, str], shared: Mapping[Path, Iterable[str]]) -> dict[Path, str]:
+    """Makes the `names` of paths that have an item of `shared` in common one name."""
     same_as: dict[str, str] = {}  # by key of a name: the key that it has become
 
     def final(key: str) -> str:
@@ -259,14 +442,15 @@ def _joined(names: Mapping[Path, str], patients: Mapping[Path, str]) -> dict[Pat
             key = same_as[key]
         return key
 
-    first: dict[str, str] = {}  # by PatientID
-    for path, patient in usable.items():
-        key = _key(filled[path])
-        mine, other = final(key), final(first.setdefault(patient, key))
-        if mine != other:
-            same_as[mine] = other
-    spelled = {_key(name): name for name in reversed(filled.values())}
-    return {path: spelled[final(_key(name))] for path, name in filled.items()}
+    first: dict[str, str] = {}  # by item
+    for path, items in shared.items():
+        key = _key(names[path])
+        for item in items:
+            mine, other = final(key), final(first.setdefault(item, key))
+            if mine != other:
+                same_as[mine] = other
+    spelled = {_key(name): name for name in reversed([*names.values()])}
+    return {path: spelled[final(_key(name))] for path, name in names.items()}
 
 
 def _one_case(names: Mapping[Path, str]) -> dict[Path, str]:

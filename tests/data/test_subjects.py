@@ -54,6 +54,92 @@ LAYOUTS = {
 }  # fmt: skip
 
 
+# layouts of the scans of four people in conditions, of which p is the person, c the condition and k a contrast
+CROSSED = [
+    "{c}/{p}.nii",
+    "{c}/{p}_T{k}.nii",
+    "{c}/{p}/T{k}.nii",
+    "{c}_{p}.nii",
+    "{c}_{p}/T{k}.nii",
+    "{c}/{p}_{c}.nii",
+    "{p}_{c}_T{k}.nii",
+    "{p}/{c}.nii",
+    "{p}/{c}/T{k}.nii",
+    "{p}/{c}_{p}.nii",
+]
+KNOWN = """ses-01,ses-02 Visit.1,Visit.2 TimePoint_1,TimePoint_2 left,right preop,postop before,after wk0,wk12 mo0,mo6
+    native,registered first,second basal,control acute,chronic test,retest raw,n4 avant,apres vorher,nachher"""
+UNKNOWN = "qqq,zzz raw,zzz ketamine,saline kyoto,osaka a,b 01,02 2021,2022 2021-03,2022-05 drive1,drive2"
+
+
+def crossed(layout, conditions, people):
+    """The found subjects of each person's scans."""
+    scans = {
+        ROOT / layout.format(c=condition.replace(".", " "), p=person, k=k): person
+        for condition in conditions.split(",")
+        for person in people
+        for k in (1, 2)
+    }
+    found = name_subjects([*scans], ROOT).names
+    return {person: {found[path] for path in scans if scans[path] == person} for person in people}
+
+
+@pytest.mark.parametrize("conditions", f"{KNOWN} {UNKNOWN}".split())
+@pytest.mark.parametrize("layout", CROSSED)
+def test_a_condition_is_not_a_subject(layout, conditions):
+    people = ("anna", "ben", "carl", "dora")
+    assert crossed(layout, conditions, people) == {person: {person} for person in people}
+
+
+@pytest.mark.parametrize("conditions", ["qqq,zzz", "qqq,zzz,yyy", "a,b"])
+@pytest.mark.parametrize("people", [("anna", "ben"), ("MS01", "MS02"), ("001", "002")], ids=" ".join)
+@pytest.mark.parametrize("layout", CROSSED)
+def test_people_who_look_like_conditions_are_one_subject(layout, people, conditions):
+    assert crossed(layout, conditions, people) in ({p: {"mine"} for p in people}, {p: {p} for p in people})
+
+
+# layout in which a person must not become two subjects: (its scans, the subject of each)
+JOINED = {
+    "a number like a year": ("2001_01.nii 2001_02.nii 2002_01.nii", "2001 2001 2002"),
+    "a number like a year, sessions": ("2001_s1_T2.nii 2001_s2_T2.nii 2002_s1_T2.nii", "2001 2001 2002"),
+    "a folder like a year": ("2001/01.nii 2001/02.nii 2002/01.nii", "2001 2001 2002"),
+    "a number like a year, a contrast": ("1001_01.nii 2001_01.nii 2001_T1.nii", "1001 2001 2001"),
+    "years": ("2021_anna.nii 2022_anna.nii 2021_ben.nii", "anna anna ben"),
+    "years and nobody": ("2021/T1.nii 2022/T1.nii", "mine mine"),
+    "years and people": ("2021/anna.nii 2022/ben.nii 2021/carl.nii", "anna ben carl"),
+    "two each": ("qqq/anna.nii qqq/ben.nii zzz/anna.nii", "mine mine mine"),
+    "numbered people": ("qqq/01.nii qqq/02.nii qqq/03.nii zzz/01.nii", "mine mine mine mine"),
+    "numbered scans": ("001_1.nii 001_2.nii 001_3.nii 002_1.nii", "001 001 001 002"),
+    "a folder a session": ("x1a/anna.nii x1b/anna.nii x2/ben.nii", "x1a x1a x2"),
+    "some without condition": ("anna.nii qqq_anna.nii ben.nii", "anna anna ben"),
+    "a control of that number": ("control_01.nii zzz_01.nii control_02.nii zzz_02.nii", "mine mine mine mine"),
+    "files without a person": ("anna/T1.nii anna/foo.nii ben/T1.nii ben/foo.nii ben/bar.nii", "anna anna ben ben ben"),
+    "sites": ("Guys/anna.nii Guys/ben.nii HH/carl.nii", "anna ben carl"),
+    "channels": ("anna_0000.nii anna_0001.nii ben_0000.nii carl_0001.nii dora_0000.nii", "anna anna ben carl dora"),
+    "numbered channels": ("x_01_0001.nii x_01_0002.nii x_02_0001.nii x_02_0002.nii", "mine mine mine mine"),
+}
+
+
+@pytest.mark.parametrize(("files", "wanted"), JOINED.values(), ids=JOINED)
+def test_scans_of_one_person_are_one_subject(files, wanted):
+    paths = [ROOT / name for name in files.split()]
+    found = name_subjects(paths, ROOT)
+    assert [found.names[path] for path in paths] == wanted.split()
+
+
+@pytest.mark.parametrize("layout", ["{p}_{k}.nii", "{p}/{k}.nii", "{p}/scan{k}.nii"])
+@pytest.mark.parametrize("people", ["anna ben carl dora", "0001 0002 0003 0004", "P1 P2 P3 P4"])
+def test_numbered_scans_of_a_person_are_of_one_subject(layout, people):
+    scans = {ROOT / layout.format(p=person, k=k): person for person in people.split() for k in range(1, 6)}
+    assert name_subjects([*scans], ROOT).names == scans
+
+
+@pytest.mark.parametrize(("other", "joined"), [("qqq/ben.nii", True), ("zzz/ben_T1.nii", False)])
+def test_the_rule_says_that_scans_were_joined_in_doubt(other, joined):
+    paths = [ROOT / name for name in ("qqq/anna.nii", "zzz/anna.nii", other, *(["zzz/ben.nii"] * joined))]
+    assert ("one subject" in name_subjects(paths, ROOT).rule) == joined
+
+
 @pytest.mark.parametrize(("files", "wanted"), LAYOUTS.values(), ids=LAYOUTS)
 def test_the_subject_of_a_scan_by_its_path(files, wanted):
     paths = [ROOT / name for name in (files.split(",") if "," in files else files.split())]
