@@ -113,8 +113,7 @@ def add_volumes(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="scans, or folders of scans; two folders must not have subjects of the same name. --subject is also "
-        "searched in the path of a single scan, as given here",
+        help="scans, or folders of scans that have no subject in common",
     )
     add_subject(parser)
     parser.add_argument("--split", choices=("train", "val", "test", "external"), help="only volumes of this split")
