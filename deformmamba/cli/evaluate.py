@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deformmamba.cli.arguments import (
@@ -87,7 +86,7 @@ def _real_scans(args: argparse.Namespace) -> None:
         raise InvalidArgument("--real-scans tests models, and no MODEL was given; name one or more, such as ixi-4x")
     scans = chosen(args.data, args.split, args.group, args.subject, default="val")
     models = {name: load_model(name) for name in args.model}
-    settings = settings_of(models, scans)
+    settings = settings_of(models, scans) if args.json else {}
     for line in describe_splits(scans):
         tell(line)
     found = {}
@@ -143,7 +142,7 @@ def chosen(
         InvalidArgument: no volume, a folder without the `default` split, a name of a subject in two folders, or a split
             or group for a single scan.
     """
-    from deformmamba.data.scans import find_scans
+    from deformmamba.data.scans import find_scans, named_scans
     from deformmamba.volume import not_a_scan
 
     sources: list[Scan | str] = []
@@ -172,7 +171,7 @@ def chosen(
             f"{did_you_mean(group or '', groups)}; groups there: {', '.join(sorted(groups)) or 'none'}; change --split "
             "or --group"
         )
-    scans = _named(sources, subject)
+    scans = named_scans(sources, subject=subject)
     _check_people(scans, places)
     return scans
 
@@ -184,17 +183,6 @@ def _without(split: str | None, folder: str, scans: "list[Scan]", group: str | N
     return InvalidArgument(
         f"{folder}: no volume{of_group} in split {split!r}, the default; give another with --split; there are: {there}"
     )
-
-
-def _named(sources: "list[Scan | str]", pattern: str | None) -> "list[Scan]":
-    """`named_scans`; the subject of a path is found by `pattern`, if given, in the path as the user wrote it."""
-    from deformmamba.data.scans import Scan, named_scans
-    from deformmamba.data.subjects import name_subjects
-
-    if pattern is None:
-        return named_scans(sources)
-    names = name_subjects([Path(one) for one in sources if isinstance(one, str)], ".", pattern=pattern).names
-    return [Scan(Path(one), names[Path(one)], "", "") if isinstance(one, str) else one for one in sources]
 
 
 def _check_people(scans: "list[Scan]", places: list[str]) -> None:

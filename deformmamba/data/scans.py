@@ -95,8 +95,11 @@ def find_scans(
     return sorted(scans, key=lambda scan: scan.path)
 
 
-def named_scans(sources: Iterable[Scan | str | os.PathLike[str]]) -> list[Scan]:
-    """Turns paths of files or DICOM folders into scans, with the subject from the path and no split; keeps scans."""
+def named_scans(sources: Iterable[Scan | str | os.PathLike[str]], *, subject: str | None = None) -> list[Scan]:
+    """Turns paths of files or DICOM folders into scans, with the subject from the path and no split; keeps scans.
+
+    `subject`: a regular expression that finds the subject in a path as it is given; None: the name is guessed.
+    """
     try:
         sources = list(sources)
     except TypeError:
@@ -104,13 +107,15 @@ def named_scans(sources: Iterable[Scan | str | os.PathLike[str]]) -> list[Scan]:
     for source in sources:
         if not isinstance(source, Scan | str | os.PathLike):
             raise InvalidType(f"a scan must be a path, or one found by find_scans, not {shown(source)}")
-    paths = [Path(os.path.abspath(source)) for source in sources if not isinstance(source, Scan)]
-    if not paths:
+    given = [Path(source) for source in sources if not isinstance(source, Scan)]
+    if not given:
         return [source for source in sources if isinstance(source, Scan)]
-    names = name_subjects(paths, os.path.commonpath([path.parent for path in paths])).names
+    paths = [Path(os.path.abspath(path)) if subject is None else path for path in given]
+    root = "." if subject is not None else os.path.commonpath([path.parent for path in paths])
+    found = name_subjects(paths, root, pattern=subject).names
+    names = {path: found[named] for path, named in zip(given, paths, strict=True)}
     return [
-        source if isinstance(source, Scan) else Scan(Path(source), names[Path(os.path.abspath(source))], "", "")
-        for source in sources
+        source if isinstance(source, Scan) else Scan(Path(source), names[Path(source)], "", "") for source in sources
     ]
 
 

@@ -9,7 +9,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -234,9 +234,7 @@ class Comparison:
 
         An infinite value is written as inf.
         """
-        rows = {name: [{**self.own_settings[name], **row} for row in rows] for name, rows in self.rows.items()}
-        columns = dict.fromkeys(key for own in self.own_settings.values() for key in own)
-        return csv_text(replace(self, rows=rows, settings={**self.settings, **columns}))
+        return csv_text(self)
 
 
 def compare(

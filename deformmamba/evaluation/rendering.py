@@ -44,12 +44,14 @@ def terminal_table(compared: "Comparison") -> str:
 
 def csv_text(compared: "Comparison") -> str:
     """One line per model and volume, with the settings."""
-    text = io.StringIO()
-    columns = ["model", "source", *compared.settings, "subject", "file", "group", "slices", *compared.metrics]
+    text, own = io.StringIO(), compared.own_settings
+    shared = [*compared.settings, *dict.fromkeys(key for settings in own.values() for key in settings)]
+    columns = ["model", "source", *shared, "subject", "file", "group", "slices", *compared.metrics]
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for name, rows in compared.rows.items():
-        writer.writerows({"model": name, "source": compared.sources[name], **compared.settings, **row} for row in rows)
+        facts = {"model": name, "source": compared.sources[name], **compared.settings, **own[name]}
+        writer.writerows({**facts, **row} for row in rows)
     return text.getvalue()
 
 

@@ -232,9 +232,8 @@ def _score_cells(done: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, 
     trained = done[0]["steps"] > 0
     other = {d["seed"]: mean_scores(d["volumes"])["psnr"] for d in ours}
     pairs = [
-        value - (other[d["seed"]] if trained else sum(other.values()) / len(other))
-        for value, d in zip(psnr, done, strict=True)
-        if other and (d["seed"] in other or not trained)
+        mean_scores(d["volumes"])["psnr"] - (other[d["seed"]] if trained else sum(other.values()) / len(other))
+        for d in (_with_seeds(done, ours) if ours else ())
     ]
     return [
         f"{done[0]['parameters']:,}",

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from deformmamba.annotations import check_types
-from deformmamba.errors import InvalidType, counted, shown
+from deformmamba.errors import InvalidType, shown
 from deformmamba.inference import Settings, upscale
 from deformmamba.inference.networks import network as found_network
 from deformmamba.volume import Volume, VolumeError
+from deformmamba.volume.image import check_unmasked
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
@@ -118,9 +119,7 @@ class UpscaleTransform:
     def _array(self, image: Any) -> Any:
         affine = getattr(image, "affine", None)
         plain = image.as_tensor() if hasattr(image, "as_tensor") else image
-        if np.ma.is_masked(plain):
-            hidden = counted(np.ma.count_masked(plain), "voxel")
-            raise VolumeError(f"the array is masked and hides {hidden}; fill it first: array.filled(0)")
+        check_unmasked(plain)
         if isinstance(plain, np.ndarray):  # PyTorch has no types of other processors, such as those of MGH files
             plain = torch.as_tensor(plain.astype(plain.dtype.newbyteorder("=")))
         tensor, affine = self._channels(plain, None if affine is None else np.asarray(affine))

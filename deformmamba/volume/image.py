@@ -20,6 +20,13 @@ class NothingToDo(VolumeError):
     """A scan that already has what was asked for. In a folder of scans it is no failure."""
 
 
+def check_unmasked(array: Any) -> None:
+    """Raises VolumeError if `array` is a masked array that hides values, which would count as if they were not."""
+    if np.ma.is_masked(array):
+        hidden = counted(np.ma.count_masked(array), "voxel")
+        raise VolumeError(f"the array is masked and hides {hidden}; fill it first: array.filled(0)")
+
+
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class Volume:
@@ -53,9 +60,7 @@ class Volume:
             raise VolumeError(f"a volume is a numpy array, not a {type(self.array).__name__}; convert it first")
         if self.array.ndim != 3 or 0 in self.array.shape:
             raise VolumeError(f"a volume is a 3-D array, not one of shape {self.array.shape}")
-        if np.ma.is_masked(self.array):
-            hidden = counted(np.ma.count_masked(self.array), "voxel")
-            raise VolumeError(f"the array is masked and hides {hidden}; fill it first: array.filled(0)")
+        check_unmasked(self.array)
         if not (self.slices is None or (is_integer(self.slices) and self.slices in (0, 1, 2))):
             raise VolumeError(f"slices must be 0, 1, 2 (where slices are stacked) or None, not {shown(self.slices)}")
         if not (isinstance(self.codes, tuple) and len(self.codes) == 2 and all(map(is_integer, self.codes))):
