@@ -36,14 +36,15 @@ def _kernel(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     Plain threads run the kernels: numba's own parallel loops abort when two Python threads enter them (workqueue).
     Fast math without nnan and ninf, because NaN must propagate.
     """
-    options |= {"nogil": True, "error_model": "numpy", "fastmath": {"nsz", "arcp", "contract", "afn", "reassoc"}}
+    fastmath = {"nsz", "arcp", "contract", "afn", "reassoc"}
+    options |= {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "fastmath": fastmath}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache is writable
         return njit(**options)(function)
 
 
-_inline = partial(_kernel, forceinline=True)
+_inline = partial(_kernel, forceinline=True, no_cpython_wrapper=True)  # Python does not call them
 
 
 @_inline

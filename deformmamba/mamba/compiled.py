@@ -22,7 +22,8 @@ def compiled(function: Callable[..., None], signature: Any, fastmath: set[str]) 
     from numba import njit
 
     def kernel(cache: bool) -> Any:
-        made: Any = njit(nogil=True, error_model="numpy", fastmath=fastmath, cache=cache)(function)
+        options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+        made: Any = njit(fastmath=fastmath, cache=cache, **options)(function)
         made.compile(signature)
         made.disable_compile()
         return made

@@ -23,7 +23,7 @@ _LOWEST, _HIGHEST = _F(-127), _F(128)
 
 
 # as mypy sees it: a compiled function is not called with the arguments of its definition
-inline: Any = njit(forceinline=True, fastmath={"contract"})
+inline: Any = njit(forceinline=True, fastmath={"contract"}, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 @inline

@@ -12,6 +12,7 @@ Fast-math is `contract` only, because NaN and infinity may occur.
 import itertools
 import math
 import operator
+from functools import partial
 from typing import Any
 
 import numba.extending
@@ -34,9 +35,14 @@ REGISTER = 512 if "+avx512dq" in _FEATURES else 256 if "+avx2" in _FEATURES else
 SCALES = REGISTER == 512
 EXPONENTS, DOUBLE_EXPONENTS = 126.0, 1022.0
 
-# for mypy: a compiled function is not called with the arguments of its definition
+# Any for mypy: a compiled function is not called with the arguments of its definition
 intrinsic: Any = numba.extending.intrinsic
-inline: Any = njit(forceinline=True, error_model="numpy")
+# Only compiled functions call these, so they are compiled without the wrappers for calls from Python and C
+_inner = partial(njit, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+inline: Any = _inner(forceinline=True)
+kernel: Any = _inner()
+# becomes part of the caller's source; as a function of its own it would be optimised once more, which takes seconds
+pasted: Any = _inner(inline="always")
 
 
 # ---------------------------------------------------------------------------------------------------- the vector type
@@ -703,8 +709,6 @@ def scatter_all(target: Array, rows: Array, order: Array, count: int, straight: 
 # skip = D (1, LANES); Bs, Cs (chunk, n). `zoh` is None or True: numba compiles the one that is asked for.
 # `coming`: (lines as from `spread`, first channel) of the next tile, so that memory works while registers do.
 
-kernel: Any = njit(error_model="numpy")
-
 
 @kernel
 def step_sizes(
@@ -987,7 +991,7 @@ def forward(
         )  # fmt: skip
 
 
-@kernel
+@pasted
 def forward_job(
     inputs: Any, outputs: Any, scratch: Any, size: Any, delta_softplus: bool, channels: Any, zoh: Any
 ) -> None:
@@ -1070,7 +1074,7 @@ def backward(
         )  # fmt: skip
 
 
-@kernel
+@pasted
 def backward_job(
     inputs: Any, outputs: Any, scratch: Any, size: Any, delta_softplus: bool, channels: Any, zoh: Any
 ) -> None:

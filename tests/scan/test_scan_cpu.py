@@ -159,16 +159,18 @@ def scan_in_a_process(**environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder with the compiled code of a process, and the stderr of that process. Tests use copies of the folder."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder with the compiled code of two processes that began at once, and their stderr. Tests use copies."""
     folder = tmp_path_factory.mktemp("compiled")
-    return folder, scan_in_a_process(NUMBA_CACHE_DIR=str(folder))
+    with ThreadPoolExecutor(2) as pool:
+        return folder, list(pool.map(lambda _: scan_in_a_process(NUMBA_CACHE_DIR=str(folder)), range(2)))
 
 
 @pytest.mark.long
-def test_compiled_once_and_said_so(compiled: tuple[Path, str]) -> None:
+def test_compiled_once_and_said_so(compiled: tuple[Path, list[str]]) -> None:
     folder, said = compiled
-    assert said in ("", "deformmamba: compiling the CPU scan (forward pass, float32), once\n")  # "" if fast
+    # "" if fast
+    assert set(said) <= {"", "deformmamba: compiling the CPU scan (forward pass, float32), once\n"}
     index, code = (list(folder.rglob(f"*forward*.{kind}")) for kind in ("nbi", "nbc"))
     assert len(index) == len(code) == 1
     written = code[0].stat().st_mtime_ns
@@ -177,14 +179,7 @@ def test_compiled_once_and_said_so(compiled: tuple[Path, str]) -> None:
 
 
 @pytest.mark.long
-def test_two_processes_share_a_new_cache(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda _: scan_in_a_process(NUMBA_CACHE_DIR=str(tmp_path)), range(2)))
-    assert scan_in_a_process(NUMBA_CACHE_DIR=str(tmp_path)) == ""
-
-
-@pytest.mark.long
-def test_damaged_cache_files_are_replaced(compiled: tuple[Path, str], tmp_path: Path) -> None:
+def test_damaged_cache_files_are_replaced(compiled: tuple[Path, list[str]], tmp_path: Path) -> None:
     folder = shutil.copytree(compiled[0], tmp_path / "damaged")
     files = [*folder.rglob("*.nbi"), *folder.rglob("*.nbc")]
     assert files
