@@ -181,7 +181,7 @@ def _without(split: str | None, folder: str, scans: "list[Scan]", group: str | N
     of_group = "" if group is None else f" of group {group!r}"
     there = ", ".join(sorted({scan.split for scan in scans}))
     return InvalidArgument(
-        f"{folder}: no volume{of_group} in split {split!r}, the default; give another with --split; there are: {there}"
+        f"{folder}: no volume{of_group} in split {split!r}, the default; its splits are {there}: name one with --split"
     )
 
 

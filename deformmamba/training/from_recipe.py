@@ -25,14 +25,14 @@ from deformmamba.training.loop import Loss, fit
 from deformmamba.training.recipe import check_recipe, load_recipe
 from deformmamba.training.sample import sample_picture
 from deformmamba.training.settings import plain_number
-from deformmamba.weights import license_of, load_checkpoint
+from deformmamba.weights import acknowledgements_of, license_of, load_checkpoint
 from deformmamba.weights.checkpoint import Checkpoint
 
 SAMPLE = "sample.png"
 # settings that change how a run is computed but not its result
 INDIFFERENT = ("workers",)
 # facts about the initial weights that also hold for the trained weights
-INHERITED = ("consistency", "license")
+INHERITED = ("consistency", "license", "acknowledgements")
 Plan = dict[str, dict[str, Any]]
 Validate = Callable[[Any], Mapping[str, float]]
 
@@ -61,7 +61,7 @@ def train_recipe(
         overrides: replace [fit] keys if they are not None, such as `steps` (which replaces `epochs`) or `seed`.
 
     Initial weights are validated first, as step 0, and stay the best checkpoint until a validation scores higher. Their
-    data consistency and licence are inherited.
+    data consistency, licence and acknowledgements are inherited.
 
     Returns the best checkpoint.
 
@@ -279,13 +279,13 @@ def _degradation(settings: Mapping[str, Any]) -> str:
 def _inherited(start: Checkpoint, folder: RunFolder) -> dict[str, Any]:
     """The facts about the initial weights that also hold for the trained weights.
 
-    A run in `folder` that was started by an earlier version, which read the licence from the header only, keeps its
-    facts.
+    A run in `folder` that was started by an earlier version, which knew fewer of them, keeps its facts.
     """
     facts = {key: start.provenance[key] for key in INHERITED if key in start.provenance}
-    begun, licence = folder.known(), license_of(start.sha256, start.provenance)
-    if licence and (not begun or "provenance.license" in begun):
-        facts["license"] = licence
+    begun, given = folder.known(), (start.sha256, start.provenance)
+    for key, value in (("license", license_of(*given)), ("acknowledgements", acknowledgements_of(*given))):
+        if value and (not begun or f"provenance.{key}" in begun):
+            facts[key] = value
     return facts
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from deformmamba.annotations import check_types
 from deformmamba.errors import InvalidType, did_you_mean, shown
-from deformmamba.weights.cards import card, checkpoint_card, is_generated, stated_hash, stated_license
+from deformmamba.weights.cards import acknowledgements, card, checkpoint_card, is_generated, stated_hash, stated_license
 from deformmamba.weights.checkpoint import (
     CARD_FILE,
     CONFIG_FILE,
@@ -46,6 +46,7 @@ __all__ = [
     "Checkpoint",
     "Published",
     "WeightsError",
+    "acknowledgements_of",
     "card",
     "check_config",
     "describe",
@@ -118,6 +119,11 @@ def license_of(sha256: str | None, provenance: Mapping[str, Any]) -> str | None:
     """
     stated = (_entry_with(sha256) or {}).get("license") or provenance.get("license")
     return str(stated) if stated else None
+
+
+def acknowledgements_of(sha256: str | None, provenance: Mapping[str, Any]) -> list[str]:
+    """The acknowledgements that weights require, by the hash of their file and their provenance, as in `license_of`."""
+    return acknowledgements(_entry_with(sha256) or provenance)
 
 
 def _entry_with(sha256: str | None) -> dict[str, Any] | None:

@@ -62,7 +62,10 @@ _ACKNOWLEDGED = {
     "TCGA": "The results are in part based upon data of the TCGA Research Network (cancer.gov/tcga).",
 }
 # keys with their own place in a card; any other key is a line under "Facts"
-_PLACED = ("name", "meant_for", "summary", "license", "repo", "revision", "intended_use", "limits", *TABLES)
+_PLACED = (
+    "name", "meant_for", "summary", "license", "repo", "revision", "intended_use", "limits", "acknowledgements",
+    *TABLES,
+)  # fmt: skip
 
 
 def card(entry: Mapping[str, Any]) -> str:
@@ -99,7 +102,7 @@ def card(entry: Mapping[str, Any]) -> str:
         "",
         _text(entry.get("intended_use") or _USE),
         *(["", f"Limits: {_text(entry['limits'])}"] if entry.get("limits") else []),
-        *_acknowledgements(entry.get("trained_on")),
+        *(["", f"Acknowledgements: {' '.join(asked)}"] if (asked := acknowledgements(entry)) else []),
         "",
         "## Facts",
         "",
@@ -131,12 +134,12 @@ def purpose(entry: Mapping[str, Any]) -> str:
     return f"{text}, pixels of {pixel_range(finest, coarsest)}{after}"
 
 
-def _acknowledgements(trained_on: Any) -> list[str]:
-    """The acknowledgements that the sources of the training data require."""
-    rows = _rows(trained_on) if trained_on else []
+def acknowledgements(entry: Mapping[str, Any]) -> list[str]:
+    """The acknowledgements that weights require: those of their initial weights, and those of their training data."""
+    inherited, rows = (_rows(entry[key]) if entry.get(key) else [] for key in ("acknowledgements", "trained_on"))
     sources = " ".join(_prose(row.get("source", row) if isinstance(row, Mapping) else row) for row in rows)
-    asked = [text for name, text in _ACKNOWLEDGED.items() if name in sources]
-    return ["", f"Acknowledgements: {' '.join(asked)}"] if asked else []
+    own = [text for name, text in _ACKNOWLEDGED.items() if name in sources]
+    return list(dict.fromkeys([*map(_text, inherited), *own]))
 
 
 def checkpoint_card(

@@ -253,7 +253,7 @@ def test_the_default_split_is_that_of_each_folder(tmp_path: Path) -> None:
         ("two", "val"),
     ]
     assert [str(scan.path) for scan in found if not scan.split] == [single]
-    refused = "none: no volume in split 'val', the default; give another with --split; there are: test, train$"
+    refused = "none: no volume in split 'val', the default; its splits are test, train: name one with --split$"
     with pytest.raises(InvalidArgument, match=refused):
         chosen([one, none], None, None, default="val")
     with pytest.raises(InvalidArgument, match="none: no volume of group 'T2' in split 'val'"):

@@ -129,7 +129,7 @@ def test_the_json_states_what_the_rows_depend_on(scan: str, tmp_path: Path, monk
 def test_a_folder_without_a_validation_split_needs_one(scan: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "ixi-4x", "--data", str(Path(scan).parent), "--real-scans"]) == 2
     errors = capsys.readouterr().err
-    assert "no volume in split 'val', the default; give another with --split; there are: train" in errors
+    assert "no volume in split 'val', the default; its splits are train: name one with --split" in errors
     assert errors.count("\n") == 1
 
 

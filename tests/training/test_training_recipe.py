@@ -20,7 +20,7 @@ from deformmamba.models.deform_mamba import PRESETS, DeformMambaSR
 from deformmamba.physics.kspace import degrade, zero_fill
 from deformmamba.training import from_recipe, load_recipe, train_recipe
 from deformmamba.training.folder import RunFolder
-from deformmamba.weights import Checkpoint, WeightsError, load_checkpoint, weights_entry
+from deformmamba.weights import Checkpoint, WeightsError, card, load_checkpoint, weights_entry
 
 accelerate_state = pytest.importorskip("accelerate.state")
 
@@ -160,18 +160,30 @@ def test_a_start_whose_network_computes_something_else_is_announced(folder, tmp_
         train_recipe(recipe, folder, tmp_path / "out", init=str(tmp_path / "start.safetensors"), progress=False)
 
 
-def test_the_licence_of_published_weights_is_inherited_from_the_manifest(tmp_path):
+def test_licence_and_acknowledgements_of_published_weights_are_inherited_from_the_manifest(tmp_path):
     start = load_checkpoint("ixi-4x")
     assert "license" not in start.provenance
     entry = weights_entry("ixi-4x")
     out = RunFolder(tmp_path)
-    assert from_recipe._inherited(start, out)["license"] == entry["license"] == "cc-by-sa-4.0"
+    inherited = from_recipe._inherited(start, out)
+    assert inherited["license"] == entry["license"] == "cc-by-sa-4.0"
+    line = next(line for line in card(entry).splitlines() if line.startswith("Acknowledgements: "))
+    assert "brain-development.org" in line
+    assert "TCGA Research Network" in line
+    # the card of trained weights states them too, and so does the card of weights trained from these
+    for facts in (
+        inherited,
+        from_recipe._inherited(dataclasses.replace(start, sha256="0" * 64, provenance=inherited), out),
+    ):
+        assert line in card({"name": "mine", **facts}).splitlines()
+    own = card({"name": "mine", **inherited, "trained_on": [{"source": "IXI"}, {"source": "ours"}]})
+    assert line in own.splitlines(), "each is written once"
     other = dataclasses.replace(start, sha256="0" * 64, provenance={"license": "CC0-1.0"})
     assert from_recipe._inherited(other, out) == {"license": "CC0-1.0"}
     # a run that an earlier version started without the licence resumes with the settings that it began with
     (tmp_path / "run.json").write_text(json.dumps({"fit": {"samples": 2}, "provenance": {"recipe": {}}}))
     (tmp_path / "state.pt").write_bytes(b"")
-    assert "license" not in from_recipe._inherited(start, out)
+    assert from_recipe._inherited(start, out).keys().isdisjoint({"license", "acknowledgements"})
 
 
 def test_a_start_of_an_unknown_class_is_compared_by_what_its_file_says():
