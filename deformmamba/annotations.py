@@ -76,8 +76,9 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def is_one_of(value: Any, choices: Iterable[Any]) -> bool:
-    """Whether `value` is one of these texts and numbers, or None; an array, which Python cannot compare, is not."""
-    return isinstance(value, str | int | NoneType) and value in choices
+    """Whether `value` is one of these texts and integers, or None; an array, which Python cannot compare, is not, and
+    neither is True, although it equals 1."""
+    return isinstance(value, str | int | NoneType) and not isinstance(value, bool) and value in choices
 
 
 def _converts(array: Any, kind: Callable[[Any], Any]) -> bool:

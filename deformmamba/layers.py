@@ -13,6 +13,7 @@ and biases) have the attribute `_no_weight_decay`, as in Mamba. `deformmamba.fit
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -88,17 +89,27 @@ def check_map(block: nn.Module, x: torch.Tensor, channels: int, *, multiple: int
 
 
 _FRACTIONAL = ("expand", "dt_min", "dt_max")
+_OPTIONAL = ("dt_rank", "branch_channels")
 
 
-def _check_positive(block: str, **arguments: Any) -> None:
+def _positive(block: str, **arguments: Any) -> list[Any]:
+    """The arguments as Python's numbers, because numpy's small integers overflow; the `_OPTIONAL` ones may be None.
+
+    Raises:
+        InvalidType, InvalidArgument: one is no number above 0.
+    """
+    found: list[Any] = []
     for name, value in arguments.items():
-        if value is None:
+        if value is None and name in _OPTIONAL:
+            found.append(None)
             continue
         kind, accepts = ("a number", is_number) if name in _FRACTIONAL else ("an integer", is_integer)
         if not accepts(value):
             raise InvalidType(f"{block}: {name} must be {kind} above 0, not {shown(value)}")
         if not 0 < value < math.inf:
             raise InvalidArgument(f"{block}: {name} is {value}; it must be greater than 0 and finite")
+        found.append(float(value) if name in _FRACTIONAL else operator.index(value))
+    return found
 
 
 def _last(x: torch.Tensor) -> torch.Tensor:
@@ -123,9 +134,11 @@ class DropPath(nn.Module):
 
     def __init__(self, p: float = 0.0) -> None:
         super().__init__()
+        if not is_number(p):
+            raise InvalidType(f"DropPath: p must be a number from 0 to less than 1, not {shown(p)}")
         if not 0 <= p < 1:
             raise InvalidArgument(f"DropPath: p is {p}; it must be in [0, 1)")
-        self.p = p
+        self.p = float(p)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
@@ -146,7 +159,7 @@ class ChannelAttention(Block):
 
     def __init__(self, channels: int, reduction: int = 16, *, device: Device = None, dtype: Dtype = None) -> None:
         super().__init__()
-        _check_positive("ChannelAttention", channels=channels, reduction=reduction)
+        channels, reduction = _positive("ChannelAttention", channels=channels, reduction=reduction)
         self.channels = channels
         squeezed = max(channels // reduction, 4)
         self.squeeze = nn.Linear(channels, squeezed, device=device, dtype=dtype)
@@ -197,11 +210,10 @@ class ModulatedDeformBlock(Block):
         dtype: Dtype = None,
     ) -> None:
         super().__init__()
-        out_channels = channels if out_channels is None else out_channels
-        _check_positive(
+        channels, out_channels, kernel_size, stride, dilation, groups, deform_groups = _positive(
             "ModulatedDeformBlock",
             channels=channels,
-            out_channels=out_channels,
+            out_channels=channels if out_channels is None else out_channels,
             kernel_size=kernel_size,
             stride=stride,
             dilation=dilation,
@@ -214,12 +226,7 @@ class ModulatedDeformBlock(Block):
                 f"deform_groups={deform_groups}, kernel_size={kernel_size}; groups must divide both channel counts, "
                 "deform_groups divide channels, kernel_size be odd"
             )
-        if not (is_one_of(norm, (None, "layer")) or callable(norm)):
-            raise InvalidArgument(
-                f'ModulatedDeformBlock: norm is {shown(norm)}; it must be "layer", a callable or None'
-            )
-        if not (activation is None or isinstance(activation, nn.Module)):
-            raise InvalidType(f"ModulatedDeformBlock: activation is {shown(activation)}; it must be a module or None")
+        _check_activation("ModulatedDeformBlock", activation)
         self.channels = channels
         self.stride, self.dilation, self.padding = stride, dilation, dilation * (kernel_size // 2)
         self.taps = deform_groups * kernel_size**2
@@ -230,11 +237,7 @@ class ModulatedDeformBlock(Block):
         self.offset_mask = nn.Conv2d(
             channels, 3 * self.taps, kernel_size, stride=stride, padding=self.padding, dilation=dilation, **factory
         )
-        self.norm: nn.Module | None = None
-        if norm == "layer":
-            self.norm = _ChannelNorm(out_channels, **factory)
-        elif callable(norm):
-            self.norm = norm(out_channels).to(device=device, dtype=dtype)
+        self.norm = _norm(norm, out_channels, factory)
         self.activation = activation
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         nn.init.zeros_(self.offset_mask.weight)
@@ -256,6 +259,26 @@ class ModulatedDeformBlock(Block):
         if self.norm is not None:
             y = self.norm(y)
         return y if self.activation is None else self.activation(y)
+
+
+def _norm(norm: Any, channels: int, factory: dict[str, Any]) -> nn.Module | None:
+    """The normalisation that `ModulatedDeformBlock` takes as `norm`."""
+    if norm is None:
+        return None
+    if is_one_of(norm, ("layer",)):
+        return _ChannelNorm(channels, **factory)
+    made = norm(channels) if callable(norm) and not isinstance(norm, nn.Module) else None
+    if not isinstance(made, nn.Module):
+        raise InvalidArgument(
+            f'ModulatedDeformBlock: norm is {shown(norm)}; it must be "layer", None, or something that makes a module '
+            "of a channel count, such as the class nn.BatchNorm2d"
+        )
+    return made.to(**factory)
+
+
+def _check_activation(block: str, activation: Any) -> None:
+    if not (activation is None or isinstance(activation, nn.Module)):
+        raise InvalidType(f"{block}: activation is {shown(activation)}; it must be a module such as nn.ReLU(), or None")
 
 
 @overridable
@@ -333,11 +356,14 @@ class SS2D(Block):
     ) -> None:
         super().__init__()
         name = type(self).__name__
+        directions = operator.index(directions) if is_integer(directions) else directions
         if not is_one_of(directions, self.allowed_directions):
             raise InvalidArgument(
                 f"{name}: directions is {shown(directions)}; it must be one of {self.allowed_directions}"
             )
-        _check_positive(name, channels=channels, d_state=d_state, dt_rank=dt_rank, dt_min=dt_min, dt_max=dt_max)
+        channels, d_state, dt_rank, dt_min, dt_max = _positive(
+            name, channels=channels, d_state=d_state, dt_rank=dt_rank, dt_min=dt_min, dt_max=dt_max
+        )
         if dt_max < dt_min:
             raise InvalidArgument(f"{name}: dt_min is {dt_min} and dt_max {dt_max}; dt_max must be at least dt_min")
         if not is_one_of(discretization, ("euler", "zoh")):
@@ -357,7 +383,7 @@ class SS2D(Block):
         nn.init.uniform_(self.dt_proj, -(r**-0.5), r**-0.5)
         wide = torch.promote_types(self.x_proj.dtype, torch.float32)  # rounded once, at the end
         uniform = torch.rand(k, channels, device=device, dtype=wide)
-        dt = torch.exp(uniform * math.log(dt_max / dt_min) + math.log(dt_min)).clamp(min=1e-4)
+        dt = torch.exp(uniform * math.log(dt_max / dt_min) + math.log(dt_min))
         inverse_softplus = dt + torch.log(-torch.expm1(-dt))
         self.dt_bias = nn.Parameter(inverse_softplus.to(self.x_proj.dtype))
         log_rates = torch.arange(1, n + 1, device=device, dtype=wide).log().repeat(k * channels, 1)
@@ -415,9 +441,10 @@ class VisionMambaBlock(Block):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        _check_positive("VisionMambaBlock", channels=channels, expand=expand, kernel_size=kernel_size)
-        inner = round(expand * channels)
-        _check_positive("VisionMambaBlock", inner_channels=inner)
+        channels, expand, kernel_size = _positive(
+            "VisionMambaBlock", channels=channels, expand=expand, kernel_size=kernel_size
+        )
+        (inner,) = _positive("VisionMambaBlock", inner_channels=round(expand * channels))
         if kernel_size % 2 == 0:
             raise InvalidArgument(f"VisionMambaBlock: kernel_size is {kernel_size}; it must be odd")
         self.channels = channels
@@ -540,10 +567,11 @@ class MultiViewContext(Block):
         dtype: Dtype = None,
     ) -> None:
         super().__init__()
-        _check_positive("MultiViewContext", channels=channels, branch_channels=branch_channels)
+        channels, branch_channels = _positive("MultiViewContext", channels=channels, branch_channels=branch_channels)
         if not isinstance(rates, Sequence) or isinstance(rates, str):
             raise InvalidType(f"MultiViewContext: rates must be a list of integers, not {shown(rates)}")
-        _check_positive("MultiViewContext", **{f"rates[{k}]": rate for k, rate in enumerate(rates)})
+        rates = _positive("MultiViewContext", **{f"rates[{k}]": rate for k, rate in enumerate(rates)})
+        _check_activation("MultiViewContext", activation)
         if not rates or not 1 <= min(rates) <= max(rates) <= LARGEST_RATE:
             raise InvalidArgument(
                 f"MultiViewContext: rates is {tuple(rates)}; it must hold at least one rate, from 1 to {LARGEST_RATE}"
@@ -592,7 +620,7 @@ class PatchEmbed(Block):
         self, in_channels: int, channels: int, patch: int, *, device: Device = None, dtype: Dtype = None
     ) -> None:
         super().__init__()
-        _check_positive("PatchEmbed", in_channels=in_channels, channels=channels, patch=patch)
+        in_channels, channels, patch = _positive("PatchEmbed", in_channels=in_channels, channels=channels, patch=patch)
         self.in_channels, self.patch = in_channels, patch
         self.project = _PatchConvolution(in_channels, channels, patch, stride=patch, device=device, dtype=dtype)
         self.norm = nn.LayerNorm(channels, device=device, dtype=dtype)
@@ -608,7 +636,7 @@ class PatchMerge(Block):
 
     def __init__(self, channels: int, out_channels: int, *, device: Device = None, dtype: Dtype = None) -> None:
         super().__init__()
-        _check_positive("PatchMerge", channels=channels, out_channels=out_channels)
+        channels, out_channels = _positive("PatchMerge", channels=channels, out_channels=out_channels)
         self.channels = channels
         self.norm = nn.LayerNorm(4 * channels, device=device, dtype=dtype)
         self.reduce = nn.Linear(4 * channels, out_channels, bias=False, device=device, dtype=dtype)
@@ -633,7 +661,9 @@ class PatchExpand(Block):
         dtype: Dtype = None,
     ) -> None:
         super().__init__()
-        _check_positive("PatchExpand", channels=channels, out_channels=out_channels, factor=factor)
+        channels, out_channels, factor = _positive(
+            "PatchExpand", channels=channels, out_channels=out_channels, factor=factor
+        )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.channels, self.factor = channels, factor
         self.expand = nn.Linear(channels, factor**2 * out_channels, bias=False, **factory)

@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -316,6 +317,17 @@ def test_impossible_deform_blocks_are_refused(options):
         (lambda: VisionMambaBlock(8, expand=0.01), "VisionMambaBlock: inner_channels is 0"),
         (lambda: VisionMambaBlock(8, kernel_size=2), "VisionMambaBlock: kernel_size is 2; it must be odd"),
         (lambda: VisionMambaBlock(8, drop_path=1), "DropPath: p is 1"),
+        (lambda: VisionMambaBlock(8, drop_path="0.1"), "DropPath: p must be a number"),
+        (lambda: VisionMambaBlock(8, drop_path=None), "DropPath: p must be a number"),
+        (lambda: ModulatedDeformBlock(8, stride=None), "ModulatedDeformBlock: stride must be an integer above 0"),
+        (lambda: ModulatedDeformBlock(8, norm=torch.nn.BatchNorm2d(8)), ".*the class nn.BatchNorm2d"),
+        (lambda: ModulatedDeformBlock(8, norm=lambda c: torch.relu), ".*the class nn.BatchNorm2d"),
+        (lambda: SS2D(8, d_state=None), "SS2D: d_state must be an integer above 0, not None"),
+        (lambda: SS2D(8, dt_min=None), "SS2D: dt_min must be a number above 0, not None"),
+        (lambda: SS2D(8, directions=True), "SS2D: directions is True"),
+        (lambda: MultiViewContext(None), "MultiViewContext: channels must be an integer"),
+        (lambda: MultiViewContext(8, activation="relu"), "MultiViewContext: activation is 'relu'; it must be a module"),
+        (lambda: MultiViewContext(8, activation=torch.nn.ReLU), "MultiViewContext: activation is .*ReLU"),
         (lambda: DeformMambaBlock(8, deform_groups=3), "ModulatedDeformBlock: .*deform_groups=3"),
         (lambda: MultiViewContext(8, rates=()), "MultiViewContext: rates"),
         (lambda: MultiViewContext(8, rates=(1, 65536)), "MultiViewContext: rates"),
@@ -324,8 +336,26 @@ def test_impossible_deform_blocks_are_refused(options):
     ],
 )
 def test_impossible_blocks_are_refused(make, message):
-    with pytest.raises(ValueError, match=f"^{message}"):
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
         make()
+
+
+def test_small_integers_of_numpy_do_not_overflow():
+    few, many = np.uint8(4), np.uint8(200)
+    assert MultiViewContext(many, branch_channels=np.uint8(100)).fuse.weight.shape == (200, 400, 1, 1)
+    wide = ModulatedDeformBlock(8, kernel_size=np.uint8(11), dilation=np.uint8(60))
+    assert (wide.offset_mask.out_channels, wide.padding) == (363, 300)
+    scan = SS2D(8, d_state=np.uint8(130), dt_rank=few, directions=np.int64(2))
+    assert scan.x_proj.shape == (2, 264, 8)
+    assert type(scan.directions) is int
+    assert PatchExpand(many, many, few).expand.out_features == 3200
+
+
+def test_time_steps_start_in_the_range_that_was_asked_for():
+    torch.manual_seed(0)
+    steps = torch.nn.functional.softplus(SS2D(64, dt_min=1e-6, dt_max=1e-5).dt_bias)
+    assert 0.99e-6 < steps.min() < 2e-6
+    assert 0.8e-5 < steps.max() < 1.01e-5
 
 
 # the others

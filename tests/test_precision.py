@@ -252,6 +252,9 @@ def vmapped(name: str) -> None:
 
     one_by_one = torch.autograd.functional.jacobian(rows, x)
     assert_close(torch.autograd.functional.jacobian(rows, x, vectorize=True), one_by_one)
+    several = torch.stack([x, x.flip(-1), x.square()])
+    with torch.no_grad():
+        assert_close(torch.func.vmap(rows)(several), torch.stack([rows(each) for each in several]))
 
 
 # (column, cell): (the function that tests it, its mark: some take seconds, ONNX's exporter half a minute)

@@ -4,7 +4,7 @@ import argparse
 import math
 from typing import Any
 
-from deformmamba.cli.arguments import add_command, add_subject, positive, tell
+from deformmamba.cli.arguments import add_command, add_subject, is_quiet, positive, tell
 from deformmamba.errors import InvalidArgument, did_you_mean
 
 
@@ -131,5 +131,6 @@ def _benchmark(args: argparse.Namespace) -> None:
         rates=tuple(args.rates),
         slices=args.slices,
     )
-    document = benchmark(args.table, train, test, args.out, plan, val=val, rows=args.rows, say=tell)
+    given: dict[str, Any] = {"val": val, "rows": args.rows, "say": tell, "progress": not is_quiet()}
+    document = benchmark(args.table, train, test, args.out, plan, **given)
     tell(f"table written to {document}")

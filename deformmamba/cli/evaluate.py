@@ -12,6 +12,7 @@ from deformmamba.cli.arguments import (
     add_subject,
     check_target,
     device_here,
+    is_quiet,
     load_model,
     positive,
     short,
@@ -245,7 +246,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         seed=args.seed,
         show=bool(args.figure),
         at=args.slice,
-        progress=True,
+        progress=not is_quiet(),
     )
     for line in [*describe_splits(scans), *result.table().splitlines()]:
         tell(line)

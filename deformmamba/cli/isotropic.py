@@ -2,7 +2,6 @@
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from deformmamba.cli.arguments import (
@@ -11,6 +10,7 @@ from deformmamba.cli.arguments import (
     add_reading,
     check_target,
     device_here,
+    is_quiet,
     output_for,
     say,
     series_of,
@@ -93,7 +93,7 @@ def _isotropic(args: argparse.Namespace) -> int | None:
         "consistency": args.consistency,
         "axis": args.axis,
         "device": device_here(args.device),
-        "progress": True,
+        "progress": not is_quiet(),
     }
     if is_cohort(args.input):
         check_folder(args, ("figure", "uncertainty", "report", "series", "stack"))
@@ -134,6 +134,7 @@ def _draw(args: argparse.Namespace, done: Any) -> None:
     import numpy as np
 
     from deformmamba.inference.isotropic import cubic_spline, derivation
+    from deformmamba.inference.provenance import file_name
     from deformmamba.pictures.sections import section_figure
 
     made = done.report
@@ -143,5 +144,5 @@ def _draw(args: argparse.Namespace, done: Any) -> None:
         volumes[short(args.model)] = done.result
     gain = str(made)
     note = [derivation(made).split(", sha256")[0], gain[0].upper() + gain[1:]]
-    note += [f"Warning: {text}" for text in made.cautions]
-    section_figure(volumes, args.figure, axis=made.axis, title=Path(args.input).name, note=". ".join(note))
+    note += [f"Warning: {text}" for text in made.warned]
+    section_figure(volumes, args.figure, axis=made.axis, title=file_name(args.input), note=". ".join(note))

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from deformmamba.cli.arguments import add_command, add_subject, say
+from deformmamba.cli.arguments import add_command, add_subject, is_quiet, say
 
 
 def add(commands: Any) -> None:
@@ -117,7 +117,7 @@ def _prepare(plan: Any, args: argparse.Namespace, skip_unusable: bool | None) ->
     from deformmamba.data.scans import describe_splits, find_scans
     from deformmamba.errors import counted
 
-    manifest = prepare(plan, args.output, skip_unusable=skip_unusable, progress=True)
+    manifest = prepare(plan, args.output, skip_unusable=skip_unusable, progress=not is_quiet())
     volumes, skipped = manifest["volumes"], manifest["skipped"]
     slices = sum(row["slices"] for row in volumes)
     written = f"{counted(slices, 'slice')} of {counted(len(volumes), 'volume')}"

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from deformmamba.cli.arguments import add_command, add_subject, positive, say
+from deformmamba.cli.arguments import add_command, add_subject, is_quiet, positive, say
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -61,6 +61,7 @@ def _train(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
     first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that prints
     told = say if first else None
-    best = train_recipe(args.recipe, args.data, args.out, init=args.init, subject=args.subject, say=told, **given)
+    given |= {"init": args.init, "subject": args.subject, "say": told, "progress": not is_quiet()}
+    best = train_recipe(args.recipe, args.data, args.out, **given)
     if first:
         say(f"{best}: the best checkpoint on the validation split")

@@ -144,6 +144,7 @@ def upscale_and_draw(
     """
     from deformmamba.inference import Upscaling, upscale_file
     from deformmamba.inference.drawing import draw_slice
+    from deformmamba.inference.provenance import file_name
 
     def started(job: Upscaling, n_volumes: int) -> None:
         size = math.prod(job.shape) * n_volumes * (1 if uncertainty is None else 2)
@@ -172,7 +173,7 @@ def upscale_and_draw(
     if uncertainty:
         say(f"{uncertainty}: standard deviation of the self-ensemble")
     if figure:
-        draw_slice(figure, done, model, title=f"{Path(source).name}, slice", name=short(name))
+        draw_slice(figure, done, model, title=f"{file_name(source)}, slice", name=short(name))
         say(f"{figure}: before and after")
     if report:
         say(f"{report}: report for visual checks; open it in a browser")
@@ -227,8 +228,9 @@ def check_folder(args: argparse.Namespace, for_one_scan: Sequence[str]) -> None:
 
     if not args.output:
         raise InvalidArgument("no output given; give a folder with -o OUTPUT, or after the input")
-    for option in for_one_scan:
-        if getattr(args, option) is not None:
+    for option in (*for_one_scan, "as-image"):
+        given = getattr(args, option.replace("-", "_"))
+        if given is not None and given is not False:
             raise VolumeError(f"{args.input}: a folder of scans; --{option} works on one scan only; leave it out")
     if os.path.splitext(args.output)[1] and not os.path.isdir(args.output):
         raise VolumeError(

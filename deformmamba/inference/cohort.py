@@ -14,8 +14,9 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,6 +33,7 @@ from deformmamba.inference.provenance import (
     json_text,
     shown_path,
     skull_stripped,
+    unusual,
     weights_name,
 )
 from deformmamba.inference.settings import Settings
@@ -39,6 +41,7 @@ from deformmamba.tensors import check_device
 from deformmamba.volume import (
     MGH_SUFFIXES,
     NIFTI_SUFFIXES,
+    ChoiceNeeded,
     NothingToDo,
     PathLike,
     VolumeError,
@@ -59,8 +62,9 @@ _BIDS = re.compile(r"sub-[A-Za-z0-9]+(_[a-z]+-[A-Za-z0-9+]+)*_[A-Za-z0-9]+")
 class Outcome:
     """The outcome of one scan.
 
-    `reason` (why the scan failed, or was skipped or ignored) and `remark` (`inspection.spacing_remark`) are one line
-    each. They contain no information from the scan except its sizes.
+    `reason` (why the scan failed, or was skipped or ignored), `remark` (`inspection.spacing_remark`) and `warnings`
+    (separated by "; ") are one line each. They contain no information from the scan except its sizes, and shares of its
+    voxels.
     """
 
     source: str  # relative to the folder of scans
@@ -69,6 +73,7 @@ class Outcome:
     reason: str = ""
     seconds: float = 0.0
     remark: str = ""
+    warnings: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ def upscale_cohort(
     further = {"uncertainty": uncertainty, "figure": figure, "report": report}
     made_by = {
         **generated_by(model, chosen, reading),
-        **({"nan": nan} if nan != "refuse" else {}),
+        **unusual(nan, partial),
         **{name: True for name, folder in further.items() if folder is not None},
     }
 
@@ -349,7 +354,8 @@ def _done_or_made(
             )
         added = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        remark, facts = make(task.source, path, **({"series": task.series} if task.series is not None else {}))
+        with _collected(task.source) as warned:
+            remark, facts = make(task.source, path, **({"series": task.series} if task.series is not None else {}))
         stripped = skull_stripped(task.source)
         of_output = {"OutputFile": shown_path(path.name), "OutputSha256": _content_hash(path)}
         said = {**wanted, "SkullStripped": stripped, **facts, **of_output}
@@ -360,7 +366,20 @@ def _done_or_made(
     except Exception as error:  # an unforeseen error in one scan must not stop the others
         _remove_empty(added)
         return Outcome(source, output, "failed", _reason(error), time.perf_counter() - start)
-    return Outcome(source, output, "made", "", time.perf_counter() - start, remark)
+    for text in warned:
+        warnings.warn(f"{source}: {text}", stacklevel=4)  # the caller of `upscale_cohort`
+    return Outcome(source, output, "made", "", time.perf_counter() - start, remark, "; ".join(warned))
+
+
+@contextmanager
+def _collected(path: Path) -> Iterator[list[str]]:
+    """The texts of this package's warnings, without the path of the scan, each once; complete when the block ends."""
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield found
+    texts = (str(warning.message) for warning in caught if issubclass(warning.category, UserWarning))
+    found += dict.fromkeys(text.removeprefix(f"{path}: ") for text in texts)
 
 
 def _of_others(output: Path, sidecar: Path) -> Path | None:
@@ -397,6 +416,8 @@ def _content_hash(path: Path) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory; try tiles"
+    if isinstance(error, ChoiceNeeded) and error.argument != "volume":  # a run over a folder has no such argument
+        return f"{error.problem}; upscale this scan alone"
     if isinstance(error, (DeformMambaError, FloatingPointError)):
         return str(error)
     if isinstance(error, OSError) and error.strerror:

@@ -19,7 +19,14 @@ from deformmamba.inference.effective import to_effective
 from deformmamba.inference.inputs import check_voxels, intensity_cautions
 from deformmamba.inference.networks import check_in_plane, network
 from deformmamba.inference.progress import Progress
-from deformmamba.inference.provenance import derivation, generated_by, report_facts, write_sidecar
+from deformmamba.inference.provenance import (
+    derivation,
+    distrust,
+    generated_by,
+    report_facts,
+    unusual,
+    write_sidecar,
+)
 from deformmamba.inference.settings import Settings
 from deformmamba.inference.upscaling import Upscaling
 from deformmamba.pictures.report import SUFFIXES as REPORT_SUFFIXES
@@ -63,7 +70,8 @@ class Upscaled:
         seconds: from the first slice to the complete file, without the report.
         settings: the settings of `upscale`, with defaults filled in.
         n_volumes: number of volumes in the output.
-        cautions: reasons why the result may be worse than reported, a sentence each.
+        cautions: reasons why the result may be worse than reported, and the reader's remarks about the file, a sentence
+            each.
         made_by: the derivation text in the output's header.
     """
 
@@ -140,16 +148,17 @@ def upscale_file(
     if uncertainty is not None:
         check_output(uncertainty, source=scan)
         chosen = replace(chosen, ensemble=True)
-    prepared = _preparation(scan, chosen_axis(scan, chosen.axis), effective)
+    prepared, interpolated = _preparation(scan, chosen_axis(scan, chosen.axis), effective)
     scan = prepared(scan)
     check_in_plane(found)
     job = Upscaling(found, scan, chosen)
     jobs_of = partial_of(map, lambda one: Upscaling(found, prepared(one), chosen, judge=False))
-    more = _more_cautions(itertools.chain([scan], scans), found) if n_volumes > 1 else ()
-    cautions = (*job.cautions, *more)
+    more, more_notes = _more_cautions(itertools.chain([scan], scans), found) if n_volumes > 1 else ((), ())
+    notes = (*scan.notes, *interpolated, *more_notes)
+    cautions = (*notes, *job.cautions, *more)
     started(job, n_volumes)
     start = time.perf_counter()
-    made_by = derivation(found, far=bool(cautions))
+    made_by = derivation(found, distrust((*job.cautions, *more), notes))
     outputs = [(target, dtype)] if uncertainty is None else [(target, dtype), (uncertainty, None)]
     with ExitStack() as until_reported:
         pages = (
@@ -162,7 +171,7 @@ def upscale_file(
             facts = report_facts(found, job.settings, seconds, effective)
             _write_page(report, found, scan, job, pages, facts, cautions)
     if sidecar:
-        reading = {"volume": volume, "dtype": dtype, "effective": effective}
+        reading = {"volume": volume, "dtype": dtype, "effective": effective, **unusual(nan, partial)}
         write_sidecar(target, source, "sr", generated_by(found, job.settings, reading), cautions)
     remark = spacing_remark(found, scan, job.axis)
     return Upscaled(
@@ -196,23 +205,26 @@ def _scans(
     return (lambda: read_volumes(source, **reading)), n_volumes
 
 
-def _more_cautions(volumes: Iterable[Volume], model: "SRModel") -> tuple[str, ...]:
+def _more_cautions(volumes: Iterable[Volume], model: "SRModel") -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Cautions about the intensities of `volumes` after the first, also given as warnings: of each volume that has more
-    of them than those before it.
+    of them than those before it. And the reader's remarks about these volumes that the first does not have.
 
     All volumes are read here, so that a faulty one is found before anything is computed.
     """
     found: list[str] = []
+    notes: dict[str, int] = {}
     most = 0
     for number, volume in enumerate(volumes):
         check_voxels(volume.array)
+        for note in volume.notes:
+            notes.setdefault(note, number)
         said = intensity_cautions(volume.array, trained=model.num_parameters() > 0)
         if number > 0 and len(said) > most:
             found += [f"volume {number}: {caution}" for caution in said]
         most = max(most, len(said))
     for caution in found:
         warnings.warn(caution, stacklevel=4)  # the caller of `upscale_file`
-    return tuple(found)
+    return tuple(found), tuple(f"volume {number}: {note}" for note, number in notes.items() if number > 0)
 
 
 def _silently(volumes: Iterator[Volume]) -> Iterator[Volume]:
@@ -283,7 +295,7 @@ def _write_page(
         grid=model.grid,
         facts=facts,
         uncertainty=spread[0] if spread else None,
-        cautions=(*scan.notes, *cautions),
+        cautions=cautions,
     )
 
 
@@ -316,20 +328,21 @@ def _temporary_array(report: PathLike, job: Upscaling) -> Iterator[np.ndarray]:
         yield np.moveaxis(np.memmap(file, np.float32, "r+", shape=(job.shape[job.axis], h, w)), 0, job.axis)
 
 
-def _preparation(scan: Volume, axis: int, effective: bool) -> Callable[[Volume], Volume]:
+def _preparation(scan: Volume, axis: int, effective: bool) -> tuple[Callable[[Volume], Volume], tuple[str, ...]]:
     """What is done to each volume of a file before it is upscaled: with `effective`, `to_effective`, else nothing.
 
     All volumes are cropped to the matrix of the first, `scan`, because they become one file. Without `effective`, warns
-    if k-space is filled to a smaller size than that of the slices.
+    if k-space is filled to a smaller size than that of the slices, and returns the warning.
     """
     (h, w), (rows, columns) = (scan.array.shape[a] for a in in_plane(axis)), measured_matrix(scan, axis)
     if effective:
-        return partial_of(to_effective, axis=axis, matrix=(rows, columns))
-    if (rows, columns) != (h, w):
-        warnings.warn(
-            f"the slices have {h}x{w} pixels, but their k-space is filled to about {rows}x{columns}: the scan was "
-            "interpolated, and its true resolution is lower than the header states; effective=True (--effective) "
-            "undoes the interpolation first",
-            stacklevel=4,  # the caller of `upscale_file`
-        )
-    return lambda one: one
+        return partial_of(to_effective, axis=axis, matrix=(rows, columns)), ()
+    if (rows, columns) == (h, w):
+        return (lambda one: one), ()
+    interpolated = (
+        f"the slices have {h}x{w} pixels, but their k-space is filled to about {rows}x{columns}: the scan was "
+        "interpolated, and its true resolution is lower than the header states"
+    )
+    cure = "effective=True (--effective) undoes the interpolation first"
+    warnings.warn(f"{interpolated}; {cure}", stacklevel=4)  # the caller of `upscale_file`
+    return (lambda one: one), (interpolated,)

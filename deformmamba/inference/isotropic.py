@@ -31,7 +31,7 @@ from deformmamba.inference.adaptation import Gain, best_of, parse_adapt, split_s
 from deformmamba.inference.inputs import intensity_cautions, opened
 from deformmamba.inference.networks import check_precision, unwrapped
 from deformmamba.inference.networks import network as known
-from deformmamba.inference.provenance import weights_hash, weights_name
+from deformmamba.inference.provenance import distrust, weights_hash, weights_name
 from deformmamba.inference.sections import by_sections
 from deformmamba.inference.settings import Settings
 from deformmamba.inference.slice_consistency import consistent
@@ -75,6 +75,7 @@ class IsotropicReport:
         seed, seconds: of the whole run.
         remarks: further remarks, one line each.
         cautions: reasons why the result may be worse than reported, a sentence each; also given as warnings.
+        notes: the reader's remarks about the file, see `Volume.notes`.
     """
 
     method: str
@@ -98,6 +99,12 @@ class IsotropicReport:
     seconds: float
     remarks: tuple[str, ...]
     cautions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def warned(self) -> tuple[str, ...]:
+        """All that a reader of the result should know, a sentence each: the notes and the cautions."""
+        return (*self.notes, *self.cautions)
 
     def __str__(self) -> str:
         """The gain in one sentence."""
@@ -200,6 +207,7 @@ def isotropic(
         seconds=time.perf_counter() - start,
         remarks=(*job.remarks, *([NO_ADAPTATION] if (minutes or steps) and not len(own) else [])),
         cautions=_cautions(None if chosen is None else network, job),
+        notes=job.place.notes,
     )
     return back(job.place, out), report
 
@@ -326,8 +334,8 @@ def derivation(report: IsotropicReport) -> str:
         how = weights
         if report.adapted:
             how += f", adapted for {counted(report.adapted, 'step')}, seed {report.seed}"
-    unlike = "UNLIKE TRAINING DATA, " if report.cautions else ""
-    line = f"deformmamba {__version__}, {unlike}isotropic to {report.to:.4g} mm, {how}"
+    mark = distrust(report.cautions, report.notes)
+    line = f"deformmamba {__version__}, {mark}isotropic to {report.to:.4g} mm, {how}"
     return line.encode("ascii", "replace").decode()
 
 

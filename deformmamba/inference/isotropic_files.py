@@ -18,7 +18,7 @@ from deformmamba.inference.adaptation import parse_adapt
 from deformmamba.inference.cohort import Outcome, run_cohort
 from deformmamba.inference.files import check_paths
 from deformmamba.inference.isotropic import MODEL, IsotropicReport, derivation, isotropic, loaded, without_spread
-from deformmamba.inference.provenance import describe_weights, write_sidecar
+from deformmamba.inference.provenance import describe_weights, unusual, write_sidecar
 from deformmamba.inference.settings import check_names
 from deformmamba.inference.stack import Stack, check_voxel, given_profile
 from deformmamba.physics.consistency import check_consistency
@@ -96,7 +96,7 @@ def isotropic_file(
     write_volume(target, result, dtype=dtype, derivation=derivation(made))
     spread = np.zeros_like(result.array) if made.uncertainty is None else made.uncertainty
     if uncertainty is not None:
-        write_volume(uncertainty, replace(result, array=spread), derivation=derivation(made))
+        write_volume(uncertainty, replace(result, array=spread), derivation=derivation(made), deviation=True)
     if report is not None:
         before = in_plane_as(result, scan, settings)
         across = in_plane(made.axis)[0]
@@ -107,13 +107,13 @@ def isotropic_file(
             axis=across,
             grid="origin",
             facts=report_facts(made),
-            cautions=made.cautions,
+            cautions=made.warned,
             uncertainty=replace(result, array=spread) if made.uncertainty is not None else None,
         )
     if sidecar:
-        reading = {"volume": volume, "dtype": dtype}
+        reading = {"volume": volume, "dtype": dtype, **unusual(nan, partial)}
         made_by = {"weights": made.weights, "sha256": made.sha256, **reading, **shaping(settings)}
-        write_sidecar(target, source, "iso", made_by, made.cautions, {"Isotropic": made.facts()})
+        write_sidecar(target, source, "iso", made_by, made.warned, {"Isotropic": made.facts()})
     return Isotropic(scan, result, without_spread(made))
 
 
@@ -188,7 +188,7 @@ def isotropic_cohort(
         **describe_weights(network),
         "volume": volume,
         "dtype": dtype,
-        **({"nan": nan} if nan != "refuse" else {}),
+        **unusual(nan, partial),
         **shaping(settings),
     }
     reading: dict[str, Any] = {"volume": volume, "dtype": dtype, "nan": nan, "partial": partial}
@@ -196,7 +196,7 @@ def isotropic_cohort(
     def make(scan: Path, output: Path, series: str | None = None) -> tuple[str, dict[str, Any]]:
         options = {**reading, **settings, "as_image": True, "sidecar": False}
         done = isotropic_file(scan, output, series=series, model=network, **options)
-        warned = {"Warnings": list(done.report.cautions)} if done.report.cautions else {}
+        warned = {"Warnings": list(done.report.warned)} if done.report.warned else {}
         return str(done.report), {**warned, "Isotropic": done.report.facts()}
 
     return run_cohort(source, target, "iso", made_by, make, told)

@@ -15,6 +15,7 @@ import torch
 from deformmamba import __version__
 from deformmamba.inference.settings import Settings
 from deformmamba.volume import MGH_SUFFIXES, NIFTI_SUFFIXES, PathLike, write_text
+from deformmamba.volume.dicom import OTHER_MODALITIES
 from deformmamba.volume.files import suffix
 from deformmamba.volume.selection import PRODUCER, is_generated, is_sidecar_of, read_json
 from deformmamba.weights import WeightsError, load_checkpoint, manifest
@@ -61,14 +62,35 @@ def describe_weights(model: "SRModel") -> dict[str, Any]:
     }
 
 
-def derivation(model: "SRModel", *, far: bool = False) -> str:
-    """One line of ASCII for an image header: this package, the network, its weights and their hash; with `far`, also
-    that the scan is unlike the training data."""
+def derivation(model: "SRModel", mark: str = "") -> str:
+    """One line of ASCII for an image header: this package, the `mark` of `distrust`, the network, its weights and their
+    hash."""
     digest = weights_hash(model)
     weights = f"{weights_name(model)}, sha256 {digest}" if digest else "weights without a file"
-    unlike = "UNLIKE TRAINING DATA, " if far else ""
-    line = f"{PRODUCER} {__version__}, {unlike}{type_name(model)} {model.scale}x, {weights}"
+    line = f"{PRODUCER} {__version__}, {mark}{type_name(model)} {model.scale}x, {weights}"
     return line.encode("ascii", "replace").decode()
+
+
+def distrust(cautions: Sequence[str], notes: Sequence[str]) -> str:
+    """What an image header says about a result that deserves distrust, with a comma after it; "" for any other result.
+
+    Args:
+        cautions: reasons why the result may be worse than reported.
+        notes: `Volume.notes` of the scan.
+    """
+    if cautions or any(note in OTHER_MODALITIES.values() for note in notes):
+        return "UNLIKE TRAINING DATA, "
+    return "WITH WARNINGS, " if notes else ""
+
+
+def unusual(nan: str, partial: bool) -> dict[str, Any]:
+    """How a scan was read, for `generated_by`, where it is not the default."""
+    return {**({"nan": nan} if nan != "refuse" else {}), **({"partial": True} if partial else {})}
+
+
+def file_name(path: PathLike) -> str:
+    """The name of a file or folder, also of "." and of "folder/.."."""
+    return os.path.basename(os.path.abspath(path))
 
 
 def type_name(model: Any) -> str:
@@ -112,7 +134,7 @@ def write_sidecar(
     made = {
         "Description": KINDS[kind],
         "OutputFile": shown_path(path.name),
-        "Sources": [shown_path(Path(source).name)],
+        "Sources": [shown_path(file_name(source))],
         "SkullStripped": skull_stripped(source),
         "GeneratedBy": [{"Name": PRODUCER, "Version": __version__, **made_by}],
         **({"Warnings": list(cautions)} if cautions else {}),
@@ -128,7 +150,7 @@ def json_text(facts: Mapping[str, Any]) -> str:
 
 def skull_stripped(source: PathLike) -> bool:
     """Whether the JSON file beside a scan states that it is skull-stripped; BIDS requires this for derivatives."""
-    path = Path(source)
+    path = Path(os.path.abspath(source))  # "." has no name
     ending = suffix(path)
     stem = path.name[: -len(ending)] if ending else path.name
     facts = read_json(path.with_name(f"{stem}.json"))
@@ -199,4 +221,4 @@ def weights_name(model: "SRModel") -> str | None:
     source = model.source
     if source is None or source in manifest()["weights"] or source == model.provenance.get("hub"):
         return source
-    return os.path.basename(os.path.abspath(source))  # "folder/" and "." have names too
+    return file_name(source)

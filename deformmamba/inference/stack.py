@@ -120,7 +120,7 @@ class Stack:
         first, second = in_plane(axis)
         sides = [volume.spacing[first], volume.spacing[second]]
         pixel = (sides[0], sides[1])
-        wanted = sides
+        wanted, estimated = sides, to is None
         if to is None:
             wanted = _resolved(array, sides, measured_matrix(volume, axis), remarks)
             to = math.sqrt(wanted[0] * wanted[1]) if max(wanted) <= SQUARE * min(wanted) else min(wanted)
@@ -130,6 +130,11 @@ class Stack:
                 f"give {min(sides) / FINEST:.2g} mm or more"
             )
         if (ratio := spacing / max(to, min(sides))) < LEAST_RATIO:  # `to` cannot make thin slices thick
+            if estimated and wanted != sides:
+                raise VolumeError(
+                    f"slices are {spacing:.3g} mm apart, and so is the resolution in a slice: k-space is filled such "
+                    f"that voxels of {to:.3g} mm would be made; to=MM (--to MM) asks for smaller ones"
+                )
             wanted_voxel = f"voxels of {to:.3g} mm are wanted" if to > min(sides) else f"pixels are {min(sides):.3g} mm"
             raise NothingToDo(
                 f"slices are {spacing:.3g} mm apart and {wanted_voxel}: the scan is isotropic already (the ratio is "

@@ -23,7 +23,8 @@ _LOWEST, _HIGHEST = _F(-127), _F(128)
 
 
 # as mypy sees it: a compiled function is not called with the arguments of its definition
-inline: Any = njit(forceinline=True, fastmath={"contract"}, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_INNER: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # nothing else calls them
+inline: Any = njit(forceinline=True, fastmath={"contract"}, **_INNER)
 
 
 @inline

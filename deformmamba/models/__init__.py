@@ -1,6 +1,7 @@
 """The models, by name; a checkpoint's header names one of them."""
 
 import os
+from dataclasses import replace
 
 import torch
 
@@ -78,10 +79,11 @@ def from_pretrained(
         local_files_only=local_files_only,
         force_download=force_download,
     )
-    if checkpoint.class_name not in MODELS:
+    if (found := MODELS.get(checkpoint.class_name)) is None:
         made = checkpoint.class_name
         raise WeightsError(
             f"{checkpoint.source} holds a {made}, which is not a model of this version ({', '.join(MODELS)}); upgrade "
             f'deformmamba, or register your own class first: deformmamba.MODELS["{made}"] = {made}'
         )
-    return MODELS[checkpoint.class_name].from_checkpoint(checkpoint).placed(device, dtype)
+    # a class that is registered under another name than its own loads the files of that name
+    return found.from_checkpoint(replace(checkpoint, class_name=found.__name__)).placed(device, dtype)

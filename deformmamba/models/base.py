@@ -174,7 +174,8 @@ class SRModel(nn.Module):
             WeightsError: the checkpoint's class is neither this one nor derived from it, no model can be built from
                 its config, or its tensors are not exactly the model's.
         """
-        found = {family.__name__: family for family in _family(cls)}.get(checkpoint.class_name)
+        # the first of a name, so that a class derived from it under the same name does not replace it
+        found = next((family for family in _family(cls) if family.__name__ == checkpoint.class_name), None)
         if found is None:
             raise WeightsError(
                 f"{checkpoint.source} holds a {checkpoint.class_name}, not a {cls.__name__}; load it with "

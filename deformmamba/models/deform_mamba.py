@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from deformmamba.errors import InvalidArgument, shown
+from deformmamba.annotations import is_one_of
+from deformmamba.errors import InvalidArgument, InvalidType, did_you_mean, shown
 from deformmamba.layers import (
     Block,
     DeformMambaBlock,
@@ -26,6 +27,7 @@ from deformmamba.models.base import SRModel, crop, pad_to_multiple
 from deformmamba.models.normalise import NORMALISATIONS, keep_constant, normalised, slice_range
 from deformmamba.models.skip import SKIPS, add_base, base_image, start_at_zero
 from deformmamba.physics.edges import outliers
+from deformmamba.torch_private import transforms_are_active
 
 # Constructor arguments that differ from the defaults (which are the paper's), by preset.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -162,8 +164,9 @@ class DeformMambaSR(Block, SRModel):
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "DeformMambaSR":
         """A new network with random weights: `PRESETS[name]` (paper, paper-literal, small, tiny), then `overrides`."""
-        if name not in PRESETS:
-            raise InvalidArgument(f"DeformMambaSR: unknown preset {name!r}; presets: {', '.join(PRESETS)}")
+        if not is_one_of(name, PRESETS):
+            hint = did_you_mean(name, PRESETS) if isinstance(name, str) else ""
+            raise InvalidArgument(f"DeformMambaSR: unknown preset {shown(name)}{hint}; presets: {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
     def forward(
@@ -176,17 +179,20 @@ class DeformMambaSR(Block, SRModel):
         For a patch or tile, pass `base` and `norm` of the WHOLE slice (`whole_slice` computes both). None: `lr` is the
         whole slice.
 
-        `base` (b, in_channels, scale * h, scale * w): the matching cut of the image to which a skip adds the output.
+        `base` (b, in_channels, scale * h, scale * w): the matching cut of the image to which a skip adds the output;
+        without a skip it changes nothing.
         `norm` (b, in_channels, 2): with `normalise="slice"`, the `slice_range` of the whole slice.
+
+        Raises:
+            InvalidType, InvalidArgument: an argument that is not as above.
         """
         self.check_lr(lr)
+        self._check_whole_slice(lr, base, norm)
         if self.normalise is None:
             sr = self._network(lr)
             return add_base("DeformMambaSR", sr, lr, base, self.scale, self.skip) if self.skip else sr.contiguous()
         exact = lr.to(torch.promote_types(lr.dtype, torch.float32))
         norm = slice_range(exact) if norm is None else norm.to(exact)
-        if norm.shape != (*lr.shape[:2], 2):
-            raise InvalidArgument(f"DeformMambaSR: norm is {tuple(norm.shape)}; wanted {(*lr.shape[:2], 2)}")
         centre, spread = norm[..., 0, None, None], norm[..., 1, None, None]
         rest = exact - outliers(exact, centre, spread) if self.robust_edges else exact
         residual = self._network(normalised(rest, centre, spread)).to(exact.dtype) * spread
@@ -203,10 +209,24 @@ class DeformMambaSR(Block, SRModel):
         arguments = {"base": base_image(exact, self.scale, self.skip or "zero-fill")}
         return arguments if self.normalise is None else {**arguments, "norm": slice_range(exact)}
 
+    def _check_whole_slice(self, lr: torch.Tensor, base: Any, norm: Any) -> None:
+        """Raises where `base` or `norm` does not go with `lr`."""
+        b, c, h, w = lr.shape
+        wanted = {"base": (base, (b, c, self.scale * h, self.scale * w)), "norm": (norm, (b, c, 2))}
+        for name, (given, shape) in wanted.items():
+            if given is None:
+                continue
+            if not isinstance(given, torch.Tensor):
+                raise InvalidType(f"DeformMambaSR: {name} must be a tensor of shape {tuple(shape)}, not {shown(given)}")
+            if given.shape != shape:
+                raise InvalidArgument(f"DeformMambaSR: {name} is {tuple(given.shape)}; wanted {tuple(shape)}")
+        if norm is not None and self.normalise is None:
+            raise InvalidArgument('DeformMambaSR: norm is for networks with normalise="slice"; leave it out')
+
     def _network(self, lr: torch.Tensor) -> torch.Tensor:
         """The network alone, without normalisation and skip."""
         padded, (h, w) = pad_to_multiple(lr, self.multiple)
-        x = self.embed(F.pixel_shuffle(self.upsample(padded.contiguous(memory_format=torch.channels_last)), self.scale))
+        x = self.embed(F.pixel_shuffle(self.upsample(_channels_last(padded)), self.scale))
         skips = []
         for level, blocks in enumerate(self.encoder):
             if level:
@@ -222,9 +242,18 @@ class DeformMambaSR(Block, SRModel):
         return crop(self.project(self.final(x)), self.scale * h, self.scale * w)
 
     def _run(self, blocks: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        # torch.func does not support checkpoints
+        remember = self.checkpointing and self.training and not transforms_are_active()
         for block in blocks:  # type: ignore[attr-defined]
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+            x = checkpoint(block, x, use_reentrant=False) if remember else block(x)
         return x
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    """`x` in `torch.channels_last` format; vmap has no rule for the first of the two ways."""
+    if torch.compiler.is_compiling() or not transforms_are_active():
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def _check_arguments(

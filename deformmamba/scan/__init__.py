@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from deformmamba.errors import DeformMambaError, InvalidArgument, InvalidType
+from deformmamba.errors import DeformMambaError, InvalidArgument, InvalidType, shown
 from deformmamba.scan import operator
 from deformmamba.tensors import overridable, refuse_tracing, without_autocast
 from deformmamba.torch_private import constant_when_compiled, differentiates_by_transform
@@ -344,6 +344,8 @@ def _run(
     """(y, last state) of the operation described in `backend.py`, in its dtype, on the chosen backend."""
     if discretization not in ("euler", "zoh"):
         raise InvalidArgument(f"discretization must be 'euler' or 'zoh', got {discretization!r}")
+    if not isinstance(delta_softplus, bool):
+        raise InvalidType(f"delta_softplus must be True or False, not {shown(delta_softplus)}")
     zoh = discretization == "zoh"
     if backend is None:
         backend = _chosen_last if torch.compiler.is_dynamo_compiling() else _chosen.get()

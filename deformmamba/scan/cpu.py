@@ -298,7 +298,8 @@ def _compile(name: str, dtype: torch.dtype, zoh: bool) -> Any:
     signature = types.void(inputs, outputs, scratch, jobs, taken, pair, types.boolean, has_zoh)
 
     def compiled(cache: bool) -> Any:
-        kernel = njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True, cache=cache)(getattr(cpu_kernels, name))
+        options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+        kernel = njit(cache=cache, **options)(getattr(cpu_kernels, name))
         kernel.compile(signature)
         kernel.disable_compile()
         return kernel

@@ -12,7 +12,6 @@ Fast-math is `contract` only, because NaN and infinity may occur.
 import itertools
 import math
 import operator
-from functools import partial
 from typing import Any
 
 import numba.extending
@@ -38,11 +37,11 @@ EXPONENTS, DOUBLE_EXPONENTS = 126.0, 1022.0
 # Any for mypy: a compiled function is not called with the arguments of its definition
 intrinsic: Any = numba.extending.intrinsic
 # Only compiled functions call these, so they are compiled without the wrappers for calls from Python and C
-_inner = partial(njit, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-inline: Any = _inner(forceinline=True)
-kernel: Any = _inner()
+_INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+inline: Any = njit(forceinline=True, **_INNER)
+kernel: Any = njit(**_INNER)
 # becomes part of the caller's source; as a function of its own it would be optimised once more, which takes seconds
-pasted: Any = _inner(inline="always")
+pasted: Any = njit(inline="always", **_INNER)
 
 
 # ---------------------------------------------------------------------------------------------------- the vector type

@@ -220,11 +220,17 @@ def _checked_voxels(volume: Volume, path: Path, nan: str, *, zeros: bool = False
 
 
 def write_volume(
-    path: PathLike, volume: "Volume | Any", *, dtype: str | None = None, derivation: str | None = None
+    path: PathLike,
+    volume: "Volume | Any",
+    *,
+    dtype: str | None = None,
+    derivation: str | None = None,
+    deviation: bool = False,
 ) -> None:
     """Write NIfTI (.nii, .nii.gz), MGH (.mgh, .mgz) or DICOM. An existing file is replaced only by a complete one.
 
-    `volume` is a `Volume` or a 3-D nibabel image. `writing` documents the rules for headers, types and DICOM.
+    `volume` is a `Volume` or a 3-D nibabel image. `writing` documents the other arguments, and the rules for headers,
+    types and DICOM.
 
     Raises:
         VolumeError: the path cannot be written, the format is not one of these, or values do not fit the `dtype`.
@@ -234,7 +240,7 @@ def write_volume(
         volume = from_nibabel(volume)
     if not isinstance(volume, Volume):
         raise VolumeError(f"write_volume takes a Volume or a nibabel image, not a {type(volume).__name__}")
-    with writing(path, volume, volume.array.shape, dtype=dtype, derivation=derivation) as write:
+    with writing(path, volume, volume.array.shape, dtype=dtype, derivation=derivation, deviation=deviation) as write:
         for k in range(volume.array.shape[2]):
             write(volume.array[:, :, k])
 
@@ -285,7 +291,8 @@ def writing(
         dtype: of the voxels.
         derivation: how the output was made (model, version, hash). It becomes DICOM's DerivationDescription, 1024
             characters of ASCII. The first 79 become NIfTI's `descrip`; without it, `descrip` is unchanged.
-        deviation: the values are a standard deviation: DICOM gets another series number, description and window.
+        deviation: the values are an uncertainty map, not an image: DICOM gets another series number, description and
+            window; NIfTI's `descrip` states it, and the header gets no range for display (`cal_min`, `cal_max`).
 
     Raises:
         VolumeError: as `check_output`, or values that do not fit the `dtype`, or an error of the operating system.
@@ -309,7 +316,13 @@ def writing(
             if as_dicom:
                 slices = dicom_out.slices(path, temporary, like, shape, axis, dtype, derivation, deviation)
             else:
-                slices = nifti.planes(temporary, like, shape, dtype or "float32", derivation)
+                if suffix(path) in MGH_SUFFIXES and like.codes == (0, 0):
+                    warnings.warn(
+                        f"{path}: the scan states no orientation, but MGH files always do; write .nii.gz to keep it "
+                        "unknown",
+                        stacklevel=4,
+                    )
+                slices = nifti.planes(temporary, like, shape, dtype or "float32", derivation, deviation)
                 if axis != 2:
                     slices = _turned(slices, path, shape[:3], axis, dtype or "float32")
             put = stack.enter_context(slices)

@@ -142,7 +142,7 @@ class _Series:
         self.n_volumes = len(self._places[0])
         self.kinds = {frame.parameters[2] for frame in self._places[0]}
         modalities = {str(dataset.get("Modality")) for dataset in datasets.values()}
-        self._notes += [_OTHER_MODALITIES[name] for name in sorted(modalities) if name in _OTHER_MODALITIES]
+        self._notes += [OTHER_MODALITIES[name] for name in sorted(modalities) if name in OTHER_MODALITIES]
 
     def volume(self, index: int) -> Volume:
         path = self._path
@@ -170,7 +170,8 @@ class _Series:
             return Volume(array, affine, header=header, slices=2, notes=tuple(self._notes))
 
 
-_OTHER_MODALITIES = {
+# the note on a scan of each modality that is not MR
+OTHER_MODALITIES = {
     "CT": "this is a CT scan, and the weights are for MR images",
     "PT": "this is a PET scan, and the weights are for MR images",
     "NM": "this is a nuclear medicine scan, and the weights are for MR images",

@@ -266,11 +266,12 @@ def _mm(header: Any) -> float:
 
 @contextmanager
 def planes(
-    path: Path, like: Volume, shape: tuple[int, ...], dtype: str, description: str | None
+    path: Path, like: Volume, shape: tuple[int, ...], dtype: str, description: str | None, deviation: bool
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """Write the file plane by plane: yields a function that takes the next (i, j) plane of the third axis.
 
-    Geometry and header are those of `like`; `description` replaces NIfTI's `descrip`. Only one plane is in memory.
+    Geometry and header are those of `like`; `description` replaces NIfTI's `descrip`. With `deviation` the description
+    says so after its first entry, and the image's range for display is left out. Only one plane is in memory.
     """
     is_mgh = suffix(path) in MGH_SUFFIXES
     # the header for this shape; the image itself is never created
@@ -281,6 +282,10 @@ def planes(
         if is_mgh:
             header.writehdr_to(file)
         else:
+            if deviation:
+                producer, _, rest = (description or "").partition(", ")
+                description = ", ".join(filter(None, (producer, "uncertainty map", rest)))
+                header["cal_min"] = header["cal_max"] = 0
             if description is not None:
                 header["descrip"] = description.encode("ascii", "replace")[:79]
             header.write_to(file)
@@ -312,7 +317,8 @@ def _nifti_image(voxels: np.ndarray, volume: Volume, kind: Any = None) -> Any:
         raise VolumeError(f"NIfTI-1 holds at most {np.iinfo(np.int16).max} voxels along an axis, not {voxels.shape}")
     image = (kind or (nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image))(voxels, None, header)
     from_mm = np.diag([*[1 / _mm(header)] * 3, 1.0])
-    qform = volume.affine if volume.qform is None else volume.qform
+    # a qform that does not count must not set pixdim, which many programs read as the voxel size
+    qform = volume.affine if volume.qform is None or volume.codes[0] <= 0 < volume.codes[1] else volume.qform
     unstated = volume.codes == (0, 0)
     if unstated:
         image.header["aux_file"] = _UNSTATED

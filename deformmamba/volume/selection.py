@@ -31,6 +31,7 @@ _PHASE_NAMES = ("phase", "phase1", "phase2", "phasediff", "fieldmap")
 _LABEL_INTENT = 1002
 _OTHER_INTENTS = (*range(2, 25), *range(1004, 1010))
 
+_PHASE_BY_TYPE = "a phase image (by its ImageType)"
 _MOST_LABELS = 2048
 _FEW_VALUES = 16
 _ALIKE = 0.5
@@ -137,9 +138,12 @@ def not_a_scan(path: PathLike) -> str:
 
 def no_scan(path: PathLike, volume: Volume) -> str:
     """`not_a_scan` for the volume read from `path`, a file or a folder of DICOM files."""
-    if isinstance(volume.header, dicom.DicomSeries):
-        return _dicom_reason(next(iter(volume.header.datasets.values())))
-    return not_a_scan(path)
+    if not isinstance(volume.header, dicom.DicomSeries):
+        return not_a_scan(path)
+    if reason := _dicom_reason(next(iter(volume.header.datasets.values()))):
+        return reason
+    # an enhanced series may hold magnitude and phase, and then its ImageType does not say which this volume is
+    return _PHASE_BY_TYPE if any(_is_phase(frame.parameters[2].split("\\")) for frame in volume.header.frames) else ""
 
 
 def read_json(path: Path) -> Any:
@@ -186,9 +190,14 @@ def _is_own(description: str) -> bool:
 def _dicom_reason(dataset: Any) -> str:
     if _is_own(str(dataset.get("DerivationDescription") or "")):
         return "an output of this package (by its DerivationDescription)"
-    if {"P", "PHASE"} & {str(kind).upper() for kind in list(dataset.get("ImageType") or [])[2:4]}:
-        return "a phase image (by its ImageType)"
+    if _is_phase(list(dataset.get("ImageType") or [])):
+        return _PHASE_BY_TYPE
     return dicom.not_an_image(dataset)
+
+
+def _is_phase(image_type: list[Any]) -> bool:
+    """Whether the values of DICOM's ImageType or FrameType are those of a phase image."""
+    return not {"P", "PHASE"}.isdisjoint(str(kind).upper() for kind in image_type[2:4])
 
 
 def _header_reason(path: Path) -> str:

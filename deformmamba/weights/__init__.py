@@ -214,10 +214,11 @@ def fetch(
     if folder is None:
         return found.file
     content = _repository(found, checkpoint, repo=None)
-    _check_folder(Path(folder), content, checkpoint.sha256)
+    folder = Path(os.path.expanduser(folder))
+    _check_folder(folder, content, checkpoint.sha256)
     write_files(folder, content)
     read_checkpoint(folder, digest=checkpoint.sha256)
-    return Path(folder) / WEIGHTS_FILE
+    return folder / WEIGHTS_FILE
 
 
 def _check_folder(folder: Path, content: Mapping[str, bytes], sha256: str) -> None:

@@ -91,7 +91,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, digest: str | None = None) 
     Raises:
         WeightsError: no such file, a pickle, a wrong hash, or anything malformed or out of bounds in the file.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     with _disk("read", path):
         folder = path if path.is_dir() else None
         file = path if folder is None else _weights_in(folder)
@@ -118,7 +118,7 @@ def write_checkpoint(
     Raises:
         WeightsError: the path cannot be written, or the contents would not be read back (see `check_config`).
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))  # as `load_checkpoint`
     data = _serialise(class_name, config, tensors, provenance or {})
     digest = hashlib.sha256(data).hexdigest()
     if path.suffix.lower() == ".safetensors":

@@ -25,7 +25,7 @@ from deformmamba.extras import MissingExtra
 from deformmamba.inference.cohort import is_cohort, output_name, processes, upscale_cohort
 from deformmamba.inference.files import upscale_file
 from deformmamba.models import VDSR, ZeroFill
-from deformmamba.volume import VolumeError, read_volume, write_text
+from deformmamba.volume import ChoiceNeeded, VolumeError, read_volume, write_text
 from deformmamba.weights import WeightsError
 
 
@@ -175,6 +175,25 @@ def test_a_bad_file_does_not_stop_the_others(tree: Path, tmp_path: Path, weights
     assert "0 made, 7 skipped, 4 failed" in capsys.readouterr().out
 
 
+def test_each_scan_with_a_warning_is_named(tmp_path: Path, capsys: Any) -> None:
+    """On stderr, in the table and in the JSON file; the others are not."""
+    root, out, weights = tmp_path / "in", tmp_path / "out", str(tmp_path / "small.safetensors")
+    VDSR(scale=2, layers=2, width=4).save_pretrained(weights)
+    for k, offset in enumerate((0, -500, -500)):
+        scan(root / f"{k}.nii", k)
+        image = nibabel.load(root / f"{k}.nii")
+        nibabel.save(nibabel.Nifti1Image(image.get_fdata(dtype=np.float32) + offset, image.affine), root / f"{k}.nii")
+    assert main(["upscale", str(root), "-o", str(out), "--model", weights, "--device", "cpu"]) == 0
+    errors = capsys.readouterr().err
+    rows = {row["source"]: row for row in table(out / "desc-sr_summary.csv")}
+    for k in range(3):
+        facts = json.loads((out / f"{k}_desc-sr.json").read_text("utf-8"))
+        assert ("does not look like a magnitude image" in rows[f"{k}.nii"]["warnings"]) == (k > 0)
+        assert errors.count(f"deformmamba: warning: {k}.nii: the scan does not look like a magnitude image") == (k > 0)
+        assert facts.get("Warnings", []) == ([rows[f"{k}.nii"]["warnings"]] if k else [])
+    assert "warning: the scan" not in errors
+
+
 def test_a_bug_in_one_scan_is_named_but_not_quoted(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def bug(self: ZeroFill, lr: torch.Tensor, base: Any = None) -> torch.Tensor:
         raise KeyError("SECRET")
@@ -194,6 +213,8 @@ def test_a_bug_in_one_scan_is_named_but_not_quoted(tree: Path, tmp_path: Path, m
         (ValueError("SECRET"), "an unexpected ValueError; upscale this scan alone to see where"),
         (OSError("SECRET"), "an unexpected OSError; upscale this scan alone to see where"),
         (OSError(28, "No space left on device"), "No space left on device"),
+        (ChoiceNeeded("two stacks", "stack", "0 to 1"), "two stacks; upscale this scan alone"),
+        (ChoiceNeeded("two volumes", "volume", "0 to 1"), "two volumes; choose one with volume=K, 0 to 1"),
     ],
 )
 def test_only_messages_of_this_package_are_quoted(
@@ -287,6 +308,8 @@ def test_options_for_one_scan_are_refused(tree: Path, tmp_path: Path, capsys: An
     ):
         assert main(["upscale", str(tree), "-o", str(tmp_path / "out"), option, value]) == 2
         assert said in capsys.readouterr().err
+    assert main(["upscale", str(tree), "-o", str(tmp_path / "out"), "--as-image"]) == 2
+    assert "--as-image works on one scan only" in capsys.readouterr().err
     assert main(["upscale", str(tree)]) == 2
     assert "no output" in capsys.readouterr().err
     assert main(["upscale", str(tree), "-o", str(tmp_path / "out.nii.gz")]) == 2

@@ -751,9 +751,12 @@ def test_what_is_odd_in_a_later_volume_is_said_everywhere(tmp_path: Path, wobble
     said = [str(warning.message) for warning in caught]
     assert sum("1 of 11520 voxels were NaN or infinite and are 0 now" in text for text in said) == 1
     (odd,) = (text for text in said if text.startswith("volume 2: the scan does not look like a magnitude image"))
-    assert done.cautions == (odd,)
+    replaced = "volume 1: 1 of 11520 voxels were NaN or infinite and are 0 now"
+    assert done.cautions == (replaced, odd)
     assert {warning.filename for warning in caught if str(warning.message) == odd} == {__file__}
-    assert odd in json.loads((tmp_path / "out.json").read_text("utf-8"))["Warnings"]
+    facts = json.loads((tmp_path / "out.json").read_text("utf-8"))
+    assert facts["Warnings"] == [replaced, odd]
+    assert facts["GeneratedBy"][0]["nan"] == "zero"
     assert "volume 2" in (tmp_path / "r.html").read_text("utf-8")
     assert "UNLIKE TRAINING DATA" in str(nibabel.load(tmp_path / "out.nii").header["descrip"])
 

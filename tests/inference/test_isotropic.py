@@ -25,7 +25,7 @@ from deformmamba.metrics import psnr
 from deformmamba.models import MODELS, DeformMambaSR, ZeroFill
 from deformmamba.models.base import SRModel
 from deformmamba.physics.slice_profile import SliceProfile, SliceProfileError, ThickSlices, slice_positions
-from deformmamba.volume import Volume, VolumeError, read_volume, write_volume
+from deformmamba.volume import NothingToDo, Volume, VolumeError, read_volume, write_volume
 
 SIZE = 48
 
@@ -269,6 +269,14 @@ def test_interpolated_slices_are_taken_at_what_they_resolve(truth: np.ndarray) -
     assert report.to == pytest.approx(1.0, rel=0.06)
     assert "interpolated by the scanner" in report.remarks[0]
     _, asked = isotropic(fine, model=Sharpen(), to=0.5)
+    assert asked.to == 0.5
+    coarse = replace(fine, affine=fine.affine @ np.diag([1, 1, 0.3, 1]))
+    with pytest.raises(
+        VolumeError, match=r"1.2 mm apart, and so is the resolution .*\(--to MM\) asks for smaller"
+    ) as no:
+        isotropic(coarse, model=Sharpen())
+    assert not isinstance(no.value, NothingToDo)  # a folder run lists it as failed
+    _, asked = isotropic(coarse, model=Sharpen(), to=0.5)
     assert asked.to == 0.5
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+from dicom_made import classic, oblique
 
 from deformmamba.cli import main
 from deformmamba.inference import upscale, upscale_file
@@ -57,6 +58,71 @@ def test_an_output_names_what_made_it_and_its_warnings(tmp_path: Path, weights: 
     assert "an output of this package" in not_a_scan(tmp_path / "out.nii.gz")
     (tmp_path / "out.json").unlink()
     assert "by its header" in not_a_scan(tmp_path / "out.nii.gz")
+
+
+def test_what_the_reader_remarks_is_said_everywhere(tmp_path: Path) -> None:
+    """A CT scan, and one that was interpolated: in the JSON file, in the report, in the header."""
+    for file in (CASES / "dicom" / "rect_eq_thick").iterdir():
+        dataset = pydicom.dcmread(file)
+        dataset.Modality = "CT"
+        (tmp_path / "ct").mkdir(exist_ok=True)
+        dataset.save_as(tmp_path / "ct" / file.name)
+    wave = np.random.default_rng(0).uniform(1, 900, (48, 48, 3)).astype(np.float32)
+    fine = upscale(ZeroFill(scale=2), wave, axis=2).clip(min=0)
+    write_volume(tmp_path / "fine.nii", Volume(fine, np.diag([-1.0, 1, 4, 1])))
+    for name, words, mark in (
+        ("ct", "this is a CT scan", "UNLIKE TRAINING DATA"),
+        ("fine.nii", "their k-space is filled to about", "WITH WARNINGS"),
+    ):
+        with pytest.warns(UserWarning, match=words):
+            done = upscale_file(ZeroFill(scale=2), tmp_path / name, tmp_path / "out.nii", report=tmp_path / "r.html")
+        facts = json.loads((tmp_path / "out.json").read_text("utf-8"))
+        assert [words in text for text in facts["Warnings"]] == [True]
+        assert facts["Warnings"] == list(done.cautions)
+        assert words in (tmp_path / "r.html").read_text("utf-8")
+        assert mark in nibabel.load(tmp_path / "out.nii").header["descrip"].item().decode()
+
+
+def test_a_folder_is_named_by_a_dot_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classic(tmp_path / "scan", oblique(3, (0.8, 0.8, 3.0)), (20, 18, 9))
+    (tmp_path / "scan.json").write_text('{"SkullStripped": true}')
+    monkeypatch.chdir(tmp_path / "scan")
+    for command, kind in (("upscale", "sr"), ("isotropic", "iso")):
+        words = [command, ".", "-o", f"../{kind}.nii.gz", "--figure", f"../{kind}.png", "--device", "cpu", "--quiet"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert main([*words, *(["--model", "ixi-2x"] if kind == "sr" else ["--to", "0.8"])]) == 0
+        facts = json.loads((tmp_path / f"{kind}.json").read_text("utf-8"))
+        assert facts["Sources"] == ["scan"]
+        assert facts["SkullStripped"] is True
+        assert (tmp_path / f"{kind}.png").is_file()
+
+
+def test_an_uncertainty_map_does_not_pass_for_the_image(tmp_path: Path) -> None:
+    source = volume()
+    image = nibabel.Nifti1Image(source.array, source.affine)
+    image.header["cal_min"], image.header["cal_max"] = 100, 700
+    nibabel.save(image, tmp_path / "in.nii")
+    upscale_file(
+        VDSR(scale=2, layers=2, width=4), tmp_path / "in.nii", tmp_path / "sr.nii", uncertainty=tmp_path / "sd.nii"
+    )
+    image, spread = (nibabel.load(tmp_path / f"{name}.nii").header for name in ("sr", "sd"))
+    assert b", uncertainty map, VDSR 2x" in spread["descrip"].item()
+    assert b"uncertainty" not in image["descrip"].item()
+    assert (spread["cal_min"], spread["cal_max"]) == (0, 0)
+    assert (image["cal_min"], image["cal_max"]) == (100, 700)
+    assert "an output of this package" in not_a_scan(tmp_path / "sd.nii")
+
+
+def test_mgh_cannot_keep_an_orientation_unknown(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(volume().array, None)
+    image.header["pixdim"][1:4] = 1, 1, 4
+    nibabel.save(image, tmp_path / "in.nii")
+    assert read_volume(tmp_path / "in.nii").codes == (0, 0)
+    with pytest.warns(UserWarning, match="out.mgz: the scan states no orientation, but MGH files always do"):
+        upscale_file(ZeroFill(scale=2), tmp_path / "in.nii", tmp_path / "out.mgz")
+    upscale_file(ZeroFill(scale=2), tmp_path / "in.nii", tmp_path / "other.nii.gz")
+    assert read_volume(tmp_path / "other.nii.gz").codes == (0, 0)
 
 
 def test_numbers_of_numpy_are_plain_numbers_in_the_json_file(tmp_path: Path) -> None:

@@ -90,6 +90,34 @@ def test_checkpointing_changes_memory_only():
         assert_close(a.grad, b.grad)
 
 
+def test_torch_func_works_with_checkpointing_too():
+    plain, saving = network().train(), network(checkpointing=True).train()
+    lr, parameters = image(8, 8), dict(plain.named_parameters())
+
+    def gradients(model):
+        return torch.func.grad(lambda p: torch.func.functional_call(model, p, (lr,)).square().mean())(parameters)
+
+    wanted = gradients(plain)
+    for name, found in gradients(saving).items():
+        assert_close(found, wanted[name])
+
+
+def test_what_goes_with_the_whole_slice_is_checked():
+    lr = image(8, 8)
+    for model, name, given, message in (
+        (network(), "base", "garbage", "base must be a tensor of shape .*, not 'garbage'"),
+        (network(), "base", torch.zeros(1, 1, 8, 8), "base is .*; wanted"),
+        (network(), "norm", torch.zeros(1, 1, 2), 'norm is for networks with normalise="slice"; leave it out'),
+        (network(normalise="slice"), "norm", [0, 1], "norm must be a tensor"),
+        (network(normalise="slice"), "norm", torch.zeros(1, 7), "norm is .*; wanted"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"^DeformMambaSR: {message}"):
+            model(lr, **{name: given})
+    for preset, message in ((["tiny"], r"unknown preset \['tiny'\]"), ("tinny", "did you mean 'tiny'")):
+        with pytest.raises(ValueError, match=message):
+            DeformMambaSR.from_preset(preset)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     model = network(skip="zero-fill")

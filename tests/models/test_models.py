@@ -27,7 +27,7 @@ from deformmamba.metrics import psnr
 from deformmamba.models import MODELS, SRCNN, Bicubic, BSpline, DeformMambaSR, SRModel, ZeroFill, from_pretrained
 from deformmamba.models.base import pad_to_multiple
 from deformmamba.physics.kspace import GRIDS, degrade, zero_fill
-from deformmamba.weights import WeightsError, write_checkpoint
+from deformmamba.weights import WeightsError, fetch, write_checkpoint
 
 # arguments that make a class small enough for tests; a class without an entry is tested with {"scale": 2}
 SMALL: dict[str, dict[str, Any]] = {
@@ -314,6 +314,30 @@ def test_a_class_of_the_users_is_registered_saved_and_loaded(tmp_path: Path, mon
     assert type(again) is Toy
     assert again.config == toy.config
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), toy.state_dict().values(), strict=True))
+
+
+def test_a_class_of_the_same_name_does_not_replace_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's class of its parent's name, and one that is registered for files of an earlier name."""
+    mine = type("ZeroFill", (ZeroFill,), {})
+    ZeroFill(scale=2).save_pretrained(tmp_path / "x")
+    for load in (deformmamba.from_pretrained, ZeroFill.from_pretrained):
+        assert type(load(tmp_path / "x")) is ZeroFill
+    assert type(mine.from_pretrained(tmp_path / "x")) is mine
+    Toy(width=4).save_pretrained(tmp_path / "toy")
+    renamed = type("NewToy", (Toy,), {})
+    monkeypatch.setitem(deformmamba.MODELS, "Toy", renamed)
+    assert type(deformmamba.from_pretrained(tmp_path / "toy")) is renamed
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("~/folder", "~/file.safetensors"):
+        ZeroFill(scale=2).save_pretrained(name)
+        assert ZeroFill.from_pretrained(name).scale == 2
+    assert fetch("~/folder", "~/copy").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "file.safetensors", "folder"]
 
 
 def test_a_device_and_a_dtype_are_obeyed_or_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Which files are scans: masks, labels, phase images and own outputs are skipped, each with the reason."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -7,9 +8,13 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from dicom_made import enhanced, oblique
+from pydicom import dcmread
 from pydicom.data import get_testdata_file
 
-from deformmamba.volume import not_a_scan, scans_below
+from deformmamba.inference import upscale_file
+from deformmamba.models import ZeroFill
+from deformmamba.volume import VolumeError, no_scan, not_a_scan, read_volume, scans_below
 
 CASES = Path(__file__).parents[1] / "cases"
 DICOM = CASES / "dicom" / "rect_eq_thick"
@@ -110,6 +115,25 @@ def test_phase_images(tmp_path: Path) -> None:
         assert said in not_a_scan(tmp_path / "c.nii.gz")
     assert "phase image" in not_a_scan(image(anatomy(), tmp_path / "sub-1_part-phase_bold.nii.gz"))
     assert "phase image" in not_a_scan(image(anatomy(), tmp_path / "sub-1_phasediff.nii.gz"))
+
+
+def test_the_phase_of_an_enhanced_series_is_known_by_its_frames(tmp_path: Path) -> None:
+    """Its ImageType is MIXED, because it holds magnitude and phase."""
+    path = tmp_path / "both.dcm"
+    enhanced(path, oblique(0), echoes=(90.0, 91.0))
+    dataset = dcmread(path)
+    dataset.ImageType = ["ORIGINAL", "PRIMARY", "MIXED", "NONE"]
+    kinds = dataset.SharedFunctionalGroupsSequence[0].MRImageFrameTypeSequence
+    del dataset.SharedFunctionalGroupsSequence[0].MRImageFrameTypeSequence
+    for group in dataset.PerFrameFunctionalGroupsSequence:
+        group.MRImageFrameTypeSequence = copy.deepcopy(kinds)
+        is_phase = float(group.MREchoSequence[0].EffectiveEchoTime) == 91.0
+        group.MRImageFrameTypeSequence[0].FrameType = ["ORIGINAL", "PRIMARY", "P" if is_phase else "M", "NONE"]
+    dataset.save_as(path)
+    assert no_scan(path, read_volume(path, volume=0)) == ""
+    assert no_scan(path, read_volume(path, volume=1)) == "a phase image (by its ImageType)"
+    with pytest.raises(VolumeError, match=r"a phase image .*as_image=True"):
+        upscale_file(ZeroFill(scale=2), path, tmp_path / "out.nii", volume=1)
 
 
 def test_stored_values_of_a_phase_do_not_make_a_scaled_scan_one(tmp_path: Path) -> None:
