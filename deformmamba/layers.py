@@ -96,7 +96,7 @@ def _positive(block: str, **arguments: Any) -> list[Any]:
     """The arguments as Python's numbers, because numpy's small integers overflow; the `_OPTIONAL` ones may be None.
 
     Raises:
-        InvalidType, InvalidArgument: one is no number above 0.
+        InvalidType, InvalidArgument: one is not a number above 0.
     """
     found: list[Any] = []
     for name, value in arguments.items():

@@ -143,7 +143,9 @@ _PLEA = (
 def _message(error: Exception, options: Mapping[str, Any]) -> str | None:
     """One line for an error that a user can fix; None for a bug."""
     if _out_of_memory(error):
-        return "out of memory; try --batch-size 1, --device cpu or a machine with more of it"
+        ways = {"batch_size": "--batch-size 1", "accumulate": "--accumulate 4", "device": "--device cpu"}
+        advice = [way for name, way in ways.items() if name in options]
+        return f"out of memory; try {', '.join(advice)}{' or ' if advice else ''}a machine with more of it"
     if isinstance(error, DeformMambaError):
         for_command = getattr(error, "for_command", None)  # of volume.ChoiceNeeded
         return str(for_command(options)) if for_command else _with_options(str(error), options)

@@ -85,9 +85,11 @@ def _benchmark(args: argparse.Namespace) -> None:
     from deformmamba.errors import counted
     from deformmamba.training import load_recipe
     from deformmamba.training.comparison import Plan, benchmark
+    from deformmamba.training.from_recipe import forget_groups
 
     scans = find_scans(args.data, subject=args.subject)
     data = dict(load_recipe(args.recipe)["data"]) if args.recipe else {}
+    forget_groups(scans, data, args.data)
     data.pop("validation", None)
     if args.patch:
         data["patch"] = args.patch

@@ -12,11 +12,12 @@ import numpy as np
 from deformmamba.annotations import check_types
 from deformmamba.data.prepared import MANIFEST, SUFFIX, is_prepared, read_manifest, read_prepared
 from deformmamba.data.splits import SPLITS, by_share, check_shares, check_splits, read_table
-from deformmamba.data.subjects import name_subjects, patient_id
+from deformmamba.data.subjects import folded, name_subjects, patient_id
 from deformmamba.errors import InvalidArgument, InvalidType, counted, shown
 from deformmamba.volume import (
     Candidate,
     ChoiceNeeded,
+    NotFinite,
     Volume,
     VolumeError,
     in_plane,
@@ -147,7 +148,8 @@ def _from_manifest(root: Path) -> list[Scan]:
 def _from_index(root: Path) -> list[Scan]:
     table = root / INDEX
     scans: list[Scan] = []
-    spelled: dict[str, str] = {}  # upper and lower case are equal; the first spelling counts
+    spelled: dict[str, str] = {}  # the first spelling counts
+    lines: dict[str, int] = {}
     for number, row in read_table(table, ("participant_id", "file", "split")):
         subject, split = row["participant_id"], row["split"]
         if split not in SPLITS:
@@ -155,7 +157,9 @@ def _from_index(root: Path) -> list[Scan]:
         path = root / row["file"]
         if not path.exists():  # a DICOM series is a folder
             raise VolumeError(f"{table}, line {number}: missing file {row['file']} of {subject}")
-        subject = spelled.setdefault(subject.casefold(), subject)
+        if (before := lines.setdefault(os.path.realpath(path), number)) != number:
+            raise VolumeError(f"{table}, line {number}: {row['file']} is in line {before} too; list each file once")
+        subject = spelled.setdefault(folded(subject), subject)
         scans.append(Scan(path, subject, split, f"{row.get('contrast', '')} {row.get('anatomy', '')}".strip()))
     return scans
 
@@ -196,7 +200,16 @@ def _candidates(root: Path) -> tuple[list[Candidate], list[Candidate]]:
         one if one.path.exists() else replace(one, reason="a link to a file that is not there")
         for one in scans_below(root)
     ]
+    candidates = [one if one.reason else replace(one, reason=_not_anatomy(one.path)) for one in candidates]
     return [one for one in candidates if not one.reason], [one for one in candidates if one.reason]
+
+
+def _not_anatomy(path: Path) -> str:
+    """Why a scan of a BIDS data set is left out: many volumes of coarse voxels would outweigh the anatomical scans."""
+    kind, folders = path.parent.name, path.parent.parent.parts[-2:]
+    if kind in ("func", "dwi", "fmap", "perf") and any(name.startswith("sub-") for name in folders):
+        return f"a scan in {kind}/ of a BIDS data set; {INDEX} can list it"
+    return ""
 
 
 def folders_below(root: Path) -> Iterator[tuple[Path, list[Path]]]:
@@ -242,6 +255,8 @@ def _volumes(source: Scan | str | os.PathLike[str]) -> Iterator[Volume]:
     path, series = _path(source), source.series if isinstance(source, Scan) else None
     try:
         yield from read_volumes(path, series=series)
+    except NotFinite as error:
+        raise VolumeError(f"{error.problem}; replace them and save the file") from None
     except ChoiceNeeded as error:
         raise VolumeError(f"{error.problem}; save the one for the data set as a separate file") from None
 

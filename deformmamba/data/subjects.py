@@ -26,6 +26,7 @@ person in two splits.
 import hashlib
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,8 +74,9 @@ _OTHER = (
     "ge|philips|siemens|3t|15t|7t|64mt|unknown|mask|masks|seg|segmentation|label|labels"
 )
 _CONTRAST = re.compile(rf"(?:{_CONTRASTS})+\d*", re.IGNORECASE)
+# with two digits and more, a word that is no time may be a person's: `training01`, `control03`, `V001`, `T01`
 _NO_PERSON = re.compile(
-    rf"{_CONTRAST.pattern}|(?:{_OTHER}|{_TIMES}|{_CONDITIONS})\d*|[ebvmwydi]\d+|t\d{{1,2}}|"
+    rf"{_CONTRAST.pattern}|(?:{_TIMES})\d*|(?:{_OTHER}|{_CONDITIONS})\d?|[ebvmwydit]\d|"
     r"\d{1,2}(?:st|nd|rd|th|h|d|w|wks?|weeks?|m|mo|mths?|months?|y|yrs?|years?)",
     re.IGNORECASE,
 )
@@ -327,12 +329,13 @@ def _held(names: Mapping[Path, str], levels: Sequence[Mapping[Path, Sequence[str
 
 
 def _numbered(text: str) -> str | None:
-    """The topmost explicit number of a person in a path, such as `patient01`."""
-    for part in text.split("/"):
-        stem = _stem(part)
-        if found := _KNOWN.search(stem) or _NUMBERED.search(stem):
-            return re.sub(r"[_ -](?=\d+$)", "", found[1]) if found.lastindex else found[0]
-    return None
+    """The topmost explicit number of a person in a path, such as `patient01`; that of a case only if there is no other,
+    as in `case_01_subject_03`."""
+    stems = [_stem(part) for part in text.split("/")]
+    known = [found[0] for stem in stems for found in _KNOWN.finditer(stem)]
+    numbered = [re.sub(r"[_ -](?=\d+$)", "", found[1]) for stem in stems for found in _NUMBERED.finditer(stem)]
+    people = [name for name in numbered if not name.lower().startswith("case")]
+    return next(iter([*known, *people, *numbered]), None)
 
 
 def _stem(name: str) -> str:
@@ -418,9 +421,14 @@ def _columns(level: Mapping[Path, Sequence[str]]) -> list[dict[Path, str]]:
     return [columns[place] for place in sorted(columns)]
 
 
+def folded(name: str) -> str:
+    """A name without the differences of upper and lower case, and of the two Unicode forms of one letter, as in ü."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def _key(name: str) -> str:
-    """A key that ignores upper and lower case and leading zeros, equal for all spellings of a name."""
-    return re.sub(r"(?<!\d)0+(?=\d)", "", name.lower())
+    """A key that ignores leading zeros too, equal for all spellings of a name."""
+    return re.sub(r"(?<!\d)0+(?=\d)", "", folded(name))
 
 
 def _joined(names: Mapping[Path, str], patients: Mapping[Path, str]) -> dict[Path, str]:

@@ -8,9 +8,11 @@ import hashlib
 import math
 import operator
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +28,10 @@ from deformmamba.metrics import METRICS, ON_REQUEST, Protocol, by_slice
 from deformmamba.metrics.statistics import Spread, paired_difference, subject_means, summarise
 from deformmamba.models.base import SRModel
 from deformmamba.physics.consistency import Consistency
-from deformmamba.physics.degradations import Degradation, KSpaceCrop
+from deformmamba.physics.degradations import Degradation, KSpaceCrop, gives_magnitudes
 from deformmamba.tensors import on_cpu_by_default
 from deformmamba.volume import intensity_scale
+from deformmamba.volume.inspection import MOST_NEGATIVE
 
 Source = Scan | str | os.PathLike[str]
 Visit = Callable[[Scan, torch.Tensor, torch.Tensor], None]
@@ -60,8 +63,8 @@ def evaluate(
         model: on any device.
         volumes: files, or the scans found by `deformmamba.data.patches.find_scans`.
         protocol: see `deformmamba.metrics`.
-        degradation: the k-space crop of the paper (magnitude) if not given. Its noise refers to the volume's own
-            brightness ("p99.9").
+        degradation: the k-space crop of the paper if not given: with magnitudes, and of a scan with negative voxels
+            (more than 1 %) the real part. Its noise refers to the volume's own brightness ("p99.9").
         metrics: names of additional metrics from `deformmamba.metrics.ON_REQUEST`.
         slices: whether rows also have "by_slice", the values of each slice by metric, see
             `deformmamba.metrics.by_slice`.
@@ -102,7 +105,7 @@ def evaluate(
         unit = intensity_scale(hr.numpy(), "p99.9")
         scaled = measured / unit
         content = int.from_bytes(hashlib.sha256(scaled.numpy().tobytes()).digest()[:4])
-        lr = degradation(scaled, seed=(seed, content)) * unit
+        lr = _keeping_signs(degradation, hr, scan.path)(scaled, seed=(seed, content)) * unit
         sr = upscale(model, lr, axis=0, consistency=consistency, progress=progress)
         scores = {name: metric(sr, hr, protocol=protocol) for name, metric in wanted.items()}
         row = {"file": scan.path.name, "subject": scan.subject, "group": scan.group, "slices": len(hr), **scores}
@@ -110,6 +113,23 @@ def evaluate(
         if visit:
             visit(scan, hr, sr)
     return rows
+
+
+def _keeping_signs(degradation: Degradation, hr: torch.Tensor, path: Path) -> Degradation:
+    """The degradation for the slices `hr` of a scan: with the real part where the k-space crop would fold their signs.
+
+    Other degradations that give magnitudes stay, with a warning.
+    """
+    if not gives_magnitudes(degradation) or float((hr < 0).float().mean()) <= MOST_NEGATIVE:
+        return degradation
+    if degradation == KSpaceCrop(degradation.scale):
+        return replace(degradation, output="real")
+    warnings.warn(
+        f"{path}: the scan has negative voxels, and {degradation} gives magnitudes, so the scores are those of a scan "
+        "without signs; output=real and noise instead of rician keep them",
+        stacklevel=3,
+    )
+    return degradation
 
 
 def _in_effect(given: Consistency | None, model: SRModel, degradation: Degradation) -> Consistency:

@@ -11,7 +11,7 @@ import torch
 from deformmamba.annotations import is_integer
 from deformmamba.errors import InvalidArgument, InvalidType, shown
 from deformmamba.inference.inputs import check_voxels
-from deformmamba.physics.degradations import Compose, Degradation, KSpaceCrop, RicianNoise
+from deformmamba.physics.degradations import Degradation, KSpaceCrop, gives_magnitudes
 from deformmamba.physics.edges import outliers
 from deformmamba.physics.kspace import resize
 from deformmamba.physics.slice_profile import resampled_linearly
@@ -71,9 +71,7 @@ def coarsen(
 
 
 def _warn_of_lost_signs(volume: Volume, degradation: Degradation) -> None:
-    parts = degradation.parts if isinstance(degradation, Compose) else (degradation,)
-    folds = any(isinstance(part, RicianNoise) or getattr(part, "output", None) == "magnitude" for part in parts)
-    if folds and volume.array.min() < 0:
+    if gives_magnitudes(degradation) and volume.array.min() < 0:
         warnings.warn(
             f"the scan has negative voxels, and {degradation} gives magnitudes, so their signs are lost; output=real "
             "and noise instead of rician keep them",

@@ -154,11 +154,10 @@ def upscale_file(
     job = Upscaling(found, scan, chosen)
     jobs_of = partial_of(map, lambda one: Upscaling(found, prepared(one), chosen, judge=False))
     more, more_notes = _more_cautions(itertools.chain([scan], scans), found) if n_volumes > 1 else ((), ())
-    notes = (*scan.notes, *interpolated, *more_notes)
-    cautions = (*notes, *job.cautions, *more)
+    notes, odd = (*scan.notes, *interpolated, *more_notes), (*job.cautions, *more)
     started(job, n_volumes)
     start = time.perf_counter()
-    made_by = derivation(found, distrust((*job.cautions, *more), notes))
+    made_by = derivation(found, distrust(odd, notes))
     outputs = [(target, dtype)] if uncertainty is None else [(target, dtype), (uncertainty, None)]
     with ExitStack() as until_reported:
         pages = (
@@ -169,14 +168,12 @@ def upscale_file(
         seconds = time.perf_counter() - start
         if report is not None:
             facts = report_facts(found, job.settings, seconds, effective)
-            _write_page(report, found, scan, job, pages, facts, cautions)
+            _write_page(report, found, scan, job, pages, facts, (*notes, *odd))
     if sidecar:
         reading = {"volume": volume, "dtype": dtype, "effective": effective, **unusual(nan, partial)}
-        write_sidecar(target, source, "sr", generated_by(found, job.settings, reading), cautions)
-    remark = spacing_remark(found, scan, job.axis)
-    return Upscaled(
-        scan, job.place, job.shape, job.axis, kept, remark, seconds, job.settings, n_volumes, cautions, made_by
-    )
+        write_sidecar(target, source, "sr", generated_by(found, job.settings, reading), (*notes, *odd))
+    remark, whole = spacing_remark(found, scan, job.axis), (job.place, job.shape, job.axis)
+    return Upscaled(scan, *whole, kept, remark, seconds, job.settings, n_volumes, (*notes, *odd), made_by)
 
 
 def check_paths(source: PathLike, target: PathLike, uncertainty: PathLike | None, report: PathLike | None) -> None:

@@ -130,16 +130,7 @@ class Stack:
                 f"give {min(sides) / FINEST:.2g} mm or more"
             )
         if (ratio := spacing / max(to, min(sides))) < LEAST_RATIO:  # `to` cannot make thin slices thick
-            if estimated and wanted != sides:
-                raise VolumeError(
-                    f"slices are {spacing:.3g} mm apart, and so is the resolution in a slice: k-space is filled such "
-                    f"that voxels of {to:.3g} mm would be made; to=MM (--to MM) asks for smaller ones"
-                )
-            wanted_voxel = f"voxels of {to:.3g} mm are wanted" if to > min(sides) else f"pixels are {min(sides):.3g} mm"
-            raise NothingToDo(
-                f"slices are {spacing:.3g} mm apart and {wanted_voxel}: the scan is isotropic already (the ratio is "
-                f"{ratio:.2f}, at least {LEAST_RATIO} is needed)"
-            )
+            raise _isotropic_already(spacing, to, min(sides), ratio, estimated and wanted != sides)
         if (n_slices := len(array)) < FEWEST_SLICES:
             held = counted(n_slices, "slice")
             raise VolumeError(f"the scan has {held}; at least {FEWEST_SLICES} are needed to interpolate between them")
@@ -167,6 +158,21 @@ class Stack:
                 "look at the result with care"
             )
         return cls(array, spots, limits, magnitude, place, axis, spacing, to, pixel, found, origin, tuple(remarks))
+
+
+def _isotropic_already(spacing: float, to: float, pixel: float, ratio: float, is_estimate: bool) -> VolumeError:
+    """The error for slices whose spacing is hardly more than the voxel of the result; `is_estimate`: that voxel follows
+    from k-space, and nobody asked for it."""
+    if is_estimate:
+        return VolumeError(
+            f"slices are {spacing:.3g} mm apart, and so is the resolution in a slice: k-space is filled such that "
+            f"voxels of {to:.3g} mm would be made; to=MM (--to MM) asks for smaller ones"
+        )
+    wanted = f"voxels of {to:.3g} mm are wanted" if to > pixel else f"pixels are {pixel:.3g} mm"
+    return NothingToDo(
+        f"slices are {spacing:.3g} mm apart and {wanted}: the scan is isotropic already (the ratio is {ratio:.2f}, at "
+        f"least {LEAST_RATIO} is needed)"
+    )
 
 
 def _profile_of_slice(

@@ -181,7 +181,8 @@ class DeformMambaSR(Block, SRModel):
 
         `base` (b, in_channels, scale * h, scale * w): the matching cut of the image to which a skip adds the output;
         without a skip it changes nothing.
-        `norm` (b, in_channels, 2): with `normalise="slice"`, the `slice_range` of the whole slice.
+        `norm` (b, in_channels, 2): with `normalise="slice"`, the `slice_range` of the whole slice; else it changes
+        nothing.
 
         Raises:
             InvalidType, InvalidArgument: an argument that is not as above.
@@ -220,8 +221,6 @@ class DeformMambaSR(Block, SRModel):
                 raise InvalidType(f"DeformMambaSR: {name} must be a tensor of shape {tuple(shape)}, not {shown(given)}")
             if given.shape != shape:
                 raise InvalidArgument(f"DeformMambaSR: {name} is {tuple(given.shape)}; wanted {tuple(shape)}")
-        if norm is not None and self.normalise is None:
-            raise InvalidArgument('DeformMambaSR: norm is for networks with normalise="slice"; leave it out')
 
     def _network(self, lr: torch.Tensor) -> torch.Tensor:
         """The network alone, without normalisation and skip."""

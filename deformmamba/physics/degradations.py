@@ -140,6 +140,12 @@ def _check_number(made: Degradation, name: str, wanted: str, valid: Callable[[fl
         object.__setattr__(made, name, float(value))
 
 
+def gives_magnitudes(degradation: Degradation) -> bool:
+    """Whether the result is a magnitude, so that negative values lose their signs."""
+    parts = degradation.parts if isinstance(degradation, Compose) else (degradation,)
+    return any(isinstance(part, RicianNoise) or getattr(part, "output", None) == "magnitude" for part in parts)
+
+
 class _KSpace(Degradation):
     """Degradations that are linear in k-space; the magnitude taken afterwards is not linear."""
 

@@ -14,7 +14,7 @@ from deformmamba.annotations import check_types, is_number
 from deformmamba.data.patches import PatchDataset
 from deformmamba.data.scans import INDEX, Scan, describe_splits, find_scans, load_slices, subjects
 from deformmamba.data.thick_slices import ThickSliceDataset, thick_cases
-from deformmamba.errors import InvalidArgument, counted, one_line
+from deformmamba.errors import DeformMambaError, InvalidArgument, counted, one_line
 from deformmamba.evaluation.compare import evaluate, mean_scores
 from deformmamba.losses import LOSSES, SRLoss
 from deformmamba.metrics import psnr, ssim
@@ -203,23 +203,31 @@ def _data(
 
     def validate(candidate: SRModel) -> dict[str, float]:
         title = f"{val[0].subject}, validation"
-        sample_picture(candidate, val[0], picture, degradation=degradation, title=title)
+        try:
+            sample_picture(candidate, val[0], picture, degradation=degradation, title=title)
+        except DeformMambaError as error:  # a picture does not stop a training
+            warnings.warn(f"{val[0].path}: no picture of it: {error}", stacklevel=2)
         return mean_scores(evaluate(candidate, val, degradation=degradation))
 
     return dataset, validate
 
 
-def _split(scans: Sequence[Scan], plan: dict[str, dict[str, Any]], data: Any) -> tuple[list[Scan], list[Scan]]:
-    """The scans to train and to validate on. Without groups in the folder all scans are used, and `plan` is changed."""
-    settings = plan["data"]
+def forget_groups(scans: Sequence[Scan], settings: dict[str, Any], data: Any) -> None:
+    """Removes the groups of a recipe from its `settings` of data, with a warning, if the scans in `data` have none."""
     if not any(scan.group for scan in scans) and (settings.get("weights") or settings.get("validation")):
         warnings.warn(
             f"{data}: contrast and anatomy of the volumes are unknown (no volumes.tsv with these columns), so the "
             "group weights of the recipe are ignored and all volumes count equally",
-            stacklevel=3,
+            stacklevel=4,
         )
         settings.pop("weights", None)
         settings.pop("validation", None)
+
+
+def _split(scans: Sequence[Scan], plan: dict[str, dict[str, Any]], data: Any) -> tuple[list[Scan], list[Scan]]:
+    """The scans to train and to validate on. Without groups in the folder all scans are used, and `plan` is changed."""
+    settings = plan["data"]
+    forget_groups(scans, settings, data)
     weights, wanted = settings.get("weights"), settings.get("validation")
     train = [scan for scan in scans if scan.split == "train" and (weights is None or scan.group in weights)]
     val = [scan for scan in scans if scan.split == "val" and (wanted is None or scan.group in wanted)]

@@ -170,7 +170,8 @@ def _accelerator(precision: str) -> Any:
     """accelerate's `Accelerator`, if it is set up for a kind of training that `fit` supports.
 
     Raises:
-        InvalidArgument: it would divide the model among processes, or use one of several processes only.
+        InvalidArgument: it would divide the model among processes, use one of several processes only, or ignore the
+            precision.
         MissingExtra: accelerate is not installed.
     """
     accelerate = require("accelerate", extra="train", what="fit")
@@ -178,6 +179,8 @@ def _accelerator(precision: str) -> Any:
         mixed_precision=precision,
         kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=LONGEST_VALIDATION)],
     )
+    if precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would compute in float32
+        raise InvalidArgument('fit: precision "fp16" needs a GPU; use "bf16" or "no"')
     kind = str(accelerator.distributed_type).rpartition(".")[2]
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
         raise InvalidArgument(

@@ -16,13 +16,16 @@ def sample_picture(
 ) -> None:
     """The middle slice of `scan`, degraded and upscaled by `model`, beside the truth and, on its grid, zero-filling.
 
-    The default of `degradation` is the k-space crop. The slice is normalised alone; `evaluate` normalises the volume.
+    If that slice is empty, the nearest that is not. The default of `degradation` is the k-space crop. The slice is
+    normalised alone; `evaluate` normalises the volume.
 
     Raises:
         VolumeError: the scan cannot be read, or `path` cannot be written.
     """
     volume, axis = load_volume(scan)
-    middle = np.take(volume.array, volume.array.shape[axis] // 2, axis)
+    slices = np.moveaxis(volume.array, axis, 0)
+    nearest = sorted(range(len(slices)), key=lambda k: abs(k - len(slices) // 2))
+    middle = slices[next((k for k in nearest if slices[k].any()), nearest[0])]
     hr = torch.from_numpy(np.ascontiguousarray(middle[tuple(slice(n - n % model.scale) for n in middle.shape)]))
     hr /= intensity_scale(hr.numpy())
     lr = (degradation or KSpaceCrop(model.scale))(hr)

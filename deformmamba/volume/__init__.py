@@ -29,6 +29,7 @@ from deformmamba.volume.files import (
     MGH_SUFFIXES,
     NIFTI_SUFFIXES,
     ChoiceNeeded,
+    NotFinite,
     PathLike,
     SliceFile,
     check_folder_of,
@@ -61,6 +62,7 @@ __all__ = [
     "NIFTI_SUFFIXES",
     "Candidate",
     "ChoiceNeeded",
+    "NotFinite",
     "NothingToDo",
     "PathLike",
     "Volume",
@@ -211,9 +213,7 @@ def _checked_voxels(volume: Volume, path: Path, nan: str, *, zeros: bool = False
         note = f"{bad} of {volume.array.size} voxels were NaN or infinite and are 0 now"
         volume = replace(volume, array=array, notes=(*volume.notes, note))
     elif bad:
-        raise VolumeError(
-            f'{path}: {bad} of {volume.array.size} voxels are NaN or infinite; nan="zero" (--nan zero) makes them 0'
-        )
+        raise NotFinite(f"{path}: {bad} of {volume.array.size} voxels are NaN or infinite")
     if not zeros and not volume.array.any():
         raise VolumeError(f"{path}: every voxel is zero; the volume is empty")
     return volume

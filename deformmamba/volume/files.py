@@ -147,6 +147,14 @@ class ChoiceNeeded(VolumeError):
         return f"{self.problem}; this command takes a single volume; save the wanted one as a separate file"
 
 
+class NotFinite(VolumeError):
+    """Voxels are NaN or infinite. The message gives the argument of `read_volume` that replaces them."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f'{problem}; nan="zero" (--nan zero) makes them 0')
+        self.problem = problem
+
+
 def volume_index(path: Path, n: int, volume: int | None) -> int:
     if volume is None:
         if n > 1:

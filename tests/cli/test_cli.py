@@ -21,7 +21,7 @@ from tolerances import assert_close
 
 import deformmamba
 import deformmamba.weights
-from deformmamba.cli import main
+from deformmamba.cli import _message, main
 from deformmamba.models import ZeroFill
 from deformmamba.volume import read_volume, slice_axis
 
@@ -470,6 +470,15 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path, weights: str, monkeypatch: py
     with pytest.raises(KeyError):
         main(["upscale", scan(tmp_path / "in.nii"), "-o", str(tmp_path / "out.nii"), "--model", weights])
     assert not (tmp_path / "out.nii").exists()
+
+
+def test_advice_for_more_memory_is_what_the_command_has() -> None:
+    for options, advice in (
+        ({"batch_size": None, "device": "auto"}, "try --batch-size 1, --device cpu or a machine with more of it"),
+        ({"batch": None, "accumulate": None}, "try --accumulate 4 or a machine with more of it"),
+        ({}, "try a machine with more of it"),
+    ):
+        assert _message(MemoryError(), options) == f"out of memory; {advice}"
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,10 @@ def test_an_index_decides_where_there_is_one(folder):
             "sub-00\tsub-00/ses-1/anat/T2w.nii.gz\ttrain\nsub-00\tsub-00/ses-2/anat/T2w.nii.gz\ttest",
             "in test and train",
         ),
+        (
+            "sub-00\tsub-00/ses-1/anat/T2w.nii.gz\ttrain\nsub-01\t./sub-00/ses-1/anat/T2w.nii.gz\ttest",
+            "line 3: ./sub-00/ses-1/anat/T2w.nii.gz is in line 2 too; list each file once",
+        ),
     ],
 )
 def test_a_wrong_index_is_refused(folder, row, message):

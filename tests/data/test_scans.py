@@ -57,6 +57,48 @@ def test_masks_labels_phases_and_own_outputs_are_left_out_with_the_reason(folder
         assert len(find_scans(folder)) == 2
 
 
+def test_bold_and_diffusion_of_a_bids_data_set_are_left_out(folder, phantom):
+    for kind in ("func", "dwi"):
+        write(folder / "sub-1" / kind / "sub-1_bold.nii.gz", np.stack([phantom, phantom], -1))
+    write(folder / "sub-3" / "ses-1" / "fmap" / "sub-3_epi.nii.gz", phantom)
+    reasons = {}
+    scans = find_scans(folder, passed=lambda path, reason: reasons.update({path.parent.name: reason}))
+    assert [scan.path.relative_to(folder).as_posix() for scan in scans] == NAMES
+    for kind in ("func", "dwi", "fmap"):
+        assert reasons[kind] == f"a scan in {kind}/ of a BIDS data set; volumes.tsv can list it"
+
+
+def test_a_list_may_name_scans_elsewhere(tmp_path, phantom):
+    elsewhere = write(tmp_path / "elsewhere" / "a.nii", phantom)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "volumes.tsv").write_text(f"participant_id\tfile\tsplit\nsub-01\t{elsewhere}\ttrain\n")
+    prepare(plan_folder(tmp_path / "in"), tmp_path / "out")
+    assert len(find_scans(tmp_path / "out")) == 1
+
+
+def test_what_cannot_be_replaced_here_is_not_offered(tmp_path, phantom):
+    broken = phantom.copy()
+    broken[0, 0, 0] = np.nan
+    with pytest.raises(VolumeError, match=r"voxels are NaN or infinite; replace them and save the file$"):
+        load_slices(write(tmp_path / "a.nii", broken))
+
+
+def test_signs_are_kept_in_scores_and_refused_in_training(tmp_path, phantom):
+    """A scan in units of its standard deviation: scores are those of the scan with an offset."""
+    plain = write(tmp_path / "plain.nii", phantom)
+    signed = write(tmp_path / "signed.nii", (phantom - phantom.mean()) / phantom.std())
+    model = ZeroFill(scale=2)
+    (wanted,), (found,) = (evaluate(model, [path], metrics=[]) for path in (plain, signed))
+    assert found["nmse"] * np.square(phantom - phantom.mean()).sum() == pytest.approx(
+        wanted["nmse"] * np.square(phantom).sum(),
+        rel=0.3,  # a magnitude folds the ringing in air
+    )
+    with pytest.warns(UserWarning, match="signed.nii: the scan has negative voxels, and .* gives magnitudes"):
+        evaluate(model, [signed], degradation=parse("k-space >> rician:snr=30", scale=2))
+    with pytest.raises(VolumeError, match=r"signed.nii: \d+ % of its voxels are negative, and this training"):
+        PatchDataset([Scan(signed, "a", "train", "")], scale=2, patch=8, length=1)
+
+
 def test_a_preparation_lists_what_it_left_out(folder, tmp_path_factory):
     manifest = prepare(plan_folder(folder), tmp_path_factory.mktemp("out") / "slices")
     assert [row["source"] for row in manifest["volumes"]] == NAMES

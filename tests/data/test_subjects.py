@@ -116,6 +116,14 @@ JOINED = {
     "files without a person": ("anna/T1.nii anna/foo.nii ben/T1.nii ben/foo.nii ben/bar.nii", "anna anna ben ben ben"),
     "sites": ("Guys/anna.nii Guys/ben.nii HH/carl.nii", "anna ben carl"),
     "channels": ("anna_0000.nii anna_0001.nii ben_0000.nii carl_0001.nii dora_0000.nii", "anna anna ben carl dora"),
+    "one letter in two Unicode forms": (
+        "M\u00fcller_T1.nii Mu\u0308ller_T2.nii Ben_T1.nii",
+        "M\u00fcller M\u00fcller Ben",
+    ),
+    "cases of subjects": (
+        "case_01_subject_03.nii case_02_subject_03.nii case_01_subject_04.nii",
+        "subject03 subject03 subject04",
+    ),
     "numbered channels": ("x_01_0001.nii x_01_0002.nii x_02_0001.nii x_02_0002.nii", "mine mine mine mine"),
 }
 
@@ -125,6 +133,22 @@ def test_scans_of_one_person_are_one_subject(files, wanted):
     paths = [ROOT / name for name in files.split()]
     found = name_subjects(paths, ROOT)
     assert [found.names[path] for path in paths] == wanted.split()
+
+
+NUMBERED = [
+    "training01 training02 training03 training04",
+    *(f"{word}01 {word}02 {word}03" for word in ("control", "study", "brain", "T")),
+    *(f"{word}007 {word}008 {word}012" for word in ("vol", "MR", "scan", "V", "D")),
+]
+
+
+@pytest.mark.parametrize("people", NUMBERED)
+@pytest.mark.parametrize("layout", ["{p}_{k:02}_flair.nii", "{p}_{k}.nii", "{p}/{k}.nii", "{p}/{p}_{k}_T2.nii"])
+def test_a_word_with_a_number_of_several_digits_may_be_a_person(people, layout):
+    scans = {ROOT / layout.format(p=person, k=k): person for person in people.split() for k in (1, 2, 3)}
+    found = name_subjects([*scans], ROOT).names
+    for person in people.split():
+        assert len({found[path] for path in scans if scans[path] == person}) == 1
 
 
 @pytest.mark.parametrize("layout", ["{p}_{k}.nii", "{p}/{k}.nii", "{p}/scan{k}.nii"])
@@ -212,6 +236,10 @@ def test_names_in_a_table_are_equal_in_upper_and_lower_case(tmp_path):
     assert [scan.subject for scan in find_scans(tmp_path)] == ["Sub-A", "Sub-A"]
     (tmp_path / "volumes.tsv").write_text(rows + "val\n")
     with pytest.raises(VolumeError, match="subject Sub-A is in train and val"):
+        find_scans(tmp_path)
+    rows = "participant_id\tfile\tsplit\nM\u00fcller\ta.nii\ttrain\nMu\u0308ller\tb.nii\tval\n"
+    (tmp_path / "volumes.tsv").write_text(rows, "utf-8")
+    with pytest.raises(VolumeError, match=r"subject M.ller is in train and val"):
         find_scans(tmp_path)
 
 

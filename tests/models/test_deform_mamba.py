@@ -107,7 +107,7 @@ def test_what_goes_with_the_whole_slice_is_checked():
     for model, name, given, message in (
         (network(), "base", "garbage", "base must be a tensor of shape .*, not 'garbage'"),
         (network(), "base", torch.zeros(1, 1, 8, 8), "base is .*; wanted"),
-        (network(), "norm", torch.zeros(1, 1, 2), 'norm is for networks with normalise="slice"; leave it out'),
+        (network(), "norm", torch.zeros(1, 7), "norm is .*; wanted"),
         (network(normalise="slice"), "norm", [0, 1], "norm must be a tensor"),
         (network(normalise="slice"), "norm", torch.zeros(1, 7), "norm is .*; wanted"),
     ):

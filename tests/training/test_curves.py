@@ -28,6 +28,16 @@ def test_a_sample_picture_of_an_odd_slice(tmp_path, phantom):
     assert (tmp_path / "sample.png").read_bytes().startswith(PNG)
 
 
+def test_a_sample_picture_without_its_middle_slice(tmp_path, phantom, monkeypatch):
+    array = np.moveaxis(phantom, 2, 0).copy()
+    array[2:5] = 0
+    nibabel.save(nibabel.Nifti1Image(array, np.diag([3, 1, 1, 1])), tmp_path / "scan.nii")
+    drawn = []
+    monkeypatch.setattr("deformmamba.training.sample.comparison", lambda truth, *_, **__: drawn.append(truth))
+    sample_picture(Bicubic(scale=2), tmp_path / "scan.nii", tmp_path / "sample.png")
+    assert drawn[0].any()
+
+
 def test_a_sample_picture_of_a_prepared_volume(tmp_path, phantom):
     path = tmp_path / "a.safetensors"
     write_prepared(path, np.moveaxis(phantom, 2, 0) / 1000, {"spacing_mm": [1.0, 1.0]})

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from deformmamba.data.patches import find_scans
+from deformmamba.data.patches import Scan, find_scans
 from deformmamba.evaluation.compare import evaluate, mean_scores
 from deformmamba.losses import LOSSES
 from deformmamba.metrics import psnr
@@ -184,6 +184,13 @@ def test_licence_and_acknowledgements_of_published_weights_are_inherited_from_th
     (tmp_path / "run.json").write_text(json.dumps({"fit": {"samples": 2}, "provenance": {"recipe": {}}}))
     (tmp_path / "state.pt").write_bytes(b"")
     assert from_recipe._inherited(start, out).keys().isdisjoint({"license", "acknowledgements"})
+
+
+def test_groups_of_a_recipe_do_not_count_where_the_scans_have_none():
+    settings = {"weights": {"T2 brain": 1.0}, "validation": ["T2 brain"], "patch": 8}
+    with pytest.warns(UserWarning, match="scans: contrast and anatomy of the volumes are unknown"):
+        from_recipe.forget_groups([Scan(Path("a.nii"), "a", "train", "")], settings, "scans")
+    assert settings == {"patch": 8}
 
 
 def test_a_start_of_an_unknown_class_is_compared_by_what_its_file_says():

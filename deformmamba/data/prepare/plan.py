@@ -95,7 +95,8 @@ def files_below(root: Path, endings: Sequence[str]) -> list[Path]:
 
 
 def relative_name(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
+    """The path of a scan relative to `root`, with `/`; a list of scans may name one outside of it."""
+    return Path(os.path.relpath(path, root)).as_posix()
 
 
 def file_digest(path: Path) -> str:
