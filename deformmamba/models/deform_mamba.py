@@ -241,18 +241,22 @@ class DeformMambaSR(Block, SRModel):
         return crop(self.project(self.final(x)), self.scale * h, self.scale * w)
 
     def _run(self, blocks: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        # torch.func does not support checkpoints
-        remember = self.checkpointing and self.training and not transforms_are_active()
+        remember = self.checkpointing and self.training and not _in_torch_func()  # which does not support checkpoints
         for block in blocks:  # type: ignore[attr-defined]
             x = checkpoint(block, x, use_reentrant=False) if remember else block(x)
         return x
 
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:
-    """`x` in `torch.channels_last` format; vmap has no rule for the first of the two ways."""
-    if torch.compiler.is_compiling() or not transforms_are_active():
-        return x.contiguous(memory_format=torch.channels_last)
-    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    """`x` in `torch.channels_last` format; vmap has no rule for the second of the two ways."""
+    if _in_torch_func():
+        return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _in_torch_func() -> bool:
+    """Whether a transform of torch.func is active; False while a compiler traces the network."""
+    return not torch.compiler.is_compiling() and transforms_are_active()
 
 
 def _check_arguments(
