@@ -200,14 +200,18 @@ def _candidates(root: Path) -> tuple[list[Candidate], list[Candidate]]:
         one if one.path.exists() else replace(one, reason="a link to a file that is not there")
         for one in scans_below(root)
     ]
-    candidates = [one if one.reason else replace(one, reason=_not_anatomy(one.path)) for one in candidates]
+    candidates = [one if one.reason else replace(one, reason=_not_anatomy(one.path, root)) for one in candidates]
     return [one for one in candidates if not one.reason], [one for one in candidates if one.reason]
 
 
-def _not_anatomy(path: Path) -> str:
-    """Why a scan of a BIDS data set is left out: many volumes of coarse voxels would outweigh the anatomical scans."""
+def _not_anatomy(path: Path, root: Path) -> str:
+    """Why a scan of a BIDS data set is left out: many volumes of coarse voxels would outweigh the anatomical scans.
+
+    The folder `root` itself, which the user chose, may be one of these.
+    """
     kind, folders = path.parent.name, path.parent.parent.parts[-2:]
-    if kind in ("func", "dwi", "fmap", "perf") and any(name.startswith("sub-") for name in folders):
+    is_other = kind in ("func", "dwi", "fmap", "perf") and path.parent != root
+    if is_other and any(name.startswith("sub-") for name in folders):
         return f"a scan in {kind}/ of a BIDS data set; {INDEX} can list it"
     return ""
 

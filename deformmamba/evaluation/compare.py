@@ -118,17 +118,17 @@ def evaluate(
 def _keeping_signs(degradation: Degradation, hr: torch.Tensor, path: Path) -> Degradation:
     """The degradation for the slices `hr` of a scan: with the real part where the k-space crop would fold their signs.
 
-    Other degradations that give magnitudes stay, with a warning.
+    Other degradations that give magnitudes stay. There is a warning in both cases.
     """
     if not gives_magnitudes(degradation) or float((hr < 0).float().mean()) <= MOST_NEGATIVE:
         return degradation
+    said = f"{path}: the scan has negative voxels, and {degradation} gives magnitudes"
     if degradation == KSpaceCrop(degradation.scale):
-        return replace(degradation, output="real")
-    warnings.warn(
-        f"{path}: the scan has negative voxels, and {degradation} gives magnitudes, so the scores are those of a scan "
-        "without signs; output=real and noise instead of rician keep them",
-        stacklevel=3,
-    )
+        degradation = replace(degradation, output="real")
+        warnings.warn(f"{said}; {degradation} is used instead", stacklevel=3)
+    else:
+        cure = "output=real and noise instead of rician keep them"
+        warnings.warn(f"{said}, so the scores are those of a scan without signs; {cure}", stacklevel=3)
     return degradation
 
 
