@@ -83,6 +83,7 @@ def test_what_the_reader_remarks_is_said_everywhere(tmp_path: Path) -> None:
         assert mark in nibabel.load(tmp_path / "out.nii").header["descrip"].item().decode()
 
 
+@pytest.mark.slow
 def test_a_folder_is_named_by_a_dot_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     classic(tmp_path / "scan", oblique(3, (0.8, 0.8, 3.0)), (20, 18, 9))
     (tmp_path / "scan.json").write_text('{"SkullStripped": true}')
