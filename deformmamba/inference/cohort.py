@@ -417,13 +417,13 @@ def _reason(error: Exception) -> str:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory; try tiles"
     if isinstance(error, ChoiceNeeded) and error.argument != "volume":  # a run over a folder has no such argument
-        return f"{error.problem}; upscale this scan alone"
+        return f"{error.problem}; run the command on this scan alone"
     if isinstance(error, (DeformMambaError, FloatingPointError)):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     # the text of a foreign error may quote patient data
-    return f"an unexpected {type(error).__name__}; upscale this scan alone to see where"
+    return f"an unexpected {type(error).__name__}; run the command on this scan alone to see where"
 
 
 def _table(outcomes: list[Outcome]) -> str:

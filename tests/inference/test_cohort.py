@@ -200,7 +200,7 @@ def test_a_bug_in_one_scan_is_named_but_not_quoted(tree: Path, tmp_path: Path, m
 
     monkeypatch.setattr(ZeroFill, "forward", bug)
     outcomes = upscale_cohort(ZeroFill(scale=2), tree, tmp_path / "out")
-    assert {o.reason for o in outcomes} == {"an unexpected KeyError; upscale this scan alone to see where"}
+    assert {o.reason for o in outcomes} == {"an unexpected KeyError; run the command on this scan alone to see where"}
 
 
 @pytest.mark.parametrize(
@@ -210,10 +210,10 @@ def test_a_bug_in_one_scan_is_named_but_not_quoted(tree: Path, tmp_path: Path, m
         (UnsupportedCall("no such call here"), "no such call here"),
         (WeightsError("no such weights"), "no such weights"),
         (InvalidType("a wrong type"), "a wrong type"),
-        (ValueError("SECRET"), "an unexpected ValueError; upscale this scan alone to see where"),
-        (OSError("SECRET"), "an unexpected OSError; upscale this scan alone to see where"),
+        (ValueError("SECRET"), "an unexpected ValueError; run the command on this scan alone to see where"),
+        (OSError("SECRET"), "an unexpected OSError; run the command on this scan alone to see where"),
         (OSError(28, "No space left on device"), "No space left on device"),
-        (ChoiceNeeded("two stacks", "stack", "0 to 1"), "two stacks; upscale this scan alone"),
+        (ChoiceNeeded("two stacks", "stack", "0 to 1"), "two stacks; run the command on this scan alone"),
         (ChoiceNeeded("two volumes", "volume", "0 to 1"), "two volumes; choose one with volume=K, 0 to 1"),
     ],
 )
