@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from deformmamba.errors import InvalidArgument, did_you_mean
@@ -78,7 +77,9 @@ def load_model(name: str) -> "SRModel":
 
 def short(model: str) -> str:
     """The name of a model in a figure or a file name."""
-    return Path(model).name.removesuffix(".safetensors")
+    from deformmamba.inference.provenance import file_name
+
+    return file_name(model).removesuffix(".safetensors")
 
 
 def device_here(name: str) -> str:

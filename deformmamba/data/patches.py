@@ -23,7 +23,7 @@ from deformmamba.physics.degradations import Degradation, KSpaceCrop, parse
 from deformmamba.physics.edges import cubic
 from deformmamba.physics.kspace import resize
 from deformmamba.volume import VolumeError, intensity_scale
-from deformmamba.volume.inspection import MOST_NEGATIVE
+from deformmamba.volume.inspection import too_negative
 
 __all__ = ["PatchDataset", "Sample", "Scan", "Slices", "find_scans", "load_slices", "load_volume", "subjects"]
 
@@ -154,10 +154,10 @@ class PatchDataset(Dataset[Sample]):
             h, w = (n - n % self.scale for n in loaded.array.shape[1:])
             n_cropped += (h, w) != loaded.array.shape[1:]
             hr = torch.from_numpy(loaded.array)[:, :h, :w]
-            if not hr.is_complex() and (negative := float((hr < 0).float().mean())) > MOST_NEGATIVE:
+            if not hr.is_complex() and (negative := too_negative(hr.numpy())):
                 raise VolumeError(
-                    f"{scan.path}: {100 * negative:.0f} % of its voxels are negative, and this training is on "
-                    "magnitudes; add a constant to the scan that makes air 0, or leave the scan out"
+                    f"{scan.path}: {negative}, and this training is on magnitudes; add a constant to the scan that "
+                    "makes air 0, or leave the scan out"
                 )
             if min(h, w) < self.patch * self.scale:
                 raise VolumeError(

@@ -196,11 +196,13 @@ def _from_tree(
 
 def _candidates(root: Path) -> tuple[list[Candidate], list[Candidate]]:
     """The scans below `root`, and the candidates that are not scans."""
-    candidates = [
-        one if one.path.exists() else replace(one, reason="a link to a file that is not there")
-        for one in scans_below(root)
-    ]
-    candidates = [one if one.reason else replace(one, reason=_not_anatomy(one.path, root)) for one in candidates]
+
+    def reason(one: Candidate) -> str:
+        if not one.path.exists():
+            return "a link to a file that is not there"
+        return one.reason or _not_anatomy(one.path, root)
+
+    candidates = [replace(one, reason=reason(one)) for one in scans_below(root)]
     return [one for one in candidates if not one.reason], [one for one in candidates if one.reason]
 
 

@@ -31,7 +31,7 @@ from deformmamba.physics.consistency import Consistency
 from deformmamba.physics.degradations import Degradation, KSpaceCrop, gives_magnitudes
 from deformmamba.tensors import on_cpu_by_default
 from deformmamba.volume import intensity_scale
-from deformmamba.volume.inspection import MOST_NEGATIVE
+from deformmamba.volume.inspection import too_negative
 
 Source = Scan | str | os.PathLike[str]
 Visit = Callable[[Scan, torch.Tensor, torch.Tensor], None]
@@ -120,7 +120,7 @@ def _keeping_signs(degradation: Degradation, hr: torch.Tensor, path: Path) -> De
 
     Other degradations that give magnitudes stay. There is a warning in both cases.
     """
-    if not gives_magnitudes(degradation) or float((hr < 0).float().mean()) <= MOST_NEGATIVE:
+    if not gives_magnitudes(degradation) or not too_negative(hr.numpy()):
         return degradation
     said = f"{path}: the scan has negative voxels, and {degradation} gives magnitudes"
     if degradation == KSpaceCrop(degradation.scale):

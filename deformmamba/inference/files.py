@@ -148,32 +148,33 @@ def upscale_file(
     if uncertainty is not None:
         check_output(uncertainty, source=scan)
         chosen = replace(chosen, ensemble=True)
-    prepared, interpolated = _preparation(scan, chosen_axis(scan, chosen.axis), effective)
+    prepared = _preparation(scan, chosen_axis(scan, chosen.axis), effective)
     scan = prepared(scan)
     check_in_plane(found)
     job = Upscaling(found, scan, chosen)
     jobs_of = partial_of(map, lambda one: Upscaling(found, prepared(one), chosen, judge=False))
-    more, more_notes = _more_cautions(itertools.chain([scan], scans), found) if n_volumes > 1 else ((), ())
-    notes, odd = (*scan.notes, *interpolated, *more_notes), (*job.cautions, *more)
+    more_notes, more = _of_more_volumes(itertools.chain([scan], scans), found) if n_volumes > 1 else ((), ())
+    notes, odd = (*scan.notes, *more_notes), (*job.cautions, *more)
+    cautions = (*notes, *odd)
     started(job, n_volumes)
     start = time.perf_counter()
     made_by = derivation(found, distrust(odd, notes))
     outputs = [(target, dtype)] if uncertainty is None else [(target, dtype), (uncertainty, None)]
     with ExitStack() as until_reported:
-        pages = (
-            [until_reported.enter_context(_temporary_array(report, job)) for _ in outputs] if report is not None else []
-        )
+        pages = [until_reported.enter_context(_temporary_array(report, job)) for _ in outputs if report is not None]
         jobs = itertools.chain([job], jobs_of(itertools.islice(_silently(read()), 1, None)))
         kept = _write(jobs, n_volumes, job, outputs, made_by, pages, keep(scan.array.shape[job.axis]))
         seconds = time.perf_counter() - start
         if report is not None:
             facts = report_facts(found, job.settings, seconds, effective)
-            _write_page(report, found, scan, job, pages, facts, (*notes, *odd))
+            _write_page(report, found, scan, job, pages, facts, cautions)
     if sidecar:
         reading = {"volume": volume, "dtype": dtype, "effective": effective, **unusual(nan, partial)}
-        write_sidecar(target, source, "sr", generated_by(found, job.settings, reading), (*notes, *odd))
-    remark, whole = spacing_remark(found, scan, job.axis), (job.place, job.shape, job.axis)
-    return Upscaled(scan, *whole, kept, remark, seconds, job.settings, n_volumes, (*notes, *odd), made_by)
+        write_sidecar(target, source, "sr", generated_by(found, job.settings, reading), cautions)
+    remark = spacing_remark(found, scan, job.axis)
+    return Upscaled(
+        scan, job.place, job.shape, job.axis, kept, remark, seconds, job.settings, n_volumes, cautions, made_by
+    )
 
 
 def check_paths(source: PathLike, target: PathLike, uncertainty: PathLike | None, report: PathLike | None) -> None:
@@ -202,9 +203,9 @@ def _scans(
     return (lambda: read_volumes(source, **reading)), n_volumes
 
 
-def _more_cautions(volumes: Iterable[Volume], model: "SRModel") -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Cautions about the intensities of `volumes` after the first, also given as warnings: of each volume that has more
-    of them than those before it. And the reader's remarks about these volumes that the first does not have.
+def _of_more_volumes(volumes: Iterable[Volume], model: "SRModel") -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The notes on `volumes` after the first that the first does not have, and the cautions about their intensities:
+    of each volume that has more of them than those before it. The cautions are also given as warnings.
 
     All volumes are read here, so that a faulty one is found before anything is computed.
     """
@@ -221,7 +222,7 @@ def _more_cautions(volumes: Iterable[Volume], model: "SRModel") -> tuple[tuple[s
         most = max(most, len(said))
     for caution in found:
         warnings.warn(caution, stacklevel=4)  # the caller of `upscale_file`
-    return tuple(found), tuple(f"volume {number}: {note}" for note, number in notes.items() if number > 0)
+    return tuple(f"volume {number}: {note}" for note, number in notes.items() if number > 0), tuple(found)
 
 
 def _silently(volumes: Iterator[Volume]) -> Iterator[Volume]:
@@ -325,21 +326,21 @@ def _temporary_array(report: PathLike, job: Upscaling) -> Iterator[np.ndarray]:
         yield np.moveaxis(np.memmap(file, np.float32, "r+", shape=(job.shape[job.axis], h, w)), 0, job.axis)
 
 
-def _preparation(scan: Volume, axis: int, effective: bool) -> tuple[Callable[[Volume], Volume], tuple[str, ...]]:
-    """What is done to each volume of a file before it is upscaled: with `effective`, `to_effective`, else nothing.
+def _preparation(scan: Volume, axis: int, effective: bool) -> Callable[[Volume], Volume]:
+    """What is done to each volume of a file before it is upscaled: with `effective`, `to_effective`.
 
     All volumes are cropped to the matrix of the first, `scan`, because they become one file. Without `effective`, warns
-    if k-space is filled to a smaller size than that of the slices, and returns the warning.
+    if k-space is filled to a smaller size than that of the slices, and adds a note to each volume.
     """
     (h, w), (rows, columns) = (scan.array.shape[a] for a in in_plane(axis)), measured_matrix(scan, axis)
     if effective:
-        return partial_of(to_effective, axis=axis, matrix=(rows, columns)), ()
+        return partial_of(to_effective, axis=axis, matrix=(rows, columns))
     if (rows, columns) == (h, w):
-        return (lambda one: one), ()
+        return lambda one: one
     interpolated = (
         f"the slices have {h}x{w} pixels, but their k-space is filled to about {rows}x{columns}: the scan was "
         "interpolated, and its true resolution is lower than the header states"
     )
     cure = "effective=True (--effective) undoes the interpolation first"
     warnings.warn(f"{interpolated}; {cure}", stacklevel=4)  # the caller of `upscale_file`
-    return (lambda one: one), (interpolated,)
+    return lambda one: replace(one, notes=(*one.notes, interpolated))

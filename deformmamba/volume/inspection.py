@@ -328,9 +328,15 @@ def no_magnitude(array: np.ndarray, between: tuple[float, float], *, signed: boo
             axis = int(np.argmax(array.shape))
             if np.abs(np.diff(array.astype(np.float32), axis=axis)).mean() > PHASE_STEP * (high - low):
                 return f"its values fill {low:.4g} to {high:.4g} like noise, as those of a phase image do"
-    if not signed and (negative := float(np.mean(array < 0))) > MOST_NEGATIVE:
-        return f"{100 * negative:.0f} % of its voxels are negative, as in a t-map or in a signed or negated image"
+    if not signed and (negative := too_negative(array)):
+        return f"{negative}, as in a t-map or in a signed or negated image"
     return None
+
+
+def too_negative(array: np.ndarray) -> str:
+    """The share of negative voxels in words, if it is larger than in a magnitude image; else empty."""
+    share = float(np.mean(array < 0))
+    return f"{100 * share:.0f} % of its voxels are negative" if share > MOST_NEGATIVE else ""
 
 
 def stated_matrix(volume: Volume, axis: int) -> tuple[int | None, int | None]:
