@@ -165,8 +165,8 @@ def _isotropic_already(spacing: float, to: float, pixel: float, ratio: float, is
     from k-space, and nobody asked for it."""
     if is_estimate:
         return VolumeError(
-            f"slices are {spacing:.3g} mm apart, and so is the resolution in a slice: k-space is filled such that "
-            f"voxels of {to:.3g} mm would be made; to=MM (--to MM) asks for smaller ones"
+            f"slices are {spacing:.3g} mm apart, and a slice resolves no more than that: its k-space is filled for "
+            f"voxels of {to:.3g} mm; to=MM (--to MM) asks for smaller ones"
         )
     wanted = f"voxels of {to:.3g} mm are wanted" if to > pixel else f"pixels are {pixel:.3g} mm"
     return NothingToDo(

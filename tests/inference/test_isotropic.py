@@ -272,7 +272,7 @@ def test_interpolated_slices_are_taken_at_what_they_resolve(truth: np.ndarray) -
     assert asked.to == 0.5
     coarse = replace(fine, affine=fine.affine @ np.diag([1, 1, 0.3, 1]))
     with pytest.raises(
-        VolumeError, match=r"1.2 mm apart, and so is the resolution .*\(--to MM\) asks for smaller"
+        VolumeError, match=r"1.2 mm apart, and a slice resolves no more than that: .*\(--to MM\) asks for smaller"
     ) as no:
         isotropic(coarse, model=Sharpen())
     assert not isinstance(no.value, NothingToDo)  # a folder run lists it as failed
