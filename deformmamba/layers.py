@@ -542,6 +542,17 @@ class DeformMambaBlock(Block):
         return y if self.deform is None else y + self.deform(x)
 
 
+def start_as_identity(block: VisionMambaBlock | DeformMambaBlock) -> None:
+    """Sets the last layer of each branch to zero: until it is trained, `block` returns its input."""
+    mamba = block.mamba if isinstance(block, DeformMambaBlock) else block
+    last: list[nn.Module] = [mamba.out]
+    if isinstance(block, DeformMambaBlock) and block.deform is not None:
+        last.append(block.deform)
+    for module in last:
+        for parameter in (module.weight, module.bias):
+            nn.init.zeros_(parameter)  # type: ignore[arg-type]
+
+
 class MultiViewContext(Block):
     """Figure 1 (C): parallel atrous 3x3 convolutions, concatenated, fused by a 1x1, added to the input.
 

@@ -106,8 +106,8 @@ def test_the_worked_examples_pass_when_they_are_pasted(tmp_path: Path) -> None:
     package = tmp_path / "deformmamba"
     checks = re.compile(r"\n\n(?:assert|model = ).*", re.DOTALL)
     (package / "models" / "nearest.py").write_text('"""Nearest."""\n\n' + checks.sub("", code["Nearest"]) + "\n")
-    losses = (package / "losses.py").read_text("utf-8").replace('"l1": L1Loss', '"l1": L1Loss, "new": CharbonnierLoss')
-    written = checks.sub("", code["CharbonnierLoss"]).partition("class ")[2]
+    losses = (package / "losses.py").read_text("utf-8").replace('"l1": L1Loss', '"l1": L1Loss, "new": HuberLoss')
+    written = checks.sub("", code["HuberLoss"]).partition("class ")[2]
     table = losses.index("LOSSES:")
     (package / "losses.py").write_text(f"{losses[:table]}class {written}\n\n{losses[table:]}", "utf-8")
     models = (

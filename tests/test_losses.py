@@ -1,11 +1,12 @@
-"""CELoss, its sum with L1, and L1 with SSIM: definition, invariances, gradients."""
+"""CELoss, its sum with L1, Charbonnier's loss, and L1 with SSIM: definition, invariances, gradients."""
 
+import numpy as np
 import pytest
 import torch
 from scipy.ndimage import convolve
 from tolerances import assert_close
 
-from deformmamba.losses import EDGE_KERNELS, LOSSES, ContrastiveEdgeLoss, SRLoss, SSIMLoss
+from deformmamba.losses import EDGE_KERNELS, LOSSES, CharbonnierLoss, ContrastiveEdgeLoss, SRLoss, SSIMLoss
 from deformmamba.metrics import pooled, pooled_by_matrices, ssim
 
 
@@ -48,6 +49,18 @@ def test_the_ssim_loss_is_l1_and_the_measured_ssim():
     assert float(small) == pytest.approx(float((sr - hr)[:, :, :6].abs().mean()))
     with pytest.raises(ValueError, match="weight must be a number of 0 or more, not -1"):
         SSIMLoss(-1)
+
+
+def test_the_charbonnier_loss_is_square_below_eps_and_absolute_above():
+    sr, hr = (image.double() for image in pair(1, 1, 8, 8))
+    wanted = np.mean(np.hypot((sr - hr).numpy(), 0.2) - 0.2)
+    assert CharbonnierLoss(0.2)(sr, hr).item() == pytest.approx(wanted)
+    assert CharbonnierLoss(0.2)(hr + 1e-4, hr).item() == pytest.approx(1e-8 / 0.4, rel=1e-6)
+    assert CharbonnierLoss(0.2)(hr + 1e4, hr).item() == pytest.approx(1e4 - 0.2)
+    half = CharbonnierLoss()(sr.bfloat16(), hr.bfloat16())
+    assert half.dtype == torch.float32
+    with pytest.raises(ValueError, match="eps must be a number above 0, not 0"):
+        CharbonnierLoss(0)
 
 
 def test_the_ssim_loss_is_exact_in_half_precision():

@@ -211,6 +211,14 @@ class SRModel(nn.Module):
         model.sha256 = checkpoint.sha256
         return model.eval()
 
+    def load_initial(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Loads the weights that a training of this network starts from.
+
+        Raises:
+            RuntimeError: names or shapes that are not this network's.
+        """
+        self.load_state_dict(weights, strict=True)
+
     def save_pretrained(self, path: str | os.PathLike[str], provenance: Mapping[str, Any] | None = None) -> str:
         """Writes the model and returns the file's sha256.
 

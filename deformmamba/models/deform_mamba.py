@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from deformmamba.layers import (
     PatchMerge,
     VisionMambaBlock,
     exempt_from_weight_decay,
+    start_as_identity,
 )
 from deformmamba.models.base import SRModel, crop, pad_to_multiple
 from deformmamba.models.normalise import NORMALISATIONS, keep_constant, normalised, slice_range
@@ -168,6 +169,27 @@ class DeformMambaSR(Block, SRModel):
             hint = did_you_mean(name, PRESETS) if isinstance(name, str) else ""
             raise InvalidArgument(f"DeformMambaSR: unknown preset {shown(name)}{hint}; presets: {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
+
+    def load_initial(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Loads the weights that a training starts from, of this network or of one with fewer blocks in some levels.
+
+        The further blocks of a level follow the given ones and at first return their input, so that both networks
+        compute the same.
+
+        Raises:
+            RuntimeError: names or shapes that differ, except those of further blocks.
+        """
+        missing = self.state_dict().keys() - weights.keys()
+        further: dict[str, torch.Tensor] = {}
+        for side in ("encoder", "decoder"):
+            for level, blocks in enumerate(getattr(self, side)):
+                for number, block in enumerate(blocks):
+                    place = f"{side}.{level}.{number}."
+                    own = {place + name for name in block.state_dict()}
+                    if number and own <= missing:
+                        start_as_identity(block)
+                        further |= {place + name: tensor for name, tensor in block.state_dict().items()}
+        super().load_initial({**weights, **further})
 
     def forward(
         self, lr: torch.Tensor, base: torch.Tensor | None = None, norm: torch.Tensor | None = None

@@ -320,7 +320,7 @@ def _model(recipe: str | os.PathLike[str], arguments: Mapping[str, Any], start: 
     model: SRModel = made.from_preset(preset, **plain) if preset is not None else made(**plain)  # type: ignore[attr-defined]
     if start is not None:
         try:
-            model.load_state_dict(start.tensors, strict=True)
+            model.load_initial(start.tensors)
         except RuntimeError as error:
             raise InvalidArgument(
                 f"train: init = {str(arguments['init'])!r} ({start.class_name}) does not fit the recipe's "
@@ -335,7 +335,8 @@ def _warn_if_unlike(model: SRModel, start: Checkpoint) -> None:
     # of a class that is not in the list, the settings that the file does not name are unknown and count as equal
     known = start.class_name in MODELS
     theirs = MODELS[start.class_name].from_checkpoint(start).config if known else {**model.config, **start.config}
-    unlike = [key for key, value in model.config.items() if theirs.get(key) != value]
+    # further blocks of a level start as the identity, see `DeformMambaSR.load_initial`
+    unlike = [key for key, value in model.config.items() if theirs.get(key) != value and key != "depths"]
     if unlike:
         ours, before = (", ".join(f"{key} = {of.get(key)!r}" for key in unlike) for of in (model.config, theirs))
         warnings.warn(

@@ -49,6 +49,25 @@ def test_presets_are_the_papers_widths_and_small_ones():
         DeformMambaSR.from_preset("huge")
 
 
+@pytest.mark.parametrize("options", [{}, {"deform": False, "channel_attention": False}])
+def test_further_blocks_return_their_input_until_they_are_trained(options):
+    few, many = network(**options, normalise="slice"), network(**options, normalise="slice", depths=[3, 2])
+    many.load_initial(few.state_dict())
+    lr = image(16, 12)
+    assert torch.equal(many(lr), few(lr))
+    many(lr).square().sum().backward()
+    for name, parameter in many.named_parameters():
+        if name.endswith((".out.weight", ".deform.weight")):
+            assert parameter.grad.abs().max() > 0, f"{name} learns"
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        few.load_initial(many.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        network(**options, dims=[8, 16], depths=[3, 2]).load_initial(few.state_dict())
+    lacks = {name: tensor for name, tensor in few.state_dict().items() if not name.startswith("decoder.1.0.")}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        many.load_initial(lacks)
+
+
 def test_each_ablation_removes_its_own_parameters_and_nothing_else():
     def shapes(**options):
         return {name: tuple(p.shape) for name, p in network(**options).named_parameters()}

@@ -1,5 +1,6 @@
 """Recipes: those in the package are valid, a user's recipe trains from a folder, mistakes are found before training."""
 
+import csv
 import dataclasses
 import hashlib
 import json
@@ -199,6 +200,19 @@ def test_a_start_of_an_unknown_class_is_compared_by_what_its_file_says():
     from_recipe._warn_if_unlike(model, same)
     with pytest.warns(UserWarning, match=r"has d_state = 2, and the network of init mine.safetensors has d_state = 4"):
         from_recipe._warn_if_unlike(model, dataclasses.replace(same, config={"d_state": 4}))
+
+
+@pytest.mark.slow
+def test_a_network_with_more_blocks_starts_from_the_results_of_one_with_fewer(folder, tmp_path, recipe, recwarn):
+    small = tmp_path / "out" / train_recipe(recipe, folder, tmp_path / "out", progress=False)
+    deeper = tmp_path / "deeper.toml"
+    assert "depths = [1, 1]" in RECIPE
+    deeper.write_text(RECIPE.replace("depths = [1, 1]", "depths = [3, 2]"))
+    train_recipe(deeper, folder, tmp_path / "more", init=small, progress=False)
+    rows = {name: list(csv.DictReader((tmp_path / name / "log.csv").open())) for name in ("out", "more")}
+    before, start = rows["out"][-1], rows["more"][0]
+    assert float(start["psnr"]) == pytest.approx(float(before["psnr"]), abs=1e-6)
+    assert not [w for w in recwarn if "does not start from" in str(w.message)]
 
 
 def test_finetuning_asks_for_weights(folder, tmp_path):
