@@ -23,7 +23,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("annotations",),
     ("torch_private",),
     ("tensors",),
-    ("extras", "threads"),
+    ("compiled", "extras", "threads"),
     ("scan", "metrics", "physics", "weights"),
     ("deform", "losses"),
     ("layers", "flops"),

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deformmamba.compiled import compiled, numba_compiles
 from deformmamba.errors import InvalidArgument
-from deformmamba.mamba.compiled import compiled, numba_compiles
 from deformmamba.tensors import as_array, check_given, loop_over_batch, plain
 from deformmamba.threads import run_each
 
@@ -194,4 +194,9 @@ def _kernel(name: str, dtype: torch.dtype) -> Any:
         arguments = (flat, rows, flat, flat, real[:, :, ::1], rows)
     signature = types.void(*arguments, int64, pair, int64[:, ::1])
     # sums may be reordered for vector instructions; NaN and infinity stay valid
-    return compiled(getattr(causal_conv_kernels, name), signature, {"reassoc", "contract", "nsz"})
+    return compiled(
+        getattr(causal_conv_kernels, name),
+        signature,
+        f"causal convolution on the CPU ({name.partition('_')[0]} pass, {real})",
+        fastmath={"reassoc", "contract", "nsz"},
+    )

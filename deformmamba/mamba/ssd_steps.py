@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deformmamba.mamba.compiled import compiled, numba_compiles
+from deformmamba.compiled import compiled, numba_compiles
 from deformmamba.tensors import as_array
 from deformmamba.threads import run_each
 
@@ -52,4 +52,5 @@ def _kernel() -> Any:
 
     cube, rows = float32[:, :, ::1], float32[:, ::1]
     signature = types.void(cube, rows, rows, rows, rows, cube, cube, float32[:, :, :, ::1], int64, int64, int64)
-    return compiled(ssd_step_kernels.scan, signature, {"contract", "nsz"})  # NaN and infinity are data
+    fastmath = {"contract", "nsz"}  # NaN and infinity are data
+    return compiled(ssd_step_kernels.scan, signature, "scan of Mamba-2 on the CPU", fastmath=fastmath)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from deformmamba.mamba.compiled import numba_compiles
+from deformmamba.compiled import kept_on_disk, numba_compiles
 from deformmamba.tensors import PLAIN
 from deformmamba.torch_private import differentiates_by_transform, transforms_are_active
 
@@ -128,25 +128,26 @@ def _written(state: torch.Tensor) -> None:
 @functools.cache
 def _functions() -> dict[str, Callable[..., None]]:
     """The C functions of `step_kernels`, from disk or compiled now."""
+    sizes = (("scan_step", 7, 11), ("head_step", 7, 11), ("conv_step", 5, 5))
+    return {name: _function(name, pointers, integers) for name, pointers, integers in sizes}
+
+
+def _function(name: str, pointers: int, integers: int) -> Callable[..., None]:
     from numba import cfunc, types
 
     from deformmamba.mamba import step_kernels
 
-    real, whole = types.CPointer(types.float32), types.int64
-    functions: dict[str, Callable[..., None]] = {}
-    for name, pointers, integers in (("scan_step", 7, 11), ("head_step", 7, 11), ("conv_step", 5, 5)):
-        # sums may be reordered to use vectors; NaN and infinity are data
-        options: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
-        signature = types.void(*[real] * pointers, *[whole] * integers)
-        try:
-            compiled = cfunc(signature, cache=True, **options)(getattr(step_kernels, name))
-        except Exception:  # of the cache: nowhere to write, a full disk, a damaged file; any other comes again here
-            compiled = cfunc(signature, **options)(getattr(step_kernels, name))
-        prototype = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * pointers, *[ctypes.c_int64] * integers)
-        address: Any = compiled.address
-        functions[name] = prototype(address)
-        _kept.append(compiled)
-    return functions
+    signature = types.void(*[types.CPointer(types.float32)] * pointers, *[types.int64] * integers)
+    # sums may be reordered to use vectors; NaN and infinity are data
+    options: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
+
+    def compiled(keep: bool) -> Any:
+        return cfunc(signature, cache=keep, **options)(getattr(step_kernels, name))
+
+    kernel = kept_on_disk(compiled, "steps of generation")
+    _kept.append(kernel)
+    prototype = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * pointers, *[ctypes.c_int64] * integers)
+    return prototype(kernel.address)
 
 
 _kept: list[Any] = []  # the machine code behind the addresses

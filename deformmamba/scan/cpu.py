@@ -11,8 +11,6 @@ not survive a fork. The kernels release the GIL instead, and jobs run on PyTorch
 
 import itertools
 import math
-import sys
-import threading
 from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -20,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from deformmamba.compiled import compiled, why_numba_does_not_compile
 from deformmamba.scan.backend import Abilities
 from deformmamba.tensors import as_array
 from deformmamba.threads import ForkLock, run_on_threads
@@ -37,14 +36,7 @@ def unusable(tensor: torch.Tensor | None = None) -> str | None:
     """Why the kernels cannot run on `tensor` (None: on anything here), and the cure, separated by a semicolon."""
     if tensor is not None and tensor.device.type != "cpu":
         return f"it runs on CPU tensors only, the tensor is on {tensor.device}; move it to the CPU"
-    try:
-        import numba
-    except Exception as error:  # a numpy that is too new for numba raises ImportError, a broken llvmlite OSError
-        return f"numba cannot be imported ({error}); pip install --upgrade numba"
-    settings: Any = numba.config
-    if settings.DISABLE_JIT:
-        return "numba compiles nothing because NUMBA_DISABLE_JIT is set; unset it, or use backend 'eager'"
-    return None
+    return why_numba_does_not_compile()
 
 
 def compiled_for() -> str:
@@ -271,18 +263,8 @@ def _kernel(name: str, dtype: torch.dtype, zoh: bool) -> Any:
     return _kernels[key]
 
 
-@cache
-def _say_once_that_nothing_is_kept() -> None:
-    print(
-        "deformmamba: the compiled kernels cannot be kept on disk, so that every process compiles them again; set "
-        "NUMBA_CACHE_DIR to a folder that you may write to",
-        file=sys.stderr,
-    )
-
-
 def _compile(name: str, dtype: torch.dtype, zoh: bool) -> Any:
-    from numba import from_dtype, njit, types
-    from numba.core import event
+    from numba import from_dtype, types
 
     from deformmamba.scan import cpu_kernels
 
@@ -297,35 +279,5 @@ def _compile(name: str, dtype: torch.dtype, zoh: bool) -> Any:
     jobs, taken = array(types.int64, 2, "C"), array(types.int64, 1, "C")
     signature = types.void(inputs, outputs, scratch, jobs, taken, pair, types.boolean, has_zoh)
 
-    def compiled(cache: bool) -> Any:
-        options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
-        kernel = njit(cache=cache, **options)(getattr(cpu_kernels, name))
-        kernel.compile(signature)
-        kernel.disable_compile()
-        return kernel
-
-    what = f"{name} pass, {_DTYPES[dtype]}{', zoh' if zoh else ''}"
-    notice = threading.Timer(1, lambda: print(f"deformmamba: compiling the CPU scan ({what}), once", file=sys.stderr))
-    notice.daemon = True
-
-    class Announce(event.Listener):
-        """Called on compilation, not when the code comes from the disk cache."""
-
-        def on_start(self, _: Any) -> None:
-            if notice.ident is None:
-                notice.start()
-
-        def on_end(self, _: Any) -> None:
-            pass
-
-    try:
-        with event.install_listener("numba:compile", Announce()):
-            try:
-                return compiled(cache=True)
-            except Exception as error:  # of the cache: nowhere to write, a full disk, a damaged file; any other again
-                kernel = compiled(cache=False)
-                if "cannot cache" in str(error) or isinstance(error, OSError):
-                    _say_once_that_nothing_is_kept()
-                return kernel
-    finally:
-        notice.cancel()
+    what = f"CPU scan ({name} pass, {_DTYPES[dtype]}{', zoh' if zoh else ''})"
+    return compiled(getattr(cpu_kernels, name), signature, what)

@@ -220,7 +220,7 @@ def test_compiling_is_announced_after_a_second(
             self.ident = 1
             self.announce()
 
-    monkeypatch.setattr(cpu.threading, "Timer", Impatient)
+    monkeypatch.setattr("deformmamba.compiled.threading.Timer", Impatient)
     monkeypatch.setattr("numba.core.config.CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(cpu_kernels, "forward", nothing)
     cpu._compile("forward", torch.float32, False)
