@@ -55,7 +55,7 @@ def _exempt_again(module: nn.Module, _: object) -> None:
 
 
 class Block(NotScriptable, nn.Module):
-    """A module whose parameters keep their attribute `_no_weight_decay` in copies, pickles and loaded states."""
+    """A module whose parameters keep their attribute `_no_weight_decay` in copies, pickles, loaded states and moves."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -65,9 +65,18 @@ class Block(NotScriptable, nn.Module):
         super().__setstate__(state)
         exempt_from_weight_decay(self)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> "Block":
+        super()._apply(*args, **kwargs)  # `to_empty` makes new parameters
+        exempt_from_weight_decay(self)
+        return self
 
-def check_map(block: nn.Module, x: torch.Tensor, channels: int, *, multiple: int = 1) -> None:
+
+def check_map(
+    block: nn.Module, x: torch.Tensor, channels: int, *, multiple: int = 1, weight: torch.Tensor | None = None
+) -> None:
     """Checks that `x` is a floating point (b, channels, h, w) map with h and w multiples of `multiple`, and not 0.
+
+    Outside autocast, it must also have the dtype of `weight`, the first weight that it meets.
 
     Raises:
         InvalidArgument: it is not; one line that names the block.
@@ -85,6 +94,16 @@ def check_map(block: nn.Module, x: torch.Tensor, channels: int, *, multiple: int
         sizes = f"h and w multiples of {multiple}" if multiple > 1 else "h and w at least 1"
         raise InvalidArgument(
             f"{type(block).__name__}: given {given}; wanted floating point (b, {channels}, h, w), {sizes}"
+        )
+    if (
+        weight is not None
+        and x.dtype != weight.dtype
+        and weight.is_floating_point()
+        and not torch.is_autocast_enabled(x.device.type)
+    ):
+        raise InvalidArgument(
+            f"{type(block).__name__}: given {x.dtype}, and its weights are {weight.dtype}; convert one of the two "
+            "(x.to(...) or block.to(...)), or use torch.autocast"
         )
 
 
@@ -172,6 +191,15 @@ class ChannelAttention(Block):
         return x * weight[:, :, None, None]
 
 
+class _ZeroConvolution(nn.Conv2d):
+    """A convolution that starts at zero."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # draws as many random numbers as a plain convolution
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
 class ModulatedDeformBlock(Block):
     """Figure 1 (B-1): a convolution that learns, from the image, where to sample and how much each sample counts.
 
@@ -234,15 +262,19 @@ class ModulatedDeformBlock(Block):
         shape = (out_channels, channels // groups, kernel_size, kernel_size)
         self.weight = nn.Parameter(torch.empty(shape, **factory))
         self.bias = nn.Parameter(torch.zeros(out_channels, **factory)) if bias else None
-        self.offset_mask = nn.Conv2d(
+        self.offset_mask = _ZeroConvolution(
             channels, 3 * self.taps, kernel_size, stride=stride, padding=self.padding, dilation=dilation, **factory
         )
         self.norm = _norm(norm, out_channels, factory)
         self.activation = activation
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.offset_mask.weight)
-        nn.init.zeros_(self.offset_mask.bias)  # type: ignore[arg-type]
+        self.reset_parameters()
         exempt_from_weight_decay(self)
+
+    def reset_parameters(self) -> None:
+        """Draws new initial weights; the offsets have their own `reset_parameters`."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def offsets_and_mask(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """dp (b, 2 * groups * taps, h', w') in pixels and dm (b, groups * taps, h', w') that `forward` uses for `x`."""
@@ -251,7 +283,7 @@ class ModulatedDeformBlock(Block):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         refuse_tracing("ModulatedDeformBlock")
-        check_map(self, x, self.channels)
+        check_map(self, x, self.channels, weight=self.offset_mask.weight)
         offset, mask = self.offsets_and_mask(x)
         y = modulated_deform_conv2d(
             x, offset, mask, self.weight, self.bias, stride=self.stride, padding=self.padding, dilation=self.dilation
@@ -371,6 +403,7 @@ class SS2D(Block):
         if backend is not None:
             check_backend(backend)
         self.channels, self.d_state, self.directions = channels, d_state, directions
+        self.dt_min, self.dt_max = dt_min, dt_max
         self.dt_rank = dt_rank or math.ceil(channels / 16)
         self.discretization: Discretization = discretization
         self.backend = backend
@@ -378,18 +411,24 @@ class SS2D(Block):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.x_proj = nn.Parameter(torch.empty(k, r + 2 * n, channels, **factory))
         self.dt_proj = nn.Parameter(torch.empty(k, channels, r, **factory))
-        bound = 1 / math.sqrt(channels)
-        nn.init.uniform_(self.x_proj, -bound, bound)
-        nn.init.uniform_(self.dt_proj, -(r**-0.5), r**-0.5)
-        wide = torch.promote_types(self.x_proj.dtype, torch.float32)  # rounded once, at the end
-        uniform = torch.rand(k, channels, device=device, dtype=wide)
-        dt = torch.exp(uniform * math.log(dt_max / dt_min) + math.log(dt_min))
-        inverse_softplus = dt + torch.log(-torch.expm1(-dt))
-        self.dt_bias = nn.Parameter(inverse_softplus.to(self.x_proj.dtype))
-        log_rates = torch.arange(1, n + 1, device=device, dtype=wide).log().repeat(k * channels, 1)
-        self.A_log = nn.Parameter(log_rates.to(self.x_proj.dtype))
-        self.D = nn.Parameter(torch.ones(k * channels, **factory))
+        self.dt_bias = nn.Parameter(torch.empty(k, channels, **factory))
+        self.A_log = nn.Parameter(torch.empty(k * channels, n, **factory))
+        self.D = nn.Parameter(torch.empty(k * channels, **factory))
+        self.reset_parameters()
         exempt_from_weight_decay(self)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws new initial values, also after `to_empty` of a block that was made on the device "meta"."""
+        bound = 1 / math.sqrt(self.channels)
+        nn.init.uniform_(self.x_proj, -bound, bound)
+        nn.init.uniform_(self.dt_proj, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        wide = torch.promote_types(self.x_proj.dtype, torch.float32)  # rounded once, at the end
+        uniform = torch.rand(self.dt_bias.shape, device=self.dt_bias.device, dtype=wide)
+        dt = torch.exp(uniform * math.log(self.dt_max / self.dt_min) + math.log(self.dt_min))
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        self.A_log.copy_(torch.arange(1, self.d_state + 1, device=self.A_log.device, dtype=wide).log())
+        nn.init.ones_(self.D)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         refuse_tracing("SS2D")
@@ -470,7 +509,7 @@ class VisionMambaBlock(Block):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         refuse_tracing("VisionMambaBlock")
-        check_map(self, x, self.channels)
+        check_map(self, x, self.channels, weight=self.inner.weight)
         z = self.norm(_last(x))
         context = self.ss2d(F.silu(self.pointwise(self.depthwise(_first(self.inner(z))))))
         mixed = self.out(self.inner_norm(_last(context)) * F.silu(self.gate(z)))
@@ -537,7 +576,7 @@ class DeformMambaBlock(Block):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         refuse_tracing("DeformMambaBlock")
-        check_map(self, x, self.channels)
+        check_map(self, x, self.channels, weight=self.mamba.inner.weight)
         y = self.mamba(x)
         return y if self.deform is None else y + self.deform(x)
 
@@ -579,6 +618,7 @@ class MultiViewContext(Block):
     ) -> None:
         super().__init__()
         channels, branch_channels = _positive("MultiViewContext", channels=channels, branch_channels=branch_channels)
+        rates = getattr(rates, "tolist", lambda: rates)()  # of an array of numpy or PyTorch
         if not isinstance(rates, Sequence) or isinstance(rates, str):
             raise InvalidType(f"MultiViewContext: rates must be a list of integers, not {shown(rates)}")
         rates = _positive("MultiViewContext", **{f"rates[{k}]": rate for k, rate in enumerate(rates)})
@@ -598,7 +638,7 @@ class MultiViewContext(Block):
         exempt_from_weight_decay(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_map(self, x, self.channels)
+        check_map(self, x, self.channels, weight=self.fuse.weight)
         return x + self.fuse(self.activation(torch.cat([branch(x) for branch in self.branches], dim=1)))
 
 

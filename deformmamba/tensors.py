@@ -190,15 +190,17 @@ def constant(maxsize: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
-def refuse_tracing(name: str) -> None:
+def refuse_tracing(name: str, size: str = "image size") -> None:
     """Raises under torch.jit.trace: a trace has constant height and width, so it would be wrong at other sizes.
+
+    `size`: what a trace would keep, in the message.
 
     Raises:
         UnsupportedCall: always under torch.jit.trace, and under torch.onnx.export(dynamo=False), which uses it.
     """
     if torch.jit.is_tracing():
         raise UnsupportedCall(
-            f"{name}: torch.jit.trace would record the image size as a constant and be wrong at any other size; "
+            f"{name}: torch.jit.trace would record the {size} as a constant and be wrong at any other size; "
             "use torch.export.export, or torch.onnx.export(..., dynamo=True)"
         )
 

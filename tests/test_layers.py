@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -487,3 +488,36 @@ def test_checkpointing_keeps_a_fraction_of_the_activations():
     x = torch.rand(1, 1, 16, 16)
     plain, saving = (kept_for_backward(DeformMambaSR(**options, checkpointing=on).train(), x) for on in (False, True))
     assert saving < plain / 3
+
+
+@pytest.mark.parametrize("make", [SS2D, ModulatedDeformBlock, VisionMambaBlock, DeformMambaBlock, MultiViewContext])
+def test_a_block_made_without_memory_can_be_initialised(make: Any) -> None:
+    with torch.device("meta"):
+        block = make(8)
+    marked = {name for name, p in make(8).named_parameters() if hasattr(p, "_no_weight_decay")}
+    block.to_empty(device="cpu")
+    for module in block.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert {name for name, p in block.named_parameters() if hasattr(p, "_no_weight_decay")} == marked
+    torch.manual_seed(0)
+    fresh = make(8)
+    for (name, given), wanted in zip(block.named_parameters(), fresh.parameters(), strict=True):
+        assert given.isfinite().all(), name
+        if "A_log" in name or "offset_mask" in name or name.endswith(".D"):
+            assert_close(given, wanted)
+    assert block(torch.rand(1, 8, 6, 5)).isfinite().all()
+
+
+@pytest.mark.parametrize("make", [ModulatedDeformBlock, VisionMambaBlock, DeformMambaBlock, MultiViewContext])
+def test_another_dtype_than_the_weights_is_named(make: Any) -> None:
+    block, x = make(8), torch.rand(1, 8, 6, 5)
+    with pytest.raises(ValueError, match=rf"{make.__name__}: given torch.float64, and its weights are torch.float32"):
+        block(x.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        block(x.bfloat16())
+    assert block.double()(x.double()).dtype == torch.float64
+
+
+def test_rates_may_be_an_array() -> None:
+    assert len(MultiViewContext(8, rates=np.array([1, 2])).branches) == 2

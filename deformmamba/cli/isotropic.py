@@ -120,8 +120,10 @@ def _isotropic(args: argparse.Namespace) -> int | None:
     say(f"{args.input}: slice thickness {made.thickness:.3g} mm, {made.thickness_from}; {made.profile} profile")
     for remark in made.remarks:
         say(f"{args.input}: {remark}")
-    if args.uncertainty:
+    if args.uncertainty and made.method == "network":
         say(f"{args.uncertainty}: half the difference of the two orientations")
+    elif args.uncertainty:
+        say(f"{args.uncertainty}: not written, because the spline is the result and has no orientations to compare")
     if args.figure:
         _draw(args, done)
         say(f"{args.figure}: sections before and after")

@@ -139,6 +139,11 @@ class UpscaleTransform:
             raise VolumeError(f"an image of shape {tuple(image.shape)} is empty; give one channel or more")
         if image.dtype == torch.bfloat16:  # which numpy lacks
             image = image.float()
+        if affine is not None and image.ndim == 3 and affine.shape == (3, 3):
+            plane = np.eye(4)
+            plane[np.ix_((0, 1, 3), (0, 1, 3))] = affine
+            tensor, plane = self._channels(image, plane)  # type: ignore[assignment]
+            return tensor, plane[np.ix_((0, 1, 3), (0, 1, 3))]
         if affine is None or affine.shape != (4, 4):
             return torch.stack([upscale(self.model, channel, **self.settings) for channel in image.cpu()]), affine
         settings = {**self.settings, "axis": 2} if image.ndim == 3 else self.settings

@@ -16,7 +16,7 @@ import numpy as np
 
 from deformmamba.annotations import check_types
 from deformmamba.inference.effective import to_effective
-from deformmamba.inference.inputs import check_voxels, intensity_cautions
+from deformmamba.inference.inputs import check_voxels, intensity_cautions, rounding_notes
 from deformmamba.inference.networks import check_in_plane, network
 from deformmamba.inference.progress import Progress
 from deformmamba.inference.provenance import (
@@ -154,7 +154,7 @@ def upscale_file(
     job = Upscaling(found, scan, chosen)
     jobs_of = partial_of(map, lambda one: Upscaling(found, prepared(one), chosen, judge=False))
     more_notes, more = _of_more_volumes(itertools.chain([scan], scans), found) if n_volumes > 1 else ((), ())
-    notes, odd = (*scan.notes, *more_notes), (*job.cautions, *more)
+    notes, odd = (*scan.notes, *more_notes, *rounding_notes(scan.array, dtype)), (*job.cautions, *more)
     cautions = (*notes, *odd)
     started(job, n_volumes)
     start = time.perf_counter()
@@ -213,7 +213,10 @@ def _of_more_volumes(volumes: Iterable[Volume], model: "SRModel") -> tuple[tuple
     notes: dict[str, int] = {}
     most = 0
     for number, volume in enumerate(volumes):
-        check_voxels(volume.array)
+        try:
+            check_voxels(volume.array)
+        except VolumeError as error:
+            raise VolumeError(f"volume {number}: {error}") from None
         for note in volume.notes:
             notes.setdefault(note, number)
         said = intensity_cautions(volume.array, trained=model.num_parameters() > 0)

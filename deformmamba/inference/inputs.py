@@ -1,6 +1,7 @@
 """Converts the inputs of `upscale` to a `Volume`, and its result back to an object of the same kind."""
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -142,6 +143,22 @@ def check_voxels(array: np.ndarray) -> None:
             f"the largest voxel is {largest:.3g}, outside the range of float32 results; scale the scan first so that "
             f"it lies between {SMALLEST:g} and {LARGEST:g}"
         )
+
+
+def rounding_notes(array: np.ndarray, dtype: str | None) -> tuple[str, ...]:
+    """A note if the values span few whole numbers and `dtype` (None: float32) rounds the result to them.
+
+    It is also given as a warning.
+    """
+    lowest, highest = ends(array)
+    if dtype is None or np.dtype(dtype).kind == "f" or highest - lowest >= FEWEST_STEPS:
+        return ()
+    note = (
+        f"the values lie between {lowest:.4g} and {highest:.4g}, and {dtype} rounds the result to whole numbers: it is "
+        "coarse; use float32, or scale the scan first"
+    )
+    warnings.warn(note, stacklevel=4)  # the caller of `upscale_file` or `isotropic_file`
+    return (note,)
 
 
 def intensity_cautions(array: np.ndarray, *, trained: bool = True, signed: bool = False) -> list[str]:

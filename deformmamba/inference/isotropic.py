@@ -156,6 +156,7 @@ def isotropic(
         seed: of the adaptation. Equal seeds, steps and threads give equal results.
         consistency: correct the result so that averaging it by the profile gives the input slices.
             "object": inside the anatomy only, reduced by the estimated noise. "exact": everywhere. "off": none.
+            The spline is never corrected.
         axis: where slices are stacked; None: from the geometry.
         device: where to run; None: the model's device, or the CPU for a name.
         progress: bars on stderr, if that is a terminal.
@@ -180,7 +181,7 @@ def isotropic(
     slices = torch.from_numpy((job.slices - np.float32(low)) / width)
     held, own = split_slices(slices, job)
     chosen, gain, adapted = best_of(network, held, own, job, minutes, steps, seed, progress)
-    least = -low / (high - low) if job.magnitude else None  # keep a magnitude image non-negative
+    least = (job.lowest - low) / (high - low)
     done = restored(chosen, slices, job, consistency, least, progress)
     fine = job.completed(done.image.numpy() * width + np.float32(low))
     out = np.asfortranarray(np.moveaxis(fine, 0, job.axis), np.float32)
@@ -271,12 +272,12 @@ def restored(
     slices: torch.Tensor,
     job: Stack,
     consistency: Consistency,
-    least: float | None,
+    least: float,
     progress: bool,
 ) -> Restored:
     """The isotropic image from slices (n, h, w), about [0, 1]: by the network, or for None by the cubic spline.
 
-    `least`: smallest value of the result, if there is one.
+    `least`: smallest value of the result.
     """
     operator = job.operator()
     image, spread, disagreement = along(job.spline(), slices, 0), None, 0.0
@@ -290,8 +291,7 @@ def restored(
     before = inconsistency()
     if network is not None:
         image = consistent(image, slices, operator, consistency)
-    if least is not None:
-        image = image.clamp(min=least)
+    image = image.clamp(min=least)
     if spread is not None and bool((image > EMPTY).any()):
         disagreement = 2 * float(spread[image > EMPTY].mean())
     return Restored(image, spread, disagreement, (before, inconsistency()))

@@ -17,6 +17,7 @@ from deformmamba.errors import counted
 from deformmamba.inference.adaptation import parse_adapt
 from deformmamba.inference.cohort import Outcome, run_cohort
 from deformmamba.inference.files import check_paths
+from deformmamba.inference.inputs import rounding_notes
 from deformmamba.inference.isotropic import MODEL, IsotropicReport, derivation, isotropic, loaded, without_spread
 from deformmamba.inference.provenance import describe_weights, unusual, write_sidecar
 from deformmamba.inference.settings import check_names
@@ -75,7 +76,8 @@ def isotropic_file(
         source, volume, series, stack, nan, partial: as `read_volume`.
         as_image: also accept files that `volume.not_a_scan` rejects: a mask, a phase image, an output of this package.
         target, dtype: as `volume.writing`; if the input is DICOM, the output can be a DICOM series with more slices.
-        uncertainty: another file, for half the difference of the two orientations, in the scan's units.
+        uncertainty: another file, for half the difference of the two orientations, in the scan's units. It is not
+            written if the spline is the result.
         report: .html, a report for visual checks, see `report.write_report`: sections across the slices.
         sidecar: write the JSON file. An existing file that this package did not write is not changed.
         settings: as `isotropic`.
@@ -93,10 +95,11 @@ def isotropic_file(
     if uncertainty is not None:
         check_output(uncertainty, source=scan)
     result, made = isotropic(scan, **settings)
+    made = replace(made, notes=(*made.notes, *rounding_notes(scan.array, dtype)))
     write_volume(target, result, dtype=dtype, derivation=derivation(made))
-    spread = np.zeros_like(result.array) if made.uncertainty is None else made.uncertainty
-    if uncertainty is not None:
-        write_volume(uncertainty, replace(result, array=spread), derivation=derivation(made), deviation=True)
+    spread = None if made.uncertainty is None else replace(result, array=made.uncertainty)
+    if uncertainty is not None and spread is not None:
+        write_volume(uncertainty, spread, derivation=derivation(made), deviation=True)
     if report is not None:
         before = in_plane_as(result, scan, settings)
         across = in_plane(made.axis)[0]
@@ -108,7 +111,7 @@ def isotropic_file(
             grid="origin",
             facts=report_facts(made),
             cautions=made.warned,
-            uncertainty=replace(result, array=spread) if made.uncertainty is not None else None,
+            uncertainty=spread,
         )
     if sidecar:
         reading = {"volume": volume, "dtype": dtype, **unusual(nan, partial)}
@@ -157,7 +160,9 @@ def report_facts(made: IsotropicReport) -> dict[str, str]:
         "slice profile": f"{made.profile}, {made.thickness:.3g} mm ({made.thickness_from})",
         "slices": f"{made.spacing:.3g} mm apart before, {made.to:.3g} mm after",
         "consistency": f"the slices of the result differ from the input's by {made.inconsistency[1]:.2%} of the range",
-        "orientations": f"differ by {made.disagreement:.2%} of the range inside the anatomy",
+        "orientations": "none were compared, because the spline is the result"
+        if made.method == "spline"
+        else f"differ by {made.disagreement:.2%} of the range inside the anatomy",
         "version": f"deformmamba {__version__}",
         "date": datetime.now().astimezone().isoformat(" ", "minutes"),
         "time taken": f"{made.seconds:.1f} s",

@@ -11,6 +11,7 @@ from deformmamba.data.thick_slices import EMPTY
 from deformmamba.inference.adaptation import device_of
 from deformmamba.inference.sharing import shared_threads
 from deformmamba.inference.slice_consistency import TISSUE
+from deformmamba.models.normalise import keep_constant
 
 BATCH_PIXELS = 1 << 17  # pixels of the sections in one batch, per thread
 MARGIN = 8  # pixels of air around the anatomy that are passed to the network
@@ -39,7 +40,8 @@ def by_sections(network: nn.Module, fine: torch.Tensor, progress: bool) -> tuple
     def sharpen(item: tuple[torch.Tensor, torch.Tensor, list[int]]) -> int:
         source, target, numbers = item
         with torch.inference_mode():
-            target[numbers] = network(source[numbers][:, None].contiguous().to(device))[:, 0].cpu()
+            given = source[numbers][:, None].contiguous()
+            target[numbers] = keep_constant(network(given.to(device)).cpu(), given, 1)[:, 0]
         return len(numbers)
 
     total = sum(len(numbers) for _, _, numbers in work)

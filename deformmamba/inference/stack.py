@@ -36,6 +36,7 @@ FINEST = 4  # the voxels of the result are at most this many times finer than th
 FEWEST_SLICES = 8
 MOST_SHEAR = 1.0  # degrees between the slices' normal and the direction in which they are stacked
 UNLIKE, ALIKE = 0.2, 0.5  # correlations of two slices: below the first they share no anatomy, above the second they do
+ROUNDING = 1e-4  # relative error of a spacing that follows from a float32 affine
 SQUARE = 1.05  # in-plane pixels whose sides differ by a smaller factor are not resampled
 
 
@@ -47,14 +48,14 @@ class Stack:
         slices: float32, scanner units; with the in-plane pixels of the result, without outliers such as a marker.
         spots: (n, h, w), what the outliers add to `slices` (`physics.edges.outliers`, in a slice's plane).
         limits: the `robust_range` of the scan.
-        magnitude: no voxel is negative, except for outliers.
+        lowest: the lowest voxel, except for outliers; the result has none below it.
         place: geometry and header of the result; its array is the input's.
     """
 
     slices: np.ndarray
     spots: np.ndarray
     limits: tuple[float, float]
-    magnitude: bool
+    lowest: float
     place: Volume
     axis: int
     spacing: float
@@ -81,8 +82,9 @@ class Stack:
         return SliceProfile(self.profile.kind, self.profile.thickness / self.to, table)
 
     def spline(self) -> torch.Tensor:
-        """(n_fine, n): cubic interpolation from the slices to the result's."""
-        return spline_matrix(len(self.slices), torch.arange(self.n_fine, dtype=torch.float64) / self.ratio)
+        """(n_fine, n): cubic interpolation from the slices to the result's; beyond the last centre it is constant."""
+        at = (torch.arange(self.n_fine, dtype=torch.float64) / self.ratio).clamp(max=len(self.slices) - 1)
+        return spline_matrix(len(self.slices), at)
 
     def linear(self) -> torch.Tensor:
         """(n_fine, n): linear interpolation from the slices to the result's."""
@@ -93,8 +95,8 @@ class Stack:
         return along(self.linear(), torch.from_numpy(self.spots), 0).numpy()
 
     def completed(self, fine: np.ndarray) -> np.ndarray:
-        """The result (n_fine, h, w) from that without outliers, scanner units: with them; magnitudes not below 0."""
-        return (np.maximum(fine, 0) if self.magnitude else fine) + self.fine_spots()
+        """The result (n_fine, h, w) from that without outliers, scanner units: with them, and not below `lowest`."""
+        return np.maximum(fine, np.float32(self.lowest)) + self.fine_spots()
 
     def operator(self) -> ThickSlices:
         """The linear operator from the result to the slices."""
@@ -138,9 +140,9 @@ class Stack:
         _check_slices(array, array - spots)
         if n_spots := int(np.count_nonzero(spots)):
             remarks.append(f"outliers, such as a marker, that were interpolated linearly: {counted(n_spots, 'voxel')}")
-        magnitude = bool(array[spots == 0].min() >= 0)
+        lowest = float(array[spots == 0].min())
         array = array - spots  # the former may be a view of the user's
-        array = np.maximum(array, 0) if magnitude and n_spots else array
+        array = np.maximum(array, np.float32(lowest)) if n_spots else array
         place = volume.resampled(volume.array, spacing / to, (axis,), "origin")
         shape = list(array.shape[1:])
         for k, (n, side) in enumerate(zip(array.shape[1:], sides, strict=True)):
@@ -151,13 +153,13 @@ class Stack:
         if shape != list(array.shape[1:]):
             array, spots = resampled(array, shape), resampled_linearly(torch.from_numpy(spots), shape).numpy()
         found, origin = _profile_of_slice(volume, profile, thickness, spacing)
-        if not TRAINED_RATIOS[0] <= spacing / to <= TRAINED_RATIOS[1]:
-            least, most = TRAINED_RATIOS
+        least, most = TRAINED_RATIOS
+        if not least * (1 - ROUNDING) <= spacing / to <= most * (1 + ROUNDING):
             remarks.append(
                 f"{spacing / to:.3g} voxels fit between two slices, and `thick` was trained for {least:g} to {most:g}: "
                 "look at the result with care"
             )
-        return cls(array, spots, limits, magnitude, place, axis, spacing, to, pixel, found, origin, tuple(remarks))
+        return cls(array, spots, limits, lowest, place, axis, spacing, to, pixel, found, origin, tuple(remarks))
 
 
 def _isotropic_already(spacing: float, to: float, pixel: float, ratio: float, is_estimate: bool) -> VolumeError:

@@ -237,7 +237,8 @@ class Upscaling:
         """
 
         def sharpened(start: int, n: int) -> tuple[np.ndarray, np.ndarray | None]:
-            return self._sharpened(np.ascontiguousarray(slices[start : start + n], np.float32), units)
+            # a copy even of one slice, whose negative stride or write protection PyTorch would refuse
+            return self._sharpened(np.array(slices[start : start + n], np.float32, order="C"), units)
 
         if self._device.type != "cpu":
             start = 0

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deformmamba.errors import InvalidArgument, UnsupportedCall
-from deformmamba.mamba.arguments import check_choice, check_positive, check_sizes
+from deformmamba.mamba.arguments import check_boundaries, check_choice, check_positive, check_sizes
 from deformmamba.mamba.causal_conv import causal_conv1d_fn, causal_conv1d_update, causal_conv1d_varlen_states
 from deformmamba.mamba.norm import RMSNormGated
 from deformmamba.mamba.selective_scan import bimamba_inner_fn, mamba_inner_fn_no_out_proj, selective_scan_fn
@@ -305,6 +305,19 @@ def _check_mamba2(
         raise InvalidArgument(f"Mamba2: A_init_range is {A_init_range}; it must be positive and in order")
 
 
+def _numbered(cu_seqlens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """(1, l): the number of the sequence of each step of a pack `rows` (1, l, d).
+
+    Raises:
+        InvalidArgument, InvalidType: several packs, or boundaries that are not those of l steps.
+    """
+    if len(rows) != 1:
+        raise InvalidArgument(f"cu_seqlens is for one pack, (1, l, d), but the batch has {len(rows)} rows; pack them")
+    check_boundaries("cu_seqlens", cu_seqlens, rows.shape[1])
+    steps = torch.arange(rows.shape[1], device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    return torch.searchsorted(cu_seqlens, steps, right=True, out_int32=True).to(rows.device)[None]
+
+
 class Mamba2(nn.Module):
     """Mamba-2's block: one input projection, causal convolution, scan with one rate per head, gated norm.
 
@@ -400,15 +413,19 @@ class Mamba2(nn.Module):
 
         Args:
             seq_idx: (b, l) integers that separate the sequences of a pack.
-            cu_seqlens: (sequences + 1,), the start of each sequence of a pack; with `inference_params`, whose states
-                are then those after each sequence.
+            cu_seqlens: (sequences + 1,), the start of each sequence of a pack and its length. It separates them too,
+                if `seq_idx` is not given (mamba-ssm then lets them run into each other). With `inference_params`, the
+                states are those after each sequence.
             inference_params: as in `Mamba.forward`.
         """
         rows = u if seqlen is None else u.unflatten(0, (-1, seqlen))
+        stepping = inference_params is not None and inference_params.seqlen_offset > 0
+        if cu_seqlens is not None and seq_idx is None and not stepping:
+            seq_idx = _numbered(cu_seqlens, rows)
         if inference_params is not None:
             sequences = len(rows) if cu_seqlens is None else len(cu_seqlens) - 1
             states = self._get_states_from_cache(inference_params, sequences)
-            if inference_params.seqlen_offset > 0:
+            if stepping:
                 return self.step(u, *states)[0]
             out = self._fill(self.in_proj(rows), seq_idx, cu_seqlens, *states)
         else:

@@ -58,7 +58,7 @@ def selective_scan_fn(
         return selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     if not (isinstance(B, torch.Tensor) and isinstance(C, torch.Tensor)) or (B.ndim > 2 and C.ndim > 2):
         return selective_scan(
-            u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus,
+            u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=bool(delta_softplus),
             return_last_state=return_last_state,
         )  # fmt: skip
     _check(u, delta, A, B, C, D, z, delta_bias)

@@ -18,7 +18,7 @@ from deformmamba.mamba import ssd_chunks
 from deformmamba.mamba.arguments import check_boundaries, check_range, check_tensors
 from deformmamba.mamba.causal_conv import causal_conv1d_fn, causal_conv1d_ref, needs_transforms
 from deformmamba.mamba.norm import gated_norm_ref, rmsnorm_fn
-from deformmamba.tensors import without_autocast
+from deformmamba.tensors import refuse_tracing, without_autocast
 
 
 def mamba_chunk_scan_combined(
@@ -67,6 +67,7 @@ def mamba_chunk_scan_combined(
     Raises:
         InvalidArgument, InvalidType: a shape or dtype that does not fit, naming the argument and the rule.
     """
+    refuse_tracing("mamba_chunk_scan_combined", "length")
     _check(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
     if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
         raise InvalidType(f"state_dtype must be a floating point torch.dtype or None, got {shown(state_dtype)}")
@@ -179,6 +180,7 @@ def mamba_split_conv1d_scan_combined(
     Returns:
         y (b, l, m') or (b, l, m + d); with `return_final_states`, (y, state after the last step (b, h, p, n)).
     """
+    refuse_tracing("mamba_split_conv1d_scan_combined", "length")
     mlp, z, xBC, dt, p = _split(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, headdim, ngroups)
     by_channel = xBC.transpose(1, 2)
     xBC = causal_conv1d_fn(by_channel, conv1d_weight, conv1d_bias, seq_idx, activation=activation).transpose(1, 2)

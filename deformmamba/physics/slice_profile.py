@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from deformmamba.errors import DeformMambaError, shown
+from deformmamba.errors import DeformMambaError, InvalidArgument, InvalidType, shown
 
 PROFILES = ("gaussian", "boxcar")
 MOST_OFF_CENTRE = 0.25  # of the width; a profile further from its slice centre counts its mm from elsewhere
@@ -61,6 +61,7 @@ class SliceProfile:
                     "two columns (mm from the centre, weight)"
                 )
             return
+        object.__setattr__(self, "table", _rows(self.kind, self.table))
         z, weight = torch.tensor(self.table, dtype=torch.float64).reshape(-1, 2).unbind(1)
         if len(z) < 2 or not bool((z.diff() > 0).all()) or not bool(torch.isfinite(torch.stack([z, weight])).all()):
             raise SliceProfileError(
@@ -128,6 +129,17 @@ class SliceProfile:
         return max(float(above[-1] - above[0]), float(at[-1] - at[0]) / 4000)
 
 
+def _rows(kind: str, table: object) -> tuple[tuple[float, float], ...]:
+    """The rows of a table as tuples of Python's numbers. Raises SliceProfileError if they are not pairs of numbers."""
+    try:
+        return tuple((float(z), float(weight)) for z, weight in table)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise SliceProfileError(
+            f"slice profile {kind}: its table must be rows of two numbers, mm from the centre and weight, not "
+            f"{shown(table)}"
+        ) from None
+
+
 def slice_profile(profile: "str | os.PathLike[str] | SliceProfile", thickness: float) -> SliceProfile:
     """`profile` as an object: "gaussian" or "boxcar" of this thickness (mm), or the path of a table, which has its own.
 
@@ -164,10 +176,18 @@ class ThickSlices:
 
     Attributes:
         matrix: (slices, n), float64; each row sums to 1.
+
+    Raises:
+        InvalidArgument: a voxel that is not a positive number of mm, or a position that is not finite.
     """
 
     def __init__(self, n: int, voxel: float, positions: Sequence[float] | torch.Tensor, profile: SliceProfile) -> None:
         at = torch.as_tensor(positions, dtype=torch.float64)
+        if not is_millimetres(voxel) or not bool(at.isfinite().all()):
+            raise InvalidArgument(
+                f"ThickSlices: voxel is {shown(voxel)} and positions begin with {at.flatten()[:5].tolist()}; wanted a "
+                "positive number of mm, and finite numbers"
+            )
         edges = (torch.arange(n + 1, dtype=torch.float64) - 0.5) * voxel
         cumulative = profile.cumulative(edges - at[:, None])
         cumulative[:, 0], cumulative[:, -1] = 0, 1  # beyond the ends, the outermost voxel continues
@@ -183,7 +203,14 @@ class ThickSlices:
 
 
 def along(matrix: torch.Tensor, image: torch.Tensor, axis: int) -> torch.Tensor:
-    """`matrix` (m, n) applied along one axis of `image`, in the precision of `image`."""
+    """`matrix` (m, n) applied along one axis of `image`, in the precision of `image`.
+
+    Raises:
+        InvalidType: `image` is not a floating-point tensor, so that weights below 1 would become 0.
+    """
+    if not isinstance(image, torch.Tensor) or not image.is_floating_point():
+        given = f"of {image.dtype}" if isinstance(image, torch.Tensor) else f"a {type(image).__name__}"
+        raise InvalidType(f"image is {given}; wanted a floating-point tensor, such as torch.as_tensor(image).float()")
     return torch.tensordot(image, matrix.to(image), dims=([axis], [1])).movedim(-1, axis)
 
 

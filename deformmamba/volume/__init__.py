@@ -32,6 +32,7 @@ from deformmamba.volume.files import (
     NotFinite,
     PathLike,
     SliceFile,
+    Unfit,
     check_folder_of,
     parsing,
     refusals,
@@ -331,8 +332,11 @@ def writing(
             nonlocal done
             if image.shape != size or done == n_slices:
                 raise InvalidArgument(f"{n_slices} slices of {size} make {shape}; slice {done} has shape {image.shape}")
-            with refusals(path):
-                put(image)
+            try:
+                with refusals(path):
+                    put(image)
+            except Unfit as error:
+                raise VolumeError(f"{path}: {error}") from None
             done += 1
 
         yield write

@@ -155,6 +155,7 @@ class _Series:
                 _check_pixels(file, dataset)
         with parsing(path, "its pixels cannot be decoded"):
             array = np.empty((*frames[0].size, len(frames)), np.float32, order="F")
+            padded = np.zeros(array.shape, bool, order="F")
         for file, dataset in used.items():
             with parsing(file, "its pixels cannot be decoded: damaged, or an unsupported compression"):
                 places = [k for k, frame in enumerate(frames) if frame.path == file]
@@ -163,11 +164,13 @@ class _Series:
                 decoded = dict(zip(indices, _pixels(file, dataset, indices), strict=True))
                 for k in places:
                     top, bottom, left, right = frames[k].box or (0, frames[k].size[1], 0, frames[k].size[0])
-                    pixels = decoded[frames[k].index][top:bottom, left:right]
-                    array[:, :, k] = pixels.T * frames[k].slope + frames[k].intercept
+                    pixels, padding = (image[top:bottom, left:right].T for image in decoded[frames[k].index])
+                    array[:, :, k] = pixels * frames[k].slope + frames[k].intercept
+                    padded[:, :, k] = padding
+        padding_notes = _without_padding(array, padded)
         with parsing(path, "its DICOM geometry cannot be read"):
             header = DicomSeries(tuple(frames), used, affine)
-            return Volume(array, affine, header=header, slices=2, notes=tuple(self._notes))
+            return Volume(array, affine, header=header, slices=2, notes=(*self._notes, *padding_notes))
 
 
 # the note on a scan of each modality that is not MR
@@ -493,8 +496,8 @@ def _check_pixels(path: Path, dataset: Any) -> None:
         raise VolumeError(f"{path}: truncated: {n_bytes} bytes cannot hold the {voxels} pixels of its header")
 
 
-def _pixels(path: Path, dataset: Any, indices: list[int]) -> Iterable[np.ndarray]:
-    """(row, column) stored values of the frames at `indices`."""
+def _pixels(path: Path, dataset: Any, indices: list[int]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """For each of the frames at `indices`: (row, column) stored values, and which of them are padding."""
     from pydicom.pixels import apply_modality_lut, iter_pixels
     from pydicom.uid import RLELossless
 
@@ -504,7 +507,35 @@ def _pixels(path: Path, dataset: Any, indices: list[int]) -> Iterable[np.ndarray
         bounded: Any = Bounded(file, path.stat().st_size)
         for pixels in iter_pixels(bounded, indices=indices, raw=True, decoding_plugin=plugin):
             pixels = _stored_bits(pixels, dataset)
-            yield apply_modality_lut(pixels, dataset) if "ModalityLUTSequence" in dataset else pixels
+            padding = _is_padding(pixels, dataset)
+            yield apply_modality_lut(pixels, dataset) if "ModalityLUTSequence" in dataset else pixels, padding
+
+
+def _is_padding(pixels: np.ndarray, dataset: Any) -> np.ndarray:
+    """Which stored values are PixelPaddingValue, or between it and PixelPaddingRangeLimit (PS3.3 C.7.5.1.1.2)."""
+    ends = [dataset.get(name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    given = [float(end) for end in ends if isinstance(end, int | float)]
+    if not given or ends[0] is None:
+        return np.zeros(pixels.shape, bool)
+    return np.asarray((pixels >= min(given)) & (pixels <= max(given)))
+
+
+def _without_padding(array: np.ndarray, padded: np.ndarray) -> list[str]:
+    """Sets padding that is far from the scan's values to the lowest of them, in place; returns a note on it.
+
+    Padding that is as dark as the darkest voxels is their background and stays.
+    """
+    if not padded.any() or padded.all():
+        return []
+    values = array[~padded]
+    lowest, highest = float(values.min()), float(values.max())
+    outside = padded & ((array > lowest) | (array < lowest - (highest - lowest)))
+    if not outside.any():
+        return []
+    array[outside] = lowest
+    return [
+        f"padding (PixelPaddingValue) was set to the lowest value, {lowest:.6g}: {counted(int(outside.sum()), 'voxel')}"
+    ]
 
 
 def _stored_bits(pixels: np.ndarray, dataset: Any) -> np.ndarray:

@@ -298,8 +298,12 @@ def check_folder_of(path: PathLike) -> None:
     sweep(folder)
 
 
+class Unfit(VolumeError):
+    """Values that a type cannot hold; the message names no file."""
+
+
 def as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
-    """`array` as `dtype`, integers rounded; values that do not fit raise an error and never wrap around."""
+    """`array` as `dtype`, integers rounded; values that do not fit raise `Unfit` and never wrap around."""
     if array.dtype.kind not in "biuf":
         raise VolumeError(f"voxels are {array.dtype}, not real numbers; take the magnitude of complex voxels first")
     extremes = float(array.min()), float(array.max())
@@ -309,7 +313,7 @@ def as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:
     limits: Any = np.finfo(dtype) if is_float else np.iinfo(dtype)
     lowest, highest = extremes if is_float else np.rint(extremes).tolist()
     if lowest < float(limits.min) or highest > float(limits.max):
-        raise VolumeError(
+        raise Unfit(
             f"values from {lowest:g} to {highest:g} do not fit {dtype} ({limits.min} to {limits.max}); use float32"
         )
     return (array if is_float else np.rint(array)).astype(dtype, copy=False)

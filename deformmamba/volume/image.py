@@ -1,5 +1,6 @@
 """`Volume`: one image in scanner units with its position in the world. Affines, slice axis and intensity scale."""
 
+import operator
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -168,7 +169,7 @@ def chosen_axis(volume: Volume, axis: int | None) -> int:
         return slice_axis(volume)
     if not is_integer(axis) or axis not in (0, 1, 2):
         raise VolumeError(f"axis is {shown(axis)}; it must be 0, 1 or 2, the axis along which slices are stacked")
-    return axis
+    return operator.index(axis)
 
 
 def in_plane(axis: int) -> tuple[int, int]:

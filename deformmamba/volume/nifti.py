@@ -201,7 +201,7 @@ def _placed(array: np.ndarray, header: Any, affine: np.ndarray | None = None) ->
     if affine is None:
         affine = header.get_sform() if codes[1] > 0 else qform if codes[0] > 0 else _centred(header, sizes)
     notes = []
-    if codes[1] > 0 and _sizes_differ(affine, sizes):
+    if codes[1] > 0 and _sizes_differ(affine, sizes, int(header["dim"][0])):
         by_sform, by_pixdim = (
             " x ".join(f"{mm:.3g}" for mm in values) for values in (np.linalg.norm(affine[:3, :3], axis=0), sizes)
         )
@@ -229,8 +229,10 @@ def _voxel_sizes(header: Any) -> np.ndarray:
     return np.where(np.isfinite(sizes) & (sizes > 0), sizes, 1.0)
 
 
-def _sizes_differ(affine: np.ndarray, sizes: np.ndarray) -> bool:
-    return bool((np.abs(np.linalg.norm(affine[:3, :3], axis=0) / sizes - 1) > _SPACING_TOLERANCE).any())
+def _sizes_differ(affine: np.ndarray, sizes: np.ndarray, n_axes: int) -> bool:
+    """Whether the affine has other voxel sizes along the axes that the header states."""
+    by_affine = np.linalg.norm(affine[:3, :3], axis=0)
+    return bool((np.abs(by_affine / sizes - 1) > _SPACING_TOLERANCE)[:n_axes].any())
 
 
 def _qform(header: Any, sizes: np.ndarray) -> np.ndarray:

@@ -245,6 +245,7 @@ def _voxel_reason(file: Any, shape: tuple[int, ...], dtype: np.dtype, slope: flo
     """
     n = shape[0] * shape[1]
     values: np.ndarray = np.empty(0)
+    background: float | None = None  # the most frequent value of the first plane, which the labels lie in
     alike = pairs = 0
     low = high = 0.0
     labels = True
@@ -257,8 +258,11 @@ def _voxel_reason(file: Any, shape: tuple[int, ...], dtype: np.dtype, slope: flo
         low, high = min(low, float(scaled.min())), max(high, float(scaled.max()))
         plane = np.nan_to_num(plane, nan=0.0, posinf=0.0, neginf=0.0)
         if labels and (plane == np.rint(plane)).all():
+            if background is None:
+                found, counts = np.unique(plane, return_counts=True)
+                background = float(found[counts.argmax()])
             values = np.union1d(values, plane)
-            both = (plane[:, 1:] != 0) & (plane[:, :-1] != 0)
+            both = (plane[:, 1:] != background) & (plane[:, :-1] != background)
             alike, pairs = alike + int(((plane[:, 1:] == plane[:, :-1]) & both).sum()), pairs + int(both.sum())
             labels = len(values) <= _FEW_VALUES or (len(values) <= _MOST_LABELS and alike > _ALIKE * pairs)
         else:

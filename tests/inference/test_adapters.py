@@ -30,6 +30,17 @@ def expected(scan: torch.Tensor) -> Volume:
     return upscale(ZeroFill(scale=2), Volume(scan.numpy(), AFFINE))
 
 
+@pytest.mark.parametrize("n", [3, 4])
+def test_the_affine_of_a_slice_follows(n: int) -> None:
+    keep = [0, 1, 3] if n == 3 else [0, 1, 2, 3]
+    affine = torch.from_numpy(AFFINE[np.ix_(keep, keep)])
+    sharp = UpscaleTransform(ZeroFill(scale=2))(Meta(image(2, 6, 8), affine=affine, meta={}))
+    assert sharp.shape == (2, 12, 16)
+    wanted = affine.clone()
+    wanted[:, :2] /= 2
+    assert_close(sharp.affine, wanted)
+
+
 def test_an_inferer_takes_batches_of_slices_and_volumes() -> None:
     model, inferer = ZeroFill(scale=2), UpscaleInferer(batch_size=2)
     volumes = image(2, 2, 6, 8, 3)

@@ -771,3 +771,15 @@ def test_signs_survive_coarsening(phantom: np.ndarray) -> None:
             coarsen(negated, parse(text))
     with pytest.raises(TypeError, match="degradation is 'k-space'; give an integer scale or a Degradation"):
         coarsen(negated, "k-space")  # type: ignore[arg-type]
+
+
+def test_any_view_of_an_array_is_a_scan() -> None:
+    """Batches of one slice, with negative strides or without permission to write."""
+    scan = np.random.default_rng(0).random((3, 12, 10), np.float32)
+    model = ZeroFill(scale=2)
+    wanted = upscale(model, scan, axis=0)
+    assert_close(upscale(model, scan[::-1], axis=0, batch_size=1)[::-1], wanted)
+    scan.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_close(upscale(model, scan, axis=0, batch_size=1), wanted)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from deformmamba.errors import DeformMambaError, InvalidArgument
 from deformmamba.evaluation import evaluate
 from deformmamba.inference import adaptation, upscale, upscale_file
 from deformmamba.inference.adaptation import parse_adapt
-from deformmamba.inference.isotropic import isotropic
+from deformmamba.inference.isotropic import cubic_spline, isotropic
 from deformmamba.inference.isotropic_files import in_plane_as, isotropic_cohort, isotropic_file
 from deformmamba.inference.slice_consistency import noise_level
 from deformmamba.inference.stack import Stack, resampled
@@ -116,7 +117,9 @@ def test_the_spline_passes_through_the_slices(truth: np.ndarray) -> None:
 @pytest.mark.parametrize(("how", "share"), [("exact", 0.1), ("object", 1.0), ("off", 1.0)])
 def test_consistency(truth: np.ndarray, how: str, share: float) -> None:
     """With "exact", the slice profile applied to the output gives the input slices."""
-    scan = thick_scan(truth + 300)  # no negative values, which would become 0
+    truth = truth + 300
+    truth[:2] = 0  # air, so that nothing else is as low as the lowest voxel, below which the result has no value
+    scan = thick_scan(truth)
     out, report = isotropic(scan, model=Sharpen(strength=0.6), consistency=how)
     job = Stack.of(scan)
     back = job.operator()(torch.from_numpy(out.array.copy()), 2).numpy()
@@ -137,8 +140,61 @@ def test_intensity_changes_nothing_but_the_units(truth: np.ndarray, gain: float,
         Volume(scan.array * np.float32(gain) + np.float32(offset), scan.affine), model=Sharpen(), consistency="off"
     )
     wanted = plain.array * gain + offset
-    inside = plain.array > 1  # negative values become 0 in a scan without any
-    np.testing.assert_allclose(moved.array[inside], wanted[inside], atol=2e-4 * gain * 800 + 1e-6 * abs(offset))
+    np.testing.assert_allclose(moved.array, wanted, atol=2e-4 * gain * 800 + 1e-6 * abs(offset))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offset", [0.0, 100.0, -7.0])
+def test_a_masked_background_and_the_lowest_value_stay(truth: np.ndarray, offset: float) -> None:
+    scan = thick_scan(truth)
+    array = scan.array + np.float32(offset)
+    array[: SIZE // 3] = offset
+    out, report = isotropic(replace(scan, array=array))
+    assert report.method == "network"
+    assert np.all(out.array[: SIZE // 3 - 2] == offset)
+    assert out.array.min() >= array.min()
+
+
+def test_beyond_the_centre_of_the_last_slice_the_spline_is_constant(truth: np.ndarray) -> None:
+    scan = thick_scan(truth)
+    fine = cubic_spline(scan)
+    last = 3 * (scan.array.shape[2] - 1)
+    assert fine.shape[2] > last + 1
+    for k in range(last + 1, fine.shape[2]):
+        assert_close(fine[..., k], fine[..., last])
+
+
+def test_a_spacing_rounded_by_the_affine_is_that_of_the_training() -> None:
+    rng = np.random.default_rng(0)
+    array = rng.random((24, 24, 1)) * 50 + np.arange(10) + rng.random((24, 24, 10))
+    for angle in np.linspace(0.01, 0.6, 12):
+        turn = np.eye(4)
+        turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+        for affine in (turn @ np.diag([1, 1, 8, 1.0]), turn[[2, 0, 1, 3]] @ np.diag([0.9375, 0.9375, 7.5, 1])):
+            assert Stack.of(Volume(array.astype("f4"), affine)).remarks == ()
+
+
+def test_an_uncertainty_map_of_the_spline_is_not_written(truth: np.ndarray, tmp_path: Path) -> None:
+    write_volume(tmp_path / "scan.nii", thick_scan(truth))
+    done = isotropic_file(
+        tmp_path / "scan.nii", tmp_path / "out.nii", model=Sharpen(strength=-5), uncertainty=tmp_path / "spread.nii"
+    )
+    assert done.report.method == "spline"
+    assert not (tmp_path / "spread.nii").exists()
+    isotropic_file(tmp_path / "scan.nii", tmp_path / "out.nii", model=Sharpen(), uncertainty=tmp_path / "spread.nii")
+    assert nibabel.load(tmp_path / "spread.nii").shape == nibabel.load(tmp_path / "out.nii").shape
+
+
+@pytest.mark.parametrize("isotropically", [False, True])
+def test_few_whole_numbers_are_a_caution(truth: np.ndarray, tmp_path: Path, isotropically: bool) -> None:
+    scan = thick_scan(truth)
+    write_volume(tmp_path / "scan.nii", replace(scan, array=scan.array / scan.array.max()))
+    made, model = (isotropic_file, Sharpen()) if isotropically else (partial(upscale_file, ZeroFill(scale=2)), None)
+    settings = {"dtype": "int16", **({"model": model} if model else {})}
+    with pytest.warns(UserWarning, match="int16 rounds the result to whole numbers: it is coarse"):
+        made(tmp_path / "scan.nii", tmp_path / "out.nii", **settings)
+    assert "int16 rounds" in (tmp_path / "out.json").read_text()
+    assert "WITH WARNINGS" in str(nibabel.load(tmp_path / "out.nii").header["descrip"])
 
 
 def test_the_order_of_the_voxels_in_memory_changes_nothing(truth: np.ndarray) -> None:
@@ -488,7 +544,9 @@ def test_files_command_and_folder(
     assert "over cubic interpolation" in said
     assert "48 x 48 x 48 voxels of 1 x 1 x 1 mm" in said
     image = nibabel.load(out)
-    assert image.shape == nibabel.load(spread).shape == (48, 48, 48)
+    assert image.shape == (48, 48, 48)
+    assert f"{spread}: not written, because the spline is the result" in said
+    assert not spread.exists()
     np.testing.assert_allclose(image.affine[:3, 3], thick_scan(truth).affine[:3, 3], atol=1e-5)
     assert figure.stat().st_size > 10_000
     assert "over cubic interpolation" in page.read_text("utf-8")

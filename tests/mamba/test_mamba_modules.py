@@ -90,12 +90,20 @@ def test_every_parameter_has_a_gradient(name: str) -> None:
     assert all(p.grad is not None and torch.isfinite(p.grad).all() and (p.grad != 0).any() for p in block.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")
 def test_a_pack_of_sequences_gives_what_each_gives() -> None:
     block = Mamba2(8, d_state=4, headdim=4, layer_idx=0).double()
     x, starts = torch.randn(1, 10, 8).double(), torch.tensor([0, 4, 10])
     seq_idx = torch.tensor([[0] * 4 + [1] * 6])
     expected = torch.cat([block(part) for part in x.split([4, 6], 1)], 1)
     assert_close(block(x, seq_idx=seq_idx), expected)
+    assert_close(block(x, cu_seqlens=starts), expected)
+    longer = torch.cat([x, x[:, :2]], 1)
+    assert_close(block(longer, cu_seqlens=starts), torch.cat([expected, block(x[:, :2])], 1))
+    with pytest.raises(DeformMambaError, match="cu_seqlens is for one pack"):
+        block(x.expand(2, -1, -1), cu_seqlens=starts)
+    with pytest.raises(DeformMambaError, match=r"scan_combined: torch\.jit\.trace would record the length"):
+        torch.jit.trace(block, x, check_trace=False)
     assert_close(block(x[0], seqlen=10, seq_idx=seq_idx), expected[0])
     params = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
     with torch.no_grad():

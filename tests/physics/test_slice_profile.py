@@ -1,6 +1,7 @@
 """The slice profile as a linear operator, its adjoint, and the cubic spline."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,3 +139,23 @@ def test_back_projection_gives_the_slices_back() -> None:
     basis = operator.matrix.T
     inside = basis @ torch.linalg.lstsq(basis, change.T).solution
     torch.testing.assert_close(inside.T, change, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("image", [torch.ones(12, dtype=torch.int16), np.ones(12, np.float32)])
+def test_thick_slices_of_whole_numbers_are_refused(image: Any) -> None:
+    operator = ThickSlices(12, 1.0, slice_positions(4, 3.0), SliceProfile("gaussian", 3.0))
+    with pytest.raises(TypeError, match=r"wanted a floating-point tensor, such as torch.as_tensor\(image\).float"):
+        operator(image)
+
+
+def test_a_geometry_without_millimetres_is_refused() -> None:
+    for voxel, first in ((0.0, 0.0), (-1.0, 0.0), (1.0, float("nan"))):
+        with pytest.raises(ValueError, match="wanted a positive number of mm, and finite numbers"):
+            ThickSlices(12, voxel, slice_positions(4, 3.0, first), SliceProfile())
+
+
+def test_a_table_is_pairs_of_numbers() -> None:
+    with pytest.raises(SliceProfileError, match="rows of two numbers, mm from the centre and weight"):
+        SliceProfile("m", 1.0, ((-2, 0), (0, 1), (2,)))  # type: ignore[arg-type]
+    given = SliceProfile("m", 1.0, [[-2, 0], [0, 1], [2, 0]])  # type: ignore[arg-type]
+    assert hash(given) == hash(SliceProfile("m", 1.0, ((-2, 0), (0, 1), (2, 0))))

@@ -614,3 +614,31 @@ def test_a_validator_finds_nothing_new(tmp_path: Path, axes: tuple[int, ...]) ->
         path = Path(get_testdata_file(name, download=False))
         write_volume(tmp_path / name, finer(read_volume(path), 2))
         assert errors_of_validator(tmp_path / name) <= errors_of_validator(path), name
+
+
+@pytest.mark.parametrize(("value", "limit"), [(4090, None), (4000, 4095), (4095, 4090)])
+def test_padding_becomes_the_lowest_value(tmp_path: Path, value: int, limit: int | None) -> None:
+    array = classic(tmp_path / "series", oblique(0), slope=1)
+    for path in (tmp_path / "series").iterdir():
+        ds = pydicom.dcmread(path)
+        pixels = np.frombuffer(ds.PixelData, "<u2").reshape(ds.Rows, ds.Columns).copy()
+        pixels[:2] = 4090
+        ds.PixelData = pixels.tobytes()
+        ds.add_new(0x00280120, "US", value)
+        if limit is not None:
+            ds.add_new(0x00280121, "US", limit)
+        ds.save_as(path)
+    with pytest.warns(UserWarning, match=r"padding .* was set to the lowest value, .*: 70 voxels"):
+        volume = read_volume(tmp_path / "series")
+    np.testing.assert_array_equal(volume.array[:, 2:], array[:, 2:])
+    assert np.all(volume.array[:, :2] == array[:, 2:].min())
+
+
+def test_padding_as_dark_as_the_background_stays(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    array = classic(tmp_path / "series", oblique(0), slope=1)
+    for path in (tmp_path / "series").iterdir():
+        ds = pydicom.dcmread(path)
+        ds.add_new(0x00280120, "US", int(array.min()))
+        ds.save_as(path)
+    np.testing.assert_array_equal(read_volume(tmp_path / "series").array, array)
+    assert not recwarn.list

@@ -79,6 +79,12 @@ def test_anatomy_stays_for_every_pair_of_codes(tmp_path: Path, codes: tuple[int,
         np.testing.assert_allclose(affine_of(before) @ (new * [2, 2, 1, 1]).T, affine_of(after) @ new.T, atol=2e-3)
 
 
+def test_a_single_slice_states_no_third_size(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    nibabel.save(nibabel.Nifti1Image(np.ones((6, 5), np.float32), np.diag([3.0, 3, 5, 1])), tmp_path / "a.nii")
+    assert read_volume(tmp_path / "a.nii").spacing == (3, 3, 5)
+    assert not recwarn.list
+
+
 def test_of_two_voxel_sizes_the_one_in_use_is_written(tmp_path: Path) -> None:
     image = nibabel.Nifti1Image(np.ones((6, 5, 4), np.float32), None)
     image.set_sform(np.diag([2.0, 2, 5, 1]), 2)

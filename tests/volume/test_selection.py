@@ -44,6 +44,9 @@ def test_anatomy_of_any_type_is_a_scan(tmp_path: Path) -> None:
         values = anatomy(top=200).astype(dtype)
         assert not_a_scan(image(values, tmp_path / f"{dtype}.nii.gz")) == ""
     assert not_a_scan(image(anatomy(top=200).astype("int16") - 50, tmp_path / "signed.nii")) == ""
+    masked = anatomy(top=200) * (anatomy(top=200) > 50)
+    for offset in (100, -1024):  # the background is stored as another number than 0
+        assert not_a_scan(image(masked.astype("int16") + offset, tmp_path / f"{offset}.nii")) == ""
     nibabel.save(nibabel.MGHImage(anatomy().astype("float32"), np.eye(4)), tmp_path / "T1.mgz")
     assert not_a_scan(tmp_path / "T1.mgz") == ""
     assert not_a_scan(DICOM / "000.dcm") == ""
@@ -66,6 +69,7 @@ def test_a_mask_is_known_by_its_name(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "int32", "float32", "float64"])
 def test_a_label_image_is_known_by_its_voxels(tmp_path: Path, dtype: str) -> None:
     assert "few integers" in not_a_scan(image(regions(dtype), tmp_path / "a.nii.gz"))
+    assert "few integers" in not_a_scan(image(regions(dtype) + np.ones((), dtype), tmp_path / "d.nii"))
     two = (anatomy() > 500).astype(dtype)
     assert "mask (its voxels have two values)" in not_a_scan(image(two, tmp_path / "b.nii"))
     four = np.random.default_rng(0).integers(0, 4, (20, 16, 5)).astype(dtype)
