@@ -57,8 +57,7 @@ def kept_on_disk(make: Callable[[bool], Any], what: str) -> Any:
             return make(True)
         except Exception as error:  # of the cache: nowhere to write, a full disk, a damaged file; any other again
             made = make(False)
-            if "cannot cache" in str(error) or isinstance(error, OSError):
-                _say_once_that_nothing_is_kept()
+            _say_once_that_nothing_is_kept(type(error).__name__)
             return made
 
 
@@ -90,9 +89,9 @@ def _announced(what: str) -> Iterator[None]:
 
 
 @cache
-def _say_once_that_nothing_is_kept() -> None:
+def _say_once_that_nothing_is_kept(reason: str) -> None:
     print(
-        "deformmamba: the compiled kernels cannot be kept on disk, so that every process compiles them again; set "
-        "NUMBA_CACHE_DIR to a folder that you may write to",
+        f"deformmamba: the compiled kernels cannot be kept on disk ({reason}), so that every process compiles them "
+        "again; delete damaged files (*.nbi), or set NUMBA_CACHE_DIR to a folder that you may write to",
         file=sys.stderr,
     )

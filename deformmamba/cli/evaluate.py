@@ -188,11 +188,11 @@ def _without(split: str | None, folder: str, scans: "list[Scan]", group: str | N
 
 def _check_people(scans: "list[Scan]", places: list[str]) -> None:
     """Refuses a name of a subject that was found in two places: means over subjects need to count each person once."""
-    from deformmamba.data.subjects import folded
+    from deformmamba.data.subjects import same_person
 
     first: dict[str, str] = {}
     for scan, place in zip(scans, places, strict=True):
-        other = first.setdefault(folded(scan.subject), place)
+        other = first.setdefault(same_person(scan.subject), place)
         if other != place:
             raise InvalidArgument(
                 f"{other} and {place}: both have a subject {scan.subject}, which may be one person or two; evaluate "

@@ -12,7 +12,7 @@ import numpy as np
 from deformmamba.annotations import check_types
 from deformmamba.data.prepared import MANIFEST, SUFFIX, is_prepared, read_manifest, read_prepared
 from deformmamba.data.splits import SPLITS, by_share, check_shares, check_splits, read_table
-from deformmamba.data.subjects import folded, name_subjects, patient_id
+from deformmamba.data.subjects import name_subjects, patient_id, same_person
 from deformmamba.errors import InvalidArgument, InvalidType, counted, shown
 from deformmamba.volume import (
     Candidate,
@@ -159,7 +159,7 @@ def _from_index(root: Path) -> list[Scan]:
             raise VolumeError(f"{table}, line {number}: missing file {row['file']} of {subject}")
         if (before := lines.setdefault(os.path.realpath(path), number)) != number:
             raise VolumeError(f"{table}, line {number}: {row['file']} is in line {before} too; list each file once")
-        subject = spelled.setdefault(folded(subject), subject)
+        subject = spelled.setdefault(same_person(subject), subject)
         scans.append(Scan(path, subject, split, f"{row.get('contrast', '')} {row.get('anatomy', '')}".strip()))
     return scans
 

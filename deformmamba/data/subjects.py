@@ -93,7 +93,12 @@ _DATE = re.compile(  # or a DICOM UID, which does not name a subject either
 _IS_YEAR = re.compile(_YEAR)
 _NUMBER = re.compile(r"[a-z]?(\d+)", re.IGNORECASE)
 _SHORT = re.compile(r"[a-z]?\d{1,3}", re.IGNORECASE)  # the number of a scan or session: `1`, `01`, `s2`
-_ATTACHED = re.compile(r"(.*\d)(?:t1|t2|pd|flair|dwi|adc|swi)(?:w|ce|c|gd|fs)?", re.IGNORECASE)
+_ATTACHED = re.compile(  # a contrast, a visit or a letter after the number of a person: `P001T1`, `M01V2`, `101b`
+    rf"(.*\d)(?:(?:{_CONTRASTS})(?:w|ce|c|gd|fs)?|v\d{{1,2}}|[a-d])|(.*[^\W\d_]{{3,}}?)(?:t1|t2|flair)(?:w|ce|c|gd|fs)?",
+    re.IGNORECASE,
+)
+# the time of an exam, as dcm2niix writes it into names, with the number of the series after it
+_EXAM = re.compile(rf"(?<!\d){_YEAR}(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01])\d{{6}}(?!\d)")
 # values that anonymisers write for every patient
 _PLACEHOLDER = re.compile(
     r"(anon\w*|unknown|none|null|na|n/a|no ?name|patient ?id|patient|id|test|phantom|x+|0+|\W*)", re.IGNORECASE
@@ -138,7 +143,7 @@ def name_subjects(
     names: dict[Path, str] = {}
     for path, text in relative.items():
         if found := _BIDS.search(text):
-            names[path] = found[1]
+            names[path] = re.sub(r"(?<=\d)ses\d+$", "", found[1], flags=re.IGNORECASE)  # a forgotten underscore
     if not names and (inside := _labelled_folder(root)):
         names = dict.fromkeys(paths, inside)
     rest = {path: text for path, text in relative.items() if path not in names}
@@ -252,6 +257,8 @@ def _from_columns(relative: Mapping[Path, str]) -> tuple[dict[Path, str], bool]:
     if not names and files:
         names = files[0]
     years = _all_years(names.values()) and not _numbered_scans(levels)
+    exams = all(_EXAM.search(text) for text in relative.values())
+    years = years or (exams and all(map(_SHORT.fullmatch, names.values())))  # these are the numbers of series
     names = {path: "" if years else names.get(path, "") for path in relative}
     held = _merged(names, _held(names, levels))
     joined = _count(held) < _count(names)
@@ -352,7 +359,7 @@ def _tokens(text: str) -> list[str]:
     for token in _words(_TIME.sub(" ", _DATE.sub(" ", text))):
         if not _NO_PERSON.fullmatch(token):
             attached = _ATTACHED.fullmatch(token)  # P001T1
-            kept.append(attached[1] if attached else token)
+            kept.append((attached[1] or attached[2]) if attached else token)
     return kept
 
 
@@ -429,6 +436,11 @@ def folded(name: str) -> str:
 def _key(name: str) -> str:
     """A key that ignores leading zeros too, equal for all spellings of a name."""
     return re.sub(r"(?<!\d)0+(?=\d)", "", folded(name))
+
+
+def same_person(name: str) -> str:
+    """A key that is equal for `sub-01`, `01` and `1`, which a table may mix."""
+    return _key(re.sub(r"^sub-", "", name, flags=re.IGNORECASE))
 
 
 def _joined(names: Mapping[Path, str], patients: Mapping[Path, str]) -> dict[Path, str]:

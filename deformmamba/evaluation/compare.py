@@ -107,7 +107,10 @@ def evaluate(
         content = int.from_bytes(hashlib.sha256(scaled.numpy().tobytes()).digest()[:4])
         lr = _keeping_signs(degradation, hr, scan.path)(scaled, seed=(seed, content)) * unit
         sr = upscale(model, lr, axis=0, consistency=consistency, progress=progress)
-        scores = {name: metric(sr, hr, protocol=protocol) for name, metric in wanted.items()}
+        try:
+            scores = {name: metric(sr, hr, protocol=protocol) for name, metric in wanted.items()}
+        except InvalidArgument as error:
+            raise InvalidArgument(f"{scan.path}: {error}") from None
         row = {"file": scan.path.name, "subject": scan.subject, "group": scan.group, "slices": len(hr), **scores}
         rows.append(row | ({"by_slice": by_slice(sr, hr, protocol=protocol)} if slices else {}))
         if visit:

@@ -92,11 +92,17 @@ class RunFolder:
         different = sorted(
             key for key in compared if not _same(known.get(key, "not given"), wanted.get(key, "not given"))
         )
-        if different and not (_is_longer(known, wanted, different) and self._finished(known)):
+        longer = _is_longer(known, wanted, different)
+        if different and not (longer and self._finished(known)):
             shown = "; ".join(
                 f"{key} was {_short(known, key)}, now it is {_short(wanted, key)}" for key in different[:3]
             )
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+            if longer:
+                raise InvalidArgument(
+                    f"fit: {self.path} holds an unfinished run: {shown}{more}; finish it with its own settings first, "
+                    "then continue it"
+                )
             raise InvalidArgument(
                 f"fit: {self.path} holds another run: {shown}{more}; choose another folder, or delete that one"
             )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from deformmamba.annotations import check_types, is_number
@@ -17,7 +18,7 @@ from deformmamba.data.thick_slices import ThickSliceDataset, thick_cases
 from deformmamba.errors import DeformMambaError, InvalidArgument, counted, one_line
 from deformmamba.evaluation.compare import evaluate, mean_scores
 from deformmamba.losses import LOSSES, SRLoss
-from deformmamba.metrics import psnr, ssim
+from deformmamba.metrics import WINDOW, psnr, ssim
 from deformmamba.models import MODELS
 from deformmamba.models.base import SRModel
 from deformmamba.training.folder import RunFolder
@@ -25,6 +26,8 @@ from deformmamba.training.loop import Loss, fit
 from deformmamba.training.recipe import check_recipe, load_recipe
 from deformmamba.training.sample import sample_picture
 from deformmamba.training.settings import plain_number
+from deformmamba.volume import VolumeError
+from deformmamba.volume.inspection import too_negative
 from deformmamba.weights import acknowledgements_of, license_of, load_checkpoint
 from deformmamba.weights.checkpoint import Checkpoint
 
@@ -33,6 +36,9 @@ SAMPLE = "sample.png"
 INDIFFERENT = ("workers",)
 # facts about the initial weights that also hold for the trained weights
 INHERITED = ("consistency", "license", "acknowledgements")
+# arguments of a network that do not change what it computes from initial weights; further blocks of a level start as
+# the identity, see `DeformMambaSR.load_initial`
+SAME_RESULTS = ("depths", "checkpointing", "drop_path")
 Plan = dict[str, dict[str, Any]]
 Validate = Callable[[Any], Mapping[str, float]]
 
@@ -119,7 +125,8 @@ def _plan(recipe: str | os.PathLike[str], init: str | None, overrides: Mapping[s
     plan["fit"].update(given)
     if init is not None:
         plan["model"]["init"] = init
-    if not plan["model"]:
+    continues = plan["model"].pop("continues", False)
+    if not plan["model"] or (continues and "init" not in plan["model"]):
         raise InvalidArgument(f"recipe {recipe}: no weights to start from; give them: --init ixi-4x (init= in Python)")
     if ("steps" in plan["fit"]) == ("epochs" in plan["fit"]):
         raise InvalidArgument(f"recipe {recipe}: [fit] must contain either steps or epochs")
@@ -167,12 +174,18 @@ def _data(
     progress: bool,
 ) -> tuple[PatchDataset | ThickSliceDataset, Validate]:
     """The training samples of a run, and the function that scores a model; it also draws `picture`."""
+    if getattr(model, "channels", None) not in (None, 1):
+        raise InvalidArgument(
+            f"recipe {recipe}: {type(model).__name__} takes {model.channels} channels, and slices have one; set "
+            "in_channels = 1, or give fit your own data set"
+        )
     batch, epochs, seed = plan["fit"].get("batch", 8), plan["fit"].get("epochs"), plan["fit"].get("seed", 0)
     length = plan["fit"].get("steps", 1) * batch
     settings = {key: value for key, value in plan["data"].items() if key not in ("validation", "kind")}
     if plan["data"].get("kind") == "thick":
         if model.scale != 1 or epochs is not None:
-            raise InvalidArgument(f"recipe {recipe}: kind = 'thick' needs scale = 1 and steps, not epochs")
+            wrong = f"{type(model).__name__} has scale {model.scale}" if model.scale != 1 else "epochs are given"
+            raise InvalidArgument(f"recipe {recipe}: kind = 'thick' needs scale = 1 and steps, but {wrong}")
         thick = ThickSliceDataset(train, length=length, seed=seed, progress=progress, **settings)
         return thick, _thick_scores(val)
     if model.scale == 1:
@@ -198,8 +211,8 @@ def _data(
             f"recipe {recipe}: degradation {degradation} gives the {degradation.grid} grid, and "
             f"{type(model).__name__} works on the {model.grid} grid"
         )
-    for scan in val:  # else a damaged volume would end the training at its first validation
-        load_slices(scan, model.scale)
+    for scan in val:  # else a damaged or empty volume would end the training at its first validation
+        check_validation(scan, model.scale)
 
     def validate(candidate: SRModel) -> dict[str, float]:
         title = f"{val[0].subject}, validation"
@@ -210,6 +223,20 @@ def _data(
         return mean_scores(evaluate(candidate, val, degradation=degradation))
 
     return dataset, validate
+
+
+def check_validation(scan: Scan, scale: int) -> None:
+    """Raises VolumeError for a scan that no training can be validated on; `load_slices` raises others."""
+    slices = load_slices(scan, scale, phase=True).array
+    magnitude = np.abs(slices)
+    if min(slices.shape[1:]) < WINDOW or not magnitude.max() > 0:
+        what = f"slices of {slices.shape[1]}x{slices.shape[2]} pixels" if magnitude.max() > 0 else "no voxel above 0"
+        raise VolumeError(f"{scan.path}: {what}, so nothing can be validated on it; leave the scan out")
+    if not np.iscomplexobj(slices) and (negative := too_negative(slices)):
+        raise VolumeError(
+            f"{scan.path}: {negative}, and this training is on magnitudes; add a constant to the scan that makes air "
+            "0, or leave it out"
+        )
 
 
 def forget_groups(scans: Sequence[Scan], settings: dict[str, Any], data: Any) -> None:
@@ -335,8 +362,7 @@ def _warn_if_unlike(model: SRModel, start: Checkpoint) -> None:
     # of a class that is not in the list, the settings that the file does not name are unknown and count as equal
     known = start.class_name in MODELS
     theirs = MODELS[start.class_name].from_checkpoint(start).config if known else {**model.config, **start.config}
-    # further blocks of a level start as the identity, see `DeformMambaSR.load_initial`
-    unlike = [key for key, value in model.config.items() if theirs.get(key) != value and key != "depths"]
+    unlike = [key for key, value in model.config.items() if theirs.get(key) != value and key not in SAME_RESULTS]
     if unlike:
         ours, before = (", ".join(f"{key} = {of.get(key)!r}" for key in unlike) for of in (model.config, theirs))
         warnings.warn(

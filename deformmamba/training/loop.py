@@ -175,10 +175,17 @@ def _accelerator(precision: str) -> Any:
         MissingExtra: accelerate is not installed.
     """
     accelerate = require("accelerate", extra="train", what="fit")
-    accelerator = accelerate.Accelerator(
-        mixed_precision=precision,
-        kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=LONGEST_VALIDATION)],
-    )
+    try:
+        accelerator = accelerate.Accelerator(
+            mixed_precision=precision,
+            kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=LONGEST_VALIDATION)],
+        )
+    except ValueError as error:  # accelerate keeps one precision for each process
+        if "already been initialized" not in str(error):
+            raise
+        raise InvalidArgument(
+            f"fit: precision is {precision!r}, and this process has trained with another one; start a new process"
+        ) from None
     if precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would compute in float32
         raise InvalidArgument('fit: precision "fp16" needs a GPU; use "bf16" or "no"')
     kind = str(accelerator.distributed_type).rpartition(".")[2]

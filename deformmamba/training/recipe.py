@@ -27,8 +27,9 @@ def load_recipe(name: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """Reads a recipe: the name of one in the package ("ixi-4x"), or the path of a TOML file.
 
     Sections:
-        [model]: `name` (of MODELS), `preset`, `init` (name or path of weights to start from) and the constructor's
-            arguments. With `init` alone, class and arguments are those of these weights.
+        [model]: `name` (of MODELS), `preset`, `init` (name or path of weights to start from), `continues` (true: there
+            must be such weights) and the constructor's arguments. With `init` alone, class and arguments are those of
+            these weights.
         [data]: `kind` ("in-plane", the default, or "thick", the slice direction), arguments of `PatchDataset` or of
             `ThickSliceDataset`, and `validation`, the groups to validate on.
         [fit]: arguments of `fit`, with `loss` by name (of LOSSES) and `beta`; `epochs` counts passes over the training
@@ -86,7 +87,7 @@ def check_recipe(name: Any, recipe: Mapping[str, Mapping[str, Any]]) -> None:
     model = recipe["model"].get("name", "DeformMambaSR")
     if not is_one_of(model, MODELS):
         raise InvalidArgument(f"recipe {name}: unknown model {shown(model)}; models: {', '.join(MODELS)}")
-    _check_keys(name, "model", recipe["model"], MODELS[model].__init__, extra={"name": str, "preset": str, "init": str})
+    _check_keys(name, "model", recipe["model"], MODELS[model].__init__, extra=_MODEL_KEYS)
     kind = recipe["data"].get("kind", "in-plane")
     if not is_one_of(kind, KINDS):
         raise InvalidArgument(f"recipe {name}: kind in [data] is {shown(kind)}; wanted {' or '.join(map(repr, KINDS))}")
@@ -107,6 +108,7 @@ def check_recipe(name: Any, recipe: Mapping[str, Mapping[str, Any]]) -> None:
         raise InvalidArgument(f"recipe {name}: {error}") from None
 
 
+_MODEL_KEYS = {"name": str, "preset": str, "init": str, "continues": bool}
 _GIVEN_ELSEWHERE = (
     "self", "model", "dataset", "out", "scans", "length", "intensity", "seed", "validate", "provenance", "progress",
     "base", "optimizer", "score_start",

@@ -285,6 +285,12 @@ def _licensed(found: _Found, repo: str, license: str | None, source: str) -> dic
             f"{shown(source)}: the licence of {entry['name']} is {entry['license']}, not {license}; leave license= "
             "(--license) out"
         )
+    inherited = license_of(checkpoint.sha256, checkpoint.provenance)
+    if license and inherited and "init" in checkpoint.provenance and license != checked_license(inherited):
+        raise WeightsError(
+            f"{shown(source)}: its training started from weights under {inherited}, not {license}; leave license= "
+            "(--license) out"
+        )
     content = _repository(found, checkpoint, repo, license)
     stated = stated_license(content[CARD_FILE].decode("utf-8", "replace"))
     if license is None and stated is None:

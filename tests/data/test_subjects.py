@@ -105,12 +105,20 @@ JOINED = {
     "a folder like a year": ("2001/01.nii 2001/02.nii 2002/01.nii", "2001 2001 2002"),
     "a number like a year, a contrast": ("1001_01.nii 2001_01.nii 2001_T1.nii", "1001 2001 2001"),
     "years": ("2021_anna.nii 2022_anna.nii 2021_ben.nii", "anna anna ben"),
+    "exams by their time, without a person": (
+        " ".join(f"DICOM_{c}_{t}_{n}.nii" for t in (20190101101010, 20190202111111) for c, n in (("t1", 3), ("t2", 5))),
+        "mine mine mine mine",
+    ),
+    "a letter for the visit": ("101a.nii 101b.nii 102a.nii 102b.nii", "101 101 102 102"),
+    "a visit after the number": ("M01V1.nii M01V2.nii M02V1.nii M02V2.nii", "M01 M01 M02 M02"),
+    "a contrast after the name": ("annaT1.nii annaFLAIR.nii benT1.nii benFLAIR.nii", "anna anna ben ben"),
+    "a contrast after the number": ("001MPRAGE.nii 001FLAIR.nii 002MPRAGE.nii 002FLAIR.nii", "001 001 002 002"),
     "years and nobody": ("2021/T1.nii 2022/T1.nii", "mine mine"),
     "years and people": ("2021/anna.nii 2022/ben.nii 2021/carl.nii", "anna ben carl"),
     "two each": ("qqq/anna.nii qqq/ben.nii zzz/anna.nii", "mine mine mine"),
     "numbered people": ("qqq/01.nii qqq/02.nii qqq/03.nii zzz/01.nii", "mine mine mine mine"),
     "numbered scans": ("001_1.nii 001_2.nii 001_3.nii 002_1.nii", "001 001 001 002"),
-    "a folder a session": ("x1a/anna.nii x1b/anna.nii x2/ben.nii", "x1a x1a x2"),
+    "a folder a session": ("x1a/anna.nii x1b/anna.nii x2/ben.nii", "anna anna ben"),
     "some without condition": ("anna.nii qqq_anna.nii ben.nii", "anna anna ben"),
     "a control of that number": ("control_01.nii zzz_01.nii control_02.nii zzz_02.nii", "mine mine mine mine"),
     "files without a person": ("anna/T1.nii anna/foo.nii ben/T1.nii ben/foo.nii ben/bar.nii", "anna anna ben ben ben"),
@@ -170,6 +178,11 @@ def test_the_subject_of_a_scan_by_its_path(files, wanted):
     found = name_subjects(paths, ROOT)
     assert [found.names[path] for path in paths] == wanted.split()
     assert not found.certain
+
+
+def test_a_session_in_the_label_is_no_subject():
+    paths = [ROOT / f"sub-{who}ses{k}_T2w.nii" for who in ("01", "02") for k in (1, 2)]
+    assert [*name_subjects(paths, ROOT).names.values()] == ["sub-01", "sub-01", "sub-02", "sub-02"]
 
 
 def test_bids_entities_come_first_and_are_certain():

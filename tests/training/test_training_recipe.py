@@ -215,9 +215,39 @@ def test_a_network_with_more_blocks_starts_from_the_results_of_one_with_fewer(fo
     assert not [w for w in recwarn if "does not start from" in str(w.message)]
 
 
-def test_finetuning_asks_for_weights(folder, tmp_path):
+@pytest.mark.parametrize("name", ["finetune", *(name for name in PACKAGED if "-stage" in name)])
+def test_a_recipe_that_continues_asks_for_weights(folder, tmp_path, name):
     with pytest.raises(ValueError, match="no weights to start from; give them: --init"):
-        train_recipe("finetune", folder, tmp_path / "out")
+        train_recipe(name, folder, tmp_path / "out")
+
+
+def test_settings_that_compute_the_same_need_no_warning(recwarn):
+    given = DeformMambaSR(scale=2, dims=[8], depths=[1], patch=2, d_state=2)
+    model = DeformMambaSR(scale=2, dims=[8], depths=[2], patch=2, d_state=2, checkpointing=True, drop_path=0.1)
+    from_recipe._warn_if_unlike(model, Checkpoint("DeformMambaSR", given.config, given.state_dict(), {}, "", "a"))
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda image: 0 * image, "no voxel above 0"),
+        (lambda image: image - image.mean(), "negative.*this training is on magnitudes"),
+        (lambda image: image[:5, :5], "slices of 5x5 pixels"),
+    ],
+)
+def test_a_scan_that_cannot_validate_is_found_at_once(tmp_path, change, words):
+    image = change(np.random.default_rng(0).random((32, 32, 3)).astype("f4"))
+    nibabel.save(nibabel.Nifti1Image(image, np.eye(4)), tmp_path / "a.nii")
+    with pytest.raises(ValueError, match=rf"a\.nii: .*{words}"):
+        from_recipe.check_validation(Scan(tmp_path / "a.nii", "a", "val", ""), 1)
+
+
+def test_a_network_for_several_channels_does_not_train_on_slices(folder, tmp_path, recipe):
+    recipe.write_text(RECIPE.replace("[model]", "[model]\nin_channels = 2"))
+    with pytest.raises(ValueError, match="takes 2 channels, and slices have one; set in_channels = 1"):
+        train_recipe(recipe, folder, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import numpy as np
 
 from deformmamba import __version__
 from deformmamba.data.prepare.plan import PathLike, Plan, Source, Unusable, chosen_slices, file_digest
-from deformmamba.data.prepared import SUFFIX, begun, read_prepared, write_manifest, write_prepared
+from deformmamba.data.prepared import MANIFEST, SUFFIX, begun, read_prepared, write_manifest, write_prepared
 from deformmamba.data.splits import SPLITS
 from deformmamba.volume import VolumeError, intensity_scale
 
@@ -129,5 +129,5 @@ def _check_target(out: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
         if Path(os.path.realpath(source.path)).is_relative_to(inside):
             raise VolumeError(f"{out}: holds the source {source.path}; give a new folder for the data set")
     for key in ("kind", "options"):
-        if known and known.get(key) != facts[key]:
+        if known and known.get(key) != facts[key] and any(path.name != MANIFEST for path in out.iterdir()):
             raise VolumeError(f"{out}: was prepared with {key} {known.get(key)}, not {facts[key]}; give a new folder")
