@@ -22,20 +22,19 @@ from deformmamba.metrics import WINDOW, psnr, ssim
 from deformmamba.models import MODELS
 from deformmamba.models.base import SRModel
 from deformmamba.training.folder import RunFolder
+from deformmamba.training.heritage import INHERITED, inherited_facts, predecessors
 from deformmamba.training.loop import Loss, fit
 from deformmamba.training.recipe import check_recipe, load_recipe
 from deformmamba.training.sample import sample_picture
 from deformmamba.training.settings import plain_number
 from deformmamba.volume import VolumeError
 from deformmamba.volume.inspection import too_negative
-from deformmamba.weights import acknowledgements_of, license_of, load_checkpoint
+from deformmamba.weights import load_checkpoint
 from deformmamba.weights.checkpoint import Checkpoint
 
 SAMPLE = "sample.png"
 # settings that change how a run is computed but not its result
 INDIFFERENT = ("workers",)
-# facts about the initial weights that also hold for the trained weights
-INHERITED = ("consistency", "license", "acknowledgements")
 # arguments of a network that do not change what it computes from initial weights; further blocks of a level start as
 # the identity, see `DeformMambaSR.load_initial`
 SAME_RESULTS = ("depths", "checkpointing", "drop_path")
@@ -90,7 +89,7 @@ def train_recipe(
     run = _run_facts(plan, train, val)
     if start is not None:
         run |= _inherited(start, folder) if scored else {}
-        run["init"] = _predecessors(start)
+        run["init"] = predecessors(start.sha256, start.provenance)
     folder.check({"provenance": run}, whole=False)
 
     seed = plan["fit"].get("seed", 0)
@@ -316,20 +315,14 @@ def _inherited(start: Checkpoint, folder: RunFolder) -> dict[str, Any]:
 
     A run in `folder` that was started by an earlier version, which knew fewer of them, keeps its facts.
     """
-    facts = {key: start.provenance[key] for key in INHERITED if key in start.provenance}
-    begun, given = folder.known(), (start.sha256, start.provenance)
-    for key, value in (("license", license_of(*given)), ("acknowledgements", acknowledgements_of(*given))):
-        if value and (not begun or f"provenance.{key}" in begun):
-            facts[key] = value
-    return facts
-
-
-def _predecessors(start: Checkpoint) -> list[dict[str, Any]]:
-    """The provenance of the initial weights and of all their predecessors, oldest first."""
-    kept = ("name", "steps", "batch", "seed", "spacings_mm", "recipe")
-    before = start.provenance.get("init")
-    own = {"sha256": start.sha256, **{key: start.provenance[key] for key in kept if key in start.provenance}}
-    return [*(before if isinstance(before, list) else []), own]
+    begun = folder.known()
+    new = ("license", "acknowledgements")  # which the runs of earlier versions lack
+    facts = inherited_facts(start.sha256, start.provenance)
+    return {
+        key: value
+        for key, value in facts.items()
+        if key in start.provenance or key not in new or not begun or f"provenance.{key}" in begun
+    }
 
 
 def _model(recipe: str | os.PathLike[str], arguments: Mapping[str, Any], start: Checkpoint | None) -> SRModel:

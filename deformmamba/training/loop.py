@@ -27,6 +27,7 @@ from deformmamba.inference.networks import evaluating, modes_kept
 from deformmamba.losses import SRLoss
 from deformmamba.training.batches import Batches, Piece
 from deformmamba.training.folder import BEST, RunFolder, described
+from deformmamba.training.heritage import heritage
 from deformmamba.training.optimizer import MakeOptimizer, build_optimizer, optimizer_facts, parameter_groups
 from deformmamba.training.settings import FitSettings, n_samples
 
@@ -112,7 +113,8 @@ def fit(
             and a warning is issued.
         workers: number of data loading processes; 0 loads in this process.
         seed: random seed for the order of samples and for dropped paths.
-        provenance: facts for the header of every checkpoint, in addition to steps and scores.
+        provenance: facts for the header of every checkpoint, in addition to steps and scores, and to the consistency,
+            licence and acknowledgements of published or saved weights that `model` was loaded from.
         progress: show a progress bar with the loss and the samples per second.
 
     Raises:
@@ -266,7 +268,7 @@ class _Training:
             loss.to(accelerator.device)
         self.accelerator, self.model, self.dataset, self.loss = accelerator, model, dataset, loss
         self.settings, self.folder, self.validate = settings, folder, validate
-        self.provenance, self.progress = provenance, progress
+        self.provenance, self.progress = {**heritage(model), **provenance}, progress
         self.main: bool = accelerator.is_main_process
         self.n_further = _n_further(model)
         self.largest_rates = [group["lr"] for group in optimizer.param_groups]

@@ -136,11 +136,22 @@ def write_checkpoint(
             with _disk("make the folder", path, "; choose another one"):  # a name that no file can have
                 name = path.resolve().name
             facts: dict[str, Any] = {"class_name": class_name, "config": config, "size": len(data)}
-            text = checkpoint_card(name, **facts, provenance=provenance or {}, sha256=digest)
+            text = checkpoint_card(name, **facts, provenance=_with_licence(digest, provenance or {}), sha256=digest)
             # a name may hold bytes that are not UTF-8
             files[CARD_FILE] = text.encode("utf-8", "backslashreplace")
         write_files(path, files)
     return digest
+
+
+def _with_licence(sha256: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The provenance for a card, with the licence of a published file, which its header lacks."""
+    from deformmamba.weights import acknowledgements_of, license_of
+
+    found = {
+        "license": license_of(sha256, provenance),
+        "acknowledgements": acknowledgements_of(sha256, provenance),
+    }
+    return {**provenance, **{key: value for key, value in found.items() if value}}
 
 
 def read_card(folder: Path) -> str | None:

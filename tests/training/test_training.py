@@ -738,3 +738,21 @@ def test_if_one_of_two_processes_is_asked_to_stop_both_do_and_one_goes_on(tmp_pa
     a, b = (DeformMambaSR.from_pretrained(path).state_dict() for path in (alone, resumed))
     assert max((a[name] - b[name]).abs().max() for name in a) < 1e-3
     assert [row["step"] for row in log(out)] == ["2", "4", "5"]
+
+
+def test_weights_trained_from_a_file_inherit_what_it_states(tmp_path):
+    facts = {"consistency": "object", "license": "cc-by-4.0", "acknowledgements": ["thanks"], "steps": 7}
+    sha256 = network().save_pretrained(tmp_path / "a.safetensors", provenance=facts)
+    model = DeformMambaSR.from_pretrained(tmp_path / "a.safetensors")
+    made = DeformMambaSR.from_pretrained(run(tmp_path / "out", model=model, steps=1))
+    assert made.consistency == "object"
+    assert {key: made.provenance[key] for key in ("license", "acknowledgements")} == {
+        key: facts[key] for key in ("license", "acknowledgements")
+    }
+    assert [(one["sha256"], one["steps"]) for one in made.provenance["init"]] == [(sha256, 7)]
+    own = DeformMambaSR.from_pretrained(
+        run(tmp_path / "own", model=DeformMambaSR.from_pretrained(tmp_path / "a.safetensors"), steps=1,
+            provenance={"license": "mit"})
+    )  # fmt: skip
+    assert own.provenance["license"] == "mit"
+    assert "init" not in DeformMambaSR.from_pretrained(run(tmp_path / "new", steps=1)).provenance
