@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from deformmamba.annotations import check_seed, is_one_of
+from deformmamba.annotations import check_seed, check_types, is_one_of
 from deformmamba.data.augmentation import TISSUE, Augmentation, check_range, closed
 from deformmamba.data.groups import check_weights, cumulative_shares
 from deformmamba.data.scans import Scan, Slices, find_scans, load_slices, load_volume, subjects
-from deformmamba.errors import InvalidArgument, shown
+from deformmamba.errors import InvalidArgument, InvalidType, shown
 from deformmamba.models.normalise import slice_range
 from deformmamba.models.skip import BASES
 from deformmamba.physics.degradations import Degradation, KSpaceCrop, parse
@@ -116,6 +116,12 @@ class PatchDataset(Dataset[Sample]):
         seed: int = 0,
         progress: bool = False,
     ) -> None:
+        check_types(PatchDataset.__init__, locals())
+        scans = list(scans)
+        if strangers := [scan for scan in scans if not isinstance(scan, Scan)]:
+            raise InvalidType(
+                f"PatchDataset: scans holds {shown(strangers[0])}; wanted Scan objects, as find_scans(folder) returns"
+            )
         check_range("patch", patch, 1)
         check_range("masked", masked, 0, 1)
         check_range("cut", cut, 0, 1)

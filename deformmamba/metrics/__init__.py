@@ -101,6 +101,8 @@ def foreground(hr: Array) -> torch.Tensor:
     b = _tensor(hr, "hr").double()
     if b.ndim not in (2, 3):
         raise InvalidArgument(f"metrics: hr is {tuple(b.shape)}; wanted (slices, H, W) or (H, W)")
+    if not b.isfinite().all():
+        raise InvalidArgument("metrics: hr holds NaN or infinite values, so its foreground is unknown; replace them")
     values = b[b != 0].flatten()
     if not values.numel():
         return torch.zeros_like(b, dtype=torch.bool)

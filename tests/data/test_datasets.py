@@ -599,3 +599,18 @@ def test_the_manifest_is_for_people_and_programs(ixi, tmp_path):
     assert manifest["complete"] is True
     assert manifest["options"] == {"contrast": "T2", "axis": None, "slices": "central:100", "val": 0.1, "splits": None}
     assert len(text.splitlines()) > 50
+
+
+@pytest.mark.parametrize(
+    ("scans", "given", "words"),
+    [
+        ([], {"patch": 16.0}, "patch must be an integer, not 16.0"),
+        ([], {"weights": ["a"]}, "weights must be a dictionary or None, not a list"),
+        ([], {"degradation": 3}, "degradation must be an instance of Degradation or a text or None, not 3"),
+        (["a.nii"], {}, r"scans holds 'a.nii'; wanted Scan objects, as find_scans\(folder\) returns"),
+        ("data", {}, "scans must be a list, not 'data'"),
+    ],
+)
+def test_patches_of_wrong_types(scans, given, words):
+    with pytest.raises(TypeError, match=f"PatchDataset: {words}"):
+        PatchDataset(scans, scale=2, length=3, **given)

@@ -250,3 +250,12 @@ def test_byte_order_and_width_do_not_matter():
     assert torch.equal(foreground(hr.astype(">f4")), foreground(hr))
     with pytest.raises(TypeError, match="sr holds <U1; wanted real numbers"):
         psnr(np.full((8, 8), "a"), np.ones((8, 8)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_foreground_needs_finite_values(value):
+    hr = np.random.default_rng(0).random((2, 12, 12))
+    sr = hr.copy()
+    hr[0, 0, 0] = value
+    with pytest.raises(ValueError, match="hr holds NaN or infinite values, so its foreground is unknown"):
+        ssim(sr, hr, protocol="foreground")
