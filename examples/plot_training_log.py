@@ -12,11 +12,17 @@ from matplotlib.figure import Figure
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 # name, PSNR of zero-filling on its validation subjects, the logs of its stages
 NAMES = {
-    "ixi-4x": (28.14, ("ixi-4x", "ixi-4x-stage2", "ixi-4x-stage3", "ixi-4x-stage4")),
+    "ixi-4x": (28.14, ("ixi-4x", "ixi-4x-stage2", "ixi-4x-stage3", "ixi-4x-stage4", "ixi-4x-stage5")),
     "ixi-2x": (33.29, ("ixi-2x", "ixi-2x-stage2", "ixi-2x-stage3")),
     "spine-4x": (23.37, ("spine-4x", "spine-4x-stage2")),
 }
-LABELS = (("first stage", "C0"), ("larger fields", "C1"), ("coarser voxels, noise", "C2"), ("real scans", "C3"))
+LABELS = (
+    ("first stage", "C0"),
+    ("larger fields", "C1"),
+    ("coarser voxels, noise", "C2"),
+    ("real scans", "C3"),
+    ("deeper", "C4"),
+)
 FIRST = {"spine-4x": 1}  # the first entry of LABELS for a name, if not 0, because spine-4x continues ixi-4x
 
 

@@ -4,7 +4,8 @@ Run: python examples/publish_checkpoint.py runs/mine/best.safetensors ixi-4x --d
      --limits "What it was not trained for."
 
 `--data` is the folder of the training run, with its volumes.tsv. The mode of data consistency is selected on the
-validation split: the highest PSNR among the modes whose SSIM is at most 0.002 below that without consistency. Test and
+validation split: the highest PSNR among the modes whose SSIM is at most 0.002 below that without consistency, unless
+`--consistency` names one, for a reason that was found on validation too. Test and
 external scans are scored once, with the published file, for their scores and for `evaluation.assessment` (voxel sizes,
 other data, lesions), and every such evaluation is appended to docs/evaluations.csv with the file's hash.
 """
@@ -186,6 +187,7 @@ def main() -> None:
     parser.add_argument("--machine", required=True, help="what it was trained on")
     parser.add_argument("--hours", type=float, required=True, help="how long")
     parser.add_argument("--meant-for", default="", help="contrast and anatomy, in a few words (as before)")
+    parser.add_argument("--consistency", choices=CONSISTENCIES, help="the mode, instead of the best on validation")
     parser.add_argument("--slices", type=int, default=8, help="from the middle of each volume, for the assessment")
     parser.add_argument("--summary", default="", help="what it is for, in a sentence (default: as before)")
     parser.add_argument("--license", default="", help="of the weights (default: as before)")
@@ -196,7 +198,8 @@ def main() -> None:
     scans = find_scans(args.data)
     groups = model.provenance["recipe"]["data"].get("validation")
     val = [scan for scan in scans if scan.split == "val" and (groups is None or scan.group in groups)]
-    consistency, validation = best_consistency(model, val)
+    best, validation = best_consistency(model, val)
+    consistency = args.consistency or best
     print(f"data consistency {consistency}: {json.dumps(validation)}")
     facts = {
         **model.provenance,
