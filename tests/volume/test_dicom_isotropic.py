@@ -39,7 +39,11 @@ def test_a_series_of_more_slices(kind: object, tmp_path: Path, network: DeformMa
     assert all("isotropic to 0.8 mm" in str(header) for header in headers)
 
 
-def test_the_uncertainty_is_a_series_of_its_own(tmp_path: Path, network: DeformMambaSR) -> None:
+def test_the_uncertainty_is_a_series_of_its_own(
+    tmp_path: Path, network: DeformMambaSR, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # else the spline, which has no uncertainty
+    monkeypatch.setattr("deformmamba.inference.isotropic.best_of", lambda network, *_: (network, None, 0))
     classic(tmp_path / "in", oblique(3, (0.8, 0.8, 3.0)), (20, 18, 9))
     isotropic_file(tmp_path / "in", tmp_path / "iso", model=network, to=0.8, uncertainty=tmp_path / "spread")
     image, spread = (pydicom.dcmread(tmp_path / name / "0003.dcm") for name in ("iso", "spread"))

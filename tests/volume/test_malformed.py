@@ -156,7 +156,7 @@ def test_names_that_lie(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("traced")
-@pytest.mark.filterwarnings("ignore:.*and the weights are for MR images")
+@pytest.mark.filterwarnings("ignore:.*(and the weights are for MR images|padding .* was set to the lowest value)")
 def test_the_headers_of_pydicoms_files_end_no_reading(tmp_path: Path) -> None:
     """Colour, ultrasound, dose, waveform, report, broken and compressed files give a volume or an error of one line."""
     folder = Path(get_testdata_file("MR_small.dcm", download=False)).parent
