@@ -576,7 +576,7 @@ class DeformMambaBlock(Block):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         refuse_tracing("DeformMambaBlock")
-        check_map(self, x, self.channels, weight=self.mamba.inner.weight)
+        check_map(self, x, self.channels)
         y = self.mamba(x)
         return y if self.deform is None else y + self.deform(x)
 
