@@ -160,11 +160,7 @@ class PatchDataset(Dataset[Sample]):
             h, w = (n - n % self.scale for n in loaded.array.shape[1:])
             n_cropped += (h, w) != loaded.array.shape[1:]
             hr = torch.from_numpy(loaded.array)[:, :h, :w]
-            if not hr.is_complex() and (negative := too_negative(hr.numpy())):
-                raise VolumeError(
-                    f"{scan.path}: {negative}, and this training is on magnitudes; add a constant to the scan that "
-                    "makes air 0, or leave the scan out"
-                )
+            check_magnitudes(scan, hr.numpy())
             if min(h, w) < self.patch * self.scale:
                 raise VolumeError(
                     f"{scan.path}: slices {tuple(hr.shape[1:])} are smaller than an HR patch, {self.patch * self.scale}"
@@ -247,6 +243,15 @@ class PatchDataset(Dataset[Sample]):
         least = min(self.patch, FEWEST)
         h, w = (max(int(n / factor) // self.scale, least) * self.scale for n in (h, w))
         return h, w
+
+
+def check_magnitudes(scan: Scan, slices: np.ndarray) -> None:
+    """Raises VolumeError for real slices with more negative voxels than those of a magnitude image have."""
+    if not np.iscomplexobj(slices) and (negative := too_negative(slices)):
+        raise VolumeError(
+            f"{scan.path}: {negative}, and this training is on magnitudes; add a constant to the scan that makes air "
+            "0, or leave the scan out"
+        )
 
 
 def _cut(image: torch.Tensor, corner: Sequence[int], patch: int, scale: int) -> torch.Tensor:

@@ -40,6 +40,7 @@ _BIDS = re.compile(r"(?:^|[/_. -])(sub-[A-Za-z0-9]+)", re.IGNORECASE)
 _KNOWN = re.compile(r"TCGA-\w{2}-\w{4}|\d{3}_S_\d{4,5}|OAS\d_\d{4,5}|IXI\d{3}", re.IGNORECASE)
 _PERSON = "pt|pat|patient|subj|subject|sub|case|volunteer|participant|person|donor|proband"
 _NUMBERED = re.compile(rf"(?:^|[_. -])((?:{_PERSON})[_ -]?\d+|p\d{{2,}})(?!\d)", re.IGNORECASE)
+_LABEL = re.compile(r"^sub-", re.IGNORECASE)
 _WORD = re.compile(rf"^(?:{_PERSON}|p)[_ -]?(?=\d+$)", re.IGNORECASE)
 
 # Words for contrast, protocol, time, condition or site, which never name a subject; a number may follow: `series12`.
@@ -184,7 +185,7 @@ def _with_labels(guessed: Mapping[Path, str], texts: Mapping[Path, str], labels:
 
 def _person(name: str) -> str:
     """As `_key`, without `sub-` and a word for a person before the number: equal for `sub-01`, `patient1` and `1`."""
-    return _key(_WORD.sub("", re.sub(r"^sub-", "", name, flags=re.I)))
+    return _key(_WORD.sub("", _LABEL.sub("", name)))
 
 
 def _relative(path: Path, root: Path) -> str:
@@ -257,9 +258,8 @@ def _from_columns(relative: Mapping[Path, str]) -> tuple[dict[Path, str], bool]:
     if not names and files:
         names = files[0]
     years = _all_years(names.values()) and not _numbered_scans(levels)
-    exams = all(_EXAM.search(text) for text in relative.values())
-    years = years or (exams and all(map(_SHORT.fullmatch, names.values())))  # these are the numbers of series
-    names = {path: "" if years else names.get(path, "") for path in relative}
+    series = all(map(_SHORT.fullmatch, names.values())) and all(map(_EXAM.search, relative.values()))
+    names = {path: "" if years or series else names.get(path, "") for path in relative}
     held = _merged(names, _held(names, levels))
     joined = _count(held) < _count(names)
     if joined and _count(held) < 2:
@@ -440,7 +440,7 @@ def _key(name: str) -> str:
 
 def same_person(name: str) -> str:
     """A key that is equal for `sub-01`, `01` and `1`, which a table may mix."""
-    return _key(re.sub(r"^sub-", "", name, flags=re.IGNORECASE))
+    return _key(_LABEL.sub("", name))
 
 
 def _joined(names: Mapping[Path, str], patients: Mapping[Path, str]) -> dict[Path, str]:

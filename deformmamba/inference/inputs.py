@@ -150,8 +150,10 @@ def rounding_notes(array: np.ndarray, dtype: str | None) -> tuple[str, ...]:
 
     It is also given as a warning.
     """
+    if dtype is None or np.dtype(dtype).kind == "f":
+        return ()
     lowest, highest = ends(array)
-    if dtype is None or np.dtype(dtype).kind == "f" or highest - lowest >= FEWEST_STEPS:
+    if highest - lowest >= FEWEST_STEPS:
         return ()
     note = (
         f"the values lie between {lowest:.4g} and {highest:.4g}, and {dtype} rounds the result to whole numbers: it is "

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from deformmamba.annotations import check_types, is_number
-from deformmamba.data.patches import PatchDataset
+from deformmamba.data.patches import PatchDataset, check_magnitudes
 from deformmamba.data.scans import INDEX, Scan, describe_splits, find_scans, load_slices, subjects
 from deformmamba.data.thick_slices import ThickSliceDataset, thick_cases
 from deformmamba.errors import DeformMambaError, InvalidArgument, counted, one_line
@@ -28,7 +28,6 @@ from deformmamba.training.recipe import check_recipe, load_recipe
 from deformmamba.training.sample import sample_picture
 from deformmamba.training.settings import plain_number
 from deformmamba.volume import VolumeError
-from deformmamba.volume.inspection import too_negative
 from deformmamba.weights import load_checkpoint
 from deformmamba.weights.checkpoint import Checkpoint
 
@@ -227,15 +226,12 @@ def _data(
 def check_validation(scan: Scan, scale: int) -> None:
     """Raises VolumeError for a scan that no training can be validated on; `load_slices` raises others."""
     slices = load_slices(scan, scale, phase=True).array
-    magnitude = np.abs(slices)
-    if min(slices.shape[1:]) < WINDOW or not magnitude.max() > 0:
-        what = f"slices of {slices.shape[1]}x{slices.shape[2]} pixels" if magnitude.max() > 0 else "no voxel above 0"
-        raise VolumeError(f"{scan.path}: {what}, so nothing can be validated on it; leave the scan out")
-    if not np.iscomplexobj(slices) and (negative := too_negative(slices)):
-        raise VolumeError(
-            f"{scan.path}: {negative}, and this training is on magnitudes; add a constant to the scan that makes air "
-            "0, or leave it out"
-        )
+    wrong = "no voxel above 0" if not np.abs(slices).max() > 0 else ""
+    if min(slices.shape[1:]) < WINDOW:
+        wrong = f"slices of {slices.shape[1]}x{slices.shape[2]} pixels"
+    if wrong:
+        raise VolumeError(f"{scan.path}: {wrong}, so nothing can be validated on it; leave the scan out")
+    check_magnitudes(scan, slices)
 
 
 def forget_groups(scans: Sequence[Scan], settings: dict[str, Any], data: Any) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from deformmamba.weights import acknowledgements_of, license_of
+from deformmamba.weights import terms_of
 
 # facts about the initial weights that also hold for the trained weights
 INHERITED = ("consistency", "license", "acknowledgements")
@@ -14,12 +14,8 @@ def inherited_facts(sha256: str | None, provenance: Mapping[str, Any]) -> dict[s
 
     `sha256`: of their file; the manifest has the licences of published files.
     """
-    found = {
-        "license": license_of(sha256, provenance),
-        "acknowledgements": acknowledgements_of(sha256, provenance),
-    }
     stated = {key: provenance[key] for key in INHERITED if key in provenance}
-    return stated | {key: value for key, value in found.items() if value}
+    return stated | terms_of(sha256, provenance)
 
 
 def predecessors(sha256: str | None, provenance: Mapping[str, Any]) -> list[dict[str, Any]]:

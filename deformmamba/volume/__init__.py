@@ -32,7 +32,6 @@ from deformmamba.volume.files import (
     NotFinite,
     PathLike,
     SliceFile,
-    Unfit,
     check_folder_of,
     parsing,
     refusals,
@@ -332,11 +331,8 @@ def writing(
             nonlocal done
             if image.shape != size or done == n_slices:
                 raise InvalidArgument(f"{n_slices} slices of {size} make {shape}; slice {done} has shape {image.shape}")
-            try:
-                with refusals(path):
-                    put(image)
-            except Unfit as error:
-                raise VolumeError(f"{path}: {error}") from None
+            with refusals(path):
+                put(image)
             done += 1
 
         yield write

@@ -190,11 +190,17 @@ def write_text(path: PathLike, text: str) -> None:
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # file names may not be UTF-8
 
 
+class Unfit(VolumeError):
+    """Values that a type cannot hold; the message names no file."""
+
+
 @contextmanager
 def refusals(path: PathLike) -> Iterator[None]:
-    """Turns errors of the operating system into a VolumeError of one line."""
+    """Turns errors of the operating system into a VolumeError of one line, and names the file of an `Unfit`."""
     try:
         yield
+    except Unfit as error:
+        raise VolumeError(f"{path}: {error}") from None
     except OSError as error:
         raise VolumeError(f"{path}: cannot be written: {error.strerror or type(error).__name__}") from error
 
@@ -296,10 +302,6 @@ def check_folder_of(path: PathLike) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise VolumeError(f"{path}: no permission to write to the folder {folder}; choose another folder")
     sweep(folder)
-
-
-class Unfit(VolumeError):
-    """Values that a type cannot hold; the message names no file."""
 
 
 def as_dtype(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -126,6 +126,15 @@ def acknowledgements_of(sha256: str | None, provenance: Mapping[str, Any]) -> li
     return acknowledgements(_entry_with(sha256) or provenance)
 
 
+def terms_of(sha256: str | None, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """`license` and `acknowledgements` of weights, as far as they are known, as `license_of` finds them."""
+    found = {
+        "license": license_of(sha256, provenance),
+        "acknowledgements": acknowledgements_of(sha256, provenance),
+    }
+    return {key: value for key, value in found.items() if value}
+
+
 def _entry_with(sha256: str | None) -> dict[str, Any] | None:
     """The manifest's entry for the file with this hash, wherever the file is."""
     return next((entry for entry in list_weights() if entry["sha256"] == sha256), None)

@@ -135,23 +135,16 @@ def write_checkpoint(
         if not (path / CARD_FILE).exists() or (own is not None and is_generated(own)):
             with _disk("make the folder", path, "; choose another one"):  # a name that no file can have
                 name = path.resolve().name
+            from deformmamba.weights import terms_of  # which imports this module
+
+            stated = dict(provenance or {})
+            stated |= terms_of(digest, stated)  # the headers of published files lack them
             facts: dict[str, Any] = {"class_name": class_name, "config": config, "size": len(data)}
-            text = checkpoint_card(name, **facts, provenance=_with_licence(digest, provenance or {}), sha256=digest)
+            text = checkpoint_card(name, **facts, provenance=stated, sha256=digest)
             # a name may hold bytes that are not UTF-8
             files[CARD_FILE] = text.encode("utf-8", "backslashreplace")
         write_files(path, files)
     return digest
-
-
-def _with_licence(sha256: str, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """The provenance for a card, with the licence of a published file, which its header lacks."""
-    from deformmamba.weights import acknowledgements_of, license_of
-
-    found = {
-        "license": license_of(sha256, provenance),
-        "acknowledgements": acknowledgements_of(sha256, provenance),
-    }
-    return {**provenance, **{key: value for key, value in found.items() if value}}
 
 
 def read_card(folder: Path) -> str | None:

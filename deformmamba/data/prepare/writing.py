@@ -128,6 +128,8 @@ def _check_target(out: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
     for source in plan.sources:
         if Path(os.path.realpath(source.path)).is_relative_to(inside):
             raise VolumeError(f"{out}: holds the source {source.path}; give a new folder for the data set")
+    if all(path.name == MANIFEST for path in out.iterdir()):
+        return  # nothing was prepared yet
     for key in ("kind", "options"):
-        if known and known.get(key) != facts[key] and any(path.name != MANIFEST for path in out.iterdir()):
+        if known.get(key) != facts[key]:
             raise VolumeError(f"{out}: was prepared with {key} {known.get(key)}, not {facts[key]}; give a new folder")
