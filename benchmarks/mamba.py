@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument(
         "--source", help="folder of the source code of SegMamba, VM-UNet or MambaIR (default: its name)"
     )
-    parser.add_argument("--size", type=int, default=32, help="edge of the image or cube, a multiple of 32")
+    parser.add_argument("--size", type=int, default=32, help="edge of the image or cube (SegMamba: a multiple of 32)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for what in args.what:

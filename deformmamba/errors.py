@@ -12,8 +12,8 @@ from typing import Any
 class DeformMambaError(Exception):
     """Base class of every exception that this package raises on purpose.
 
-    Each one also derives from the built-in class that fits (ValueError, TypeError, RuntimeError, ImportError), so that
-    `except ValueError` works as usual. Any other exception that leaves this package is a bug.
+    Each one but `WeightsError` also derives from the built-in class that fits (ValueError, TypeError, RuntimeError,
+    ImportError), so that `except ValueError` works as usual. Any other exception that leaves this package is a bug.
     """
 
 

@@ -526,7 +526,7 @@ class DeformMambaBlock(Block):
         others: as in `VisionMambaBlock`.
 
     Source: section 2.2, "we add output features of two branches". Departure: the SiLU of the deform branch. Without it
-    the branch is linear, and training made no progress in the first 200 steps.
+    the branch is nearly linear at first, and training made no progress in the first 200 steps.
     """
 
     def __init__(

@@ -72,7 +72,7 @@ class ContrastiveEdgeLoss(nn.Module):
 class SRLoss(nn.Module):
     """The paper's training loss: mean |sr - hr| + beta * CELoss(sr, hr), beta = 0.1 (equation 7).
 
-    `beta=0` is the paper's ablation without CELoss.
+    sr, hr: (b, c, h, w) with values of about 0 to 1. Returns a scalar. `beta=0` is the paper's ablation without CELoss.
     """
 
     def __init__(self, beta: float = 0.1) -> None:

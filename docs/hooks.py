@@ -41,12 +41,13 @@ def _card(entry: Any) -> str:
 
 
 def _table() -> str:
-    """Name, factor and trained pixel sizes of the weights for `upscale`, and what they were trained on."""
-    rows = ["| weights | factor | pixels of the input | trained on |", "|---|---|---|---|"]
+    """Name, purpose, factor and trained pixel sizes of the weights for `upscale`, and what they were trained on."""
+    rows = ["| weights | for | factor | pixels of the input | trained on |", "|---|---|---|---|---|"]
     for entry in list_weights():
         if entry["scale"] == 1:  # for thick slices, see that page
             continue
         low, high = entry["spacings_mm"]
         groups = ", ".join(sorted({source["group"] for source in entry["trained_on"]}))
-        rows.append(f"| `{entry['name']}` | {entry['scale']}x | {pixel_range(low, high)} | {groups} |")
+        cells = (f"`{entry['name']}`", entry["meant_for"], f"{entry['scale']}x", pixel_range(low, high), groups)
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)

@@ -1,4 +1,4 @@
-"""Draws the figure of docs/training-log.md: validation PSNR over the steps of every stage of all published weights.
+"""Draws the figure of docs/training-log.md: validation PSNR over the steps, for the published weights for `upscale`.
 
 Run: python examples/plot_training_log.py [docs/images/training.png]
 """

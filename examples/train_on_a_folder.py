@@ -1,6 +1,6 @@
 """Trains a network on a folder of scans: `python examples/train_on_a_folder.py scans/ runs/mine [steps]`.
 
-Subjects are split as a whole (see `find_scans`); the network is the small preset, validated on held-out subjects.
+Subjects are split as a whole (see `find_scans`); the network is the preset `tiny`, validated on held-out subjects.
 `deformmamba train RECIPE --data scans/ --out runs/mine` does the same with a recipe, and draws a figure at each
 validation.
 """

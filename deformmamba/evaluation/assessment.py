@@ -159,7 +159,7 @@ def out_of_domain(
             _summary(
                 [_compared(model, crop(stack.hr), stack.hr) for stack in own],
                 own,
-                case="as it is" if meant else "other group",
+                case="unchanged" if meant else "other group",
                 group=group,
             )
         )

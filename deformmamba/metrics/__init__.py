@@ -123,7 +123,17 @@ def _sums(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, tor
 
 @on_cpu_by_default
 def psnr(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
-    """Peak signal to noise ratio in dB; infinite for equal volumes."""
+    """Peak signal-to-noise ratio in dB; infinite for equal volumes.
+
+    Args:
+        sr, hr: result and truth, (slices, H, W) or (H, W), real, in the same units; arrays or tensors.
+        protocol: "volume": one value for the volume, data range = maximum of `hr`; "slice": the mean over slices, each
+            with its own maximum; "foreground": as "volume", without the pixels in air. See docs/metrics.md.
+
+    Raises:
+        InvalidArgument: shapes that differ or are not 2-D or 3-D, an unknown protocol, or no positive value in `hr`.
+        InvalidType: complex or sparse input, or no arrays.
+    """
     a, b, peak, mask = _pair(sr, hr, protocol)
     error, n = _sums((a - b).square(), mask)
     if protocol == "slice":
@@ -181,7 +191,13 @@ def _similarity(pair: _Pair) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 @on_cpu_by_default
 def ssim(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
-    """Structural similarity, 1 for equal volumes. Slices must be at least 7x7."""
+    """Structural similarity with a uniform 7x7 window, 1 for equal volumes: the mean over windows and slices.
+
+    Arguments and errors as in `psnr`; also raises InvalidArgument for slices smaller than 7x7. The data range follows
+    from the protocol.
+
+    Source: Wang et al. 2004, with the window of fastMRI and scikit-image.
+    """
     total, n = map(torch.cat, zip(*_similarity(_pair(sr, hr, protocol)), strict=True))
     if not n.any():
         raise InvalidArgument("ssim: no foreground pixel whose 7x7 window lies inside the image")
@@ -198,7 +214,10 @@ def _energies(x: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor | Non
 
 @on_cpu_by_default
 def nmse(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
-    """Normalised mean squared error |sr - hr|^2 / |hr|^2, of the volume (fastMRI) or averaged over slices."""
+    """Normalised mean squared error |sr - hr|^2 / |hr|^2, of the volume (fastMRI) or averaged over slices.
+
+    Arguments and errors as in `psnr`.
+    """
     a, b, _, mask = _pair(sr, hr, protocol)
     return float(_energies(a - b, b, mask, protocol).mean())
 

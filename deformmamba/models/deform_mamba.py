@@ -70,7 +70,7 @@ class DeformMambaSR(Block, SRModel):
         d_state, expand, directions, discretization, channel_attention, drop_path: as in `VisionMambaBlock`; drop_path
             grows linearly from 0 to this value over the blocks.
         extra_activations: two SiLUs that the paper does not print, after the deform branch and in the multi-view
-            context, without which both are linear.
+            context, without which the first is nearly linear and the second is linear.
         separable: a 1x1 convolution after each depthwise one, as in the paper's "depthwise separable convolution".
         final_norm: a LayerNorm in the final expansion, as in VM-UNet; it removes the local amplitude of the output.
         deform: False is the paper's ablation "w/o Deform".

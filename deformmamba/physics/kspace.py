@@ -171,6 +171,11 @@ def degrade(hr: torch.Tensor, scale: int, *, output: Literal["magnitude", "real"
     `output="magnitude"` is what scanners and the paper's sources give; it folds negative Gibbs lobes. "real" keeps
     them, and is linear. Origin-aligned grid, see `lowpass`.
 
+    `hr`: (..., H, W), real or complex, in any units, which the result keeps.
+
+    Raises:
+        InvalidArgument: `scale` does not divide H and W, or is below 1; an unknown `output`.
+
     Source: section 3.1 ("implemented in the frequency domain", Lyu et al. 2020); the paper gives no formula.
     """
     if not is_one_of(output, ("magnitude", "real")):
@@ -183,7 +188,8 @@ def degrade(hr: torch.Tensor, scale: int, *, output: Literal["magnitude", "real"
 def zero_fill(lr: torch.Tensor, scale: int) -> torch.Tensor:
     """Zero-filled k-space interpolation: (..., h, w) to (..., scale * h, scale * w), origin-aligned, real part.
 
-    Passes exactly through the LR samples: zero_fill(lr)[..., ::scale, ::scale] == lr.
+    Passes exactly through the LR samples: zero_fill(lr)[..., ::scale, ::scale] == lr. `lr`: real or
+    complex, in any units, which the result keeps. Raises InvalidArgument for a scale below 1.
 
     ifft2c(pad_spectrum(fft2c(lr), size)).real, computed of a real image from half a spectrum and without shifts. An
     even size has the frequency -n/2 without +n/2: the real part shares it out between both.

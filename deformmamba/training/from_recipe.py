@@ -125,7 +125,10 @@ def _plan(recipe: str | os.PathLike[str], init: str | None, overrides: Mapping[s
         plan["model"]["init"] = init
     continues = plan["model"].pop("continues", False)
     if not plan["model"] or (continues and "init" not in plan["model"]):
-        raise InvalidArgument(f"recipe {recipe}: no weights to start from; give them: --init ixi-4x (init= in Python)")
+        raise InvalidArgument(
+            f"recipe {recipe}: no weights to start from; give them: --init FILE_OR_NAME (init= in Python). "
+            "A later stage continues the best.safetensors of the stage before"
+        )
     if ("steps" in plan["fit"]) == ("epochs" in plan["fit"]):
         raise InvalidArgument(f"recipe {recipe}: [fit] must contain either steps or epochs")
     check_recipe(recipe, plan)
@@ -338,9 +341,16 @@ def _model(recipe: str | os.PathLike[str], arguments: Mapping[str, Any], start: 
         try:
             model.load_initial(start.tensors)
         except RuntimeError as error:
+            settings = _differences(model, start) if start.class_name == made.__name__ else None
+            reason = one_line(error)
+            if settings is not None:
+                reason = (
+                    f"the recipe's network has {settings[0]}, the weights are for {settings[1]}; a [model] section "
+                    "with init (or continues = true) alone takes the network of the weights"
+                )
             raise InvalidArgument(
                 f"train: init = {str(arguments['init'])!r} ({start.class_name}) does not fit the recipe's "
-                f"{type(model).__name__}: {one_line(error)}"
+                f"{type(model).__name__}: {reason}"
             ) from None
         _warn_if_unlike(model, start)
     return model
@@ -348,14 +358,23 @@ def _model(recipe: str | os.PathLike[str], arguments: Mapping[str, Any], start: 
 
 def _warn_if_unlike(model: SRModel, start: Checkpoint) -> None:
     """Warns if the network computes something else from the weights of `start` than the network that they were for."""
+    settings = _differences(model, start, ignored=SAME_RESULTS)
+    if settings is not None:
+        warnings.warn(
+            f"train: the recipe's network has {settings[0]}, and the network of init {start.source} has {settings[1]}: "
+            "the training does not start from the results of these weights; make [model] equal unless you want this",
+            stacklevel=4,
+        )
+
+
+def _differences(model: SRModel, start: Checkpoint, ignored: Sequence[str] = ()) -> tuple[str, str] | None:
+    """The settings, except those `ignored`, in which a network and the one that the weights of `start` are for differ:
+    "depths = [2, 1, 1]", "depths = [4, 2, 2]"."""
     # of a class that is not in the list, the settings that the file does not name are unknown and count as equal
     known = start.class_name in MODELS
     theirs = MODELS[start.class_name].from_checkpoint(start).config if known else {**model.config, **start.config}
-    unlike = [key for key, value in model.config.items() if theirs.get(key) != value and key not in SAME_RESULTS]
-    if unlike:
-        ours, before = (", ".join(f"{key} = {of.get(key)!r}" for key in unlike) for of in (model.config, theirs))
-        warnings.warn(
-            f"train: the recipe's network has {ours}, and the network of init {start.source} has {before}: the "
-            "training does not start from the results of these weights; make [model] equal unless you want this",
-            stacklevel=4,
-        )
+    unlike = [key for key, value in model.config.items() if theirs.get(key) != value and key not in ignored]
+    if not unlike:
+        return None
+    ours, before = (", ".join(f"{key} = {of.get(key)!r}" for key in unlike) for of in (model.config, theirs))
+    return ours, before

@@ -86,7 +86,11 @@ def manifest() -> dict[str, Any]:
 
 
 def list_weights() -> list[dict[str, Any]]:
-    """The entries of every published checkpoint, each with its `name`, in the manifest's order."""
+    """The entries of every published checkpoint, in the manifest's order.
+
+    Keys: `name`, `file`, `sha256`, `license`, `meant_for`, `scale`, `spacings_mm` (smallest and largest pixel of the
+    training input, mm), `scores` and others, see `weights_manifest.json`.
+    """
     return [{"name": name, **entry} for name, entry in manifest()["weights"].items()]
 
 

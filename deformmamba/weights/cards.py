@@ -130,7 +130,7 @@ def purpose(entry: Mapping[str, Any]) -> str:
     finest, coarsest = pixels
     after = ""
     if _is_number(scale) and scale > 1:
-        after = f" ({pixel_range(finest / scale, coarsest / scale)} after it)"
+        after = f" ({pixel_range(finest / scale, coarsest / scale)} after upscaling)"
     return f"{text}, pixels of {pixel_range(finest, coarsest)}{after}"
 
 

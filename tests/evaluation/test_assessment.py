@@ -68,7 +68,7 @@ def test_changes_hurt_or_do_not_as_they_should(scans):
     by_case = {row["case"]: row for row in rows if row["group"] == "T2 brain"}
     assert len(by_case) == 1 + len(_changes(2))
     assert all(row["psnr_gain"] == 0 for row in rows)
-    plain = by_case["as it is"]["psnr"]
+    plain = by_case["unchanged"]["psnr"]
     assert by_case["in units 1,000 times as large"]["psnr"] == pytest.approx(plain, abs=1e-3)
     assert by_case["turned by 3 degrees"]["psnr"] == pytest.approx(plain, abs=3)
     assert plain > by_case["noise, SNR 30"]["psnr"] > by_case["noise, SNR 15"]["psnr"]

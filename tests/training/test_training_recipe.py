@@ -285,7 +285,7 @@ def test_weights_to_start_from_must_fit(folder, tmp_path, recipe):
     DeformMambaSR(scale=2, dims=[8, 16], depths=[1, 1], patch=2, d_state=2).save_pretrained(tmp_path / "a.safetensors")
     recipe.write_text(RECIPE.replace("[model]", f'[model]\ninit = "{tmp_path / "a.safetensors"}"'))
     with pytest.raises(
-        ValueError, match=r"init = .* does not fit the recipe's DeformMambaSR: .*size mismatch"
+        ValueError, match=r"init = .* does not fit the recipe's DeformMambaSR: .*dims = \[8, 12\].*for dims = \[8, 16\]"
     ) as error:
         train_recipe(recipe, folder, tmp_path / "out", progress=False)
     assert "\n" not in str(error.value)
@@ -413,6 +413,9 @@ def test_packaged_recipes_are_sound(name):
     assert plan["model"].get("preset", "paper") in PRESETS
     if "validation" in plan["data"] and "weights" in plan["data"]:
         assert set(plan["data"]["validation"]) <= set(plan["data"]["weights"])
+    if "init" in plan["model"]:
+        start = load_checkpoint(plan["model"]["init"])
+        assert not from_recipe._differences(from_recipe._model(name, plan["model"], start), start)
 
 
 def test_the_paper_recipe_is_the_paper():
