@@ -13,7 +13,6 @@ import io
 import math
 import os
 import platform
-import re
 import signal
 import sys
 import time
@@ -39,7 +38,7 @@ from deformmamba.cli import (
     upscale,
     weights,
 )
-from deformmamba.cli.arguments import Parser, add_common, printable, quiet_if, refuse
+from deformmamba.cli.arguments import Parser, add_common, printable, quiet_if, refuse, with_options
 from deformmamba.cli.cores import allowed_threads, limit_spinning, take_short_turns, use_threads
 from deformmamba.cli.stopping import INTERRUPTED, Stopping
 from deformmamba.errors import DeformMambaError
@@ -148,24 +147,10 @@ def _message(error: Exception, options: Mapping[str, Any]) -> str | None:
         return f"out of memory; try {', '.join(advice)}{' or ' if advice else ''}a machine with more of it"
     if isinstance(error, DeformMambaError):
         for_command = getattr(error, "for_command", None)  # of volume.ChoiceNeeded
-        return str(for_command(options)) if for_command else _with_options(str(error), options)
+        return str(for_command(options)) if for_command else with_options(str(error), options)
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error)
     return None
-
-
-# an argument of the Python function beside the option of the command: nan="zero" (--nan zero)
-_ADVICE = re.compile(r"""(?P<argument>\b[a-z_]+=[\w"']+) \((?P<option>--(?P<name>[a-z-]+)[^)]*)\)""")
-
-
-def _with_options(message: str, options: Mapping[str, Any]) -> str:
-    """Replaces each "argument (--option)" in `message` by the option if the command has it, else by the argument."""
-
-    def advice(found: "re.Match[str]") -> str:
-        known = found["name"].replace("-", "_") in options
-        return found["option"] if known else f"in Python {found['argument']}"
-
-    return _ADVICE.sub(advice, message)
 
 
 def _describe_machine() -> None:

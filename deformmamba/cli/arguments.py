@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -31,6 +31,20 @@ def refuse(message: str, code: int = 2) -> int:
     with suppress(OSError):  # stderr on a full disk: the exit code remains
         print(f"deformmamba: {printable(message)}", file=sys.stderr)
     return code
+
+
+# an argument of the Python function beside the option of the command: nan="zero" (--nan zero)
+_ADVICE = re.compile(r"""(?P<argument>\b[a-z_]+=[\w"']+) \((?P<option>--(?P<name>[a-z-]+)[^)]*)\)""")
+
+
+def with_options(message: str, options: Mapping[str, Any]) -> str:
+    """Replaces each "argument (--option)" in `message` by the option if the command has it, else by the argument."""
+
+    def advice(found: "re.Match[str]") -> str:
+        known = found["name"].replace("-", "_") in options
+        return found["option"] if known else f"in Python {found['argument']}"
+
+    return _ADVICE.sub(advice, message)
 
 
 _quiet: ContextVar[bool] = ContextVar("deformmamba_quiet", default=False)

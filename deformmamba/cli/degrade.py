@@ -3,7 +3,6 @@
 import argparse
 from typing import Any
 
-from deformmamba import __version__
 from deformmamba.cli.arguments import (
     add_command,
     add_reading,
@@ -38,13 +37,12 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--crop", action="store_true", help="crop rows and columns to a multiple of S")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the noise (default: 0)")
+    parser.add_argument("--as-image", action="store_true", help="also accept a mask, a label image or a phase image")
 
 
 def _degrade(args: argparse.Namespace) -> None:
-    from deformmamba.inference import coarsen
-    from deformmamba.inference.effective import k_space_crop
+    from deformmamba.inference.degrade_files import degrade_file
     from deformmamba.physics.degradations import parse
-    from deformmamba.volume import check_output, read_volume, write_volume
 
     degradation = parse(args.kind, scale=args.scale)
     if degradation.scale != args.scale:
@@ -52,11 +50,16 @@ def _degrade(args: argparse.Namespace) -> None:
             f"--scale {args.scale}, but --kind {args.kind!r} shrinks by {degradation.scale}; give one factor for both"
         )
     args.output = output_for(args, "degraded")
-    volume = read_volume(args.input, **reading(args))
-    check_output(args.output, source=volume, dtype=args.dtype)
     check_not_input(args.output, args.input)
-    if args.kind == "k-space":
-        degradation = k_space_crop(volume, args.scale)
-    coarse = coarsen(volume, degradation, axis=args.axis, crop=args.crop, seed=args.seed)
-    write_volume(args.output, coarse, dtype=args.dtype, derivation=f"deformmamba {__version__}, degrade {degradation}")
+    volume, coarse = degrade_file(
+        args.input,
+        args.output,
+        args.scale if args.kind == "k-space" else degradation,
+        dtype=args.dtype,
+        as_image=args.as_image,
+        axis=args.axis,
+        crop=args.crop,
+        seed=args.seed,
+        **reading(args),
+    )
     say(f"{args.output}: {sizes(coarse)}, from {sizes(volume)}")

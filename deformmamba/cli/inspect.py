@@ -39,15 +39,16 @@ def _inspect(args: argparse.Namespace) -> None:
     found = inspect_volume(volume, axis=args.axis, model=model)
     fits = ranked_weights(volume, found.axis, path=args.input)
     effective = ranked_weights(volume, found.axis, path=args.input, pixel=found.resolution)
+    kind = no_scan(args.input, volume)
+    taken = sliced(volume, found.axis, args.axis)
     if args.json:
         ranked = {"weights": fits, "weights_effective": effective}
         shown = {name: [asdict(fit) for fit in ranking] for name, ranking in ranked.items()}
-        tell(json.dumps({**asdict(found), "volumes": n_volumes, **shown}))
+        facts = {"not_a_scan": kind or None, "axis_from": taken, "interpolated": found.interpolated}
+        tell(json.dumps({**asdict(found), **facts, "notes": volume.notes, "volumes": n_volumes, **shown}))
         return
     several = f"{n_volumes} volumes; of the first: " if n_volumes > 1 else ""
     tell(f"{args.input}: {several}{sizes(volume)}")
-    kind = no_scan(args.input, volume)
-    taken = sliced(volume, found.axis, args.axis)
     for sentence in (
         *([f"not a scan: {kind}"] if kind else []),
         _placed(found),

@@ -26,6 +26,7 @@ from deformmamba.cli.arguments import (
     short,
     sizes,
     sliced,
+    with_options,
 )
 from deformmamba.errors import InvalidArgument, counted
 
@@ -258,7 +259,7 @@ def run_folder(
     say(f"{args.output}: {', '.join(f'{n} {status}' for status, n in count.items())}; see {summary(kind)}*.csv")
     for outcome in outcomes:
         if outcome.status == "failed":
-            refuse(f"failed: {outcome.source}: {outcome.reason}")
+            refuse(with_options(f"failed: {outcome.source}: {outcome.reason}", vars(args)))
     return 1 if count["failed"] else 0
 
 

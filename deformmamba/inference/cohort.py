@@ -1,9 +1,10 @@
 """Upscales folders of scans, in one process or many. Finished scans are skipped, and failures are listed.
 
 Names follow BIDS: `sub-01_ses-1_T2w.nii.gz` becomes `sub-01_ses-1_desc-sr_T2w.nii.gz` in the same subfolder of the
-output folder, with a JSON sidecar that records the provenance. A scan counts as done if its output exists and its
-sidecar names the same source (size and time of last change), the same weights (sha256), the same version of this
-package and the same settings. The sidecar is written last, so an interrupted run resumes when the command is repeated.
+output folder, with a JSON sidecar that records the provenance. A scan counts as done if its output and all further
+files of it exist, and its sidecar names the same source (size and time of last change), the same weights (sha256), the
+same version of this package and the same settings. The sidecar is complete only when all these files are, so an
+interrupted run resumes when the command is repeated.
 """
 
 import csv
@@ -149,11 +150,14 @@ def upscale_cohort(
         **{name: True for name, folder in further.items() if folder is not None},
     }
 
-    def make(scan: Path, output: Path, series: str | None = None) -> tuple[str, dict[str, Any]]:
+    def beside(output: Path) -> dict[str, Path]:
         name = output.relative_to(target)
-        places: dict[str, Any] = {
-            kind: _place(folder, name, kind) for kind, folder in further.items() if folder is not None
-        }
+        return {kind: _place(folder, name, kind) for kind, folder in further.items() if folder is not None}
+
+    def make(scan: Path, output: Path, series: str | None = None) -> tuple[str, dict[str, Any]]:
+        places = beside(output)
+        for path in places.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
         drawn = places.pop("figure", None)
         options: dict[str, Any] = {**reading, **places, **vars(chosen), "nan": nan, "partial": partial}
         middle = (lambda n: (n // 2,)) if drawn else (lambda n: ())
@@ -163,16 +167,14 @@ def upscale_cohort(
             draw_slice(drawn, done, model, title=title, name=weights_name(model) or "output")
         return done.remark, {"Warnings": list(done.cautions)} if done.cautions else {}
 
-    return run_cohort(source, target, "sr", made_by, make, told, only)
+    return run_cohort(source, target, "sr", made_by, make, told, only, beside)
 
 
 def _place(folder: PathLike, name: Path, kind: str) -> Path:
-    """The path of a further file of the output `name`; its folder is created."""
+    """The path of a further file of the output `name`."""
     stem, ending = _split(name.name)
     endings = {"figure": ".png", "report": ".html"}
-    path = Path(folder) / name.with_name(stem + endings[kind] if kind in endings else f"{stem}_uncertainty{ending}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    return Path(folder) / name.with_name(stem + endings[kind] if kind in endings else f"{stem}_uncertainty{ending}")
 
 
 def run_cohort(
@@ -183,6 +185,7 @@ def run_cohort(
     make: Callable[..., tuple[str, dict[str, Any]]],
     told: Callable[[Outcome], None] | None = None,
     only: Callable[[Path], bool] | None = None,
+    beside: Callable[[Path], Mapping[str, Path]] = lambda output: {},
 ) -> list[Outcome]:
     """As `upscale_cohort`, with any function from scan to scan.
 
@@ -192,6 +195,7 @@ def run_cohort(
         made_by: everything that the outputs depend on, as JSON; if it changes, all outputs are made again.
         make: called with the paths of a scan and of its output, and with `series` if a folder holds several DICOM
             series; writes the output and returns a remark and further facts for the sidecar.
+        beside: the further files that `make` writes for an output.
     """
     source, target = Path(source), Path(target)
     rank, world = processes(os.environ)
@@ -213,7 +217,7 @@ def run_cohort(
     try:
         if rank == 0:
             _describe(source, target)
-        made = (_done_or_made(task, target, kind, made_by, make) for task in tasks[rank::world])
+        made = (_done_or_made(task, target, kind, made_by, make, beside) for task in tasks[rank::world])
         for outcome in itertools.chain(refused if rank == 0 else [], made):
             outcomes.append(outcome)
             if told:
@@ -328,6 +332,7 @@ def _done_or_made(
     kind: str,
     made_by: Mapping[str, Any],
     make: Callable[..., tuple[str, dict[str, Any]]],
+    beside: Callable[[Path], Mapping[str, Path]],
 ) -> Outcome:
     source, output = shown_path(task.name), shown_path(task.output)
     start = time.perf_counter()
@@ -345,7 +350,8 @@ def _done_or_made(
         known = read_json(sidecar) if path.exists() else None
         found = known if isinstance(known, dict) else {}
         same = {key: found.get(key) for key in wanted} == wanted
-        if same and found.get("OutputSha256") == _content_hash(path):
+        complete = same and all(further.exists() for further in beside(path).values())
+        if complete and found.get("OutputSha256") == _content_hash(path):
             return Outcome(source, output, "skipped", "done before")
         if (other := _of_others(path, sidecar)) is not None:
             raise VolumeError(
@@ -354,11 +360,10 @@ def _done_or_made(
             )
         added = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _collected(task.source) as warned:
+        claim = {**wanted, "OutputFile": shown_path(path.name)}
+        with _claimed(sidecar, path, claim), _collected(task.source) as warned:
             remark, facts = make(task.source, path, **({"series": task.series} if task.series is not None else {}))
-        stripped = skull_stripped(task.source)
-        of_output = {"OutputFile": shown_path(path.name), "OutputSha256": _content_hash(path)}
-        said = {**wanted, "SkullStripped": stripped, **facts, **of_output}
+        said = {**claim, "SkullStripped": skull_stripped(task.source), **facts, "OutputSha256": _content_hash(path)}
         write_text(sidecar, json_text(said))
     except NothingToDo as reason:
         _remove_empty(added)
@@ -369,6 +374,21 @@ def _done_or_made(
     for text in warned:
         warnings.warn(f"{source}: {text}", stacklevel=4)  # the caller of `upscale_cohort`
     return Outcome(source, output, "made", "", time.perf_counter() - start, remark, "; ".join(warned))
+
+
+@contextmanager
+def _claimed(sidecar: Path, output: Path, claim: Mapping[str, Any]) -> Iterator[None]:
+    """Within the block a sidecar states that this package makes `output`: an MGH file itself cannot, and a run that
+    stops between output and sidecar would not recognise it. It disappears if the block fails without an output."""
+    is_new = not is_sidecar_of(read_json(sidecar), output)
+    if is_new:
+        write_text(sidecar, json_text(claim))
+    try:
+        yield
+    except BaseException:
+        if is_new and not output.exists():
+            sidecar.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -416,8 +436,10 @@ def _content_hash(path: Path) -> str:
 def _reason(error: Exception) -> str:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory; try tiles"
-    if isinstance(error, ChoiceNeeded) and error.argument != "volume":  # a run over a folder has no such argument
-        return f"{error.problem}; run the command on this scan alone"
+    if isinstance(error, ChoiceNeeded):
+        if error.argument == "volume":
+            return f"{error.problem}; choose one with volume=K (--volume K), {error.which}"
+        return f"{error.problem}; run the command on this scan alone"  # a run over a folder has no such argument
     if isinstance(error, (DeformMambaError, FloatingPointError)):
         return str(error)
     if isinstance(error, OSError) and error.strerror:

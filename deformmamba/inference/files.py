@@ -23,6 +23,7 @@ from deformmamba.inference.provenance import (
     derivation,
     distrust,
     generated_by,
+    remove_sidecar,
     report_facts,
     unusual,
     write_sidecar,
@@ -274,6 +275,8 @@ def _write(
                     kept[k] = image, deviation
 
             job.run(put, progress)
+    for path, _ in outputs[1:]:
+        remove_sidecar(path)
     return kept
 
 

@@ -75,7 +75,8 @@ class IsotropicReport:
         seed, seconds: of the whole run.
         remarks: further remarks, one line each.
         cautions: reasons why the result may be worse than reported, a sentence each; also given as warnings.
-        notes: the reader's remarks about the file, see `Volume.notes`.
+        notes: the reader's remarks about the file, see `Volume.notes`, and what else a reader of the result should
+            know, such as a scan that the scanner interpolated; the latter are also given as warnings.
     """
 
     method: str
@@ -186,6 +187,7 @@ def isotropic(
     fine = job.completed(done.image.numpy() * width + np.float32(low))
     out = np.asfortranarray(np.moveaxis(fine, 0, job.axis), np.float32)
     spread = None if done.spread is None else np.moveaxis(done.spread.numpy() * width, 0, job.axis)
+    notes = (*job.notes, *([NO_ADAPTATION] if (minutes or steps) and not len(own) else []))
     report = IsotropicReport(
         method="spline" if chosen is None else "network",
         axis=job.axis,
@@ -206,11 +208,13 @@ def isotropic(
         sha256=weights_hash(network),
         seed=seed,
         seconds=time.perf_counter() - start,
-        remarks=(*job.remarks, *([NO_ADAPTATION] if (minutes or steps) and not len(own) else [])),
+        remarks=job.remarks,
         cautions=_cautions(None if chosen is None else network, job),
-        notes=job.place.notes,
+        notes=(*job.place.notes, *notes),
     )
-    return back(job.place, out), report
+    for note in notes:
+        warnings.warn(note, stacklevel=4)  # the caller of `isotropic`
+    return back(replace(job.place, notes=report.notes), out), report
 
 
 def _with_spacing(scan: Any) -> Any:

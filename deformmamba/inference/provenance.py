@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 KINDS = {
     "sr": "Made by super-resolution: what the scanner did not measure is an estimate. No diagnosis.",
     "iso": "Made isotropic: what the scanner did not measure between the slices is an estimate. No diagnosis.",
+    "degrade": "Made coarser: the simulation of a measurement of lower resolution.",
 }
 
 
@@ -141,6 +142,14 @@ def write_sidecar(
         **(facts or {}),
     }
     write_text(beside, json_text(made))
+
+
+def remove_sidecar(output: PathLike) -> None:
+    """Removes the JSON file of a former output of this package at `output`, which it would not describe any more."""
+    path = Path(output)
+    beside = path.with_name(path.name[: len(path.name) - len(suffix(path))] + ".json")
+    if suffix(path) and is_sidecar_of(read_json(beside), path):
+        beside.unlink(missing_ok=True)
 
 
 def json_text(facts: Mapping[str, Any]) -> str:

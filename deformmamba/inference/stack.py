@@ -50,6 +50,7 @@ class Stack:
         limits: the `robust_range` of the scan.
         lowest: the lowest voxel, except for outliers; the result has none below it.
         place: geometry and header of the result; its array is the input's.
+        notes: what a reader of the result should know about the scan; `remarks`: further facts. A line each.
     """
 
     slices: np.ndarray
@@ -64,6 +65,7 @@ class Stack:
     profile: SliceProfile
     thickness_from: str
     remarks: tuple[str, ...]
+    notes: tuple[str, ...]
 
     @property
     def ratio(self) -> float:
@@ -118,13 +120,13 @@ class Stack:
         check_voxels(volume.array)
         array = np.ascontiguousarray(np.moveaxis(volume.array, axis, 0), np.float32)  # also from a flipped view
         spacing = _checked_spacing(volume, axis)
-        remarks: list[str] = []
+        remarks, notes = list[str](), list[str]()
         first, second = in_plane(axis)
         sides = [volume.spacing[first], volume.spacing[second]]
         pixel = (sides[0], sides[1])
         wanted, estimated = sides, to is None
         if to is None:
-            wanted = _resolved(array, sides, measured_matrix(volume, axis), remarks)
+            wanted = _resolved(array, sides, measured_matrix(volume, axis), notes)
             to = math.sqrt(wanted[0] * wanted[1]) if max(wanted) <= SQUARE * min(wanted) else min(wanted)
         if to * FINEST < min(sides):
             raise InvalidArgument(
@@ -155,11 +157,12 @@ class Stack:
         found, origin = _profile_of_slice(volume, profile, thickness, spacing)
         least, most = TRAINED_RATIOS
         if not least * (1 - ROUNDING) <= spacing / to <= most * (1 + ROUNDING):
-            remarks.append(
+            notes.append(
                 f"{spacing / to:.3g} voxels fit between two slices, and `thick` was trained for {least:g} to {most:g}: "
                 "look at the result with care"
             )
-        return cls(array, spots, limits, lowest, place, axis, spacing, to, pixel, found, origin, tuple(remarks))
+        said = tuple(remarks), tuple(notes)
+        return cls(array, spots, limits, lowest, place, axis, spacing, to, pixel, found, origin, *said)
 
 
 def _isotropic_already(spacing: float, to: float, pixel: float, ratio: float, is_estimate: bool) -> VolumeError:
@@ -282,14 +285,15 @@ def _unlike_neighbours(slices: np.ndarray) -> int | None:
     return None
 
 
-def _resolved(slices: np.ndarray, sides: Sequence[float], filled: tuple[int, int], remarks: list[str]) -> list[float]:
-    """The true in-plane resolution in mm, if k-space is `filled`; adds a remark if it differs from the header."""
+def _resolved(slices: np.ndarray, sides: Sequence[float], filled: tuple[int, int], notes: list[str]) -> list[float]:
+    """The true in-plane resolution in mm, if k-space is `filled`; adds a note if it differs from the header."""
     found = [side * n / m for side, n, m in zip(sides, slices.shape[1:], filled, strict=True)]
     if filled == slices.shape[1:]:
         return list(sides)
-    remarks.append(
+    notes.append(
         f"the slices were interpolated by the scanner: k-space is filled to {filled[0]}x{filled[1]} of "
-        f"{slices.shape[1]}x{slices.shape[2]}, so voxels of {min(found):.3g} mm are made; to (--to) asks for others"
+        f"{slices.shape[1]}x{slices.shape[2]}, so voxels of {min(found):.3g} mm were made (to=MM, --to MM, asks for "
+        "others)"
     )
     return [min(found)] * 2  # the finer of the two resolutions is kept
 

@@ -31,6 +31,8 @@ _PHASE_NAMES = ("phase", "phase1", "phase2", "phasediff", "fieldmap")
 _LABEL_INTENT = 1002
 _OTHER_INTENTS = (*range(2, 25), *range(1004, 1010))
 
+OWN_OUTPUT = "an output of this package"  # how `not_a_scan` begins for one
+
 _PHASE_BY_TYPE = "a phase image (by its ImageType)"
 _MOST_LABELS = 2048
 _FEW_VALUES = 16
@@ -126,8 +128,8 @@ def not_a_scan(path: PathLike) -> str:
         return "a phase image (by its name)"
     found = read_json(path.with_name(stem + ".json"))
     sidecar = found if isinstance(found, dict) else {}
-    if is_sidecar_of(sidecar, path):
-        return "an output of this package (by the JSON file beside it)"
+    if is_sidecar_of(sidecar, path) and not _is_degraded(sidecar):
+        return f"{OWN_OUTPUT} (by the JSON file beside it)"
     kinds = sidecar.get("ImageType")
     if isinstance(kinds, list) and {"P", "PHASE"} & {str(kind).upper() for kind in kinds}:
         return "a phase image (by the JSON file beside it)"
@@ -160,6 +162,11 @@ def is_generated(facts: Any) -> bool:
     return isinstance(producers, list) and any(isinstance(p, dict) and p.get("Name") == PRODUCER for p in producers)
 
 
+def _is_degraded(facts: Any) -> bool:
+    """Whether `facts` of this package describe an output of `degrade`, which remains valid input for `upscale`."""
+    return any(isinstance(p, dict) and "degradation" in p for p in facts["GeneratedBy"])
+
+
 def is_sidecar_of(facts: Any, path: PathLike) -> bool:
     """Whether this package wrote `facts`, the content of a JSON file, for the NIfTI or MGH file at `path`.
 
@@ -189,7 +196,7 @@ def _is_own(description: str) -> bool:
 
 def _dicom_reason(dataset: Any) -> str:
     if _is_own(str(dataset.get("DerivationDescription") or "")):
-        return "an output of this package (by its DerivationDescription)"
+        return f"{OWN_OUTPUT} (by its DerivationDescription)"
     if _is_phase(list(dataset.get("ImageType") or [])):
         return _PHASE_BY_TYPE
     return dicom.not_an_image(dataset)
@@ -222,7 +229,7 @@ def _header_reason(path: Path) -> str:
             if intent in _OTHER_INTENTS:
                 return f"not an intensity image (NIfTI intent code {intent})"
             if _is_own(header["descrip"].item().decode("latin-1")):
-                return "an output of this package (by its header)"
+                return f"{OWN_OUTPUT} (by its header)"
             slope, intercept = _scaling(header)
         shape = tuple(int(n) for n in header.get_data_shape())
         dtype = header.get_data_dtype()

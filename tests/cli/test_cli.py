@@ -412,7 +412,8 @@ def test_bad_outputs(tmp_path: Path, weights: str, capsys: pytest.CaptureFixture
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "in.nii.gz", "same.nii.gz", "series"]
     assert Path(source).read_bytes() == before
     assert main(["degrade", "--scale", "2", source, "-o", str(tmp_path / "series")]) == 0
-    assert [p.name for p in (tmp_path / "series").iterdir()] == ["in_desc-degraded.nii.gz"], "a folder that exists"
+    names = sorted(p.name for p in (tmp_path / "series").iterdir())
+    assert names == ["in_desc-degraded.json", "in_desc-degraded.nii.gz"], "a folder that exists"
 
 
 def test_a_closed_folder(

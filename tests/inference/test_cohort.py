@@ -214,7 +214,7 @@ def test_a_bug_in_one_scan_is_named_but_not_quoted(tree: Path, tmp_path: Path, m
         (OSError("SECRET"), "an unexpected OSError; run the command on this scan alone to see where"),
         (OSError(28, "No space left on device"), "No space left on device"),
         (ChoiceNeeded("two stacks", "stack", "0 to 1"), "two stacks; run the command on this scan alone"),
-        (ChoiceNeeded("two volumes", "volume", "0 to 1"), "two volumes; choose one with volume=K, 0 to 1"),
+        (ChoiceNeeded("two volumes", "volume", "0 to 1"), "two volumes; choose one with volume=K (--volume K), 0 to 1"),
     ],
 )
 def test_only_messages_of_this_package_are_quoted(
@@ -548,3 +548,52 @@ def test_files_of_others_are_not_replaced(tmp_path: Path, inside: bool) -> None:
     assert "exists and was not written by this package; move it" in outcomes["a.nii"].reason
     assert (outcomes["d.nii"].status, outcomes["e.nii"].status) == ("made", "made")
     assert {name: (out / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("ending", [".mgz", ".nii.gz"])
+def test_a_run_that_stopped_after_an_output_resumes(
+    tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out, figures = tmp_path / "in", tmp_path / "out", tmp_path / "figures"
+    scan(root / f"a{ending}", shape=(16, 12, 3))
+    model = ZeroFill(scale=2)
+    with monkeypatch.context() as patch:
+
+        def stop(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr("deformmamba.inference.cohort.draw_slice", stop)
+        with pytest.raises(KeyboardInterrupt):
+            upscale_cohort(model, root, out, figure=figures)
+    assert (out / f"a_desc-sr{ending}").exists()
+    assert [outcome.status for outcome in upscale_cohort(model, root, out, figure=figures)] == ["made"]
+    assert [outcome.status for outcome in upscale_cohort(model, root, out, figure=figures)] == ["skipped"]
+
+
+def test_a_scan_that_fails_leaves_no_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan(tmp_path / "in" / "a.mgz")
+    (tmp_path / "in" / "a.mgz").write_bytes((tmp_path / "in" / "a.mgz").read_bytes()[:60])
+    assert [outcome.status for outcome in upscale_cohort(ZeroFill(scale=2), tmp_path / "in", tmp_path / "out")] == [
+        "failed"
+    ]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["desc-sr_summary.csv"]
+
+
+@pytest.mark.parametrize("kind", ["figure", "report"])
+def test_further_files_that_are_missing_are_made(tmp_path: Path, kind: str) -> None:
+    root, out = tmp_path / "in", tmp_path / "out"
+    scan(root / "a.nii.gz", shape=(16, 12, 3))
+    model = ZeroFill(scale=2)
+    for folder, status in (("one", "made"), ("two", "made"), ("two", "skipped")):
+        outcomes = upscale_cohort(model, root, out, **{kind: tmp_path / folder})
+        assert [outcome.status for outcome in outcomes] == [status]
+        assert len(list((tmp_path / folder).iterdir())) == 1
+
+
+def test_a_folder_names_the_option_for_a_volume(tmp_path: Path, capsys: Any) -> None:
+    scan(tmp_path / "in" / "a.nii.gz", shape=(16, 12, 9, 3))
+    words = ["isotropic", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "choose one with --volume K, 0 to 2" in said
+    assert "volume=K" not in said

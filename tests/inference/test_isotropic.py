@@ -18,7 +18,7 @@ from deformmamba.errors import DeformMambaError, InvalidArgument
 from deformmamba.evaluation import evaluate
 from deformmamba.inference import adaptation, upscale, upscale_file
 from deformmamba.inference.adaptation import parse_adapt
-from deformmamba.inference.isotropic import cubic_spline, isotropic
+from deformmamba.inference.isotropic import cubic_spline, derivation, isotropic
 from deformmamba.inference.isotropic_files import in_plane_as, isotropic_cohort, isotropic_file
 from deformmamba.inference.slice_consistency import noise_level
 from deformmamba.inference.stack import Stack, resampled
@@ -171,7 +171,7 @@ def test_a_spacing_rounded_by_the_affine_is_that_of_the_training() -> None:
         turn = np.eye(4)
         turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
         for affine in (turn @ np.diag([1, 1, 8, 1.0]), turn[[2, 0, 1, 3]] @ np.diag([0.9375, 0.9375, 7.5, 1])):
-            assert Stack.of(Volume(array.astype("f4"), affine)).remarks == ()
+            assert Stack.of(Volume(array.astype("f4"), affine)).notes == ()
 
 
 def test_an_uncertainty_map_of_the_spline_is_not_written(truth: np.ndarray, tmp_path: Path) -> None:
@@ -321,9 +321,12 @@ def test_interpolated_slices_are_taken_at_what_they_resolve(truth: np.ndarray) -
     scan = thick_scan(grain, spacing=4.0)
     array = np.moveaxis(resampled(np.moveaxis(scan.array, 2, 0), (96, 96)), 0, 2)
     fine = Volume(array, scan.affine @ np.diag([0.5, 0.5, 1, 1]))
-    _, report = isotropic(fine, model=Sharpen())
+    with pytest.warns(UserWarning, match="interpolated by the scanner"):
+        result, report = isotropic(fine, model=Sharpen())
     assert report.to == pytest.approx(1.0, rel=0.06)
-    assert "interpolated by the scanner" in report.remarks[0]
+    assert "interpolated by the scanner" in report.notes[0]
+    assert report.notes == report.warned == result.notes
+    assert "WITH WARNINGS" in derivation(report)
     _, asked = isotropic(fine, model=Sharpen(), to=0.5)
     assert asked.to == 0.5
     coarse = replace(fine, affine=fine.affine @ np.diag([1, 1, 0.3, 1]))
@@ -480,9 +483,9 @@ def test_no_voxel_size_makes_thin_slices_thick(truth: np.ndarray) -> None:
 
 
 def test_ratios_beyond_the_training_are_named(truth: np.ndarray) -> None:
-    assert not Stack.of(thick_scan(truth, spacing=3.0)).remarks
-    assert "trained for 2 to 8" in Stack.of(thick_scan(truth, spacing=3.0), to=0.3).remarks[0]
-    assert "trained for 2 to 8" in Stack.of(thick_scan(truth, spacing=3.0), to=2.0).remarks[0]
+    assert not Stack.of(thick_scan(truth, spacing=3.0)).notes
+    assert "trained for 2 to 8" in Stack.of(thick_scan(truth, spacing=3.0), to=0.3).notes[0]
+    assert "trained for 2 to 8" in Stack.of(thick_scan(truth, spacing=3.0), to=2.0).notes[0]
 
 
 def test_upscale_refuses_weights_for_the_slice_direction(truth: np.ndarray, tmp_path: Path) -> None:
@@ -685,9 +688,10 @@ def test_phase_is_announced_and_a_skipped_adaptation_too(truth: np.ndarray) -> N
     with pytest.warns(UserWarning, match="those of a phase image"):
         _, report = isotropic(Volume(phase, scan.affine), model=Sharpen(), to=1.0)
     assert "phase image" in report.cautions[0]
-    _, report = isotropic(Volume(smooth, scan.affine), model=Sharpen(), to=1.0, adapt="5 steps")
+    with pytest.warns(UserWarning, match="there was no adaptation"):
+        _, report = isotropic(Volume(smooth, scan.affine), model=Sharpen(), to=1.0, adapt="5 steps")
     assert report.adapted == 0
-    assert any(remark.startswith("there was no adaptation") for remark in report.remarks)
+    assert any(note.startswith("there was no adaptation") for note in report.notes)
 
 
 def test_a_folder_refuses_settings_that_do_not_exist(tmp_path: Path) -> None:

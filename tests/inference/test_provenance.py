@@ -360,13 +360,13 @@ def test_choices_on_the_command_line(tmp_path: Path, weights: str, capsys: pytes
 
 
 def test_advice_names_no_option_that_the_command_lacks() -> None:
-    from deformmamba.cli import _with_options
+    from deformmamba.cli.arguments import with_options
 
     message = 'a.nii: 3 voxels are NaN; nan="zero" (--nan zero) makes them 0'
-    assert _with_options(message, {"nan": "refuse"}) == "a.nii: 3 voxels are NaN; --nan zero makes them 0"
-    assert _with_options(message, {"data": "x"}) == 'a.nii: 3 voxels are NaN; in Python nan="zero" makes them 0'
-    assert _with_options("as_image=True (--as-image) takes it", {"as_image": False}) == "--as-image takes it"
-    assert _with_options("nothing (else) here", {}) == "nothing (else) here"
+    assert with_options(message, {"nan": "refuse"}) == "a.nii: 3 voxels are NaN; --nan zero makes them 0"
+    assert with_options(message, {"data": "x"}) == 'a.nii: 3 voxels are NaN; in Python nan="zero" makes them 0'
+    assert with_options("as_image=True (--as-image) takes it", {"as_image": False}) == "--as-image takes it"
+    assert with_options("nothing (else) here", {}) == "nothing (else) here"
 
 
 @pytest.mark.long

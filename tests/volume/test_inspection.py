@@ -287,6 +287,12 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["shape"] == [128, 64, 4]
     assert found["effective"] == pytest.approx([64, 64], rel=0.04)
     assert len(found["weights"]) == len(found["weights_effective"]) > 1
+    assert (found["interpolated"], found["not_a_scan"], found["notes"]) == (True, None, [])
+    assert "given by --axis" in found["axis_from"]
+    mask = tmp_path / "a.nii"
+    nibabel.save(nibabel.Nifti1Image((images > images.mean()).astype(np.uint8), np.diag([-1.0, 1, 4, 1])), mask)
+    assert main(["inspect", str(mask), "--json"]) == 0
+    assert "a mask" in json.loads(capsys.readouterr().out)["not_a_scan"]
     # the smaller pixel decides here: it is 1 mm with and without interpolation
     assert found["weights"][0]["distance"] == pytest.approx(found["weights_effective"][0]["distance"], rel=1e-6)
 
