@@ -16,6 +16,20 @@ import numpy as np
 from deformmamba.annotations import check_types
 from deformmamba.errors import InvalidArgument
 from deformmamba.metrics import psnr, ssim
+from deformmamba.pictures.lettering import (
+    DPI,
+    MARGIN,
+    NOTE_LINE,
+    NOTE_SIZE,
+    TITLE_LINE,
+    TITLE_SIZE,
+    fallback_fonts,
+    missing_glyphs_allowed,
+    note_height,
+    note_lines,
+    title_height,
+    title_lines,
+)
 from deformmamba.volume import PathLike, Volume, VolumeError, check_output, chosen_axis, in_plane, replacing
 
 if TYPE_CHECKING:
@@ -26,7 +40,7 @@ SUFFIXES = (".png", ".pdf", ".svg")
 STATEMENT = "Research software, not a medical device. Detail beyond the input is estimated, not measured."
 
 _PAPER, _INK, _MUTED, _ACCENT = "#ffffff", "#1a1a1a", "#666666", "#f5b301"
-_PANEL, _GAP, _MARGIN, _TOP, _BOTTOM = 3.0, 0.12, 0.15, 0.85, 0.35  # inches
+_PANEL, _GAP, _TOP, _BOTTOM = 3.0, 0.12, 0.85, 0.35  # inches
 
 
 class Slice(NamedTuple):
@@ -103,7 +117,7 @@ def before_after(
         grid: position of the results relative to the input, see `deformmamba.physics.kspace.Grid`.
         zoom: (row, column, size) of the zoomed square's centre and side in LR pixels; None: a region full of edges.
         title: above the panels.
-        note: below the panels: provenance of the results, and warnings.
+        note: below the panels: provenance of the results, and warnings, each in its own lines (see `note_lines`).
 
     Raises:
         VolumeError: `path` cannot be written.
@@ -115,14 +129,15 @@ def before_after(
         raise InvalidArgument("before_after: no result given; give at least one")
     region = zoom or _busiest(list(results.values())[-1], lr.shape)
     images = {"input": lr, **results}
-    figure, panels = _figure(len(images), 2, lr.shape, spacing, bottom=_BOTTOM + (0.2 if note else 0))
+    heights = [_aspect(lr.shape, spacing), 1.0]
+    figure, panels = new_figure(len(images), heights, title, note)
     window = grey_window(lr)
     for column, (name, image) in enumerate(images.items()):
         scale = image.shape[0] / lr.shape[0]
         rows, columns = (round(s / scale, 3) for s in spacing)
         for row in (0, 1):
             _show(panels[row, column], image, scale, spacing, grid, window)
-        _caption(panels[0, column], name, f"{image.shape[1]} × {image.shape[0]} px, {columns:g} × {rows:g} mm")
+        caption(panels[0, column], name, f"{image.shape[1]} × {image.shape[0]} px, {columns:g} × {rows:g} mm")
         _edges(panels[0, column], labels)
         _zoom(panels[0, column], panels[1, column], region, lr.shape, spacing)
     save(figure, path, title, note)
@@ -159,7 +174,8 @@ def comparison(
     if not results or any(image.shape != hr.shape for image in results.values()):
         raise InvalidArgument(f"comparison: give at least one result; every result must have the size {hr.shape} of hr")
     region = zoom or _busiest(hr, hr.shape)
-    figure, panels = _figure(len(results) + 1, 3, hr.shape, spacing, bottom=_BOTTOM + 0.35)
+    aspect = _aspect(hr.shape, spacing)
+    figure, panels = new_figure(len(results) + 1, [aspect, 1.0, aspect], title, below=0.35)
     window, peak = grey_window(hr), float(hr.max()) or 1.0
     errors = {name: np.abs(image - hr) / peak for name, image in results.items()}
     worst = max(float(np.percentile(error, 99.7)) for error in errors.values()) or 1.0
@@ -169,7 +185,7 @@ def comparison(
         for row in (0, 1):
             _show(panels[row, column], image, 1, spacing, "origin", window)
         _zoom(panels[0, column], panels[1, column], region, hr.shape, spacing, marked=column == 0)
-        _caption(panels[0, column], name)
+        caption(panels[0, column], name)
         if column:
             _show(panels[2, column], errors[name], 1, spacing, "origin", (0, worst), "inferno")
             for side, value, digits, highest in zip((-1, 1), scores[name], (2, 4), best, strict=True):
@@ -188,25 +204,36 @@ def comparison(
     save(figure, path, title)
 
 
-def _figure(
-    n_columns: int, n_rows: int, shape: tuple[int, ...], spacing: tuple[float, float], bottom: float = _BOTTOM
+def _aspect(shape: tuple[int, ...], spacing: tuple[float, float]) -> float:
+    """Height of the panel of a whole image, relative to its width; limited for a whole spine."""
+    return min(max(shape[0] * spacing[0] / (shape[1] * spacing[1]), 0.4), 1.6)
+
+
+def new_figure(
+    n_columns: int, heights: Sequence[float], title: str, note: str = "", *, left: float = MARGIN, below: float = 0.0
 ) -> tuple["Figure", Any]:
-    """A figure without pyplot (no window, no global state); panels of the image's shape, square in the last rows."""
+    """A figure without pyplot (no window, no global state), with room for the text that `save` adds, and its panels.
+
+    Args:
+        n_columns: panels in a row.
+        heights: of the panels of each row, relative to their width.
+        left: inches to the left of the panels.
+        below: inches for text directly below the last row.
+    """
     from matplotlib.figure import Figure
 
-    aspect = min(max(shape[0] * spacing[0] / (shape[1] * spacing[1]), 0.4), 1.6)  # limited for a whole spine
-    heights = [aspect, 1.0, aspect][:n_rows]
-    width = _PANEL * n_columns + _GAP * (n_columns - 1) + 2 * _MARGIN
-    height = _PANEL * sum(heights) + _GAP * (n_rows - 1) + _TOP + bottom
-    figure = Figure(figsize=(width, height), facecolor=_PAPER, dpi=150)
-    panels = figure.subplots(n_rows, n_columns, squeeze=False, gridspec_kw={"height_ratios": heights})
+    width = _PANEL * n_columns + _GAP * (n_columns - 1) + left + MARGIN
+    top, bottom = _TOP + title_height(title, width), _BOTTOM + below + note_height(note, width)
+    height = _PANEL * sum(heights) + _GAP * (len(heights) - 1) + top + bottom
+    figure = Figure(figsize=(width, height), facecolor=_PAPER, dpi=DPI)
+    panels = figure.subplots(len(heights), n_columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     figure.subplots_adjust(
-        left=_MARGIN / width,
-        right=1 - _MARGIN / width,
-        top=1 - _TOP / height,
+        left=left / width,
+        right=1 - MARGIN / width,
+        top=1 - top / height,
         bottom=bottom / height,
         wspace=_GAP / _PANEL,
-        hspace=_GAP * n_rows / (sum(heights) * _PANEL),
+        hspace=_GAP * len(heights) / (sum(heights) * _PANEL),
     )
     return figure, panels
 
@@ -263,7 +290,8 @@ def _zoom(
         edge.set(visible=True, edgecolor=_ACCENT, linewidth=1.2)
 
 
-def _caption(axes: "Axes", name: str, detail: str = "") -> None:
+def caption(axes: "Axes", name: str, detail: str = "") -> None:
+    """The name of a panel above it, and below the name a detail such as the voxel size."""
     above: dict[str, Any] = {"xy": (0, 1), "xycoords": "axes fraction", "textcoords": "offset points"}
     axes.annotate(name, xytext=(0, 17 if detail else 5), fontsize=11, color=_INK, fontweight="bold", **above)
     if detail:
@@ -320,15 +348,24 @@ def _busiest(image: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float, f
 
 
 def save(figure: "Figure", path: PathLike, title: str, note: str = "") -> None:
-    """Adds title, note and statement to a figure, and writes it; the file appears when it is complete."""
-    height = figure.get_figheight()
-    left = _MARGIN / figure.get_figwidth()
-    # a file's name may hold bytes that are not UTF-8, or dollar signs that look like a formula
-    words: dict[str, Any] = {"parse_math": False}
-    title, note = ("".join(c if c.isprintable() else "?" for c in text) for text in (title, note))
-    figure.text(left, 1 - 0.14 / height, title, fontsize=12, color=_INK, va="top", fontweight="bold", **words)
-    figure.text(left, 0.12 / height, STATEMENT, fontsize=7.5, color=_MUTED, va="bottom", **words)
-    if note:
-        figure.text(left, 0.26 / height, note, fontsize=7.5, color=_MUTED, va="bottom", wrap=True, **words)
-    with replacing(path) as temporary:
+    """Adds title, note and statement to a figure of `new_figure`, and writes it; the file appears when it is complete.
+
+    Warnings in the note are dark; other text below the panels is grey.
+    """
+    from matplotlib.text import Text
+
+    width, height = figure.get_figwidth(), figure.get_figheight()
+    # a file's name may hold dollar signs that look like a formula
+    words: dict[str, Any] = {"x": MARGIN / width, "parse_math": False}
+    for k, line in enumerate(title_lines(title, width)):
+        y = 1 - (0.14 + TITLE_LINE * k) / height
+        figure.text(y=y, s=line, fontsize=TITLE_SIZE, color=_INK, va="top", fontweight="bold", **words)
+    for k, (line, is_warning) in enumerate(reversed(note_lines(note, width))):
+        y, colour = (0.3 + NOTE_LINE * k) / height, _INK if is_warning else _MUTED
+        figure.text(y=y, s=line, fontsize=NOTE_SIZE, color=colour, va="bottom", **words)
+    figure.text(y=0.12 / height, s=STATEMENT, fontsize=7.5, color=_MUTED, va="bottom", **words)
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and (names := fallback_fonts(text.get_text())):
+            text.set_fontfamily([*text.get_fontfamily(), *names])
+    with replacing(path) as temporary, missing_glyphs_allowed():
         figure.savefig(temporary, facecolor=_PAPER)

@@ -1,6 +1,8 @@
 """Figures: radiological orientation, one grey window, one physical field of view, and no incomplete file."""
 
+import itertools
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from deformmamba.pictures import figures
+from deformmamba.pictures import figures, lettering
 from deformmamba.pictures.figures import STATEMENT, before_after, comparison, oriented
 from deformmamba.volume import Volume, VolumeError
 
@@ -203,3 +205,115 @@ def test_single_voxels_and_an_offset_do_not_grey_the_picture(dtype: Any, change:
     image = np.concatenate([np.zeros(1800), np.repeat(np.arange(900), 2)]).reshape(60, 60)
     image[-1, -1] = 900
     assert figures.grey_window(change(image).astype(dtype)) == pytest.approx(window, abs=3)
+
+
+PROVENANCE = "deformmamba 0.1.0, UNLIKE TRAINING DATA, DeformMambaSR 4x, ixi-4x"
+WARNINGS = (
+    "the header has two voxel sizes: 0.4 x 0.4 x 5 (sform, used) and 1 x 1 x 5 (pixdim)",
+    "1 of 36864 voxels were NaN or infinite and are 0 now",
+    "the scan does not look like a magnitude image: 46 % of its voxels are negative, as in a t-map or in a signed or "
+    "negated image; the weights were trained on magnitude images only, so check the result before use",
+    f"{'/SUBJECTS_WITH_LONG_NAMES' * 9}/scan.nii.gz: a path is longer than the figure is wide. It is a sentence",
+    "头部扫描" * 60,
+    "the pixels are 0.4 x 0.4 mm, the weights were trained on 2.67 to 15 mm: the result may be worse than reported",
+)
+
+
+def noted(n_warnings: int) -> str:
+    """A note as the commands write it."""
+    return ". ".join((PROVENANCE, *(f"Warning: {text}" for text in WARNINGS[:n_warnings])))
+
+
+def check_lettering(figure: Any, title: str, note: str) -> None:
+    """Title, note and statement are complete, inside the figure, and neither on each other nor on the panels."""
+    figure.draw_without_rendering()
+    boxes = sorted((text.get_window_extent() for text in figure.texts), key=lambda box: box.y0)
+    assert boxes[0].y0 > 0
+    assert boxes[-1].y1 < figure.bbox.y1
+    assert all(0 < box.x0 < box.x1 < figure.bbox.x1 for box in boxes)
+    assert all(below.y1 <= above.y0 + 1 for below, above in itertools.pairwise(boxes)), "lines overlap"
+    panels = [axes.get_tightbbox() for axes in figure.axes]
+    low, high = min(box.y0 for box in panels), max(box.y1 for box in panels)
+    assert all(box.y1 < low or box.y0 > high for box in boxes), "text lies on a panel"
+    n_titles = len(lettering.title_lines(title, figure.get_figwidth()))
+    assert sum(box.y0 > high for box in boxes) == n_titles
+    lines = [text.get_text() for text in figure.texts[n_titles:-1]][::-1]
+    assert "".join("".join(lines).split()) == "".join(note.replace(". Warning", "Warning").split())
+    assert "".join("".join(text.get_text() for text in figure.texts[:n_titles]).split()) == "".join(title.split())
+
+
+@pytest.mark.parametrize("n_warnings", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 6))])
+def test_each_warning_is_legible_below_the_panels(tmp_path: Path, drawn: list[Any], n_warnings: int) -> None:
+    lr, note = picture(), noted(n_warnings)
+    with lettering.missing_glyphs_allowed():
+        before_after(lr, {"sharp": lr}, tmp_path / "a.png", title="a scan", note=note)
+        check_lettering(drawn[0], "a scan", note)
+    starts = {text.get_text()[:30]: text for text in drawn[0].texts}
+    for warning in WARNINGS[:n_warnings]:
+        assert starts[f"Warning: {warning}"[:30]].get_color() == figures._INK
+    assert starts[PROVENANCE[:30]].get_color() == starts[STATEMENT[:30]].get_color() == figures._MUTED
+
+
+def test_room_for_the_note_is_added_below_the_panels(
+    tmp_path: Path, drawn: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The panels keep their size, and the figure is higher by the lines of the note."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).write_bytes(b"drawn"))
+    lr = picture()
+    for note in ("", *map(noted, (0, 1, 2))):
+        before_after(lr, {"a": lr, "b": lr}, tmp_path / "a.png", note=note)
+    panels = [figure.axes[0].get_window_extent().bounds[2:] for figure in drawn]
+    assert panels == [pytest.approx(panels[0])] * 4
+    heights = [figure.get_figheight() for figure in drawn]
+    assert np.diff(heights) == pytest.approx([0.23, 0.15, 0.15])
+
+
+def test_a_long_title_has_several_lines(tmp_path: Path, drawn: list[Any]) -> None:
+    lr, title = picture(), f"{'sub-01_ses-02_ACQ-HIGHRES_' * 8}T2w.nii.gz, slice 3 of 4, 4×"
+    before_after(lr, {"sharp": lr}, tmp_path / "a.png", title=title, note=noted(0))
+    check_lettering(drawn[0], title, noted(0))
+
+
+def test_lines_break_at_spaces_and_inside_long_words_only() -> None:
+    width = 3.0
+    texts = [line.text for line in lettering.note_lines(noted(4), width)]
+    assert len(texts) > 10
+    words = set(noted(4).replace(". Warning", " Warning").split())
+    path = next(word for word in words if word.startswith("/SUBJECTS"))
+    assert all(word in words or word in path for text in texts for word in text.split())
+    assert [line.is_warning for line in lettering.note_lines("a. Warning: b. And c. Warning: d\ne", 9)] == [0, 1, 1, 0]
+    assert lettering.note_lines("", width) == []
+    assert lettering.note_lines("file\udcff\x07", width) == [("file??", False)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", figures.SUFFIXES)
+def test_characters_that_no_font_has_are_no_warning(
+    tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Names of files and models in any script; every warning of this test run is an error."""
+    lr, name = picture(), "头部 患者 뇌 हिन्दी"
+    before_after(lr, {name: lr}, tmp_path / f"{name}{suffix}", title=name, note=f"{name}. Warning: {name}")
+    comparison(lr, {name: lr}, tmp_path / f"{name}2{suffix}", title=name)
+    assert not [record for record in caplog.records if record.levelname != "DEBUG"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_other_warnings_pass() -> None:
+    with lettering.missing_glyphs_allowed(), pytest.warns(UserWarning, match="a fault"):
+        warnings.warn("a fault", stacklevel=1)
+
+
+def test_an_installed_font_replaces_missing_characters(
+    tmp_path: Path, drawn: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fonts that are not installed are not searched: matplotlib would log each of them."""
+    monkeypatch.setattr(lettering, "FALLBACKS", ("No Such Font", "STIXGeneral"))
+    assert lettering.fallback_fonts("Größe 3 × 4 mm\n→ µ Ω Ж") == []
+    assert lettering.fallback_fonts("头部") == ["STIXGeneral"]
+    lr = picture()
+    before_after(lr, {"头部": lr}, tmp_path / "a.png", title="患者", note="plain")
+    found = {text.get_text(): text.get_fontfamily()[1:] for text in drawn[0].texts + drawn[0].axes[1].texts}
+    assert found["患者"] == found["头部"] == ["STIXGeneral"]
+    assert found["plain"] == found[STATEMENT] == []
+    assert not [record for record in caplog.records if "findfont" in record.msg and record.levelname == "WARNING"]
