@@ -8,7 +8,7 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -38,8 +38,8 @@ def remove_temporaries() -> None:
 
 def _remove(path: Path) -> None:
     """Removes a temporary file or folder of this process, if it exists."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        _settle(path)
     with suppress(OSError):
         path.unlink(missing_ok=True)
     _own.discard(path)
@@ -49,17 +49,25 @@ def _machine() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file name is one that `temporary_name` gives, on any machine."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
 def sweep(folder: PathLike) -> None:
-    """Removes the temporary files that killed processes of this machine left in `folder`."""
+    """Removes the temporary files that killed processes of this machine left in `folder`.
+
+    A `renamed_folder` that was killed between two renames is brought to its old or its new state.
+    """
     with suppress(OSError):
-        for entry in os.scandir(folder):
+        for entry in list(os.scandir(folder)):
             found = _TEMPORARY.fullmatch(entry.name)
             if found is None or found["machine"] != _machine() or _is_alive(int(found["process"])):
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
-                with suppress(OSError):
+            with suppress(OSError):
+                if entry.is_dir(follow_symlinks=False):
+                    _settle(Path(folder, entry.name.removesuffix(found[3] or "")))
+                else:
                     os.unlink(entry.path)
 
 
@@ -147,28 +155,97 @@ def renamed_pair(path: PathLike, beside: PathLike) -> Iterator[tuple[Path, Path]
 
 
 @contextmanager
-def renamed_folder(path: PathLike) -> Iterator[Path]:
-    """An empty temporary folder beside `path`; it replaces `path` if the block succeeds, else it is removed.
+def renamed_folder(path: PathLike, replaces: Callable[[Path], bool] = lambda old: True) -> Iterator[Path]:
+    """An empty temporary folder; its files are the content of the folder `path` if the block succeeds.
 
-    The old content of `path` is removed only after the new folder is in place.
+    A new folder appears with its files. An existing folder stays the same one, which may be a mount point or the
+    working directory of a shell: the temporary folder is inside it, and new files take the place of old ones. If the
+    block raises, or a signal comes at any moment, the old files are there again. If the process is killed between two
+    renames, `sweep` puts the old files back, or moves the rest of the new files in once all old ones are set aside.
+
+    Args:
+        path: the folder.
+        replaces: called with each old file, whether the new ones replace it. Other files stay.
 
     Raises:
+        FileExistsError: a new file has the name of an old one that stays.
         OSError: the operating system refused.
     """
     target = Path(os.path.realpath(path))
-    temporary = temporary_name(target, "")
-    before = temporary.with_name(temporary.name + ".before")
+    inside = temporary_name(target / "new", "")
+    temporary = inside if target.is_dir() else temporary_name(target, "")
     temporary.mkdir()
     try:
         yield temporary
-        if target.is_dir() and any(target.iterdir()):
-            os.replace(target, before)
-        os.replace(temporary, target)
+        for file in temporary.iterdir():
+            with open(file, "r+b") as opened:
+                os.fsync(opened.fileno())
+        if not target.is_dir():
+            os.replace(temporary, target)
+        else:
+            if temporary != inside:  # the folder was made meanwhile
+                os.replace(temporary, inside)
+            _fill(target, inside, replaces)
     finally:
-        if before.exists() and not target.exists():  # a signal may come between the two
-            os.replace(before, target)
         _remove(temporary)
-        _remove(before)
+        _remove(inside)
+
+
+# Beside a temporary folder, inside the folder that it fills: the old files, while they are collected, and all of them.
+_COLLECTED, _ALL = ".aside", ".before"
+
+
+def _fill(target: Path, temporary: Path, replaces: Callable[[Path], bool]) -> None:
+    """Moves the files of `temporary`, a folder inside `target`, to `target`; if this fails, the old files are back."""
+    aside, before = _beside(temporary)
+    old = [path.name for path in target.iterdir() if not is_temporary(path.name) and replaces(path)]
+    new = [path.name for path in temporary.iterdir()]
+    for name in new:
+        if name not in old and os.path.lexists(target / name):
+            raise FileExistsError(errno.EEXIST, f"the file {name} in it was not written by this program")
+    try:
+        aside.mkdir()
+        for name in old:
+            os.replace(target / name, aside / name)
+        os.replace(aside, before)
+        for name in new:
+            os.replace(temporary / name, target / name)
+        temporary.rmdir()  # from here on the new files count
+    except BaseException:
+        if temporary.exists() and before.exists():
+            for name in new:
+                if not os.path.lexists(temporary / name):
+                    os.replace(target / name, temporary / name)
+            os.replace(before, aside)
+        raise
+
+
+def _beside(temporary: Path) -> tuple[Path, Path]:
+    return temporary.with_name(temporary.name + _COLLECTED), temporary.with_name(temporary.name + _ALL)
+
+
+def _settle(temporary: Path) -> None:
+    """Removes a temporary folder after it has brought the folder that it fills to its old or its new state.
+
+    Only the names on the disk decide, so that another process can do it. Old files that are not all collected are put
+    back. If they are, the new files are all there, and the rest of them is moved in.
+    """
+    aside, before = _beside(temporary)
+    if aside.is_dir():
+        _empty(aside)
+    elif before.is_dir():
+        if temporary.is_dir():
+            _empty(temporary)
+        shutil.rmtree(before, ignore_errors=True)
+    if temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _empty(folder: Path) -> None:
+    """Moves the files of `folder` to its parent, and removes it."""
+    for path in list(folder.iterdir()):
+        os.replace(path, folder.parent / path.name)
+    folder.rmdir()
 
 
 def write_bytes(path: PathLike, data: bytes) -> None:

@@ -61,8 +61,9 @@ class UpscaleInferer:
 class UpscaleTransform:
     """A transform of channel-first images for MONAI (arrays or dictionaries) and TorchIO (images or subjects).
 
-    A MONAI `MetaTensor` and a TorchIO image keep their position in the world: the affine is adapted to the model's
-    grid. Earlier transforms cannot be inverted afterwards. A plain tensor or array has no affine.
+    A MONAI `MetaTensor` and a TorchIO image keep their attributes and their position in the world: the affine is
+    adapted to the model's grid. Earlier transforms cannot be inverted afterwards. A plain tensor or array has no
+    affine.
 
     Args:
         model: any SRModel, or the name of weights.
@@ -112,9 +113,11 @@ class UpscaleTransform:
     def _torchio_image(self, image: Any) -> Any:
         if image.type == "label":
             raise VolumeError("a label map cannot be upscaled; resample it to the upscaled image")
+        made = copy.copy(image)  # as TorchIO's own transforms do: attributes, path and reader stay
         tensor, affine = self._channels(image.data, np.asarray(image.affine))
-        kind = {} if type(image).__name__ == "ScalarImage" else {"type": image.type}
-        return type(image)(tensor=tensor, affine=affine, **kind)
+        made.set_data(tensor)
+        made.affine = affine
+        return made
 
     def _array(self, image: Any) -> Any:
         affine = getattr(image, "affine", None)

@@ -427,7 +427,7 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 def _content_hash(path: Path) -> str:
     """The hash of a file, or of all files of a folder."""
     digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    for file in sorted(file for file in path.glob("[!.]*") if file.is_file()) if path.is_dir() else [path]:
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()

@@ -23,7 +23,6 @@ from deformmamba.inference.provenance import (
     derivation,
     distrust,
     generated_by,
-    remove_sidecar,
     report_facts,
     unusual,
     write_sidecar,
@@ -275,8 +274,6 @@ def _write(
                     kept[k] = image, deviation
 
             job.run(put, progress)
-    for path, _ in outputs[1:]:
-        remove_sidecar(path)
     return kept
 
 

@@ -19,7 +19,7 @@ from deformmamba.inference.cohort import Outcome, run_cohort
 from deformmamba.inference.files import check_paths
 from deformmamba.inference.inputs import rounding_notes
 from deformmamba.inference.isotropic import MODEL, IsotropicReport, derivation, isotropic, loaded, without_spread
-from deformmamba.inference.provenance import describe_weights, remove_sidecar, unusual, write_sidecar
+from deformmamba.inference.provenance import describe_weights, unusual, write_sidecar
 from deformmamba.inference.settings import check_names
 from deformmamba.inference.stack import Stack, check_voxel, given_profile
 from deformmamba.physics.consistency import check_consistency
@@ -100,7 +100,6 @@ def isotropic_file(
     spread = None if made.uncertainty is None else replace(result, array=made.uncertainty)
     if uncertainty is not None and spread is not None:
         write_volume(uncertainty, spread, derivation=derivation(made), deviation=True)
-        remove_sidecar(uncertainty)
     if report is not None:
         before = in_plane_as(result, scan, settings)
         across = in_plane(made.axis)[0]

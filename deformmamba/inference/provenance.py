@@ -144,14 +144,6 @@ def write_sidecar(
     write_text(beside, json_text(made))
 
 
-def remove_sidecar(output: PathLike) -> None:
-    """Removes the JSON file of a former output of this package at `output`, which it would not describe any more."""
-    path = Path(output)
-    beside = path.with_name(path.name[: len(path.name) - len(suffix(path))] + ".json")
-    if suffix(path) and is_sidecar_of(read_json(beside), path):
-        beside.unlink(missing_ok=True)
-
-
 def json_text(facts: Mapping[str, Any]) -> str:
     """`facts` as a JSON file; numbers of numpy are plain numbers."""
     return json.dumps(facts, indent=2, ensure_ascii=False, default=lambda value: value.item()) + "\n"

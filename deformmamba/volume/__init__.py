@@ -39,6 +39,7 @@ from deformmamba.volume.files import (
     silenced,
     slice_file,
     suffix,
+    warn_of,
     write_text,
 )
 from deformmamba.volume.image import (
@@ -54,7 +55,7 @@ from deformmamba.volume.image import (
     upscaled_affine,
 )
 from deformmamba.volume.nifti import from_nibabel, to_nibabel
-from deformmamba.volume.selection import Candidate, no_scan, not_a_scan, scans_below
+from deformmamba.volume.selection import Candidate, no_scan, not_a_scan, remove_sidecar, scans_below
 
 __all__ = [
     "DTYPES",
@@ -132,8 +133,7 @@ def read_volume(
         else:
             made = nifti.read(path, volume)
     made = _checked_voxels(made, path, nan)
-    for note in made.notes:
-        warnings.warn(f"{path}: {note}", stacklevel=2)
+    warn_of(made.notes, path)
     return made
 
 
@@ -169,9 +169,8 @@ def read_volumes(
         if made is None:
             return
         made = _checked_voxels(made, path, nan, zeros=True)
-        for note in made.notes:
-            if note not in told:  # the notes on the header are the same for each volume
-                warnings.warn(f"{path}: {note}", stacklevel=2)
+        # the notes on the header are the same for each volume
+        warn_of((note for note in made.notes if note not in told), path)
         told.update(made.notes)
         yield made
 
@@ -265,16 +264,19 @@ def writing(
             write(sharper_slice(k))  # (4 * h, 4 * w)
     ```
 
-    The complete file replaces an existing one when the block ends. If the block raises or ctrl-C ends it, no file is
-    written and an existing one is unchanged. Exceptions of the block itself are passed on unchanged.
+    The complete file replaces an existing one when the block ends; the files of a new DICOM series replace those of an
+    earlier one, and the folder itself stays. If the block raises or ctrl-C ends it, no file is written and existing
+    ones are unchanged. Exceptions of the block itself are passed on unchanged.
 
     Memory: a few copies of one slice, for any number of slices. Slices across the last axis of NIfTI and MGH are
     written directly into the file. Slices across other axes, and DICOM, need a temporary file without a name beside
-    `path`. It is as large as the voxels (float32 for DICOM) and disappears with the process.
+    `path`, or inside an existing folder. It is as large as the voxels (float32 for DICOM) and disappears with the
+    process.
 
     NIfTI and MGH: voxels are `dtype`, one of `DTYPES` (default float32). Integers are rounded, and values are never
     rescaled, even if the source's header has a slope. NIfTI keeps the header of the source (units, description,
-    extensions). Sform and qform are both written, each under its own code.
+    extensions). Sform and qform are both written, each under its own code. Several volumes from MGH or from a DICOM
+    time series get the time between them (pixdim[4], in seconds); 0 if it is unknown, or for echoes and b-values.
 
     DICOM output requires DICOM input. It is a new series in a folder: one file a slice for a classic series, one
     multi-frame file for an enhanced one. `volume.dicom_out` lists new, kept and removed elements. Voxels are 16-bit
@@ -290,7 +292,9 @@ def writing(
         axis: where the slices are stacked: slice k is `array.take(k, axis)` of the output.
         dtype: of the voxels.
         derivation: how the output was made (model, version, hash). It becomes DICOM's DerivationDescription, 1024
-            characters of ASCII. The first 79 become NIfTI's `descrip`; without it, `descrip` is unchanged.
+            characters of ASCII. The first 79 become NIfTI's `descrip`, and a NIfTI intent such as LABEL is removed,
+            because interpolated values are none. Without it, both are unchanged, and the JSON file of an earlier output
+            of this package at `path` is removed.
         deviation: the values are an uncertainty map, not an image: DICOM gets another series number, description and
             window; NIfTI's `descrip` states it, and the header gets no range for display (`cal_min`, `cal_max`).
 
@@ -312,9 +316,9 @@ def writing(
     with ExitStack() as stack:
         with refusals(path), silenced():
             into_folder = as_dicom and suffix(path) not in dicom_out.SUFFIXES
-            temporary = stack.enter_context(renamed_folder(path) if into_folder else renamed(path))
+            temporary = stack.enter_context(renamed_folder(path, dicom_out.is_ours) if into_folder else renamed(path))
             if as_dicom:
-                slices = dicom_out.slices(path, temporary, like, shape, axis, dtype, derivation, deviation)
+                slices = dicom_out.slices(temporary, like, shape, axis, dtype, derivation, deviation)
             else:
                 if suffix(path) in MGH_SUFFIXES and like.codes == (0, 0):
                     warnings.warn(
@@ -340,6 +344,8 @@ def writing(
             raise InvalidArgument(f"{n_slices} slices of {size} make {shape}; only {done} were written")
         with refusals(path), silenced():
             stack.close()
+            if derivation is None or deviation:  # other outputs get a new JSON file
+                remove_sidecar(path)
 
 
 @contextmanager

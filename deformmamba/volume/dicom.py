@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial as partial_of
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from deformmamba.annotations import is_integer
 from deformmamba.errors import counted
-from deformmamba.volume import mosaic
+from deformmamba.volume import mosaic, timing
 from deformmamba.volume.files import Bounded, ChoiceNeeded, parsing, volume_index
 from deformmamba.volume.image import Volume, VolumeError
 
@@ -52,11 +53,15 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class DicomSeries:
-    """The `header` of a volume from DICOM: its slices in order, and their data sets without pixels."""
+    """The `header` of a volume from DICOM: its slices in order, and their data sets without pixels.
+
+    `time_step` is in seconds, between the volumes of a time series; 0: unknown, or no time series.
+    """
 
     frames: tuple[Frame, ...]
     datasets: dict[Path, Any]
     affine: np.ndarray
+    time_step: float = 0.0
 
     def __repr__(self) -> str:
         return f"DicomSeries of {len(self.frames)} slices"  # the repr of a data set contains the patient's name
@@ -121,8 +126,10 @@ def each(path: Path, choice: Choice) -> Iterator[Volume]:
             "volume",
             f"0 to {source.n_volumes - 1}",
         )
+    notes = [timing.UNKNOWN] if source.is_over_time and not source.time_step else []
     for index in range(source.n_volumes):
-        yield source.volume(index)
+        made = source.volume(index)
+        yield replace(made, notes=(*made.notes, *notes))
 
 
 class _Series:
@@ -141,8 +148,23 @@ class _Series:
             self._places = _places(path, _one_stack(path, frames, choice.stack))
         self.n_volumes = len(self._places[0])
         self.kinds = {frame.parameters[2] for frame in self._places[0]}
+        self.is_over_time, self.time_step = self._times()
         modalities = {str(dataset.get("Modality")) for dataset in datasets.values()}
         self._notes += [OTHER_MODALITIES[name] for name in sorted(modalities) if name in OTHER_MODALITIES]
+
+    def _times(self) -> tuple[bool, float]:
+        """Whether the volumes are a time series, and the seconds between them; 0 if unknown."""
+        volumes = self._places[0]
+        _, b_value, kind = volumes[0].parameters
+        same = len(volumes) > 1 and len({frame.parameters for frame in volumes}) == 1
+        if not same or b_value > 0 or "DIFFUSION" in kind:
+            return False, 0.0
+        groups = {file: _functional_groups(file, self._datasets[file]) for file in {frame.path for frame in volumes}}
+        of_volumes = [groups[frame.path][frame.index] for frame in volumes]
+        try:
+            return (True, timing.time_step(of_volumes)) if timing.is_over_time(of_volumes) else (False, 0.0)
+        except Exception:  # malformed elements raise anything, and the images do not need them
+            return True, 0.0
 
     def volume(self, index: int) -> Volume:
         path = self._path
@@ -169,7 +191,7 @@ class _Series:
                     padded[:, :, k] = padding
         padding_notes = _without_padding(array, padded)
         with parsing(path, "its DICOM geometry cannot be read"):
-            header = DicomSeries(tuple(frames), used, affine)
+            header = DicomSeries(tuple(frames), used, affine, self.time_step)
             return Volume(array, affine, header=header, slices=2, notes=(*self._notes, *padding_notes))
 
 
@@ -369,14 +391,7 @@ def _functional_groups(path: Path, dataset: Any) -> list[list[Any]]:
 def _frame(path: Path, dataset: Any, index: int, groups: list[Any]) -> Frame:
     """Frame `index` of a file, from the groups that hold its fields."""
 
-    def get(macro: str, field: str) -> Any:
-        """A field of a functional group, of the frame or shared; of a classic image, of the data set itself."""
-        for group in groups:
-            found = group if group is dataset else next(iter(group.get(macro) or []), None)
-            if found is not None and found.get(field) not in (None, ""):
-                return found[field].value
-        return None
-
+    get = partial_of(timing.field, groups)
     geometry = {
         "ImagePositionPatient": get("PlanePositionSequence", "ImagePositionPatient"),
         "ImageOrientationPatient": get("PlaneOrientationSequence", "ImageOrientationPatient"),

@@ -30,12 +30,14 @@ from typing import Any
 import numpy as np
 
 from deformmamba import __version__
+from deformmamba.atomic import is_temporary
 from deformmamba.volume.dicom import LPS_FROM_RAS, DicomSeries, Frame, is_dicom, number
 from deformmamba.volume.files import (
     DICOM_DTYPES,
     PathLike,
     SliceFile,
     as_dtype,
+    check_folder,
     check_folder_of,
     closed,
     parsing,
@@ -78,20 +80,28 @@ def check_target(path: PathLike, source: Volume, dtype: str | None) -> None:
     elif target.is_dir():
         if any(os.path.realpath(file.parent) == str(target) for file in series.datasets):
             raise VolumeError(f"{path}: the output folder is the input folder; choose another folder")
+        check_folder(path, target)
         with parsing(Path(path), "cannot be read"):
-            if not all(_is_ours(file) for file in target.iterdir()):
+            if not all(is_ours(file) for file in target.iterdir() if not is_temporary(file.name)):
                 raise VolumeError(f"{path}: contains files that this command did not write; give a new or empty folder")
+        return
     elif target.exists():
         raise VolumeError(f"{path}: is a file, but a DICOM series is written to a folder; choose another name")
     check_folder_of(path)
 
 
-def _is_ours(path: Path) -> bool:
+def is_ours(path: Path) -> bool:
+    """Whether this package wrote a DICOM file.
+
+    Raises:
+        VolumeError: it cannot be read.
+    """
     from pydicom.filereader import read_file_meta_info
 
     if path.is_symlink() or not path.is_file() or not is_dicom(path):
         return False
-    return bool(read_file_meta_info(path).get("ImplementationClassUID") == IMPLEMENTATION_UID)
+    with parsing(path, "a damaged DICOM file"):
+        return bool(read_file_meta_info(path).get("ImplementationClassUID") == IMPLEMENTATION_UID)
 
 
 def _is_enhanced(series: DicomSeries) -> bool:
@@ -100,7 +110,6 @@ def _is_enhanced(series: DicomSeries) -> bool:
 
 @contextmanager
 def slices(
-    path: Path,
     target: Path,
     like: Volume,
     shape: tuple[int, ...],
@@ -109,11 +118,11 @@ def slices(
     derivation: str | None,
     deviation: bool,
 ) -> Iterator[Callable[[np.ndarray], None]]:
-    """Takes slices across `axis`, keeps them on disk beside `path`, and writes the series to `target` at the end.
+    """Takes slices across `axis`, keeps them on disk, and writes the series to `target` at the end: see `write`.
 
-    The shared slope depends on the range of all slices.
+    The shared slope depends on the range of all slices. They lie in `target`, or beside it if it is a file.
     """
-    with slice_file(path, shape, axis, "float32") as voxels:
+    with slice_file(target / "slices" if target.is_dir() else target, shape, axis, "float32") as voxels:
         yield voxels.put
         write(target, like, voxels, dtype, derivation, deviation)
 

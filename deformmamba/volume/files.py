@@ -5,12 +5,13 @@ import io
 import logging
 import operator
 import os
+import sys
 import tempfile
 import threading
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -76,6 +77,16 @@ def silenced() -> Iterator[None]:
                     for entries in (filters, warnings.filters):
                         entries[:] = [entry for entry in entries if entry not in added]  # type: ignore[index]
                 _silent_filters.clear()
+
+
+def warn_of(notes: Iterable[str], path: PathLike | None = None) -> None:
+    """Gives a reader's remarks as warnings about the line outside of this package that had the scan read."""
+    level, frame = 1, sys._getframe()
+    package = __name__.partition(".")[0]
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] == package:
+        level, frame = level + 1, frame.f_back
+    for note in notes:
+        warnings.warn(note if path is None else f"{path}: {note}", stacklevel=level)
 
 
 @contextmanager
@@ -299,6 +310,11 @@ def check_folder_of(path: PathLike) -> None:
     folder = os.path.dirname(os.path.realpath(path))
     if not os.path.isdir(folder):
         raise VolumeError(f"{path}: there is no folder {folder}; create it first")
+    check_folder(path, folder)
+
+
+def check_folder(path: PathLike, folder: PathLike) -> None:
+    """Checks that `folder`, in which `path` is to be written, is writable, and removes what killed processes left."""
     if not os.access(folder, os.W_OK | os.X_OK):
         raise VolumeError(f"{path}: no permission to write to the folder {folder}; choose another folder")
     sweep(folder)

@@ -26,6 +26,12 @@ def placed(array: np.ndarray, header: Any, flag: int = 1) -> Volume:
     return Volume(array, header.get_affine(), codes=(1, 1) if flag > 0 else (0, 0), header=header)
 
 
+def time_step(header: Any) -> float:
+    """Seconds between the volumes of a 4-D file, from the field `tr` (ms); 0 if unknown."""
+    milliseconds = float(header["tr"])
+    return milliseconds / 1000 if 0 < milliseconds < np.inf else 0.0
+
+
 def image(voxels: np.ndarray, volume: Volume, kind: Any = None) -> Any:
     """`voxels` with the geometry of `volume` as an image of class `kind`; with its header if that is of this format."""
     kind = kind or image_class()

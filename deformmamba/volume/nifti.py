@@ -9,12 +9,13 @@ written with explicit codes, because an affine computed from the new shape would
 import gzip
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deformmamba.volume import mgh
+from deformmamba.volume import mgh, timing
 from deformmamba.volume.files import (
     MGH_SUFFIXES,
     Bounded,
@@ -24,6 +25,7 @@ from deformmamba.volume.files import (
     parsing,
     suffix,
     volume_index,
+    warn_of,
 )
 from deformmamba.volume.image import Volume, VolumeError
 
@@ -57,7 +59,8 @@ def each(path: Path) -> Iterator[Volume]:
         for index in range(n_volumes):
             with parsing(path, "a damaged file"):
                 made = source.volume(index)
-            yield made
+            is_timed = n_volumes == 1 or _is_nifti(made.header) or _time_step(made.header) > 0
+            yield made if is_timed else replace(made, notes=(*made.notes, timing.UNKNOWN))
 
 
 @contextmanager
@@ -163,6 +166,8 @@ def _check_pixdim(path: Path, raw: Any) -> None:
 def from_nibabel(image: Any) -> Volume:
     """A 3-D nibabel image, NIfTI or MGH, as a volume: real voxels as float32, slope and intercept applied.
 
+    Remarks about its header are given as warnings and stored in `Volume.notes`.
+
     Raises:
         VolumeError: not 3-D, another format, or an invalid geometry.
     """
@@ -174,7 +179,9 @@ def from_nibabel(image: Any) -> Volume:
     if len(image.shape) != 3:
         raise VolumeError(f"the image has shape {image.shape}; give one 3-D volume, such as image.slicer[..., 0]")
     array = np.asarray(image.dataobj)
-    return _placed(array.astype(np.float32) if array.dtype.kind in "iuf" else array, image.header, image.affine)
+    made = _placed(array.astype(np.float32) if array.dtype.kind in "iuf" else array, image.header, image.affine)
+    warn_of(made.notes)
+    return made
 
 
 def to_nibabel(volume: Volume, kind: Any) -> Any:
@@ -290,6 +297,7 @@ def planes(
                 header["cal_min"] = header["cal_max"] = 0
             if description is not None:
                 header["descrip"] = description.encode("ascii", "replace")[:79]
+                header.set_intent("none")
             header.write_to(file)
         file.write(bytes(header.get_data_offset() - file.tell()))
         yield lambda plane: file.write(as_dtype(plane, dtype).astype(file_dtype).tobytes(order="F"))
@@ -310,14 +318,17 @@ def _nifti_image(voxels: np.ndarray, volume: Volume, kind: Any = None) -> Any:
 
     known = isinstance(volume.header, nibabel.Nifti1Header)
     header = volume.header.copy() if known else nibabel.Nifti1Header()
+    seconds = _time_step(volume.header) if voxels.ndim == 4 and not known else 0.0
     if not known:
-        header.set_xyzt_units("mm")
+        header.set_xyzt_units("mm", "sec" if seconds else "unknown")
     header.set_data_dtype(voxels.dtype)
     _state_slices(header, volume.slices, voxels.shape)
     is_nifti2 = isinstance(header, nibabel.Nifti2Header)
     if not is_nifti2 and max(voxels.shape) > np.iinfo(np.int16).max:
         raise VolumeError(f"NIfTI-1 holds at most {np.iinfo(np.int16).max} voxels along an axis, not {voxels.shape}")
     image = (kind or (nibabel.Nifti2Image if is_nifti2 else nibabel.Nifti1Image))(voxels, None, header)
+    if voxels.ndim == 4 and not known:
+        image.header["pixdim"][4] = seconds
     from_mm = np.diag([*[1 / _mm(header)] * 3, 1.0])
     # a qform that does not count must not set pixdim, which many programs read as the voxel size
     qform = volume.affine if volume.qform is None or volume.codes[0] <= 0 < volume.codes[1] else volume.qform
@@ -328,6 +339,13 @@ def _nifti_image(voxels: np.ndarray, volume: Volume, kind: Any = None) -> Any:
     image.set_qform(from_mm @ qform, qform_code, update_affine=False)
     image.set_sform(from_mm @ volume.affine, sform_code)
     return image
+
+
+def _time_step(header: Any) -> float:
+    """Seconds between volumes, from the header of an MGH file or a DICOM series; 0 if unknown, or no time series."""
+    if isinstance(header, mgh.image_class().header_class):
+        return mgh.time_step(header)
+    return float(getattr(header, "time_step", 0.0))
 
 
 def _state_slices(header: Any, axis: int | None, shape: tuple[int, ...]) -> None:

@@ -179,6 +179,15 @@ def is_sidecar_of(facts: Any, path: PathLike) -> bool:
     return not isinstance(name, str) or suffix(Path(name)) == suffix(Path(path))
 
 
+def remove_sidecar(path: PathLike) -> None:
+    """Removes the JSON file of a former output of this package at `path`, which describes the new file wrongly."""
+    path = Path(path)
+    if suffix(path) in (*NIFTI_SUFFIXES, *MGH_SUFFIXES):
+        beside = path.with_name(path.name[: -len(suffix(path))] + ".json")
+        if is_sidecar_of(read_json(beside), path):
+            beside.unlink(missing_ok=True)
+
+
 def is_own_file(path: PathLike) -> bool:
     """Whether this package wrote a NIfTI file, by its header. MGH files do not state it."""
     import nibabel

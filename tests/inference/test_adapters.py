@@ -1,6 +1,7 @@
 """MONAI's and TorchIO's objects as input and output, at the right position; with the packages if installed."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -180,3 +181,17 @@ def test_torchio() -> None:
     np.testing.assert_array_equal(alone.data[1].numpy(), expected(scans[1]).array)
     with pytest.raises(VolumeError, match="label map"):
         UpscaleTransform(ZeroFill(scale=2), keys="mask")(subject)
+
+
+def test_a_torchio_image_keeps_its_attributes(tmp_path: Path) -> None:
+    tio = imported("torchio")
+    tio.ScalarImage(tensor=image(1, 6, 8, 3), affine=AFFINE).save(tmp_path / "a.nii.gz")
+    given = tio.ScalarImage(tmp_path / "a.nii.gz", site="X", check_nans=True)
+    for transform in (tio.ToCanonical(), UpscaleTransform(ZeroFill(scale=2))):
+        made = transform(given)
+        assert (made["site"], made["stem"], made["path"]) == ("X", "a", str(tmp_path / "a.nii.gz"))
+        assert (made.path, made.check_nans, made.type) == (tmp_path / "a.nii.gz", True, "intensity")
+    assert (made.shape, given.shape) == ((1, 12, 16, 3), (1, 6, 8, 3))
+    assert_close(made.affine, expected(given.data[0]).affine, atol=1e-4)
+    subject = UpscaleTransform(ZeroFill(scale=2))(tio.Subject(t2=given, name="x"))
+    assert (subject.t2["site"], subject.name) == ("X", "x")

@@ -12,7 +12,7 @@ from deformmamba.cli import main
 from deformmamba.inference.degrade_files import degrade_file
 from deformmamba.inference.files import upscale_file
 from deformmamba.models import VDSR, Bicubic, ZeroFill
-from deformmamba.volume import VolumeError, not_a_scan
+from deformmamba.volume import VolumeError, not_a_scan, read_volume, write_volume
 
 
 def scan(path: Path, array: np.ndarray | None = None, intent: int = 0) -> Path:
@@ -63,12 +63,23 @@ def test_labels_are_not_averaged_unless_asked(tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(VolumeError, match="label image"):
         degrade_file(labels, tmp_path / "out.nii", 2)
     degrade_file(labels, tmp_path / "out.nii", 2, as_image=True)
+    upscale_file(ZeroFill(scale=2), labels, tmp_path / "fine.nii", as_image=True)
+    for name in ("out.nii", "fine.nii"):
+        assert nibabel.load(tmp_path / name).header["intent_code"] == 0  # averaged labels are no labels
 
 
 def test_an_own_output_can_be_made_coarser(tmp_path: Path) -> None:
     upscale_file(Bicubic(scale=2), scan(tmp_path / "in.nii"), tmp_path / "fine.nii")
     degrade_file(tmp_path / "fine.nii", tmp_path / "coarse.nii", 2)
     assert nibabel.load(tmp_path / "coarse.nii").shape == (16, 12, 3)
+
+
+def test_a_volume_written_over_an_output_loses_its_json_file(tmp_path: Path) -> None:
+    source, target = scan(tmp_path / "in.nii"), tmp_path / "out.nii"
+    upscale_file(Bicubic(scale=2), source, target)
+    write_volume(target, read_volume(source))
+    assert not (tmp_path / "out.json").exists()
+    assert not_a_scan(target) == ""
 
 
 def test_an_uncertainty_map_has_no_json_file_of_a_former_output(tmp_path: Path) -> None:

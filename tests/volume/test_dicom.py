@@ -1,6 +1,7 @@
 """DICOM: world coordinates agree with independent readers; the output is a new, correct and complete series."""
 
 import gzip
+import os
 import shutil
 import subprocess
 import tracemalloc
@@ -578,6 +579,46 @@ def test_an_empty_folder_and_a_link_are_written_to(tmp_path: Path) -> None:
     assert len(list((tmp_path / "real").iterdir())) == 5
     write_volume(tmp_path / "déjà vu 中", volume)
     np.testing.assert_allclose(read_volume(tmp_path / "déjà vu 中").array, volume.array, atol=0.02)
+
+
+def test_an_existing_folder_stays_and_its_files_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume, _ = source(tmp_path, "classic")
+    out = tmp_path / "out"
+    out.mkdir()
+    out.chmod(0o2775)
+    before = out.stat()
+    monkeypatch.chdir(out)
+    write_volume(".", finer(volume, 2, axes=(1, 2)))
+    assert (len(list(out.iterdir())), Path.cwd()) == (10, out)
+    left = out / f".{'0' * 8}-1-{'0' * 8}"  # of a process that was killed on another machine
+    left.mkdir()
+    write_volume(".", volume)
+    left.rmdir()
+    assert len(list(out.iterdir())) == 5
+    np.testing.assert_allclose(read_volume(out).array, volume.array, atol=0.02)
+    assert (out.stat().st_ino, out.stat().st_mode) == (before.st_ino, before.st_mode)
+
+
+def test_only_the_folder_itself_must_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume, _ = source(tmp_path, "classic")
+    for name in ("ours", "closed"):
+        (tmp_path / name).mkdir()
+    locked = {os.fspath(tmp_path), os.fspath(tmp_path / "closed")}
+    monkeypatch.setattr(os, "access", lambda path, mode: os.fspath(path) not in locked)
+    check_output(tmp_path / "ours", source=volume)
+    for name in ("closed", "new"):
+        assert "no permission to write to the folder" in error_of(check_output, tmp_path / name, source=volume)
+
+
+def test_a_file_of_another_that_comes_meanwhile_stays(tmp_path: Path) -> None:
+    volume, _ = source(tmp_path, "classic")
+    write_volume(tmp_path / "out", finer(volume, 2, axes=(1, 2)))
+    with writing(tmp_path / "out", volume, SHAPE) as write:
+        (tmp_path / "out" / "thesis.txt").write_text("mine")
+        for k in range(SHAPE[2]):
+            write(volume.array[:, :, k])
+    assert len(list((tmp_path / "out").iterdir())) == 5 + 1
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
 
 def test_more_than_a_file_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
