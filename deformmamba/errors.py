@@ -39,16 +39,34 @@ def shown(value: Any) -> str:
         if isinstance(shape, tuple) and shape and hasattr(value, "dtype"):
             text = f"{type(value).__name__} of shape {tuple(shape)}, {value.dtype}"
         else:
-            text = re.sub(r"\s*\n\s*", " ", ascii(value))
+            text = _printable(ascii(value))
     except Exception:  # an integer of thousands of digits, a deep nesting, a class with a failing repr
         text = f"a {type(value).__name__}"
     return shortened(text, 80)
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an exception of another package: one line of ASCII, cut to 300 characters."""
-    text = " ".join(str(error).split()).encode("ascii", "backslashreplace").decode()
+    """The message of an exception of another package: one line of printable ASCII, cut to 300 characters."""
+    text = " ".join(_printable(str(error)).split()).encode("ascii", "backslashreplace").decode()
     return shortened(text, 300)
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The exception at the start of a chain of `raise ... from ...`, which has the reason; `error` itself if alone."""
+    seen = {id(error)}
+    while error.__cause__ is not None and id(error.__cause__) not in seen:
+        error = error.__cause__
+        seen.add(id(error))
+    return error
+
+
+# ESC [ ... letter, as for colours, and ESC ] ... BEL or ESC \, as for links
+_TERMINAL_CODES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
+
+
+def _printable(text: str) -> str:
+    """`text` without the codes that colour it in a terminal; each run of other control characters is a space."""
+    return re.sub(r" *[\x00-\x1f\x7f-\x9f]+ *", " ", _TERMINAL_CODES.sub("", text))
 
 
 def counted(n: int, noun: str) -> str:

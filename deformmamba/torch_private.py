@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import get_ident
+from threading import Lock, local
 from typing import Any, TypeVar
 
 import torch
@@ -90,21 +90,41 @@ def without_fake_tensor_cache() -> Iterator[None]:
         yield
 
 
+_parse_functions: list[Any] = []  # PyTorch's own function, once for each open block of `expressions_parsed_once`
+_parse_lock = Lock()
+
+
 @contextmanager
 def expressions_parsed_once() -> Iterator[None]:
     """`torch.export.load` inside the block parses each expression of a free size once.
 
     Why: it parses the sizes and strides of every tensor, thousands of equal expressions (torch 2.13), and that takes
-    most of its time. There is no public switch.
+    most of its time. There is no public switch. The change holds for the process, so the first of several overlapping
+    blocks makes it, and the last one that ends takes it back.
     """
     from torch._export.serde import serialize
 
     deserializer: Any = serialize.GraphModuleDeserializer
-    parse: Any = getattr(deserializer, "_parse_sym_expr", None)
-    parsed: dict[Any, Any] = {}
-    if parse is None:  # another release of PyTorch: only slower
+    if not hasattr(deserializer, "_parse_sym_expr"):  # another release of PyTorch: only slower
         yield
         return
+    with _parse_lock:
+        parse = _parse_functions[0] if _parse_functions else deserializer._parse_sym_expr
+        if not _parse_functions:
+            deserializer._parse_sym_expr = _once(parse)
+        _parse_functions.append(parse)
+    try:
+        yield
+    finally:
+        with _parse_lock:
+            _parse_functions.pop()
+            if not _parse_functions:
+                deserializer._parse_sym_expr = parse
+
+
+def _once(parse: Callable[..., Any]) -> Callable[..., Any]:
+    """`parse`, a method of PyTorch's deserializer, called once for each of its arguments."""
+    parsed: dict[Any, Any] = {}
 
     def parse_once(self: Any, expression: Any, hint: Any = None) -> Any:
         key = self, expression, hint
@@ -112,11 +132,7 @@ def expressions_parsed_once() -> Iterator[None]:
             parsed[key] = parse(self, expression, hint)
         return parsed[key]
 
-    deserializer._parse_sym_expr = parse_once
-    try:
-        yield
-    finally:
-        deserializer._parse_sym_expr = parse
+    return parse_once
 
 
 def gomp_parallel() -> Callable[..., None] | None:
@@ -148,40 +164,51 @@ def with_huge_pages(tensor: torch.Tensor, smallest: int = 4 << 20) -> torch.Tens
     return tensor
 
 
+class _Limits(local):
+    """The limits of this thread: for each open block of `limited_registration`, the names of its counters, with the
+    number that is left and the limit."""
+
+    blocks: tuple[dict[str, list[int]], ...] = ()
+
+
+_limits = _Limits()
+_hooks: list[RemovableHandle] = []
+_hooks_lock = Lock()
+
+
+def _count(what: str) -> None:
+    for block in _limits.blocks:
+        if what in block:
+            block[what][0] -= 1
+            if block[what][0] < 0:
+                raise InvalidArgument(f"it needs more than {block[what][1]} {what}, far more than the file contains")
+
+
+def _add_hooks() -> None:
+    hooks = nn.modules.module
+    with _hooks_lock:
+        if not _hooks:
+            _hooks.append(hooks.register_module_parameter_registration_hook(lambda *_: _count("parameters")))
+            _hooks.append(hooks.register_module_buffer_registration_hook(lambda *_: _count("buffers")))
+            _hooks.append(hooks.register_module_module_registration_hook(lambda *_: _count("modules")))
+
+
 @contextmanager
 def limited_registration(**limits: int) -> Iterator[None]:
     """Raises InvalidArgument once this thread registers more `parameters`, `buffers` or `modules` than the limits.
 
     Why: a checkpoint's config may describe a network of any size. Counting during construction stops it before memory
-    is exhausted. The hooks are called for every module of the process, so each hook ignores other threads.
+    is exhausted. The hooks are called for every module of the process. They are never removed, because a change of
+    PyTorch's table of hooks fails in another thread that builds a module at that moment. Outside a block they do
+    nothing.
     """
-    thread = get_ident()
-    handles: list[RemovableHandle] = []
-    hooks = nn.modules.module
-    install: dict[str, Callable[..., RemovableHandle]] = {
-        "parameters": hooks.register_module_parameter_registration_hook,
-        "buffers": hooks.register_module_buffer_registration_hook,
-        "modules": hooks.register_module_module_registration_hook,
-    }
-
-    def watch(what: str, limit: int) -> None:
-        count = 0
-
-        def counted(module: nn.Module, name: str, member: object) -> None:
-            nonlocal count
-            count += get_ident() == thread
-            if count > limit:
-                raise InvalidArgument(f"it needs more than {limit} {what}, far more than the file contains")
-
-        handles.append(install[what](counted))
-
+    _add_hooks()
+    before = _limits.blocks
+    _limits.blocks = (*before, {what: [limit, limit] for what, limit in limits.items()})
     try:
-        for what, limit in limits.items():
-            watch(what, limit)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        _limits.blocks = before
 
 
 class NotScriptable:

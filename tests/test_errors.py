@@ -9,7 +9,16 @@ import pytest
 import deformmamba
 from deformmamba import DeformMambaError
 from deformmamba.atomic import renamed, write_bytes
-from deformmamba.errors import InvalidArgument, InvalidType, UnsupportedCall, counted, did_you_mean, one_line, shown
+from deformmamba.errors import (
+    InvalidArgument,
+    InvalidType,
+    UnsupportedCall,
+    counted,
+    did_you_mean,
+    innermost,
+    one_line,
+    shown,
+)
 
 PACKAGE = Path(deformmamba.__file__).parent
 
@@ -42,6 +51,18 @@ def test_text_from_outside_stays_on_one_short_line() -> None:
     assert shown(10**5000) == "a int"
     assert one_line(ValueError("a\n  b\u2028ü")) == "a b \\xfc"
     assert len(one_line(ValueError("x" * 1000))) == 300
+    assert one_line(ValueError("\x1b[96mstep\x1b[0m 3\x00\x07 \x1b]8;;a://b\x07link\x1b]8;;\x07\x9b")) == "step 3 link"
+    assert shown(type("Coloured", (), {"__repr__": lambda self: "\x1b[1mred\x1b[0m\r!"})()) == "red !"
+
+
+def test_the_first_cause_of_a_chain_is_found() -> None:
+    first, alone = KeyError("first"), ValueError("alone")
+    second, third = ValueError("second"), ValueError("third")
+    second.__cause__, third.__cause__ = first, second
+    assert innermost(third) is first
+    assert innermost(alone) is alone
+    first.__cause__ = third  # a circle
+    assert innermost(third) is first
 
 
 def test_a_file_is_replaced_whole_or_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

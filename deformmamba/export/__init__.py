@@ -25,10 +25,10 @@ from deformmamba import __version__
 from deformmamba.annotations import check_types
 from deformmamba.atomic import renamed, renamed_pair, sweep
 from deformmamba.data.thick_slices import HIGH, LOW, trained_on
-from deformmamba.errors import DeformMambaError, InvalidType, one_line, shown
+from deformmamba.errors import DeformMambaError, InvalidType, innermost, one_line, shown
 from deformmamba.export import onnx, openvino, pt2
 from deformmamba.export.pt2 import FACTS, portable_program
-from deformmamba.export.whole_slice import NO_FLOOR, WholeSlice
+from deformmamba.export.whole_slice import NO_FLOOR, WholeSlice, skip_of
 from deformmamba.inference.networks import network, unwrapped
 from deformmamba.inference.provenance import weights_name
 from deformmamba.inference.settings import Settings
@@ -37,6 +37,7 @@ from deformmamba.models import SRModel
 from deformmamba.models.skip import SKIPS
 from deformmamba.physics.consistency import Consistency, check_consistency
 from deformmamba.physics.edges import NEAR
+from deformmamba.tensors import on_cpu_by_default
 from deformmamba.volume import Volume, intensity_scale
 from deformmamba.weights import license_of
 
@@ -85,6 +86,7 @@ class Export:
     facts: dict[str, str]
 
 
+@on_cpu_by_default
 def export(
     model: SRModel | nn.Module | str | os.PathLike[str],
     path: str | os.PathLike[str],
@@ -218,9 +220,9 @@ def _checked(
             f"{type(model).__name__} takes {model.channels} channels; a file for whole slices takes one, use inputs "
             '"lr,base"'
         )
-    if inputs != "lr,base" and model.scale > 1 and getattr(model, "skip", None) not in SKIPS:
+    if inputs != "lr,base" and model.scale > 1 and skip_of(model) not in SKIPS:
         raise ExportError(
-            f"{type(model).__name__} has a skip of its own, {model.skip!r}; a file for whole slices computes "
+            f"{type(model).__name__} has a skip of its own, {skip_of(model)!r}; a file for whole slices computes "
             f'{", ".join(map(repr, SKIPS[1:]))} only, use inputs "lr,base"'
         )
     missing = [name for name in NEEDS[format] if not _imports(name)]
@@ -247,6 +249,13 @@ def _checked(
 
 def _check_path(path: Path, format: str) -> None:
     """Checks that `path` can be written, before a minute of computation, and removes what killed exports left there."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name that is too long; ValueError: a NUL in it
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise ExportError(f"{shown(str(path))}: a file cannot have this name: {reason}; choose another one") from error
     if not path.parent.is_dir():
         raise ExportError(f"{path}: there is no folder {path.parent}; create it first")
     if path.is_dir():
@@ -441,9 +450,11 @@ def _write(
     except OSError:  # a full disk
         raise
     except Exception as error:  # a tracer may raise anything on unsupported operations
+        reason = innermost(error)  # it names the operation
+        hint = "; a file for one size may work: give size=(h, w)" if "Constraints violated" in str(reason) else ""
         raise ExportError(
             f"torch {torch.__version__} cannot export {type(model).__name__} to {NAMES[format]}: "
-            f"{type(error).__name__}: {one_line(error)}"
+            f"{type(reason).__name__}: {one_line(reason)}{hint}"
         ) from error
 
 
@@ -454,8 +465,9 @@ def _difference(format: str, path: Path, images: list[_TestImages]) -> float:
         run = {"onnx": onnx.runner, "openvino": openvino.runner, "pt2": pt2.runner}[format](path)
         return max(image.difference(run(image.inputs)) for image in images)
     except Exception as error:  # a runtime that is too old for the file's operators
+        reason = innermost(error)
         raise ExportError(
-            f"the installed {NAMES[format]} cannot run the exported file: {type(error).__name__}: {one_line(error)}; "
+            f"the installed {NAMES[format]} cannot run the exported file: {type(reason).__name__}: {one_line(reason)}; "
             "upgrade it with: pip install --upgrade 'deformmamba[export]'"
         ) from error
 

@@ -14,15 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from deformmamba.annotations import check_types
 from deformmamba.deform import exported_as
+from deformmamba.errors import InvalidType
 from deformmamba.scan import scan_backend
 from deformmamba.scan.reference import discretize, step_sizes
+from deformmamba.tensors import on_cpu_by_default
 from deformmamba.torch_private import expressions_parsed_once, scan_operator, without_fake_tensor_cache
 
 STEPS = 16  # time steps in one round of the loop
 FACTS = "deformmamba.json"  # the name of the facts inside a pt2 file
 
 
+@on_cpu_by_default
 def portable_program(
     module: nn.Module,
     args: tuple[Any, ...] = (),
@@ -36,7 +40,15 @@ def portable_program(
     package to run. Here each scan is a loop over steps, which `torch.onnx.export(program, dynamo=True)` converts to an
     ONNX Scan. Arguments as in `torch.export.export`; tensors on the CPU; gradients are not exported.
     A free size is a `torch.export.Dim` with min=2 (a model: `multiple + 1`): PyTorch treats size 1 as special.
+
+    Raises:
+        InvalidType: `module` is not a module, or `args` not a tuple.
     """
+    check_types(portable_program, locals())
+    if not isinstance(args, tuple):
+        raise InvalidType(
+            f"portable_program: args must be a tuple of the inputs, such as (x,), not a {type(args).__name__}"
+        )
     # backend "cpu": one operator, for any length
     with torch.no_grad(), scan_backend("cpu"), exported_as("grid_sample"), _ShortProgram(), without_fake_tensor_cache():
         return torch.export.export(

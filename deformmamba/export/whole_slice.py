@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deformmamba.inference.upscaling import ABOVE_P99
-from deformmamba.models import SRModel
+from deformmamba.models import SRModel, ZeroFill
 from deformmamba.physics.consistency import ENOUGH_AIR, SIGNAL, Consistency
 from deformmamba.physics.edges import (
     BEYOND,
@@ -213,6 +213,15 @@ def percentile(values: Tensor, share: float, used: Tensor) -> Tensor:
     return low + torch.where(at > below, high - low, torch.zeros_like(low)) * (at - below)
 
 
+def skip_of(model: SRModel) -> str | None:
+    """The name of the base image of whole slices that `forward` needs (see `models.skip`); None if it needs none.
+
+    `ZeroFill` returns its base image, because few runtimes have the complex numbers that it computes it with.
+    """
+    skip: str | None = "zero-fill" if type(model) is ZeroFill else getattr(model, "skip", None)
+    return skip
+
+
 class WholeSlice(nn.Module):
     """`upscale` for one separate slice: normalise, run the network, apply data consistency, restore units.
 
@@ -245,7 +254,7 @@ class WholeSlice(nn.Module):
         floor = torch.where(signed, torch.zeros_like(floor), floor)
         x = (lr - zero) / span
         lowest = floor
-        skip = getattr(model, "skip", None)
+        skip = skip_of(model)
         found = _outliers_and_cuts(x, scale) if model.robust_edges or skip == "zero-fill-robust" else None
         if model.robust_edges:  # as in `inference.upscaling`: outliers below the slice do not lower its floor
             assert found is not None

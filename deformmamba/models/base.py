@@ -1,5 +1,6 @@
 """Base class of all super-resolution models: one config, strict loading, one input check."""
 
+import copy
 import inspect
 import itertools
 import json
@@ -167,8 +168,8 @@ class SRModel(nn.Module):
         """The model of a checkpoint that was read already, in eval mode.
 
         The model is first built on the meta device, where a tensor needs no memory, and every name, shape and dtype is
-        compared with the file. Only then do the file's tensors become its weights. A config that needs more tensors
-        than the file contains is refused before anything is allocated.
+        compared with the file. Only then does it get copies of the file's tensors as its weights. A config that needs
+        more tensors than the file contains is refused before anything is allocated.
 
         Raises:
             WeightsError: the checkpoint's class is neither this one nor derived from it, no model can be built from
@@ -185,10 +186,9 @@ class SRModel(nn.Module):
         if mistyped:
             raise WeightsError(f"{checkpoint.source}: its config does not build a {checkpoint.class_name}: {mistyped}")
         n = len(checkpoint.tensors)  # a constructor that registers far more needs more than the file contains
-        limits = {"parameters": 2 * n + 64, "buffers": 2 * n + 64, "modules": 8 * n + 256}
         try:
-            with torch.device("meta"), limited_registration(**limits):
-                model = found(**checkpoint.config)
+            with limited_registration(parameters=2 * n + 64, buffers=2 * n + 64, modules=8 * n + 256):
+                model = _built(found, checkpoint.config, "meta")
         except Exception as error:  # a constructor may raise anything for unintended arguments
             raise WeightsError(
                 f"{checkpoint.source}: its config does not build a {checkpoint.class_name}: {one_line(error)}"
@@ -204,9 +204,9 @@ class SRModel(nn.Module):
                     f"{checkpoint.source}: its config asks for {n_bytes} bytes of tables beside the weights; at most "
                     f"{MAX_BUFFERS} are allowed"
                 )
-            model = found(**checkpoint.config)
-        model.load_state_dict(checkpoint.tensors, strict=True, assign=True)
-        model.provenance = checkpoint.provenance
+            model = _built(found, checkpoint.config, "cpu")
+        _load(model, checkpoint.tensors)
+        model.provenance = copy.deepcopy(checkpoint.provenance)
         model.source = checkpoint.source
         model.sha256 = checkpoint.sha256
         return model.eval()
@@ -223,13 +223,15 @@ class SRModel(nn.Module):
         """Writes the model and returns the file's sha256.
 
         Args:
-            path: ends in .safetensors: that one file. Otherwise a folder, which gets `model.safetensors` and
-                `config.json` as the Hub expects them.
+            path: ends in .safetensors: that one file, which is replaced if it exists. Otherwise a folder, which gets
+                `model.safetensors` and `config.json` as the Hub expects them. Former ones of this package are replaced;
+                those of another program are not.
             provenance: facts about the weights that JSON can represent; by default, those of the loaded weights.
 
         Raises:
-            WeightsError: the path cannot be written, or the model differs from the one that its config builds (half
-                precision, added or removed layers, NaN), so it could not be loaded again.
+            WeightsError: the path cannot be written, the folder holds files of another program, or the model differs
+                from the one that its config builds (half precision, added or removed layers, NaN), so it could not be
+                loaded again.
         """
         check_types(SRModel.save_pretrained, locals())
         if not os.fspath(path):
@@ -244,8 +246,14 @@ class SRModel(nn.Module):
                 "holds numbers, texts, and lists and dictionaries of them"
             )
         tensors = {name: tensor.detach() for name, tensor in self.state_dict().items()}
-        with torch.device("meta"):
-            fresh = type(self)(**self.config)
+        try:
+            fresh = _built(type(self), self.config, "meta")
+        except Exception as error:  # a constructor may raise anything where tensors have no values
+            raise WeightsError(
+                f"{type(self).__name__} cannot be saved: its constructor must work on the meta device, where tensors "
+                f"have no values, but it raised {type(error).__name__}: {one_line(error)}; change it, and meanwhile "
+                "save the weights with torch.save(model.state_dict(), FILE)"
+            ) from error
         problem = _difference(fresh, tensors)
         if problem is None:
             broken = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
@@ -413,7 +421,8 @@ class SRModel(nn.Module):
         computed = torch.promote_types(lr.dtype, torch.float32) if self.any_intensity else lr.dtype
         if weights in (computed, lr.dtype):
             return
-        if torch.is_autocast_enabled(lr.device.type) and torch.float64 not in (weights, lr.dtype):
+        autocast = torch.amp.is_autocast_available(lr.device.type) and torch.is_autocast_enabled(lr.device.type)
+        if autocast and torch.float64 not in (weights, lr.dtype):
             return
         raise InvalidType(
             f"{name}: the image is {given} and the weights are {own}; convert it first: lr.to(model.dtype)"
@@ -514,7 +523,39 @@ def _difference(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> str | 
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         if given.dtype != dtype:
             return f"{name!r} is {given.dtype}, checkpoints hold {dtype}: call model.float() before saving"
+    for first, *others in _tied(model):
+        for name in others:
+            # NaN, which equals nothing, has its own message
+            if name in wanted and not torch.equal(*(tensors[n].cpu().nan_to_num() for n in (first, name))):
+                return f"{first!r} and {name!r} are one parameter of the model, but have different values"
     return None
+
+
+def _built(cls: type[Model], config: Mapping[str, Any], device: str) -> Model:
+    """A new model; its tensors are on `device` unless the constructor names another one."""
+    with torch.device(device):
+        return cls(**copy.deepcopy(dict(config)))
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _load(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Gives the model copies of `tensors` in place of its own; a parameter with several names stays one parameter."""
+    groups = _tied(model)
+    with torch.inference_mode(False):  # otherwise the weights could never be trained
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    model.load_state_dict(copies, strict=True, assign=True)
+    for first, *others in groups:
+        parameter = model.get_parameter(first)
+        for name in others:
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, parameter)
 
 
 def _unstored(model: nn.Module) -> Iterator[torch.Tensor]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from deformmamba.annotations import is_one_of
-from deformmamba.errors import InvalidArgument, InvalidType, did_you_mean, shown
+from deformmamba.errors import InvalidArgument, did_you_mean, shown
 from deformmamba.layers import (
     Block,
     DeformMambaBlock,
@@ -26,7 +26,7 @@ from deformmamba.layers import (
 )
 from deformmamba.models.base import SRModel, crop, pad_to_multiple
 from deformmamba.models.normalise import NORMALISATIONS, keep_constant, normalised, slice_range
-from deformmamba.models.skip import SKIPS, add_base, base_image, start_at_zero
+from deformmamba.models.skip import SKIPS, add_base, base_image, check_base, start_at_zero
 from deformmamba.physics.edges import outliers
 from deformmamba.torch_private import transforms_are_active
 
@@ -235,14 +235,8 @@ class DeformMambaSR(Block, SRModel):
     def _check_whole_slice(self, lr: torch.Tensor, base: Any, norm: Any) -> None:
         """Raises where `base` or `norm` does not go with `lr`."""
         b, c, h, w = lr.shape
-        wanted = {"base": (base, (b, c, self.scale * h, self.scale * w)), "norm": (norm, (b, c, 2))}
-        for name, (given, shape) in wanted.items():
-            if given is None:
-                continue
-            if not isinstance(given, torch.Tensor):
-                raise InvalidType(f"DeformMambaSR: {name} must be a tensor of shape {tuple(shape)}, not {shown(given)}")
-            if given.shape != shape:
-                raise InvalidArgument(f"DeformMambaSR: {name} is {tuple(given.shape)}; wanted {tuple(shape)}")
+        check_base("DeformMambaSR", base, (b, c, self.scale * h, self.scale * w))
+        check_base("DeformMambaSR", norm, (b, c, 2), argument="norm")
 
     def _network(self, lr: torch.Tensor) -> torch.Tensor:
         """The network alone, without normalisation and skip."""

@@ -66,4 +66,4 @@ class FMISR(SRModel):
         for layer in self.hidden:
             x = layer(x)
         sr = F.pixel_shuffle(self.subpixel(x), self.scale)
-        return add_base("FMISR", sr, lr, base, self.scale, self.skip) if self.skip else sr
+        return add_base("FMISR", sr, lr, base, self.scale, self.skip)

@@ -9,6 +9,7 @@ import torch
 
 from deformmamba.errors import InvalidArgument, shown
 from deformmamba.models.base import SRModel
+from deformmamba.models.skip import check_base
 from deformmamba.physics.edges import cubic_matrix
 from deformmamba.physics.kspace import Grid, zero_fill
 from deformmamba.physics.slice_profile import spline_matrix
@@ -25,6 +26,8 @@ class ZeroFill(SRModel):
         """(b, c, h, w) to (b, c, scale * h, scale * w). `base` is the tile's cut of the zero-filled whole slice. If it
         is given, it is returned: k-space is global, and zero-filling a tile would wrap around at its edges."""
         self.check_lr(lr)
+        b, c, h, w = lr.shape
+        check_base("ZeroFill", base, (b, c, self.scale * h, self.scale * w))
         return zero_fill(lr, self.scale) if base is None else base
 
 
@@ -45,9 +48,11 @@ class _Separable(SRModel):
         return i / self.scale if self.grid == "origin" else (i + 0.5) / self.scale - 0.5
 
     def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
-        """(b, c, h, w) to (b, c, scale * h, scale * w); `base` is not used."""
+        """(b, c, h, w) to (b, c, scale * h, scale * w); `base` is checked and not used."""
         self.check_lr(lr)
-        return self.enlarge(lr)
+        sr = self.enlarge(lr)
+        check_base(type(self).__name__, base, sr.shape)
+        return sr
 
     def enlarge(self, lr: torch.Tensor) -> torch.Tensor:
         """`forward` without its checks, for a network that starts from the interpolated image."""

@@ -9,6 +9,7 @@ from torch import nn
 from deformmamba.errors import InvalidArgument
 from deformmamba.models.base import SRModel
 from deformmamba.models.interpolation import Bicubic
+from deformmamba.models.skip import check_base
 from deformmamba.physics.kspace import Grid
 
 
@@ -54,9 +55,11 @@ class SRCNN(SRModel):
         self.reconstruct = convolution(widths[1], 1, last)
 
     def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
-        """The SR image of `lr` (b, 1, h, w), values about [0, 1]; `base` is not used."""
+        """The SR image of `lr` (b, 1, h, w), values about [0, 1]; `base` is checked and not used."""
         self.check_lr(lr)
-        x = torch.relu(self.extract(self.interpolate.enlarge(lr)))
+        interpolated = self.interpolate.enlarge(lr)
+        check_base("SRCNN", base, interpolated.shape)
+        x = torch.relu(self.extract(interpolated))
         return self.reconstruct(torch.relu(self.map(x)))
 
 

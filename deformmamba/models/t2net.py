@@ -83,7 +83,7 @@ class T2Net(SRModel):
             relevance, found = task_attention(sharp, clean)
             sharp = sharp + relevance * fuse(torch.cat([sharp, found], dim=1))
         sr = self.upsample(sharp + first)
-        return add_base("T2Net", sr, lr, base, self.scale, self.skip) if self.skip else sr
+        return add_base("T2Net", sr, lr, base, self.scale, self.skip)
 
 
 def task_attention(query: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

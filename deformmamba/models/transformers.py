@@ -53,7 +53,7 @@ class _Windowed(SRModel):
         self.check_lr(lr)
         padded, (h, w) = pad_to_multiple(lr, self.multiple)
         sr = crop(self.network(padded), self.scale * h, self.scale * w).contiguous()
-        return add_base(type(self).__name__, sr, lr, base, self.scale, self.skip) if self.skip else sr
+        return add_base(type(self).__name__, sr, lr, base, self.scale, self.skip)
 
 
 class SwinIR(_Windowed):

@@ -293,7 +293,7 @@ def writing(
         dtype: of the voxels.
         derivation: how the output was made (model, version, hash). It becomes DICOM's DerivationDescription, 1024
             characters of ASCII. The first 79 become NIfTI's `descrip`, and a NIfTI intent such as LABEL is removed,
-            because interpolated values are none. Without it, both are unchanged, and the JSON file of an earlier output
+            because interpolated values are no labels. Without it, both stay, and the JSON file of an earlier output
             of this package at `path` is removed.
         deviation: the values are an uncertainty map, not an image: DICOM gets another series number, description and
             window; NIfTI's `descrip` states it, and the header gets no range for display (`cal_min`, `cal_max`).

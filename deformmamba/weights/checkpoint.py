@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT = "deformmamba-1"
+_FAMILY = "deformmamba-"  # of the formats of all versions
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
@@ -37,6 +39,7 @@ CARD_FILE = "README.md"
 MAX_FILE = 4 << 30
 MAX_HEADER = 4 << 20
 MAX_CONFIG = 1 << 14
+MAX_CONFIG_FILE = 2 * MAX_CONFIG
 MAX_PROVENANCE = 1 << 18
 MAX_DEPTH = 8  # nesting levels of lists and objects
 MAX_ITEMS = 1 << 12  # characters of a text, or items of a list or object
@@ -111,18 +114,20 @@ def write_checkpoint(
 ) -> str:
     """Writes one checkpoint and returns its sha256; equal contents give equal bytes.
 
-    A `path` that ends in .safetensors is a file. Any other path is a folder, created if necessary, for
-    `model.safetensors`, `config.json` and the model card `README.md` (a card written by a person is kept). Each file
-    appears complete or not at all: it is written under another name in the same folder and renamed.
+    A `path` that ends in .safetensors is a file, which is replaced if it exists. Any other path is a folder, created if
+    necessary, for `model.safetensors`, `config.json` and the model card `README.md` (a card written by a person is
+    kept). Files of these names that another program wrote are never replaced. Each file appears complete or not at all:
+    it is written under another name in the same folder and renamed.
 
     Raises:
-        WeightsError: the path cannot be written, or the contents would not be read back (see `check_config`).
+        WeightsError: the path cannot be written, it is a folder with files of another program, or the contents would
+            not be read back (see `check_config`).
     """
     path = Path(os.path.expanduser(path))  # as `load_checkpoint`
     data = _serialise(class_name, config, tensors, provenance or {})
     digest = hashlib.sha256(data).hexdigest()
     if path.suffix.lower() == ".safetensors":
-        if path.is_dir():
+        if os.path.isdir(path):
             raise WeightsError(
                 f"{path} is a folder; give a file name, or a folder name that does not end in .safetensors"
             )
@@ -130,11 +135,12 @@ def write_checkpoint(
     else:
         if path.suffix.lower() in PICKLE_SUFFIXES:
             raise WeightsError(f"{path}: checkpoints are safetensors; name a folder or a file ending in .safetensors")
+        with _disk("make the folder", path, "; choose another one"):  # a name that no file can have
+            name = path.resolve().name
+            _check_replaceable(path)
         files = {WEIGHTS_FILE: data, CONFIG_FILE: config_json(class_name, config)}
         own = read_card(path)
-        if not (path / CARD_FILE).exists() or (own is not None and is_generated(own)):
-            with _disk("make the folder", path, "; choose another one"):  # a name that no file can have
-                name = path.resolve().name
+        if not os.path.exists(path / CARD_FILE) or (own is not None and is_generated(own)):
             from deformmamba.weights import terms_of  # which imports this module
 
             stated = dict(provenance or {})
@@ -158,7 +164,50 @@ def read_card(folder: Path) -> str | None:
 def config_json(class_name: str, config: Mapping[str, Any]) -> bytes:
     """The text of the `config.json` beside `model.safetensors`, with the same class and config as its header."""
     beside = {"format": FORMAT, "class": class_name, "config": dict(config)}
-    return (json.dumps(beside, indent=2) + "\n").encode()
+    text = json.dumps(beside, indent=2)
+    if len(text) >= MAX_CONFIG_FILE:  # nested lists of numbers take several times more with one number per line
+        text = json.dumps(beside)
+    return (text + "\n").encode()
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuses a folder whose `config.json` or `model.safetensors` was not written by this package.
+
+    A damaged file is replaced only if its beginning still shows that this package wrote it; an empty one has nothing to
+    lose.
+    """
+    for name, is_own in ((CONFIG_FILE, _is_own_config), (WEIGHTS_FILE, _is_own_file)):
+        path = folder / name
+        if path.is_file() and path.stat().st_size and not is_own(path):
+            raise WeightsError(
+                f"{folder} holds another {name}, which would be replaced; give a new or empty folder, or remove the "
+                "file"
+            )
+
+
+def _is_own_config(path: Path) -> bool:
+    with open(path, "rb") as file:
+        text = file.read(MAX_CONFIG_FILE).decode("utf-8", "replace")
+    # the beginning that `config_json` writes, in any spacing; the rest may be damaged
+    return re.match(rf'\s*{{\s*"format"\s*:\s*"{_FAMILY}', text) is not None or _has_own_format(text.encode())
+
+
+def _is_own_file(path: Path) -> bool:
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= MAX_HEADER else b""
+    return _has_own_format(header, "__metadata__")
+
+
+def _has_own_format(text: bytes, *keys: str) -> bool:
+    """Whether the JSON object, or the one under the key, has a format of this package, of whatever version."""
+    try:
+        found = json.loads(text)
+        for key in keys:
+            found = found[key]
+        return str(found["format"]).startswith(_FAMILY)
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return False
 
 
 def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes]) -> None:
@@ -225,17 +274,18 @@ def _serialise(
     for name, tensor in tensors.items():
         if tensor.dtype not in names or tensor.layout != torch.strided or tensor.is_meta:
             raise WeightsError(f"tensor {name!r} ({tensor.dtype}, {tensor.layout}, {tensor.device}) cannot be stored")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise WeightsError(f"tensor {name!r} holds NaN or infinity and could not be read again")
         arrays[name] = tensor.detach().cpu().contiguous()
     check_config(dict(config))
     _check_plain(dict(provenance), "provenance")
-    header: dict[str, Any] = {
-        "__metadata__": {
-            "format": FORMAT,
-            "class": class_name,
-            "config": json.dumps(dict(config)),
-            "provenance": json.dumps(dict(provenance)),
-        }
+    described = {
+        "format": FORMAT,
+        "class": class_name,
+        "config": json.dumps(dict(config)),
+        "provenance": json.dumps(dict(provenance)),
     }
+    header: dict[str, Any] = {"__metadata__": described}
     # wide types first: every tensor then starts at a multiple of its own item size
     order = sorted(arrays, key=lambda name: (-arrays[name].element_size(), name))
     end = 0
@@ -245,12 +295,17 @@ def _serialise(
         header[name] = {"dtype": names[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER or len(header["__metadata__"]["provenance"]) > MAX_PROVENANCE:
+    if len(text) > MAX_HEADER or len(described["provenance"]) > MAX_PROVENANCE:
         raise WeightsError(f"header of {len(text)} bytes is over the limit of {MAX_HEADER}; shorten the provenance")
     body = (
         arrays[name].reshape(-1).view(torch.uint8).numpy().tobytes() if arrays[name].numel() else b"" for name in order
     )
-    return b"".join([len(text).to_bytes(8, "little"), text, *body])
+    data = b"".join([len(text).to_bytes(8, "little"), text, *body])
+    try:
+        _checked_header(data)
+    except WeightsError as error:
+        raise WeightsError(f"the checkpoint could not be read again: {error}") from error.__cause__
+    return data
 
 
 def _read_bytes(path: Path, digest: str | None) -> bytes:
@@ -276,14 +331,21 @@ def _read_bytes(path: Path, digest: str | None) -> bytes:
 
 def _parse(data: bytes, source: str) -> Checkpoint:
     try:
-        header = _header(data)
-        metadata = header.pop("__metadata__", None)
-        class_name, config, provenance = _described(metadata)
-        _check_layout(header, len(data) - 8 - int.from_bytes(data[:8], "little"))
+        class_name, config, provenance = _checked_header(data)
         tensors = _tensors(data)
     except WeightsError as error:
         raise WeightsError(f"{source} is not a usable checkpoint: {error}") from error.__cause__
     return Checkpoint(class_name, config, tensors, provenance, hashlib.sha256(data).hexdigest(), source)
+
+
+def _checked_header(data: bytes) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Class, config and provenance, after everything but the values of the tensors is checked."""
+    header = _header(data)
+    described = _described(header.pop("__metadata__", None))
+    _check_layout(header, len(data) - 8 - int.from_bytes(data[:8], "little"))
+    if len(data) > MAX_FILE:
+        raise WeightsError(f"it has {len(data)} bytes; more than {MAX_FILE} are not read")
+    return described
 
 
 def _header(data: bytes) -> dict[str, Any]:
@@ -392,11 +454,11 @@ def _load_json(text: bytes, what: str) -> Any:
 
 def _compare_config(checkpoint: Checkpoint, path: Path) -> None:
     """Checks that a config.json agrees with the header of the weights beside it."""
-    if path.stat().st_size > 2 * MAX_CONFIG:
+    if path.stat().st_size > MAX_CONFIG_FILE:
         raise WeightsError(f"{path} has {path.stat().st_size} bytes, far more than any model's arguments take")
     try:
         beside = _load_json(path.read_bytes(), "content")
-        _check_plain(beside, "content")
+        _check_plain(beside, "content", depth=-1)  # the config is one level deeper than in the header
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error.__cause__
     said = {"format": FORMAT, "class": checkpoint.class_name, "config": checkpoint.config}

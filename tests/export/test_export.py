@@ -25,7 +25,7 @@ from deformmamba.export.whole_slice import WholeSlice
 from deformmamba.inference import upscale
 from deformmamba.inference.upscaling import scan_units
 from deformmamba.layers import SS2D, ModulatedDeformBlock, PatchEmbed, VisionMambaBlock
-from deformmamba.models import SRCNN, DeformMambaSR, SRModel
+from deformmamba.models import SRCNN, DeformMambaSR, SRModel, ZeroFill
 from deformmamba.physics import edges
 from deformmamba.physics.consistency import data_consistency
 from deformmamba.physics.kspace import lowpass, zero_fill
@@ -538,6 +538,10 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, arguments: dict[str
         export(Unexportable(), "/dev/null", format="pt2")
     with pytest.raises(ExportError, match="is a folder; give the name of a file in it"):
         export(Unexportable(), tmp_path, format="pt2")
+    for name in ("a\0.pt2", "a\0/b.pt2", "a" * 300 + ".pt2", "a" * 300 + "/b.pt2", "\ud800\0.pt2"):
+        with pytest.raises(ExportError, match=r"a file cannot have this name: .*; choose another one") as caught:
+            export(Unexportable(), tmp_path / name, format="pt2")
+        assert str(caught.value).isprintable()
 
 
 def test_a_model_that_extends_edges_needs_as_many_pixels(tmp_path: Path) -> None:
@@ -559,6 +563,64 @@ def test_a_model_that_extends_edges_needs_as_many_pixels(tmp_path: Path) -> None
 def test_arguments_of_a_wrong_type_are_one_line(model: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidType, match=re.escape(message)):
         export(model, **{"path": "m.pt2", "format": "pt2", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None,), "portable_program: module must be an instance of Module, not None"),
+        ((torch.relu, (torch.ones(2),)), "portable_program: module must be an instance of Module, not a builtin"),
+        ((torch.nn.ReLU(), [torch.ones(2)]), "args must be a tuple of the inputs, such as (x,), not a list"),
+        ((torch.nn.ReLU(), torch.ones(2)), "args must be a tuple of the inputs, such as (x,), not a Tensor"),
+        ((torch.nn.ReLU(), (), [torch.ones(2)]), "kwargs must be an instance of dict or None, not a list"),
+    ],
+)
+def test_what_a_portable_program_is_made_of_is_checked(arguments: Any, message: str) -> None:
+    with pytest.raises(InvalidType, match=re.escape(message)) as caught:
+        deformmamba.export.portable_program(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_reason_of_a_failed_export_is_the_first_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch.onnx raises it: colours and advice around the reason."""
+
+    def fails(*_: object, **__: object) -> None:
+        try:
+            raise LookupError("No ONNX function found for aten.new_zeros")
+        except LookupError as error:
+            raise RuntimeError("\x1b[96mThis is step 3/3\x1b[0m\nNext steps:\n- ...") from error
+
+    monkeypatch.setattr(deformmamba.export, "portable_program", fails)
+    with pytest.raises(ExportError) as caught:
+        export(SRCNN(scale=2), tmp_path / "m.pt2", format="pt2", size=(8, 8))
+    assert str(caught.value).endswith(
+        "cannot export SRCNN to pt2: LookupError: No ONNX function found for aten.new_zeros"
+    )
+
+
+@pytest.mark.long
+def test_zero_filling_is_exported_without_complex_numbers(tmp_path: Path) -> None:
+    assert export(ZeroFill(scale=2), tmp_path / "m.onnx", format="onnx").difference < 1e-5
+
+
+@torch.no_grad()
+def test_zero_filling_of_a_whole_slice_uses_real_matrices() -> None:
+    lr = image(9, 8)
+    model = ZeroFill(scale=2)
+    got = WholeSlice(model, "off")(lr, torch.tensor([0, 1, whole_slice.NO_FLOOR]))
+    assert_close(got, model(lr))
+    traced = torch.fx.experimental.proxy_tensor.make_fx(WholeSlice(model, "off"))(lr, torch.zeros(3))
+    assert "fft" not in traced.code
+
+
+@pytest.mark.slow
+def test_an_export_does_not_depend_on_the_default_device(tmp_path: Path) -> None:
+    torch.set_default_device("meta")
+    try:
+        done = export(ZeroFill(scale=2), tmp_path / "m.pt2", format="pt2", size=(8, 8))
+    finally:
+        torch.set_default_device("cpu")
+    assert done.difference < 1e-5
 
 
 class OwnSkip(Unexportable):

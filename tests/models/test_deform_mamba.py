@@ -129,6 +129,8 @@ def test_what_goes_with_the_whole_slice_is_checked():
         (network(), "norm", torch.zeros(1, 7), "norm is .*; wanted"),
         (network(normalise="slice"), "norm", [0, 1], "norm must be a tensor"),
         (network(normalise="slice"), "norm", torch.zeros(1, 7), "norm is .*; wanted"),
+        (network(skip="zero-fill"), "base", torch.ones(1, 1, 32, 32).cfloat(), "base is torch.complex64; wanted a"),
+        (network(normalise="slice"), "norm", torch.ones(1, 1, 2).cfloat(), "norm is torch.complex64; wanted a real"),
     ):
         with pytest.raises((ValueError, TypeError), match=f"^DeformMambaSR: {message}"):
             model(lr, **{name: given})

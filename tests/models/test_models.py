@@ -4,6 +4,7 @@ import ast
 import copy
 import inspect
 import json
+import pickle
 import re
 import resource
 import textwrap
@@ -27,7 +28,7 @@ from deformmamba.metrics import psnr
 from deformmamba.models import MODELS, SRCNN, Bicubic, BSpline, DeformMambaSR, SRModel, ZeroFill, from_pretrained
 from deformmamba.models.base import pad_to_multiple
 from deformmamba.physics.kspace import GRIDS, degrade, zero_fill
-from deformmamba.weights import WeightsError, fetch, write_checkpoint
+from deformmamba.weights import WeightsError, fetch, load_checkpoint, write_checkpoint
 
 # arguments that make a class small enough for tests; a class without an entry is tested with {"scale": 2}
 SMALL: dict[str, dict[str, Any]] = {
@@ -412,6 +413,127 @@ def test_loading_does_not_depend_on_the_default_dtype(tmp_path: Path) -> None:
         torch.set_default_dtype(torch.float32)
 
 
+def test_loading_in_several_threads_changes_nothing_that_they_share(tmp_path: Path) -> None:
+    """PyTorch's tables of hooks belong to the process: a change fails in a thread that builds a module meanwhile."""
+    Toy().save_pretrained(tmp_path / "toy")
+    Toy.from_pretrained(tmp_path / "toy")
+    hooks = nn.modules.module
+    tables = [
+        hooks._global_parameter_registration_hooks,
+        hooks._global_buffer_registration_hooks,
+        hooks._global_module_registration_hooks,
+    ]
+    before = [dict(table) for table in tables]
+    seen = []
+
+    class Watching(Toy):
+        def __init__(self, *, scale: int = 2, width: int = 3) -> None:
+            super().__init__(scale=scale, width=width)
+            seen.append([dict(table) for table in tables])
+
+    Watching().save_pretrained(tmp_path / "watching")
+    Watching.from_pretrained(tmp_path / "watching")
+    assert seen == [before] * 4  # the model, once to save it, and twice to load it
+    assert [dict(table) for table in tables] == before
+
+
+def test_models_of_one_checkpoint_share_nothing(tmp_path: Path) -> None:
+    Toy().save_pretrained(tmp_path / "toy", provenance={"steps": [1]})
+    checkpoint = load_checkpoint(tmp_path / "toy")
+    first, second = (Toy.from_checkpoint(checkpoint) for _ in range(2))
+    wanted = second.conv.weight.clone()
+    for parameter in first.parameters():
+        parameter.data.zero_()
+    first.norm.running_mean.fill_(7)  # type: ignore[union-attr]
+    first.provenance["steps"].append(2)
+    assert torch.equal(second.conv.weight, wanted)
+    assert torch.equal(checkpoint.tensors["conv.weight"], wanted)
+    assert not second.norm.running_mean.any()  # type: ignore[union-attr]
+    assert second.provenance == checkpoint.provenance == {"steps": [1]}
+    assert all(parameter.untyped_storage().resizable() for parameter in second.parameters())
+    with torch.inference_mode():
+        third = Toy.from_checkpoint(checkpoint)
+    assert not third.conv.weight.is_inference()
+
+
+class Tied(Toy):
+    """A model with one parameter under three names."""
+
+    def __init__(self, *, scale: int = 2, width: int = 3) -> None:
+        super().__init__(scale=scale, width=width)
+        self.again = nn.Conv2d(1, width, 3)
+        self.again.weight = self.conv.weight
+        self.listed = nn.ParameterList([self.conv.weight])
+
+
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    model = Tied()
+    model.save_pretrained(tmp_path / "tied")
+    loaded = Tied.from_pretrained(tmp_path / "tied")
+    assert loaded.again.weight is loaded.conv.weight is loaded.listed[0]
+    assert torch.equal(loaded.conv.weight, model.conv.weight)
+    assert loaded.num_parameters() == model.num_parameters()
+    untied = copy.deepcopy(model)
+    untied.again.weight = nn.Parameter(model.conv.weight + 1)
+    with pytest.raises(WeightsError, match=r"'conv.weight' and 'again.weight' are one parameter .* different values"):
+        untied.save_pretrained(tmp_path / "untied")
+    tensors = dict(untied.state_dict())
+    write_checkpoint(tmp_path / "x.safetensors", class_name="Tied", config=model.config, tensors=tensors)
+    with pytest.raises(WeightsError, match=r"not those of its config: 'conv.weight' and 'again.weight' are one"):
+        Tied.from_pretrained(tmp_path / "x.safetensors")
+    with torch.no_grad():
+        model.conv.weight.fill_(torch.nan)
+    with pytest.raises(WeightsError, match=r"'conv.weight' holds NaN"):
+        model.save_pretrained(tmp_path / "nan")
+
+
+def test_a_constructor_that_reads_values_is_named_with_what_to_do(tmp_path: Path) -> None:
+    class Reads(SRModel):
+        def __init__(self, *, scale: int = 2) -> None:
+            super().__init__(scale=scale)
+            self.rates = torch.linspace(0, 1, 3).tolist()
+
+    with pytest.raises(
+        WeightsError, match=r"Reads cannot be saved: its constructor must work on the meta device.*torch\.save\(model"
+    ) as caught:
+        Reads().save_pretrained(tmp_path / "x")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "x").exists()
+
+
+def test_loading_does_not_depend_on_the_default_device(tmp_path: Path) -> None:
+    Toy().save_pretrained(tmp_path / "toy")
+    torch.set_default_device("meta")
+    try:
+        loaded = Toy.from_pretrained(tmp_path / "toy")
+    finally:
+        torch.set_default_device("cpu")
+    assert {x.device.type for x in (*loaded.parameters(), *loaded.buffers())} == {"cpu"}
+    assert torch.equal(loaded.window, torch.hann_window(8))  # type: ignore[arg-type]
+
+
+@pytest.mark.portable
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own warning, on importing its compiler
+def test_after_loading_a_user_module_compiles_copies_and_pickles(tmp_path: Path) -> None:
+    """The hooks that count registrations stay in the process."""
+    Toy().save_pretrained(tmp_path / "toy")
+    Toy.from_pretrained(tmp_path / "toy")
+
+    class Registers(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.register_buffer("last", x + 1)
+            self.activation = nn.ReLU()
+            return self.activation(self.last)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(Registers(), backend="eager", fullgraph=True)
+    assert compiled(torch.ones(2)).tolist() == [2, 2]
+    torch._dynamo.reset()
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(other[0].weight, net[0].weight)
+
+
 def _tampered(path: Path, change: Any) -> Path:
     """A file whose header fits its bytes, after `change` has changed the class, config or tensors."""
     model = Toy()
@@ -608,6 +730,26 @@ def test_zero_fill_takes_the_whole_slice_where_it_is_given() -> None:
     assert torch.equal(whole, zero_fill(lr, 2))
     tile = whole[..., 4:16, 8:24]
     assert torch.equal(model(lr[..., 2:8, 4:12], base=tile), tile)
+
+
+def test_a_base_that_does_not_fit_is_one_line(name: str) -> None:
+    """`base` is a real floating-point tensor of the output's shape, for models that do not use it too."""
+    lr = image(1, 1, 12, 12)
+    models = [build(name)]
+    if "skip" in models[0].config:
+        models = [type(models[0])(**{**models[0].config, "skip": skip}).eval() for skip in (None, "zero-fill")]
+    for model in models:
+        shape = 1, 1, 12 * model.scale, 12 * model.scale
+        for base, error, message in (
+            ("a", TypeError, "base must be a tensor of shape .*, not 'a'"),
+            (np.zeros(shape), TypeError, "base must be a tensor of shape"),
+            (torch.zeros(shape, dtype=torch.complex64), TypeError, "base is torch.complex64; wanted a real floating"),
+            (torch.zeros(shape, dtype=torch.int32), TypeError, "base is torch.int32; wanted a real floating"),
+            (torch.zeros(1, 1, 3, 3), ValueError, r"base is \(1, 1, 3, 3\); wanted \(1, 1, "),
+            (torch.zeros(1, 1, 1, 1), ValueError, r"base is \(1, 1, 1, 1\); wanted \(1, 1, "),
+        ):
+            with pytest.raises(error, match=f"^{type(model).__name__}: {message}"):
+                model(lr, base=base)
 
 
 @pytest.mark.parametrize("bad", [{"grid": "corner"}, {"grid": None}, {"a": 0.5}, {"a": float("nan")}])

@@ -166,6 +166,71 @@ def test_what_cannot_be_stored_is_not_written(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_what_would_not_be_read_back_is_not_written(tmp_path: Path) -> None:
+    def write(**changes: Any) -> None:
+        write_checkpoint(tmp_path / "x", **{"class_name": "X", "config": {}, "tensors": {}, **changes})
+
+    refused(lambda: write(class_name="Größe"), "could not be read again: its class is .*not a class name")
+    refused(lambda: write(class_name="A" * 65), "could not be read again: its class is .*not a class name")
+    refused(lambda: write(tensors={"a": torch.zeros([1] * 9)}), "could not be read again: tensor 'a' has shape")
+    refused(lambda: write(tensors={"__metadata__": torch.zeros(2)}), "could not be read again: its header has no text")
+    refused(lambda: write(tensors={"a": torch.tensor(torch.nan)}), "tensor 'a' holds NaN")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"x": [[[[[[[1]]]]]]]},  # as deep as allowed
+        {"x": [[0] * 64] * 60},  # with one number per line it takes more bytes than a config.json may have
+    ],
+)
+def test_the_largest_config_is_read_back_from_a_folder(config: dict[str, Any], tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "x", class_name="X", config=config, tensors={})
+    assert read_checkpoint(tmp_path / "x").config == config
+    refused(
+        lambda: write_checkpoint(tmp_path / "y", class_name="X", config={"x": [[[[[[[[1]]]]]]]]}, tensors={}),
+        "nested more than 8 levels",
+    )
+    assert not (tmp_path / "y").exists()
+
+
+def safetensors_of_another_program(folder: Path) -> bytes:
+    save_file({"a": torch.zeros(2)}, folder / "other.safetensors", metadata={"format": "pt"})
+    data = (folder / "other.safetensors").read_bytes()
+    (folder / "other.safetensors").unlink()
+    return data
+
+
+def test_files_of_another_program_are_not_replaced(tmp_path: Path) -> None:
+    model = ZeroFill(scale=2)
+    theirs = [
+        ("config.json", b'{"model_type": "bert"}'),
+        ("config.json", b'{"format": "deform'),  # damaged too early to tell
+        ("config.json", b"[]"),
+        ("config.json", b"\xff" * 99),
+        ("model.safetensors", safetensors_of_another_program(tmp_path)),
+        ("model.safetensors", b"\xff" * 99),
+    ]
+    for k, (name, data) in enumerate(theirs):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        (folder / name).write_bytes(data)
+        refused(lambda folder=folder: model.save_pretrained(folder), f"holds another {name}, .*a new or empty folder")
+        assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [(name, data)]
+
+
+def test_own_files_are_replaced_also_damaged_ones(saved: Path) -> None:
+    model = ZeroFill(scale=2)
+    config, whole = (saved / "config.json").read_bytes(), (saved / "model.safetensors").read_bytes()
+    newer = (config.replace(b"deformmamba-1", b"deformmamba-2"), whole.replace(b"deformmamba-1", b"deformmamba-2"))
+    for first, second in ((config, whole), newer, (config[:40], whole[:-9]), (b"", b"")):
+        (saved / "config.json").write_bytes(first)
+        (saved / "model.safetensors").write_bytes(second)
+        model.save_pretrained(saved)
+        assert isinstance(from_pretrained(saved), ZeroFill)
+
+
 # -------------------------------------------------------------------------------------------------------- bad contents
 
 
@@ -371,6 +436,9 @@ def test_paths_that_cannot_be_written(saved: Path, tmp_path: Path, monkeypatch: 
     refused(lambda: model.save_pretrained(tmp_path / "no" / "x.safetensors"), "cannot write .*No such file")
     refused(lambda: model.save_pretrained(tmp_path / "x.pt"), "checkpoints are safetensors")
     refused(lambda: model.save_pretrained(tmp_path / "a\0b"), "cannot make the folder")
+    refused(lambda: model.save_pretrained(tmp_path / "a\0.safetensors"), "cannot write")
+    refused(lambda: model.save_pretrained(tmp_path / ("a" * 300)), "cannot make the folder .*: File name too long")
+    refused(lambda: model.save_pretrained(tmp_path / f"{'a' * 300}.safetensors"), "cannot write .*: File name too long")
     (tmp_path / "folder.safetensors").mkdir()
     refused(lambda: model.save_pretrained(tmp_path / "folder.safetensors"), "is a folder")
 
@@ -658,7 +726,10 @@ def test_the_card_has_a_table_for_each_list_of_an_assessment_and_loses_nothing()
     [
         ({"meant_for": "T2 brain"}, "For: T2 brain."),
         ({"meant_for": ["T2", "T1"], "spacings_mm": "unknown"}, "For: T2; T1."),
-        ({"meant_for": "T2", "spacings_mm": [1, 2.5]}, "For: T2, pixels of 1 to 2.5 mm (0.5 to 1.25 mm after it)."),
+        (
+            {"meant_for": "T2", "spacings_mm": [1, 2.5]},
+            "For: T2, pixels of 1 to 2.5 mm (0.5 to 1.25 mm after upscaling).",
+        ),
         ({"scores": 3}, "| 3 |"),
         ({"trained_on": 7}, "| 7 |"),
         ({"trained_on": "IXI"}, "| IXI |"),
