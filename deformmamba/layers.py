@@ -99,7 +99,7 @@ def check_map(
         weight is not None
         and x.dtype != weight.dtype
         and weight.is_floating_point()
-        and not torch.is_autocast_enabled(x.device.type)
+        and not (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
     ):
         raise InvalidArgument(
             f"{type(block).__name__}: given {x.dtype}, and its weights are {weight.dtype}; convert one of the two "
@@ -186,7 +186,7 @@ class ChannelAttention(Block):
         exempt_from_weight_decay(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_map(self, x, self.channels)
+        check_map(self, x, self.channels, weight=self.squeeze.weight)
         weight = self.excite(F.relu(self.squeeze(x.mean((-2, -1))))).sigmoid()
         return x * weight[:, :, None, None]
 
@@ -678,7 +678,7 @@ class PatchEmbed(Block):
         exempt_from_weight_decay(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_map(self, x, self.in_channels, multiple=self.patch)
+        check_map(self, x, self.in_channels, multiple=self.patch, weight=self.project.weight)
         return _first(self.norm(_last(self.project(x))))
 
 
@@ -694,7 +694,7 @@ class PatchMerge(Block):
         exempt_from_weight_decay(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_map(self, x, self.channels, multiple=2)
+        check_map(self, x, self.channels, multiple=2, weight=self.reduce.weight)
         return _first(self.reduce(self.norm(rearrange(x, "b c (h i) (w j) -> b h w (i j c)", i=2, j=2))))
 
 
@@ -722,6 +722,6 @@ class PatchExpand(Block):
         exempt_from_weight_decay(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_map(self, x, self.channels)
+        check_map(self, x, self.channels, weight=self.expand.weight)
         grown = rearrange(self.expand(_last(x)), "b h w (i j c) -> b (h i) (w j) c", i=self.factor, j=self.factor)
         return _first(self.norm(grown))

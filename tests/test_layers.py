@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -509,12 +510,27 @@ def test_a_block_made_without_memory_can_be_initialised(make: Any) -> None:
     assert block(torch.rand(1, 8, 6, 5)).isfinite().all()
 
 
-@pytest.mark.parametrize("make", [ModulatedDeformBlock, VisionMambaBlock, DeformMambaBlock, MultiViewContext])
+@pytest.mark.parametrize(
+    "make",
+    [
+        ModulatedDeformBlock,
+        VisionMambaBlock,
+        DeformMambaBlock,
+        MultiViewContext,
+        ChannelAttention,
+        partial(PatchEmbed, channels=8, patch=2),
+        partial(PatchMerge, out_channels=8),
+        partial(PatchExpand, out_channels=8),
+    ],
+)
 def test_another_dtype_than_the_weights_is_named(make: Any) -> None:
-    block, x = make(8), torch.rand(1, 8, 6, 5)
-    inner = VisionMambaBlock if make is DeformMambaBlock else make
-    with pytest.raises(ValueError, match=rf"{inner.__name__}: given torch.float64, and its weights are torch.float32"):
-        block(x.double())
+    block, x = make(8), torch.rand(1, 8, 6, 4)
+    name = "VisionMambaBlock" if make is DeformMambaBlock else type(block).__name__
+    for dtype in (torch.float64, torch.float16):
+        with pytest.raises(ValueError, match=rf"^{name}: given {dtype}, and its weights are torch.float32; convert"):
+            block(x.to(dtype))
+    with pytest.raises(ValueError, match=rf"^{name}: given torch.float16, and its weights are torch.float32; convert"):
+        make(8, device="meta")(x.half().to("meta"))  # a device without autocast
     with torch.autocast("cpu", dtype=torch.bfloat16):
         block(x.bfloat16())
     assert block.double()(x.double()).dtype == torch.float64

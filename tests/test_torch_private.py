@@ -151,3 +151,20 @@ def test_the_switches_for_exported_programs_exist_and_change_nothing() -> None:
     for size in ((6, 5), (9, 8)):
         y = torch.rand(1, 1, *size)
         torch.testing.assert_close(loaded(y), net(y), rtol=0, atol=1e-6)
+
+
+def test_overlapping_blocks_leave_pytorchs_parser_as_it_was() -> None:
+    """Thread A enters, B enters, A leaves, B leaves."""
+    from torch._export.serde import serialize
+
+    deserializer: Any = serialize.GraphModuleDeserializer
+    before = deserializer._parse_sym_expr
+    first, second = torch_private.expressions_parsed_once(), torch_private.expressions_parsed_once()
+    first.__enter__()
+    second.__enter__()
+    changed = deserializer._parse_sym_expr
+    assert changed is not before
+    first.__exit__(None, None, None)
+    assert deserializer._parse_sym_expr is changed  # the second block still needs it
+    second.__exit__(None, None, None)
+    assert deserializer._parse_sym_expr is before

@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -224,7 +225,7 @@ def _choose(name: str | None, device: str) -> str:
     # torch 2.6 cannot tell an export from a compilation
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
     if exporting():
-        return _exported
+        return _exported()
     if without_kernels:
         return "gather"
     preferred = "torchvision" if device == "cuda" else "cpu"
@@ -262,15 +263,22 @@ def _torchvision(
 
 
 _RUN = {"cpu": _cpu, "torchvision": _torchvision, "gather": gather, "grid_sample": grid_sample}
-_exported = "gather"
+_exported_form: ContextVar[str] = ContextVar("deformmamba_deform_exported_as", default="gather")
+
+
+@constant_when_compiled  # torch.compile cannot read a context variable; a strict export calls this while it traces
+def _exported() -> str:
+    return _exported_form.get()
 
 
 @contextmanager
 def exported_as(name: str) -> Iterator[None]:
-    """Programs that torch.export traces inside the block hold this function of `_RUN`: "gather" or "grid_sample"."""
-    global _exported
-    before, _exported = _exported, name
+    """Programs that torch.export traces inside the block hold this function of `_RUN`: "gather" or "grid_sample".
+
+    Applies to the current thread only.
+    """
+    token = _exported_form.set(name)
     try:
         yield
     finally:
-        _exported = before
+        _exported_form.reset(token)

@@ -11,18 +11,19 @@ overwrite it, for the gradient of the weight.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, uintp
+from numba import float32, float64, int64, njit, types, uintp
 from torch import Tensor
 
+from deformmamba.compiled import compiled
 from deformmamba.deform.gather import gather
 from deformmamba.errors import InvalidArgument
 from deformmamba.tensors import as_array, check_given, loop_over_batch, plain, without_autocast
-from deformmamba.threads import run_each
+from deformmamba.threads import ForkLock, run_each
 
 _CHUNK_BYTES = 2 << 20  # size of the columns: they stay in a core's cache between the kernel and the product
 _CHUNK_PIXELS = 512  # at least this many pixels, so that reading a large weight again is worth it
@@ -30,21 +31,11 @@ _TASK_ELEMENTS = 1 << 17  # column elements below which handing work to another 
 _TASK_CHANNELS = 8  # channels below which locating a sample costs more than summing it
 
 
-def _kernel(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Compiles a function on its first call, without Python's lock, and caches it on disk if possible.
+_FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}  # without nnan and ninf, because NaN must propagate
 
-    Plain threads run the kernels: numba's own parallel loops abort when two Python threads enter them (workqueue).
-    Fast math without nnan and ninf, because NaN must propagate.
-    """
-    fastmath = {"nsz", "arcp", "contract", "afn", "reassoc"}
-    options |= {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "fastmath": fastmath}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache is writable
-        return njit(**options)(function)
-
-
-_inline = partial(_kernel, forceinline=True, no_cpython_wrapper=True)  # Python does not call them
+# Only the kernels call these functions, so they are compiled without the wrappers for calls from Python and C.
+_INNER: dict[str, Any] = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_inline: Any = njit(forceinline=True, fastmath=_FASTMATH, **_INNER)
 
 
 @_inline
@@ -118,7 +109,9 @@ def _exchange(grad, o, x, a, part, n):  # type: ignore[no-untyped-def]
     return s0, s1, s2, s3
 
 
-@_kernel
+# Plain threads run the kernels: numba's own parallel loops abort when two Python threads enter them (workqueue).
+
+
 def _sample(x, offset, mask, geometry, columns, first):  # type: ignore[no-untyped-def]
     """Write `columns` (groups, n, taps, c_in) of n output pixels from `first` on."""
     h, w, h_out, w_out, kh, kw, stride_y, stride_x, pad_y, pad_x, step_y, step_x = geometry
@@ -164,7 +157,6 @@ def _sample(x, offset, mask, geometry, columns, first):  # type: ignore[no-untyp
                         low += run
 
 
-@_kernel
 def _scatter(  # type: ignore[no-untyped-def]
     x, offset, mask, geometry, columns, first, grad_x, grad_offset, grad_mask, start
 ):
@@ -224,6 +216,26 @@ def _scatter(  # type: ignore[no-untyped-def]
                         before, after = top * s0 + bottom * s2, top * s1 + bottom * s3
                         grad_offset[p, d, k, 0] = m * (has_bottom * lower - has_top * upper)
                         grad_offset[p, d, k, 1] = m * (has_right * after - has_left * before)
+
+
+_compiling = ForkLock()
+
+
+def _kernel(function: Callable[..., None], dtype: torch.dtype) -> Any:
+    """`_sample` or `_scatter`, compiled for arrays of `dtype`: from this process, from disk, or compiled now."""
+    with _compiling:
+        return _compile(function, dtype)
+
+
+@cache
+def _compile(function: Callable[..., None], dtype: torch.dtype) -> Any:
+    real = float32 if dtype == torch.float32 else float64
+    two, three, four = real[:, ::1], real[:, :, ::1], real[:, :, :, ::1]
+    arguments: tuple[Any, ...] = (two, four, three, types.UniTuple(int64, 12), four, int64)
+    if function is _scatter:
+        arguments += (two, four, three, int64)
+    what = f"deformable convolution on the CPU ({'forward' if function is _sample else 'backward'} pass, {real})"
+    return compiled(function, types.void(*arguments), what, fastmath=_FASTMATH)
 
 
 def _run_parts(work: Callable[[int, int], None], parts: list[tuple[int, int]]) -> None:
@@ -352,11 +364,11 @@ def deform_conv2d(
     out = x.new_zeros(call.pixels, c_out)
     if bias is not None:
         out += bias
-    matrix = call.weight.flatten(2).transpose(1, 2)
+    matrix, sample = call.weight.flatten(2).transpose(1, 2), _kernel(_sample, x.dtype)
 
     def work(start: int, stop: int) -> None:
         for first, last, columns in call.chunks(start, stop, call.groups, c_in):
-            _sample(*call.arrays, columns.numpy(), first)
+            sample(*call.arrays, columns.numpy(), first)
             call.by_group(out[first:last]).baddbmm_(columns.flatten(2), matrix)
 
     with without_autocast("cpu"):
@@ -397,6 +409,7 @@ def deform_conv2d_backward(
     grad_mask = x.new_zeros(len(parts), *call.mask.shape) if wanted[2] else x.new_empty(len(parts), 0, 0, 0)
     grad_x = torch.zeros_like(call.x) if wanted[0] else x.new_empty(0, 0)
     grad_weight = torch.empty_like(call.weight) if wanted[3] else x.new_empty(0)
+    scatter = _kernel(_scatter, x.dtype)
 
     def work(start: int, stop: int) -> None:
         """Channels [start, stop): a part of one group of the convolution, or some whole groups."""
@@ -409,7 +422,7 @@ def deform_conv2d_backward(
         for first, last, columns in call.chunks(0, call.pixels, len(matrix), here[-1].stop - low):
             rows = call.by_group(grad[first:last])[groups]
             torch.bmm(rows, matrix, out=columns.flatten(2))
-            _scatter(*call.arrays, columns.numpy(), first, *into, start)
+            scatter(*call.arrays, columns.numpy(), first, *into, start)
             if grad_matrix is not None:
                 grad_matrix.baddbmm_(rows.transpose(1, 2), columns.flatten(2))
         if grad_matrix is not None:

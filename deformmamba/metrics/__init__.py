@@ -78,8 +78,17 @@ def _pair(sr: Array, hr: Array, protocol: str) -> _Pair:
         raise InvalidArgument(f"metrics: unknown protocol {shown(protocol)}; protocols: {', '.join(PROTOCOLS)}")
     a, b = (x.double().reshape(-1, *x.shape[-2:]) for x in (a, b))
     peak = b.amax((-2, -1))
+    if protocol == "foreground" and not a.isfinite().all():
+        raise InvalidArgument(
+            'metrics: sr holds NaN or infinite values; protocol "foreground" would leave out those in air; replace them'
+        )
     if protocol == "slice":
         signal = ~(peak <= 0)  # also a slice with NaN, whose peak is NaN
+        if not a[~signal].isfinite().all():
+            raise InvalidArgument(
+                "metrics: sr holds NaN or infinite values in a slice that is empty in hr; "
+                'protocol "slice" would leave it out; replace them'
+            )
         a, b, peak = a[signal], b[signal], peak[signal]
     else:
         peak = peak.max().expand(len(b))
@@ -131,7 +140,8 @@ def psnr(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
             with its own maximum; "foreground": as "volume", without the pixels in air. See docs/metrics.md.
 
     Raises:
-        InvalidArgument: shapes that differ or are not 2-D or 3-D, an unknown protocol, or no positive value in `hr`.
+        InvalidArgument: shapes that differ or are not 2-D or 3-D, an unknown protocol, no positive value in `hr`, or
+            values that are not finite in pixels that the protocol leaves out.
         InvalidType: complex or sparse input, or no arrays.
     """
     a, b, peak, mask = _pair(sr, hr, protocol)
@@ -227,7 +237,8 @@ def by_slice(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> dict[str
     """PSNR, SSIM and NMSE of each slice with the data range of the protocol.
 
     In the protocols "volume" and "foreground", the PSNR of the volume pools the squared errors, so it is not the mean
-    of these values. Slices without a foreground pixel, or with zeros only (NMSE), are left out of the list.
+    of these values. Slices without a foreground pixel, or with zeros only (NMSE), are left out of the list; a slice of
+    `sr` with NaN is not.
     """
     pair = _pair(sr, hr, protocol)
     a, b, peak, mask = pair
@@ -236,7 +247,7 @@ def by_slice(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> dict[str
     return {
         "psnr": (10 * (peak.square() * n / error).log10())[n > 0].tolist(),
         "ssim": (total / windows)[windows > 0].tolist(),
-        "nmse": (error / energy)[energy != 0].tolist(),
+        "nmse": (error / energy)[(energy != 0) | error.isnan()].tolist(),
     }
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from deformmamba.errors import DeformMambaError, InvalidArgument, InvalidType, shown
 from deformmamba.scan import operator
 from deformmamba.tensors import overridable, refuse_tracing, without_autocast
+from deformmamba.threads import ForkLock
 from deformmamba.torch_private import constant_when_compiled, differentiates_by_transform
 
 BACKENDS: tuple[str, ...] = tuple(operator.MODULES)  # in the order in which "auto" tries them
@@ -28,6 +29,8 @@ Discretization = Literal["euler", "zoh"]
 
 _chosen: ContextVar[str] = ContextVar("deformmamba_scan_backend", default="auto")
 _chosen_last = "auto"  # the same for torch.compile, which can watch a global but not a context variable
+_open_blocks: dict[object, str] = {}  # the blocks of all threads that have not ended, the last entered at the end
+_blocks_lock = ForkLock()
 
 
 class ScanBackendError(DeformMambaError, RuntimeError):
@@ -47,23 +50,27 @@ class BackendStatus(NamedTuple):
 def scan_backend(name: str) -> Iterator[None]:
     """Every scan in the block runs on backend `name`, one of `BACKENDS`, or raises; "auto": the device selects.
 
-    Applies to the current thread (or task) only. A function compiled by torch.compile uses the block that was entered
-    last, in any thread. The argument `backend` takes precedence. The backward pass runs on the backend of its forward
-    pass. The block does not reach a forward pass that is repeated outside of it (torch.utils.checkpoint) or that runs
-    in other threads (DataParallel); use `SS2D(backend=...)` there.
+    Applies to the current thread (or task) only. A function compiled by torch.compile uses the open block that was
+    entered last, in any thread. The argument `backend` takes precedence. The backward pass runs on the backend of its
+    forward pass. The block does not reach a forward pass that is repeated outside of it (torch.utils.checkpoint) or
+    that runs in other threads (DataParallel); use `SS2D(backend=...)` there.
 
     Raises:
         ScanBackendError: no such backend.
     """
     global _chosen_last
     check_backend(name)
-    token, before = _chosen.set(name), _chosen_last
-    _chosen_last = name
+    block = object()
+    with _blocks_lock:
+        _open_blocks[block] = _chosen_last = name
+    token = _chosen.set(name)
     try:
         yield
     finally:
+        with _blocks_lock:  # blocks of several threads may end in any order
+            del _open_blocks[block]
+            _chosen_last = next(reversed(_open_blocks.values()), "auto")
         _chosen.reset(token)
-        _chosen_last = before
 
 
 def backend_report() -> list[BackendStatus]:

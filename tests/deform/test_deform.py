@@ -428,7 +428,8 @@ def test_the_kernels_stay_inside_their_arrays(tmp_path: Path) -> None:
         x, offset, mask = (torch.zeros(1, 4, 4, c) for c in (3, 18, 9))
         call = deform_cpu._Call(x, offset, mask, torch.zeros(2, 3, 3, 3), (1, 1, 1, 1, 1, 1))
         with pytest.raises(IndexError):  # the checks are on
-            deform_cpu._sample(*call.arrays, torch.zeros(1, 17, 9, 3).numpy(), 0)
+            sample = deform_cpu._kernel(deform_cpu._sample, torch.float32)
+            sample(*call.arrays, torch.zeros(1, 17, 9, 3).numpy(), 0)
         sys.exit(pytest.main(["-p", "no:cacheprovider", sys.argv[1], "-k", "(loop or wild or change) and not gather"]))
     """
     done = subprocess.run(
@@ -439,6 +440,62 @@ def test_the_kernels_stay_inside_their_arrays(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "[100%]" in done.stdout
+
+
+# compiled code on disk
+
+
+KERNELS = """
+import errno, sys, torch
+from numba.core.caching import IndexDataCacheFile
+from deformmamba.deform import modulated_deform_conv2d
+
+def full(self, key, data):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+if "full" in sys.argv:
+    IndexDataCacheFile.save = full
+given = torch.ones(1, 2, 4, 4), torch.full((1, 18, 4, 4), 0.3), torch.ones(1, 9, 4, 4), torch.ones(2, 2, 3, 3)
+for _ in range(2):
+    y, z = (modulated_deform_conv2d(*given, padding=1, implementation=name) for name in ("cpu", "gather"))
+    torch.testing.assert_close(y, z)
+"""
+
+
+def kernels_in_a_process(folder: Path, *arguments: str) -> str:
+    """The stderr of a new process with its compiled code in `folder`."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", KERNELS, *arguments],
+        env={**os.environ, "NUMBA_CACHE_DIR": str(folder), "PYTHONPATH": str(Path(deform.__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.long
+def test_a_damaged_or_full_cache_costs_a_compilation_only(tmp_path: Path) -> None:
+    announced = "deformmamba: compiling the deformable convolution on the CPU (forward pass, float32), once\n"
+    assert kernels_in_a_process(tmp_path) in ("", announced)  # "" if fast
+    (index,) = tmp_path.rglob("*.nbi")  # of the kernel, none of the functions inside it
+    index.write_bytes(index.read_bytes()[:40])
+    said = kernels_in_a_process(tmp_path)
+    assert said.count("cannot be kept on disk (UnpicklingError)") == said.count("delete damaged files (*.nbi)") == 1
+    assert kernels_in_a_process(tmp_path / "other", "full").count("cannot be kept on disk (OSError)") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_kernel_takes_one_signature_and_compiles_nothing_later(dtype: torch.dtype) -> None:
+    tensors = Case().tensors(dtype)
+
+    def run(*t: torch.Tensor) -> torch.Tensor:
+        return modulated_deform_conv2d(*t, padding=1, implementation="cpu")
+
+    gradients(run, tensors, torch.ones(2, 6, 5, 6))
+    for function in (deform_cpu._sample, deform_cpu._scatter):
+        assert len(deform_cpu._kernel(function, dtype).signatures) == 1
+        assert not deform_cpu._kernel(function, dtype)._can_compile
 
 
 # threads, processes, memory
@@ -678,6 +735,41 @@ def test_an_export_holds_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True, raising=False)
     assert {deform._choose(None, device) for device in ("cpu", "cuda")} == {"gather"}
     assert deform._choose("cpu", "cpu") == "cpu"
+
+
+def test_the_form_of_exports_ends_with_its_block_and_is_that_of_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thread A enters, B enters, A leaves, B leaves."""
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True, raising=False)
+    entered, left, inside = threading.Event(), threading.Event(), []
+
+    def other() -> None:
+        inside.append(deform._choose(None, "cpu"))
+        with deform.exported_as("grid_sample"):
+            entered.set()
+            assert left.wait(30)
+            inside.append(deform._choose(None, "cpu"))
+        inside.append(deform._choose(None, "cpu"))
+
+    thread = threading.Thread(target=other)
+    with deform.exported_as("grid_sample"):
+        thread.start()
+        assert entered.wait(30)
+        assert deform._choose(None, "cpu") == "grid_sample"
+    left.set()
+    thread.join()
+    assert inside == ["gather", "grid_sample", "gather"]
+    assert deform._choose(None, "cpu") == "gather"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [pytest.param(True, marks=pytest.mark.long), False])
+def test_an_export_holds_the_form_that_was_asked_for(strict: bool) -> None:
+    block, x = Block(), torch.randn(2, 6, 7, 9)
+    with deform.exported_as("grid_sample"):
+        program = torch.export.export(block, (x,), strict=strict)
+    assert any("grid_sample" in str(node.target) for node in program.graph.nodes)
+    plain = torch.export.export(block, (x,), strict=strict)
+    assert not any("grid_sample" in str(node.target) for node in plain.graph.nodes)
 
 
 def test_without_numbas_compiler_gather_runs(monkeypatch: pytest.MonkeyPatch) -> None:

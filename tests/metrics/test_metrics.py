@@ -34,6 +34,31 @@ def test_a_pixel_that_is_nan_is_not_left_out_of_a_score(metric, protocol):
     assert [math.isnan(value) for value in by_slice(sr, hr, protocol="slice")["nmse"]] == [False, True, False]
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("metric", [psnr, ssim, nmse, hfen, by_slice])
+def test_a_pixel_that_a_protocol_leaves_out_must_be_finite(metric, value):
+    sr, hr = volumes((3, 16, 16), 1.0, np.float64)
+    hr[0] = 0  # an empty slice, and air around the body
+    hr[1:, :3] = sr[1:, :3] = 0
+    sr[1, 0, 0] = value
+    with pytest.raises(ValueError, match=r'^metrics: sr holds NaN or infinite values; protocol "foreground" would'):
+        metric(sr, hr, protocol="foreground")
+    sr[1, 0, 0], sr[0, 5, 5] = 0, value
+    with pytest.raises(ValueError, match=r"^metrics: sr holds NaN or infinite values in a slice that is empty in hr; "):
+        metric(sr, hr, protocol="slice")
+    sr[0, 5, 5] = 0
+    for protocol in ("foreground", "slice"):
+        metric(sr, hr, protocol=protocol)
+
+
+def test_the_scores_of_an_empty_slice_with_nan_are_nan():
+    sr, hr = volumes((3, 16, 16), 1.0, np.float64)
+    hr[0] = 0
+    sr[0, 5, 5] = np.nan
+    for values in by_slice(sr, hr).values():
+        assert [math.isnan(value) for value in values] == [True, False, False]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("peak", "dtype"), RANGES)
 def test_equal_to_scikit_image(shape, peak, dtype):

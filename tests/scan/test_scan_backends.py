@@ -10,6 +10,7 @@ import pytest
 import torch
 from tolerances import assert_close
 
+from deformmamba import scan
 from deformmamba.scan import (
     BACKENDS,
     ScanBackendError,
@@ -109,6 +110,28 @@ def test_a_name_is_obeyed(calls: list[str]) -> None:
 def test_a_choice_ends_with_its_block(calls: list[str]) -> None:
     with pytest.raises(KeyError), scan_backend("eager"):
         raise KeyError
+    selective_scan(**arguments())
+    assert calls == ["cpu"]
+
+
+def test_blocks_of_threads_may_end_in_any_order(calls: list[str]) -> None:
+    """Thread A enters, B enters, A leaves, B leaves: torch.compile follows the last open block, then none."""
+    entered, left, seen = threading.Event(), threading.Event(), []
+
+    def other() -> None:
+        with scan_backend("eager"):
+            entered.set()
+            assert left.wait(30)
+            seen.append(scan._chosen_last)
+
+    thread = threading.Thread(target=other)
+    with scan_backend("cpu"):
+        thread.start()
+        assert entered.wait(30)
+        assert scan._chosen_last == "eager"
+    left.set()
+    thread.join()
+    assert [*seen, scan._chosen_last] == ["eager", "auto"]
     selective_scan(**arguments())
     assert calls == ["cpu"]
 
