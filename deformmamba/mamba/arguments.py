@@ -5,10 +5,11 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import has_torch_function
 
 from deformmamba.annotations import is_integer, is_number
-from deformmamba.errors import InvalidArgument, InvalidType, shown
+from deformmamba.errors import InvalidArgument, InvalidType, one_line, shown
 from deformmamba.tensors import has_values
 
 
@@ -78,6 +79,8 @@ def _shape(axes: str, found: dict[str, int]) -> str:
 
 
 def _check_kind(name: str, value: Tensor, kind: str) -> None:
+    if value.layout is not torch.strided:
+        raise InvalidType(f"{name} must be a dense tensor, got {value.layout}; convert it with .to_dense()")
     if kind == "int":
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise InvalidType(f"{name} must have whole numbers, got {value.dtype}; convert it, for example with .int()")
@@ -94,11 +97,11 @@ def check_choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None
         raise InvalidArgument(f"{name} must be one of {given}, got {shown(value)}")
 
 
-def check_sizes(where: str, **sizes: Any) -> None:
-    """Raises InvalidArgument unless each size is a whole number of 1 or more."""
+def check_sizes(where: str, least: int = 1, **sizes: Any) -> None:
+    """Raises InvalidArgument unless each size is a whole number of `least` or more."""
     for name, value in sizes.items():
-        if not is_integer(value) or value < 1:
-            raise InvalidArgument(f"{where}: {name} must be a whole number of 1 or more, got {shown(value)}")
+        if not is_integer(value) or value < least:
+            raise InvalidArgument(f"{where}: {name} must be a whole number of {least} or more, got {shown(value)}")
 
 
 def check_positive(where: str, **numbers: Any) -> None:
@@ -108,11 +111,97 @@ def check_positive(where: str, **numbers: Any) -> None:
             raise InvalidArgument(f"{where}: {name} must be a finite number above 0, got {shown(value)}")
 
 
+def check_not_negative(where: str, **numbers: Any) -> None:
+    """Raises InvalidArgument unless each number is 0 or more and finite."""
+    for name, value in numbers.items():
+        if not is_number(value) or not 0 <= value < math.inf:
+            raise InvalidArgument(f"{where}: {name} must be a finite number of 0 or more, got {shown(value)}")
+
+
+def check_functions(where: str, **functions: Any) -> None:
+    """Raises InvalidType unless each can be called."""
+    for name, value in functions.items():
+        if not callable(value):
+            raise InvalidType(f"{where}: {name} must be a class or a function, got {shown(value)}")
+
+
+def check_parameters(where: str, device: Any, dtype: Any) -> None:
+    """Checks the device and the dtype of a block's parameters; None: PyTorch's defaults. "meta" is allowed."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InvalidType(f"{where}: dtype must be a floating point torch.dtype or None, got {shown(dtype)}")
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError, OverflowError) as error:
+        raise InvalidArgument(
+            f"{where}: device {shown(device)} is not available here ({one_line(error)}); give another, such as 'cpu'"
+        ) from None
+
+
+def check_input(where: str, name: str, x: Any, axes: str, first: nn.Module) -> None:
+    """Checks the input of a block, with shapes and dtypes only, because it runs in each step of a generation.
+
+    Args:
+        axes: the axes before the channels, such as "b l"; "..." allows any.
+        first: the layer that meets the input. If it is a plain `nn.Linear`, the input must have its channels, its
+            device and, outside autocast, its dtype. (A wrapped or quantised layer has its own rules.)
+
+    Raises:
+        InvalidType: not a tensor, or not floating point.
+        InvalidArgument: another shape, device or dtype than the block's.
+    """
+    if not isinstance(x, Tensor) and has_torch_function((x,)):  # a symbolic trace has no shapes
+        return
+    weight = getattr(first, "weight", None) if type(first) is nn.Linear else None
+    weight = weight if isinstance(weight, Tensor) and weight.ndim == 2 else None
+    channels = "channels" if weight is None else weight.shape[1]
+    if not isinstance(x, Tensor):
+        raise InvalidType(f"{where}: {name} must be a tensor, {_before(axes, channels)}, got {shown(x)}")
+    if not x.is_floating_point() or x.layout is not torch.strided:
+        _check_kind(f"{where}: {name}", x, "")
+    n_axes = x.ndim if axes == "..." else axes.count(" ") + 2
+    if not x.ndim or x.ndim != n_axes or _differs(x, weight):
+        hint = f"; give one sequence as {name}[None]" if axes == "b l" and x.ndim == 2 else ""
+        raise InvalidArgument(f"{where}: {name} must have shape {_before(axes, channels)}, got {tuple(x.shape)}{hint}")
+    if weight is None:
+        return
+    if x.dtype != weight.dtype and weight.is_floating_point() and not _casts(x.device.type):
+        raise InvalidArgument(
+            f"{where}: {name} is {x.dtype}, and its weights are {weight.dtype}; convert one of the two ({name}.to(...) "
+            "or block.to(...)), or use torch.autocast"
+        )
+    if x.device != weight.device and not weight.is_meta:  # offloaded weights arrive when their layer is called
+        raise InvalidArgument(
+            f"{where}: {name} is on {x.device}, and its weights are on {weight.device}; move one of the two"
+        )
+
+
+def _casts(device_type: str) -> bool:
+    """Whether autocast is on; the meta device has none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def check_residual(x: Tensor, residual: Tensor | None) -> None:
+    """Raises InvalidArgument unless the residual has the shape of x, because a sum would repeat a shorter one."""
+    if residual is not None and residual.shape != x.shape:
+        raise InvalidArgument(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
+
+
+def _before(axes: str, channels: int | str) -> str:
+    return f"({', '.join([*axes.split(), str(channels)])})"
+
+
+def _differs(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether the channels of x are not those of the weight; False in a trace, which would record the comparison."""
+    return weight is not None and not torch.jit.is_tracing() and bool(x.shape[-1] != weight.shape[1])
+
+
 def check_range(name: str, value: Any) -> tuple[float, float]:
     """A pair (lowest, highest) of numbers; either end may be infinite."""
     try:
-        low, high = (float(x) for x in value)
-    except (TypeError, ValueError):
+        low, high = (float(x) for x in (() if isinstance(value, str | bytes) else value))
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         raise InvalidArgument(f"{name} must be two numbers, (lowest, highest), got {shown(value)}") from None
     if math.isnan(low) or math.isnan(high) or low > high:
         raise InvalidArgument(f"{name} must be (lowest, highest) with lowest <= highest, got {shown(value)}")

@@ -6,8 +6,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import has_torch_function
 
-from deformmamba.errors import InvalidArgument
+from deformmamba.errors import InvalidArgument, UnsupportedCall
+from deformmamba.mamba.arguments import (
+    check_functions,
+    check_input,
+    check_parameters,
+    check_residual,
+    check_sizes,
+    check_tensors,
+)
 from deformmamba.mamba.norm import RMSNorm, layer_norm_fn
 
 
@@ -33,6 +42,8 @@ class Block(nn.Module):
         residual_in_fp32: bool = False,
     ) -> None:
         super().__init__()
+        check_sizes("Block", dim=dim)
+        check_functions("Block", mixer_cls=mixer_cls, mlp_cls=mlp_cls, norm_cls=norm_cls)
         self.residual_in_fp32, self.fused_add_norm = residual_in_fp32, fused_add_norm
         self.norm, self.mixer = norm_cls(dim), mixer_cls(dim)
         self.mlp: nn.Module | None = None
@@ -42,6 +53,11 @@ class Block(nn.Module):
             raise InvalidArgument(
                 f"Block: norm_cls makes {type(self.norm).__name__}; with fused_add_norm it must make nn.LayerNorm or "
                 "RMSNorm"
+            )
+        if not isinstance(getattr(self.norm, "weight", None), torch.Tensor):
+            raise InvalidArgument(
+                f"Block: norm_cls makes {type(self.norm).__name__}, which has no weight; give a norm with one, such as "
+                "nn.LayerNorm"
             )
 
     def forward(
@@ -68,7 +84,10 @@ class Block(nn.Module):
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> Any:
         """The states of the mixer."""
-        return self.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)  # type: ignore[operator]
+        allocate: Any = getattr(self.mixer, "allocate_inference_cache", None)
+        if allocate is None:
+            raise UnsupportedCall(f"Block: its mixer {type(self.mixer).__name__} defines no allocate_inference_cache")
+        return allocate(batch_size, max_seqlen, dtype=dtype, **kwargs)
 
 
 class BlockWithoutMLP(Block):
@@ -95,6 +114,14 @@ def add_and_normalise(
             is_rms_norm=isinstance(norm, RMSNorm),
         )  # fmt: skip
         return pair
+    traced = torch.jit.is_tracing() or (not isinstance(x, torch.Tensor) and has_torch_function((x,)))
+    if not traced:  # a trace has no shapes to compare
+        known = isinstance(norm, nn.LayerNorm | RMSNorm) and norm.weight.ndim == 1
+        arguments = {"x": (x, "... d"), "residual": (residual, "?... d")}
+        if known and not norm.weight.is_meta:  # offloaded weights arrive when their layer is called
+            arguments["weight"] = (norm.weight, "d")
+        check_tensors({"d": len(norm.weight)} if known else {}, **arguments)
+        check_residual(x, residual)
     total = x if residual is None else x + residual
     y = norm(total.to(norm.weight.dtype))
     return y, total.float() if sum_in_float32 else total
@@ -123,6 +150,11 @@ class GatedMLP(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        check_sizes("GatedMLP", in_features=in_features, multiple_of=multiple_of)
+        optional = {"hidden_features": hidden_features, "out_features": out_features}
+        check_sizes("GatedMLP", **{name: value for name, value in optional.items() if value is not None})
+        check_functions("GatedMLP", activation=activation)
+        check_parameters("GatedMLP", device, dtype)
         hidden = 8 * in_features // 3 if hidden_features is None else hidden_features
         hidden = -(-hidden // multiple_of) * multiple_of
         out = in_features if out_features is None else out_features
@@ -132,6 +164,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) to (..., out_features)."""
+        check_input("GatedMLP", "x", x, "...", self.fc1)
         a, gate = self.fc1(x).chunk(2, -1)
         y: torch.Tensor = self.fc2(a * self.activation(gate))
         return y

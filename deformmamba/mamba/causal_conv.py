@@ -92,7 +92,7 @@ def causal_conv1d_ref(
     b, d, length, width = _check(x, weight, bias, activation, initial_states=(initial_states, "?b d width-1"))
     state = x.new_zeros(b, d, width - 1) if initial_states is None else initial_states
     seen = torch.cat([state, x], -1).to(weight.dtype)
-    y = seen.new_zeros(b, d, length) if bias is None else bias[:, None].expand(b, d, length)
+    y = seen.new_zeros(b, d, length) if bias is None else bias[:, None].to(seen.dtype).expand(b, d, length)
     for t in range(length):
         step = (weight * seen[..., t : t + width]).sum(-1)
         y = y.index_add(2, torch.tensor([t], device=x.device), step[..., None])
@@ -125,22 +125,12 @@ def causal_conv1d_update(
     Returns:
         y like x.
     """
-    if cache_seqlens is None and conv_state_indices is None and activation in (None, "silu", "swish"):
+    known = activation is None or (isinstance(activation, str) and activation in _ACTIVATIONS)
+    if known and cache_seqlens is None and conv_state_indices is None:
         y = step_cpu.convolution(x, conv_state, weight, bias, activation is not None)
         if y is not None:
             return y
-    check_choice("activation", activation, _ACTIVATIONS)
-    own = "b" if conv_state_indices is None else "rows"
-    sizes = check_tensors(
-        x=(x, "b d | b d l"), weight=(weight, "d width"), bias=(bias, "?d"), conv_state=(conv_state, f"{own} d s"),
-        cache_seqlens=(cache_seqlens, "?int:b"), conv_state_indices=(conv_state_indices, "?int:b"),
-    )  # fmt: skip
-    if not sizes["width"] or sizes["s"] < sizes["width"] - 1 or (not sizes["s"] and cache_seqlens is not None):
-        raise InvalidArgument(
-            f"conv_state {tuple(conv_state.shape)} has {sizes['s']} steps; a weight of width {sizes['width']} needs at "
-            "least width - 1, and cache_seqlens at least 1"
-        )
-    check_written("conv_state", conv_state)
+    _check_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
     steps = x[..., None] if x.ndim == 2 else x
     if conv_state_indices is None:
         y = _update(steps, conv_state, weight, bias, activation, cache_seqlens)
@@ -155,6 +145,23 @@ def causal_conv1d_update(
     return y[..., 0] if x.ndim == 2 else y
 
 
+def _check_update(
+    x: Any, conv_state: Any, weight: Any, bias: Any, activation: Any, cache_seqlens: Any, rows: Any = None
+) -> None:
+    check_choice("activation", activation, _ACTIVATIONS)
+    own = "b" if rows is None else "rows"
+    sizes = check_tensors(
+        x=(x, "b d | b d l"), weight=(weight, "d width"), bias=(bias, "?d"), conv_state=(conv_state, f"{own} d s"),
+        cache_seqlens=(cache_seqlens, "?int:b"), conv_state_indices=(rows, "?int:b"),
+    )  # fmt: skip
+    if not sizes["width"] or sizes["s"] < sizes["width"] - 1 or (not sizes["s"] and cache_seqlens is not None):
+        raise InvalidArgument(
+            f"conv_state {tuple(conv_state.shape)} has {sizes['s']} steps; a weight of width {sizes['width']} needs at "
+            "least width - 1, and cache_seqlens at least 1"
+        )
+    check_written("conv_state", conv_state)
+
+
 def causal_conv1d_update_ref(
     x: torch.Tensor,
     conv_state: torch.Tensor,
@@ -164,6 +171,7 @@ def causal_conv1d_update_ref(
     cache_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The definition of `causal_conv1d_update`: step by step, sequence by sequence."""
+    _check_update(x, conv_state, weight, bias, activation, cache_seqlens)
     steps = x[..., None] if x.ndim == 2 else x
     width, size = weight.shape[1], conv_state.shape[2]
     rows = []
@@ -199,18 +207,23 @@ def causal_conv1d_varlen_states(x: torch.Tensor, cu_seqlens: torch.Tensor, state
     Raises:
         InvalidArgument, InvalidType: x is no (total length, d), or cu_seqlens is not as described.
     """
-    check_tensors(x=(x, "any:l d"), cu_seqlens=(cu_seqlens, "int:sequences+1"))
-    check_boundaries("cu_seqlens", cu_seqlens, len(x))
-    if not isinstance(state_len, int) or state_len < 0:
-        raise InvalidArgument(f"state_len must be a whole number of at least 0, got {shown(state_len)}")
+    _check_pack(x, cu_seqlens, state_len)
     starts, ends = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
     steps = ends - state_len + torch.arange(state_len, device=x.device)
     states = x[steps.clamp(min=0)] if len(x) else x.new_zeros(*steps.shape, x.shape[1])
     return states.masked_fill((steps < starts)[..., None], 0).transpose(1, 2)
 
 
+def _check_pack(x: Any, cu_seqlens: Any, state_len: Any) -> None:
+    check_tensors(x=(x, "any:l d"), cu_seqlens=(cu_seqlens, "int:sequences+1"))
+    check_boundaries("cu_seqlens", cu_seqlens, len(x))
+    if not isinstance(state_len, int) or isinstance(state_len, bool) or state_len < 0:
+        raise InvalidArgument(f"state_len must be a whole number of at least 0, got {shown(state_len)}")
+
+
 def causal_conv1d_varlen_states_ref(x: torch.Tensor, cu_seqlens: torch.Tensor, state_len: int) -> torch.Tensor:
     """The definition of `causal_conv1d_varlen_states`, sequence by sequence."""
+    _check_pack(x, cu_seqlens, state_len)
     ends = cu_seqlens.tolist()
     states = x.new_zeros(len(ends) - 1, x.shape[1], state_len)
     for i, (start, end) in enumerate(itertools.pairwise(ends)):

@@ -1,12 +1,15 @@
 """Generating tokens with a model that has Mamba's states: mamba-ssm's `utils.generation`."""
 
+import math
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from deformmamba.errors import InvalidArgument, UnsupportedCall, shown
+from deformmamba.annotations import is_integer, is_number
+from deformmamba.errors import InvalidArgument, InvalidType, UnsupportedCall, one_line, shown
+from deformmamba.mamba.arguments import check_positive, check_sizes, check_tensors
 
 
 @dataclass
@@ -39,16 +42,16 @@ def sample(
         temperature: logits are divided by it.
 
     Raises:
-        InvalidArgument: top_k, top_p, min_p or temperature outside its range.
+        InvalidArgument: top_k, top_p, min_p or temperature outside its range; logits of another shape, or no numbers.
+        InvalidType: logits are not floating point.
     """
-    if top_k < 0 or not 0 <= top_p <= 1 or not 0 <= min_p <= 1 or temperature <= 0:
-        raise InvalidArgument(
-            "top_k must be at least 0, top_p and min_p between 0 and 1 and temperature above 0, got "
-            f"{shown(top_k)}, {shown(top_p)}, {shown(min_p)} and {shown(temperature)}"
-        )
+    _check_sampling(top_k, top_p, min_p, temperature)
+    sizes = check_tensors(logits=(logits, "... vocabulary" if top_k == 1 else "b vocabulary"))
+    if not sizes["vocabulary"]:
+        raise InvalidArgument(f"logits must have at least one token, got shape {tuple(logits.shape)}")
     if top_k == 1:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = logits / float(temperature)
     if top_k:
         smallest = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -59,7 +62,39 @@ def sample(
         ascending, order = logits.sort(-1)
         rare = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
         logits = logits.masked_fill(rare.scatter(-1, order, rare), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1)[:, 0]
+    try:
+        return torch.multinomial(logits.softmax(-1), 1)[:, 0]
+    except RuntimeError as error:
+        raise InvalidArgument(
+            f"logits have no probabilities to sample from ({one_line(error)}); check the model's weights for NaN"
+        ) from error
+
+
+def _check_sampling(top_k: int, top_p: float, min_p: float, temperature: float) -> None:
+    fits = is_integer(top_k) and top_k >= 0 and all(is_number(p) and 0 <= p <= 1 for p in (top_p, min_p))
+    if not fits or not is_number(temperature) or not 0 < temperature < math.inf:
+        raise InvalidArgument(
+            "top_k must be a whole number of at least 0, top_p and min_p between 0 and 1 and temperature above 0, got "
+            f"{shown(top_k)}, {shown(top_p)}, {shown(min_p)} and {shown(temperature)}"
+        )
+
+
+def _check_prompt(input_ids: torch.Tensor, teacher_outputs: torch.Tensor | None) -> None:
+    sizes = check_tensors(input_ids=(input_ids, "int:b l"), teacher_outputs=(teacher_outputs, "?int:b n"))
+    if not sizes["l"]:
+        raise InvalidArgument(
+            f"input_ids must have at least one token in each sequence, got shape {tuple(input_ids.shape)}; begin with "
+            "the tokenizer's first token"
+        )
+
+
+def _check_ends(eos_token_id: int | None, vocab_size: int | None, streamer: Any) -> None:
+    if eos_token_id is not None and not is_integer(eos_token_id):
+        raise InvalidType(f"generate: eos_token_id must be one whole number or None, got {shown(eos_token_id)}")
+    if vocab_size is not None:
+        check_sizes("generate", vocab_size=vocab_size)
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise InvalidType(f"generate: streamer must have the methods put and end, got {shown(streamer)}")
 
 
 class GenerationMixin:
@@ -99,7 +134,8 @@ class GenerationMixin:
             return_dict_in_generate: return an object with `sequences` and `scores`, not only the sequences.
             output_scores: keep the logits (b, vocabulary) of each step.
             repetition_penalty: logits of earlier tokens are divided by it if positive, and multiplied if negative.
-            eos_token_id: stops when each sequence has this token.
+            eos_token_id: stops after a step in which all sequences get this token, as mamba-ssm does. A sequence that
+                gets it before the others is continued; cut it there, or generate one sequence at a time.
             teacher_outputs: (b, n) tokens that are taken instead of sampled ones.
             vocab_size: only the first logits are used.
             cg, enable_timing: accepted, without effect, because there are no CUDA graphs here.
@@ -107,7 +143,15 @@ class GenerationMixin:
 
         Returns:
             (b, at most max_length) tokens, or the given ones if they are as many or more; or the object.
+
+        Raises:
+            InvalidArgument, InvalidType: a wrong argument, before the first step.
         """
+        _check_prompt(input_ids, teacher_outputs)
+        _check_sampling(top_k, top_p, min_p, temperature)
+        check_sizes("generate", least=0, max_length=max_length)
+        check_positive("generate", repetition_penalty=repetition_penalty)
+        _check_ends(eos_token_id, vocab_size, streamer)
         tokens, scores = input_ids, []
         params = InferenceParams(max_seqlen=max_length, max_batch_size=len(input_ids))
         new = input_ids
@@ -144,5 +188,6 @@ class GenerationMixin:
 def _penalised(logits: torch.Tensor, earlier: torch.Tensor, penalty: float) -> torch.Tensor:
     if penalty == 1:
         return logits
+    earlier = earlier.long()
     score = logits.gather(1, earlier)
     return logits.scatter(1, earlier, torch.where(score < 0, score * penalty, score / penalty))

@@ -10,8 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deformmamba.errors import InvalidArgument, UnsupportedCall
-from deformmamba.mamba.arguments import check_boundaries, check_choice, check_positive, check_sizes
+from deformmamba.annotations import is_number
+from deformmamba.errors import InvalidArgument, InvalidType, UnsupportedCall, shown
+from deformmamba.mamba.arguments import (
+    check_boundaries,
+    check_choice,
+    check_input,
+    check_not_negative,
+    check_parameters,
+    check_positive,
+    check_range,
+    check_sizes,
+    check_tensors,
+)
 from deformmamba.mamba.causal_conv import causal_conv1d_fn, causal_conv1d_update, causal_conv1d_varlen_states
 from deformmamba.mamba.norm import RMSNormGated
 from deformmamba.mamba.selective_scan import bimamba_inner_fn, mamba_inner_fn_no_out_proj, selective_scan_fn
@@ -56,6 +67,18 @@ def _inner_channels(where: str, d_model: int, expand: float, dt_min: float, dt_m
     if int(expand * d_model) < 1:
         raise InvalidArgument(f"{where}: expand {expand:g} leaves no inner channel for d_model {d_model}")
     return int(expand * d_model)
+
+
+def _check_mamba(
+    bimamba_type: str, dt_init: str, dt_scale: float, dt_init_floor: float, init_layer_scale: float | None, device: Any,
+    dtype: Any,
+) -> None:  # fmt: skip
+    check_choice("Mamba: bimamba_type", bimamba_type, BIMAMBA_TYPES)
+    check_choice("Mamba: dt_init", dt_init, ("random", "constant"))
+    check_not_negative("Mamba", dt_scale=dt_scale, dt_init_floor=dt_init_floor)
+    check_parameters("Mamba", device, dtype)
+    if init_layer_scale is not None and not is_number(init_layer_scale):
+        raise InvalidType(f"Mamba: init_layer_scale must be a number or None, got {shown(init_layer_scale)}")
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -127,9 +150,9 @@ class Mamba(nn.Module):
     ) -> None:
         super().__init__()
         self.bimamba_type = bimamba_type = "v2" if bimamba else bimamba_type
-        check_choice("Mamba: bimamba_type", bimamba_type, BIMAMBA_TYPES)
-        check_choice("Mamba: dt_init", dt_init, ("random", "constant"))
-        sizes = {"d_state": d_state, "d_conv": d_conv, "dt_rank": 1 if dt_rank == "auto" else dt_rank}
+        _check_mamba(bimamba_type, dt_init, dt_scale, dt_init_floor, init_layer_scale, device, dtype)
+        rank = 1 if isinstance(dt_rank, str) and dt_rank == "auto" else dt_rank
+        sizes = {"d_state": d_state, "d_conv": d_conv, "dt_rank": rank}
         self.d_inner = _inner_channels("Mamba", d_model, expand, dt_min, dt_max, **sizes, nslices=nslices)
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.dt_rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
@@ -165,7 +188,9 @@ class Mamba(nn.Module):
 
         `inference_params` (with `key_value_memory_dict` and `seqlen_offset`, as in mamba-ssm) keeps the states: a
         call with an offset of 0 fills them, a later one makes one step."""
+        check_input("Mamba", "hidden_states", hidden_states, "b l", self.in_proj)
         if inference_params is not None:
+            _check_inference("Mamba", inference_params)
             conv_state, ssm_state = self._get_states_from_cache(inference_params, len(hidden_states))
             if inference_params.seqlen_offset > 0:
                 return self.step(hidden_states, conv_state, ssm_state)[0]
@@ -213,11 +238,16 @@ class Mamba(nn.Module):
             xz, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, A, D=_at_least_float32(D), delta_bias=bias
         )
 
-    def _fill(self, xz: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> torch.Tensor:
+    def _refuse_two_directions(self, instead: str) -> None:
         if self.bimamba_type != "none":
-            raise UnsupportedCall(
-                "Mamba: a bidirectional scan has no state to continue from; leave inference_params out"
-            )
+            raise UnsupportedCall(f"Mamba: a bidirectional scan has no state to continue from; {instead}")
+
+    def _fill(self, xz: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor) -> torch.Tensor:
+        self._refuse_two_directions("leave inference_params out")
+        check_tensors(
+            {"d_inner": self.d_inner, "d_conv": self.d_conv, "d_state": self.d_state}, xz=(xz, "b channels l"),
+            conv_state=(conv_state, "b d_inner d_conv"), ssm_state=(ssm_state, "b d_inner d_state"),
+        )  # fmt: skip
         x, z = xz.chunk(2, 1)
         conv_state.copy_(F.pad(x, (self.d_conv - x.shape[-1], 0)))
         x = causal_conv1d_fn(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation=self.activation)
@@ -241,6 +271,8 @@ class Mamba(nn.Module):
         self, hidden_states: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The output for the next element, (b, 1, d_model), and the states, which are updated in place."""
+        self._refuse_two_directions("call the block with the whole sequence")
+        check_input("Mamba.step", "hidden_states", hidden_states, "b 1", self.in_proj)
         if hidden_states.shape[1] != 1:
             raise InvalidArgument(
                 f"Mamba.step takes one element at a time, (b, 1, d_model), got {tuple(hidden_states.shape)}"
@@ -258,6 +290,7 @@ class Mamba(nn.Module):
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(conv_state (b, d_inner, d_conv), ssm_state (b, d_inner, d_state)), zero."""
+        _check_cache("Mamba", batch_size, dtype)
         make = self.conv1d.weight.new_zeros
         conv_state = make(batch_size, self.d_inner, self.d_conv, dtype=dtype or self.conv1d.weight.dtype)
         return conv_state, make(batch_size, self.d_inner, self.d_state, dtype=dtype or self.dt_proj.weight.dtype)
@@ -266,6 +299,11 @@ class Mamba(nn.Module):
         self, inference_params: Any, batch_size: int, initialize_states: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return _states(self, inference_params, batch_size, initialize_states)
+
+
+def _check_cache(where: str, batch_size: int, dtype: torch.dtype | None) -> None:
+    check_sizes(f"{where}.allocate_inference_cache", least=0, batch_size=batch_size)
+    check_parameters(f"{where}.allocate_inference_cache", None, dtype)
 
 
 def _states(
@@ -278,6 +316,11 @@ def _states(
     kept = inference_params.key_value_memory_dict
     if block.layer_idx not in kept:
         kept[block.layer_idx] = block.allocate_inference_cache(batch_size, 0)
+    elif not _is_pair_of_tensors(kept[block.layer_idx]):
+        raise InvalidType(
+            f"{type(block).__name__}: inference_params has {shown(kept[block.layer_idx])} for layer {block.layer_idx}; "
+            "it must be (conv_state, ssm_state), as allocate_inference_cache returns"
+        )
     elif (before := len(kept[block.layer_idx][0])) != batch_size:
         if inference_params.seqlen_offset > 0:
             raise InvalidArgument(
@@ -291,6 +334,20 @@ def _states(
     return kept[block.layer_idx]
 
 
+def _is_pair_of_tensors(states: Any) -> bool:
+    pair = isinstance(states, tuple | list) and len(states) == 2
+    return pair and all(isinstance(state, torch.Tensor) and state.ndim > 0 for state in states)
+
+
+def _check_inference(where: str, inference_params: Any) -> None:
+    found = getattr(inference_params, "key_value_memory_dict", None)
+    if found is None or getattr(inference_params, "seqlen_offset", None) is None:
+        raise InvalidType(
+            f"{where}: inference_params must have key_value_memory_dict and seqlen_offset, as "
+            f"deformmamba.mamba.generation.InferenceParams has, got {shown(inference_params)}"
+        )
+
+
 def _check_mamba2(
     d_ssm: int, d_inner: int, headdim: int, ngroups: int, A_init_range: tuple[float, float], process_group: Any
 ) -> None:
@@ -301,8 +358,14 @@ def _check_mamba2(
             f"Mamba2: d_ssm {d_ssm}, headdim {headdim}, ngroups {ngroups}: headdim must divide d_ssm, ngroups the "
             f"number of heads, and d_ssm be at most {d_inner}"
         )
-    if not 0 < A_init_range[0] <= A_init_range[1]:
-        raise InvalidArgument(f"Mamba2: A_init_range is {A_init_range}; it must be positive and in order")
+    low, high = check_range("Mamba2: A_init_range", A_init_range)
+    if low <= 0 or high == math.inf:
+        raise InvalidArgument(f"Mamba2: A_init_range is {shown(A_init_range)}; it must be positive and finite")
+
+
+def _check_initial_mamba2(dt_init_floor: float, conv_init: float | None, device: Any, dtype: Any) -> None:
+    check_not_negative("Mamba2", dt_init_floor=dt_init_floor, conv_init=0 if conv_init is None else conv_init)
+    check_parameters("Mamba2", device, dtype)
 
 
 def _numbered(cu_seqlens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -369,16 +432,16 @@ class Mamba2(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.d_model, self.d_state, self.d_conv, self.conv_init, self.expand = (
-            d_model, d_state, d_conv, conv_init, expand
-        )  # fmt: skip
+        self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
+        self.conv_init, self.expand = conv_init, expand
         sizes = {"d_state": d_state, "headdim": headdim, "ngroups": ngroups, "d_ssm": 1 if d_ssm is None else d_ssm}
         self.d_inner = _inner_channels("Mamba2", d_model, expand, dt_min, dt_max, d_conv=d_conv, **sizes)
-        self.headdim, self.ngroups, self.D_has_hdim = headdim, ngroups, D_has_hdim
+        self.headdim, self.ngroups, self.D_has_hdim, self.rmsnorm = headdim, ngroups, D_has_hdim, rmsnorm
         self.d_ssm = self.d_inner if d_ssm is None else d_ssm
         _check_mamba2(self.d_ssm, self.d_inner, headdim, ngroups, A_init_range, process_group)
         self.nheads = self.d_ssm // headdim
-        self.rmsnorm, self.norm_before_gate, self.dt_limit = rmsnorm, norm_before_gate, dt_limit
+        self.norm_before_gate, self.dt_limit = norm_before_gate, check_range("Mamba2: dt_limit", dt_limit)
+        _check_initial_mamba2(dt_init_floor, conv_init, device, dtype)
         self.chunk_size, self.use_mem_eff_path, self.layer_idx = chunk_size, use_mem_eff_path, layer_idx
         self.activation, self.act = "silu", nn.SiLU()
         where = {"device": device, "dtype": dtype}
@@ -418,17 +481,12 @@ class Mamba2(nn.Module):
                 states are those after each sequence.
             inference_params: as in `Mamba.forward`.
         """
-        rows = u if seqlen is None else u.unflatten(0, (-1, seqlen))
-        stepping = inference_params is not None and inference_params.seqlen_offset > 0
-        if cu_seqlens is not None and seq_idx is None and not stepping:
-            seq_idx = _numbered(cu_seqlens, rows)
+        rows = self._rows(u, seqlen)
         if inference_params is not None:
-            sequences = len(rows) if cu_seqlens is None else len(cu_seqlens) - 1
-            states = self._get_states_from_cache(inference_params, sequences)
-            if stepping:
-                return self.step(u, *states)[0]
-            out = self._fill(self.in_proj(rows), seq_idx, cu_seqlens, *states)
+            out = self._with_states(rows, seq_idx, cu_seqlens, inference_params)
         else:
+            if cu_seqlens is not None and seq_idx is None:
+                seq_idx = _numbered(cu_seqlens, rows)
             out = mamba_split_conv1d_scan_combined(
                 self.in_proj(rows),
                 self.conv1d.weight.squeeze(1),
@@ -450,6 +508,37 @@ class Mamba2(nn.Module):
             )
         return out if seqlen is None else out.flatten(0, 1)
 
+    def _rows(self, u: torch.Tensor, seqlen: int | None) -> torch.Tensor:
+        """The checked input as (b, l, d_model)."""
+        if seqlen is None:
+            check_input("Mamba2", "u", u, "b l", self.in_proj)
+            return u
+        if not torch.compiler.is_compiling():
+            check_sizes("Mamba2", seqlen=seqlen)
+        check_input("Mamba2", "u", u, "b*l", self.in_proj)
+        if len(u) % seqlen:
+            raise InvalidArgument(
+                f"Mamba2: u has {len(u)} rows (b * l), which seqlen {seqlen} does not divide; give the length of the "
+                "sequences, or u as (b, l, d_model) without seqlen"
+            )
+        return u.unflatten(0, (len(u) // seqlen, seqlen))
+
+    def _with_states(
+        self, rows: torch.Tensor, seq_idx: torch.Tensor | None, cu_seqlens: torch.Tensor | None, inference_params: Any
+    ) -> torch.Tensor:
+        """The output for (b, l, d_model) with the states of `inference_params`: a whole sequence, or one step."""
+        _check_inference("Mamba2", inference_params)
+        stepping = inference_params.seqlen_offset > 0
+        check_tensors(cu_seqlens=(cu_seqlens, "?int:sequences+1"))
+        if cu_seqlens is not None and not stepping:
+            numbered = _numbered(cu_seqlens, rows)
+            seq_idx = numbered if seq_idx is None else seq_idx
+        sequences = len(rows) if cu_seqlens is None else len(cu_seqlens) - 1
+        states = self._get_states_from_cache(inference_params, sequences)
+        if stepping:
+            return self.step(rows, *states)[0]
+        return self._fill(self.in_proj(rows), seq_idx, cu_seqlens, *states)
+
     def _by_head(self, x: torch.Tensor) -> torch.Tensor:
         """(.., h p) as (.., h, p)."""
         return x.unflatten(-1, (-1, self.headdim))
@@ -469,6 +558,12 @@ class Mamba2(nn.Module):
     ) -> torch.Tensor:  # fmt: skip
         z0, x0, z, xBC, dt = self._parts(zxbcdt)
         by_channel = xBC.transpose(1, 2)
+        sizes = {"channels": xBC.shape[-1], "d_conv": self.d_conv}
+        sizes |= {"heads": self.nheads, "headdim": self.headdim, "d_state": self.d_state}
+        check_tensors(
+            sizes, zxbcdt=(zxbcdt, "rows l projected"), conv_state=(conv_state, "b channels d_conv"),
+            ssm_state=(ssm_state, "b heads headdim d_state"),
+        )  # fmt: skip
         if cu_seqlens is None:
             conv_state.copy_(F.pad(by_channel, (self.d_conv - by_channel.shape[-1], 0)))
         else:
@@ -513,6 +608,7 @@ class Mamba2(nn.Module):
         self, hidden_states: torch.Tensor, conv_state: torch.Tensor, ssm_state: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The output for the next element, (b, 1, d_model), and the states, which are updated in place."""
+        check_input("Mamba2.step", "hidden_states", hidden_states, "b 1", self.in_proj)
         if hidden_states.shape[1] != 1:
             raise InvalidArgument(
                 f"Mamba2.step takes one element at a time, (b, 1, d_model), got {tuple(hidden_states.shape)}"
@@ -537,6 +633,7 @@ class Mamba2(nn.Module):
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(conv_state (b, conv channels, d_conv), ssm_state (b, h, p, n)), zero."""
+        _check_cache("Mamba2", batch_size, dtype)
         make = self.conv1d.weight.new_zeros
         size = (batch_size, self.d_conv, len(self.conv1d.weight))
         conv_state = make(size, dtype=dtype or self.conv1d.weight.dtype).transpose(1, 2)

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deformmamba.errors import InvalidArgument, UnsupportedCall, shown
-from deformmamba.mamba.arguments import check_tensors
+from deformmamba.annotations import is_number
+from deformmamba.errors import InvalidArgument, InvalidType, UnsupportedCall, shown
+from deformmamba.mamba.arguments import check_parameters, check_residual, check_sizes, check_tensors
 
 
 def rms_norm_ref(
@@ -95,10 +96,29 @@ def layer_norm_fn(
 ) -> Any:
     """Layer norm of dropout(x) + residual (`is_rms_norm`: root-mean-square norm); the rest as in `rms_norm_fn`."""
     _refuse(x1=x1, weight1=weight1, bias1=bias1, rowscale=rowscale, return_dropout_mask=return_dropout_mask or None)
-    if not 0 <= dropout_p <= 1:
-        raise InvalidArgument(f"dropout_p must be between 0 and 1, got {shown(dropout_p)}")
-    x = F.dropout(x, dropout_p) if dropout_p and isinstance(x, torch.Tensor) else x
+    _check_dropout(dropout_p)
+    if dropout_p:
+        check_tensors(x=(x, "... d"))
+        x = F.dropout(x, dropout_p)
     return _normalise(x, weight, bias, residual, eps, prenorm, True, residual_in_fp32, is_rms_norm)
+
+
+def _check_dropout(dropout_p: float) -> None:
+    if not torch.compiler.is_compiling() and not (is_number(dropout_p) and 0 <= dropout_p <= 1):
+        raise InvalidArgument(f"dropout_p must be between 0 and 1, got {shown(dropout_p)}")
+
+
+def _check_eps(eps: float) -> None:
+    if not torch.compiler.is_compiling() and not is_number(eps):
+        raise InvalidType(f"eps must be a number, got {shown(eps)}")
+
+
+def _check_module(where: str, hidden_size: Any, eps: float, device: Any, dtype: Any) -> None:
+    """Checks the arguments of a norm's module; `hidden_size` may be a shape of one number, as in `nn.LayerNorm`."""
+    alone = isinstance(hidden_size, tuple | list) and len(hidden_size) == 1
+    check_sizes(where, least=0, hidden_size=hidden_size[0] if alone else hidden_size)
+    _check_eps(eps)
+    check_parameters(where, device, dtype)
 
 
 def _refuse(**arguments: Any) -> None:
@@ -119,8 +139,8 @@ def _normalise(
     rms: bool,
 ) -> Any:
     check_tensors(x=(x, "... d"), weight=(weight, "d"), bias=(bias, "?d"), residual=(residual, "?... d"))
-    if residual is not None and residual.shape != x.shape:
-        raise InvalidArgument(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
+    check_residual(x, residual)
+    _check_eps(eps)
     full = torch.promote_types(x.dtype, torch.float32) if upcast else x.dtype
     total = x.to(full) if residual is None else x.to(full) + residual.to(full)
     y = _standardise(total, rms, eps) * weight.to(full)
@@ -145,6 +165,8 @@ class RMSNorm(nn.Module):
         self, hidden_size: int, eps: float = 1e-5, dropout_p: float = 0.0, device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__()
+        _check_module("RMSNorm", hidden_size, eps, device, dtype)
+        _check_dropout(dropout_p)
         self.eps, self.dropout_p = eps, dropout_p
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
         self.register_parameter("bias", None)
@@ -184,7 +206,7 @@ def gated_norm_ref(
     upcast: bool = True,
 ) -> torch.Tensor:
     """The definition of `rmsnorm_fn`, group by group: mamba-ssm's `ops.triton.layernorm_gated.rms_norm_ref`."""
-    size = _check_gated(x, weight, bias, z, group_size)
+    size = _check_gated(x, weight, bias, z, eps, group_size)
     full = torch.promote_types(x.dtype, torch.float32) if upcast else x.dtype
     y = x.to(full)
     gate = None if z is None else F.silu(z.to(full))
@@ -200,12 +222,14 @@ def gated_norm_ref(
 
 
 def _check_gated(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, z: torch.Tensor | None, group_size: int | None
-) -> int:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, z: torch.Tensor | None, eps: float,
+    group_size: int | None,
+) -> int:  # fmt: skip
     """The channels of a group, after a check of the arguments of a norm with a gate."""
     d = check_tensors(x=(x, "... d"), weight=(weight, "d"), bias=(bias, "?d"), z=(z, "?... d"))["d"]
+    _check_eps(eps)
     size = d if group_size is None else group_size
-    if not isinstance(size, int) or (d and (size < 1 or d % size)):
+    if not isinstance(size, int) or isinstance(size, bool) or (d and (size < 1 or d % size)):
         raise InvalidArgument(f"group_size is {shown(group_size)}; it must divide the {d} channels of x")
     if z is not None and z.shape != x.shape:
         raise InvalidArgument(f"z must have the shape of x, {tuple(x.shape)}, got {tuple(z.shape)}")
@@ -232,7 +256,7 @@ def layernorm_fn(
     Returns:
         (..., d) in x's dtype.
     """
-    size = _check_gated(x, weight, bias, z, group_size)
+    size = _check_gated(x, weight, bias, z, eps, group_size)
     d = x.shape[-1]
     full = torch.promote_types(x.dtype, torch.float32)
     y = x.to(full)
@@ -276,6 +300,7 @@ class RMSNormGated(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        _check_module(type(self).__name__, hidden_size, eps, device, dtype)
         self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
         bias = None if self.rms else nn.Parameter(torch.zeros(hidden_size, device=device, dtype=dtype))

@@ -247,11 +247,12 @@ def _split(
     if p is None:
         raise InvalidArgument("headdim must be given, because D has one axis; or give D as (h, p)")
     for name, size in (("headdim", p), ("ngroups", ngroups)):
-        if not isinstance(size, int) or size < 1:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise InvalidArgument(f"{name} must be a whole number of at least 1, got {shown(size)}")
     heads, d = len(D), len(D) * p
     mlp = zxbcdt.shape[-1] - d - len(conv1d_weight) - heads
-    if heads % ngroups or mlp < 0 or mlp % 2 or (len(conv1d_weight) - d) % (2 * ngroups):
+    rest = len(conv1d_weight) - d
+    if heads % ngroups or mlp < 0 or mlp % 2 or rest < 0 or rest % (2 * ngroups):
         raise InvalidArgument(
             f"zxbcdt {tuple(zxbcdt.shape)}, conv1d_weight {tuple(conv1d_weight.shape)} and D {tuple(D.shape)} do not "
             f"fit together: with headdim {p} and ngroups {ngroups}, zxbcdt has 2 m + 2 d + 2 g n + h channels"
@@ -315,6 +316,8 @@ def _states_at(
     cu_seqlens: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """The state after each sequence of a pack: x (l, h, p), dt (l, h), B (l, g, n); (sequences, h, p, n)."""
+    if cu_seqlens.is_meta:
+        raise InvalidArgument('cu_seqlens is on the device "meta", so its numbers cannot be read; give it on the CPU')
     ends = cu_seqlens.tolist()
     states = []
     for start, end in itertools.pairwise(ends):

@@ -65,6 +65,7 @@ def selective_state_update(
     if all(tensor.stride(-1) == 0 for tensor in narrow) and A_.stride(-2) == 0:
         A_, step = A_[..., :1, :1], step[..., :1]
         bias = None if bias is None else bias[..., :1]
+    A_ = A_.to(full)
     step = step.to(full) if bias is None else step.to(full) + bias.to(full)
     step = F.softplus(step) if dt_softplus else step
     u, per_group = u.to(full), heads.shape[1] // B_.shape[1]

@@ -29,7 +29,7 @@ def scan(
     dt_softplus: bool,
 ) -> torch.Tensor | None:
     """`selective_state_update`: y, with `state` updated."""
-    if not _apply((state, x, dt, A, B, C), D, z, dt_bias) or state.ndim not in (3, 4):
+    if not _apply((state, x, dt, A, B, C), D, z, dt_bias) or state.ndim not in (3, 4) or not x.ndim or B.ndim < 2:
         return None
     one_head = state.ndim == 3
     sizes = state.shape[1:]

@@ -6,6 +6,7 @@ import torch
 
 from deformmamba.errors import InvalidArgument
 from deformmamba.layers import SS2D
+from deformmamba.mamba.arguments import check_parameters
 from deformmamba.scan import Discretization, selective_scan
 from deformmamba.tensors import without_autocast
 
@@ -43,6 +44,7 @@ class SS3D(SS2D):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
+        check_parameters("SS3D", device, dtype)
         super().__init__(
             channels,
             d_state=d_state,
@@ -60,6 +62,10 @@ class SS3D(SS2D):
         if not isinstance(x, torch.Tensor) or x.ndim != 5 or x.shape[1] != self.channels or not x.is_floating_point():
             given = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
             raise InvalidArgument(f"SS3D: given {given}; wanted floating point (b, {self.channels}, d, h, w)")
+        if x.device != self.x_proj.device and not self.x_proj.is_meta:
+            raise InvalidArgument(
+                f"SS3D: given a volume on {x.device}, and its weights are on {self.x_proj.device}; move one of the two"
+            )
         k, r, n = self.directions, self.dt_rank, self.d_state
         with without_autocast(x.device.type):
             u = x.to(torch.promote_types(x.dtype, torch.float32))
