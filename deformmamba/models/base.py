@@ -238,28 +238,11 @@ class SRModel(nn.Module):
             raise WeightsError("the path is empty; give a folder, or a file name ending in .safetensors")
         if provenance is not None and not isinstance(provenance, Mapping):
             raise WeightsError(f"provenance must be a dictionary, not a {type(provenance).__name__}")
-        if any(tensor.is_meta for tensor in self.state_dict().values()):
-            raise WeightsError(f'{type(self).__name__} cannot be saved: on the device "meta" weights have no values')
-        for key, value in self._not_plain.items():
-            raise WeightsError(
-                f"{type(self).__name__} cannot be saved: its argument {key} is a {type(value).__name__}; a checkpoint "
-                "holds numbers, texts, and lists and dictionaries of them"
-            )
+        self.check_savable()
         tensors = {name: tensor.detach() for name, tensor in self.state_dict().items()}
-        try:
-            fresh = _built(type(self), self.config, "meta")
-        except Exception as error:  # a constructor may raise anything where tensors have no values
-            raise WeightsError(
-                f"{type(self).__name__} cannot be saved: its constructor must work on the meta device, where tensors "
-                f"have no values, but it raised {type(error).__name__}: {one_line(error)}; change it, and meanwhile "
-                "save the weights with torch.save(model.state_dict(), FILE)"
-            ) from error
-        problem = _difference(fresh, tensors)
-        if problem is None:
-            broken = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
-            problem = f"{broken[0]!r} holds NaN or infinity" if broken else None
-        if problem:
-            raise WeightsError(f"{type(self).__name__} cannot be saved as its config describes it: {problem}")
+        broken = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+        if broken:
+            raise WeightsError(f"{type(self).__name__} cannot be saved: {broken[0]!r} holds NaN or infinity")
         return write_checkpoint(
             path,
             class_name=type(self).__name__,
@@ -267,6 +250,34 @@ class SRModel(nn.Module):
             tensors=tensors,
             provenance=self.provenance if provenance is None else provenance,
         )
+
+    def check_savable(self) -> None:
+        """Checks, without a look at the values, that a saved file could be loaded again.
+
+        `fit` calls it before the first step, so that a training does not end without a file.
+
+        Raises:
+            WeightsError: the weights have no values, or the config does not build this model: a constructor that needs
+                values of tensors, an argument that JSON cannot represent, half precision, added or removed layers.
+        """
+        name = type(self).__name__
+        if any(tensor.is_meta for tensor in self.state_dict().values()):
+            raise WeightsError(f'{name} cannot be saved: on the device "meta" weights have no values')
+        for key, value in self._not_plain.items():
+            raise WeightsError(
+                f"{name} cannot be saved: its argument {key} is a {type(value).__name__}; a checkpoint holds numbers, "
+                "texts, and lists and dictionaries of them"
+            )
+        try:
+            fresh = _built(type(self), self.config, "meta")
+        except Exception as error:  # a constructor may raise anything where tensors have no values
+            raise WeightsError(
+                f"{name} cannot be saved: its constructor must work on the meta device, where tensors have no values, "
+                f"but it raised {type(error).__name__}: {one_line(error)}; change it, and meanwhile save the weights "
+                "with torch.save(model.state_dict(), FILE)"
+            ) from error
+        if problem := _difference(fresh, {name: tensor.detach() for name, tensor in self.state_dict().items()}):
+            raise WeightsError(f"{name} cannot be saved as its config describes it: {problem}")
 
     def push_to_hub(self, repo: str, *, private: bool = False, dry_run: bool = False, **options: Any) -> Published:
         """Saves the model and uploads it with its card as one commit to the Hub repository `repo` ("org/name").

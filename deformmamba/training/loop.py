@@ -25,6 +25,7 @@ from deformmamba.errors import DeformMambaError, InvalidArgument, InvalidType, s
 from deformmamba.extras import require
 from deformmamba.inference.networks import evaluating, modes_kept
 from deformmamba.losses import SRLoss
+from deformmamba.models.base import SRModel
 from deformmamba.training.batches import Batches, Piece
 from deformmamba.training.folder import BEST, RunFolder, described
 from deformmamba.training.heritage import heritage
@@ -122,6 +123,7 @@ def fit(
             message lists the differences).
         InvalidType: an argument of a wrong type, or scores that are not numbers.
         MissingExtra: accelerate is not installed.
+        WeightsError: the model could not be saved, see `SRModel.check_savable`.
         NotFinite: the loss or its gradient is not finite; the message gives step and samples. The last saved state is
             kept.
     """
@@ -145,6 +147,7 @@ def fit(
     )
     accelerator = _accelerator(precision)
     folder, loss = RunFolder(out), loss or SRLoss()
+    _check_savable(model)
     # runs of earlier versions, whose settings lack this entry, decayed every parameter
     all_decay = folder.describes("fit.weight_decay") and not folder.describes("fit.undecayed")
     groups = parameter_groups(model, lr=settings.lr, weight_decay=settings.weight_decay, all_decay=all_decay)
@@ -155,9 +158,13 @@ def fit(
     state = folder.begin(run, writes=accelerator.is_main_process)
     with _random_state_kept(accelerator.device), modes_kept(model), _rates_kept(made):
         parts = accelerator, model, dataset, loss, made, settings, folder, validate, provenance or {}, progress
-        (training := _Training(*parts)).restore(state)
-        training.run(score_start=score_start and state is None)
+        _Training(*parts).restored(state).run(score_start=score_start and state is None)
     return folder.path / BEST
+
+
+def _check_savable(model: nn.Module) -> None:
+    if isinstance(model, SRModel):
+        model.check_savable()
 
 
 def _length(dataset: Any) -> int:
@@ -288,8 +295,8 @@ class _Training:
             parts["scaler"] = self.accelerator.scaler
         return parts
 
-    def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Restores a saved state, which must be the same in every process."""
+    def restored(self, state: Mapping[str, Any] | None) -> "_Training":
+        """This run, at a saved state, which must be the same in every process."""
         if state is not None:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
@@ -305,6 +312,7 @@ class _Training:
             raise InvalidArgument(
                 f"fit: not every process sees the same {self.folder.path}; it must be on a disk that all share"
             )
+        return self
 
     def save(self) -> None:
         if self.main:

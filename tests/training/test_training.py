@@ -20,12 +20,14 @@ from torch.utils.data import Dataset, TensorDataset
 
 from deformmamba.extras import MissingExtra
 from deformmamba.losses import L1Loss
+from deformmamba.models.base import SRModel
 from deformmamba.models.deform_mamba import DeformMambaSR
 from deformmamba.physics.kspace import degrade, zero_fill
 from deformmamba.training import fit
 from deformmamba.training.batches import Batches
 from deformmamba.training.optimizer import parameter_groups
 from deformmamba.training.settings import FitSettings
+from deformmamba.weights import WeightsError
 
 accelerate_state = pytest.importorskip("accelerate.state")
 
@@ -756,3 +758,36 @@ def test_weights_trained_from_a_file_inherit_what_it_states(tmp_path):
     )  # fmt: skip
     assert own.provenance["license"] == "mit"
     assert "init" not in DeformMambaSR.from_pretrained(run(tmp_path / "new", steps=1)).provenance
+
+
+def test_a_model_that_cannot_be_saved_is_refused_before_the_first_step(tmp_path):
+    class Reads(SRModel):
+        def __init__(self, *, scale: int = 2) -> None:
+            super().__init__(scale=scale)
+            self.rates = torch.linspace(0, 1, 3).tolist()
+            self.conv = nn.Conv2d(1, 4, 1)
+
+        def forward(self, lr, base=None):
+            return torch.nn.functional.pixel_shuffle(self.conv(lr), 2)
+
+    data = Counting(samples())
+    with pytest.raises(WeightsError, match=r"Reads cannot be saved: its constructor must work on the meta device"):
+        run(tmp_path / "out", model=Reads(), data=data)
+    with pytest.raises(WeightsError, match="float64"):
+        run(tmp_path / "out", model=network().double(), data=data)
+    assert data.asked == 0
+    assert not (tmp_path / "out").exists()
+
+
+class Counting(Dataset):
+    """Counts the requested samples."""
+
+    def __init__(self, inside):
+        self.inside, self.asked = inside, 0
+
+    def __len__(self):
+        return len(self.inside)
+
+    def __getitem__(self, index):
+        self.asked += 1
+        return self.inside[index]
