@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import has_torch_function
 
 from deformmamba.annotations import is_integer, is_number
 from deformmamba.errors import InvalidArgument, InvalidType, one_line, shown
@@ -151,7 +150,7 @@ def check_input(where: str, name: str, x: Any, axes: str, first: nn.Module) -> N
         InvalidType: not a tensor, or not floating point.
         InvalidArgument: another shape, device or dtype than the block's.
     """
-    if not isinstance(x, Tensor) and has_torch_function((x,)):  # a symbolic trace has no shapes
+    if is_symbol(x):
         return
     weight = getattr(first, "weight", None) if type(first) is nn.Linear else None
     weight = weight if isinstance(weight, Tensor) and weight.ndim == 2 else None
@@ -175,6 +174,12 @@ def check_input(where: str, name: str, x: Any, axes: str, first: nn.Module) -> N
         raise InvalidArgument(
             f"{where}: {name} is on {x.device}, and its weights are on {weight.device}; move one of the two"
         )
+
+
+def is_symbol(x: Any) -> bool:
+    """Whether x stands for a tensor in a trace, such as torch.fx's, and so has no shape."""
+    # not has_torch_function, which is true of anything while a default device is set
+    return not isinstance(x, Tensor) and hasattr(type(x), "__torch_function__")
 
 
 def _casts(device_type: str) -> bool:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import has_torch_function
 
 from deformmamba.errors import InvalidArgument, UnsupportedCall
 from deformmamba.mamba.arguments import (
@@ -16,6 +15,7 @@ from deformmamba.mamba.arguments import (
     check_residual,
     check_sizes,
     check_tensors,
+    is_symbol,
 )
 from deformmamba.mamba.norm import RMSNorm, layer_norm_fn
 
@@ -114,8 +114,7 @@ def add_and_normalise(
             is_rms_norm=isinstance(norm, RMSNorm),
         )  # fmt: skip
         return pair
-    traced = torch.jit.is_tracing() or (not isinstance(x, torch.Tensor) and has_torch_function((x,)))
-    if not traced:  # a trace has no shapes to compare
+    if not (torch.jit.is_tracing() or is_symbol(x)):  # a trace has no shapes to compare
         known = isinstance(norm, nn.LayerNorm | RMSNorm) and norm.weight.ndim == 1
         arguments = {"x": (x, "... d"), "residual": (residual, "?... d")}
         if known and not norm.weight.is_meta:  # offloaded weights arrive when their layer is called

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import has_torch_function
 
 from deformmamba.annotations import check_types
 from deformmamba.atomic import renamed
 from deformmamba.errors import InvalidArgument, InvalidType, UnsupportedCall, did_you_mean, one_line, shown
-from deformmamba.mamba.arguments import check_not_negative, check_parameters, check_sizes, check_tensors
+from deformmamba.mamba.arguments import check_not_negative, check_parameters, check_sizes, check_tensors, is_symbol
 from deformmamba.mamba.blocks import Block, GatedMLP, add_and_normalise
 from deformmamba.mamba.generation import GenerationMixin
 from deformmamba.mamba.modules import Mamba, Mamba2
@@ -214,7 +213,7 @@ class MixerModel(nn.Module):
 
     def _check_tokens(self, tokens: torch.Tensor) -> None:
         """Refuses other tokens than (b, l) numbers of the vocabulary. The numbers are read on a CPU only."""
-        if not isinstance(tokens, torch.Tensor) and has_torch_function((tokens,)):  # a symbolic trace has no shapes
+        if is_symbol(tokens):
             return
         check_tensors(input_ids=(tokens, "int:b l"))
         if tokens.dtype not in (torch.int32, torch.int64):

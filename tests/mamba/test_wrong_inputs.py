@@ -52,6 +52,8 @@ def test_the_input_of_a_block(name: str) -> None:
     where = f"^{name}: "
     refused(lambda: block(x[..., :15]), where + r"\w+ must have shape \(.*16\), got \(2, 8, 15\)")
     refused(lambda: block(None), where + r"\w+ must be a tensor, \(.*16\), got None")
+    with torch.device("cpu"):  # PyTorch then asks each call whether the device applies
+        refused(lambda: block(None), where + r"\w+ must be a tensor")
     refused(lambda: block(x.long()), where + r"\w+ must be floating point, got torch.int64; convert it")
     refused(lambda: block(x.bfloat16()), where + r"\w+ is torch.bfloat16, and its weights are torch.float32; convert")
     refused(lambda: block(x.to("meta")), where + r"\w+ is on meta, and its weights are on cpu; move one")

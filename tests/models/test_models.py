@@ -507,7 +507,7 @@ def test_loading_does_not_depend_on_the_default_device(tmp_path: Path) -> None:
     try:
         loaded = Toy.from_pretrained(tmp_path / "toy")
     finally:
-        torch.set_default_device("cpu")
+        torch.set_default_device(None)
     assert {x.device.type for x in (*loaded.parameters(), *loaded.buffers())} == {"cpu"}
     assert torch.equal(loaded.window, torch.hann_window(8))  # type: ignore[arg-type]
 
