@@ -26,7 +26,7 @@ from deformmamba.annotations import is_integer, is_number, is_one_of
 from deformmamba.deform import modulated_deform_conv2d
 from deformmamba.errors import InvalidArgument, InvalidType, shown
 from deformmamba.scan import Discretization, check_backend, scan_checked_map
-from deformmamba.tensors import overridable, refuse_tracing, without_autocast
+from deformmamba.tensors import in_autocast, overridable, refuse_tracing, without_autocast
 from deformmamba.torch_private import NotScriptable
 
 Device = torch.device | str | int | None
@@ -95,12 +95,7 @@ def check_map(
         raise InvalidArgument(
             f"{type(block).__name__}: given {given}; wanted floating point (b, {channels}, h, w), {sizes}"
         )
-    if (
-        weight is not None
-        and x.dtype != weight.dtype
-        and weight.is_floating_point()
-        and not (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type))
-    ):
+    if weight is not None and x.dtype != weight.dtype and weight.is_floating_point() and not in_autocast(x.device.type):
         raise InvalidArgument(
             f"{type(block).__name__}: given {x.dtype}, and its weights are {weight.dtype}; convert one of the two "
             "(x.to(...) or block.to(...)), or use torch.autocast"
@@ -657,7 +652,7 @@ def _patch_convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     2.13 and 2.14), so bfloat16 is computed as a matrix product there.
     """
     patch, on = weight.shape[-1], x.device.type
-    autocast = torch.amp.is_autocast_available(on) and torch.is_autocast_enabled(on)
+    autocast = in_autocast(on)
     if on == "cpu" and torch.bfloat16 == (torch.get_autocast_dtype(on) if autocast else x.dtype):
         return _first(F.linear(_last(F.pixel_unshuffle(x, patch)), weight.flatten(1), bias))
     return F.conv2d(x, weight, bias, stride=patch)

@@ -122,9 +122,14 @@ def _nearest_device(name: str, known: set[str]) -> str:
     return ""
 
 
+def in_autocast(device_type: str) -> bool:
+    """Whether autocast is on; some devices, such as meta, have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast off in the block, on devices that have one (the meta device has none)."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    """Autocast off in the block."""
+    if in_autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

@@ -6,7 +6,6 @@ from typing import Any
 from deformmamba.cli.arguments import (
     add_command,
     add_reading,
-    check_not_input,
     output_for,
     positive,
     reading,
@@ -50,7 +49,6 @@ def _degrade(args: argparse.Namespace) -> None:
             f"--scale {args.scale}, but --kind {args.kind!r} shrinks by {degradation.scale}; give one factor for both"
         )
     args.output = output_for(args, "degraded")
-    check_not_input(args.output, args.input)
     volume, coarse = degrade_file(
         args.input,
         args.output,

@@ -21,7 +21,7 @@ from torch import Tensor
 from deformmamba.deform.gather import gather
 from deformmamba.deform.sampling import grid_sample
 from deformmamba.errors import InvalidArgument, InvalidType, shown
-from deformmamba.tensors import overridable, refuse_tracing, without_autocast
+from deformmamba.tensors import in_autocast, overridable, refuse_tracing, without_autocast
 from deformmamba.torch_private import constant_when_compiled, differentiates_by_transform
 
 IMPLEMENTATIONS = ("cpu", "torchvision", "gather")
@@ -89,7 +89,7 @@ def modulated_deform_conv2d(
         None if bias is None else bias.to(dtype),
         tuple(n for pair in pairs for n in pair),
     )
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    if in_autocast(x.device.type):
         with without_autocast(x.device.type):
             out = run(*args)
         out = out if dtype == torch.float64 else out.to(torch.get_autocast_dtype(x.device.type))

@@ -47,6 +47,7 @@ from deformmamba.volume import (
     read_volumes,
     writing,
 )
+from deformmamba.volume.files import warn_of
 from deformmamba.volume.inspection import measured_matrix, spacing_remark
 
 if TYPE_CHECKING:
@@ -223,8 +224,7 @@ def _of_more_volumes(volumes: Iterable[Volume], model: "SRModel") -> tuple[tuple
         if number > 0 and len(said) > most:
             found += [f"volume {number}: {caution}" for caution in said]
         most = max(most, len(said))
-    for caution in found:
-        warnings.warn(caution, stacklevel=4)  # the caller of `upscale_file`
+    warn_of(found)
     return tuple(f"volume {number}: {note}" for note, number in notes.items() if number > 0), tuple(found)
 
 

@@ -1,7 +1,6 @@
 """Converts the inputs of `upscale` to a `Volume`, and its result back to an object of the same kind."""
 
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ from deformmamba.errors import InvalidType, counted, one_line
 from deformmamba.inference.settings import Settings
 from deformmamba.tensors import has_values
 from deformmamba.volume import Volume, VolumeError, from_nibabel, read_volume, to_nibabel
+from deformmamba.volume.files import warn_of
 from deformmamba.volume.inspection import ends, no_magnitude
 
 # Converts (geometry and header of the result, its voxels) to an object of the same kind as the input.
@@ -159,7 +159,7 @@ def rounding_notes(array: np.ndarray, dtype: str | None) -> tuple[str, ...]:
         f"the values lie between {lowest:.4g} and {highest:.4g}, and {dtype} rounds the result to whole numbers: it is "
         "coarse; use float32, or scale the scan first"
     )
-    warnings.warn(note, stacklevel=4)  # the caller of `upscale_file` or `isotropic_file`
+    warn_of([note])
     return (note,)
 
 

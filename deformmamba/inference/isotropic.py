@@ -17,7 +17,6 @@ Source: Zhao et al., SMORE, IEEE TMI 40 (2021); Remedios et al., ECLARE, arXiv 2
 import copy
 import os
 import time
-import warnings
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,6 +39,7 @@ from deformmamba.physics.consistency import Consistency, check_consistency
 from deformmamba.physics.slice_profile import SliceProfile, along
 from deformmamba.tensors import check_device, on_cpu_by_default, with_full_precision
 from deformmamba.volume import Volume, VolumeError, read_volume
+from deformmamba.volume.files import warn_of
 from deformmamba.volume.inspection import is_far, trained_spacings
 from deformmamba.weights.cards import pixel_range
 
@@ -212,8 +212,7 @@ def isotropic(
         cautions=_cautions(None if chosen is None else network, job),
         notes=(*job.place.notes, *notes),
     )
-    for note in notes:
-        warnings.warn(note, stacklevel=4)  # the caller of `isotropic`
+    warn_of(notes)
     return back(replace(job.place, notes=report.notes), out), report
 
 
@@ -235,8 +234,7 @@ def _cautions(network: "SRModel | None", job: Stack) -> tuple[str, ...]:
     `network`: None for the spline. They are also given as warnings.
     """
     cautions = [*intensity_cautions(job.place.array, signed=True), *(_far(network, job) if network else [])]
-    for caution in cautions:
-        warnings.warn(caution, stacklevel=5)  # the caller of `isotropic`
+    warn_of(cautions)
     return tuple(cautions)
 
 

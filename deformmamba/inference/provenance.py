@@ -17,7 +17,7 @@ from deformmamba.inference.settings import Settings
 from deformmamba.volume import MGH_SUFFIXES, NIFTI_SUFFIXES, PathLike, write_text
 from deformmamba.volume.dicom import OTHER_MODALITIES
 from deformmamba.volume.files import suffix
-from deformmamba.volume.selection import PRODUCER, is_generated, is_sidecar_of, read_json
+from deformmamba.volume.selection import PRODUCER, is_generated, is_sidecar_of, read_json, sidecar_of
 from deformmamba.weights import WeightsError, load_checkpoint, manifest
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def write_sidecar(
     path = Path(target)
     if suffix(path) not in (*NIFTI_SUFFIXES, *MGH_SUFFIXES):
         return  # DICOM stores this in its own elements
-    beside = path.with_name(path.name[: -len(suffix(path))] + ".json")
+    beside = sidecar_of(path)
     if (reason := _kept(beside, path)) is not None:
         warnings.warn(f"{beside}: {reason} and stays; nothing is written to it", stacklevel=4)
         return

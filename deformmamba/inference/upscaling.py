@@ -1,6 +1,5 @@
 """Upscales volumes and slices in memory: normalise, run the model, data consistency, restore units, set the affine."""
 
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +29,7 @@ from deformmamba.physics.consistency import Consistency, corrected
 from deformmamba.physics.edges import cubic, lowest_without, outliers
 from deformmamba.tensors import check_device, on_cpu_by_default
 from deformmamba.volume import PathLike, Volume, VolumeError, chosen_axis, in_plane, intensity_scale, normalise, restore
+from deformmamba.volume.files import warn_of
 from deformmamba.volume.inspection import is_far, trained_spacings
 from deformmamba.weights.cards import pixel_range
 
@@ -180,8 +180,7 @@ class Upscaling:
         overlap = None if settings.tile is None else _checked_overlap(found, settings.tile, settings.overlap)
         _check_slices(found, volume, axis)
         self.cautions = _cautions(found, volume, axis) if judge else ()
-        for caution in self.cautions:
-            warnings.warn(caution, stacklevel=4)  # the caller of `upscale`
+        warn_of(self.cautions)
         self.axis = axis
         i, j, k = (n if a == axis else n * found.scale for a, n in enumerate(volume.array.shape))
         self.shape = i, j, k

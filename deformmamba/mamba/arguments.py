@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deformmamba.annotations import is_integer, is_number
 from deformmamba.errors import InvalidArgument, InvalidType, one_line, shown
-from deformmamba.tensors import has_values
+from deformmamba.tensors import has_values, in_autocast
 
 
 def check_tensors(sizes: dict[str, int] | None = None, /, **arguments: tuple[Any, str]) -> dict[str, int]:
@@ -165,7 +165,7 @@ def check_input(where: str, name: str, x: Any, axes: str, first: nn.Module) -> N
         raise InvalidArgument(f"{where}: {name} must have shape {_before(axes, channels)}, got {tuple(x.shape)}{hint}")
     if weight is None:
         return
-    if x.dtype != weight.dtype and weight.is_floating_point() and not _casts(x.device.type):
+    if x.dtype != weight.dtype and weight.is_floating_point() and not in_autocast(x.device.type):
         raise InvalidArgument(
             f"{where}: {name} is {x.dtype}, and its weights are {weight.dtype}; convert one of the two ({name}.to(...) "
             "or block.to(...)), or use torch.autocast"
@@ -180,11 +180,6 @@ def is_symbol(x: Any) -> bool:
     """Whether x stands for a tensor in a trace, such as torch.fx's, and so has no shape."""
     # not has_torch_function, which is true of anything while a default device is set
     return not isinstance(x, Tensor) and hasattr(type(x), "__torch_function__")
-
-
-def _casts(device_type: str) -> bool:
-    """Whether autocast is on; the meta device has none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def check_residual(x: Tensor, residual: Tensor | None) -> None:

@@ -19,7 +19,7 @@ from deformmamba.annotations import check_types, described, fits, is_integer
 from deformmamba.errors import InvalidArgument, InvalidType, one_line, shown
 from deformmamba.physics.consistency import Consistency, stored_consistency
 from deformmamba.physics.kspace import Grid, zero_fill
-from deformmamba.tensors import check_device, has_values
+from deformmamba.tensors import check_device, has_values, in_autocast
 from deformmamba.torch_private import limited_registration
 from deformmamba.weights import Published, load_checkpoint, publish
 from deformmamba.weights.cards import pixel_range
@@ -240,9 +240,6 @@ class SRModel(nn.Module):
             raise WeightsError(f"provenance must be a dictionary, not a {type(provenance).__name__}")
         self.check_savable()
         tensors = {name: tensor.detach() for name, tensor in self.state_dict().items()}
-        broken = [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
-        if broken:
-            raise WeightsError(f"{type(self).__name__} cannot be saved: {broken[0]!r} holds NaN or infinity")
         return write_checkpoint(
             path,
             class_name=type(self).__name__,
@@ -432,8 +429,7 @@ class SRModel(nn.Module):
         computed = torch.promote_types(lr.dtype, torch.float32) if self.any_intensity else lr.dtype
         if weights in (computed, lr.dtype):
             return
-        autocast = torch.amp.is_autocast_available(lr.device.type) and torch.is_autocast_enabled(lr.device.type)
-        if autocast and torch.float64 not in (weights, lr.dtype):
+        if in_autocast(lr.device.type) and torch.float64 not in (weights, lr.dtype):
             return
         raise InvalidType(
             f"{name}: the image is {given} and the weights are {own}; convert it first: lr.to(model.dtype)"

@@ -126,7 +126,7 @@ def not_a_scan(path: PathLike) -> str:
         return f'a mask or label image (the name ends in "{last}")'
     if last in _PHASE_NAMES or "_part-phase" in stem:
         return "a phase image (by its name)"
-    found = read_json(path.with_name(stem + ".json"))
+    found = read_json(sidecar_of(path))
     sidecar = found if isinstance(found, dict) else {}
     if is_sidecar_of(sidecar, path) and not _is_degraded(sidecar):
         return f"{OWN_OUTPUT} (by the JSON file beside it)"
@@ -156,6 +156,12 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def sidecar_of(path: PathLike) -> Path:
+    """The path of the JSON file beside a NIfTI or MGH file: scan.json for scan.nii.gz."""
+    path = Path(path)
+    return path.with_name(path.name[: -len(suffix(path))] + ".json")
+
+
 def is_generated(facts: Any) -> bool:
     """Whether this package wrote `facts`, the content of a JSON file beside an output."""
     producers = facts.get("GeneratedBy") if isinstance(facts, dict) else None
@@ -183,7 +189,7 @@ def remove_sidecar(path: PathLike) -> None:
     """Removes the JSON file of a former output of this package at `path`, which describes the new file wrongly."""
     path = Path(path)
     if suffix(path) in (*NIFTI_SUFFIXES, *MGH_SUFFIXES):
-        beside = path.with_name(path.name[: -len(suffix(path))] + ".json")
+        beside = sidecar_of(path)
         if is_sidecar_of(read_json(beside), path):
             beside.unlink(missing_ok=True)
 

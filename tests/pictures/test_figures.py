@@ -24,20 +24,6 @@ def picture(n: int = 24, m: int = 32) -> np.ndarray:
     return image
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The saved figures, still open."""
-    kept: list[Any] = []
-    save = figures.save
-
-    def keep(figure: Any, path: Path, title: str, note: str = "") -> None:
-        save(figure, path, title, note)
-        kept.append(figure)
-
-    monkeypatch.setattr(figures, "save", keep)
-    return kept
-
-
 @pytest.mark.parametrize("order", AXES)
 @pytest.mark.parametrize("signs", [(1, 1, 1), (-1, 1, 1), (1, -1, -1), (-1, -1, -1)])
 @pytest.mark.parametrize("tilt", [0.0, 0.4])

@@ -13,20 +13,6 @@ from deformmamba.pictures.sections import section_figure
 from deformmamba.volume import Volume, VolumeError
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The saved figures, still open."""
-    kept: list[Any] = []
-    save = sections.save
-
-    def keep(figure: Any, path: Path, title: str, note: str = "") -> None:
-        save(figure, path, title, note)
-        kept.append(figure)
-
-    monkeypatch.setattr(sections, "save", keep)
-    return kept
-
-
 def scans(affine: np.ndarray | None = None, shift: float = 0.0) -> dict[str, Volume]:
     """6 slices of 4 mm across the last axis, and the same made 24 slices of 1 mm, the first centre `shift` mm later.
 
