@@ -117,7 +117,7 @@ def device_here(name: str) -> str:
 
 def check_target(output: str, source: str, *, dtype: str | None = None, figure: bool = False) -> None:
     """Refuses, before anything is computed, a figure or a scan (no DICOM) that cannot be written."""
-    from deformmamba.volume import check_output
+    from deformmamba.volume import VolumeError, check_output
 
     if figure:
         from deformmamba.pictures.figures import SUFFIXES
@@ -125,12 +125,6 @@ def check_target(output: str, source: str, *, dtype: str | None = None, figure: 
         check_output(output, SUFFIXES)
     else:
         check_output(output, dtype=dtype)
-    check_not_input(output, source)
-
-
-def check_not_input(output: str, source: str) -> None:
-    from deformmamba.volume import VolumeError
-
     if os.path.exists(output) and os.path.exists(source) and os.path.samefile(output, source):
         raise VolumeError(f"{output}: the output is the input file; choose another output name")
 

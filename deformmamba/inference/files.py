@@ -180,11 +180,11 @@ def upscale_file(
 
 def check_paths(source: PathLike, target: PathLike, uncertainty: PathLike | None, report: PathLike | None) -> None:
     """Raises VolumeError where two of the files are the same one, or the report cannot be written."""
-    named = [path for path in (source, target, uncertainty, report) if path is not None]
-    if len({os.path.realpath(path) for path in named}) < len(named):
-        raise VolumeError(
-            f"{target}: the output is the input file, or two outputs have the same name; nothing was written"
-        )
+    scan, *outputs = (os.path.realpath(path) for path in (source, target, uncertainty, report) if path is not None)
+    if scan in outputs:
+        raise VolumeError(f"{source}: the output is the input file; choose another output name; nothing was written")
+    if len(set(outputs)) < len(outputs):
+        raise VolumeError(f"{target}: two outputs have the same name; choose other names; nothing was written")
     if report is not None:
         check_output(report, REPORT_SUFFIXES)
 
