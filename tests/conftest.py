@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -14,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-from deformmamba.extras import MissingExtra
+from skipping import skipped_without_extra
 
 
 def pytest_configure() -> None:
@@ -41,19 +39,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("long") or item.get_closest_marker("portable"):
             item.add_marker("slow")
-
-
-@contextmanager
-def skipped_without_extra() -> Iterator[None]:
-    """Skips if an optional package is not installed. If it is installed but cannot be imported, the test fails."""
-    try:
-        yield
-    except MissingExtra as missing:
-        cause = missing.__context__
-        absent = cause.name if isinstance(cause, ModuleNotFoundError) else None
-        if absent and importlib.util.find_spec(absent.partition(".")[0]) is None:
-            pytest.skip(str(missing))
-        raise
 
 
 @pytest.hookimpl(wrapper=True)

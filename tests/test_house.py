@@ -142,6 +142,16 @@ def test_what_the_command_parses_stays_in_the_command() -> None:
     assert found == {"cli"}
 
 
+def test_modules_of_the_tests_are_found_by_one_name() -> None:
+    """Folders of tests are no packages, so two files of one name are one module: the one that was imported first."""
+    files = [path for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py"]
+    names = [path.stem for path in files]
+    assert sorted(names) == sorted(set(names))
+    for path in files:
+        used = {name.split(".")[0] for name, _ in imports(path)}
+        assert "conftest" not in used, f"{path} imports from a conftest.py, and there are several"
+
+
 def test_private_parts_of_pytorch_stand_in_one_file() -> None:
     """`torch_private` documents why each is needed, and a test fails when a release of PyTorch breaks it."""
     for path in FILES:

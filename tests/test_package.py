@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
-from conftest import skipped_without_extra
+from skipping import skipped_without_extra
 
 import deformmamba
 from deformmamba.extras import MissingExtra, require

@@ -376,13 +376,16 @@ class SRModel(nn.Module):
             return {}
         return {"base": zero_fill(lr.to(torch.promote_types(lr.dtype, torch.float32)), self.scale)}
 
-    def check_lr(self, lr: torch.Tensor) -> None:
-        """Checks the input of `forward`, and in eval mode warns if a network gets images far from [0, 1].
+    def check_lr(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> None:
+        """Checks the arguments of `forward`, and in eval mode warns if a network gets images far from [0, 1].
+
+        `base`: None, or the part of an image of the whole slice that matches `lr`: (b, c, scale * h, scale * w).
 
         Raises:
             TypeError: not a floating-point tensor, a dtype that does not go with that of the weights, or weights in a
                 half precision that the model does not support.
-            ValueError: not (b, c, h, w), empty, another channel count, or smaller than `minimum_size`.
+            ValueError: `lr` is not (b, c, h, w), empty, of another channel count, or smaller than `minimum_size`; or
+                `base` has another shape.
         """
         name = type(self).__name__
         if not isinstance(lr, torch.Tensor) or not lr.is_floating_point():
@@ -399,6 +402,8 @@ class SRModel(nn.Module):
                 f"{name}: the image is {lr.shape[-2]}x{lr.shape[-1]}; wanted at least "
                 f"{self.minimum_size}x{self.minimum_size}; pad it and crop the result"
             )
+        b, c, h, w = lr.shape
+        check_part(name, "base", base, (b, c, self.scale * h, self.scale * w))
         self._check_precision(lr)
         linear = next(self.parameters(), None) is None  # interpolation takes any unit
         if self.training or self.any_intensity or linear or not has_values(lr):
@@ -434,6 +439,22 @@ class SRModel(nn.Module):
         raise InvalidType(
             f"{name}: the image is {given} and the weights are {own}; convert it first: lr.to(model.dtype)"
         )
+
+
+def check_part(name: str, argument: str, value: object, shape: Sequence[int]) -> None:
+    """Checks that `value`, given to the model `name` as `argument`, is None or a real floating-point tensor of `shape`.
+
+    Raises:
+        InvalidType, InvalidArgument: it is neither.
+    """
+    if value is None:
+        return
+    if not isinstance(value, torch.Tensor):
+        raise InvalidType(f"{name}: {argument} must be a tensor of shape {tuple(shape)}, not {shown(value)}")
+    if not value.is_floating_point():
+        raise InvalidType(f"{name}: {argument} is {value.dtype}; wanted a real floating-point tensor")
+    if value.shape != tuple(shape):
+        raise InvalidArgument(f"{name}: {argument} is {tuple(value.shape)}; wanted {tuple(shape)}")
 
 
 def check_scale_of_shuffles(model: SRModel) -> None:

@@ -24,9 +24,9 @@ from deformmamba.layers import (
     exempt_from_weight_decay,
     start_as_identity,
 )
-from deformmamba.models.base import SRModel, crop, pad_to_multiple
+from deformmamba.models.base import SRModel, check_part, crop, pad_to_multiple
 from deformmamba.models.normalise import NORMALISATIONS, keep_constant, normalised, slice_range
-from deformmamba.models.skip import SKIPS, add_base, base_image, check_base, start_at_zero
+from deformmamba.models.skip import SKIPS, add_base, base_image, start_at_zero
 from deformmamba.physics.edges import outliers
 from deformmamba.torch_private import transforms_are_active
 
@@ -209,11 +209,11 @@ class DeformMambaSR(Block, SRModel):
         Raises:
             InvalidType, InvalidArgument: an argument that is not as above.
         """
-        self.check_lr(lr)
-        self._check_whole_slice(lr, base, norm)
+        self.check_lr(lr, base)
+        check_part("DeformMambaSR", "norm", norm, (*lr.shape[:2], 2))
         if self.normalise is None:
             sr = self._network(lr)
-            return add_base("DeformMambaSR", sr, lr, base, self.scale, self.skip) if self.skip else sr.contiguous()
+            return add_base(sr, lr, base, self.scale, self.skip) if self.skip else sr.contiguous()
         exact = lr.to(torch.promote_types(lr.dtype, torch.float32))
         norm = slice_range(exact) if norm is None else norm.to(exact)
         centre, spread = norm[..., 0, None, None], norm[..., 1, None, None]
@@ -221,7 +221,7 @@ class DeformMambaSR(Block, SRModel):
         residual = self._network(normalised(rest, centre, spread)).to(exact.dtype) * spread
         if self.skip:
             centred = None if base is None else base.to(exact) - centre
-            sr = add_base("DeformMambaSR", residual, exact - centre, centred, self.scale, self.skip) + centre
+            sr = add_base(residual, exact - centre, centred, self.scale, self.skip) + centre
         else:
             sr = residual + centre
         return keep_constant(sr, exact, self.scale).to(lr.dtype).contiguous()
@@ -231,12 +231,6 @@ class DeformMambaSR(Block, SRModel):
         exact = lr.to(torch.promote_types(lr.dtype, torch.float32))
         arguments = {"base": base_image(exact, self.scale, self.skip or "zero-fill")}
         return arguments if self.normalise is None else {**arguments, "norm": slice_range(exact)}
-
-    def _check_whole_slice(self, lr: torch.Tensor, base: Any, norm: Any) -> None:
-        """Raises where `base` or `norm` does not go with `lr`."""
-        b, c, h, w = lr.shape
-        check_base("DeformMambaSR", base, (b, c, self.scale * h, self.scale * w))
-        check_base("DeformMambaSR", norm, (b, c, 2), argument="norm")
 
     def _network(self, lr: torch.Tensor) -> torch.Tensor:
         """The network alone, without normalisation and skip."""

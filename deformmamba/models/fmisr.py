@@ -61,9 +61,9 @@ class FMISR(SRModel):
 
     def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
         """The SR image of `lr` (b, 1, h, w), values about [0, 1]; `base`: see `DeformMambaSR`."""
-        self.check_lr(lr)
+        self.check_lr(lr, base)
         x = lr
         for layer in self.hidden:
             x = layer(x)
         sr = F.pixel_shuffle(self.subpixel(x), self.scale)
-        return add_base("FMISR", sr, lr, base, self.scale, self.skip)
+        return add_base(sr, lr, base, self.scale, self.skip)

@@ -9,7 +9,6 @@ import torch
 
 from deformmamba.errors import InvalidArgument, shown
 from deformmamba.models.base import SRModel
-from deformmamba.models.skip import check_base
 from deformmamba.physics.edges import cubic_matrix
 from deformmamba.physics.kspace import Grid, zero_fill
 from deformmamba.physics.slice_profile import spline_matrix
@@ -25,9 +24,7 @@ class ZeroFill(SRModel):
     def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
         """(b, c, h, w) to (b, c, scale * h, scale * w). `base` is the tile's cut of the zero-filled whole slice. If it
         is given, it is returned: k-space is global, and zero-filling a tile would wrap around at its edges."""
-        self.check_lr(lr)
-        b, c, h, w = lr.shape
-        check_base("ZeroFill", base, (b, c, self.scale * h, self.scale * w))
+        self.check_lr(lr, base)
         return zero_fill(lr, self.scale) if base is None else base
 
 
@@ -49,10 +46,8 @@ class _Separable(SRModel):
 
     def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
         """(b, c, h, w) to (b, c, scale * h, scale * w); `base` is checked and not used."""
-        self.check_lr(lr)
-        sr = self.enlarge(lr)
-        check_base(type(self).__name__, base, sr.shape)
-        return sr
+        self.check_lr(lr, base)
+        return self.enlarge(lr)
 
     def enlarge(self, lr: torch.Tensor) -> torch.Tensor:
         """`forward` without its checks, for a network that starts from the interpolated image."""

@@ -3,12 +3,10 @@
 None of the papers uses such a skip. To compare networks after a short training, use it for all of them or for none.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
-from deformmamba.errors import InvalidArgument, InvalidType, shown
+from deformmamba.errors import InvalidArgument, shown
 from deformmamba.physics.edges import zero_fill_edges, zero_fill_robust
 from deformmamba.physics.kspace import Grid, zero_fill
 
@@ -41,35 +39,13 @@ def base_image(lr: torch.Tensor, scale: int, skip: str) -> torch.Tensor:
     return BASES[skip](lr, scale) if scale > 1 else lr
 
 
-def check_base(name: str, base: object, shape: Sequence[int], *, argument: str = "base") -> None:
-    """Checks that `base`, given to the model `name`, is None or a real floating-point tensor of `shape`.
-
-    `argument`: the name of the argument in messages.
-
-    Raises:
-        InvalidType, InvalidArgument: it is neither.
-    """
-    if base is None:
-        return
-    if not isinstance(base, torch.Tensor):
-        raise InvalidType(f"{name}: {argument} must be a tensor of shape {tuple(shape)}, not {shown(base)}")
-    if not base.is_floating_point():
-        raise InvalidType(f"{name}: {argument} is {base.dtype}; wanted a real floating-point tensor")
-    if base.shape != tuple(shape):
-        raise InvalidArgument(f"{name}: {argument} is {tuple(base.shape)}; wanted {tuple(shape)}")
-
-
 def add_base(
-    name: str, sr: torch.Tensor, lr: torch.Tensor, base: torch.Tensor | None, scale: int, skip: str | None
+    sr: torch.Tensor, lr: torch.Tensor, base: torch.Tensor | None, scale: int, skip: str | None
 ) -> torch.Tensor:
     """`sr` plus `base`, the part of the whole slice's `base_image` at the position of `lr`; with no skip, `sr`.
 
     `base` None: `lr` is the whole slice.
-
-    Raises:
-        InvalidType, InvalidArgument: `base` is not a real floating-point tensor of the shape of `sr`.
     """
-    check_base(name, base, sr.shape)
     if skip is None:
         return sr
     if base is None:

@@ -9,7 +9,6 @@ from torch import nn
 from deformmamba.errors import InvalidArgument
 from deformmamba.models.base import SRModel
 from deformmamba.models.interpolation import Bicubic
-from deformmamba.models.skip import check_base
 from deformmamba.physics.kspace import Grid
 
 
@@ -56,9 +55,8 @@ class SRCNN(SRModel):
 
     def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
         """The SR image of `lr` (b, 1, h, w), values about [0, 1]; `base` is checked and not used."""
-        self.check_lr(lr)
+        self.check_lr(lr, base)
         interpolated = self.interpolate.enlarge(lr)
-        check_base("SRCNN", base, interpolated.shape)
         x = torch.relu(self.extract(interpolated))
         return self.reconstruct(torch.relu(self.map(x)))
 

@@ -75,7 +75,7 @@ class T2Net(SRModel):
 
     def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
         """The SR image of `lr` (b, in_channels, h, w), values about [0, 1]; `base`: see `DeformMambaSR`."""
-        self.check_lr(lr)
+        self.check_lr(lr, base)
         sharp = first = self.sharp_head(lr)
         clean = self.clean_head(lr)
         for sharpen, denoise, fuse in zip(self.sharp, self.clean, self.fuse, strict=True):
@@ -83,7 +83,7 @@ class T2Net(SRModel):
             relevance, found = task_attention(sharp, clean)
             sharp = sharp + relevance * fuse(torch.cat([sharp, found], dim=1))
         sr = self.upsample(sharp + first)
-        return add_base("T2Net", sr, lr, base, self.scale, self.skip)
+        return add_base(sr, lr, base, self.scale, self.skip)
 
 
 def task_attention(query: torch.Tensor, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

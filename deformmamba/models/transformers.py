@@ -50,10 +50,10 @@ class _Windowed(SRModel):
 
     def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
         """The SR image of `lr` (b, in_channels, h, w), values about [0, 1]; `base`: see `DeformMambaSR`."""
-        self.check_lr(lr)
+        self.check_lr(lr, base)
         padded, (h, w) = pad_to_multiple(lr, self.multiple)
         sr = crop(self.network(padded), self.scale * h, self.scale * w).contiguous()
-        return add_base(type(self).__name__, sr, lr, base, self.scale, self.skip)
+        return add_base(sr, lr, base, self.scale, self.skip)
 
 
 class SwinIR(_Windowed):

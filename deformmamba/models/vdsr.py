@@ -8,7 +8,6 @@ from torch import nn
 from deformmamba.errors import InvalidArgument
 from deformmamba.models.base import SRModel
 from deformmamba.models.interpolation import Bicubic
-from deformmamba.models.skip import check_base
 from deformmamba.models.srcnn import convolution
 from deformmamba.physics.kspace import Grid
 
@@ -51,9 +50,8 @@ class VDSR(SRModel):
 
     def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
         """The SR image of `lr` (b, 1, h, w), values about [0, 1]; `base` is checked and not used."""
-        self.check_lr(lr)
+        self.check_lr(lr, base)
         interpolated = self.interpolate.enlarge(lr)
-        check_base("VDSR", base, interpolated.shape)
         x = interpolated
         for layer in self.convolutions[:-1]:
             x = torch.relu(layer(x))

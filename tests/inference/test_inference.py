@@ -59,7 +59,7 @@ class Wobble(SRModel):
         self.seen: list[tuple[tuple[int, ...], bool, float]] = []
 
     def forward(self, lr: torch.Tensor, base: torch.Tensor | None = None) -> torch.Tensor:
-        self.check_lr(lr)
+        self.check_lr(lr, base)
         self.seen.append((tuple(lr.shape), self.training, float(lr.max())))
         sr = ZeroFill(scale=self.scale)(lr)
         y, x = torch.meshgrid(torch.arange(sr.shape[-2]), torch.arange(sr.shape[-1]), indexing="ij")
