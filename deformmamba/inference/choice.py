@@ -1,6 +1,5 @@
 """Ranks the published weights for a scan by pixel size, contrast and anatomy, as far as these are known."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ import numpy as np
 from deformmamba.annotations import check_types
 from deformmamba.volume import PathLike, Volume, in_plane
 from deformmamba.volume.dicom import DicomSeries
-from deformmamba.volume.files import suffix
+from deformmamba.volume.files import stem
+from deformmamba.volume.selection import read_json, sidecar_of
 from deformmamba.weights import list_weights
 from deformmamba.weights.cards import pixel_range
 
@@ -111,12 +111,6 @@ def _words(volume: Volume, path: PathLike | None) -> Iterator[str]:
             yield re.sub(r"[_\-.]", " ", str(dataset.get(name) or ""))
     if path is None:
         return
-    name = Path(path).name
-    stem = name[: -len(suffix(Path(path)))] if suffix(Path(path)) else name
-    yield re.sub(r"[_\-.]", " ", stem)
-    try:
-        beside = json.loads(Path(path).with_name(stem + ".json").read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return
-    if isinstance(beside, dict):
+    yield re.sub(r"[_\-.]", " ", stem(Path(path)))
+    if isinstance(beside := read_json(sidecar_of(path)), dict):
         yield from (re.sub(r"[_\-.]", " ", str(beside.get(key) or "")) for key in ("BodyPartExamined", "ProtocolName"))

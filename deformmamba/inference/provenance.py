@@ -151,10 +151,7 @@ def json_text(facts: Mapping[str, Any]) -> str:
 
 def skull_stripped(source: PathLike) -> bool:
     """Whether the JSON file beside a scan states that it is skull-stripped; BIDS requires this for derivatives."""
-    path = Path(os.path.abspath(source))  # "." has no name
-    ending = suffix(path)
-    stem = path.name[: -len(ending)] if ending else path.name
-    facts = read_json(path.with_name(f"{stem}.json"))
+    facts = read_json(sidecar_of(os.path.abspath(source)))  # "." has no name
     return isinstance(facts, dict) and bool(facts.get("SkullStripped", False))
 
 

@@ -141,6 +141,11 @@ def suffix(path: Path) -> str:
     return ".nii.gz" if name.endswith(".nii.gz") else path.suffix.lower()
 
 
+def stem(path: Path) -> str:
+    """The name of a file or folder without its `suffix`."""
+    return path.name[: len(path.name) - len(suffix(path))]
+
+
 class ChoiceNeeded(VolumeError):
     """A file or folder holds several volumes, series or stacks, and one must be chosen.
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from deformmamba.volume import dicom
-from deformmamba.volume.files import MGH_SUFFIXES, NIFTI_SUFFIXES, PathLike, silenced, suffix
+from deformmamba.volume.files import MGH_SUFFIXES, NIFTI_SUFFIXES, PathLike, silenced, stem, suffix
 from deformmamba.volume.image import Volume
 
 # the first word of NIfTI's `descrip` and of DICOM's DerivationDescription in an output of `upscale`
@@ -120,11 +120,11 @@ def not_a_scan(path: PathLike) -> str:
         with silenced():
             dataset = dicom.image_header(path)
         return "" if dataset is None else _dicom_reason(dataset)
-    stem = path.name[: -len(suffix(path))]
-    last = re.split(r"[_\-. ]", stem)[-1].lower()
+    name = stem(path)
+    last = re.split(r"[_\-. ]", name)[-1].lower()
     if last in _LABEL_NAMES:
         return f'a mask or label image (the name ends in "{last}")'
-    if last in _PHASE_NAMES or "_part-phase" in stem:
+    if last in _PHASE_NAMES or "_part-phase" in name:
         return "a phase image (by its name)"
     found = read_json(sidecar_of(path))
     sidecar = found if isinstance(found, dict) else {}
@@ -157,9 +157,9 @@ def read_json(path: Path) -> Any:
 
 
 def sidecar_of(path: PathLike) -> Path:
-    """The path of the JSON file beside a NIfTI or MGH file: scan.json for scan.nii.gz."""
+    """The path of the JSON file beside a scan: scan.json for scan.nii.gz and for a folder scan."""
     path = Path(path)
-    return path.with_name(path.name[: -len(suffix(path))] + ".json")
+    return path.parent / f"{stem(path)}.json"
 
 
 def is_generated(facts: Any) -> bool:
