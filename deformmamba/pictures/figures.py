@@ -23,14 +23,13 @@ from deformmamba.pictures.lettering import (
     NOTE_SIZE,
     TITLE_LINE,
     TITLE_SIZE,
-    fallback_fonts,
-    missing_glyphs_allowed,
     note_height,
     note_lines,
+    save_figure,
     title_height,
     title_lines,
 )
-from deformmamba.volume import PathLike, Volume, VolumeError, check_output, chosen_axis, in_plane, replacing
+from deformmamba.volume import PathLike, Volume, VolumeError, check_output, chosen_axis, in_plane
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -352,8 +351,6 @@ def save(figure: "Figure", path: PathLike, title: str, note: str = "") -> None:
 
     Warnings in the note are dark; other text below the panels is grey.
     """
-    from matplotlib.text import Text
-
     width, height = figure.get_figwidth(), figure.get_figheight()
     # a file's name may hold dollar signs that look like a formula
     words: dict[str, Any] = {"x": MARGIN / width, "parse_math": False}
@@ -364,8 +361,4 @@ def save(figure: "Figure", path: PathLike, title: str, note: str = "") -> None:
         y, colour = (0.3 + NOTE_LINE * k) / height, _INK if is_warning else _MUTED
         figure.text(y=y, s=line, fontsize=NOTE_SIZE, color=colour, va="bottom", **words)
     figure.text(y=0.12 / height, s=STATEMENT, fontsize=7.5, color=_MUTED, va="bottom", **words)
-    for text in figure.findobj(Text):
-        if isinstance(text, Text) and (names := fallback_fonts(text.get_text())):
-            text.set_fontfamily([*text.get_fontfamily(), *names])
-    with replacing(path) as temporary, missing_glyphs_allowed():
-        figure.savefig(temporary, facecolor=_PAPER)
+    save_figure(figure, path, facecolor=_PAPER)

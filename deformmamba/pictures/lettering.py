@@ -6,7 +6,12 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from deformmamba.volume import PathLike, replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DPI = 150
 MARGIN, TITLE_LINE, NOTE_LINE = 0.15, 0.2, 0.15  # inches: beside the text, and from one line to the next
@@ -70,6 +75,23 @@ def fallback_fonts(text: str) -> list[str]:
         return []
     installed = {entry.name for entry in fontManager.ttflist}
     return [name for name in FALLBACKS if name in installed]
+
+
+def save_figure(figure: "Figure", path: PathLike, **options: Any) -> None:
+    """Writes a figure of matplotlib with fonts for every script; the file appears when it is complete.
+
+    `options` are those of `Figure.savefig`.
+
+    Raises:
+        VolumeError: `path` cannot be written.
+    """
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and (names := fallback_fonts(text.get_text())):
+            text.set_fontfamily([*text.get_fontfamily(), *names])
+    with replacing(path) as temporary, missing_glyphs_allowed():
+        figure.savefig(temporary, **options)
 
 
 @contextmanager

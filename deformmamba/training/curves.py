@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deformmamba.volume import PathLike, replacing
+from deformmamba.pictures.lettering import save_figure
+from deformmamba.volume import PathLike
 
 NOT_DRAWN = ("step", "lr", "images_per_second")
 
@@ -34,8 +35,7 @@ def training_curve(rows: Sequence[Mapping[str, Any]], path: PathLike) -> None:
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, path, format="png")
 
 
 def curves_over_time(curves: Mapping[str, Sequence[tuple[float, float]]], path: PathLike) -> None:
@@ -59,5 +59,4 @@ def curves_over_time(curves: Mapping[str, Sequence[tuple[float, float]]], path: 
     axes.spines[["top", "right"]].set_visible(False)
     if curves:
         axes.legend(fontsize=8, frameon=False, loc="lower right", ncols=2)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, path, format="png")

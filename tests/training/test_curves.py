@@ -21,6 +21,11 @@ def test_a_curve_of_a_log_with_gaps(tmp_path):
     assert (tmp_path / "curve.png").read_bytes().startswith(PNG)
 
 
+def test_a_curve_of_a_score_with_a_name_in_any_script(tmp_path):
+    training_curve([{"step": 2, "头部": 28.5}, {"step": 4, "头部": 29.0}], tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(PNG)
+
+
 def test_a_sample_picture_of_an_odd_slice(tmp_path, phantom):
     path = tmp_path / "scan.nii"
     nibabel.save(nibabel.Nifti1Image(np.moveaxis(phantom[:47, :39], 2, 0), np.diag([3, 1, 1, 1])), path)
