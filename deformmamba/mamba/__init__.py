@@ -18,7 +18,8 @@ from deformmamba.mamba.causal_conv import (
     causal_conv1d_varlen_states,
     causal_conv1d_varlen_states_ref,
 )
-from deformmamba.mamba.modules import Mamba, Mamba2
+from deformmamba.mamba.mamba2 import Mamba2
+from deformmamba.mamba.mamba_simple import Mamba
 from deformmamba.mamba.norm import (
     LayerNormGated,
     RMSNorm,

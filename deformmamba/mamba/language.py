@@ -21,7 +21,8 @@ from deformmamba.errors import InvalidArgument, InvalidType, UnsupportedCall, di
 from deformmamba.mamba.arguments import check_not_negative, check_parameters, check_sizes, check_tensors, is_symbol
 from deformmamba.mamba.blocks import Block, GatedMLP, add_and_normalise
 from deformmamba.mamba.generation import GenerationMixin
-from deformmamba.mamba.modules import Mamba, Mamba2
+from deformmamba.mamba.mamba2 import Mamba2
+from deformmamba.mamba.mamba_simple import Mamba
 from deformmamba.mamba.norm import RMSNorm
 from deformmamba.mamba.pretrained import load_config_hf, load_state_dict_hf
 from deformmamba.tensors import has_values

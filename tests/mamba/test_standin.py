@@ -102,7 +102,7 @@ def test_a_program_and_its_processes_have_the_stand_ins(tmp_path: Path) -> None:
     (tmp_path / "link.py").symlink_to(program)  # Python looks for modules beside the file itself
     command = [sys.executable, "-m", "deformmamba.mamba", str(tmp_path / "link.py"), "--flag", "x"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    expected = "child deformmamba.mamba.modules\ndeformmamba.mamba.modules 5 --flag x __main__\n"
+    expected = "child deformmamba.mamba.mamba_simple\ndeformmamba.mamba.mamba_simple 5 --flag x __main__\n"
     assert (done.stdout, done.returncode) == (expected, 7), done.stderr
     assert done.stderr.count("replaces") == 1
 
