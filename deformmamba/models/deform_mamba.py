@@ -24,8 +24,9 @@ from deformmamba.layers import (
     exempt_from_weight_decay,
     start_as_identity,
 )
-from deformmamba.models.base import SRModel, check_part, crop, pad_to_multiple
+from deformmamba.models.base import SRModel, check_part
 from deformmamba.models.normalise import NORMALISATIONS, keep_constant, normalised, slice_range
+from deformmamba.models.padding import crop, pad_to_multiple
 from deformmamba.models.skip import SKIPS, add_base, base_image, start_at_zero
 from deformmamba.physics.edges import outliers
 from deformmamba.torch_private import transforms_are_active

@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from deformmamba.errors import InvalidArgument, shown
 from deformmamba.extras import MissingExtra, require
-from deformmamba.models.base import SRModel, check_scale_of_shuffles, crop, pad_to_multiple
+from deformmamba.models.base import SRModel, check_scale_of_shuffles
+from deformmamba.models.padding import crop, pad_to_multiple
 from deformmamba.models.skip import add_base, checked_skip, start_at_zero
 from deformmamba.physics.kspace import Grid
 

@@ -26,7 +26,7 @@ from deformmamba.errors import DeformMambaError
 from deformmamba.extras import MissingExtra
 from deformmamba.metrics import psnr
 from deformmamba.models import MODELS, SRCNN, Bicubic, BSpline, DeformMambaSR, SRModel, ZeroFill, from_pretrained
-from deformmamba.models.base import pad_to_multiple
+from deformmamba.models.padding import pad_to_multiple
 from deformmamba.physics.kspace import GRIDS, degrade, zero_fill
 from deformmamba.weights import WeightsError, fetch, load_checkpoint, write_checkpoint
 
