@@ -239,7 +239,7 @@ def load_volume(source: Scan | str | os.PathLike[str], *, phase: bool = False) -
     """
     check_types(load_volume, locals())
     if not _path(source).name.endswith(SUFFIX):
-        volume = next(_volumes(source))
+        volume = next(volumes_of(source))
         return volume, slice_axis(volume)
     prepared = read_prepared(_path(source))
     slices = prepared.slices
@@ -252,13 +252,13 @@ def _path(source: Scan | str | os.PathLike[str]) -> Path:
     return source.path if isinstance(source, Scan) else Path(source)
 
 
-def _volumes(source: Scan | str | os.PathLike[str]) -> Iterator[Volume]:
-    """Every 3-D volume of a file or series.
+def volumes_of(source: Scan | str | os.PathLike[str], series: str | None = None) -> Iterator[Volume]:
+    """Every 3-D volume of a scan, or of a file or a `series` in a folder.
 
     Raises:
         VolumeError: it cannot be read, or reading it needs a choice, which a data set cannot store.
     """
-    path, series = _path(source), source.series if isinstance(source, Scan) else None
+    path, series = _path(source), source.series if isinstance(source, Scan) else series
     try:
         yield from read_volumes(path, series=series)
     except NotFinite as error:
@@ -289,7 +289,7 @@ def load_slices(source: Scan | str | os.PathLike[str], multiple: int = 1, *, pha
         stacks = [volume.array]
     else:
         stacks = []
-        for volume in _volumes(source):
+        for volume in volumes_of(source):
             axis = slice_axis(volume)
             stacks.append(np.moveaxis(volume.array, axis, 0))
     slices = stacks[0] if len(stacks) == 1 else np.concatenate(stacks)

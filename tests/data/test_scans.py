@@ -80,8 +80,11 @@ def test_a_list_may_name_scans_elsewhere(tmp_path, phantom):
 def test_what_cannot_be_replaced_here_is_not_offered(tmp_path, phantom):
     broken = phantom.copy()
     broken[0, 0, 0] = np.nan
+    path = write(tmp_path / "in" / "sub-01.nii", broken)
     with pytest.raises(VolumeError, match=r"voxels are NaN or infinite; replace them and save the file$"):
-        load_slices(write(tmp_path / "a.nii", broken))
+        load_slices(path)
+    with pytest.raises(VolumeError, match=r"NaN or infinite; replace them and save the file; repair or remove"):
+        prepare(plan_folder(tmp_path / "in"), tmp_path / "out", skip_unusable=False)
 
 
 def test_signs_are_kept_in_scores_and_refused_in_training(tmp_path, phantom):

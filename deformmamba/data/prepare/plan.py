@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from deformmamba.atomic import PathLike
-from deformmamba.data.scans import folders_below
+from deformmamba.data.scans import folders_below, volumes_of
 from deformmamba.data.splits import read_text
 from deformmamba.errors import InvalidArgument
-from deformmamba.volume import ChoiceNeeded, VolumeError, chosen_axis, in_plane, read_volumes
+from deformmamba.volume import VolumeError, chosen_axis, in_plane
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,7 @@ def volume_reader(
     """A function that reads the slices of a file or series; with `several`, of all its volumes, one after another."""
 
     def read() -> tuple[np.ndarray, tuple[float, float], int]:
-        try:
-            volumes = list(read_volumes(path, series=series))
-        except ChoiceNeeded as error:
-            raise Unusable(f"{error.problem}; save the one for the data set as a separate file") from None
+        volumes = list(volumes_of(path, series))
         if len(volumes) > 1 and not several:
             raise Unusable(f"{path}: holds {len(volumes)} prepared volumes; use all slices of these")
         along = chosen_axis(volumes[0], axis)
