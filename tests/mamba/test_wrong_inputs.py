@@ -1,7 +1,6 @@
 """Wrong inputs of the blocks, the language model, its files and `generate` raise one sentence."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from refusals import refused
 from tolerances import assert_close
 from torch import nn
 
 import deformmamba.mamba as m
-from deformmamba.errors import DeformMambaError
 from deformmamba.mamba.blocks import Block, GatedMLP
 from deformmamba.mamba.generation import InferenceParams, sample
 from deformmamba.mamba.language import MambaConfig, MambaLMHeadModel, MixerModel, create_block
@@ -24,14 +23,6 @@ from deformmamba.weights import WeightsError
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-def refused(call: Callable[[], Any], expected: str, kind: type[DeformMambaError] = DeformMambaError) -> None:
-    with pytest.raises(kind) as caught:
-        call()
-    text = str(caught.value)
-    assert "\n" not in text
-    assert re.search(expected, text), text
 
 
 def tiny(**kwargs: Any) -> MambaLMHeadModel:

@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from dicom_made import rotation
 from tolerances import assert_close
 
 from deformmamba.volume import (
@@ -24,11 +25,6 @@ from deformmamba.volume import (
     write_volume,
     writing,
 )
-
-
-def rotation(seed: int) -> np.ndarray:
-    q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))
-    return q
 
 
 def oblique(seed: int, spacing: tuple[float, float, float] = (0.9, 0.7, 4.0)) -> np.ndarray:

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ import pytest
 import torch
 from hub_server import TOKEN, HubServer, git_blob
 from huggingface_hub import constants
+from refusals import refused as refused_by_any
 
 from deformmamba import weights
 from deformmamba.cli import main
 from deformmamba.models import DeformMambaSR, from_pretrained
 from deformmamba.weights import WeightsError, fetch, load_checkpoint, publish, read_checkpoint, verify
 
-MAJOR = int(huggingface_hub.__version__.split(".")[0])
+refused = partial(refused_by_any, kind=WeightsError)
 
 pytestmark = [
     # huggingface_hub 2.4 uploads with an option that its HTTP library has deprecated
@@ -68,14 +70,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         yield server
         huggingface_hub.close_session()
-
-
-def refused(load: Callable[[], Any], message: str) -> str:
-    """Asserts that `load` raises a WeightsError of one line that matches `message`."""
-    with pytest.raises(WeightsError, match=message) as caught:
-        load()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def python(script: str, hub: HubServer | None, home: Path, **environment: str) -> "subprocess.Popen[str]":

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fuzz_checkpoint import TINY, fuzz, join, split
+from refusals import refused as refused_by_any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -44,6 +46,8 @@ from deformmamba.weights import (
 )
 from deformmamba.weights import checkpoint as files
 
+refused = partial(refused_by_any, kind=WeightsError)
+
 # number of mutated files; tests/weights/fuzz_checkpoint.py tests more
 N_MUTANTS = int(os.environ.get("DEFORMMAMBA_FUZZ", "1000"))
 
@@ -58,14 +62,6 @@ def model() -> DeformMambaSR:
 def saved(model: DeformMambaSR, tmp_path: Path) -> Path:
     model.save_pretrained(tmp_path / "tiny", provenance={"trained_on": ["noise"]})
     return tmp_path / "tiny"
-
-
-def refused(load: Callable[[], Any], message: str) -> str:
-    """Asserts that `load` raises a WeightsError of one line that matches `message`."""
-    with pytest.raises(WeightsError, match=message) as caught:
-        load()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # --------------------------------------------------------------------------------------------------- the file's format
