@@ -285,9 +285,10 @@ def output_for(args: argparse.Namespace, kind: str) -> str:
 
     Raises:
         InvalidArgument: no output.
+        VolumeError: the folder cannot be created.
     """
     from deformmamba.inference.cohort import output_name
-    from deformmamba.volume import MGH_SUFFIXES, NIFTI_SUFFIXES
+    from deformmamba.volume.files import MGH_SUFFIXES, NIFTI_SUFFIXES, make_folder
 
     output: str | None = args.output
     if not output:
@@ -295,12 +296,7 @@ def output_for(args: argparse.Namespace, kind: str) -> str:
     files = (*NIFTI_SUFFIXES, *MGH_SUFFIXES)
     is_folder = output.endswith(("/", os.sep)) or (os.path.isdir(output) and not output.lower().endswith(files))
     if is_folder and os.path.isfile(args.input) and args.input.lower().endswith(files):
-        try:
-            os.makedirs(output, exist_ok=True)
-        except OSError as error:
-            raise InvalidArgument(
-                f"{output}: cannot create this folder: {error.strerror}; choose another folder"
-            ) from None
+        make_folder(output)
         return os.path.join(output, output_name(os.path.basename(args.input), kind))
     return output
 

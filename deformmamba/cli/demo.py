@@ -46,17 +46,14 @@ def add(commands: Any) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    from deformmamba.volume.files import make_folder
+
     settings = running(args)
     # the real scan has coarse pixels: cropped by 2 they are inside the trained range of the 2x weights, by 4 at its end
     second = SECOND_MODEL if args.model == DEFAULT_MODEL else args.model
     models = {name: load_model(name) for name in (args.model, second)}
     folder = Path(args.output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidArgument(
-            f"{folder}: cannot create this folder: {error.strerror}; choose another with -o"
-        ) from None
+    make_folder(folder)
     for name, model in models.items():
         if model.grid != "origin":
             raise InvalidArgument(

@@ -50,6 +50,7 @@ from deformmamba.volume import (
     scans_below,
     write_text,
 )
+from deformmamba.volume.files import make_folder
 from deformmamba.volume.selection import is_generated, is_own_file, is_sidecar_of, read_json
 
 if TYPE_CHECKING:
@@ -207,10 +208,7 @@ def run_cohort(
             raise VolumeError(f"{source}: contains none of the requested scans; widen the selection")
     if not tasks and not refused:
         raise VolumeError(f"{source}: contains no scan; wanted .nii, .nii.gz, .mgh, .mgz or folders of DICOM files")
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise VolumeError(f"{target}: cannot create this folder: {error.strerror}; choose another folder") from None
+    make_folder(target)
     # the largest first, so that all processes finish at about the same time
     tasks = sorted(tasks, key=lambda task: (-_size(task.source), task.name))
     outcomes: list[Outcome] = []

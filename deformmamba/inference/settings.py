@@ -11,7 +11,7 @@ from deformmamba.annotations import is_integer
 from deformmamba.errors import InvalidArgument, InvalidType, did_you_mean, shown
 from deformmamba.physics.consistency import Consistency, check_consistency
 from deformmamba.tensors import check_device
-from deformmamba.volume import VolumeError
+from deformmamba.volume.image import check_axis
 
 
 def check_names(given: Iterable[str], known: Sequence[str]) -> None:
@@ -49,10 +49,8 @@ class Settings:
         return cls(**given)
 
     def __post_init__(self) -> None:
-        if self.axis is not None and (not is_integer(self.axis) or self.axis not in (0, 1, 2)):
-            raise VolumeError(
-                f"axis is {shown(self.axis)}; it must be 0, 1 or 2, the axis along which slices are stacked"
-            )
+        if self.axis is not None:
+            check_axis(self.axis)
         for name in ("axis", "batch_size", "tile", "overlap"):
             if is_integer(getattr(self, name)):  # numpy's integers of a few bits would overflow
                 object.__setattr__(self, name, operator.index(getattr(self, name)))

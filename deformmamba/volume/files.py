@@ -196,6 +196,20 @@ def replacing(path: PathLike) -> Iterator[Path]:
         yield temporary
 
 
+def make_folder(path: PathLike) -> None:
+    """Makes a folder and those above it, unless they exist.
+
+    Raises:
+        VolumeError: the operating system refused.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise VolumeError(
+            f"{os.fspath(path)}: cannot create this folder: {error.strerror}; choose another folder"
+        ) from None
+
+
 def write_text(path: PathLike, text: str) -> None:
     """Writes UTF-8 without newline translation; an existing file is replaced only by a complete one.
 

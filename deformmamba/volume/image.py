@@ -165,8 +165,11 @@ def chosen_axis(volume: Volume, axis: int | None) -> int:
     Raises:
         VolumeError: there is no such axis.
     """
-    if axis is None:
-        return slice_axis(volume)
+    return slice_axis(volume) if axis is None else check_axis(axis)
+
+
+def check_axis(axis: Any) -> int:
+    """`axis` as Python's integer. Raises VolumeError if it is not the axis along which slices are stacked."""
     if not is_integer(axis) or axis not in (0, 1, 2):
         raise VolumeError(f"axis is {shown(axis)}; it must be 0, 1 or 2, the axis along which slices are stacked")
     return operator.index(axis)
@@ -174,8 +177,7 @@ def chosen_axis(volume: Volume, axis: int | None) -> int:
 
 def in_plane(axis: int) -> tuple[int, int]:
     """The two axes of a slice across `axis`, in the array's order: its rows, its columns."""
-    if not is_integer(axis) or axis not in (0, 1, 2):
-        raise VolumeError(f"axis is {shown(axis)}; it must be 0, 1 or 2, the axis along which slices are stacked")
+    axis = check_axis(axis)
     first, second = (a for a in range(3) if a != axis)
     return first, second
 

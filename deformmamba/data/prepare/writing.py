@@ -12,6 +12,7 @@ from deformmamba.data.prepare.plan import PathLike, Plan, Source, Unusable, chos
 from deformmamba.data.prepared import MANIFEST, SUFFIX, begun, read_prepared, write_manifest, write_prepared
 from deformmamba.data.splits import SPLITS
 from deformmamba.volume import VolumeError, intensity_scale
+from deformmamba.volume.files import make_folder
 
 
 def prepare(plan: Plan, out: PathLike, *, skip_unusable: bool | None = None, progress: bool = False) -> dict[str, Any]:
@@ -30,10 +31,7 @@ def prepare(plan: Plan, out: PathLike, *, skip_unusable: bool | None = None, pro
     chosen_slices(plan.options["slices"], 1)  # raises for an invalid rule before anything is written
     facts = {"version": __version__, "kind": plan.kind, "options": dict(plan.options), "rule": plan.rule}
     _check_target(out, plan, facts)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise VolumeError(f"{out}: cannot create this folder: {error.strerror}; choose another folder") from None
+    make_folder(out)
     for leftover in (*out.glob(f".*{SUFFIX}"), *out.glob(".*.json")):  # left by a killed run
         leftover.unlink(missing_ok=True)
     write_manifest(out, {"complete": False, **facts})
