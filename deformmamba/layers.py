@@ -72,11 +72,12 @@ class Block(NotScriptable, nn.Module):
 
 
 def check_map(
-    block: nn.Module, x: torch.Tensor, channels: int, *, multiple: int = 1, weight: torch.Tensor | None = None
+    block: nn.Module, x: torch.Tensor, channels: int, *, multiple: int = 1, first: nn.Module | None = None
 ) -> None:
     """Checks that `x` is a floating point (b, channels, h, w) map with h and w multiples of `multiple`, and not 0.
 
-    Outside autocast, it must also have the dtype of `weight`, the first weight that it meets.
+    Outside autocast, it must also have the dtype of the weight of `first`, a layer that it meets. (A layer that a user
+    has put there, such as a quantised one or a LoRA adapter, may have no weight, and has its own rules.)
 
     Raises:
         InvalidArgument: it is not; one line that names the block.
@@ -95,7 +96,10 @@ def check_map(
         raise InvalidArgument(
             f"{type(block).__name__}: given {given}; wanted floating point (b, {channels}, h, w), {sizes}"
         )
-    if weight is not None and x.dtype != weight.dtype and weight.is_floating_point() and not in_autocast(x.device.type):
+    weight = getattr(first, "weight", None)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        return
+    if x.dtype != weight.dtype and not in_autocast(x.device.type):
         raise InvalidArgument(
             f"{type(block).__name__}: given {x.dtype}, and its weights are {weight.dtype}; convert one of the two "
             "(x.to(...) or block.to(...)), or use torch.autocast"
@@ -181,7 +185,7 @@ class ChannelAttention(Block):
         exempt_from_weight_decay(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_map(self, x, self.channels, weight=self.squeeze.weight)
+        check_map(self, x, self.channels, first=self.squeeze)
         weight = self.excite(F.relu(self.squeeze(x.mean((-2, -1))))).sigmoid()
         return x * weight[:, :, None, None]
 
@@ -278,7 +282,7 @@ class ModulatedDeformBlock(Block):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         refuse_tracing("ModulatedDeformBlock")
-        check_map(self, x, self.channels, weight=self.offset_mask.weight)
+        check_map(self, x, self.channels, first=self.offset_mask)
         offset, mask = self.offsets_and_mask(x)
         y = modulated_deform_conv2d(
             x, offset, mask, self.weight, self.bias, stride=self.stride, padding=self.padding, dilation=self.dilation
@@ -504,7 +508,7 @@ class VisionMambaBlock(Block):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         refuse_tracing("VisionMambaBlock")
-        check_map(self, x, self.channels, weight=self.inner.weight)
+        check_map(self, x, self.channels, first=self.inner)
         z = self.norm(_last(x))
         context = self.ss2d(F.silu(self.pointwise(self.depthwise(_first(self.inner(z))))))
         mixed = self.out(self.inner_norm(_last(context)) * F.silu(self.gate(z)))
@@ -633,7 +637,7 @@ class MultiViewContext(Block):
         exempt_from_weight_decay(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_map(self, x, self.channels, weight=self.fuse.weight)
+        check_map(self, x, self.channels, first=self.fuse)
         return x + self.fuse(self.activation(torch.cat([branch(x) for branch in self.branches], dim=1)))
 
 
@@ -673,7 +677,7 @@ class PatchEmbed(Block):
         exempt_from_weight_decay(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_map(self, x, self.in_channels, multiple=self.patch, weight=self.project.weight)
+        check_map(self, x, self.in_channels, multiple=self.patch, first=self.project)
         return _first(self.norm(_last(self.project(x))))
 
 
@@ -689,7 +693,7 @@ class PatchMerge(Block):
         exempt_from_weight_decay(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_map(self, x, self.channels, multiple=2, weight=self.reduce.weight)
+        check_map(self, x, self.channels, multiple=2, first=self.reduce)
         return _first(self.reduce(self.norm(rearrange(x, "b c (h i) (w j) -> b h w (i j c)", i=2, j=2))))
 
 
@@ -717,6 +721,6 @@ class PatchExpand(Block):
         exempt_from_weight_decay(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_map(self, x, self.channels, weight=self.expand.weight)
+        check_map(self, x, self.channels, first=self.expand)
         grown = rearrange(self.expand(_last(x)), "b h w (i j c) -> b (h i) (w j) c", i=self.factor, j=self.factor)
         return _first(self.norm(grown))

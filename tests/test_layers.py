@@ -536,5 +536,36 @@ def test_another_dtype_than_the_weights_is_named(make: Any) -> None:
     assert block.double()(x.double()).dtype == torch.float64
 
 
+class Wrapped(torch.nn.Module):
+    """A layer of a user around one of ours, as adapters (LoRA) are; it has no weight."""
+
+    def __init__(self, inside: torch.nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inside(x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        ModulatedDeformBlock,
+        DeformMambaBlock,
+        MultiViewContext,
+        partial(PatchEmbed, channels=8, patch=2),
+        partial(PatchMerge, out_channels=8),
+        partial(PatchExpand, out_channels=8),
+    ],
+)
+def test_layers_inside_may_be_replaced_by_wrapped_ones(make: Any) -> None:
+    block, x = make(8), torch.rand(1, 8, 6, 4)
+    expected = block(x)
+    for name, layer in list(block.named_modules()):
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+            block.set_submodule(name, Wrapped(layer))
+    assert torch.equal(block(x), expected)
+
+
 def test_rates_may_be_an_array() -> None:
     assert len(MultiViewContext(8, rates=np.array([1, 2])).branches) == 2
