@@ -20,19 +20,23 @@ from deformmamba.mamba.arguments import (
     check_sizes,
     check_tensors,
 )
-from deformmamba.mamba.causal_conv import causal_conv1d_fn, causal_conv1d_update, causal_conv1d_varlen_states
+from deformmamba.mamba.causal_conv import causal_conv1d_varlen_states
 from deformmamba.mamba.mamba_parts import (
     at_least_float32,
+    causal_convolution,
     check_cache,
     check_inference,
     check_step,
+    convolution_step,
+    dtype_of,
     initial_dt,
     inner_channels,
     kept_states,
 )
 from deformmamba.mamba.norm import RMSNormGated
-from deformmamba.mamba.ssd import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
+from deformmamba.mamba.ssd import mamba_chunk_scan_combined
 from deformmamba.mamba.state_update import selective_state_update
+from deformmamba.tensors import refuse_tracing
 
 
 def _check_mamba2(
@@ -174,25 +178,7 @@ class Mamba2(nn.Module):
         else:
             if cu_seqlens is not None and seq_idx is None:
                 seq_idx = _numbered(cu_seqlens, rows)
-            out = mamba_split_conv1d_scan_combined(
-                self.in_proj(rows),
-                self.conv1d.weight.squeeze(1),
-                self.conv1d.bias,
-                self.dt_bias,
-                -torch.exp(at_least_float32(self.A_log)),
-                self._D(),
-                self.chunk_size,
-                seq_idx=seq_idx,
-                dt_limit=self.dt_limit,
-                activation=self.activation,
-                rmsnorm_weight=self.norm.weight if self.rmsnorm else None,
-                rmsnorm_eps=self.norm.eps if self.rmsnorm else 1e-6,
-                outproj_weight=self.out_proj.weight,
-                outproj_bias=self.out_proj.bias,
-                headdim=self.headdim,
-                ngroups=self.ngroups,
-                norm_before_gate=self.norm_before_gate,
-            )
+            out = self._mixed(self.in_proj(rows), seq_idx)[0]
         return out if seqlen is None else out.flatten(0, 1)
 
     def _rows(self, u: torch.Tensor, seqlen: int | None) -> torch.Tensor:
@@ -243,9 +229,8 @@ class Mamba2(nn.Module):
         self, zxbcdt: torch.Tensor, seq_idx: torch.Tensor | None, cu_seqlens: torch.Tensor | None,
         conv_state: torch.Tensor, ssm_state: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        z0, x0, z, xBC, dt = self._parts(zxbcdt)
-        by_channel = xBC.transpose(1, 2)
-        sizes = {"channels": xBC.shape[-1], "d_conv": self.d_conv}
+        by_channel = self._parts(zxbcdt)[3].transpose(1, 2)
+        sizes = {"channels": by_channel.shape[1], "d_conv": self.d_conv}
         sizes |= {"heads": self.nheads, "headdim": self.headdim, "d_state": self.d_state}
         check_tensors(
             sizes, zxbcdt=(zxbcdt, "rows l projected"), conv_state=(conv_state, "b channels d_conv"),
@@ -254,11 +239,22 @@ class Mamba2(nn.Module):
         if cu_seqlens is None:
             conv_state.copy_(F.pad(by_channel, (self.d_conv - by_channel.shape[-1], 0)))
         else:
-            conv_state.copy_(causal_conv1d_varlen_states(xBC[0], cu_seqlens, conv_state.shape[-1]))
-        weight = self.conv1d.weight.squeeze(1)
-        convolved = causal_conv1d_fn(by_channel, weight, self.conv1d.bias, seq_idx, activation=self.activation)
+            steps = by_channel.transpose(1, 2)[0]
+            conv_state.copy_(causal_conv1d_varlen_states(steps, cu_seqlens, conv_state.shape[-1]))
+        varlen = cu_seqlens is not None
+        out, *states = self._mixed(
+            zxbcdt, seq_idx, cu_seqlens=cu_seqlens, return_final_states=True, return_varlen_states=varlen
+        )
+        ssm_state.copy_(states[-1])
+        return out
+
+    def _mixed(self, zxbcdt: torch.Tensor, seq_idx: torch.Tensor | None, **states: Any) -> tuple[torch.Tensor, ...]:
+        """The output for the projected input (b, l, ..), and the states that `states` asks the scan for."""
+        refuse_tracing("Mamba2", "length")
+        z0, x0, z, xBC, dt = self._parts(zxbcdt)
+        convolved = causal_convolution(self.conv1d, xBC.transpose(1, 2), self.activation, seq_idx)
         x, B, C = self._split_conv(convolved.transpose(1, 2))
-        y, *states = mamba_chunk_scan_combined(
+        y = mamba_chunk_scan_combined(
             x,
             dt,
             -torch.exp(at_least_float32(self.A_log)),
@@ -270,13 +266,11 @@ class Mamba2(nn.Module):
             dt_bias=self.dt_bias,
             dt_softplus=True,
             seq_idx=seq_idx,
-            cu_seqlens=cu_seqlens,
             dt_limit=self.dt_limit,
-            return_final_states=True,
-            return_varlen_states=cu_seqlens is not None,
+            **states,
         )
-        ssm_state.copy_(states[-1])
-        return self._finish(y.flatten(-2), z, z0, x0)
+        y, *rest = y if isinstance(y, tuple) else (y,)
+        return self._finish(y.flatten(-2), z, z0, x0), *rest
 
     def _split_conv(self, xBC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rest = self.ngroups * self.d_state
@@ -297,7 +291,7 @@ class Mamba2(nn.Module):
         """The output for the next element, (b, 1, d_model), and the states, which are updated in place."""
         check_step("Mamba2.step", hidden_states, self.in_proj)
         z0, x0, z, xBC, dt = self._parts(self.in_proj(hidden_states[:, 0]))
-        xBC = causal_conv1d_update(xBC, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation)
+        xBC = convolution_step("Mamba2", self.conv1d, xBC, conv_state, self.activation)
         x, B, C = self._split_conv(xBC)
         A = -torch.exp(at_least_float32(self.A_log))[:, None, None].expand(-1, self.headdim, self.d_state)
         dt = dt[..., None].expand(-1, -1, self.headdim)
@@ -317,11 +311,11 @@ class Mamba2(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(conv_state (b, conv channels, d_conv), ssm_state (b, h, p, n)), zero."""
         check_cache("Mamba2", batch_size, dtype)
-        make = self.conv1d.weight.new_zeros
-        size = (batch_size, self.d_conv, len(self.conv1d.weight))
-        conv_state = make(size, dtype=dtype or self.conv1d.weight.dtype).transpose(1, 2)
+        make = self.A_log.new_zeros
+        size = (batch_size, self.d_conv, self.d_ssm + 2 * self.ngroups * self.d_state)
+        conv_state = make(size, dtype=dtype or dtype_of(self.conv1d)).transpose(1, 2)
         state = (batch_size, self.nheads, self.headdim, self.d_state)
-        return conv_state, make(state, dtype=dtype or self.in_proj.weight.dtype)
+        return conv_state, make(state, dtype=dtype or dtype_of(self.in_proj))
 
     def _get_states_from_cache(
         self, inference_params: Any, batch_size: int, initialize_states: bool = False

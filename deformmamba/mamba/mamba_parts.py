@@ -1,13 +1,15 @@
-"""What the blocks `Mamba` and `Mamba2` share: sizes, initial step sizes, and the states of `inference_params`."""
+"""What the blocks `Mamba` and `Mamba2` share: sizes, initial step sizes, layers that a user replaced, and states."""
 
 import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from deformmamba.errors import InvalidArgument, InvalidType, shown
+from deformmamba.errors import InvalidArgument, InvalidType, UnsupportedCall, shown
 from deformmamba.mamba.arguments import check_input, check_parameters, check_positive, check_sizes
+from deformmamba.mamba.causal_conv import causal_conv1d_fn, causal_conv1d_update
 
 
 def inner_channels(where: str, d_model: int, expand: float, dt_min: float, dt_max: float, **sizes: Any) -> int:
@@ -31,6 +33,50 @@ def initial_dt(channels: int, dt_min: float, dt_max: float, floor: float, device
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """x in float32; float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether a call of the layer computes with its weight and bias alone, so that these may be used instead.
+
+    It does not if a user replaced the layer (an adapter such as LoRA, a quantised layer) or gave it hooks.
+    """
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    replaced = "forward" in layer.__dict__ or type(layer).forward not in (nn.Linear.forward, nn.Conv1d.forward)
+    return not (replaced or any(hooks))
+
+
+def causal_convolution(
+    conv: Any, x: torch.Tensor, activation: str, seq_idx: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The causal convolution of x (b, d, l) and its activation."""
+    if is_plain(conv):
+        y: torch.Tensor = causal_conv1d_fn(x, conv.weight.squeeze(1), conv.bias, seq_idx, activation=activation)
+        return y
+    if seq_idx is not None:
+        raise UnsupportedCall(
+            f"Mamba2: conv1d is a {type(conv).__name__}, or has hooks; a pack of sequences needs a plain convolution: "
+            "merge the adapter, remove the hooks, or give the sequences as rows of a batch"
+        )
+    return F.silu(conv(x)[..., : x.shape[-1]])
+
+
+def convolution_step(block: str, conv: Any, x: torch.Tensor, state: torch.Tensor, activation: str) -> torch.Tensor:
+    """The convolution of one step, (b, d), which updates its state."""
+    if not isinstance(conv, nn.Conv1d):
+        raise UnsupportedCall(
+            f"{block}.step: conv1d is a {type(conv).__name__}; a step needs the weight of a convolution, so merge the "
+            "adapter first"
+        )
+    y: torch.Tensor = causal_conv1d_update(x, state, conv.weight.squeeze(1), conv.bias, activation)
+    return y
+
+
+def dtype_of(layer: Any) -> torch.dtype:
+    """The dtype of a layer's weight; PyTorch's default where it has none of floating point (a quantised layer)."""
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point():
+        return weight.dtype
+    return torch.get_default_dtype()
 
 
 def check_step(where: str, hidden_states: Any, first: nn.Module) -> None:

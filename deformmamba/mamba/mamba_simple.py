@@ -13,14 +13,17 @@ from torch import nn
 from deformmamba.annotations import is_number
 from deformmamba.errors import InvalidArgument, InvalidType, UnsupportedCall, shown
 from deformmamba.mamba.arguments import check_choice, check_input, check_not_negative, check_parameters, check_tensors
-from deformmamba.mamba.causal_conv import causal_conv1d_fn, causal_conv1d_update
 from deformmamba.mamba.mamba_parts import (
     at_least_float32,
+    causal_convolution,
     check_cache,
     check_inference,
     check_step,
+    convolution_step,
+    dtype_of,
     initial_dt,
     inner_channels,
+    is_plain,
     kept_states,
 )
 from deformmamba.mamba.selective_scan import bimamba_inner_fn, mamba_inner_fn_no_out_proj, selective_scan_fn
@@ -198,19 +201,46 @@ class Mamba(nn.Module):
     def _scan_with_two_rates(self, xz: torch.Tensor) -> torch.Tensor:
         """(b, 2 d, l) to the projected sum (b, l, d_model) of both directions, which share all weights but A."""
         A, A_b = (-torch.exp(at_least_float32(A_log)) for A_log in (self.A_log, self.A_b_log))
+        D = at_least_float32(self.D)
+        if not all(map(is_plain, (self.conv1d, self.x_proj, self.dt_proj, self.out_proj))):
+            *given, bias = self._by_layers(xz, "")
+            x, delta, B, C, z = (tensor.flip(-1) for tensor in given)
+            y_b: torch.Tensor = selective_scan_fn(x, delta, A_b, B, C, D, z, bias, True)
+            x, delta, B, C, z = given
+            y: torch.Tensor = selective_scan_fn(x, delta, A, B, C, D, z, bias, True) + y_b.flip(-1)
+            return self.out_proj(y.transpose(1, 2))
         return bimamba_inner_fn(
             xz, self.conv1d.weight, self.conv1d.bias, self.x_proj.weight, self.dt_proj.weight, self.out_proj.weight,
-            self.out_proj.bias, A, A_b, D=at_least_float32(self.D), delta_bias=at_least_float32(self.dt_proj.bias),
+            self.out_proj.bias, A, A_b, D=D, delta_bias=at_least_float32(self.dt_proj.bias),
         )  # fmt: skip
+
+    def _layers(self, suffix: str) -> list[Any]:
+        """The convolution, both projections of step sizes, and D, of one direction."""
+        return [getattr(self, f"{name}{suffix}") for name in ("conv1d", "x_proj", "dt_proj", "D")]
 
     def _scan(self, xz: torch.Tensor, suffix: str) -> torch.Tensor:
         """(b, 2 d, l) to (b, d, l) with the weights of one direction."""
-        conv, x_proj, dt_proj, D = (getattr(self, f"{name}{suffix}") for name in ("conv1d", "x_proj", "dt_proj", "D"))
-        A = -torch.exp(at_least_float32(getattr(self, f"A{suffix}_log")))
+        conv, x_proj, dt_proj, D = self._layers(suffix)
+        A, D = -torch.exp(at_least_float32(getattr(self, f"A{suffix}_log"))), at_least_float32(D)
+        if not all(map(is_plain, (conv, x_proj, dt_proj))):
+            x, delta, B, C, z, bias = self._by_layers(xz, suffix)
+            y: torch.Tensor = selective_scan_fn(x, delta, A, B, C, D, z, bias, True)
+            return y
         bias = at_least_float32(dt_proj.bias)
         return mamba_inner_fn_no_out_proj(
-            xz, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, A, D=at_least_float32(D), delta_bias=bias
+            xz, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, A, D=D, delta_bias=bias
         )
+
+    def _by_layers(self, xz: torch.Tensor, suffix: str) -> tuple[Any, ...]:
+        """x after the convolution, delta, B, C, the gate z, and the bias of delta, by calls of the layers."""
+        conv, x_proj, dt_proj, _ = self._layers(suffix)
+        x, z = xz.chunk(2, 1)
+        x = causal_convolution(conv, x, self.activation)
+        dt, B, C = x_proj(x.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], -1)
+        plain = is_plain(dt_proj)
+        delta = dt_proj.weight @ dt.transpose(1, 2) if plain else dt_proj(dt).transpose(1, 2)
+        bias = at_least_float32(dt_proj.bias) if plain else None
+        return x, delta, B.transpose(1, 2), C.transpose(1, 2), z, bias
 
     def _refuse_two_directions(self, instead: str) -> None:
         if self.bimamba_type != "none":
@@ -222,22 +252,10 @@ class Mamba(nn.Module):
             {"d_inner": self.d_inner, "d_conv": self.d_conv, "d_state": self.d_state}, xz=(xz, "b channels l"),
             conv_state=(conv_state, "b d_inner d_conv"), ssm_state=(ssm_state, "b d_inner d_state"),
         )  # fmt: skip
-        x, z = xz.chunk(2, 1)
-        conv_state.copy_(F.pad(x, (self.d_conv - x.shape[-1], 0)))
-        x = causal_conv1d_fn(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation=self.activation)
-        dt, B, C = self.x_proj(x.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], -1)
-        y, last = selective_scan_fn(
-            x,
-            self.dt_proj.weight @ dt.transpose(1, 2),
-            -torch.exp(at_least_float32(self.A_log)),
-            B.transpose(1, 2),
-            C.transpose(1, 2),
-            at_least_float32(self.D),
-            z=z,
-            delta_bias=at_least_float32(self.dt_proj.bias),
-            delta_softplus=True,
-            return_last_state=True,
-        )
+        conv_state.copy_(F.pad(xz.chunk(2, 1)[0], (self.d_conv - xz.shape[-1], 0)))
+        x, delta, B, C, z, bias = self._by_layers(xz, "")
+        A = -torch.exp(at_least_float32(self.A_log))
+        y, last = selective_scan_fn(x, delta, A, B, C, at_least_float32(self.D), z, bias, True, True)
         ssm_state.copy_(last)
         return self._project(y)
 
@@ -248,11 +266,11 @@ class Mamba(nn.Module):
         self._refuse_two_directions("call the block with the whole sequence")
         check_step("Mamba.step", hidden_states, self.in_proj)
         x, z = self.in_proj(hidden_states[:, 0]).chunk(2, -1)
-        x = causal_conv1d_update(x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation)
+        x = convolution_step("Mamba", self.conv1d, x, conv_state, self.activation)
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], -1)
-        dt = F.linear(dt, self.dt_proj.weight)
+        plain = is_plain(self.dt_proj)
+        dt, bias = (F.linear(dt, self.dt_proj.weight), self.dt_proj.bias) if plain else (self.dt_proj(dt), None)
         A = -torch.exp(at_least_float32(self.A_log))
-        bias = self.dt_proj.bias
         y = selective_state_update(ssm_state, x, dt, A, B, C, self.D, z=z, dt_bias=bias, dt_softplus=True)
         return self._scaled(self.out_proj(y))[:, None], conv_state, ssm_state
 
@@ -261,9 +279,9 @@ class Mamba(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(conv_state (b, d_inner, d_conv), ssm_state (b, d_inner, d_state)), zero."""
         check_cache("Mamba", batch_size, dtype)
-        make = self.conv1d.weight.new_zeros
-        conv_state = make(batch_size, self.d_inner, self.d_conv, dtype=dtype or self.conv1d.weight.dtype)
-        return conv_state, make(batch_size, self.d_inner, self.d_state, dtype=dtype or self.dt_proj.weight.dtype)
+        make = self.A_log.new_zeros
+        conv_state = make(batch_size, self.d_inner, self.d_conv, dtype=dtype or dtype_of(self.conv1d))
+        return conv_state, make(batch_size, self.d_inner, self.d_state, dtype=dtype or dtype_of(self.dt_proj))
 
     def _get_states_from_cache(
         self, inference_params: Any, batch_size: int, initialize_states: bool = False

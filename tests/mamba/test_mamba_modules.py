@@ -102,7 +102,7 @@ def test_a_pack_of_sequences_gives_what_each_gives() -> None:
     assert_close(block(longer, cu_seqlens=starts), torch.cat([expected, block(x[:, :2])], 1))
     with pytest.raises(DeformMambaError, match="cu_seqlens is for one pack"):
         block(x.expand(2, -1, -1), cu_seqlens=starts)
-    with pytest.raises(DeformMambaError, match=r"scan_combined: torch\.jit\.trace would record the length"):
+    with pytest.raises(DeformMambaError, match=r"Mamba2: torch\.jit\.trace would record the length"):
         torch.jit.trace(block, x, check_trace=False)
     assert_close(block(x[0], seqlen=10, seq_idx=seq_idx), expected[0])
     params = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
@@ -198,6 +198,58 @@ def test_what_is_not_supported_is_refused(make: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- norms
+
+
+class Adapter(torch.nn.Module):
+    """A layer of a user around one of the block's, as LoRA is: it adds to the result and has no weight."""
+
+    def __init__(self, inside: torch.nn.Module) -> None:
+        super().__init__()
+        self.inside, self.added = inside, torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inside(x) + self.added
+
+
+ADAPTED = {
+    "Mamba": lambda: Mamba(8, d_state=4),
+    "v1": lambda: Mamba(8, d_state=4, bimamba_type="v1"),
+    "v3": lambda: Mamba(8, d_state=4, bimamba_type="v3", nslices=2),
+    "Mamba2": lambda: Mamba2(8, d_state=4, headdim=4),
+    "Mamba2 without norm": lambda: Mamba2(8, d_state=4, headdim=4, rmsnorm=False),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters_and_hooks_inside_a_block_are_called(name: str) -> None:
+    block, x = ADAPTED[name](), torch.randn(2, 6, 8)
+    expected = block(x)
+    called = []
+    layers = {n: m for n, m in block.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv1d)}
+    for n, layer in layers.items():
+        handle = layer.register_forward_hook(lambda *_, n=n: called.append(n))
+        assert_close(block(x), expected)
+        handle.remove()
+        block.set_submodule(n, Adapter(layer))
+        assert_close(block(x), expected)
+    assert set(called) == layers.keys()
+    block(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs() > 0 for n, p in block.named_parameters() if n.endswith("added"))
+
+
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2", "Mamba2 without norm"])
+def test_steps_with_adapters_are_the_whole_sequence(name: str) -> None:
+    block, x = ADAPTED[name](), torch.randn(2, 6, 8)
+    for n, layer in list(block.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            block.set_submodule(n, Adapter(layer))
+            torch.nn.init.constant_(block.get_parameter(f"{n}.added"), 0.1)
+    states = block.allocate_inference_cache(2, 6)
+    steps = [block.step(x[:, t, None], *states)[0] for t in range(6)]
+    assert_close(torch.cat(steps, 1), block(x))
+    block.conv1d = Adapter(block.conv1d)
+    with pytest.raises(DeformMambaError, match=r"^Mamba2?\.step: conv1d is an? Adapter; a step needs"):
+        block.step(x[:, :1], *states)
 
 
 def test_norms_are_pytorchs() -> None:
