@@ -78,12 +78,12 @@ class SRLoss(nn.Module):
     def __init__(self, beta: float = 0.1) -> None:
         super().__init__()
         if not is_number(beta) or not 0 <= beta < math.inf:
-            raise InvalidArgument(f"SRLoss: beta must be a number of 0 or more, not {shown(beta)}")
+            raise InvalidArgument(f"{type(self).__name__}: beta must be a number of 0 or more, not {shown(beta)}")
         self.beta = beta
         self.edges = ContrastiveEdgeLoss()
 
     def forward(self, sr: torch.Tensor, hr: torch.Tensor) -> torch.Tensor:
-        check_pair("SRLoss", sr, hr)
+        check_pair(type(self).__name__, sr, hr)
         loss = (sr - hr).abs().mean()
         return loss + self.beta * self.edges(sr, hr) if self.beta else loss
 

@@ -27,7 +27,16 @@ import torch.nn.functional as F
 
 from deformmamba.annotations import check_seed, check_types, is_integer, is_number, is_one_of
 from deformmamba.errors import InvalidArgument, did_you_mean, shown
-from deformmamba.physics.kspace import Grid, crop_spectrum, degrade, fft2c, ifft2c, pad_spectrum, zero_fill
+from deformmamba.physics.kspace import (
+    Grid,
+    crop_spectrum,
+    degrade,
+    fft2c,
+    ifft2c,
+    pad_spectrum,
+    undivided,
+    zero_fill,
+)
 from deformmamba.tensors import constant
 
 Seed = int | tuple[int, ...]
@@ -82,10 +91,7 @@ class Degradation(ABC):
         """The size of the result of an image of h x w; ValueError if the scale does not divide it."""
         s = self.scale
         if h % s or w % s or not h or not w:
-            raise InvalidArgument(
-                f"{self.kind}: scale {s} does not divide the image size {h}x{w}; "
-                f"crop the image to {h - h % s}x{w - w % s} first"
-            )
+            raise undivided(self.kind, s, h, w)
         return h // s, w // s
 
     def adjoint(self, lr: torch.Tensor) -> torch.Tensor:

@@ -51,6 +51,13 @@ def plain_scale(scale: int) -> int:
     return scale if isinstance(scale, int) else operator.index(scale)
 
 
+def undivided(name: str, scale: int, h: int, w: int) -> InvalidArgument:
+    """The error of the function `name` for an image of h x w, which `scale` does not divide."""
+    small = min(h, w) < scale
+    cure = f"it needs {scale}x{scale} pixels or more" if small else f"crop it to {h - h % scale}x{w - w % scale} first"
+    return InvalidArgument(f"{name}: scale {scale} does not divide the image size {h}x{w}; {cure}")
+
+
 def _kind(value: Any) -> str:
     return f"a {type(value).__name__}" + ("; torch.from_numpy converts it" if type(value).__name__ == "ndarray" else "")
 
@@ -158,10 +165,7 @@ def lowpass(hr: torch.Tensor, scale: int) -> torch.Tensor:
     scale = plain_scale(scale)
     h, w = hr.shape[-2:]
     if h % scale or w % scale:
-        raise InvalidArgument(
-            f"degrade: scale {scale} does not divide the image size {h}x{w}; "
-            f"crop the image to {h - h % scale}x{w - w % scale} first"
-        )
+        raise undivided("degrade", scale, h, w)
     return resize(hr, (h // scale, w // scale))
 
 

@@ -104,7 +104,7 @@ def test_it_shrinks_by_its_scale_and_refuses_what_that_does_not_divide(text):
     degradation = parse(text)
     assert degradation.size(16, 24) == tuple(degradation(image(16, 24)).shape)
     if degradation.scale > 1:
-        with pytest.raises(ValueError, match=r"does not divide the image size 17x24; crop the image to 16x24 first"):
+        with pytest.raises(ValueError, match=r"does not divide the image size 17x24; crop it to 16x24 first"):
             degradation(image(17, 24))
     else:
         assert degradation(image(17, 23)).shape == (17, 23)

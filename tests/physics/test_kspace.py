@@ -119,8 +119,10 @@ def test_gradients_pass_through_the_fast_transforms():
 
 
 def test_wrong_sizes_are_refused_with_the_cure():
-    with pytest.raises(ValueError, match=r"scale 4 does not divide the image size 10x16; crop the image to 8x16"):
+    with pytest.raises(ValueError, match=r"scale 4 does not divide the image size 10x16; crop it to 8x16"):
         degrade(torch.zeros(10, 16), 4)
+    with pytest.raises(ValueError, match=r"scale 2 does not divide the image size 8x1; it needs 2x2 pixels or more"):
+        degrade(torch.zeros(8, 1), 2)
     with pytest.raises(ValueError, match="needs an lr 4 times smaller"):
         data_consistency(torch.zeros(16, 16), torch.zeros(8, 8), 4)
     with pytest.raises(ValueError, match='"magnitude" or "real"'):
