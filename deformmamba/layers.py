@@ -50,8 +50,8 @@ def exempt_from_weight_decay(module: Module) -> Module:
     return module
 
 
-def _exempt_again(module: nn.Module, _: object) -> None:
-    exempt_from_weight_decay(module)
+def _exempt_again(module: "Block", _: object) -> None:
+    module.exempt()
 
 
 class Block(NotScriptable, nn.Module):
@@ -63,12 +63,16 @@ class Block(NotScriptable, nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        exempt_from_weight_decay(self)
+        self.exempt()
 
     def _apply(self, *args: Any, **kwargs: Any) -> "Block":
         super()._apply(*args, **kwargs)  # `to_empty` makes new parameters
-        exempt_from_weight_decay(self)
+        self.exempt()
         return self
+
+    def exempt(self) -> None:
+        """Sets `_no_weight_decay` on the parameters that are usually left out of weight decay."""
+        exempt_from_weight_decay(self)
 
 
 def check_map(

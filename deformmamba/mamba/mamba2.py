@@ -22,6 +22,7 @@ from deformmamba.mamba.arguments import (
 )
 from deformmamba.mamba.causal_conv import causal_conv1d_varlen_states
 from deformmamba.mamba.mamba_parts import (
+    Mixer,
     at_least_float32,
     causal_convolution,
     check_cache,
@@ -72,7 +73,7 @@ def _numbered(cu_seqlens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cu_seqlens, steps, right=True, out_int32=True).to(rows.device)[None]
 
 
-class Mamba2(nn.Module):
+class Mamba2(Mixer):
     """Mamba-2's block: one input projection, causal convolution, scan with one rate per head, gated norm.
 
     Args:
@@ -147,13 +148,12 @@ class Mamba2(nn.Module):
         A = torch.empty(self.nheads, device=device, dtype=torch.float32).uniform_(*A_init_range)
         self.A_log = nn.Parameter(A.log().to(dtype))
         self.D = nn.Parameter(torch.ones(self.d_ssm if D_has_hdim else self.nheads, device=device))
-        for parameter in (self.dt_bias, self.A_log, self.D):
-            parameter._no_weight_decay = True  # type: ignore[attr-defined]
         if rmsnorm:
             self.norm = RMSNormGated(
                 self.d_ssm, eps=1e-5, norm_before_gate=norm_before_gate, group_size=self.d_ssm // ngroups, **where
             )
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **where)
+        self.exempt()
 
     def forward(
         self,

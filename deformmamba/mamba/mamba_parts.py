@@ -8,8 +8,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from deformmamba.errors import InvalidArgument, InvalidType, UnsupportedCall, shown
+from deformmamba.layers import Block
 from deformmamba.mamba.arguments import check_input, check_parameters, check_positive, check_sizes
 from deformmamba.mamba.causal_conv import causal_conv1d_fn, causal_conv1d_update
+
+
+class Mixer(Block):
+    """Marks the rates and gains of the scan, and nothing else, with `_no_weight_decay`, as mamba-ssm does."""
+
+    def exempt(self) -> None:
+        for name, parameter in self.named_parameters(recurse=False):
+            if name != "gamma":
+                parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
 
 def inner_channels(where: str, d_model: int, expand: float, dt_min: float, dt_max: float, **sizes: Any) -> int:

@@ -14,6 +14,7 @@ from deformmamba.annotations import is_number
 from deformmamba.errors import InvalidArgument, InvalidType, UnsupportedCall, shown
 from deformmamba.mamba.arguments import check_choice, check_input, check_not_negative, check_parameters, check_tensors
 from deformmamba.mamba.mamba_parts import (
+    Mixer,
     at_least_float32,
     causal_convolution,
     check_cache,
@@ -44,11 +45,9 @@ def _initialise_dt(dt_proj: nn.Linear, scale: float, dt_init: str, bias: torch.T
 
 
 def _initial_A_log(channels: int, states: int, device: Any) -> nn.Parameter:
-    """(channels, states): the rates -A of state n are n + 1; float32, without weight decay."""
+    """(channels, states): the rates -A of state n are n + 1; float32."""
     rates = torch.arange(1, states + 1, dtype=torch.float32, device=device).repeat(channels, 1)
-    A_log = nn.Parameter(rates.log())
-    A_log._no_weight_decay = True  # type: ignore[attr-defined]
-    return A_log
+    return nn.Parameter(rates.log())
 
 
 def _check_mamba(
@@ -63,7 +62,7 @@ def _check_mamba(
         raise InvalidType(f"Mamba: init_layer_scale must be a number or None, got {shown(init_layer_scale)}")
 
 
-class Mamba(nn.Module):
+class Mamba(Mixer):
     """Mamba's block: projection, causal convolution, selective scan, gate, projection.
 
     Args:
@@ -149,7 +148,6 @@ class Mamba(nn.Module):
                 scale = self.dt_rank**-0.5 * dt_scale
                 _initialise_dt(dt_proj, scale, dt_init, initial_dt(self.d_inner, **dt, **where))
             D = nn.Parameter(torch.ones(self.d_inner, device=device))
-            D._no_weight_decay = True  # type: ignore[attr-defined]
             names = ("conv1d", "x_proj", "dt_proj", "D")
             for name, part in zip(names, (conv, x_proj, dt_proj, D), strict=True):
                 setattr(self, f"{name}{suffix}", part)
@@ -159,6 +157,7 @@ class Mamba(nn.Module):
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **where)
         if init_layer_scale is not None:
             self.gamma = nn.Parameter(torch.full((d_model,), float(init_layer_scale), device=device))
+        self.exempt()
 
     def forward(self, hidden_states: torch.Tensor, inference_params: Any = None) -> torch.Tensor:
         """(b, l, d_model) to (b, l, d_model).

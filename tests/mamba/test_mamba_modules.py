@@ -1,5 +1,7 @@
 """The blocks Mamba and Mamba2 and the norms: parameters as in mamba-ssm, sequences, single steps, packed sequences."""
 
+import copy
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -250,6 +252,21 @@ def test_steps_with_adapters_are_the_whole_sequence(name: str) -> None:
     block.conv1d = Adapter(block.conv1d)
     with pytest.raises(DeformMambaError, match=r"^Mamba2?\.step: conv1d is an? Adapter; a step needs"):
         block.step(x[:, :1], *states)
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_copies_keep_what_weight_decay_leaves_out(name: str) -> None:
+    def marked(block: torch.nn.Module) -> set[str]:
+        return {n for n, p in block.named_parameters() if hasattr(p, "_no_weight_decay")}
+
+    block = ADAPTED[name]()
+    expected = {n for n in block.state_dict() if n.startswith(("A_", "D")) or n == "dt_bias"}
+    assert marked(block) == expected
+    assert marked(copy.deepcopy(block)) == expected
+    assert marked(pickle.loads(pickle.dumps(block))) == expected
+    assert marked(ADAPTED[name]().to("meta").to_empty(device="cpu")) == expected
+    block.load_state_dict(ADAPTED[name]().state_dict(), assign=True)
+    assert marked(block) == expected
 
 
 def test_norms_are_pytorchs() -> None:
