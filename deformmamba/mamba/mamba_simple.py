@@ -29,6 +29,7 @@ from deformmamba.mamba.mamba_parts import (
 )
 from deformmamba.mamba.selective_scan import bimamba_inner_fn, mamba_inner_fn_no_out_proj, selective_scan_fn
 from deformmamba.mamba.state_update import selective_state_update
+from deformmamba.tensors import refuse_tracing
 
 BIMAMBA_TYPES = ("none", "v1", "v2", "v3")
 
@@ -164,6 +165,7 @@ class Mamba(Mixer):
 
         `inference_params` (with `key_value_memory_dict` and `seqlen_offset`, as in mamba-ssm) keeps the states: a
         call with an offset of 0 fills them, a later one makes one step."""
+        refuse_tracing("Mamba", "length")
         check_input("Mamba", "hidden_states", hidden_states, "b l", self.in_proj)
         if inference_params is not None:
             check_inference("Mamba", inference_params)

@@ -127,7 +127,7 @@ def selective_scan(
         ScanBackendError: the named backend cannot run this call.
         UnsupportedCall: under torch.jit.trace.
     """
-    refuse_tracing("selective_scan")
+    refuse_tracing("selective_scan", "length")
     patterns = {2: "d n", 3: "b n l"}
     grouped = [patterns.get(x.ndim, "b g n l") if isinstance(x, torch.Tensor) else "b g n l" for x in (B, C)]
     _check_shapes(

@@ -106,6 +106,8 @@ def test_a_pack_of_sequences_gives_what_each_gives() -> None:
         block(x.expand(2, -1, -1), cu_seqlens=starts)
     with pytest.raises(DeformMambaError, match=r"Mamba2: torch\.jit\.trace would record the length"):
         torch.jit.trace(block, x, check_trace=False)
+    with pytest.raises(DeformMambaError, match=r"Mamba: torch\.jit\.trace would record the length"):
+        torch.jit.trace(Mamba(8, d_state=4).double(), x, check_trace=False)
     assert_close(block(x[0], seqlen=10, seq_idx=seq_idx), expected[0])
     params = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
     with torch.no_grad():
