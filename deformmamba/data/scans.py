@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deformmamba.annotations import check_types
+from deformmamba.data.copies import copies
 from deformmamba.data.prepared import MANIFEST, SUFFIX, is_prepared, read_manifest, read_prepared
 from deformmamba.data.splits import SPLITS, by_share, check_shares, check_splits, read_table
 from deformmamba.data.subjects import name_subjects, patient_id, same_person
@@ -57,7 +58,8 @@ def find_scans(
     2. A folder with a `volumes.tsv` (columns participant_id, file and split; contrast and anatomy are optional): the
        table lists them.
     3. Any other folder: all NIfTI files, MGH files and DICOM series that `volume.scans_below` accepts as scans. It
-       leaves out masks, label images, phase images and outputs of this package, each with a reason. The subject is the
+       leaves out masks, label images, phase images, outputs of this package and copies of another file, each with a
+       reason. Copies are of one subject. The subject is the
        BIDS entity `sub-<label>`. Without that entity the subject is guessed from folder and file names, and a warning
        names the rule (see `subjects.py`). Subjects are split by a hash, see `splits.by_share`.
 
@@ -150,6 +152,7 @@ def _from_index(root: Path) -> list[Scan]:
     scans: list[Scan] = []
     spelled: dict[str, str] = {}  # the first spelling counts
     lines: dict[str, int] = {}
+    rows: dict[Path, int] = {}
     for number, row in read_table(table, ("participant_id", "file", "split")):
         subject, split = row["participant_id"], row["split"]
         if split not in SPLITS:
@@ -160,7 +163,15 @@ def _from_index(root: Path) -> list[Scan]:
         if (before := lines.setdefault(os.path.realpath(path), number)) != number:
             raise VolumeError(f"{table}, line {number}: {row['file']} is in line {before} too; list each file once")
         subject = spelled.setdefault(same_person(subject), subject)
+        rows[path] = number
         scans.append(Scan(path, subject, split, f"{row.get('contrast', '')} {row.get('anatomy', '')}".strip()))
+    owners = {scan.path: scan.subject for scan in scans}
+    for path, original in copies(owners).items():
+        if owners[path] != owners[original]:
+            raise VolumeError(
+                f"{table}, line {rows[path]}: the file of {owners[path]} has the same bytes as that of "
+                f"{owners[original]} in line {rows[original]}; list it once, or give both lines one participant_id"
+            )
     return scans
 
 
@@ -168,6 +179,10 @@ def _from_tree(
     root: Path, val: float, test: float, seed: int, pattern: str | None, passed: Passed | None
 ) -> list[Scan]:
     found, left_out = _candidates(root)
+    same = copies([one.path for one in found])
+    for one in found:
+        if (original := same.get(one.path)) is not None:
+            left_out.append(replace(one, reason=f"a copy of {original.relative_to(root)}, or a link to it"))
     if passed is not None:
         for candidate in left_out:
             passed(candidate.path, candidate.reason)
@@ -180,7 +195,7 @@ def _from_tree(
     # a series that shares its folder gets its own key, folder/series
     keys = {(one.path / one.series if one.series else one.path): one for one in found}
     patients = {key: patient_id(one.path, one.series) for key, one in keys.items() if one.path.is_dir()}
-    named_by = name_subjects(list(keys), root, pattern=pattern, patients=patients)
+    named_by = name_subjects(list(keys), root, pattern=pattern, patients=patients, copies=same)
     split = by_share(named_by.names.values(), val=val, test=test, seed=seed)
     if not named_by.certain:
         names = sorted(split)
@@ -191,7 +206,11 @@ def _from_tree(
             f"(subject= in Python) or write a {INDEX}",
             stacklevel=4,
         )
-    return [Scan(one.path, (name := named_by.names[key]), split[name], "", one.series) for key, one in keys.items()]
+    return [
+        Scan(one.path, (name := named_by.names[key]), split[name], "", one.series)
+        for key, one in keys.items()
+        if key not in same
+    ]
 
 
 def _candidates(root: Path) -> tuple[list[Candidate], list[Candidate]]:
