@@ -21,7 +21,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from deformmamba.annotations import check_types, is_number
-from deformmamba.errors import DeformMambaError, InvalidArgument, InvalidType, shown
+from deformmamba.errors import DeformMambaError, InvalidArgument, InvalidType, one_line, shown
 from deformmamba.extras import require
 from deformmamba.inference.networks import evaluating, modes_kept
 from deformmamba.losses import SRLoss
@@ -39,6 +39,10 @@ LONGEST_VALIDATION = timedelta(hours=6)
 
 class NotFinite(DeformMambaError, FloatingPointError):
     """A loss or its gradient is NaN or infinite."""
+
+
+class LoadingEnded(DeformMambaError, RuntimeError):
+    """A data loading process was killed."""
 
 
 def fit(
@@ -126,6 +130,7 @@ def fit(
         WeightsError: the model could not be saved, see `SRModel.check_savable`.
         NotFinite: the loss or its gradient is not finite; the message gives step and samples. The last saved state is
             kept.
+        LoadingEnded: one of the `workers` was killed. The last saved state is kept.
     """
     check_types(fit, locals())
     settings = FitSettings(
@@ -346,7 +351,13 @@ class _Training:
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         batches = self.batches()
         pinned = self.accelerator.device.type == "cuda"
-        loader = DataLoader(self.dataset, batch_sampler=batches, num_workers=settings.workers, pin_memory=pinned)
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=batches,
+            num_workers=settings.workers,
+            pin_memory=pinned,
+            worker_init_fn=_left_to_main,
+        )
         bar = tqdm(
             total=settings.samples,
             initial=min(self.at.step * settings.batch, settings.samples),
@@ -356,7 +367,7 @@ class _Training:
         )
         if not self.model.training:
             self.model.train()
-        with closing(self.folder), bar, _asked_to_stop() as asked, ExitStack() as stack:
+        with closing(self.folder), bar, _ended_loading_named(), _asked_to_stop() as asked, ExitStack() as stack:
             # else accelerate's autocast would stay on the model
             stack.callback(self.accelerator.unwrap_model, self.network, keep_fp32_wrapper=False)
             if score_start:
@@ -466,6 +477,29 @@ class _Training:
         settings = self.settings
         own = {"steps": self.at.step, "batch": settings.batch, "seed": settings.seed, "validation": plain}
         return {**self.provenance, **own}
+
+
+def _left_to_main(_: int) -> None:
+    """Makes a data loading process ignore the signals that stop a run.
+
+    Ctrl-C, and the SIGTERM of a scheduler, are sent to these processes too; the main one needs them for its last step.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _ended_loading_named() -> Iterator[None]:
+    """Turns PyTorch's error about a killed data loading process, which can come at any moment, into `LoadingEnded`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise LoadingEnded(
+            f"fit: a data loading process ended ({one_line(error)}); the memory, or the shared memory of a container, "
+            "may be too small: give fewer workers, or workers=0 (--workers 0), and the same call resumes"
+        ) from None
 
 
 class _Speed:

@@ -25,6 +25,7 @@ from deformmamba.models.deform_mamba import DeformMambaSR
 from deformmamba.physics.kspace import degrade, zero_fill
 from deformmamba.training import fit
 from deformmamba.training.batches import Batches
+from deformmamba.training.loop import LoadingEnded
 from deformmamba.training.optimizer import parameter_groups
 from deformmamba.training.settings import FitSettings
 from deformmamba.weights import WeightsError
@@ -147,6 +148,20 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_weights(tmp_path, numb
     first, second = ([row["loss"] for row in log(tmp_path / name)] for name in ("whole", "stopped"))
     assert first == second
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_a_loading_process_does_not_end_the_run(tmp_path, number):
+    whole = digest(run(tmp_path / "whole", model=Plain()))
+    assert digest(run(tmp_path / "sent", model=Plain(), data=Signalling(3, number), workers=1)) == whole
+
+
+@pytest.mark.slow
+def test_a_loading_process_that_was_killed_is_named(tmp_path):
+    with pytest.raises(LoadingEnded, match=r"ended \(DataLoader worker \(pid.*--workers 0"):
+        run(tmp_path, model=Plain(), data=Signalling(9, signal.SIGKILL), workers=1)
+    assert run(tmp_path, model=Plain(), data=Signalling(-1, 0)).is_file(), "the same call resumes"
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path):
