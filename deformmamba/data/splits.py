@@ -143,27 +143,38 @@ def read_header(path: str | os.PathLike[str]) -> list[str]:
 def read_table(path: str | os.PathLike[str], needed: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows of a CSV or TSV file with their line numbers, without blank lines; cells are stripped of blanks.
 
-    A byte order mark, which spreadsheets write, is ignored. Every row must fill the columns of `needed`.
+    A byte order mark, which spreadsheets write, is ignored. Every row must fill the columns of `needed`. "n/a", BIDS'
+    word for a missing value, is an empty cell.
 
     Raises:
-        VolumeError: the file cannot be read, a column of `needed` is missing, or a row leaves one empty (names file,
-            line and column).
+        VolumeError: the file cannot be read, a column of `needed` is missing or there twice, a row leaves one empty, or
+            a quoted cell continues in the next line (names file, line and column).
     """
     text = read_text(path)
     header = read_header(path)
     missing = [name for name in needed if name not in header]
     if missing:
         raise VolumeError(f"{path}: no column {missing[0]!r}; wanted {', '.join(needed)}, there are: {header}")
+    if twice := [name for name in needed if header.count(name) > 1]:
+        raise VolumeError(f"{path}: several columns are named {twice[0]!r}; remove all but one")
     reader = csv.reader(text.splitlines(), delimiter=_delimiter(text))
     next(reader)
+    read = reader.line_num
     for cells in reader:
+        read += 1
+        if reader.line_num != read:  # else a quotation mark that is not closed would hide rows
+            raise VolumeError(
+                f"{path}, line {read}: a cell in quotation marks continues in the next line; remove the quotation mark "
+                "or the line break"
+            )
         if not any(cell.strip() for cell in cells):
             continue
         if len(cells) > len(header):
             raise VolumeError(
                 f"{path}, line {reader.line_num}: {len(cells)} cells, but {len(header)} columns; remove the extra cells"
             )
-        row = dict.fromkeys(header, "") | {name: cell.strip() for name, cell in zip(header, cells, strict=False)}
+        filled = {name: cell.strip() for name, cell in zip(header, cells, strict=False)}
+        row = dict.fromkeys(header, "") | {name: cell for name, cell in filled.items() if cell.lower() != "n/a"}
         empty = [name for name in needed if not row[name]]
         if empty:
             raise VolumeError(

@@ -58,6 +58,12 @@ HEADER = "participant_id\tfile\tsplit\n"
         ("file\tsplit\na.nii\ttrain\n", "no column 'participant_id'"),
         ("", "no column 'participant_id'"),
         (HEADER, "no volume found"),
+        (HEADER + "sub-1\ta.nii\tn/a\n", "line 2: the cell split is empty"),
+        ("participant_id\tfile\tfile\tsplit\nsub-1\ta.nii\tb.nii\ttrain\n", "several columns are named 'file'"),
+        (
+            HEADER.strip() + '\tnote\nsub-1\ta.nii\ttrain\tx\nsub-2\ta.nii\ttrain\t"5 mm\nsub-3\ta.nii\ttest\tx\n',
+            "line 3: a cell in quotation marks continues in the next line",
+        ),
     ],
 )
 def test_a_table_with_a_hole_is_one_line_that_names_it(tmp_path, text, message):
@@ -76,6 +82,14 @@ def test_a_table_of_a_spreadsheet_is_read(tmp_path, encoding, end):
     (scan,) = find_scans(tmp_path)
     assert (scan.subject, scan.split) == ("sub-1", "train")
     assert next(read_table(tmp_path / "volumes.tsv", ["split"]))[1]["file"] == "a.nii"
+
+
+def test_a_missing_value_of_bids_is_no_part_of_a_group(tmp_path):
+    (tmp_path / "a.nii").write_bytes(b"")
+    (tmp_path / "volumes.tsv").write_text(
+        'participant_id\tfile\tsplit\tcontrast\tanatomy\nsub-1\t"a.nii"\ttrain\tn/a\tbrain\n'
+    )
+    assert find_scans(tmp_path)[0].group == "brain"
 
 
 def test_semicolons_and_commas_separate_too(tmp_path):
