@@ -163,7 +163,8 @@ class PatchDataset(Dataset[Sample]):
             check_magnitudes(scan, hr.numpy())
             if min(h, w) < self.patch * self.scale:
                 raise VolumeError(
-                    f"{scan.path}: slices {tuple(hr.shape[1:])} are smaller than an HR patch, {self.patch * self.scale}"
+                    f"{scan.path}: slices {tuple(hr.shape[1:])} are smaller than an HR patch, "
+                    f"{self.patch * self.scale}; leave the scan out, or give a smaller patch"
                 )
             unit = self._unit(hr, intensity)
             slices = [

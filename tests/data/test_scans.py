@@ -163,3 +163,26 @@ def test_scans_given_one_by_one_have_the_subjects_of_their_folders(tmp_path, pha
     rows = evaluate(ZeroFill(scale=2), paths)
     assert [row["subject"] for row in rows] == ["anna", "anna", "ben"]
     assert evaluate(ZeroFill(scale=2), [Scan(paths[0], "x", "", ""), paths[2]])[0]["subject"] == "x"
+
+
+def test_a_preparation_leaves_out_empty_scans_and_offers_only_what_it_has(tmp_path, phantom):
+    holes = phantom.astype(np.float32)
+    holes[3, 3, 1] = np.nan
+    for number, array in enumerate((phantom, holes, np.zeros(phantom.shape, np.float32)), 1):
+        write(tmp_path / "scans" / f"sub-{number}_T2w.nii.gz", array)
+    manifest = prepare(plan_folder(tmp_path / "scans"), tmp_path / "out")
+    assert [row["subject"] for row in manifest["volumes"]] == ["sub-1"]
+    reasons = [row["reason"] for row in manifest["skipped"]]
+    assert "NaN or infinite; replace them and save the file" in reasons[0]
+    assert "--nan" not in reasons[0]
+    assert reasons[1] == "sub-3_T2w.nii.gz: all voxels of its slices are 0"
+
+
+def test_a_preparation_takes_scans_in_folders_with_long_names(tmp_path, phantom):
+    folder = tmp_path / "scans" / "sub-1" / ("1." + "2" * 100) / ("1." + "3" * 100)
+    write(folder / "a_very_long_name_of_a_series.nii.gz", phantom)
+    write(folder / "a_very_long_name_of_a_series_too.nii.gz", phantom)
+    manifest = prepare(plan_folder(tmp_path / "scans"), tmp_path / "out")
+    names = {row["file"] for row in manifest["volumes"]}
+    assert len(names) == 2
+    assert all((tmp_path / "out" / name).is_file() and len(name) <= 255 for name in names)

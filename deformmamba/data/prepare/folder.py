@@ -1,5 +1,6 @@
 """Prepares any folder tree of NIfTI, MGH or DICOM files."""
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from deformmamba.data.prepare.plan import (
 )
 from deformmamba.data.scans import INDEX, find_scans
 from deformmamba.data.splits import read_splits
+
+_LONGEST = 240  # bytes of the name of a prepared file, without its ending; file systems take 255
 
 
 def plan_folder(
@@ -52,6 +55,9 @@ def plan_folder(
             continue
         name = re.sub(r"\.(nii(\.gz)?|mg[hz])$", "", source).replace("/", "__").strip(".") or "volume"
         name = name.encode("utf-8", "backslashreplace").decode().replace("\\", "_")  # safetensors takes UTF-8 only
+        if len(name.encode()) > _LONGEST:  # folders named by UIDs
+            digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+            name = f"{name.encode()[: _LONGEST - 13].decode('utf-8', 'ignore')}-{digest}"
         while name in names:
             name += "-2"
         names.add(name)

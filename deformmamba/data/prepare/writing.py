@@ -87,6 +87,8 @@ def _prepare_one(source: Source, out: Path, plan: Plan) -> dict[str, Any]:
                     f"{source.path}: none of its {len(slices)} slices is in the range {plan.options['slices']}"
                 )
             slices = slices[kept.start : kept.stop]
+            if not slices.any():
+                raise VolumeError(f"{source.path}: all voxels of its slices are 0")
             unit = intensity_scale(np.abs(slices) if np.iscomplexobj(slices) else slices)
         except VolumeError as error:
             raise Unusable(str(error)) from None
