@@ -112,7 +112,8 @@ def fit(
         ema: decay of the exponential moving average of the weights, which is validated and saved; 0 for no average.
         precision: accelerate's mixed precision: "no", "bf16", "fp16"; accelerate allows one per process.
         validate: returns the scores of a model in evaluation mode, numbers by name, and is called every `every` steps.
-            The model with the highest finite "psnr" is the best.
+            The model with the highest finite "psnr" is the best. In the log, a score with the name of another column,
+            such as "loss", is in the column "validation_loss".
         score_start: also validates the model before the first step, as step 0, so that fine-tuning never returns worse
             weights than the initial ones: if no validation scores higher, `best.safetensors` holds the initial weights,
             and a warning is issued.
@@ -125,7 +126,7 @@ def fit(
     Raises:
         InvalidArgument: an argument out of range, a model without parameters to train, or `out` holds another run (the
             message lists the differences).
-        InvalidType: an argument of a wrong type, or scores that are not numbers.
+        InvalidType: an argument of a wrong type, samples that are not tensors, or scores that are not numbers.
         MissingExtra: accelerate is not installed.
         WeightsError: the model could not be saved, see `SRModel.check_savable`.
         NotFinite: the loss or its gradient is not finite; the message gives step and samples. The last saved state is
@@ -425,7 +426,13 @@ class _Training:
 
     def gradient(self, sample: Any, piece: Piece) -> torch.Tensor:
         """Adds the gradient of a piece; returns its mean loss."""
-        lr, target, *further = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in sample)
+        tensors = sample if isinstance(sample, tuple | list) else ()
+        if len(tensors) < 2 or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+            raise InvalidType(
+                "fit: a sample of the data set must be tensors or arrays (lr, hr), (lr, hr, base) or (lr, hr, base, "
+                f"norm), not {_kinds(sample)}; a small data set around yours can return them"
+            )
+        lr, target, *further = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in tensors)
         value = self.loss(self.network(lr, *further[: self.n_further]), target)
         self.accelerator.backward(value * piece.weight)
         return value.detach().float()
@@ -446,7 +453,7 @@ class _Training:
             if at.seen:
                 row |= {"loss": at.recent / at.seen, "lr": self.optimizer.param_groups[0]["lr"]}
                 row["images_per_second"] = self.speed.per_second()
-            self.folder.log({**row, **scores})
+            self.folder.log(row | {f"validation_{name}" if name in row else name: n for name, n in scores.items()})
             score = scores.get("psnr")
             # the initial weights stay the best if another score is only equal
             least = math.nextafter(at.best, math.inf) if at.best_step == 0 else at.best
@@ -592,6 +599,15 @@ def _asked_to_stop() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _kinds(sample: Any) -> str:
+    """The types in a collated sample, for a message."""
+    if isinstance(sample, Mapping):
+        return f"a dictionary of {', '.join(map(shown, sample))}"
+    if isinstance(sample, tuple | list):
+        return f"({', '.join(type(item).__name__ for item in sample)})"
+    return f"a {type(sample).__name__}"
 
 
 def _named(loss: Any) -> str:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
+from deformmamba.errors import InvalidType
 from deformmamba.extras import MissingExtra
 from deformmamba.losses import L1Loss
 from deformmamba.models.base import SRModel
@@ -162,6 +163,41 @@ def test_a_loading_process_that_was_killed_is_named(tmp_path):
     with pytest.raises(LoadingEnded, match=r"ended \(DataLoader worker \(pid.*--workers 0"):
         run(tmp_path, model=Plain(), data=Signalling(9, signal.SIGKILL), workers=1)
     assert run(tmp_path, model=Plain(), data=Signalling(-1, 0)).is_file(), "the same call resumes"
+
+
+class Given(Dataset):
+    """Four samples made by a function of the tensors (lr, hr, base)."""
+
+    def __init__(self, make) -> None:
+        self.make, self.data = make, samples()
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int):
+        return self.make(*self.data[index])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda lr, hr, base: {"lr": lr, "hr": hr}, "not a dictionary of 'lr', 'hr'; a small data set"),
+        (lambda lr, hr, base: (lr,), r"\(lr, hr, base, norm\), not \(Tensor\)"),
+        (lambda lr, hr, base: (lr, "scan.nii"), r"not \(Tensor, tuple\)"),
+        (lambda lr, hr, base: lr, "not a Tensor"),
+    ],
+)
+def test_samples_that_are_no_pairs_of_tensors_are_refused(tmp_path, make, message):
+    with pytest.raises(InvalidType, match=message):
+        run(tmp_path, model=Plain(), data=Given(make))
+
+
+def test_scores_do_not_replace_columns_of_the_log(tmp_path):
+    run(tmp_path, model=Plain(), steps=2, every=1, validate=lambda model: {"psnr": 1.0, "loss": -5.0, "step": 7.0})
+    rows = log(tmp_path)
+    assert [row["step"] for row in rows] == ["1", "2"]
+    assert all(float(row["loss"]) > 0 for row in rows)
+    assert [(row["validation_loss"], row["validation_step"]) for row in rows] == [("-5.0", "7.0")] * 2
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path):
