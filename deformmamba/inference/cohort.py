@@ -162,7 +162,7 @@ def upscale_cohort(
         drawn = places.pop("figure", None)
         options: dict[str, Any] = {**reading, **places, **vars(chosen), "nan": nan, "partial": partial}
         middle = (lambda n: (n // 2,)) if drawn else (lambda n: ())
-        done = upscale_file(model, scan, output, series=series, sidecar=False, as_image=True, keep=middle, **options)
+        done = upscale_file(model, scan, output, series=series, sidecar=False, keep=middle, **options)
         if drawn:
             title = f"{shown_path(scan.name)}, slice"
             draw_slice(drawn, done, model, title=title, name=weights_name(model) or "output")

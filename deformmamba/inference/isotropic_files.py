@@ -199,7 +199,7 @@ def isotropic_cohort(
     reading: dict[str, Any] = {"volume": volume, "dtype": dtype, "nan": nan, "partial": partial}
 
     def make(scan: Path, output: Path, series: str | None = None) -> tuple[str, dict[str, Any]]:
-        options = {**reading, **settings, "as_image": True, "sidecar": False}
+        options = {**reading, **settings, "sidecar": False}
         done = isotropic_file(scan, output, series=series, model=network, **options)
         warned = {"Warnings": list(done.report.warned)} if done.report.warned else {}
         return str(done.report), {**warned, "Isotropic": done.report.facts()}

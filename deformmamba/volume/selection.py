@@ -26,10 +26,11 @@ PRODUCER = "deformmamba"
 
 # the last part of a file's name; the first four are suffixes of BIDS
 _LABEL_NAMES = ("dseg", "mask", "probseg", "seg", "label", "labels", "segmentation", "aseg", "wmparc")
-_PHASE_NAMES = ("phase", "phase1", "phase2", "phasediff", "fieldmap")
-# NIfTI intent codes of images other than intensity images
+_PHASE_NAMES = ("ph", "phase", "phase1", "phase2", "phasediff", "fieldmap")
+# NIfTI intent codes of images other than intensity images: statistics, matrices and vectors, surfaces, FSL's
+# deformations and field maps, CIFTI
 _LABEL_INTENT = 1002
-_OTHER_INTENTS = (*range(2, 25), *range(1004, 1010))
+_OTHER_INTENTS = (*range(2, 25), *range(1003, 1011), *range(2002, 2019), *range(3000, 3100))
 
 OWN_OUTPUT = "an output of this package"  # how `not_a_scan` begins for one
 
@@ -99,13 +100,16 @@ def _in_folder(folder: Path, files: list[Path], root: Path) -> Iterator[Candidat
 def series_in(files: list[Path]) -> dict[str, Any]:
     """Maps SeriesInstanceUID to one data set (without pixels) of each DICOM series among `files`, in series order.
 
-    Files that are not DICOM images are ignored: other formats, reports, a DICOMDIR.
+    It is the first one that may be upscaled, because a series may hold phase images too. Files that are not DICOM
+    images are ignored: other formats, reports, a DICOMDIR.
     """
     found: dict[str, Any] = {}
     with silenced():
         for path in files:
             if (dataset := dicom.image_header(path)) is not None:
-                found.setdefault(str(dataset.get("SeriesInstanceUID")), dataset)
+                first = found.setdefault(str(dataset.get("SeriesInstanceUID")), dataset)
+                if _dicom_reason(first) and not _dicom_reason(dataset):
+                    found[str(dataset.get("SeriesInstanceUID"))] = dataset
     return dict(sorted(found.items(), key=lambda item: (dicom.number(item[1].get("SeriesNumber")), item[0])))
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from dicom_made import enhanced, oblique
+from dicom_made import classic, enhanced, oblique
 from pydicom import dcmread
 from pydicom.data import get_testdata_file
 
 from deformmamba.inference import upscale_file
+from deformmamba.inference.cohort import upscale_cohort
 from deformmamba.models import ZeroFill
 from deformmamba.volume import VolumeError, no_scan, not_a_scan, read_volume, scans_below
 
@@ -82,7 +83,10 @@ def test_a_label_image_is_known_by_its_voxels(tmp_path: Path, dtype: str) -> Non
 def test_headers_and_files_beside_tell(tmp_path: Path) -> None:
     shutil.copy(CASES / "nifti" / "label.nii.gz", tmp_path / "t2.nii.gz")
     assert "intent LABEL" in not_a_scan(tmp_path / "t2.nii.gz")
-    assert "intent code 3" in not_a_scan(image(anatomy(), tmp_path / "t.nii", intent_code=3))
+    for code in (3, 1007, 2006, 3006):  # a t-map, vectors, a deformation of FSL, a CIFTI file
+        assert f"intent code {code}" in not_a_scan(image(anatomy(), tmp_path / "t.nii", intent_code=code))
+    for code in (0, 1001, 2001):  # none, an estimate, a time series
+        assert not_a_scan(image(anatomy(), tmp_path / "t.nii", intent_code=code)) == ""
     assert "its header" in not_a_scan(
         image(anatomy(), tmp_path / "o.nii", descrip=b"deformmamba 0.1.0, ZeroFill 2x, sha256 ab")
     )
@@ -117,8 +121,8 @@ def test_phase_images(tmp_path: Path) -> None:
         nibabel.save(made, tmp_path / "c.nii.gz")
         assert nibabel.load(tmp_path / "c.nii.gz").dataobj.slope == pytest.approx(slope)
         assert said in not_a_scan(tmp_path / "c.nii.gz")
-    assert "phase image" in not_a_scan(image(anatomy(), tmp_path / "sub-1_part-phase_bold.nii.gz"))
-    assert "phase image" in not_a_scan(image(anatomy(), tmp_path / "sub-1_phasediff.nii.gz"))
+    for name in ("sub-1_part-phase_bold", "sub-1_phasediff", "gre_e1_ph"):  # the last as dcm2niix names it
+        assert "phase image" in not_a_scan(image(anatomy(), tmp_path / f"{name}.nii.gz"))
 
 
 def test_the_phase_of_an_enhanced_series_is_known_by_its_frames(tmp_path: Path) -> None:
@@ -138,6 +142,28 @@ def test_the_phase_of_an_enhanced_series_is_known_by_its_frames(tmp_path: Path) 
     assert no_scan(path, read_volume(path, volume=1)) == "a phase image (by its ImageType)"
     with pytest.raises(VolumeError, match=r"a phase image .*as_image=True"):
         upscale_file(ZeroFill(scale=2), path, tmp_path / "out.nii", volume=1)
+
+
+def test_a_series_of_magnitude_and_phase_is_a_scan(tmp_path: Path) -> None:
+    """Whichever comes first by name; in a folder of scans too, the phase of it is refused."""
+    series = tmp_path / "scans" / "gre"
+    series.parent.mkdir()
+    classic(series, oblique(0), echoes=(90.0, 90.0))
+    files = sorted(series.iterdir())
+    for path in files:
+        dataset = dcmread(path)
+        is_phase = dataset.EchoNumbers == dcmread(files[0]).EchoNumbers
+        dataset.ImageType = ["ORIGINAL", "PRIMARY", "P" if is_phase else "M"]
+        dataset.AcquisitionNumber = int(is_phase) + 1
+        dataset.save_as(path)
+    assert [found.reason for found in scans_below(series.parent)] == [""]
+    reasons = {
+        volume: upscale_cohort(ZeroFill(scale=2), series.parent, tmp_path / f"{volume}", volume=volume)[0].reason
+        for volume in (None, 0, 1)
+    }
+    assert "holds 2 volumes" in reasons[None]
+    assert reasons[0] == ""
+    assert "a phase image (by its ImageType)" in reasons[1]
 
 
 def test_stored_values_of_a_phase_do_not_make_a_scaled_scan_one(tmp_path: Path) -> None:
