@@ -217,6 +217,11 @@ def _placed(array: np.ndarray, header: Any, affine: np.ndarray | None = None) ->
         qform = np.diag([-sizes[0], -sizes[1], sizes[2], 1.0])
     elif header["aux_file"].item().startswith(_UNSTATED):
         codes = (0, 0)
+    if min(codes) > 0 and np.linalg.det(affine[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0:
+        notes.append(
+            "the header has two orientations that are mirror images of each other: the sform, used here, and the "
+            "qform; programs that use the qform show left as right"
+        )
     to_mm = np.diag([*[_mm(header)] * 3, 1.0])
     return Volume(
         array,

@@ -100,6 +100,24 @@ def test_of_two_voxel_sizes_the_one_in_use_is_written(tmp_path: Path) -> None:
     assert_close(header.get_sform(), np.diag([1, 1, 5, 1]))
 
 
+def test_orientations_that_are_mirror_images_are_named(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    path, mirrored = tmp_path / "a.nii", np.diag([-2.0, 2, 5, 1])
+    image = nibabel.Nifti1Image(np.ones((6, 5, 4), np.float32), np.diag([2.0, 2, 5, 1]))
+    image.set_sform(rotated(0.3, (2, 2, 5), (1, 2, 3)), 4)
+    for code in (0, 1):
+        image.set_qform(mirrored, code)
+        nibabel.save(image, path)
+        notes = read_volume(path).notes
+        assert [str(one.message) for one in recwarn] == [f"{path}: {note}" for note in notes]
+        assert len(notes) == code
+    assert "the qform show left as right" in notes[0]
+    image.set_sform(None, 0)
+    image.set_qform(None, 0)  # no orientation: the output has two, as different programs assume them
+    nibabel.save(image, path)
+    write_volume(tmp_path / "b.nii", read_volume(path))
+    assert read_volume(tmp_path / "b.nii").notes == ()
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [("quatern_over1.nii", (20, 16, 5)), ("twod_pix0.nii", (20, 16, 1)), ("one_slice_pix0.nii", (20, 16, 1))],
