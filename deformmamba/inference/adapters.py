@@ -147,7 +147,12 @@ class UpscaleTransform:
             plane[np.ix_((0, 1, 3), (0, 1, 3))] = affine
             tensor, plane = self._channels(image, plane)  # type: ignore[assignment]
             return tensor, plane[np.ix_((0, 1, 3), (0, 1, 3))]
-        if affine is None or affine.shape != (4, 4):
+        if affine is not None and affine.shape != (4, 4):
+            raise VolumeError(
+                f"an image of shape {tuple(image.shape)} has an affine of shape {affine.shape}; give one image without "
+                "a batch axis, with an affine of 4x4, or 3x3 for a slice (c, h, w)"
+            )
+        if affine is None:
             return torch.stack([upscale(self.model, channel, **self.settings) for channel in image.cpu()]), affine
         settings = {**self.settings, "axis": 2} if image.ndim == 3 else self.settings
         arrays = (channel.detach().cpu().numpy() for channel in (image[..., None] if image.ndim == 3 else image))

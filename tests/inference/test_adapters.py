@@ -42,6 +42,14 @@ def test_the_affine_of_a_slice_follows(n: int) -> None:
     assert_close(sharp.affine, wanted)
 
 
+def test_an_affine_that_fits_no_image_is_refused() -> None:
+    """As that of a batch, which kept its old pixel size."""
+    transform = UpscaleTransform(ZeroFill(scale=2))
+    for size, affine in (((2, 1, 6, 8), torch.eye(4).repeat(2, 1, 1)), ((1, 6, 8, 3), torch.eye(3))):
+        with pytest.raises(VolumeError, match=r"without a batch axis, with an affine of 4x4, or 3x3 for a slice"):
+            transform(Meta(image(*size), affine=affine, meta={}))
+
+
 def test_an_inferer_takes_batches_of_slices_and_volumes() -> None:
     model, inferer = ZeroFill(scale=2), UpscaleInferer(batch_size=2)
     volumes = image(2, 2, 6, 8, 3)
