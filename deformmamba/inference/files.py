@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import shutil
 import tempfile
 import time
 import warnings
@@ -45,10 +46,12 @@ from deformmamba.volume import (
     no_scan,
     read_volume,
     read_volumes,
+    replacing,
     writing,
 )
 from deformmamba.volume.files import warn_of
 from deformmamba.volume.inspection import measured_matrix, spacing_remark
+from deformmamba.volume.selection import sidecar_of
 
 if TYPE_CHECKING:
     from deformmamba.models.base import SRModel
@@ -119,7 +122,8 @@ def upscale_file(
     Args:
         model: any SRModel, or the name of weights.
         source, volume, series, stack, nan, partial: as `read_volume`. But without `volume`, all volumes of a source
-            with several are upscaled into one 4-D NIfTI file.
+            with several are upscaled into one 4-D NIfTI file. It gets copies of the .bval and .bvec files beside a
+            NIfTI source, which apply to it as they are.
         target, dtype: as `volume.writing`; the output can be DICOM if the input is DICOM.
         as_image: also accept files that `volume.not_a_scan` rejects: a mask, a phase image, an output of this package.
         uncertainty: another file, for the second result of `upscale_with_uncertainty`; turns the ensemble on.
@@ -169,6 +173,7 @@ def upscale_file(
         if report is not None:
             facts = report_facts(found, job.settings, seconds, effective)
             _write_page(report, found, scan, job, pages, facts, cautions)
+    _copy_gradients(source, target, n_volumes)
     if sidecar:
         reading = {"volume": volume, "dtype": dtype, "effective": effective, **unusual(nan, partial)}
         write_sidecar(target, source, "sr", generated_by(found, job.settings, reading), cautions)
@@ -226,6 +231,17 @@ def _of_more_volumes(volumes: Iterable[Volume], model: "SRModel") -> tuple[tuple
         most = max(most, len(said))
     warn_of(found)
     return tuple(f"volume {number}: {note}" for note, number in notes.items() if number > 0), tuple(found)
+
+
+def _copy_gradients(source: PathLike, target: PathLike, n_volumes: int) -> None:
+    """Copies FSL's .bval and .bvec beside a 4-D NIfTI source; its upscaled volumes have the same order and axes."""
+    if n_volumes == 1 or not os.fspath(source).lower().endswith(NIFTI_SUFFIXES):
+        return
+    for ending in (".bval", ".bvec"):
+        before, after = (sidecar_of(path).with_suffix(ending) for path in (source, target))
+        if before.is_file() and before != after:
+            with replacing(after) as temporary:
+                shutil.copyfile(before, temporary)
 
 
 def _silently(volumes: Iterator[Volume]) -> Iterator[Volume]:

@@ -736,6 +736,18 @@ def test_all_volumes_of_a_file_get_the_matrix_of_the_first(tmp_path: Path) -> No
     assert done.n_volumes == 2
 
 
+def test_the_gradients_of_a_diffusion_scan_stay_beside_it(tmp_path: Path, phantom: np.ndarray) -> None:
+    nibabel.save(nibabel.Nifti1Image(np.stack([phantom, phantom / 2], 3), np.eye(4)), tmp_path / "dwi.nii.gz")
+    for name, text in (("dwi.bval", "0 1000"), ("dwi.bvec", "0 1\n0 0\n0 0"), ("out.bval", "of a former output")):
+        (tmp_path / name).write_text(text)
+    upscale_file(ZeroFill(scale=2), tmp_path / "dwi.nii.gz", tmp_path / "out.nii")
+    upscale_file(ZeroFill(scale=2), tmp_path / "dwi.nii.gz", tmp_path / "one.nii", volume=1)
+    upscale_file(ZeroFill(scale=2), tmp_path / "dwi.nii.gz", tmp_path / "dwi.nii")
+    for ending in (".bval", ".bvec"):
+        assert (tmp_path / f"out{ending}").read_text() == (tmp_path / f"dwi{ending}").read_text()
+        assert not (tmp_path / f"one{ending}").exists()
+
+
 def test_what_is_odd_in_a_later_volume_is_said_everywhere(tmp_path: Path, wobble: Wobble, phantom: np.ndarray) -> None:
     phase = np.random.default_rng(0).uniform(0, 4095, phantom.shape).astype(np.float32)
     broken = phantom.copy()
