@@ -100,7 +100,7 @@ def _run(argv: Sequence[str] | None, stopping: Stopping) -> int:
         )
     with warnings.catch_warnings(), quiet_if(args.quiet):
         warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = _ShowOnce()
+        warnings.showwarning = _ShowOnce(vars(args))
         try:
             if args.verbose:
                 _describe_machine()
@@ -185,13 +185,14 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 class _ShowOnce:
-    """Shows each warning as one line, once per command."""
+    """Shows each warning as one line, once per command, with the command's `options` instead of Python's arguments."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = options
         self._shown: set[str] = set()
 
     def __call__(self, message: Warning | str, *_: Any, **__: Any) -> None:
-        text = printable(str(message))
+        text = printable(with_options(str(message), self._options))
         if text not in self._shown:
             self._shown.add(text)
             with contextlib.suppress(OSError):

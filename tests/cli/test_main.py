@@ -105,6 +105,12 @@ def test_quiet_leaves_results_and_warnings(command: Any, capsys: pytest.CaptureF
     assert not is_quiet()
 
 
+def test_a_warning_names_the_option_of_the_command(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    command(lambda _: warnings.warn("quiet=True (--quiet) or nan=0 (--nan)", stacklevel=1))
+    assert main(["backends"]) == 0
+    assert capsys.readouterr().err == "deformmamba: warning: --quiet or in Python nan=0\n"
+
+
 def test_a_warning_is_shown_once_wherever_it_comes_from(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
     def run(_: Any) -> None:
         for level in (1, 2, 1):
