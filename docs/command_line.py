@@ -12,8 +12,8 @@ HEAD = """# Command line
 <!-- made by `python docs/command_line.py`; a test compares it with the command -->
 
 Results go to stdout, everything else to stderr. The exit code is 0 if all went well, 1 if some scans of a folder
-failed, 2 after a user error (one line tells what to do), 130 after ctrl-C, 143 after SIGTERM, 129 after SIGHUP, and 141
-if the reader of a pipe ends, as `head` does. A half-written file is never left behind.
+failed, 2 after a user error (one line states what to do), 130 after ctrl-C, 143 after SIGTERM, 129 after SIGHUP, and
+141 if the reader of a pipe ends, as `head` does. A half-written file is never left behind.
 
 """
 
@@ -24,7 +24,7 @@ def page() -> str:
     common = [action for action in parser._actions if set(action.option_strings) & set(COMMON)]
     parts = [HEAD + "## Options of every command\n", _table(common)]
     for leaf in leaves(parser):
-        epilog = (leaf.epilog or "").partition(" (")[0]
+        epilog = (leaf.epilog or "").partition("\n")[0]
         actions = [a for a in leaf._actions if a.help != argparse.SUPPRESS and "-h" not in a.option_strings]
         parts += [f"## {leaf.prog}\n", f"{leaf.description}\n"]
         if epilog.startswith("example: "):

@@ -35,10 +35,18 @@ def refuse(message: str, code: int = 2) -> int:
 
 # an argument of the Python function beside the option of the command: nan="zero" (--nan zero)
 _ADVICE = re.compile(r"""(?P<argument>\b[a-z_]+=[\w"']+) \((?P<option>--(?P<name>[a-z-]+)[^)]*)\)""")
+# an argument at the start of a message about its value: "to is 0.0; it must be ..."
+_WRONG = re.compile(r"^(?:recipe \S+: )?(?:fit: )?(?P<argument>[a-z_]+)(?= is )")
 
 
 def with_options(message: str, options: Mapping[str, Any]) -> str:
-    """Replaces each "argument (--option)" in `message` by the option if the command has it, else by the argument."""
+    """Replaces each "argument (--option)" in `message` by the option if the command has it, else by the argument.
+
+    An argument that begins a message about its value becomes the option too.
+    """
+    wrong = _WRONG.match(message)
+    if wrong and options.get(wrong["argument"]) is not None:
+        message = f"--{wrong['argument'].replace('_', '-')}{message[wrong.end() :]}"
 
     def advice(found: "re.Match[str]") -> str:
         known = found["name"].replace("-", "_") in options
@@ -163,8 +171,21 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class _Help(argparse.HelpFormatter):
+    """argparse's help; each line of the last paragraph starts anew, and the example is one line that can be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        return "\n".join(
+            line if line.startswith("example: ") else fill(line, width, indent) for line in text.splitlines()
+        )
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, and a suggestion for a mistyped command, option or choice."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": _Help, **settings})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self._given = list(sys.argv[1:] if args is None else args)
@@ -215,7 +236,8 @@ def add_common(parser: argparse.ArgumentParser, *, listed: bool) -> None:
             own = {**own, "type": positive}
         group.add_argument(name, default=argparse.SUPPRESS, **own)
     if not listed:
-        parser.epilog = f"{parser.epilog or ''} (every command also takes {', '.join(COMMON)}; see deformmamba --help)"
+        common = f"every command also takes {', '.join(COMMON)}; see deformmamba --help"
+        parser.epilog = f"{parser.epilog}\n{common}" if parser.epilog else common
 
 
 def add_command(
@@ -229,9 +251,9 @@ def add_command(
     return made
 
 
-def add_reading(parser: argparse.ArgumentParser) -> None:
-    """The arguments of a command that makes one scan from another."""
-    add_source(parser)
+def add_reading(parser: argparse.ArgumentParser, *, many: bool = False) -> None:
+    """The arguments of a command that makes one scan from another; `many`: also from each scan of a folder."""
+    add_source(parser, many=many)
     # the output may also follow the input; if it does not, the value of -o is kept
     parser.add_argument(
         "output", metavar="OUTPUT", nargs="?", action=Once, default=argparse.SUPPRESS, help="the same as -o OUTPUT"
@@ -242,15 +264,16 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         dest="output",
         action=Once,
         metavar="OUTPUT",
-        help="output file: .nii, .nii.gz or .mgz, replaced if it exists. A folder (FOLDER/ if it "
+        help="output file: .nii, .nii.gz, .mgh or .mgz, replaced if it exists. A folder (FOLDER/ if it "
         "is new): the file name is derived from the input's. DICOM input: also a folder for a new series",
     )
     parser.add_argument("--dtype", help="voxel type: float32 (default), float64, int16, uint16, int32 or uint8")
 
 
-def add_source(parser: argparse.ArgumentParser) -> None:
-    """The arguments that select the input."""
-    parser.add_argument("input", metavar="INPUT", help=".nii, .nii.gz, .mgz, DICOM file, or folder of one DICOM series")
+def add_source(parser: argparse.ArgumentParser, *, many: bool = False) -> None:
+    """The arguments that select the input; `many`: it may be a folder of scans."""
+    kinds = ".nii, .nii.gz, .mgh, .mgz or DICOM file, or folder of one DICOM series"
+    parser.add_argument("input", metavar="INPUT", help=kinds + (", or folder of scans" if many else ""))
     parser.add_argument("--volume", type=int, metavar="K", help="volume of a 4-D file or series, counted from 0")
     parser.add_argument("--series", metavar="K", help="DICOM series of a folder, counted from 0, or its UID")
     parser.add_argument("--stack", type=int, metavar="K", help="stack of slices of a localiser, counted from 0")

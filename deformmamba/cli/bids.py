@@ -23,7 +23,10 @@ def add(commands: Any) -> None:
     parser.add_argument("input", metavar="BIDS_DIR", help="the data set: a folder with dataset_description.json")
     parser.add_argument("output", metavar="OUTPUT_DIR", help="the derivative data set; created if it does not exist")
     parser.add_argument(
-        "level", choices=("participant",), help="each scan is upscaled separately; there is no group level"
+        "level",
+        metavar="participant",
+        choices=("participant",),
+        help="each scan is upscaled separately; there is no group level",
     )
     parser.add_argument(
         "--participant-label",

@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
         "make a scan of thick slices isotropic, or every such scan in a folder",
         "isotropic scan.nii.gz -o iso.nii.gz --adapt 3 --figure look.png",
     )
-    add_reading(parser)
+    add_reading(parser, many=True)
     parser.add_argument(
         "--to", type=float, metavar="MM", help="voxel size of the output (default: the in-plane pixel size)"
     )

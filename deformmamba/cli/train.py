@@ -20,8 +20,8 @@ def add(commands: Any) -> None:
         "--out gets the checkpoints best and last, log.csv, curve.png, sample.png, and run.json with all settings."
     )
     parser.epilog = (
-        f"{parser.epilog} (for several GPUs: accelerate launch -m deformmamba train ...; --batch is then the total "
-        "over all processes)"
+        f"{parser.epilog}\nfor several GPUs: accelerate launch -m deformmamba train ...; --batch is then the total "
+        "over all processes"
     )
     names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
     parser.add_argument("recipe", metavar="RECIPE", help=f"{names}, or the path of a TOML file")

@@ -48,14 +48,14 @@ def add(commands: Any) -> None:
         "write a sharper version of a scan, or of every scan in a folder",
         "upscale scan.nii.gz -o sharper.nii.gz --figure look.png",
     )
-    add_reading(parser)
+    add_reading(parser, many=True)
     add_model(parser, auto=True)
     add_running(parser)
     parser.add_argument("--ensemble", action="store_true", help="mean over eight flips and rotations; 8 times slower")
     parser.add_argument(
         "--uncertainty",
         metavar="FILE",
-        help="also write an uncertainty map: standard deviation of these eight",
+        help="also write an uncertainty map: the standard deviation over eight flips and rotations",
     )
     parser.add_argument(
         "--effective",

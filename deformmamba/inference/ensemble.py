@@ -24,7 +24,7 @@ def predict(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The output (b, c, scale * h, scale * w) of `model` for whole slices (b, c, h, w), about [0, 1]; float32 at least.
 
-    With `ensemble`: the mean over the eight reflections and transposes of the slice, each undone afterwards, and their
+    With `ensemble`: the mean over the eight flips and rotations of the slice, each undone afterwards, and their
     standard deviation (otherwise None). On the origin-aligned grid an image is reflected about index 0, i to -i mod n:
     plain reversal would move LR and HR apart by scale - 1 HR pixels.
 

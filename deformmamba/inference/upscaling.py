@@ -85,7 +85,7 @@ def upscale(
             degrading the output gives the input back. "object": inside the anatomy only, reduced by the estimated
             noise, so that ringing in air and noise do not return. "off": none. None: the best mode for these weights
             on validation data (`model.consistency`).
-        ensemble: the mean over the eight reflections and transposes of each slice, see `predict`: eight times the work
+        ensemble: the mean over the eight flips and rotations of each slice, see `predict`: eight times the work
             for 0.15 dB (ixi-4x, validation, T2 brain; spine 0.12).
         tile: run the model on blended tiles of this side, in LR pixels (`tiling.tiled`), for slices that do not fit
             into memory; None: on whole slices, which suits the networks best.

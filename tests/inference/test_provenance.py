@@ -367,6 +367,11 @@ def test_advice_names_no_option_that_the_command_lacks() -> None:
     assert with_options(message, {"data": "x"}) == 'a.nii: 3 voxels are NaN; in Python nan="zero" makes them 0'
     assert with_options("as_image=True (--as-image) takes it", {"as_image": False}) == "--as-image takes it"
     assert with_options("nothing (else) here", {}) == "nothing (else) here"
+    assert with_options("to is 0; it must be more", {"to": 0.0}) == "--to is 0; it must be more"
+    assert with_options("fit: batch_size is 0", {"batch_size": 0}) == "--batch-size is 0"
+    assert with_options("recipe a: fit: lr is 0", {"lr": 0.0}) == "--lr is 0"
+    assert with_options("recipe a: fit: lr is 0", {"lr": None}) == "recipe a: fit: lr is 0"  # the recipe's
+    assert with_options("fit: ema is 2; to is 0", {"to": 0.0}) == "fit: ema is 2; to is 0"
 
 
 @pytest.mark.long
