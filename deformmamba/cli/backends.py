@@ -38,7 +38,7 @@ def _backends(args: argparse.Namespace) -> None:
         tell(f"CPU kernels: for {compiled_for()}")
     allowed = affinity() if quota() == math.inf else f"{quota():g} of {affinity()}"
     turns = "the system's" if turn_length() is None else f"{(turn_length() or 0) / 1e6:g} ms"
-    settings = f"between operations: {waiting_policy()}; turns on a busy CPU: {turns}"
+    settings = f"between operations: {waiting_policy()}; time slices on a busy CPU: {turns}"
     tell(f"threads: {torch.get_num_threads()}, CPUs allowed: {allowed}; {settings}")
     for line in environment_warnings():
         tell(f"warning: {line}")

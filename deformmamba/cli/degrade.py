@@ -45,8 +45,10 @@ def _degrade(args: argparse.Namespace) -> None:
 
     degradation = parse(args.kind, scale=args.scale)
     if degradation.scale != args.scale:
+        first = f"k-space >> {args.kind}"
+        advice = f"for example --kind {first!r}" if degradation.scale == 1 else "the same factor in both"
         raise InvalidArgument(
-            f"--scale {args.scale}, but --kind {args.kind!r} shrinks by {degradation.scale}; give one factor for both"
+            f"--kind {args.kind!r} divides the size by {degradation.scale}, --scale is {args.scale}; give {advice}"
         )
     args.output = output_for(args, "degraded")
     volume, coarse = degrade_file(

@@ -81,7 +81,7 @@ def _real_scans(args: argparse.Namespace) -> None:
     unused = [f"--{name}" for name in _SCORING_ONLY if getattr(args, name) != args.parser.get_default(name)]
     if unused:
         raise InvalidArgument(
-            f"--real-scans has cases of its own and does not go with {unused[0]}; leave one of them out"
+            f"--real-scans defines its own cases and cannot be combined with {unused[0]}; leave one of them out"
         )
     if not args.model:
         raise InvalidArgument("--real-scans tests models, and no MODEL was given; name one or more, such as ixi-4x")
@@ -167,11 +167,13 @@ def chosen(
             sources.append(path)
             places.append("the single scans")
     if not sources:
-        raise InvalidArgument(
-            f"no volume of split {split or 'any'!r} and group {group or 'any'!r} in {', '.join(data)}"
-            f"{did_you_mean(group or '', groups)}; groups there: {', '.join(sorted(groups)) or 'none'}; change --split "
-            "or --group"
-        )
+        given = [f"{name} {value!r}" for name, value in (("split", split), ("group", group)) if value]
+        where = ", ".join(data)
+        if not given:
+            raise InvalidArgument(f"{where}: no volume to score; give scans, or a folder of scans")
+        of = " and ".join(given) + did_you_mean(group or "", groups)
+        known = f"its groups are {', '.join(sorted(groups))}" if groups else "no volume there has a group"
+        raise InvalidArgument(f"{where}: no volume of {of}; {known}; change --split or --group")
     scans = named_scans(sources, subject=subject)
     _check_people(scans, places)
     return scans

@@ -62,7 +62,7 @@ def _inspect(args: argparse.Namespace) -> None:
         tell("  deformmamba upscale --effective removes this interpolation first.")
     rankings = {"": fits} | ({" after --effective": effective} if found.interpolated else {})
     for when, ranking in rankings.items():
-        tell(f"  Published weights{when}, best first:")
+        tell(f"  Published weights for upscale{when}, best first:")
         for fit in ranking:
             tell(f"    {fit.name}: {fit.reason}")
 

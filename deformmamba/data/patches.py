@@ -163,8 +163,9 @@ class PatchDataset(Dataset[Sample]):
             check_magnitudes(scan, hr.numpy())
             if min(h, w) < self.patch * self.scale:
                 raise VolumeError(
-                    f"{scan.path}: slices {tuple(hr.shape[1:])} are smaller than an HR patch, "
-                    f"{self.patch * self.scale}; leave the scan out, or give a smaller patch"
+                    f"{scan.path}: slices of {h}x{w} pixels are smaller than an HR patch, {self.patch * self.scale} "
+                    f"(patch {self.patch} times scale {self.scale}); leave the scan out, or give a patch of "
+                    f"{min(h, w) // self.scale} or less ([data] of a recipe)"
                 )
             unit = self._unit(hr, intensity)
             slices = [

@@ -208,7 +208,7 @@ class Comparison:
 
     @cached_property
     def differences(self) -> dict[str, dict[str, Spread]]:
-        """By model and metric: the paired difference to `against` over subjects. Empty for the model `against`
+        """By model and metric: the paired difference from `against` over subjects. Empty for the model `against`
         itself."""
         reference = self.rows[self.against]
         return {
@@ -297,7 +297,7 @@ def compare(
     against = next(iter(models)) if against is None else against
     if against not in models:
         raise InvalidArgument(
-            f"compare: no model {against!r} to compare with{did_you_mean(against, models)}; models: {', '.join(models)}"
+            f"against is {against!r}{did_you_mean(against, models)}; it must be one of {', '.join(models)}"
         )
     degradation = degradation or KSpaceCrop(scales.pop())
     own_settings = {name: _own_settings(model, degradation, consistency) for name, model in models.items()}

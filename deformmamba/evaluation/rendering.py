@@ -36,8 +36,8 @@ def terminal_table(compared: "Comparison") -> str:
         lines.append(f"mean over subjects ± standard deviation over subjects{interval}")
     lines += ["", *_columns(compared.metrics, compared.summary, marked=over_subjects)]
     if compared.differences:
-        count = f", {n_subjects} of them: no interval" if few else " [95% confidence interval]"
-        lines += ["", f"difference to {compared.against}, subject by subject{count}"]
+        count = f" ({counted(n_subjects, 'subject')}: no interval)" if few else " [95% confidence interval]"
+        lines += ["", f"difference from {compared.against}, paired by subject{count}"]
         lines += ["", *_columns(compared.metrics, compared.differences, sign="+")]
     return "\n".join(lines)
 

@@ -202,9 +202,11 @@ def _scans(
         one = read_volume(source, volume=volume, **reading)
         return (lambda: iter([one])), 1
     except ChoiceNeeded as choice:
-        in_one_file = str(target).lower().endswith(NIFTI_SUFFIXES)
-        if choice.argument != "volume" or volume is not None or not in_one_file:
+        if choice.argument != "volume" or volume is not None:
             raise
+        if not str(target).lower().endswith(NIFTI_SUFFIXES):
+            problem = f"{choice.problem}, and only a NIfTI file (.nii.gz) can contain the results of all"
+            raise ChoiceNeeded(problem, "volume", choice.which) from None
     n_volumes = count_volumes(source, **{key: value for key, value in reading.items() if key != "nan"})
     return (lambda: read_volumes(source, **reading)), n_volumes
 

@@ -167,17 +167,19 @@ class Stack:
 
 def _isotropic_already(spacing: float, to: float, pixel: float, ratio: float, is_estimate: bool) -> VolumeError:
     """The error for slices whose spacing is hardly more than the voxel of the result; `is_estimate`: that voxel follows
-    from k-space, and nobody asked for it."""
+    from k-space, and was not given."""
     if is_estimate:
         return VolumeError(
             f"slices are {spacing:.3g} mm apart, and a slice resolves no more than that: its k-space is filled for "
             f"voxels of {to:.3g} mm; to=MM (--to MM) asks for smaller ones"
         )
-    wanted = f"voxels of {to:.3g} mm are wanted" if to > pixel else f"pixels are {pixel:.3g} mm"
-    return NothingToDo(
-        f"slices are {spacing:.3g} mm apart and {wanted}: the scan is isotropic already (the ratio is {ratio:.2f}, at "
-        f"least {LEAST_RATIO} is needed)"
+    result = (
+        f", close enough for voxels of {to:.3g} mm; smaller ones need to=MM (--to MM)"
+        if to > pixel
+        else f" and pixels are {pixel:.3g} mm: the scan is isotropic already"
     )
+    needed = f"the ratio is {ratio:.2f}, at least {LEAST_RATIO} is needed"
+    return NothingToDo(f"slices are {spacing:.3g} mm apart{result} ({needed})")
 
 
 def _profile_of_slice(

@@ -25,7 +25,7 @@ def unusable(tensor: Tensor | None = None) -> str | None:
     try:
         import triton  # noqa: F401
     except Exception as error:  # not installed, or broken
-        cure = "pip install triton on Linux, where PyTorch's CUDA builds bring it along"
+        cure = "pip install triton on Linux, where PyTorch's CUDA builds include it"
         return f"Triton cannot be imported ({' '.join(str(error).split())}); {cure}"
     if tensor is not None and tensor.dtype == torch.float64:
         return "its state is float32, the tensor is float64; use float32, or backend 'eager'"

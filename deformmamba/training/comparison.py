@@ -191,11 +191,9 @@ def _check(
     plan: Plan,
     rows: Sequence[str] | None,
 ) -> list[Row]:
-    if table not in TABLES or plan.preset not in SIZES:
-        tables, presets = ", ".join(TABLES), ", ".join(SIZES)
-        raise InvalidArgument(
-            f"benchmark: unknown table {table!r} or preset {plan.preset!r}; tables: {tables}; presets: {presets}"
-        )
+    for name, given, known in (("table", table, TABLES), ("preset", plan.preset, SIZES)):
+        if given not in known:
+            raise InvalidArgument(f"{name} is {given!r}; it must be one of {', '.join(known)}")
     names = [row.name for row in TABLES[table]]
     unknown = [name for name in rows or () if name not in names]
     if unknown:
@@ -421,7 +419,7 @@ def _figure(rows: Sequence[Row], test: Sequence[Scan], folder: Path, plan: Plan)
         if row.model == "ZeroFill":
             models[row.name] = plan.build(row)
         elif finished and checkpoint.exists():
-            with suppress(MissingExtra):  # as in `benchmark`, which says so
+            with suppress(MissingExtra):  # as in `benchmark`, which prints it
                 models[row.name] = from_pretrained(checkpoint)
     if models:
         shown = compare(models, test[:1], degradation=plan.degradation(), consistency="off", show=True).shown

@@ -71,7 +71,7 @@ def build_optimizer(
 def optimizer_facts(optimizer: torch.optim.Optimizer, known: Callable[[str], bool]) -> dict[str, Any]:
     """Facts that identify the user's optimiser: its class, its settings, and the learning rate of each group.
 
-    `known` tells whether a run that is resumed recorded a setting. Runs of earlier versions did not record those with
+    `known`: whether a run that is resumed recorded a setting. Runs of earlier versions did not record those with
     several numbers, such as `betas`.
     """
     plain = {

@@ -125,7 +125,8 @@ def _check_keys(name: Any, section: str, values: Mapping[str, Any], of: Any, ext
     for key, value in values.items():
         if key not in kinds:
             raise InvalidArgument(
-                f"recipe {name}: unknown key {key!r} in [{section}]; keys: {', '.join(sorted(kinds))}"
+                f"recipe {name}: unknown key {key!r} in [{section}]{did_you_mean(key, kinds)}; keys: "
+                f"{', '.join(sorted(kinds))}"
             )
         if not fits(value, kinds[key]):
             raise InvalidArgument(f"recipe {name}: {key} in [{section}] is {value!r}; wanted {described(kinds[key])}")

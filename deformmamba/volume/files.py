@@ -177,8 +177,8 @@ def volume_index(path: Path, n: int, volume: int | None) -> int:
             raise ChoiceNeeded(f"{path}: holds {n} volumes", "volume", f"0 to {n - 1}")
         return 0
     if not 0 <= volume < n:
-        allowed = f"0 to {n - 1}" if n > 1 else "only volume 0"
-        raise VolumeError(f"{path}: has no volume {volume}; it has {n}: {allowed}")
+        allowed = f"its volumes are 0 to {n - 1}" if n > 1 else "its only volume is 0"
+        raise VolumeError(f"{path}: has no volume {volume}; {allowed}")
     return operator.index(volume)  # numpy's integers of a few bits would overflow
 
 

@@ -138,7 +138,7 @@ def test_an_interval_from_five_subjects_on(scans: list[Scan]) -> None:
     assert few.differences["bicubic"]["psnr"].interval is None
     table = few.table()
     assert "standard deviation over slices (with fewer than 5 subjects: no interval)" in table
-    assert "difference to zero-fill, subject by subject, 3 of them: no interval" in table
+    assert "difference from zero-fill, paired by subject (3 subjects: no interval)" in table
     assert "[" not in table.replace("[dB]", "")
 
 
@@ -301,7 +301,7 @@ def test_what_cannot_be_compared(scans: list[Scan]) -> None:
         compare({**MODELS, "other": BSpline(scale=4)}, scans)
     with pytest.raises(ValueError, match="0 volumes"):
         compare(MODELS, [])
-    with pytest.raises(ValueError, match=r"no model 'best'.*bicubic, zero-fill"):
+    with pytest.raises(ValueError, match="against is 'best'; it must be one of bicubic, zero-fill"):
         compare(MODELS, scans, against="best")
     with pytest.raises(ValueError, match=r"unknown metric 'vif'.*hfen"):
         evaluate(MODELS["bicubic"], scans, metrics=["vif"])
@@ -326,7 +326,7 @@ def test_the_command_writes_table_files_and_figure(
     name = str(tmp_path / "sharp.safetensors")
     assert list(result["models"]) == ["bicubic", "b-spline", "zero-filled k-space", name]
     assert result["against"] == name
-    assert f"difference to {name}, subject by subject" in said
+    assert f"difference from {name}, paired by subject" in said
     assert len(files[1].read_text("utf-8").splitlines()) == 1 + 4 * 7
     assert files[2].stat().st_size > 10_000
 

@@ -326,7 +326,7 @@ def test_a_group_that_is_not_there_is_said(folder, tmp_path, recipe):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("patch = 8", "patchsize = 8"), r"unknown key 'patchsize' in \[data\]; keys: .*patch"),
+        (("patch = 8", "patchsize = 8"), r"unknown key 'patchsize' in \[data\] \(did you mean 'patch'\?\); keys: "),
         (("steps = 2", 'steps = "4"'), r"steps in \[fit\] is '4'; wanted int"),
         (("batch = 2", "batch = true"), r"batch in \[fit\] is True; wanted int"),
         (("dims = [8, 12]", 'dims = [8, "12"]'), r"dims in \[model\] is \[8, '12'\]; wanted a list of int"),
@@ -360,7 +360,7 @@ def test_a_recipe_that_cannot_be_read_is_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"stepz": 5}, r"unknown key 'stepz' in \[fit\]; keys: .*steps"),
+        ({"stepz": 5}, r"unknown key 'stepz' in \[fit\] \(did you mean 'steps'\?\); keys: "),
         ({"loss": "bad"}, "unknown loss 'bad'; losses: "),
         ({"beta": -1.0}, "beta must be a number of 0 or more"),
         ({"batch": 0}, "batch is 0; it must be 1 or more"),

@@ -276,8 +276,8 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         f"divided by {intensity_scale(images):.5g}, the 99.9th percentile of the non-zero ones",
         "of 128",
         "are",
-        "Published weights, best first",
-        "Published weights after --effective, best first",
+        "Published weights for upscale, best first",
+        "Published weights for upscale after --effective, best first",
         "pixels of 1 x 1 mm are outside the trained 1.33",
         "pixels of 2 x 1 mm are outside the trained 1.33",
     ):
