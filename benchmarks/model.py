@@ -81,7 +81,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     ours = deformmamba.from_pretrained(args.model)
     print(f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}")
-    print(f"{args.model}: largest difference to the readable scan {check(ours):.1e}")
+    print(f"{args.model}: largest difference from the readable scan {check(ours):.1e}")
     rows = {}
     for name, model in {args.model: ours, **peers()}.items():
         channels, repeats = (1, 9) if model is ours else (3, 5 if name != "HAT" else 2)

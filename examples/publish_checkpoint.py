@@ -142,7 +142,7 @@ def trained_on(data: Path, model: SRModel) -> list[dict[str, Any]]:
 
 
 def description(model: SRModel, facts: dict[str, Any], file: Path, sha256: str) -> dict[str, Any]:
-    """What a manifest entry says of a published file beside its scores and the sentences for readers."""
+    """The facts of a manifest entry about a published file, except its scores and the sentences for readers."""
     before = [{key: stage.get(key) for key in ("steps", "batch", "seed", "sha256")} for stage in facts.get("init", [])]
     return {
         "file": file.name,

@@ -67,7 +67,7 @@ def scored(entry: dict[str, Any], table: Path) -> None:
                 continue
             if row["method"] == "network" and row["adapted"] == "0" and not entry["sha256"].startswith(row["sha256"]):
                 raise SystemExit(f"{table}: a row was made with other weights, {row['sha256']}")
-            # the rows before the network's row hold the baselines; the network's row tells whether it was adapted
+            # the rows before the network's row hold the baselines; the network's row states whether it was adapted
             case = cases.setdefault((row["subject"], row["mm"], row["gap"]), {})
             if row["method"] == "cubic spline":
                 case |= {"spline_psnr": float(row["psnr"]), "spline_ssim": float(row["ssim"])}

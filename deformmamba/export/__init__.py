@@ -222,7 +222,7 @@ def _checked(
         )
     if inputs != "lr,base" and model.scale > 1 and skip_of(model) not in SKIPS:
         raise ExportError(
-            f"{type(model).__name__} has a skip of its own, {skip_of(model)!r}; a file for whole slices computes "
+            f"{type(model).__name__} has the skip {skip_of(model)!r}; a file for whole slices computes "
             f'{", ".join(map(repr, SKIPS[1:]))} only, use inputs "lr,base"'
         )
     missing = [name for name in NEEDS[format] if not _imports(name)]

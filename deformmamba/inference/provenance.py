@@ -48,7 +48,7 @@ def report_facts(model: "SRModel", settings: Settings, seconds: float, effective
         "date": datetime.now().astimezone().isoformat(" ", "minutes"),
         "time taken": f"{seconds:.1f} s",
         "data consistency": corrected[settings.consistency],
-        "ensemble": "mean over eight reflections and transposes" if settings.ensemble else "off",
+        "ensemble": "mean over eight flips and rotations" if settings.ensemble else "off",
         "tiles": "whole slices" if tile is None else f"{tile}x{tile} pixels, overlapping by {settings.overlap}",
         "start": "the matrix found in k-space" if effective else "the scan as read",
     }
@@ -73,7 +73,7 @@ def derivation(model: "SRModel", mark: str = "") -> str:
 
 
 def distrust(cautions: Sequence[str], notes: Sequence[str]) -> str:
-    """What an image header says about a result that deserves distrust, with a comma after it; "" for any other result.
+    """The words in an image header for a result that deserves distrust, with a comma after it; "" for any other result.
 
     Args:
         cautions: reasons why the result may be worse than reported.

@@ -266,7 +266,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Gives the output layer the weight of the embedding, if the config says so."""
+        """Gives the output layer the weight of the embedding, if the config has `tie_embeddings`."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
 
@@ -307,7 +307,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
             if key not in known:
                 raise WeightsError(
                     f"the config.json of {name} has {shown(key)}"
-                    f"{did_you_mean(key, known)}; allowed: {', '.join(known)} (transformers loads models of its own "
+                    f"{did_you_mean(key, known)}; allowed: {', '.join(known)} (transformers loads models of another "
                     "format)"
                 )
         model = cls(MambaConfig(**given), device=device, dtype=dtype, **kwargs)

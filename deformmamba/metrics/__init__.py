@@ -303,7 +303,7 @@ def lpips(sr: Array, hr: Array, *, protocol: Protocol = "volume") -> float:
     Source: Zhang et al., CVPR 2018.
 
     Raises:
-        MissingExtra: the package, torchvision or AlexNet's weights are missing; the message tells how to get them.
+        MissingExtra: the package, torchvision or AlexNet's weights are missing; the message states how to get them.
         ValueError: slices smaller than 32x32, or the protocol "foreground".
     """
     if protocol == "foreground":

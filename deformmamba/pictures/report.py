@@ -83,13 +83,13 @@ def write_report(
         banner=escape(", ".join(facts[name] for name in ("model", "version") if name in facts)),
         cautions="".join(f'<p class="statement" role="alert">Warning: {escape(text)}.</p>' for text in cautions),
         shown=escape(
-            f"{shown} {n} slices, 8 bits, JPEG: pictures to look at; the result is the file itself. Input and output "
+            f"{shown} {n} slices, 8 bits, JPEG, for viewing only; the result is the output file. Input and output "
             f"share one grey window, {page.window[0]:.4g} to {page.window[1]:.4g}, set by the input."
         ),
         filled=escape(f"Input: {found.filling}."),
         spectra=_spectra(before, after, axis, n // 2, found),
         middle=str(n // 2 + 1),
-        dashed="; dashed frame: what of it is filled" if found.interpolated else "",
+        dashed="; dashed frame: the part that is filled" if found.interpolated else "",
         facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in listed.items()),
         data=json.dumps(_viewer_data(page, after, axis, chosen, pictures)).replace("<", "\\u003c"),
     )

@@ -460,7 +460,7 @@ def _places(source: Path, frames: list[Frame]) -> list[list[Frame]]:
             f"{source}: {apart}, and their number differs between positions; a file is missing or duplicated"
         )
     if n > 1 and any(len({frame.parameters for frame in kth}) > 1 for kth in zip(*places, strict=True)):
-        raise VolumeError(f"{source}: {apart}, and no DICOM field tells which of them belong to one volume")
+        raise VolumeError(f"{source}: {apart}, and no DICOM field states which of them belong to one volume")
     # copies of one file under different names are kept once
     if any(a.parameters == b.parameters and a.order == b.order for p in places for a, b in itertools.pairwise(p)):
         raise VolumeError(f"{source}: {apart} and the same number; remove the duplicated files")

@@ -285,7 +285,8 @@ def planes(
     """Write the file plane by plane: yields a function that takes the next (i, j) plane of the third axis.
 
     Geometry and header are those of `like`; `description` replaces NIfTI's `descrip`. With `deviation` the description
-    says so after its first entry, and the image's range for display is left out. Only one plane is in memory.
+    names an uncertainty map after its first entry, and the image's range for display is left out. Only one plane is in
+    memory.
     """
     is_mgh = suffix(path) in MGH_SUFFIXES
     # the header for this shape; the image itself is never created

@@ -7,7 +7,7 @@ from typing import Any, TypeGuard
 
 # lists of rows in an entry: title and explanation of the table for each
 TABLES = {
-    "trained_on": ("Training data", "What the weights were fitted to, with its licences."),
+    "trained_on": ("Training data", "The scans that the weights were trained on, with their licences."),
     "scores": (
         "Scores",
         "PSNR in dB / SSIM, averaged over the volumes of a subject and then over subjects, on scans that were not "
@@ -17,20 +17,21 @@ TABLES = {
     "by_subject": ("Scores by subject", "PSNR in dB / SSIM on the groups that the weights are for; protocol volume."),
     "by_spacing": (
         "Scores by voxel size",
-        "Each volume was cropped in k-space to `truth mm`, and that degraded to `input mm`; protocol volume; gains are "
-        "over zero-filling of the same input.",
+        "Each volume was cropped in k-space to `truth mm`, and the result was degraded to `input mm`; protocol volume; "
+        "gains are over zero-filling of the same input.",
     ),
     "out_of_domain": (
         "Other inputs",
-        "Scans of other groups, and changes to those of the group that is meant; noise is Rician and on the input. "
-        "Protocol volume; gains are over zero-filling of the same input. `degradation` above is that of the training.",
+        "Scans of other groups, and changed scans of the group that the weights are for. Noise is Rician and added to "
+        "the input. Protocol volume; gains are over zero-filling of the same input. `degradation` under Facts is that "
+        "of the training.",
     ),
     "lesions": (
         "Synthetic lesions",
-        "Smooth-edged discs, a quarter of the bright tissue's intensity brighter or darker than the tissue that they "
-        "are put into before degrading. Recovered: the share of their contrast that comes through. Invented: the "
-        "strongest lesion-like contrast that the result of a slice without lesions has beyond the truth, per slice, in "
-        "units of a true lesion's.",
+        "Smooth-edged discs, added before degrading. They are brighter or darker than their surroundings by a quarter "
+        "of the bright tissue's intensity. Recovered: the share of their contrast in the result. Invented: in a slice "
+        "without lesions, the strongest lesion-like contrast of the result that the truth lacks, as a share of a true "
+        "lesion's contrast.",
     ),
 }
 # the last line of a card that was made from a checkpoint
