@@ -66,7 +66,10 @@ def add(commands: Any) -> None:
         "--tile", type=positive, metavar="N", help="process slices in tiles of N pixels (default: whole slices)"
     )
     parser.add_argument(
-        "--overlap", type=int, metavar="M", help="overlap of neighbouring tiles in pixels (default: 16, at most N / 2)"
+        "--overlap",
+        type=int,
+        metavar="M",
+        help="overlap of neighbouring tiles in pixels (default: 16, or N / 2 if that is less)",
     )
     parser.add_argument(
         "--batch-size", type=positive, metavar="N", help="slices per batch (default: as many as fit into memory)"

@@ -159,7 +159,7 @@ class Stack:
         if not least * (1 - ROUNDING) <= spacing / to <= most * (1 + ROUNDING):
             notes.append(
                 f"{spacing / to:.3g} voxels fit between two slices, and `thick` was trained for {least:g} to {most:g}: "
-                "look at the result with care"
+                "check the result before use"
             )
         said = tuple(remarks), tuple(notes)
         return cls(array, spots, limits, lowest, place, axis, spacing, to, pixel, found, origin, *said)

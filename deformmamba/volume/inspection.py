@@ -275,7 +275,9 @@ def inspect_volume(volume: Volume, *, axis: int | None = None, model: "SRModel |
 
     remarks = []
     if (reason := no_magnitude(array, ends(array))) is not None:
-        remarks.append(f"the scan does not look like a magnitude image, which is what models are for: {reason}")
+        remarks.append(
+            f"the scan does not look like a magnitude image, and the models are for magnitude images: {reason}"
+        )
     if effective == matrix and any(m is not None and m < n for m, n in zip(stated, matrix, strict=True)):
         sizes = " x ".join("?" if m is None else str(m) for m in stated)
         remarks.append(
