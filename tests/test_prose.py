@@ -39,6 +39,7 @@ BANNED = {
     r"for good": "permanently",
     r"somebody": "a user, another",
     r"says|tells": "states, prints, names, shows",
+    r"(?:without (?:a )?|needs? no )network": "offline, internet access (a network is a model)",
     r"without a word": "without a warning",
     r"not unlike": "like",
     r"pass(?:es|ed)? for": "is treated as, is labelled as",

@@ -1,4 +1,4 @@
-"""The built documentation, opened from a folder without a network connection, in both colour schemes."""
+"""The built documentation, opened from a folder without an internet connection, in both colour schemes."""
 
 import html
 import os

@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
         kinds,
         "fetch",
         _fetch,
-        "download weights, optionally into a folder for a machine without network",
+        "download weights, optionally into a folder for a machine without internet access",
         "weights fetch org/name --to folder",
     )
     fetch.add_argument("name", metavar="NAME|REPO", help="weights to download; org/repo@commit selects a commit")

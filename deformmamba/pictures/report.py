@@ -1,6 +1,6 @@
 """Writes one self-contained HTML report of an upscaled scan, for visual checks.
 
-The page needs no network and makes no request: pictures are embedded. Apart from the pictures it holds no patient
+The page works offline and makes no request: pictures are embedded. Apart from the pictures it holds no patient
 data: no header, no tag, and the file's name only if the caller includes it in the facts.
 """
 

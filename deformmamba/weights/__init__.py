@@ -214,7 +214,7 @@ def fetch(
     """Downloads a checkpoint, verifies it, and returns the path of its file.
 
     With `folder`, writes `model.safetensors`, `config.json` and `README.md` there, unless it holds other files of these
-    names. Copy this folder to a machine without a network and pass it to `from_pretrained`. Without `folder`, a
+    names. Copy this folder to an offline machine and pass it to `from_pretrained`. Without `folder`, a
     checkpoint on the Hub is downloaded into the cache of huggingface_hub, and a local one stays in place. `name`,
     `revision` and `cache_dir` as in `load_checkpoint`.
 
@@ -270,7 +270,7 @@ def publish(
         private: whether a newly created repository is private.
 
     Raises:
-        WeightsError: a checkpoint that cannot be read, no licence, no permission, no network, in one line.
+        WeightsError: a checkpoint that cannot be read, no licence, no permission, no internet access, in one line.
     """
     check_types(publish, locals())
     if not (match := _REPO.fullmatch(repo)) or match["revision"]:

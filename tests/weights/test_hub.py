@@ -361,7 +361,7 @@ def test_whatever_else_the_client_raises_is_one_line(
     refused(lambda: load_checkpoint("org/name"), message).encode()
 
 
-# ---------------------------------------------------------------------------------------------------- without a network
+# ---------------------------------------------------------------------------------------------------- offline
 
 
 @pytest.mark.slow
