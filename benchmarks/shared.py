@@ -38,7 +38,7 @@ def tasks() -> dict[str, Callable[[], object]]:
     scan = (leaf(1, 768, 1024), leaf(1, 768, 1024), -torch.rand(768, 16), leaf(1, 16, 1024), leaf(1, 16, 1024))
     image, offset, mask, weight = leaf(1, 96, 64, 64), leaf(1, 18, 64, 64), leaf(1, 9, 64, 64), leaf(96, 96, 3, 3)
     network = DeformMambaSR.from_preset("tiny", scale=4)
-    optimiser = torch.optim.AdamW(network.parameters(), 1e-4)
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-4)
     whole, patches = torch.rand(1, 1, 64, 64), torch.rand(2, 1, 32, 32)
 
     def scan_both_ways() -> None:
@@ -51,9 +51,9 @@ def tasks() -> dict[str, Callable[[], object]]:
             network(whole)
 
     def training_step() -> None:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         network(patches).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
 
     return {
         "scan, both passes": scan_both_ways,

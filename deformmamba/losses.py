@@ -101,7 +101,7 @@ class L1Loss(SRLoss):
 class CharbonnierLoss(nn.Module):
     """Mean of sqrt((sr - hr)^2 + eps^2) - eps for images of about [0, 1]: square below eps, absolute above.
 
-    PSNR measures square errors, which L1 does not minimise, and a square loss would be ruled by bright outliers.
+    PSNR measures square errors, which L1 does not minimise, and bright outliers would dominate a square loss.
     Returns a scalar.
 
     Source: Charbonnier et al. 1994. For photographs, super-resolution uses an eps of 0.001, which is almost L1; the

@@ -48,13 +48,13 @@ def modulated_deform_conv2d(
             by row. This shape defines G, which must divide c. Each of G equal blocks of channels has its own offsets
             and masks.
         mask: (b, G * kh * kw, h_out, w_out), any numbers (the paper's are in [0, 1]), or None for ones.
-        weight: (c_out, c / groups, kh, kw); the number of groups is read off this shape, as in `conv2d`.
+        weight: (c_out, c / groups, kh, kw); the number of groups follows from this shape, as in `conv2d`.
         bias: (c_out,), or None for zeros.
         stride, padding, dilation: as in `conv2d`, one integer, or one or two of them (y, x).
         implementation: one of IMPLEMENTATIONS, obeyed or refused with the reason; None chooses by the tensor:
             "cpu" for a CPU tensor (numba and BLAS; a few MiB for each of torch's threads, for any size), "torchvision"
             for a CUDA tensor where torchvision imports, else "gather" (plain PyTorch: any device, forward-mode and
-            higher derivatives, torch.func). It is chosen automatically under torch.func, in forward mode and in
+            higher derivatives, torch.func). "gather" is also chosen under torch.func, in forward mode and in
             torch.export, so that an exported program runs without this package.
 
     Between pixels x is bilinear, and outside the image it is zero: a sample fades out over the first pixel beyond the

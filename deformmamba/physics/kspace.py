@@ -195,8 +195,8 @@ def zero_fill(lr: torch.Tensor, scale: int) -> torch.Tensor:
     Passes exactly through the LR samples: zero_fill(lr)[..., ::scale, ::scale] == lr. `lr`: real or
     complex, in any units, which the result keeps. Raises InvalidArgument for a scale below 1.
 
-    ifft2c(pad_spectrum(fft2c(lr), size)).real, computed of a real image from half a spectrum and without shifts. An
-    even size has the frequency -n/2 without +n/2: the real part shares it out between both.
+    ifft2c(pad_spectrum(fft2c(lr), size)).real; for a real image it is computed from half a spectrum, without shifts. An
+    even size has the frequency -n/2 but not +n/2; taking the real part divides it equally between both.
     """
     check_image("zero_fill", lr, scale)
     scale = plain_scale(scale)

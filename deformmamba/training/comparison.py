@@ -1,6 +1,6 @@
 """Trains and scores the rows of the paper's tables on given data; each row is saved as soon as it is finished.
 
-All rows of a table share data, patches, batch, seeds, optimiser (AdamW, cosine) and budget. The budget is a number of
+All rows of a table share data, patches, batch, seeds, optimizer (AdamW, cosine) and budget. The budget is a number of
 steps, or a number of minutes. Minutes are CPU time of one thread, so other programs on the machine do not change it.
 `deformmamba.evaluation.tables` defines the rows and writes the result.
 """
@@ -191,9 +191,9 @@ def _check(
     plan: Plan,
     rows: Sequence[str] | None,
 ) -> list[Row]:
-    for name, given, known in (("table", table, TABLES), ("preset", plan.preset, SIZES)):
-        if given not in known:
-            raise InvalidArgument(f"{name} is {given!r}; it must be one of {', '.join(known)}")
+    for argument, chosen, known in (("table", table, TABLES), ("preset", plan.preset, SIZES)):
+        if chosen not in known:
+            raise InvalidArgument(f"{argument} is {chosen!r}; it must be one of {', '.join(known)}")
     names = [row.name for row in TABLES[table]]
     unknown = [name for name in rows or () if name not in names]
     if unknown:

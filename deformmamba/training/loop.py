@@ -83,7 +83,7 @@ def fit(
 
     A finished run that is started again with more steps or epochs continues from its end, with the schedule of the
     longer run. If `validate` raises an exception, the same call validates again before it continues. The global random
-    state, the mode (training or evaluation) of each module and the learning rates of a given optimiser are restored;
+    state, the mode (training or evaluation) of each module and the learning rates of a given optimizer are restored;
     submodules in evaluation mode inside a model in training mode keep their mode.
 
     Under `accelerate launch` each process computes its share of every batch, and the result equals that of one process
@@ -103,7 +103,7 @@ def fit(
         loss: function of (sr, hr) that returns a scalar, a mean over samples; default: `SRLoss()`, the paper's loss.
         lr, weight_decay: learning rate and weight decay of AdamW (without weight decay it is the paper's Adam). Biases,
             normalisations, and `A_log` and `D` of a scan do not decay, see `optimizer.decays`.
-        optimizer: another optimiser of this model's parameters, or a function that builds one from parameter groups
+        optimizer: another optimizer of this model's parameters, or a function that builds one from parameter groups
             (dictionaries of params, lr and weight_decay). `schedule` multiplies the rate of each of its groups.
         warmup: steps over which the learning rate rises linearly.
         schedule: "cosine" falls to zero at the last step; "step" is multiplied by `gamma` at each of `milestones`,
@@ -555,7 +555,7 @@ def _numbers(scores: Any) -> dict[str, float]:
 
 @contextmanager
 def _rates_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """After the block, the groups of the optimiser have the learning rates of before, which the schedule changed."""
+    """After the block, the groups of the optimizer have the learning rates of before, which the schedule changed."""
     before = [group["lr"] for group in optimizer.param_groups]
     try:
         yield

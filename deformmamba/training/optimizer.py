@@ -1,4 +1,4 @@
-"""The optimiser of a training: parameter groups for weight decay, and optimisers given by the user."""
+"""The optimizer of a training: parameter groups for weight decay, and optimizers given by the user."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float, all_decay: bool = False) -> Groups:
-    """The model's parameters as groups for an optimiser: those that decay and those that do not, see `decays`.
+    """The model's parameters as groups for an optimizer: those that decay and those that do not, see `decays`.
 
     Without weight decay, or with `all_decay`, there is one group.
     """
@@ -43,11 +43,11 @@ def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float, all_de
 def build_optimizer(
     model: nn.Module, given: torch.optim.Optimizer | MakeOptimizer | None, groups: Groups
 ) -> torch.optim.Optimizer:
-    """AdamW over `groups`, or the user's optimiser, given as an object or as a function of `groups`.
+    """AdamW over `groups`, or the user's optimizer, given as an object or as a function of `groups`.
 
     Raises:
-        InvalidType: `given` is neither an optimiser nor a function that returns one.
-        InvalidArgument: the optimiser holds parameters that are not the model's, or the model has none to train.
+        InvalidType: `given` is neither an optimizer nor a function that returns one.
+        InvalidArgument: the optimizer holds parameters that are not the model's, or the model has none to train.
     """
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InvalidArgument(
@@ -69,7 +69,7 @@ def build_optimizer(
 
 
 def optimizer_facts(optimizer: torch.optim.Optimizer, known: Callable[[str], bool]) -> dict[str, Any]:
-    """Facts that identify the user's optimiser: its class, its settings, and the learning rate of each group.
+    """Facts that identify the user's optimizer: its class, its settings, and the learning rate of each group.
 
     `known`: whether a run that is resumed recorded a setting. Runs of earlier versions did not record those with
     several numbers, such as `betas`.

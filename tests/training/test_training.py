@@ -505,7 +505,7 @@ def test_a_frozen_submodule_stays_in_evaluation_mode(tmp_path):
     assert set(seen) == {(True, False)}
 
 
-def test_a_given_optimiser_gets_its_learning_rates_back(tmp_path):
+def test_a_given_optimizer_gets_its_learning_rates_back(tmp_path):
     model = Plain()
     given = torch.optim.SGD(model.parameters(), lr=np.float64(0.1))
     for steps in (2, 4):  # the second call resumes the first, with the same object
@@ -521,7 +521,7 @@ def test_a_given_optimiser_gets_its_learning_rates_back(tmp_path):
     assert given.param_groups[0]["lr"] == 0.1
 
 
-# ----------------------------------------------------------------------------------------------------------- optimisers
+# ----------------------------------------------------------------------------------------------------------- optimizers
 
 
 def test_rates_of_the_scan_norms_and_biases_do_not_decay():
@@ -549,7 +549,7 @@ def test_weight_decay_moves_what_decays_alone(tmp_path):
     assert not torch.equal(plain.conv.weight, decayed.conv.weight)
 
 
-def test_an_optimiser_of_the_users_own(tmp_path):
+def test_an_optimizer_of_the_users_own(tmp_path):
     model = Plain()
     given = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     run(tmp_path, model=model, optimizer=given, ema=0, schedule="constant", warmup=0)
@@ -571,7 +571,7 @@ def test_an_optimiser_of_the_users_own(tmp_path):
         run(tmp_path / "text", model=Plain(), optimizer="adam", ema=0)
 
 
-def test_several_numbers_of_an_optimiser_are_compared_if_the_run_recorded_them(tmp_path):
+def test_several_numbers_of_an_optimizer_are_compared_if_the_run_recorded_them(tmp_path):
     def with_betas(*betas):
         return lambda groups: torch.optim.Adam(groups, betas=betas)
 
