@@ -439,6 +439,10 @@ def test_a_closed_folder(
         (["degrade", "IN", "-o", "OUT", "--scale", "0"], "1 or more"),
         (["degrade", "IN", "-o", "OUT", "--scale", "two"], "--scale"),
         (["degrade", "IN", "-o", "OUT", "--scale", "60"], "too small"),
+        (["degrade", "IN", "-o", "OUT", "--scale", "2", "--kind", "rician:snr=9"], "--kind 'k-space >> rician:snr=9'"),
+        (["isotropic", "IN", "-o", "OUT", "--to", "0"], "--to is 0.0"),
+        (["isotropic", "IN", "-o", "OUT", "--to", "9"], "close enough for voxels of 9 mm; smaller ones need --to MM"),
+        (["upscale", "FOUR", "-o", "four.mgz"], "only a NIfTI file (.nii.gz) can contain the results of all"),
         (["evaluate", "--data", "IN"], "no MODEL given; name one or more"),
         (["evaluate", "WEIGHTS", "--data", "IN", "--scale", "2"], "[2, 4]"),
         (["evaluate", "WEIGHTS", "--data", "no.nii"], "no.nii: no such file"),
@@ -456,11 +460,23 @@ def test_a_closed_folder(
     ],
 )
 def test_other_commands_end_in_one_line_too(
-    tmp_path: Path, weights: str, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    weights: str,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    said: str,
 ) -> None:
     source = scan(tmp_path / "in.nii")
     (tmp_path / "empty").mkdir()
-    names = {"IN": source, "OUT": str(tmp_path / "out.nii"), "WEIGHTS": weights, "EMPTY": str(tmp_path / "empty")}
+    four = scan(tmp_path_factory.mktemp("four") / "four.nii", (16, 12, 3, 2))
+    names = {
+        "IN": source,
+        "FOUR": four,
+        "OUT": str(tmp_path / "out.nii"),
+        "WEIGHTS": weights,
+        "EMPTY": str(tmp_path / "empty"),
+    }
     names["DIR"] = str(tmp_path / "empty" / "demo")
     assert said in stopped([names.get(argument, argument) for argument in arguments], capsys)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "in.nii"]
