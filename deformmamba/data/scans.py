@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deformmamba.annotations import check_types
-from deformmamba.data.copies import copies
+from deformmamba.data.links import links
 from deformmamba.data.prepared import MANIFEST, SUFFIX, is_prepared, read_manifest, read_prepared
 from deformmamba.data.splits import SPLITS, by_share, check_shares, check_splits, read_table
 from deformmamba.data.subjects import name_subjects, patient_id, same_person
@@ -58,10 +58,10 @@ def find_scans(
     2. A folder with a `volumes.tsv` (columns participant_id, file and split; contrast and anatomy are optional): the
        table lists them.
     3. Any other folder: all NIfTI files, MGH files and DICOM series that `volume.scans_below` accepts as scans. It
-       leaves out masks, label images, phase images, outputs of this package and copies of another file, each with a
-       reason. Copies are of one subject. The subject is the
-       BIDS entity `sub-<label>`. Without that entity the subject is guessed from folder and file names, and a warning
-       names the rule (see `subjects.py`). Subjects are split by a hash, see `splits.by_share`.
+       leaves out masks, label images, phase images, outputs of this package and links to another scan, each with a
+       reason. The subject is the BIDS entity `sub-<label>`. Without that entity the subject is guessed from folder and
+       file names, and a warning names the rule (see `subjects.py`). Subjects are split by a hash, see
+       `splits.by_share`.
 
     Args:
         root: the folder.
@@ -166,10 +166,10 @@ def _from_index(root: Path) -> list[Scan]:
         rows[path] = number
         scans.append(Scan(path, subject, split, f"{row.get('contrast', '')} {row.get('anatomy', '')}".strip()))
     owners = {scan.path: scan.subject for scan in scans}
-    for path, original in copies(owners).items():
+    for path, original in links(owners).items():
         if owners[path] != owners[original]:
             raise VolumeError(
-                f"{table}, line {rows[path]}: the file of {owners[path]} has the same bytes as that of "
+                f"{table}, line {rows[path]}: the file of {owners[path]} is a link to that of "
                 f"{owners[original]} in line {rows[original]}; list it once, or give both lines one participant_id"
             )
     return scans
@@ -179,10 +179,10 @@ def _from_tree(
     root: Path, val: float, test: float, seed: int, pattern: str | None, passed: Passed | None
 ) -> list[Scan]:
     found, left_out = _candidates(root)
-    same = copies([one.path for one in found])
+    same = links([one.path for one in found])
     for one in found:
         if (original := same.get(one.path)) is not None:
-            left_out.append(replace(one, reason=f"a copy of {original.relative_to(root)}, or a link to it"))
+            left_out.append(replace(one, reason=f"a link to the file {original.relative_to(root)}"))
     if passed is not None:
         for candidate in left_out:
             passed(candidate.path, candidate.reason)
@@ -195,7 +195,7 @@ def _from_tree(
     # a series that shares its folder gets its own key, folder/series
     keys = {(one.path / one.series if one.series else one.path): one for one in found}
     patients = {key: patient_id(one.path, one.series) for key, one in keys.items() if one.path.is_dir()}
-    named_by = name_subjects(list(keys), root, pattern=pattern, patients=patients, copies=same)
+    named_by = name_subjects(list(keys), root, pattern=pattern, patients=patients, links=same)
     split = by_share(named_by.names.values(), val=val, test=test, seed=seed)
     if not named_by.certain:
         names = sorted(split)

@@ -17,8 +17,8 @@ many. If there are not, scans that have either part in common are one subject.
 Upper and lower case, and numbers with and without leading zeros, are equal. DICOM series without a `sub-` label but
 with the same PatientID are also one subject. If only some paths have a `sub-` label, a path without one belongs to the
 labelled subject that it names (`sub-anna/T2.nii.gz, anna_FLAIR.nii.gz`; `sub-01_T2w.nii.gz, sub01_FLAIR.nii.gz`).
-Inside the folder of a labelled subject, such as `sub-01/anat`, all scans are of this subject. Files with equal bytes
-are of one subject, whatever their names are.
+Inside the folder of a labelled subject, such as `sub-01/anat`, all scans are of this subject. A link and its
+target are of one subject, whatever their names are.
 
 In doubtful cases the rules join scans rather than separate them: users notice too few subjects at once, but not a
 person in two splits.
@@ -128,7 +128,7 @@ def name_subjects(
     *,
     pattern: str | None = None,
     patients: Mapping[Path, str] | None = None,
-    copies: Mapping[Path, Path] | None = None,
+    links: Mapping[Path, Path] | None = None,
 ) -> Subjects:
     """The subject of each of `paths` (files or folders of DICOM series) below `root`; see the top of this file.
 
@@ -136,20 +136,20 @@ def name_subjects(
         pattern: a regular expression, searched in the path relative to `root`, with `/` between folders. The subject
             is the first group, or the whole match without groups.
         patients: the PatientID of DICOM series, by path.
-        copies: for paths that hold the same scan as another one, this other path; both are of one subject.
+        links: for paths of the same file as another one, this other path; both are of one subject.
 
     Raises:
         VolumeError: an invalid regular expression, or a path without a match (named in the message).
     """
     found = _named(paths, root, pattern, patients or {})
-    originals = {path: [str((copies or {}).get(path, path))] for path in found.names}
+    originals = {path: [str((links or {}).get(path, path))] for path in found.names}
     return replace(found, names=_one_case(_merged(found.names, originals)))
 
 
 def _named(
     paths: Sequence[Path], root: str | os.PathLike[str], pattern: str | None, patients: Mapping[Path, str]
 ) -> Subjects:
-    """`name_subjects` without copies; names of one subject may differ in case and zeros."""
+    """`name_subjects` without links; names of one subject may differ in case and zeros."""
     relative = {path: _relative(path, Path(root)) for path in paths}
     if pattern is not None:
         return Subjects(_by_pattern(relative, pattern), f"the expression {pattern!r}", True)

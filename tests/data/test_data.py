@@ -17,9 +17,7 @@ from deformmamba.volume import VolumeError
 
 def write(path, array, spacing=(1, 1, 3)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = nibabel.Nifti1Image(np.asarray(array, np.float32), np.diag([*spacing, 1]))
-    image.header["descrip"] = str(path)[-79:]  # else files with the same voxels are copies of each other
-    nibabel.save(image, path)
+    nibabel.save(nibabel.Nifti1Image(np.asarray(array, np.float32), np.diag([*spacing, 1])), path)
     return path
 
 

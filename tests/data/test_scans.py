@@ -19,7 +19,6 @@ from deformmamba.volume import VolumeError
 def write(path, array, intent=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nibabel.Nifti1Image(np.asarray(array), np.diag([1, 1, 3, 1]))
-    image.header["descrip"] = str(path)[-79:]  # else files with the same voxels are copies of each other
     if intent:
         image.header.set_intent(intent)
     nibabel.save(image, path)

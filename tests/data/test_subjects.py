@@ -1,6 +1,5 @@
 """The subject of each scan: common folder layouts, and scans that must stay in one split."""
 
-import shutil
 import warnings
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pydicom
 import pytest
 
 from deformmamba.cli.evaluate import chosen
-from deformmamba.data.copies import copies
+from deformmamba.data.links import links
 from deformmamba.data.scans import find_scans, named_scans
 from deformmamba.data.subjects import name_subjects, patient_id
 from deformmamba.errors import InvalidArgument
@@ -296,11 +295,10 @@ def test_a_patient_id_names_series_whose_path_names_nobody(tmp_path):
 
 def test_a_patient_is_in_one_split_and_a_warning_lists_the_subjects(tmp_path):
     for patient in range(6):
-        for number, contrast in enumerate(("T1", "T2", "FLAIR")):
+        for contrast in ("T1", "T2", "FLAIR"):
             path = tmp_path / f"patient{patient}" / f"{contrast}.nii.gz"
             path.parent.mkdir(exist_ok=True)
-            array = np.full((4, 4, 2), 3 * patient + number + 0.5, np.float32)  # no file is a copy of another one
-            nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
+            nibabel.save(nibabel.Nifti1Image(np.ones((4, 4, 2), np.float32), np.eye(4)), path)
     with pytest.warns(UserWarning, match=r"guessed from .*: patient0, patient1.* and 1 more.*--subject REGEX"):
         scans = find_scans(tmp_path)
     splits = {scan.subject: {other.split for other in scans if other.subject == scan.subject} for scan in scans}
@@ -318,10 +316,10 @@ def written(path, value):
     return path
 
 
-def test_copies_of_a_scan_and_links_to_it_are_one_subject(tmp_path):
+def test_links_to_a_scan_and_the_scan_are_one_subject(tmp_path):
     for number, name in enumerate(("anna", "ben", "carl", "dora", "emil", "fred")):
         written(tmp_path / f"{name}_T2.nii", number + 0.5)
-    shutil.copy(tmp_path / "anna_T2.nii", tmp_path / "gustav_T2.nii")
+    (tmp_path / "gustav_T2.nii").hardlink_to(tmp_path / "anna_T2.nii")
     written(tmp_path / "gustav_T1.nii", 9.5)
     (tmp_path / "hans_T2.nii").symlink_to(tmp_path / "ben_T2.nii")
     reasons = {}
@@ -329,38 +327,35 @@ def test_copies_of_a_scan_and_links_to_it_are_one_subject(tmp_path):
         scans = find_scans(tmp_path, passed=lambda path, reason: reasons.update({path.name: reason}))
     owner = {scan.path.name: scan.subject for scan in scans}
     assert reasons == {
-        "gustav_T2.nii": "a copy of anna_T2.nii, or a link to it",
-        "hans_T2.nii": "a copy of ben_T2.nii, or a link to it",
+        "gustav_T2.nii": "a link to the file anna_T2.nii",
+        "hans_T2.nii": "a link to the file ben_T2.nii",
     }
     assert owner["gustav_T1.nii"] == owner["anna_T2.nii"], "her other scans are of the same subject"
     assert len(set(owner.values())) == 6
 
 
-def test_files_that_differ_in_one_byte_are_no_copies(tmp_path):
-    first = written(tmp_path / "a.nii", 0.5)
-    second = tmp_path / "b.nii"
-    content = bytearray(first.read_bytes())
-    content[len(content) // 16 + 4096 + 7] ^= 1  # between two blocks of the sample
-    second.write_bytes(content)
-    assert copies([first, second]) == {}
-    second.write_bytes(first.read_bytes())
-    assert copies([first, second, tmp_path / "gone.nii", tmp_path]) == {second: first}
+def test_links_are_paths_of_one_file(tmp_path):
+    first, other, link = (tmp_path / name for name in ("a.nii", "b.nii", "c.nii"))
+    for path in (first, other):
+        written(path, 0.5)
+    link.symlink_to(first)
+    assert links([first, other, link, first, tmp_path / "gone.nii", tmp_path]) == {link: first}
 
 
 def test_a_table_with_one_scan_of_two_subjects_is_refused(tmp_path):
     written(tmp_path / "a.nii", 0.5)
-    shutil.copy(tmp_path / "a.nii", tmp_path / "b.nii")
+    (tmp_path / "b.nii").symlink_to("a.nii")
     table = tmp_path / "volumes.tsv"
     table.write_text("participant_id\tfile\tsplit\nsub-1\ta.nii\ttrain\nsub-2\tb.nii\ttest\n")
-    with pytest.raises(VolumeError, match=r"line 3: the file of sub-2 has the same bytes as that of sub-1 in line 2"):
+    with pytest.raises(VolumeError, match=r"line 3: the file of sub-2 is a link to that of sub-1 in line 2"):
         find_scans(tmp_path)
     table.write_text("participant_id\tfile\tsplit\nsub-1\ta.nii\ttrain\n1\tb.nii\ttrain\n")
     assert len(find_scans(tmp_path)) == 2
 
 
-def test_a_copy_under_another_name_is_not_scored_as_a_second_subject(tmp_path):
+def test_a_link_under_another_name_is_not_scored_as_a_second_subject(tmp_path):
     one, two = written(tmp_path / "x" / "sub-1_T2w.nii", 0.5), tmp_path / "y" / "sub-2_T2w.nii"
     two.parent.mkdir()
-    shutil.copy(one, two)
-    with pytest.raises(InvalidArgument, match=r"sub-2_T2w.nii is a copy of .*sub-1_T2w.nii, or a link to it"):
+    two.symlink_to(one)
+    with pytest.raises(InvalidArgument, match=r"sub-2_T2w.nii is a link to .*sub-1_T2w.nii"):
         chosen([str(one.parent), str(two.parent)], None, None)

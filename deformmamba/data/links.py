@@ -1,0 +1,19 @@
+"""Files that are there under two names."""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+
+def links(paths: Iterable[Path]) -> dict[Path, Path]:
+    """For each path of a file that an earlier path leads to as well, by a symbolic or hard link: this earlier path.
+
+    Files with equal bytes that are stored twice are not found.
+    """
+    first: dict[tuple[int, int], Path] = {}
+    found: dict[Path, Path] = {}
+    for path in paths:
+        with suppress(OSError):
+            if path.is_file() and (known := first.setdefault(((at := path.stat()).st_dev, at.st_ino), path)) != path:
+                found[path] = known
+    return found
