@@ -81,7 +81,7 @@ def _real_scans(args: argparse.Namespace) -> None:
     unused = [f"--{name}" for name in _SCORING_ONLY if getattr(args, name) != args.parser.get_default(name)]
     if unused:
         raise InvalidArgument(
-            f"--real-scans defines its own cases and cannot be combined with {unused[0]}; leave one of them out"
+            f"--real-scans has cases of its own and does not go with {unused[0]}; leave one of them out"
         )
     if not args.model:
         raise InvalidArgument("--real-scans tests models, and no MODEL was given; name one or more, such as ixi-4x")

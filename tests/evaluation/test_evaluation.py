@@ -351,7 +351,7 @@ def test_the_command_takes_other_degradations(
         (["--scale", "2", "--slice", "1"], "--figure"),
         (["--scale", "2", "--figure", "a.gif"], ".png"),
         (["--scale", "2", "--csv", "a.txt"], ".csv"),
-        (["--scale", "2", "--against", "best"], "no model 'best'"),
+        (["--scale", "2", "--against", "best"], "--against is 'best'"),
         (["--scale", "2", "--figure", "a.png", "--slice", "9"], "no slice 9"),
     ],
 )
