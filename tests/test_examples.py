@@ -69,5 +69,5 @@ def test_models_are_compared_and_drawn(
     tmp_path: Path, scans: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("evaluate_and_draw", scans / "sub-00" / "T2w.nii.gz", tmp_path / "figure.png", monkeypatch=monkeypatch)
-    assert "difference to zero-filled k-space" in capsys.readouterr().out
+    assert "difference from zero-filled k-space" in capsys.readouterr().out
     assert (tmp_path / "figure.png").stat().st_size > 10_000

@@ -46,7 +46,7 @@ def _degrade(args: argparse.Namespace) -> None:
     degradation = parse(args.kind, scale=args.scale)
     if degradation.scale != args.scale:
         first = f"k-space >> {args.kind}"
-        advice = f"for example --kind {first!r}" if degradation.scale == 1 else "the same factor in both"
+        advice = f"for example --kind {first!r}" if degradation.scale == 1 else "one factor for both"
         raise InvalidArgument(
             f"--kind {args.kind!r} divides the size by {degradation.scale}, --scale is {args.scale}; give {advice}"
         )

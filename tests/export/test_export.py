@@ -628,7 +628,7 @@ class OwnSkip(Unexportable):
 
 
 def test_what_a_whole_slice_cannot_contain_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="OwnSkip has a skip of its own, 'blurred'; a file for whole slices computes"):
+    with pytest.raises(ExportError, match="OwnSkip has the skip 'blurred'; a file for whole slices computes"):
         export(OwnSkip(), tmp_path / "m.pt2", format="pt2")
     with pytest.raises(ExportError, match='takes 3 channels; a file for whole slices takes one, use inputs "lr,base"'):
         export(small(in_channels=3), tmp_path / "m.pt2", format="pt2")

@@ -349,13 +349,14 @@ def test_choices_on_the_command_line(tmp_path: Path, weights: str, capsys: pytes
     assert "--stack K" in capsys.readouterr().err
     assert main(["upscale", str(CASES / "dicom" / "rect_eq_thick"), *target]) == 0
     assert "slices taken along k (axial), from the file" in capsys.readouterr().out
-    for kind in ("k-space:scale=2", "blur:sigma=1"):
-        assert (
-            main(["degrade", str(CASES / "nifti" / "quatern_over1.nii"), "-o", "x.nii", "--scale", "4", "--kind", kind])
-            == 2
-        )
-        assert "give one factor for both" in capsys.readouterr().err
-    assert main(["upscale", str(CASES / "nifti" / "quatern_over1.nii")]) == 2
+    scan = str(CASES / "nifti" / "quatern_over1.nii")
+    for kind, cure in (
+        ("k-space:scale=2", "give one factor for both"),
+        ("blur:sigma=1", "give for example --kind 'k-space >> blur:sigma=1'"),
+    ):
+        assert main(["degrade", scan, "-o", "x.nii", "--scale", "4", "--kind", kind]) == 2
+        assert cure in capsys.readouterr().err
+    assert main(["upscale", scan]) == 2
     assert "no output given; give it with -o OUTPUT" in capsys.readouterr().err
 
 

@@ -263,8 +263,8 @@ def test_the_commit_is_that_of_a_checkout(monkeypatch: pytest.MonkeyPatch, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"table": "table3"}, "tables: table1, table2"),
-        ({"plan": plan(preset="huge")}, "presets: paper, tiny"),
+        ({"table": "table3"}, "table is .table3.; it must be one of table1, table2"),
+        ({"plan": plan(preset="huge")}, "preset is .huge.; it must be one of paper, tiny"),
         ({"rows": ["best"]}, r"no row 'best'; rows: w/o Deform"),
         ({"plan": plan(minutes=3.0)}, "give either steps or minutes"),
         ({"plan": plan(steps=None)}, "give either steps or minutes"),
