@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 # name, PSNR of zero-filling on its validation subjects, the logs of its stages
 NAMES = {
-    "ixi-4x": (28.14, ("ixi-4x", "ixi-4x-stage2", "ixi-4x-stage3", "ixi-4x-stage4", "ixi-4x-stage5", "ixi-4x-stage6")),
+    "ixi-4x": (28.14, ("ixi-4x", *(f"ixi-4x-stage{stage}" for stage in range(2, 8)))),
     "ixi-2x": (33.29, ("ixi-2x", "ixi-2x-stage2", "ixi-2x-stage3")),
     "spine-4x": (23.37, ("spine-4x", "spine-4x-stage2")),
 }
@@ -23,6 +23,7 @@ LABELS = (
     ("real scans", "C3"),
     ("deeper", "C4"),
     ("deeper, continued", "C5"),
+    ("lesions added", "C6"),
 )
 FIRST = {"spine-4x": 1}  # the first entry of LABELS for a name, if not 0, because spine-4x continues ixi-4x
 
