@@ -191,7 +191,7 @@ def _without(split: str | None, folder: str, scans: "list[Scan]", group: str | N
 def _check_people(scans: "list[Scan]", places: list[str]) -> None:
     """Refuses a name of a subject that was found in two places, and a file that is there under two subjects: means over
     subjects need to count each person once."""
-    from deformmamba.data.links import links
+    from deformmamba.data.links import of_two_subjects
     from deformmamba.data.subjects import same_person
 
     first: dict[str, str] = {}
@@ -203,12 +203,12 @@ def _check_people(scans: "list[Scan]", places: list[str]) -> None:
                 "them one at a time, or list their people in a volumes.tsv of the folder above and give that folder"
             )
     owners = {scan.path: scan.subject for scan in scans}
-    for path, original in links(owners).items():
-        if owners[path] != owners[original]:
-            raise InvalidArgument(
-                f"{path} is a link to {original}, but counts as another subject ({owners[path]}, not "
-                f"{owners[original]}); leave one of them out"
-            )
+    if (pair := of_two_subjects(owners)) is not None:
+        path, original = pair
+        raise InvalidArgument(
+            f"{path} is a link to {original}, but counts as another subject ({owners[path]}, not {owners[original]}); "
+            "leave one of them out"
+        )
 
 
 def interpolations(degradation: "Degradation") -> "dict[str, SRModel]":

@@ -1,6 +1,6 @@
 """Files that are there under two names."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,3 +17,12 @@ def links(paths: Iterable[Path]) -> dict[Path, Path]:
             if path.is_file() and (known := first.setdefault(((at := path.stat()).st_dev, at.st_ino), path)) != path:
                 found[path] = known
     return found
+
+
+def of_two_subjects(owners: Mapping[Path, str]) -> tuple[Path, Path] | None:
+    """The first path in `owners` (the subject of each path) that is a link to a path of another subject, and this path.
+
+    None if there is none.
+    """
+    pairs = links(owners).items()
+    return next(((path, original) for path, original in pairs if owners[path] != owners[original]), None)

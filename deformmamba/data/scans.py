@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from deformmamba.annotations import check_types
-from deformmamba.data.links import links
+from deformmamba.data.links import links, of_two_subjects
 from deformmamba.data.prepared import MANIFEST, SUFFIX, is_prepared, read_manifest, read_prepared
 from deformmamba.data.splits import SPLITS, by_share, check_shares, check_splits, read_table
 from deformmamba.data.subjects import name_subjects, patient_id, same_person
@@ -152,7 +152,6 @@ def _from_index(root: Path) -> list[Scan]:
     scans: list[Scan] = []
     spelled: dict[str, str] = {}  # the first spelling counts
     lines: dict[str, int] = {}
-    rows: dict[Path, int] = {}
     for number, row in read_table(table, ("participant_id", "file", "split")):
         subject, split = row["participant_id"], row["split"]
         if split not in SPLITS:
@@ -163,15 +162,14 @@ def _from_index(root: Path) -> list[Scan]:
         if (before := lines.setdefault(os.path.realpath(path), number)) != number:
             raise VolumeError(f"{table}, line {number}: {row['file']} is in line {before} too; list each file once")
         subject = spelled.setdefault(same_person(subject), subject)
-        rows[path] = number
         scans.append(Scan(path, subject, split, f"{row.get('contrast', '')} {row.get('anatomy', '')}".strip()))
     owners = {scan.path: scan.subject for scan in scans}
-    for path, original in links(owners).items():
-        if owners[path] != owners[original]:
-            raise VolumeError(
-                f"{table}, line {rows[path]}: the file of {owners[path]} is a link to that of "
-                f"{owners[original]} in line {rows[original]}; list it once, or give both lines one participant_id"
-            )
+    if (pair := of_two_subjects(owners)) is not None:
+        (line, subject), (before, other) = ((lines[os.path.realpath(path)], owners[path]) for path in pair)
+        raise VolumeError(
+            f"{table}, line {line}: the file of {subject} is a link to that of {other} in line {before}; list it once, "
+            "or give both lines one participant_id"
+        )
     return scans
 
 

@@ -143,7 +143,7 @@ def name_subjects(
     """
     found = _named(paths, root, pattern, patients or {})
     originals = {path: [str((links or {}).get(path, path))] for path in found.names}
-    return replace(found, names=_one_case(_merged(found.names, originals)))
+    return replace(found, names=_merged(found.names, originals))
 
 
 def _named(
@@ -466,7 +466,8 @@ def _joined(names: Mapping[Path, str], patients: Mapping[Path, str]) -> dict[Pat
 
 
 def _merged(names: Mapping[Path, str], shared: Mapping[Path, Iterable[str]]) -> dict[Path, str]:
-    """Makes the `names` of paths that have an item of `shared` in common one name."""
+    """Makes the `names` of paths that have an item of `shared` in common one name, and names with the same `_key` one
+    spelling, the first."""
     same_as: dict[str, str] = {}  # by key of a name: the key that it has become
 
     def final(key: str) -> str:
@@ -483,12 +484,6 @@ def _merged(names: Mapping[Path, str], shared: Mapping[Path, Iterable[str]]) -> 
                 same_as[mine] = other
     spelled = {_key(name): name for name in reversed([*names.values()])}
     return {path: spelled[final(_key(name))] for path, name in names.items()}
-
-
-def _one_case(names: Mapping[Path, str]) -> dict[Path, str]:
-    """Gives names with the same `_key` one spelling, the first."""
-    spelled: dict[str, str] = {}
-    return {path: spelled.setdefault(_key(name), name) for path, name in names.items()}
 
 
 def patient_id(folder: Path, series: str | None = None) -> str:

@@ -107,9 +107,9 @@ def series_in(files: list[Path]) -> dict[str, Any]:
     with silenced():
         for path in files:
             if (dataset := dicom.image_header(path)) is not None:
-                first = found.setdefault(str(dataset.get("SeriesInstanceUID")), dataset)
-                if _dicom_reason(first) and not _dicom_reason(dataset):
-                    found[str(dataset.get("SeriesInstanceUID"))] = dataset
+                uid = str(dataset.get("SeriesInstanceUID"))
+                if uid not in found or (_dicom_reason(found[uid]) and not _dicom_reason(dataset)):
+                    found[uid] = dataset
     return dict(sorted(found.items(), key=lambda item: (dicom.number(item[1].get("SeriesNumber")), item[0])))
 
 
