@@ -26,7 +26,7 @@ from deformmamba.annotations import is_integer, is_number, is_one_of
 from deformmamba.deform import modulated_deform_conv2d
 from deformmamba.errors import InvalidArgument, InvalidType, shown
 from deformmamba.scan import Discretization, check_backend, scan_checked_map
-from deformmamba.tensors import in_autocast, overridable, refuse_tracing, without_autocast
+from deformmamba.tensors import floating_weight, in_autocast, overridable, refuse_tracing, without_autocast
 from deformmamba.torch_private import NotScriptable
 
 Device = torch.device | str | int | None
@@ -100,10 +100,8 @@ def check_map(
         raise InvalidArgument(
             f"{type(block).__name__}: given {given}; wanted floating point (b, {channels}, h, w), {sizes}"
         )
-    weight = getattr(first, "weight", None)
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-        return
-    if x.dtype != weight.dtype and not in_autocast(x.device.type):
+    weight = floating_weight(first)
+    if weight is not None and x.dtype != weight.dtype and not in_autocast(x.device.type):
         raise InvalidArgument(
             f"{type(block).__name__}: given {x.dtype}, and its weights are {weight.dtype}; convert one of the two "
             "(x.to(...) or block.to(...)), or use torch.autocast"

@@ -122,6 +122,12 @@ def _nearest_device(name: str, known: set[str]) -> str:
     return ""
 
 
+def floating_weight(layer: Any) -> torch.Tensor | None:
+    """The weight of a layer, or None where it has none of floating point: an adapter (LoRA), a quantised layer."""
+    weight = getattr(layer, "weight", None)
+    return weight if isinstance(weight, torch.Tensor) and weight.is_floating_point() else None
+
+
 def in_autocast(device_type: str) -> bool:
     """Whether autocast is on; some devices, such as meta, have none."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

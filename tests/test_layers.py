@@ -510,19 +510,20 @@ def test_a_block_made_without_memory_can_be_initialised(make: Any) -> None:
     assert block(torch.rand(1, 8, 6, 5)).isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        ModulatedDeformBlock,
-        VisionMambaBlock,
-        DeformMambaBlock,
-        MultiViewContext,
-        ChannelAttention,
-        partial(PatchEmbed, channels=8, patch=2),
-        partial(PatchMerge, out_channels=8),
-        partial(PatchExpand, out_channels=8),
-    ],
+# each of 8 channels; they check their input against their first layer
+CHECKING = (
+    ModulatedDeformBlock,
+    VisionMambaBlock,
+    DeformMambaBlock,
+    MultiViewContext,
+    ChannelAttention,
+    partial(PatchEmbed, channels=8, patch=2),
+    partial(PatchMerge, out_channels=8),
+    partial(PatchExpand, out_channels=8),
 )
+
+
+@pytest.mark.parametrize("make", CHECKING)
 def test_another_dtype_than_the_weights_is_named(make: Any) -> None:
     block, x = make(8), torch.rand(1, 8, 6, 4)
     name = "VisionMambaBlock" if make is DeformMambaBlock else type(block).__name__
@@ -547,17 +548,7 @@ class Wrapped(torch.nn.Module):
         return self.inside(x)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        ModulatedDeformBlock,
-        DeformMambaBlock,
-        MultiViewContext,
-        partial(PatchEmbed, channels=8, patch=2),
-        partial(PatchMerge, out_channels=8),
-        partial(PatchExpand, out_channels=8),
-    ],
-)
+@pytest.mark.parametrize("make", CHECKING)
 def test_layers_inside_may_be_replaced_by_wrapped_ones(make: Any) -> None:
     block, x = make(8), torch.rand(1, 8, 6, 4)
     expected = block(x)

@@ -11,6 +11,7 @@ from deformmamba.errors import InvalidArgument, InvalidType, UnsupportedCall, sh
 from deformmamba.layers import Block
 from deformmamba.mamba.arguments import check_input, check_parameters, check_positive, check_sizes
 from deformmamba.mamba.causal_conv import causal_conv1d_fn, causal_conv1d_update
+from deformmamba.tensors import floating_weight
 
 
 class Mixer(Block):
@@ -83,10 +84,8 @@ def convolution_step(block: str, conv: Any, x: torch.Tensor, state: torch.Tensor
 
 def dtype_of(layer: Any) -> torch.dtype:
     """The dtype of a layer's weight; PyTorch's default where it has none of floating point (a quantised layer)."""
-    weight = getattr(layer, "weight", None)
-    if isinstance(weight, torch.Tensor) and weight.is_floating_point():
-        return weight.dtype
-    return torch.get_default_dtype()
+    weight = floating_weight(layer)
+    return torch.get_default_dtype() if weight is None else weight.dtype
 
 
 def check_step(where: str, hidden_states: Any, first: nn.Module) -> None:
