@@ -189,8 +189,8 @@ def _without(split: str | None, folder: str, scans: "list[Scan]", group: str | N
 
 
 def _check_people(scans: "list[Scan]", places: list[str]) -> None:
-    """Refuses a name of a subject that was found in two places, and a file that is there under two subjects: means over
-    subjects need to count each person once."""
+    """Refuses a name of a subject that was found in two places, and a file of two subjects: means over subjects need to
+    count each person once."""
     from deformmamba.data.links import of_two_subjects
     from deformmamba.data.subjects import same_person
 

@@ -1,4 +1,4 @@
-"""Files that are there under two names."""
+"""Files that have two names."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def links(paths: Iterable[Path]) -> dict[Path, Path]:
-    """For each path of a file that an earlier path leads to as well, by a symbolic or hard link: this earlier path.
+    """Maps each path that leads to the same file as an earlier one, by a symbolic or hard link, to this earlier path.
 
-    Files with equal bytes that are stored twice are not found.
+    A file that is stored twice with equal bytes is not found.
     """
     first: dict[tuple[int, int], Path] = {}
     found: dict[Path, Path] = {}
@@ -20,9 +20,9 @@ def links(paths: Iterable[Path]) -> dict[Path, Path]:
 
 
 def of_two_subjects(owners: Mapping[Path, str]) -> tuple[Path, Path] | None:
-    """The first path in `owners` (the subject of each path) that is a link to a path of another subject, and this path.
+    """The first link whose file also counts as another subject's, and the path of this other subject; None without one.
 
-    None if there is none.
+    `owners`: the subject of each path.
     """
     pairs = links(owners).items()
     return next(((path, original) for path, original in pairs if owners[path] != owners[original]), None)

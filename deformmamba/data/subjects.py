@@ -466,8 +466,8 @@ def _joined(names: Mapping[Path, str], patients: Mapping[Path, str]) -> dict[Pat
 
 
 def _merged(names: Mapping[Path, str], shared: Mapping[Path, Iterable[str]]) -> dict[Path, str]:
-    """Makes the `names` of paths that have an item of `shared` in common one name, and names with the same `_key` one
-    spelling, the first."""
+    """Gives one name to paths that have an item of `shared` in common, and one spelling, the first, to names with the
+    same `_key`."""
     same_as: dict[str, str] = {}  # by key of a name: the key that it has become
 
     def final(key: str) -> str:
